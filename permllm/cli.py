@@ -1,0 +1,60 @@
+"""What `run.py` hands to Hydra: run a job, report errors as one line, and end with a table and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import DictConfig
+
+from permllm.config import read_config
+from permllm.errors import PermLLMError
+from permllm.results.table import print_comparison
+from permllm.runner import run
+
+
+class Session:
+    """The jobs of one command: one, or those of a sweep."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple[dict[str, Any], Path]] = []
+        self.failures: list[str] = []
+
+    def job(self, composed: DictConfig) -> None:
+        """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs."""
+        transformers.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        try:
+            result = run(read_config(composed))
+            if result is not None:
+                self.results.append(result)
+        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            text = _one_line(error)
+            self.failures.append(text)
+            print(f"error: {text}", file=sys.stderr)
+
+    def close(self) -> int:
+        """Print the comparison when there is one to make; the exit code."""
+        if len(self.results) > 1:
+            print_comparison(self.results)
+        return 1 if self.failures else 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is not enough: lower permutation.batch_size or calibration.batch_size, or see plan=true"
+    if isinstance(error, OSError):
+        return f"no space left on the disk: {error}"
+    return " ".join(str(error).split())

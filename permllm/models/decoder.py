@@ -1,0 +1,110 @@
+"""Run the decoder layers of a model one at a time, with the keyword arguments that the model itself would pass.
+
+transformers gives each layer its masks and rotary embeddings from outside, and families differ in what they pass. Instead of
+rebuilding these, the layers are replaced for one forward by stand-ins that record what they are given and return their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.models.families import decoder_layers
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the decoder layers of a model receive for one batch of tokens.
+
+    Attributes:
+        hidden: `(batch, tokens, hidden)`, the input of the first layer, in the model's dtype.
+        kwargs: the keyword arguments of each layer (tensors are shared between layers, not copied).
+    """
+
+    hidden: Tensor
+    kwargs: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
+    """Embed `tokens` int64 `(batch, tokens)` and record what each decoder layer would be called with."""
+    layers = decoder_layers(model)
+    hidden: list[Tensor] = []
+    kwargs: list[dict[str, Any]] = []
+
+    def stand_in(*args: Tensor, **keywords: Any) -> Tensor:
+        states = args[0] if args else keywords.pop("hidden_states")
+        if not hidden:
+            hidden.append(states)
+        kwargs.append(keywords)
+        return states
+
+    with _replaced_forwards(layers, stand_in):
+        # The base model, without the head: its logits over the vocabulary would dwarf the embedding's cost.
+        model.base_model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)  # type: ignore[operator]
+    return LayerInputs(hidden[0], kwargs)
+
+
+@contextmanager
+def _replaced_forwards(layers: nn.ModuleList, forward: Any) -> Iterator[None]:
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # uncovers the class's own method
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Output `(batch, tokens, hidden)` of one decoder layer.
+
+    Layers return a bare tensor in current transformers and a tuple in older ones; indexing the bare tensor would silently
+    keep one sequence of the batch.
+    """
+    output = layer(hidden, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class LayerStream:
+    """Hidden states of many samples, advanced through the decoder one layer at a time.
+
+    The states of one layer's boundary live on the host; a batch at a time visits the device.
+
+    Args:
+        model: of a known family; its embedding is run here.
+        tokens: int64 `(samples, tokens)`, all of one length.
+        batch_size: samples a forward.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
+        self._layers = decoder_layers(model)
+        self._device = next(model.parameters()).device
+        self._batches = tokens.split(batch_size)
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by batch size: the last batch may be smaller
+        self._hidden: list[Tensor] = []
+        for batch in self._batches:
+            inputs = layer_inputs(model, batch)
+            self._kwargs.setdefault(len(batch), inputs.kwargs)
+            self._hidden.append(inputs.hidden.to("cpu"))
+
+    def forward(self, index: int) -> Iterator[Tensor]:
+        """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
+        for hidden in self._hidden:
+            kwargs = self._kwargs[len(hidden)][index]
+            with torch.no_grad():
+                yield run_layer(self._layers[index], hidden.to(self._device), kwargs)
+
+    def advance(self, index: int) -> None:
+        """Replace the states by the outputs of layer `index` as it now is."""
+        for position, output in enumerate(self.forward(index)):
+            self._hidden[position] = output.to("cpu")
+
+    def states(self) -> Tensor:
+        """The present states, `(samples, tokens, hidden)` on the host."""
+        return torch.cat(self._hidden)

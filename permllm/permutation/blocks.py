@@ -1,0 +1,77 @@
+"""How the channels of a group split into blocks, and the logits that live on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from permllm.permutation.assignment import harden
+from permllm.permutation.sinkhorn import sinkhorn
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """`count` blocks of `size` consecutive positions that begin at position `start`."""
+
+    start: int
+    count: int
+    size: int
+
+
+def split_blocks(channels: int, block_size: int) -> list[BlockStack]:
+    """Blocks of `block_size` positions; what is left at the end becomes one smaller block.
+
+    With M dividing both numbers, M also divides the smaller block, so no group of M crosses a block.
+    """
+    count, rest = divmod(channels, block_size)
+    stacks = [BlockStack(0, count, block_size)] if count else []
+    if rest:
+        stacks.append(BlockStack(count * block_size, 1, rest))
+    return stacks
+
+
+def count_logits(channels: int, block_size: int) -> int:
+    """Number of logits of a group: the sum of the squared block sizes."""
+    return sum(stack.count * stack.size**2 for stack in split_blocks(channels, block_size))
+
+
+class BlockLogits(nn.Module):
+    """The learnable logits of one channel group, on top of a fixed base order.
+
+    Args:
+        base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds channel `base[b B + p]`.
+        block_size: B.
+        logits: one float32 `(blocks, B, B)` for each stack of `split_blocks(C_in, block_size)`; row = channel of the block in
+            base order, column = target position in the block.
+        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)` (the paper's released
+            code); otherwise they are used as they are.
+    """
+
+    base: Tensor
+
+    def __init__(self, base: Tensor, block_size: int, logits: list[Tensor], scale: float | None = None) -> None:
+        super().__init__()
+        self.register_buffer("base", base)
+        self.stacks = split_blocks(base.numel(), block_size)
+        self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
+
+    def soft(self, temperature: float, iterations: int) -> list[Tensor]:
+        """Soft permutations, one `(blocks, B, B)` a stack, differentiable."""
+        return [sinkhorn(self._effective(stack), temperature, iterations) for stack in self.logits]
+
+    def _effective(self, stack: Tensor) -> Tensor:
+        return stack if self.scale is None else (stack * self.scale).clamp(-1.0, 1.0)
+
+    def order(self, soft: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Hard order of given soft permutations.
+
+        Returns:
+            `perm` int64 `(C_in,)`, the channel at each position, and `hard` int64 `(C_in,)`, the row of its block's matrix.
+        """
+        perms = [harden(stack).to(self.base.device) for stack in soft]
+        hard = torch.cat([perm.flatten() for perm in perms])
+        first = torch.cat([stack.start + stack.size * torch.arange(stack.count, device=self.base.device).repeat_interleave(stack.size) for stack in self.stacks])
+        return self.base[first + hard], hard

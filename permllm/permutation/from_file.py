@@ -1,0 +1,54 @@
+"""Reuse the order that another run found or learned, under any pruner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from permllm.errors import ConfigError
+from permllm.sparsity import NMPattern
+
+
+@dataclass
+class FromFile:
+    """Orders out of a `permutations.safetensors`.
+
+    Args:
+        path: the file, or a run directory that holds one.
+    """
+
+    path: str
+    learned = False
+    _orders: dict[str, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("permutation.path is empty: give a run directory or a permutations.safetensors file")
+        file = Path(self.path)
+        if file.is_dir():
+            file = file / "permutations.safetensors"
+        try:
+            self._orders = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"permutation.path={self.path}: no readable permutations file ({error})") from error
+
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """The stored order of one channel group, int64 `(C_in,)`.
+
+        Raises:
+            ConfigError: the file has no such group, or not a permutation of its channels.
+        """
+        channels = saliency.shape[1]
+        perm = self._orders.get(group)
+        if perm is None:
+            raise ConfigError(f"permutation.path={self.path}: no order for {group}; is it from another model?")
+        if perm.shape != (channels,) or not torch.equal(perm.sort().values, torch.arange(channels)):
+            raise ConfigError(
+                f"permutation.path={self.path}: the order of {group} is not a permutation of {channels} channels"
+            )
+        return perm

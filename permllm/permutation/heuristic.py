@@ -1,0 +1,107 @@
+"""RIA's heuristic channel permutation (Zhang et al. 2024, "Plug-and-Play", section 4.2): allocate, then assign.
+
+Channels are sorted by their total saliency and dealt in a snake over the groups' M positions. Then, one position after the
+other, the channels at that position are exchanged among the groups by a linear sum assignment that maximises the retained
+saliency. The score of putting channel a into group b is `sum_r max(t[r, b], x[r, a])` plus a constant of the group, with t
+the N-th largest entry of the group's other M - 1 channels in row r. Since `max(u, v) = (u + v + |u - v|) / 2`, all scores
+together are two sums and one L1 distance matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from permllm.sparsity import NMPattern, check_divides, nm_mask
+
+# The distance matrix is summed over this many rows at a time, to bound the float32 copies of a large group.
+_ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class Heuristic:
+    """Free permutation of each channel group by RIA's channel reallocation."""
+
+    learned = False
+
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """The order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""
+        return heuristic_order(saliency, pattern)
+
+
+def heuristic_order(saliency: Tensor, pattern: NMPattern) -> Tensor:
+    """Order that retains more saliency than the identity, or the identity when it does not.
+
+    Args:
+        saliency: `(rows, C_in)`, floating, nonnegative; the rows of all layers that share the order.
+        pattern: N:M; M divides C_in.
+
+    Returns:
+        int64 `(C_in,)` on the CPU.
+    """
+    check_divides(pattern, saliency.shape[1], "the layer")
+    perm = allocate(saliency, pattern)
+    for position in range(pattern.m):
+        perm = reassign_position(saliency, perm, position, pattern)
+    identity = torch.arange(saliency.shape[1])
+    return max((perm, identity), key=lambda order: _retained(saliency, order, pattern))
+
+
+def allocate(saliency: Tensor, pattern: NMPattern) -> Tensor:
+    """Deal the channels, sorted by total saliency, in a snake: first place of every group, second place backwards, ...
+
+    Returns:
+        int64 `(C_in,)` on the CPU.
+    """
+    groups = saliency.shape[1] // pattern.m
+    order = saliency.sum(0).argsort(descending=True, stable=True).view(pattern.m, groups)
+    snake = torch.stack([row if place % 2 == 0 else row.flip(0) for place, row in enumerate(order)], dim=1)
+    return snake.flatten().cpu()
+
+
+def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
+    """Scores of moving the channels at one position among the groups.
+
+    Args:
+        saliency: `(rows, C_in)`.
+        perm: int64 `(C_in,)`, the present order.
+        position: which of the M places of every group is exchanged.
+        pattern: N:M.
+
+    Returns:
+        `(groups, groups)`, entry (a, b): retained saliency of group b when its channel at `position` is replaced by that of
+        group a, less a constant of b (the N - 1 largest of the other entries).
+    """
+    places = perm.to(saliency.device).view(-1, pattern.m)
+    moving = places[:, position]
+    others = places[:, [place for place in range(pattern.m) if place != position]]
+    scores = torch.zeros(len(places), len(places), dtype=saliency.dtype, device=saliency.device)
+    for part in saliency.split(_ROWS_AT_A_TIME):
+        part_t = part.t()
+        candidates = part_t[moving]
+        # N-th largest of M - 1 per row; the smallest when N = M - 1, so N - 1 others always stay.
+        threshold = part_t[others].topk(pattern.n, dim=1).values[:, -1]
+        distance = torch.cdist(candidates, threshold, p=1.0)
+        scores += (candidates.sum(1)[:, None] + threshold.sum(1)[None, :] + distance) / 2
+    return scores
+
+
+def reassign_position(saliency: Tensor, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
+    """Exchange the channels at one position among all groups so that the retained saliency is the largest possible.
+
+    Returns:
+        int64 `(C_in,)` on the CPU. Never retains less than `perm`, because staying is one of the assignments.
+    """
+    scores = assignment_scores(saliency, perm, position, pattern).cpu().numpy()
+    channel, group = linear_sum_assignment(scores, maximize=True)
+    places = perm.view(-1, pattern.m).clone()
+    places[torch.from_numpy(group), position] = perm.view(-1, pattern.m)[torch.from_numpy(channel), position]
+    return places.flatten()
+
+
+def _retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:
+    permuted = saliency[:, perm.to(saliency.device)]
+    return float((permuted * nm_mask(permuted, pattern)).sum(dtype=torch.float64))

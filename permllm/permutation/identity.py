@@ -1,0 +1,21 @@
+"""No permutation: the channels stay in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permllm.sparsity import NMPattern
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The identity order for every channel group."""
+
+    learned = False
+
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """The order of one channel group, int64 `(C_in,)`."""
+        return torch.arange(saliency.shape[1])

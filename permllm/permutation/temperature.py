@@ -1,0 +1,55 @@
+"""Schedules of the Sinkhorn temperature: from `start` to `end` while learning goes from 0 to 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from permllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Range:
+    start: float = 1.0
+    end: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("end", self.end)):
+            if not value > 0 or not math.isfinite(value):
+                raise ConfigError(f"temperature.{name}={value}: expected a positive number")
+
+
+@dataclass(frozen=True)
+class Linear(_Range):
+    """A straight line, the paper's schedule (section 5.1)."""
+
+    def __call__(self, progress: float) -> float:
+        """Temperature at `progress` in [0, 1]."""
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclass(frozen=True)
+class Cosine(_Range):
+    """Half a cosine: slow at both ends."""
+
+    def __call__(self, progress: float) -> float:
+        """Temperature at `progress` in [0, 1]."""
+        return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class Exponential(_Range):
+    """The same factor each step: fast at first."""
+
+    def __call__(self, progress: float) -> float:
+        """Temperature at `progress` in [0, 1]."""
+        return self.start * (self.end / self.start) ** progress
+
+
+@dataclass(frozen=True)
+class Constant(_Range):
+    """`start` throughout; `end` is not used."""
+
+    def __call__(self, progress: float) -> float:
+        """Temperature at `progress` in [0, 1]."""
+        return self.start

@@ -1,0 +1,94 @@
+"""`plan=true`: the channel groups, the learnable parameters and the memory of each stage, without weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from permllm.config import RunConfig
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
+from permllm.permutation.blocks import count_logits, split_blocks
+from permllm.pruning.pipeline import Pruner
+from permllm.results.table import terminal
+
+
+def print_plan(config: RunConfig, model: nn.Module, pruner: Pruner, permutation: Any) -> None:
+    """Print the plan of a run.
+
+    Args:
+        config: of the run.
+        model: on the meta device.
+        pruner: the base pruner.
+        permutation: the permutation method.
+    """
+    console = terminal()
+    groups = channel_groups(model)
+    layers = len(decoder_layers(model))
+    first = layers - min(layers, getattr(permutation, "last_layers", None) or layers)
+    table = Table(title=f"{config.model.name}: channel groups of each of the {layers} decoder layers", title_justify="left")
+    for heading in ("group", "members", "channels", "rows", "blocks", "logits"):
+        table.add_column(heading, justify="left" if heading in ("group", "members") else "right")
+    prefix = f"{family_of(model).layers}.0."
+    for group in groups:
+        if group.layer:
+            break
+        stacks = split_blocks(group.channels, config.block_size)
+        table.add_row(
+            group.name.removeprefix(prefix),
+            ", ".join(member.rsplit(".", 1)[-1] for member in group.members),
+            str(group.channels),
+            " + ".join(map(str, group.rows)),
+            " + ".join(f"{stack.count} x {stack.size}" for stack in stacks) if permutation.learned else "-",
+            str(count_logits(group.channels, config.block_size)) if permutation.learned else "-",
+        )
+    console.print(table)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pruned = sum(group.channels * sum(group.rows) for group in groups)
+    window = [group for group in groups if group.layer >= first] if permutation.learned else []
+    logits = sum(count_logits(group.channels, config.block_size) for group in window)
+    scales = len(window) if getattr(permutation, "init", None) == "random" else 0
+    console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
+    console.print(f"logits                 {logits}")
+    console.print(f"learnable parameters   {logits + scales}")
+    console.print("memory (estimates):")
+    for stage, size in _memory(config, model, groups, pruner, permutation, parameters, logits, layers - first).items():
+        console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
+
+
+def _memory(
+    config: RunConfig,
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    pruner: Pruner,
+    permutation: Any,
+    parameters: int,
+    logits: int,
+    window: int,
+) -> dict[str, float]:
+    item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
+    hidden = model.config.hidden_size  # type: ignore[union-attr]
+    widest = max(sum(group.rows) for group in groups)
+    largest = max(group.channels * sum(group.rows) for group in groups)
+    weights = parameters * item
+    states = config.calibration.samples * config.calibration.length * hidden * item
+    forward = config.calibration.batch_size * config.calibration.length * (6 * hidden + 2 * widest) * item
+    gram = 3 * 4 * max(group.channels for group in groups) ** 2 if pruner.needs_gram else 0
+    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+    logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.window) * vocabulary * item
+    stages = {
+        "weights": float(weights),
+        "evaluate": weights + logits_batch + 4 * config.evaluation.perplexity.window * vocabulary,
+        "calibrate, on host": float(2 * states),
+        "calibrate": float(weights + forward + gram),
+    }
+    if permutation.learned:
+        batch_states = permutation.batch_size * config.calibration.length * hidden * item
+        layer_states = permutation.batch_size * config.calibration.length * (8 * hidden + 4 * widest) * item
+        # Logits, their gradient, two moments and the soft permutations; the states between layers; one layer's internals.
+        stages["learn"] = weights + 20 * logits + batch_states * window + layer_states + 3 * largest * item
+    stages["prune"] = weights + forward + gram + 4 * 3 * largest
+    return {name: math.ceil(size) for name, size in stages.items()}

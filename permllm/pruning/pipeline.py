@@ -1,0 +1,239 @@
+"""Orchestration of calibration and pruning: one decoder layer at a time, activations of one layer boundary at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from permllm.models.decoder import LayerStream
+from permllm.models.families import ChannelGroup, linear_at
+from permllm.pruning.saliency import SaliencyFactors, saliency
+from permllm.pruning.statistics import InputStatistics
+from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
+
+
+class Pruner(Protocol):
+    """A base pruner.
+
+    Attributes:
+        needs_gram: the statistics must hold `X^T X`.
+        updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask and
+            corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
+    """
+
+    needs_gram: bool
+    updates_weights: bool
+
+    def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        """Saliency factors of `weight (C_out, C_in)`."""
+
+
+class LocalPermutation(Protocol):
+    """A permutation method that orders one channel group from its saliency alone."""
+
+    learned: bool
+
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""
+
+
+@dataclass
+class DenseCalibration:
+    """What one pass of the calibration text through the dense model leaves.
+
+    Attributes:
+        factors: saliency factors of every linear, by module path, on the CPU.
+        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host; what LCP is trained to match.
+    """
+
+    factors: dict[str, SaliencyFactors]
+    target: Tensor
+
+
+@dataclass
+class PrunedModel:
+    """What pruning found out, apart from the weights, which are changed in place.
+
+    Attributes:
+        orders: int64 `(C_in,)` by group.
+        masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
+        retained: share of the saliency kept, by group.
+        output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model.
+        violations: groups of M in permuted order with more than N nonzeros, over all layers.
+        permute_seconds: part of the time that went into finding orders.
+    """
+
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    retained: dict[str, float] = field(default_factory=dict)
+    output_error: dict[str, float] = field(default_factory=dict)
+    violations: int = 0
+    permute_seconds: float = 0.0
+
+
+def calibrate_dense(
+    model: nn.Module, groups: list[ChannelGroup], tokens: Tensor, pruner: Pruner, batch_size: int
+) -> DenseCalibration:
+    """Saliency factors of every layer from the inputs that the dense model gives it.
+
+    Args:
+        model: dense, of a known family.
+        groups: of the model, all layers.
+        tokens: int64 `(samples, length)`.
+        pruner: whose statistics are needed; a Gram matrix exists for one layer at a time.
+        batch_size: samples a forward.
+    """
+    stream = LayerStream(model, tokens, batch_size)
+    factors: dict[str, SaliencyFactors] = {}
+    for index, members in _by_layer(groups, "calibrate"):
+        with _collecting(model, members, pruner.needs_gram) as statistics:
+            stream.advance(index)
+        for group in members:
+            for path, found in _member_factors(model, group, pruner, statistics[group.name]).items():
+                factors[path] = found.to("cpu")
+    return DenseCalibration(factors, stream.states())
+
+
+def prune(
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    pruner: Pruner,
+    pattern: NMPattern,
+    order: Callable[[str, Tensor, NMPattern], Tensor],
+    batch_size: int,
+    factors: dict[str, SaliencyFactors] | None,
+) -> PrunedModel:
+    """Prune all layers in place, one after the other.
+
+    Args:
+        model: dense; its linears hold `weight * mask` afterwards (or the updated weight), zeros as +0.0.
+        groups: of the model, all layers.
+        tokens: int64 `(samples, length)`.
+        pruner: the base pruner.
+        pattern: N:M.
+        order: int64 `(C_in,)` for a group's name and its saliency `(rows of all members, C_in)`.
+        batch_size: samples a forward.
+        factors: of every linear, from the dense model; None takes them from the inputs that the pruned layers before give.
+    """
+    dense = LayerStream(model, tokens, batch_size)
+    follows_pruned = factors is None or pruner.updates_weights
+    pruned = LayerStream(model, tokens, batch_size) if follows_pruned else None
+    result = PrunedModel()
+    for index, members in _by_layer(groups, "prune"):
+        statistics: dict[str, InputStatistics] = {}
+        if pruned is not None:
+            with _collecting(model, members, pruner.needs_gram) as statistics:
+                for _ in pruned.forward(index):
+                    pass
+        weights: dict[str, Tensor] = {}
+        for group in members:
+            found = (
+                {path: factors[path] for path in group.members}
+                if factors is not None
+                else _member_factors(model, group, pruner, statistics[group.name])
+            )
+            _prune_group(model, group, pruner, pattern, order, found, statistics.get(group.name), weights, result)
+        with _comparing(model, members, weights, result.output_error):
+            dense.advance(index)
+        for path, weight in weights.items():
+            linear_at(model, path).weight.data.copy_(weight)
+        if pruned is not None:
+            pruned.advance(index)
+    return result
+
+
+def _prune_group(
+    model: nn.Module,
+    group: ChannelGroup,
+    pruner: Pruner,
+    pattern: NMPattern,
+    order: Callable[[str, Tensor, NMPattern], Tensor],
+    factors: dict[str, SaliencyFactors],
+    statistics: InputStatistics | None,
+    weights: dict[str, Tensor],
+    result: PrunedModel,
+) -> None:
+    dense = {path: linear_at(model, path).weight for path in group.members}
+    scores = {path: saliency(weight, factors[path].to(weight.device)) for path, weight in dense.items()}
+    started = time.perf_counter()
+    perm = order(group.name, torch.cat(list(scores.values())), pattern)
+    result.permute_seconds += time.perf_counter() - started
+    result.orders[group.name] = perm.cpu()
+    kept = []
+    for path, weight in dense.items():
+        perm = perm.to(weight.device)
+        if pruner.updates_weights:
+            new, mask = pruner.update(weight, statistics, perm, pattern)  # type: ignore[attr-defined]
+        else:
+            mask = permuted_nm_mask(scores[path], perm, pattern)
+            new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
+        weights[path] = new
+        result.masks[path] = mask.cpu()
+        result.violations += violations(new, perm, pattern)
+        kept.append(mask)
+    result.retained[group.name] = retained_saliency(torch.cat(list(scores.values())), torch.cat(kept))
+
+
+def _member_factors(
+    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
+) -> dict[str, SaliencyFactors]:
+    return {path: pruner.factors(linear_at(model, path).weight, statistics) for path in group.members}
+
+
+def _by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
+    layers: dict[int, list[ChannelGroup]] = {}
+    for group in groups:
+        layers.setdefault(group.layer, []).append(group)
+    yield from tqdm(sorted(layers.items()), desc=label, unit="layer")
+
+
+@contextmanager
+def _collecting(
+    model: nn.Module, groups: list[ChannelGroup], gram: bool
+) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
+    statistics = {}
+    handles = []
+    for group in groups:
+        linear = linear_at(model, group.members[0])
+        sums = InputStatistics(group.channels, linear.weight.device, gram)
+        statistics[group.name] = sums
+        handles.append(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _comparing(
+    model: nn.Module, groups: list[ChannelGroup], weights: dict[str, Tensor], errors: dict[str, float]
+) -> Iterator[None]:
+    """Relative squared output error of each group under the new weights, while the dense layer runs."""
+    sums = {group.name: torch.zeros(2, dtype=torch.float64) for group in groups}
+    handles = []
+    for group in groups:
+        for path in group.members:
+
+            def compare(linear: Any, args: tuple[Tensor], output: Tensor, path: str = path, name: str = group.name) -> None:
+                difference = nn.functional.linear(args[0], linear.weight - weights[path])
+                reference = output if linear.bias is None else output - linear.bias
+                sums[name] += torch.stack([part.float().square().sum().double().cpu() for part in (difference, reference)])
+
+            handles.append(linear_at(model, path).register_forward_hook(compare))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (difference, reference) in sums.items():
+        errors[name] = float(difference / reference.clamp_min(1e-300))

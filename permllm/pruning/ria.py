@@ -1,0 +1,42 @@
+"""RIA, relative importance and activations (Zhang et al. 2024, "Plug-and-Play", equations 3 and 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permllm.errors import ConfigError
+from permllm.pruning.saliency import SaliencyFactors
+from permllm.pruning.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class RIA:
+    """`S[i, j] = (|W[i, j]| / column sum j + |W[i, j]| / row sum i) * norm(x_j)^exponent`.
+
+    Args:
+        exponent: power of the activation norm, 0.5 in the paper.
+    """
+
+    exponent: float = 0.5
+    needs_gram = False
+    updates_weights = False
+
+    def __post_init__(self) -> None:
+        if self.exponent < 0:
+            raise ConfigError(f"pruner.exponent={self.exponent}: expected a number of at least 0")
+
+    def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
+        magnitude = weight.abs().float()
+        smallest = torch.finfo(torch.float32).tiny
+        activation = statistics.norm.pow(self.exponent)
+        column_sum = magnitude.sum(0).clamp_min(smallest)
+        row_sum = magnitude.sum(1).clamp_min(smallest)
+        return SaliencyFactors(
+            power=1,
+            column=torch.stack([activation / column_sum, activation]),
+            row=torch.stack([torch.ones_like(row_sum), 1.0 / row_sum]),
+        )

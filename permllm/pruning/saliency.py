@@ -1,0 +1,61 @@
+"""Saliency in factored form, so that it can be recomputed anywhere from the weight and a few vectors.
+
+Every base pruner's saliency of a weight is `|w|^power` times a small sum of (column vector x row vector):
+
+    S[i, j] = |W[i, j]|^power * sum_k row[k, i] * column[k, j]
+
+Magnitude, Wanda and SparseGPT need one term with row = 1, RIA needs two. LCP never stores a saliency: it permutes the
+column vectors with the channels and recomputes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SaliencyFactors:
+    """Factors of one linear layer's saliency.
+
+    Attributes:
+        power: exponent of `|W|`, 1 or 2.
+        column: `(K, C_in)`, float32 or float64, nonnegative.
+        row: `(K, C_out)`, like `column`; None stands for ones (and K = 1).
+    """
+
+    power: int
+    column: Tensor
+    row: Tensor | None = None
+
+    def permuted(self, perm: Tensor) -> SaliencyFactors:
+        """The factors of `W[:, perm]`; `perm` int64 `(C,)` may be any selection of channels."""
+        return SaliencyFactors(self.power, self.column[:, perm], self.row)
+
+    def scaled(self, factor: float | Tensor) -> SaliencyFactors:
+        """The factors of the saliency times a positive scalar: the same masks, another sharpness of the group softmax."""
+        return SaliencyFactors(self.power, self.column * factor, self.row)
+
+    def to(self, device: torch.device | str) -> SaliencyFactors:
+        """The same factors on `device`."""
+        return SaliencyFactors(self.power, self.column.to(device), None if self.row is None else self.row.to(device))
+
+
+def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
+    """Saliency of `weight` `(C_out, C_in)`, in the dtype of the factors, same shape."""
+    return saliency_t(weight.t(), factors).t()
+
+
+def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
+    """Saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors, same shape.
+
+    The transposed layout is the one that learning uses: a channel is a row there, so a permutation is a gather of rows.
+    """
+    magnitude = weight_t.to(factors.column.dtype).abs()
+    if factors.power == 2:
+        magnitude = magnitude.square_()
+    if factors.row is None:
+        return magnitude.mul_(factors.column[0].unsqueeze(1))
+    return magnitude.mul_(torch.einsum("kj,ki->ji", factors.column, factors.row))

@@ -1,0 +1,41 @@
+"""What a base pruner knows of a channel group's inputs: sums over calibration tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputStatistics:
+    """Sums over the tokens that a channel group reads, accumulated batch by batch.
+
+    Args:
+        channels: C_in.
+        device: where the sums live.
+        gram: also accumulate `X^T X`, C_in squared numbers (SparseGPT needs it).
+    """
+
+    def __init__(self, channels: int, device: torch.device | str, gram: bool = False) -> None:
+        self.tokens = 0
+        self._square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(channels, channels, dtype=torch.float32, device=device) if gram else None
+
+    def update(self, x: Tensor) -> None:
+        """Add the activations `x (..., C_in)`, any floating dtype."""
+        rows = x.detach().flatten(0, -2).float()
+        self.tokens += rows.shape[0]
+        self._square_sum += rows.square().sum(0).double()
+        if self._gram is not None:
+            self._gram.addmm_(rows.t(), rows)
+
+    @property
+    def norm(self) -> Tensor:
+        """Root mean square of each channel over tokens, float32 `(C_in,)`."""
+        return (self._square_sum / max(self.tokens, 1)).sqrt().float()
+
+    @property
+    def gram(self) -> Tensor:
+        """`X^T X`, float32 `(C_in, C_in)`. Raises RuntimeError when it was not accumulated."""
+        if self._gram is None:
+            raise RuntimeError("these statistics were accumulated without the Gram matrix")
+        return self._gram

@@ -1,0 +1,22 @@
+"""Wanda (Sun et al. 2024, arXiv 2306.11695, equation 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from permllm.pruning.saliency import SaliencyFactors
+from permllm.pruning.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """`S[i, j] = |W[i, j]| * norm(x_j)`, with the root mean square over tokens as the norm."""
+
+    needs_gram = False
+    updates_weights = False
+
+    def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        """Saliency factors of `weight (C_out, C_in)`."""
+        return SaliencyFactors(power=1, column=statistics.norm.unsqueeze(0))

@@ -1,0 +1,81 @@
+"""What a result was computed with: versions, commit, hardware, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import permllm
+
+_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "omegaconf", "lm-eval", "wandb", "numpy", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this project and of the libraries that results depend on."""
+    found = {"permllm": permllm.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(seed: int, device: torch.device) -> dict[str, Any]:
+    """All of it, as plain values; memory in bytes."""
+    return {
+        "versions": versions(),
+        "git": git_commit(),
+        "hardware": hardware(device),
+        "seed": seed,
+        "command": shlex.join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, memory (bytes) and, where the model is on one, the GPU."""
+    found: dict[str, Any] = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Commit of the checkout that the package lies in, and whether it has changes; None outside a checkout."""
+    folder = Path(permllm.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

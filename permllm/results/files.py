@@ -1,0 +1,67 @@
+"""Write files so that a reader sees the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from permllm.errors import DataError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a scratch path in the same folder, then move it to `path`.
+
+    Raises:
+        DataError: there is no space, or the folder cannot be written; nothing half-written is left.
+    """
+    scratch: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        write(Path(scratch))
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+        scratch = None
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise DataError(f"no space left to write {path}") from error
+        raise DataError(f"cannot write {path}: {error}") from error
+    finally:
+        if scratch is not None and os.path.exists(scratch):
+            os.unlink(scratch)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    write_atomically(path, lambda scratch: _write(scratch, text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as JSON, keys in their order."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda scratch: save_file(contiguous, scratch, metadata))
+
+
+def write_torch(path: Path, state: Any) -> None:
+    """Write a training state with `torch.save`."""
+    write_atomically(path, lambda scratch: torch.save(state, scratch))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

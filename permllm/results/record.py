@@ -1,0 +1,199 @@
+"""The run record: the files that a run leaves in its directory, enough to rebuild the pruned model from the dense one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from permllm.config import RunConfig
+from permllm.errors import ConfigError, DataError
+from permllm.models.families import linear_at
+from permllm.results.files import write_json, write_tensors, write_text
+
+SCHEMA_VERSION = 1
+
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+HISTORY = "history.jsonl"
+PERMUTATIONS = "permutations.safetensors"
+MASKS = "masks.safetensors"
+WEIGHTS = "weights.safetensors"
+ENVIRONMENT = "environment.json"
+CHECKPOINT = "lcp_checkpoint.pt"
+BEST_SO_FAR = "best_so_far.safetensors"
+
+_UNITS = {
+    "perplexity": "exp(nats per token)",
+    "window": "tokens",
+    "tokens": "predicted tokens",
+    "acc": "share of items",
+    "acc_norm": "share of items, by byte length",
+    "stderr": "standard error of acc",
+    "fraction": "share of zeros in the pruned layers",
+    "violations": "groups of M in permuted order with more than N nonzeros",
+    "retained_saliency": "share of the saliency kept",
+    "output_error": "squared error of the output over its squared norm",
+    "seconds": "s",
+    "peak_memory_bytes": "bytes",
+}
+
+
+class RunRecord:
+    """A run directory that is being written. `metrics` is saved after each stage, in one move.
+
+    Args:
+        directory: made when missing.
+        config: of the run; a directory that holds another config is refused.
+        force: discard an earlier result of this run.
+
+    Raises:
+        ConfigError: the directory holds another config, or files but no config.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, force: bool = False) -> None:
+        self.directory = directory
+        identity = json.loads(json.dumps(config.identity()))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"the run directory {directory} cannot be made: {error.strerror}") from error
+        self._check_config(identity)
+        if force:
+            for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
+                (directory / name).unlink(missing_ok=True)
+        if not (directory / CONFIG).is_file():
+            write_text(directory / CONFIG, yaml.safe_dump(identity, sort_keys=False))
+        self.metrics = self._read_metrics() or {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "name": config.name,
+            "config_hash": config.hash(),
+            "protocol": {
+                "calibration": identity["calibration"],
+                "evaluation": identity["evaluation"],
+            },
+            "units": _UNITS,
+            "seconds": {},
+        }
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory. Raises ConfigError when another process has it."""
+        try:
+            with FileLock(self.directory / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise ConfigError(f"{self.directory} is in use by another process") from error
+
+    @property
+    def finished(self) -> bool:
+        """Every stage is done."""
+        return self.metrics["status"] == "finished"
+
+    def path(self, name: str) -> Path:
+        """A file of the record."""
+        return self.directory / name
+
+    def save(self) -> None:
+        """Write `metrics.json`."""
+        write_json(self.directory / METRICS, self.metrics)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and save the metrics when it ends well."""
+        started = time.perf_counter()
+        yield
+        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - started
+        self.save()
+
+    def append_history(self, values: Mapping[str, Any]) -> None:
+        """Add one line to `history.jsonl` and flush it."""
+        with open(self.directory / HISTORY, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(values)) + "\n")
+
+    def _read_metrics(self) -> dict[str, Any] | None:
+        file = self.directory / METRICS
+        if not file.is_file():
+            return None
+        try:
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not readable JSON ({error}); force=true starts this run anew") from error
+        if metrics.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigError(f"{file} has schema_version {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+        return metrics
+
+    def _check_config(self, identity: dict[str, Any]) -> None:
+        file = self.directory / CONFIG
+        if file.is_file():
+            present = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if present != identity:
+                keys = ", ".join(sorted(_differing(present, identity))[:5])
+                raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
+        elif any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
+            raise ConfigError(f"run_dir={self.directory} is not empty and holds no config.yaml; choose another one")
+
+
+def _differing(first: Any, second: Any, prefix: str = "") -> list[str]:
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = []
+        for key in {**first, **second}:
+            keys += _differing(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return keys
+    return [] if first == second else [prefix or "everything"]
+
+
+def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
+    """Write masks with one bit a weight.
+
+    Args:
+        path: safetensors file; each tensor is uint8, the mask in row-major order, eight weights a byte, the first in the
+            highest bit; the shape stands in the metadata.
+        masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
+    """
+    packed = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    write_tensors(path, packed, {"shapes": json.dumps(shapes)})
+
+
+def read_masks(path: Path) -> dict[str, Tensor]:
+    """The masks of `write_masks`, bool `(C_out, C_in)` by linear."""
+    with safe_open(path, framework="pt") as file:
+        shapes = json.loads((file.metadata() or {})["shapes"])
+        masks = {}
+        for name, shape in shapes.items():
+            bits = np.unpackbits(file.get_tensor(name).numpy(), count=shape[0] * shape[1])
+            masks[name] = torch.from_numpy(bits.astype(bool)).view(*shape)
+        return masks
+
+
+def apply_record(model: nn.Module, directory: Path) -> None:
+    """Turn the dense model into the pruned one of a run, in place.
+
+    Args:
+        model: the dense model that the run started from.
+        directory: of a run that has been pruned.
+
+    Raises:
+        DataError: the pruner changed weights, but they were not kept (`save_weights=false`).
+    """
+    metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    weights = load_file(directory / WEIGHTS) if (directory / WEIGHTS).is_file() else {}
+    if metrics["sparsity"].get("weights_changed") and not weights:
+        raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
+    for path, mask in read_masks(directory / MASKS).items():
+        weight = linear_at(model, path).weight
+        new = weights[path] if path in weights else weight.data
+        weight.data = torch.where(mask.to(weight.device), new.to(weight), 0.0)

@@ -1,0 +1,92 @@
+"""What a person sees at the end: one run, or several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def terminal() -> Console:
+    """Console for tables: the width of the terminal, or wide enough for any table when the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
+    """Table of one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
+    console = console or terminal()
+    table = Table(title=metrics["name"], title_justify="left")
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("sparse", justify="right")
+    for label, dense, sparse in _result_rows(metrics):
+        table.add_row(label, dense, sparse)
+    console.print(table)
+    sparsity = metrics["sparsity"]
+    console.print(
+        f"sparsity  {sparsity['pattern']} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
+        f"{_mean(metrics['retained_saliency']):.2%} of the saliency kept)"
+    )
+    stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in metrics["seconds"].items())
+    console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")
+    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak")
+    console.print(f"files     {directory}", soft_wrap=True)
+
+
+def print_comparison(runs: Sequence[tuple[dict[str, Any], Path]], console: Console | None = None) -> None:
+    """Table of several finished runs: the dense model once, then a row a run."""
+    console = console or terminal()
+    labels = [label for label, _, _ in _result_rows(runs[0][0])]
+    table = Table(title="sparse models", title_justify="left")
+    table.add_column("run")
+    for label in [*labels, "saliency kept", "time"]:
+        table.add_column(label, justify="right")
+    table.add_row("dense", *[dense for _, dense, _ in _result_rows(runs[0][0])], "", "")
+    for metrics, directory in runs:
+        rows = {label: sparse for label, _, sparse in _result_rows(metrics)}
+        table.add_row(
+            metrics["name"],
+            *[rows.get(label, "") for label in labels],
+            f"{_mean(metrics['retained_saliency']):.2%}",
+            _duration(sum(metrics["seconds"].values())),
+        )
+    console.print(table)
+    for metrics, directory in runs:
+        console.print(f"{metrics['name']}: {directory}", soft_wrap=True)
+
+
+def _result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    dense, sparse = metrics.get("perplexity", {}).get("dense", {}), metrics.get("perplexity", {}).get("sparse", {})
+    for name, values in dense.items():
+        label = f"{name} perplexity (window {values['window']})"
+        rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
+    dense, sparse = metrics.get("zero_shot", {}).get("dense", {}), metrics.get("zero_shot", {}).get("sparse", {})
+    for name, values in dense.items():
+        label = f"{name} acc, {'limited to ' if values['limited'] else ''}{values['n']} items"
+        rows.append((label, _accuracy(values), _accuracy(sparse[name])))
+    if len(dense) > 1:
+        means = [sum(values["acc"] or 0.0 for values in part.values()) / len(part) for part in (dense, sparse)]
+        rows.append(("average acc", f"{means[0]:.1%}", f"{means[1]:.1%}"))
+    return rows
+
+
+def _accuracy(values: dict[str, Any]) -> str:
+    if values["acc"] is None:
+        return "-"
+    error = "" if values["stderr"] is None else f" ± {values['stderr']:.1%}"
+    return f"{values['acc']:.1%}{error}"
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"

@@ -1,0 +1,230 @@
+"""One job, top to bottom: load, evaluate the dense model, calibrate, permute, prune, evaluate, record."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from permllm.config import RunConfig, instantiate
+from permllm.data.calibration import calibration_tokens
+from permllm.data.text import CALIBRATION_DATASETS
+from permllm.errors import ConfigError
+from permllm.evaluation.dense import cached_dense_result
+from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from permllm.evaluation.zero_shot import zero_shot
+from permllm.memory import peak_host_memory, peak_memory, reset_peak_memory
+from permllm.models.families import channel_groups
+from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
+from permllm.permutation.lcp import LearningProblem
+from permllm.plan import print_plan
+from permllm.pruning.pipeline import PrunedModel, Pruner, calibrate_dense, prune
+from permllm.results.environment import environment
+from permllm.results.files import write_json, write_tensors
+from permllm.results.loggers import RunLogger, open_logger
+from permllm.results.record import (
+    BEST_SO_FAR,
+    CHECKPOINT,
+    ENVIRONMENT,
+    HISTORY,
+    MASKS,
+    PERMUTATIONS,
+    WEIGHTS,
+    RunRecord,
+    apply_record,
+    write_masks,
+)
+from permllm.results.table import print_run
+from permllm.sparsity import check_divides
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
+    """Run one job.
+
+    Returns:
+        The metrics and the run directory; None when only a plan was asked for.
+
+    Raises:
+        PermLLMError: with one line for the person who started it.
+    """
+    pruner: Pruner = instantiate(config.pruner)
+    permutation = instantiate(config.permutation)
+    resolve_device(config.model.device)
+    if config.calibration.dataset not in CALIBRATION_DATASETS:
+        valid = ", ".join(CALIBRATION_DATASETS)
+        raise ConfigError(f"calibration.dataset={config.calibration.dataset!r} is not valid; valid are: {valid}")
+    if config.plan or config.model.source != "hub" or config.model.architecture:
+        skeleton = meta_model(config.model)
+        for group in channel_groups(skeleton):
+            check_divides(config.pattern, group.channels, group.name)
+        if config.plan:
+            print_plan(config, skeleton, pruner, permutation)
+            return None
+
+    record = RunRecord(config.directory(), config, config.force)
+    with record.locked():
+        if record.finished:
+            log.info("%s is finished already; force=true runs it again", record.directory)
+        else:
+            with open_logger(config, record.directory) as logger:
+                _stages(config, pruner, permutation, record, logger)
+        print_run(record.metrics, record.directory)
+    return record.metrics, record.directory
+
+
+def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunRecord, logger: RunLogger) -> None:
+    metrics = record.metrics
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    device = resolve_device(config.model.device)
+    reset_peak_memory(device)
+    write_json(record.path(ENVIRONMENT), environment(config.seed, device))
+    with record.stage("load"):
+        loaded = load_model(config.model, config.seed)
+        groups = channel_groups(loaded.model)
+        for group in groups:
+            check_divides(config.pattern, group.channels, group.name)
+
+    _evaluate(config, loaded, record, "dense")
+    if "sparsity" in metrics:
+        log.info("continuing %s after pruning", record.directory)
+        apply_record(loaded.model, record.directory)
+    else:
+        with record.stage("calibrate"):
+            tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
+            dense = None
+            if permutation.learned or config.calibration.statistics == "dense":
+                dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size)
+        order: Callable[[str, Tensor, Any], Tensor]
+        if permutation.learned:
+            assert dense is not None
+            with record.stage("permute"):
+                problem = LearningProblem(
+                    model=loaded.model,
+                    groups=groups,
+                    tokens=tokens,
+                    factors=dense.factors,
+                    target=dense.target,
+                    pattern=config.pattern,
+                    seed=config.seed,
+                    calibration_batch_size=config.calibration.batch_size,
+                    directory=record.directory,
+                    on_step=lambda step, values: logger.log(values, step),
+                    on_pass=record.append_history,
+                )
+                orders = _learned_orders(permutation, problem, record)
+
+            def order(name: str, saliency: Tensor, pattern: Any) -> Tensor:
+                return orders[name]
+        else:
+            order = permutation.order
+        with record.stage("prune"):
+            pruned = prune(
+                loaded.model,
+                groups,
+                tokens,
+                pruner,
+                config.pattern,
+                order,
+                config.calibration.batch_size,
+                dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
+            )
+            _write_pruned(config, loaded, pruner, pruned, record)
+        if not permutation.learned:
+            metrics["seconds"]["permute"] = pruned.permute_seconds
+            metrics["seconds"]["prune"] -= pruned.permute_seconds
+    _evaluate(config, loaded, record, "sparse")
+
+    metrics["peak_memory_bytes"] = peak_memory(device)
+    metrics["peak_host_memory_bytes"] = peak_host_memory()
+    metrics["status"] = "finished"
+    record.save()
+    record.path(CHECKPOINT).unlink(missing_ok=True)
+    record.path(BEST_SO_FAR).unlink(missing_ok=True)
+    logger.summary(_flat(metrics))
+
+
+def _learned_orders(permutation: Any, problem: LearningProblem, record: RunRecord) -> dict[str, Tensor]:
+    if record.path(PERMUTATIONS).is_file():
+        log.info("continuing %s with the learned order", record.directory)
+        return load_file(record.path(PERMUTATIONS))
+    if not record.path(CHECKPOINT).is_file():
+        record.path(HISTORY).unlink(missing_ok=True)
+    orders: dict[str, Tensor] = permutation.learn(problem)
+    write_tensors(record.path(PERMUTATIONS), orders)
+    return orders
+
+
+def _write_pruned(
+    config: RunConfig, loaded: LoadedModel, pruner: Pruner, pruned: PrunedModel, record: RunRecord
+) -> None:
+    write_tensors(record.path(PERMUTATIONS), pruned.orders)
+    write_masks(record.path(MASKS), pruned.masks)
+    if pruner.updates_weights and config.save_weights:
+        weights = {path: loaded.model.get_submodule(path).weight.data.cpu() for path in pruned.masks}
+        write_tensors(record.path(WEIGHTS), weights)
+    zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
+    record.metrics["sparsity"] = {
+        "pattern": str(config.pattern),
+        "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
+        "violations": pruned.violations,
+        "weights_changed": pruner.updates_weights,
+    }
+    record.metrics["retained_saliency"] = pruned.retained
+    record.metrics["output_error"] = pruned.output_error
+
+
+def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: str) -> None:
+    """Perplexity and zero-shot accuracy of the model as it now is; what the record holds already is kept."""
+    metrics, evaluation = record.metrics, config.evaluation
+    # Only what was computed on the same kind of device may be reused.
+    identity: dict[str, Any] = {"model": loaded.identity, "device": resolve_device(config.model.device).type}
+    with record.stage(f"evaluate {which}"):
+        if evaluation.perplexity.dataset or evaluation.perplexity.data_files:
+            kept = metrics.setdefault("perplexity", {}).setdefault(which, {})
+            if not kept:
+                text = perplexity_windows(loaded.tokenizer, evaluation.perplexity)
+
+                def measure() -> dict[str, Any]:
+                    label = f"{which} perplexity"
+                    return perplexity(loaded.model, text.windows, evaluation.perplexity.batch_tokens, label)
+
+                digest = hashlib.sha256(text.windows.numpy().tobytes()).hexdigest()
+                key = identity | {"perplexity": digest, "window": text.windows.shape[1]}
+                kept[text.name] = cached_dense_result(key, measure) if which == "dense" else measure()
+                record.save()
+        if evaluation.zero_shot.tasks:
+            settings = evaluation.zero_shot
+            kept = metrics.setdefault("zero_shot", {}).setdefault(which, {})
+            if not kept:
+
+                def accuracy() -> dict[str, Any]:
+                    return zero_shot(loaded.model, loaded.tokenizer, settings)
+
+                key = identity | {"tasks": settings.tasks, "limit": settings.limit, "source": settings.source}
+                kept.update(cached_dense_result(key, accuracy) if which == "dense" else accuracy())
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metrics as one level, keys joined by slashes; single groups are summarised by their mean."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key in ("retained_saliency", "output_error"):
+            flat[f"{name}/mean"] = sum(value.values()) / len(value)
+        elif isinstance(value, dict) and key not in ("protocol", "units"):
+            flat |= _flat(value, f"{name}/")
+        elif isinstance(value, int | float | str):
+            flat[name] = value
+    return flat

@@ -1,0 +1,23 @@
+"""The one entry: `python run.py` prunes the default model; `python run.py --help` lists the groups."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from permllm.cli import Session
+from permllm.config import register_resolvers
+
+SESSION = Session()
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    """One job of the command line."""
+    SESSION.job(composed)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(SESSION.close())

@@ -1,0 +1,40 @@
+"""Perplexity against its definition, token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from permllm.config import PerplexityConfig
+from permllm.data.text import builtin_text
+from permllm.errors import DataError
+from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from tests.conftest import tiny_model
+
+
+def test_value_equals_the_definition() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    windows = torch.randint(0, 259, (3, 10), generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for window in windows:
+        for position in range(1, 10):
+            log_p = model(input_ids=window[None, :position]).logits[0, -1].log_softmax(-1)
+            total -= float(log_p[window[position]])
+    result = perplexity(model, windows, batch_tokens=20)
+    assert result["value"] == pytest.approx(math.exp(total / 27), rel=1e-5)
+    assert (result["window"], result["tokens"]) == (10, 27)
+    assert perplexity(model, windows, batch_tokens=1)["value"] == pytest.approx(result["value"], rel=1e-6)
+
+
+def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    text = perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100))
+    tokens = tokenizer(builtin_text())["input_ids"]
+    assert text.name == "builtin"
+    assert text.windows.flatten().tolist() == tokens[: len(tokens) // 100 * 100]
+    assert perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100, limit=3)).windows.shape == (3, 100)
+    with pytest.raises(DataError, match="fewer than one"):
+        perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100_000))

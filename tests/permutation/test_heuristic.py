@@ -1,0 +1,86 @@
+"""RIA's channel reallocation against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.permutation.heuristic import allocate, assignment_scores, heuristic_order, reassign_position
+from permllm.sparsity import NMPattern
+
+
+def retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:
+    groups = saliency[:, perm].unflatten(1, (-1, pattern.m))
+    return float(groups.topk(pattern.n, dim=2).values.sum())
+
+
+def random_saliency(rows: int, channels: int, seed: int) -> Tensor:
+    return torch.rand(rows, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).pow(3)
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(3, 4), NMPattern(4, 8)])
+@pytest.mark.parametrize("seed", range(3))
+def test_each_assignment_step_is_the_best_of_all_and_never_lowers(pattern: NMPattern, seed: int) -> None:
+    groups = 4
+    saliency = random_saliency(6, groups * pattern.m, seed)
+    perm = torch.randperm(groups * pattern.m, generator=torch.Generator().manual_seed(seed))
+    for position in range(pattern.m):
+        best = 0.0
+        for exchange in itertools.permutations(range(groups)):
+            places = perm.view(groups, pattern.m).clone()
+            places[:, position] = places[list(exchange), position]
+            best = max(best, retained(saliency, places.flatten(), pattern))
+        after = reassign_position(saliency, perm, position, pattern)
+        assert sorted(after.tolist()) == list(range(len(perm)))
+        assert retained(saliency, after, pattern) == pytest.approx(best, rel=1e-12)
+        assert retained(saliency, after, pattern) >= retained(saliency, perm, pattern) - 1e-12
+        perm = after
+
+
+def test_scores_equal_a_loop_over_groups_up_to_a_constant_of_the_group() -> None:
+    pattern = NMPattern(2, 4)
+    saliency = random_saliency(7, 24, 0)
+    perm = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    scores = assignment_scores(saliency, perm, 1, pattern)
+    places = perm.view(6, 4)
+    for b in range(6):
+        full = []
+        for a in range(6):
+            members = places[b].clone()
+            members[1] = places[a, 1]
+            full.append(float(saliency[:, members].topk(2, dim=1).values.sum()))
+        difference = torch.tensor(full, dtype=torch.float64) - scores[:, b]
+        torch.testing.assert_close(difference, difference[:1].expand(6), rtol=0, atol=1e-10)
+
+
+def test_channels_are_dealt_in_a_snake() -> None:
+    saliency = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]])
+    assert allocate(saliency, NMPattern(2, 4)).view(2, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_result_is_a_permutation_that_retains_at_least_as_much_as_the_identity(seed: int) -> None:
+    pattern = NMPattern(2, 4)
+    saliency = random_saliency(20, 64, seed)
+    perm = heuristic_order(saliency, pattern)
+    assert sorted(perm.tolist()) == list(range(64))
+    assert retained(saliency, perm, pattern) > retained(saliency, torch.arange(64), pattern)
+
+
+def test_the_identity_is_returned_when_it_is_the_best() -> None:
+    # Each group holds the two large entries of every row already: nothing can be gained.
+    saliency = torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]])
+    pattern = NMPattern(2, 4)
+    perm = heuristic_order(saliency, pattern)
+    assert retained(saliency, perm, pattern) == 36.0
+
+
+def test_many_rows_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    saliency = random_saliency(50, 16, 0)
+    perm = torch.arange(16)
+    whole = assignment_scores(saliency, perm, 0, NMPattern(2, 4))
+    monkeypatch.setattr("permllm.permutation.heuristic._ROWS_AT_A_TIME", 7)
+    torch.testing.assert_close(assignment_scores(saliency, perm, 0, NMPattern(2, 4)), whole)

@@ -1,0 +1,182 @@
+"""The training loop: it learns, is reproducible, continues, stops at NaN, and stays inside its blocks."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from permllm.errors import ConfigError, TrainingError
+from permllm.models.decoder import LayerStream
+from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.permutation import lcp as lcp_module
+from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.lcp import cosine_loss
+from permllm.permutation.temperature import Constant, Cosine, Exponential, Linear
+from permllm.pruning.pipeline import prune
+from permllm.pruning.wanda import Wanda
+from tests.conftest import tiny_model
+from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
+
+
+def output_loss(orders: dict[str, Tensor]) -> float:
+    """Loss of the pruned model under given orders, by pruning for real."""
+    model = tiny_model("llama")
+    learning = problem(model, Wanda())
+    prune(model, learning.groups, tokens(), Wanda(), PATTERN, lambda name, _, __: orders[name], 4, learning.factors)
+    stream = LayerStream(model, tokens(), 4)
+    for index in range(len(decoder_layers(model))):
+        stream.advance(index)
+    return float(cosine_loss(stream.states(), learning.target))
+
+
+@pytest.mark.parametrize("init", ["random", "heuristic"])
+@pytest.mark.parametrize("straight_through", ["hard", "soft"])
+def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight_through: str) -> None:
+    losses: list[float] = []
+    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: losses.append(values["loss"]))
+    settings = lcp(init=init, straight_through=straight_through, passes=40, learning_rate=0.02, block_size=32, batch_size=6)
+    orders = settings.learn(learning)
+    before = min(output_loss({g.name: torch.arange(g.channels) for g in learning.groups}), losses[0])
+    assert output_loss(orders) < 0.95 * before
+    assert len(losses) == 30
+
+
+def test_the_loss_of_a_step_is_the_loss_of_the_really_pruned_model() -> None:
+    steps: list[float] = []
+    learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values: steps.append(values["loss"]))
+    settings = lcp(margin=5.0, passes=1, batch_size=6)  # one step, so far from the boundary that the order is the start's
+    orders = settings.learn(learning)
+    heuristic = {}
+    for group in learning.groups:
+        heuristic[group.name] = orders[group.name]
+    assert steps == [pytest.approx(output_loss(heuristic), rel=1e-4)]
+
+
+def test_seeds_give_equal_results_and_other_seeds_others() -> None:
+    def learned(seed: int) -> dict[str, Tensor]:
+        learning = problem(tiny_model("llama"), Wanda())
+        learning.seed = seed
+        return lcp(init="random").learn(learning)
+
+    first, again, other = learned(1), learned(1), learned(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) -> None:
+    whole = lcp(passes=4, init="random").learn(problem(tiny_model("llama"), Wanda()))
+
+    class Interrupt(Exception):
+        pass
+
+    def stop(values: dict[str, float]) -> None:
+        if values["pass"] == 2:
+            raise Interrupt
+
+    model = tiny_model("llama")
+    with pytest.raises(Interrupt):
+        lcp(passes=4, init="random").learn(problem(model, Wanda(), directory=tmp_path, on_pass=stop))
+    seen: list[float] = []
+    learning = problem(model, Wanda(), directory=tmp_path, on_pass=lambda values: seen.append(values["pass"]))
+    continued = lcp(passes=4, init="random").learn(learning)
+    assert seen == [3, 4]
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
+    orders = lcp(init="random", block_size=16, passes=3, learning_rate=0.1).learn(problem(tiny_model("llama"), Wanda()))
+    moved = False
+    for order in orders.values():
+        for start in range(0, len(order), 16):
+            block = order[start : start + 16]
+            assert sorted(block.tolist()) == list(range(start, start + 16))
+            moved |= not torch.equal(block, torch.arange(start, start + 16))
+    assert moved
+
+
+def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
+    model = tiny_model("llama")
+    learning = problem(model, Wanda())
+    dense = copy.deepcopy(model)
+    orders = lcp(last_layers=1, init="random", passes=2, learning_rate=0.1).learn(learning)
+    for group in learning.groups:
+        result = prune(
+            copy.deepcopy(dense), channel_groups(dense), tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors
+        )
+        same = torch.equal(orders[group.name], result.orders[group.name])
+        assert same == (group.layer == 0)
+
+
+def test_checkpointing_activations_changes_nothing() -> None:
+    with_it = lcp(activation_checkpointing=True, init="random").learn(problem(tiny_model("llama"), Wanda()))
+    without = lcp(activation_checkpointing=False, init="random").learn(problem(tiny_model("llama"), Wanda()))
+    assert all(torch.equal(with_it[name], without[name]) for name in with_it)
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_best(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+
+    def break_layer(values: dict[str, float]) -> None:
+        if values["pass"] == 2:
+            norm = decoder_layers(model)[1].input_layernorm
+            norm.weight.data[0] = float("nan")
+
+    with pytest.raises(TrainingError, match=r"pass 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
+        lcp(passes=5).learn(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
+    kept = load_file(tmp_path / "best_so_far.safetensors")
+    assert set(kept) == {group.name for group in channel_groups(model)}
+    assert str(tmp_path) in str(caught.value)
+    assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
+
+
+def test_bfloat16_weights_learn_with_float32_logits() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    orders = lcp(init="random", learning_rate=0.1).learn(problem(model, Wanda()))
+    assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": "zeros"}, "permutation.init='zeros'"),
+        ({"straight_through": "both"}, "permutation.straight_through"),
+        ({"sinkhorn_iterations": -1}, "permutation.sinkhorn_iterations=-1"),
+        ({"passes": 0}, "permutation.passes=0"),
+        ({"batch_size": 1.5}, "permutation.batch_size=1.5"),
+        ({"learning_rate": 0}, "permutation.learning_rate=0"),
+        ({"last_layers": 0}, "permutation.last_layers=0"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lcp(**settings)
+
+
+def test_no_sinkhorn_iterations_are_valid() -> None:
+    lcp(sinkhorn_iterations=0).learn(problem(tiny_model("llama"), Wanda()))
+
+
+def test_schedules() -> None:
+    progress = [0.0, 0.25, 0.5, 1.0]
+    assert [Linear(1.0, 0.1)(p) for p in progress] == pytest.approx([1.0, 0.775, 0.55, 0.1])
+    assert [Cosine(1.0, 0.0001)(p) for p in progress] == pytest.approx([1.0, 0.8536, 0.50005, 0.0001], abs=1e-4)
+    assert [Exponential(1.0, 0.01)(p) for p in progress] == pytest.approx([1.0, 0.3162, 0.1, 0.01], abs=1e-4)
+    assert [Constant(0.3, 0.1)(p) for p in progress] == [0.3] * 4
+    with pytest.raises(ConfigError, match=r"temperature\.end=0"):
+        Linear(1.0, 0)
+
+
+def test_cosine_loss_against_its_formula() -> None:
+    a, b = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    total = 0.0
+    for i in range(2):
+        for j in range(3):
+            total += 1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm()))
+    assert float(cosine_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
+    assert lcp_module.cosine_loss(a, a) == pytest.approx(0.0, abs=1e-12)

@@ -1,0 +1,139 @@
+"""The masked linear against design formulas with explicit dense permutation matrices, in float64."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from permllm.permutation.blocks import BlockLogits, split_blocks
+from permllm.permutation.masked_linear import PermutedMaskedLinear
+from permllm.permutation.sinkhorn import sinkhorn
+from permllm.pruning.saliency import SaliencyFactors
+from permllm.sparsity import NMPattern
+
+Variant = Literal["hard", "soft"]
+
+
+def dense_permutation(base: Tensor, blocks: list[Tensor]) -> Tensor:
+    """`P[base[b B + i], b B + j] = blocks[b][i, j]`: one dense C x C matrix, differentiable in the blocks."""
+    local = torch.block_diag(*[block for stack in blocks for block in stack])
+    placed = torch.zeros_like(local)
+    return placed.index_put((base,), local)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    return hard.detach() + soft - soft.detach()
+
+
+def dense_output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    saliency: Tensor,
+    soft: Tensor,
+    hard: Tensor,
+    pattern: NMPattern,
+    variant: Variant,
+) -> tuple[Tensor, Tensor]:
+    """The method's formula with dense matrices: (output, mask in original order)."""
+    p = straight_through(hard, soft)
+    permuted = saliency @ p
+    groups = permuted.unflatten(1, (-1, pattern.m))
+    soft_mask = groups.softmax(-1).flatten(1)
+    kept = torch.zeros_like(groups).scatter_(2, groups.topk(pattern.n, dim=2).indices, 1.0).flatten(1)
+    if variant == "hard":
+        mask = straight_through(kept, soft_mask) @ p.T
+    else:
+        mask = straight_through(kept @ hard.T, soft_mask @ p.T)
+    return nn.functional.linear(x, weight * mask, bias), mask
+
+
+@pytest.mark.parametrize("variant", ["hard", "soft"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("two_terms", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_mask_and_gradients_equal_the_dense_formula(
+    variant: Variant, n: int, m: int, power: int, two_terms: bool, bias: bool
+) -> None:
+    rows, channels, block_size = 10, 40, 16  # two blocks of 16 and one of 8
+    generator = torch.Generator().manual_seed(n * m + power)
+    linear = nn.Linear(channels, rows, bias=bias, dtype=torch.float64).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    terms = 2 if two_terms else 1
+    factors = SaliencyFactors(
+        power,
+        torch.rand(terms, channels, generator=generator, dtype=torch.float64) + 0.5,
+        torch.rand(terms, rows, generator=generator, dtype=torch.float64) + 0.5 if two_terms else None,
+    )
+    base = torch.randperm(channels, generator=generator)
+    start = [
+        torch.randn(stack.count, stack.size, stack.size, generator=generator, dtype=torch.float64)
+        for stack in split_blocks(channels, block_size)
+    ]
+    x = torch.randn(3, 7, channels, generator=generator, dtype=torch.float64)
+    grad = torch.randn(3, 7, rows, generator=generator, dtype=torch.float64)
+
+    logits = BlockLogits(base, block_size, [stack.clone() for stack in start])
+    module = PermutedMaskedLinear(linear, factors, NMPattern(n, m), logits.stacks, variant)
+    soft = logits.soft(0.7, 3)
+    perm, hard = logits.order(soft)
+    module.set_order(perm, hard, soft)
+    ours_x = x.clone().requires_grad_()
+    ours = module(ours_x)
+    ours.backward(grad)
+
+    reference = [stack.clone().requires_grad_() for stack in start]
+    reference_x = x.clone().requires_grad_()
+    soft_matrix = dense_permutation(base, [sinkhorn(stack, 0.7, 3) for stack in reference])
+    hard_matrix = torch.zeros(channels, channels, dtype=torch.float64)
+    hard_matrix[perm, torch.arange(channels)] = 1.0
+    row = torch.ones(1, rows, dtype=torch.float64) if factors.row is None else factors.row
+    saliency = linear.weight.abs() ** power * (row.T @ factors.column)
+    expected, mask = dense_output(
+        reference_x, linear.weight, linear.bias, saliency, soft_matrix, hard_matrix, NMPattern(n, m), variant
+    )
+    expected.backward(grad)
+
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    assert ours_x.grad is not None
+    torch.testing.assert_close(ours_x.grad, reference_x.grad, rtol=1e-10, atol=1e-10)
+    for parameter, stack in zip(logits.logits, reference, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 1e-3
+        torch.testing.assert_close(parameter.grad, stack.grad, rtol=1e-10, atol=1e-10)
+    assert torch.equal(mask != 0, mask > 0.5)
+
+
+def test_the_two_straight_through_variants_differ() -> None:
+    grads = {}
+    for variant in ("hard", "soft"):
+        torch.manual_seed(0)
+        linear = nn.Linear(16, 8).requires_grad_(False)
+        logits = BlockLogits(torch.arange(16), 16, [torch.randn(1, 16, 16)])
+        module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, 16)), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
+        soft = logits.soft(1.0, 5)
+        module.set_order(*logits.order(soft), soft)
+        module(torch.randn(5, 16)).square().sum().backward()
+        grads[variant] = logits.logits[0].grad
+    assert not torch.allclose(grads["hard"], grads["soft"])
+
+
+def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
+    logits = BlockLogits(torch.arange(8), 8, [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
+    soft = logits.soft(1.0, 2)
+    expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
+    torch.testing.assert_close(soft[0], expected)
+    (soft[0] * torch.randn(8, 8)).sum().backward()
+    assert logits.scale is not None
+    assert logits.scale.grad is not None
+
+
+@pytest.mark.parametrize(("channels", "size", "expected"), [(576, 64, [(0, 9, 64)]), (576, 128, [(0, 4, 128), (512, 1, 64)]), (32, 64, [(0, 1, 32)])])
+def test_blocks_cover_the_channels(channels: int, size: int, expected: list[tuple[int, int, int]]) -> None:
+    assert [(stack.start, stack.count, stack.size) for stack in split_blocks(channels, size)] == expected

@@ -1,0 +1,85 @@
+"""The real command line: one job, a sweep, the plan, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_command
+
+
+def only_run(cwd: Path) -> Path:
+    (directory,) = [path for path in (cwd / "runs").iterdir() if (path / "metrics.json").is_file()]
+    return directory
+
+
+def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> None:
+    first = run_command("model=tiny", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    directory = only_run(tmp_path)
+    assert str(directory.relative_to(tmp_path)) in first.stdout
+    assert "builtin perplexity" in first.stdout
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    expected = {"config.yaml", "metrics.json", "history.jsonl", "permutations.safetensors", "masks.safetensors"}
+    assert names == expected | {"environment.json"}
+    assert list((tmp_path / "runs" / "wandb").glob("offline-run-*"))  # the default logger, without a key
+    written = (directory / "metrics.json").stat().st_mtime_ns
+    second = run_command("model=tiny", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "is finished already" in second.stderr
+    assert (directory / "metrics.json").stat().st_mtime_ns == written
+    assert "Traceback" not in first.stderr + second.stderr
+
+
+def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(tmp_path: Path) -> None:
+    result = run_command("-m", "model=tiny", "logger=none", "block_size=16,30,32", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "error: block_size=30 is not a multiple of M = 4" in result.stderr
+    assert "Traceback" not in result.stderr
+    metrics = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/metrics.json")]
+    assert len(metrics) == 2
+    assert all(entry["status"] == "finished" for entry in metrics)
+    assert "sparse models" in result.stdout
+
+
+def test_quickstart_compares_three_permutations_in_one_table(tmp_path: Path) -> None:
+    result = run_command("experiment=quickstart", "model=tiny", "logger=none", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = result.stdout[result.stdout.index("sparse models") :]
+    for name in ("tiny-wanda-none-2x4", "tiny-wanda-heuristic-2x4", "tiny-wanda-lcp-2x4", "dense"):
+        assert name in table
+
+
+def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path: Path) -> None:
+    result = run_command("model=qwen2.5-7b", "plan=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for number in ("3584", "18944", "53215232"):
+        assert number in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pruner=none"], "Could not find 'pruner/none'"),
+        (["modle=tiny"], "modle"),
+        (["model=local"], "model.path"),
+        (["model=qwen2.5-0.5b", "logger=none"], "model Qwen/Qwen2.5-0.5B is not in the local hub cache"),
+    ],
+)
+def test_bad_input_ends_with_code_1_and_no_traceback(overrides: list[str], message: str, tmp_path: Path) -> None:
+    result = run_command(*overrides, cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_directory_of_the_cache_and_a_run_directory_by_name(tmp_path: Path) -> None:
+    arguments = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path / 'mine'}"]
+    assert run_command(*arguments, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "mine" / "metrics.json").is_file()
+    other = run_command(*arguments, "seed=1", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "holds another config (it differs in seed)" in other.stderr

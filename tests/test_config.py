@@ -1,0 +1,179 @@
+"""Every YAML composes and instantiates; every command that is written down is one that works; bad values get one line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from permllm.cli import Session
+from permllm.config import RunConfig, instantiate, read_config
+from permllm.errors import ConfigError
+from permllm.models.families import channel_groups
+from permllm.models.loading import meta_model
+from permllm.results.files import write_tensors
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "local")
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def config(*overrides: str) -> RunConfig:
+    return read_config(composed(*overrides))
+
+
+def written_commands() -> list[str]:
+    """Every `python run.py ...` in the README, the other documents and the comments of the YAML files."""
+    commands = []
+    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(CONF.rglob("*.yaml"))]:
+        for line in re.findall(r"python run\.py[^`\n#]*", file.read_text(encoding="utf-8")):
+            commands.append(line.split(";")[0].split("&&")[0].strip())
+    return sorted(set(commands))
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_says_what_it_is_and_the_command_that_uses_it(option: Path) -> None:
+    lines = (CONF / option).read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines[:6] if line.startswith("#") and "@package" not in line]
+    assert len(head) >= 2
+    assert any(f"{option.parent}={option.stem}" in line for line in head if "python run.py" in line)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) -> None:
+    overrides = [f"{option.parent}={option.stem}"]
+    if option.stem == "local":
+        overrides.append(f"model.path={tmp_path}")
+    if option.stem == "text":
+        overrides.append("calibration.data_files=some.txt")
+    if option.stem == "from_file":
+        import torch
+
+        write_tensors(tmp_path / "permutations.safetensors", {"x": torch.arange(4)})
+        overrides.append(f"permutation.path={tmp_path}")
+    settings = config(*overrides)
+    instantiate(settings.pruner)
+    instantiate(settings.permutation)
+    instantiate(settings.temperature)
+
+
+@pytest.mark.parametrize("command", written_commands())
+def test_every_written_command_composes(command: str) -> None:
+    arguments = [word for word in shlex.split(command)[2:] if word not in ("-m", "--multirun")]
+    if "--help" in arguments:
+        return
+    # A sweep composes each of its values.
+    for position in range(max(len(word.split(",")) for word in [*arguments, ""])):
+        chosen = []
+        for word in arguments:
+            key, _, value = word.partition("=")
+            values = value.split(",") if not value.startswith("[") else [value]
+            chosen.append(f"{key}={values[min(position, len(values) - 1)]}")
+        config(*chosen)
+
+
+def test_the_defaults_are_those_of_the_readme() -> None:
+    settings = config()
+    assert settings.model.name == "smollm2-135m"
+    assert settings.pruner["name"] == "wanda"
+    assert settings.sparsity == "2:4"
+    assert settings.permutation["name"] == "lcp"
+    assert settings.block_size == settings.permutation["block_size"] == 64
+    assert settings.temperature["name"] == "linear"
+    assert settings.calibration.dataset == settings.evaluation.perplexity.dataset == "boolq-passages"
+    assert settings.logger.name == "wandb"
+
+
+def test_models_choose_their_texts_and_explicit_choices_win() -> None:
+    hub = config("model=qwen2.5-7b")
+    assert (hub.calibration.dataset, hub.evaluation.perplexity.dataset) == ("c4", "wikitext2")
+    assert (hub.evaluation.perplexity.window, hub.calibration.samples, hub.calibration.length) == (2048, 128, 1024)
+    tiny = config("model=tiny")
+    assert (tiny.calibration.dataset, tiny.evaluation.zero_shot.tasks) == ("builtin", [])
+    chosen = config("model=tiny", "calibration=c4", "evaluation.zero_shot.tasks=[piqa]")
+    assert (chosen.calibration.dataset, chosen.evaluation.zero_shot.tasks) == ("c4", ["piqa"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_architecture_builds_without_weights(model: str) -> None:
+    groups = channel_groups(meta_model(config(f"model={model}").model))
+    assert all(group.channels % 8 == 0 for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.544), ("qwen2.5-7b", 7.616), ("qwen3-8b", 8.191), ("llama-2-7b", 6.738),
+     ("llama-2-13b", 13.016), ("llama-3.2-1b", 1.236), ("llama-3.1-8b", 8.030), ("mistral-7b", 7.242), ("opt-125m", 0.125),
+     ("opt-1.3b", 1.316), ("opt-6.7b", 6.658), ("smollm2-135m", 0.1345)],
+)  # fmt: skip
+def test_architectures_have_the_published_number_of_parameters(model: str, billions: float) -> None:
+    parameters = sum(parameter.numel() for parameter in meta_model(config(f"model={model}").model).parameters())
+    assert parameters / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_identity_leaves_out_what_does_not_change_a_result() -> None:
+    base = config("model=tiny").hash()
+    assert config("model=tiny", "logger=none", "force=true", "runs_dir=elsewhere").hash() == base
+    assert config("model=tiny", "seed=1").hash() != base
+    assert config("model=tiny", "permutation.passes=3").hash() != base
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sparsity=4:2"], "sparsity=4:2"),
+        (["sparsity=24"], "expected N:M"),
+        (["sparsity=2:5"], "M = 5"),
+        (["sparsity=3:7", "permutation=none"], "does not divide the 32 input channels of model.layers.0.self_attn.qkv_proj"),
+        (["block_size=30"], "block_size=30 is not a multiple of M = 4"),
+        (["block_size=0"], "block_size=0: expected a whole number of at least 1"),
+        (["block_size=many"], "block_size: Value 'many'"),
+        (["seed=x"], "seed"),
+        (["model.device=toaster"], "model.device='toaster'"),
+        (["model.dtype=int4"], "model.dtype='int4' is not valid; valid are: float32"),
+        (["calibration.dataset=mars"], "calibration.dataset='mars' is not valid; valid are: c4"),
+        (["calibration.samples=0"], "calibration.samples=0"),
+        (["calibration.samples=100000"], "but calibration.samples=100000 of calibration.length=64 need 6400000"),
+        (["calibration=text"], "calibration=text needs calibration.data_files=PATH"),
+        (["calibration=text", "calibration.data_files=nowhere.txt"], "text file nowhere.txt does not exist"),
+        (["evaluation.perplexity.dataset=mars"], "evaluation.perplexity.dataset='mars' is not valid; valid are: wikitext2"),
+        (["evaluation.perplexity.window=1000000"], "fewer than one evaluation.perplexity.window"),
+        (["evaluation.zero_shot.tasks=[marsqa]"], "lm-eval does not know marsqa"),
+        (["+permutation.nonsense=1"], "nonsense"),
+        (["permutation.init=zeros"], "permutation.init='zeros': expected heuristic or random"),
+        (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no readable permutations file"),
+        (["temperature.end=0"], "temperature.end=0"),
+        (["model.architecture.model_type=gpt2"], "model type 'gpt2' is not known; known are: llama"),
+        (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder"),
+    ],
+)
+def test_bad_values_get_one_line_that_names_them(
+    overrides: list[str], message: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    session = Session()
+    session.job(composed("model=tiny", "logger=none", *overrides))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert session.close() == 1
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert message in error[0]
+    assert not list(tmp_path.rglob("permutations.safetensors"))
+
+
+def test_full_errors_on_demand(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError):
+        Session().job(composed("model=tiny", "sparsity=4:2"))

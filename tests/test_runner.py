@@ -1,0 +1,220 @@
+"""The run record: its schema, resuming, forcing, and rebuilding the pruned model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from permllm import runner
+from permllm.config import read_config
+from permllm.errors import ConfigError, DataError
+from permllm.models.families import channel_groups, linear_at
+from permllm.models.loading import load_model
+from permllm.results.record import RunRecord, apply_record, read_masks, write_masks
+from permllm.sparsity import violations
+from tests.test_config import composed
+
+
+def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
+    result = runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
+def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
+    cache: Path, tmp_path: Path, pruner: str, permutation: str
+) -> None:
+    metrics, directory = run(tmp_path, f"pruner={pruner}", f"permutation={permutation}")
+    assert json.loads((directory / "metrics.json").read_text()) == metrics
+    assert metrics["schema_version"] == 1
+    for which in ("dense", "sparse"):
+        assert set(metrics["perplexity"][which]["builtin"]) == {"value", "window", "tokens"}
+    assert metrics["sparsity"]["pattern"] == "2:4"
+    assert metrics["sparsity"]["fraction"] == 0.5
+    assert metrics["sparsity"]["violations"] == 0
+    assert metrics["peak_memory_bytes"] > 0
+    assert {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"} <= set(metrics["seconds"])
+    assert (directory / "weights.safetensors").is_file() == (pruner == "sparsegpt")
+
+    config = read_config(composed("model=tiny"))
+    model = load_model(config.model, config.seed).model
+    apply_record(model, directory)
+    orders = load_file(directory / "permutations.safetensors")
+    masks = read_masks(directory / "masks.safetensors")
+    for group in channel_groups(model):
+        assert orders[group.name].dtype == torch.int64
+        assert metrics["retained_saliency"][group.name] <= 1
+        assert metrics["output_error"][group.name] > 0
+        for path in group.members:
+            weight = linear_at(model, path).weight
+            assert violations(weight, orders[group.name], config.pattern) == 0
+            assert not weight[~masks[path]].any()
+    from permllm.evaluation.perplexity import perplexity, perplexity_windows
+
+    windows = perplexity_windows(load_model(config.model, 0).tokenizer, config.evaluation.perplexity).windows
+    again = perplexity(model, windows, 2048)["value"]
+    assert again == pytest.approx(metrics["perplexity"]["sparse"]["builtin"]["value"], rel=1e-6)
+
+
+def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
+    _, directory = run(tmp_path)
+    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    assert [line["pass"] for line in lines] == list(range(1, 9))
+    assert set(lines[0]) == {"pass", "loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
+    environment = json.loads((directory / "environment.json").read_text())
+    assert {"versions", "git", "hardware", "seed", "command", "started"} == set(environment)
+    assert yaml.safe_load((directory / "config.yaml").read_text())["sparsity"] == "2:4"
+
+
+def test_the_same_command_gives_the_same_bits(cache: Path, tmp_path: Path) -> None:
+    first, first_directory = run(tmp_path / "a")
+    second, second_directory = run(tmp_path / "b")
+    assert first["perplexity"] == second["perplexity"]
+    for name in ("permutations.safetensors", "masks.safetensors"):
+        assert (first_directory / name).read_bytes() == (second_directory / name).read_bytes()
+
+
+def test_a_finished_run_is_skipped_and_force_runs_it_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    calls: list[str] = []
+    real = runner.load_model
+    monkeypatch.setattr(runner, "load_model", lambda *args: calls.append("load") or real(*args))
+    run(tmp_path)
+    assert not calls
+    run(tmp_path, "force=true")
+    assert calls == ["load"]
+
+
+@pytest.mark.parametrize("stage", ["prune", "_evaluate"])
+def test_an_unfinished_run_continues_and_does_not_learn_twice(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    whole, whole_directory = run(tmp_path / "whole")
+    real = getattr(runner, stage)
+
+    def fail(*args: Any, **keywords: Any) -> Any:
+        if stage == "prune" or args[-1] == "sparse":
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(runner, stage, fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(runner, stage, real)
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
+    monkeypatch.setattr("permllm.permutation.lcp._Training.run", lambda self: pytest.fail("learned again"))
+    metrics, directory = run(tmp_path)
+    assert metrics["status"] == "finished"
+    assert metrics["perplexity"] == whole["perplexity"]
+    assert (directory / "masks.safetensors").read_bytes() == (whole_directory / "masks.safetensors").read_bytes()
+
+
+def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) -> None:
+    learned, directory = run(tmp_path)
+    again, _ = run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
+    assert again["perplexity"]["sparse"] == learned["perplexity"]["sparse"]
+    other, other_directory = run(
+        tmp_path, "pruner=sparsegpt", "permutation=from_file", f"permutation.path={directory}/permutations.safetensors"
+    )
+    orders, expected = (load_file(d / "permutations.safetensors") for d in (other_directory, directory))
+    assert all(torch.equal(orders[name], expected[name]) for name in expected)
+    with pytest.raises(ConfigError, match="is not a permutation of 16 channels"):
+        run(
+            tmp_path, "permutation=from_file", f"permutation.path={directory}", "model.architecture.hidden_size=16",
+            "model.architecture.num_attention_heads=2",
+        )  # fmt: skip
+
+
+def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
+    _, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
+    config = read_config(composed("model=tiny"))
+    with pytest.raises(DataError, match="save_weights=false"):
+        apply_record(load_model(config.model, 0).model, directory)
+
+
+def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "permutation=none")
+    calls: list[str] = []
+    real = runner.perplexity
+    monkeypatch.setattr(runner, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
+    run(tmp_path, "permutation=heuristic")
+    assert calls == ["sparse perplexity"]
+    run(tmp_path, "permutation=heuristic", "evaluation.perplexity.window=32")
+    assert calls == ["sparse perplexity", "dense perplexity", "sparse perplexity"]
+
+
+@pytest.mark.parametrize("sparsity", ["4:8", "1:4", "3:4"])
+def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
+    metrics, _ = run(tmp_path, f"sparsity='{sparsity}'", "permutation.passes=1")
+    n, m = map(int, sparsity.split(":"))
+    assert metrics["sparsity"] | {"weights_changed": None} == {
+        "pattern": sparsity, "fraction": 1 - n / m, "violations": 0, "weights_changed": None,
+    }  # fmt: skip
+
+
+def test_your_own_text(cache: Path, tmp_path: Path) -> None:
+    from permllm.data.text import builtin_text
+
+    (tmp_path / "mine.txt").write_text(builtin_text())
+    metrics, _ = run(
+        tmp_path, "calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4",
+        "calibration.length=32", f"evaluation.perplexity.data_files={tmp_path}/mine.txt", "permutation=none",
+    )  # fmt: skip
+    assert set(metrics["perplexity"]["sparse"]) == {"mine"}
+
+
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match=r"is not empty and holds no config\.yaml"):
+        RunRecord(tmp_path, read_config(composed("model=tiny")))
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    config = read_config(composed("model=tiny"))
+    with RunRecord(tmp_path / "run", config).locked(), pytest.raises(ConfigError, match="in use by another process"):
+        with RunRecord(tmp_path / "run", config).locked():
+            pass
+
+
+def test_masks_take_one_bit_a_weight(tmp_path: Path) -> None:
+    mask = torch.rand(13, 20) > 0.5
+    write_masks(tmp_path / "masks.safetensors", {"a.b": mask})
+    assert torch.equal(read_masks(tmp_path / "masks.safetensors")["a.b"], mask)
+    assert load_file(tmp_path / "masks.safetensors")["a.b"].shape == (33,)
+
+
+def test_no_space_leaves_nothing_that_looks_like_a_result(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("permllm.results.files.save_file", full)
+    with pytest.raises(DataError, match="no space left to write"):
+        run(tmp_path, "permutation=none")
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert not list(directory.glob("*.safetensors"))
+    assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
+
+
+def test_tensorboard_and_wandb_get_the_training_and_the_result(cache: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = runner.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}/runs")))
+    assert result is not None
+    events = EventAccumulator(str(result[1] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"lcp/loss", "lcp/temperature", "lcp/flips", "lcp/seconds", "perplexity/sparse/builtin/value"} <= set(tags)
+    assert len(events.Scalars("lcp/loss")) == 16
