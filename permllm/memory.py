@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -13,10 +14,8 @@ def reset_peak_memory(device: torch.device) -> None:
     """Forget earlier peaks, so that each job of a sweep in one process reports its own (Linux; elsewhere no effect)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_host_memory() -> int:

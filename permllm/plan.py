@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from transformers import PreTrainedModel
 
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
@@ -16,7 +16,7 @@ from permllm.pruning.pipeline import Pruner
 from permllm.results.table import terminal
 
 
-def print_plan(config: RunConfig, model: nn.Module, pruner: Pruner, permutation: Any) -> None:
+def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any) -> None:
     """Print the plan of a run.
 
     Args:
@@ -61,7 +61,7 @@ def print_plan(config: RunConfig, model: nn.Module, pruner: Pruner, permutation:
 
 def _memory(
     config: RunConfig,
-    model: nn.Module,
+    model: PreTrainedModel,
     groups: list[ChannelGroup],
     pruner: Pruner,
     permutation: Any,
@@ -70,14 +70,14 @@ def _memory(
     window: int,
 ) -> dict[str, float]:
     item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
-    hidden = model.config.hidden_size  # type: ignore[union-attr]
+    hidden = model.config.hidden_size
     widest = max(sum(group.rows) for group in groups)
     largest = max(group.channels * sum(group.rows) for group in groups)
     weights = parameters * item
     states = config.calibration.samples * config.calibration.length * hidden * item
     forward = config.calibration.batch_size * config.calibration.length * (6 * hidden + 2 * widest) * item
     gram = 3 * 4 * max(group.channels for group in groups) ** 2 if pruner.needs_gram else 0
-    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+    vocabulary = model.config.vocab_size
     logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.window) * vocabulary * item
     stages = {
         "weights": float(weights),

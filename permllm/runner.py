@@ -22,7 +22,7 @@ from permllm.evaluation.dense import cached_dense_result
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.memory import peak_host_memory, peak_memory, reset_peak_memory
-from permllm.models.families import channel_groups
+from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
 from permllm.permutation.lcp import LearningProblem
 from permllm.plan import print_plan
@@ -166,13 +166,11 @@ def _learned_orders(permutation: Any, problem: LearningProblem, record: RunRecor
     return orders
 
 
-def _write_pruned(
-    config: RunConfig, loaded: LoadedModel, pruner: Pruner, pruned: PrunedModel, record: RunRecord
-) -> None:
+def _write_pruned(config: RunConfig, loaded: LoadedModel, pruner: Pruner, pruned: PrunedModel, record: RunRecord) -> None:
     write_tensors(record.path(PERMUTATIONS), pruned.orders)
     write_masks(record.path(MASKS), pruned.masks)
     if pruner.updates_weights and config.save_weights:
-        weights = {path: loaded.model.get_submodule(path).weight.data.cpu() for path in pruned.masks}
+        weights = {path: linear_at(loaded.model, path).weight.data.cpu() for path in pruned.masks}
         write_tensors(record.path(WEIGHTS), weights)
     zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
     record.metrics["sparsity"] = {
@@ -183,6 +181,7 @@ def _write_pruned(
     }
     record.metrics["retained_saliency"] = pruned.retained
     record.metrics["output_error"] = pruned.output_error
+    record.metrics["moved_channels"] = pruned.moved
 
 
 def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: str) -> None:
@@ -221,7 +220,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if key in ("retained_saliency", "output_error"):
+        if key in ("retained_saliency", "output_error", "moved_channels"):
             flat[f"{name}/mean"] = sum(value.values()) / len(value)
         elif isinstance(value, dict) and key not in ("protocol", "units"):
             flat |= _flat(value, f"{name}/")

@@ -78,5 +78,11 @@ def run_command(*overrides: str, cwd: Path, **environment: str) -> subprocess.Co
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     variables |= {"PERMLLM_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides], cwd=cwd, env=variables, capture_output=True, text=True, timeout=600
+        [sys.executable, str(ROOT / "run.py"), *overrides],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )

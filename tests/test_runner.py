@@ -68,7 +68,7 @@ def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
     _, directory = run(tmp_path)
     lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     assert [line["pass"] for line in lines] == list(range(1, 9))
-    assert set(lines[0]) == {"pass", "loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
+    assert set(lines[0]) == {"pass", "loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
     environment = json.loads((directory / "environment.json").read_text())
     assert {"versions", "git", "hardware", "seed", "command", "started"} == set(environment)
     assert yaml.safe_load((directory / "config.yaml").read_text())["sparsity"] == "2:4"
@@ -124,7 +124,7 @@ def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) ->
     learned, directory = run(tmp_path)
     again, _ = run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
     assert again["perplexity"]["sparse"] == learned["perplexity"]["sparse"]
-    other, other_directory = run(
+    _, other_directory = run(
         tmp_path, "pruner=sparsegpt", "permutation=from_file", f"permutation.path={directory}/permutations.safetensors"
     )
     orders, expected = (load_file(d / "permutations.safetensors") for d in (other_directory, directory))
@@ -182,9 +182,12 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     config = read_config(composed("model=tiny"))
-    with RunRecord(tmp_path / "run", config).locked(), pytest.raises(ConfigError, match="in use by another process"):
-        with RunRecord(tmp_path / "run", config).locked():
-            pass
+    with (
+        RunRecord(tmp_path / "run", config).locked(),
+        pytest.raises(ConfigError, match="in use by another process"),
+        RunRecord(tmp_path / "run", config).locked(),
+    ):
+        pytest.fail("entered")
 
 
 def test_masks_take_one_bit_a_weight(tmp_path: Path) -> None:

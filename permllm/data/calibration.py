@@ -35,9 +35,7 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
     return document_windows(tokenizer, documents, config.samples, config.length, seed)
 
 
-def joined_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, length: int, seed: int
-) -> Tensor:
+def joined_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, length: int, seed: int) -> Tensor:
     """Random, non-overlapping windows of the joined documents, int64 `(samples, length)`. Raises DataError when too short."""
     order = random.Random(seed)
     documents = list(documents)
@@ -53,9 +51,7 @@ def joined_windows(
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
-def document_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, length: int, seed: int
-) -> Tensor:
+def document_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, length: int, seed: int) -> Tensor:
     """A random window of each of `samples` random documents longer than it, int64 `(samples, length)`."""
     order = random.Random(seed)
     windows: list[Tensor] = []

@@ -51,7 +51,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
         unknown = [task for task in config.tasks if task not in manager.all_tasks]
         if unknown:
             raise ConfigError(
-                f"evaluation.zero_shot.tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists what it knows"
+                f"evaluation.zero_shot.tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists all"
             )
         if config.source == "wheel":
             _write_wheel_tasks(config.tasks, manager, Path(folder))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,7 +86,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         model, tokenizer, identity = _from_hub(config, dtype)
     family_named(model.config.model_type)
     _check_architecture(config, model.config)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    nn.Module.to(model, device=device, dtype=dtype)  # transformers' own wrapper hides the types
+    model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, f"{identity}:{config.dtype}")
 
 
@@ -139,7 +141,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
 
 
 def _from_hub(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    name = config.hub_name
+    name = config.hub_name or config.name
     options: dict[str, Any] = {"revision": config.revision}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)

@@ -73,5 +73,10 @@ class BlockLogits(nn.Module):
         """
         perms = [harden(stack).to(self.base.device) for stack in soft]
         hard = torch.cat([perm.flatten() for perm in perms])
-        first = torch.cat([stack.start + stack.size * torch.arange(stack.count, device=self.base.device).repeat_interleave(stack.size) for stack in self.stacks])
+        first = torch.cat(
+            [
+                stack.start + stack.size * torch.arange(stack.count, device=self.base.device).repeat_interleave(stack.size)
+                for stack in self.stacks
+            ]
+        )
         return self.base[first + hard], hard

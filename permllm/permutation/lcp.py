@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class LearningProblem:
     calibration_batch_size: int = 8
     directory: Path | None = None
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
-    on_pass: Callable[[dict[str, float]], None] = lambda values: None
+    on_pass: Callable[[dict[str, float | None]], None] = lambda values: None
 
 
 @dataclass
@@ -85,6 +85,9 @@ class LCP:
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
+        select_from: after each of the last so many passes the loss of all samples is measured with the order as it then is,
+            and the best of these orders is the result. 1 takes the last. Losses during a pass do not tell: each step has its own
+            order and its own samples.
         activation_checkpointing: recompute each decoder layer in backward; None decides by the size of the activations.
     """
 
@@ -101,9 +104,9 @@ class LCP:
     normalize_saliency: bool = True
     margin: float = 0.05
     noise: float = 0.02
+    select_from: int = 2
     activation_checkpointing: bool | None = None
     learned = True
-    _logits: dict[str, BlockLogits] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         _valid("init", self.init, self.init in ("heuristic", "random"), "heuristic or random")
@@ -111,6 +114,7 @@ class LCP:
         _valid("sinkhorn_iterations", self.sinkhorn_iterations, _whole(self.sinkhorn_iterations, 0), "a whole number >= 0")
         _valid("passes", self.passes, _whole(self.passes, 1), "a whole number >= 1")
         _valid("batch_size", self.batch_size, _whole(self.batch_size, 1), "a whole number >= 1")
+        _valid("select_from", self.select_from, _whole(self.select_from, 1), "a whole number >= 1")
         _valid("learning_rate", self.learning_rate, self.learning_rate > 0, "a positive number")
         _valid("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
         _valid("margin", self.margin, self.margin >= 0, "a number >= 0")
@@ -122,7 +126,7 @@ class LCP:
         """Learn the orders of all channel groups.
 
         Returns:
-            int64 `(C_in,)` on the CPU by group: the order after the pass with the lowest mean loss.
+            int64 `(C_in,)` on the CPU by group: the best order of the last passes (`select_from`).
 
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not, and where the best
@@ -144,9 +148,7 @@ class LCP:
             if self.init == "random" and group.layer >= first:
                 orders[group.name] = torch.arange(group.channels)
             else:
-                scores = [
-                    saliency(linear_at(problem.model, path).weight, _on_device(problem, path)) for path in group.members
-                ]
+                scores = [saliency(linear_at(problem.model, path).weight, _on_device(problem, path)) for path in group.members]
                 orders[group.name] = heuristic_order(torch.cat(scores), problem.pattern)
         return orders
 
@@ -203,7 +205,7 @@ class _Training:
         self.done = 0
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}
-        self.present: dict[str, Tensor] = {}
+        self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
     @property
@@ -220,7 +222,7 @@ class _Training:
             for number in range(self.done, self.settings.passes):
                 started = time.perf_counter()
                 before = dict(self.present)
-                losses = []
+                losses: list[float] = []
                 for batch in torch.randperm(len(self.problem.tokens), generator=self.generator).split(
                     self.settings.batch_size
                 ):
@@ -241,24 +243,26 @@ class _Training:
     def _temperature(self, step: int) -> float:
         return self.settings.temperature(step / max(1, self.steps - 1))
 
-    def _end_of_pass(
-        self, number: int, losses: list[float], before: dict[str, Tensor], seconds: float, channels: int
-    ) -> None:
+    def _end_of_pass(self, number: int, losses: list[float], before: dict[str, Tensor], seconds: float, channels: int) -> None:
         temperature = self._temperature((number + 1) * self.steps_a_pass - 1)
+        measured = None
         with torch.no_grad():
             self._harden(temperature)
-        loss = sum(losses) / len(losses)
-        if loss < self.best_loss:
-            self.best_loss = loss
+            if number >= self.settings.passes - self.settings.select_from:
+                measured = self._measure()
+        if measured is None or measured < self.best_loss:
             self.best = {name: order.cpu() for name, order in self.present.items()}
+        if measured is not None:
+            self.best_loss = min(self.best_loss, measured)
         self.done = number + 1
         self._save()
         self.problem.on_pass(
             {
                 "pass": number + 1,
-                "loss": loss,
+                "loss": sum(losses) / len(losses),
+                "measured_loss": measured,
                 "temperature": temperature,
-                "flips": _flips(before, self.present) / channels if before else 0.0,
+                "flips": _flips(before, self.present) / channels,
                 "step_seconds": seconds / len(losses),
                 "peak_memory_bytes": peak_memory(self.device),
             }
@@ -281,15 +285,7 @@ class _Training:
 
     def _step(self, batch: Tensor, temperature: float) -> float:
         self._harden(temperature)
-        hidden, kwargs = self._inputs(batch)
-        recompute = self._recompute(hidden)
-        for index in range(self.first, len(self.layers)):
-            if recompute:
-                hidden = checkpoint(run_layer, self.layers[index], hidden, kwargs[index], use_reentrant=False)
-            else:
-                hidden = run_layer(self.layers[index], hidden, kwargs[index])
-        target = self.problem.target[batch].to(self.device)
-        loss = cosine_loss(hidden, target)
+        loss = self._loss(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(self._failure(self._where(batch)))
@@ -298,6 +294,21 @@ class _Training:
         self.optimizer.step()
         self.scheduler.step()
         return value
+
+    def _measure(self) -> float:
+        """Loss of all samples with the order as it is, mean over tokens."""
+        batches = torch.arange(len(self.problem.tokens)).split(self.problem.calibration_batch_size)
+        return sum(float(self._loss(batch)) * len(batch) for batch in batches) / len(self.problem.tokens)
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        hidden, kwargs = self._inputs(batch)
+        recompute = torch.is_grad_enabled() and self._recompute(hidden)
+        for index in range(self.first, len(self.layers)):
+            if recompute:
+                hidden = checkpoint(run_layer, self.layers[index], hidden, kwargs[index], use_reentrant=False)
+            else:
+                hidden = run_layer(self.layers[index], hidden, kwargs[index])
+        return cosine_loss(hidden, self.problem.target[batch].to(self.device))
 
     def _inputs(self, batch: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         if self.hidden is not None and len(batch) in self._kwargs:
@@ -390,7 +401,11 @@ def _masked_linears(
                 linear.weight.data = linear.weight.data.t().contiguous().t()
                 replaced[path] = linear
                 stand_in = PermutedMaskedLinear(
-                    linear, factors, problem.pattern, split_blocks(group.channels, settings.block_size), settings.straight_through
+                    linear,
+                    factors,
+                    problem.pattern,
+                    split_blocks(group.channels, settings.block_size),
+                    settings.straight_through,
                 )
                 problem.model.set_submodule(path, stand_in)
                 masked[group.name].append(stand_in)

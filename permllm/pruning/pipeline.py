@@ -24,8 +24,8 @@ class Pruner(Protocol):
 
     Attributes:
         needs_gram: the statistics must hold `X^T X`.
-        updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask and
-            corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
+        updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask
+            and corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
     """
 
     needs_gram: bool
@@ -65,6 +65,7 @@ class PrunedModel:
         orders: int64 `(C_in,)` by group.
         masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
         retained: share of the saliency kept, by group.
+        moved: share of the channels that are not at their original position, by group.
         output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model.
         violations: groups of M in permuted order with more than N nonzeros, over all layers.
         permute_seconds: part of the time that went into finding orders.
@@ -73,6 +74,7 @@ class PrunedModel:
     orders: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     retained: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     violations: int = 0
     permute_seconds: float = 0.0
@@ -167,6 +169,7 @@ def _prune_group(
     perm = order(group.name, torch.cat(list(scores.values())), pattern)
     result.permute_seconds += time.perf_counter() - started
     result.orders[group.name] = perm.cpu()
+    result.moved[group.name] = float((perm.cpu() != torch.arange(group.channels)).float().mean())
     kept = []
     for path, weight in dense.items():
         perm = perm.to(weight.device)
@@ -196,9 +199,7 @@ def _by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, lis
 
 
 @contextmanager
-def _collecting(
-    model: nn.Module, groups: list[ChannelGroup], gram: bool
-) -> Iterator[dict[str, InputStatistics]]:
+def _collecting(model: nn.Module, groups: list[ChannelGroup], gram: bool) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     statistics = {}
     handles = []

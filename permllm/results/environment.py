@@ -16,7 +16,18 @@ import torch
 
 import permllm
 
-_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "omegaconf", "lm-eval", "wandb", "numpy", "scipy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "hydra-core",
+    "omegaconf",
+    "lm-eval",
+    "wandb",
+    "numpy",
+    "scipy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -63,7 +74,9 @@ def git_commit() -> dict[str, Any] | None:
     folder = Path(permllm.__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}

@@ -45,6 +45,7 @@ _UNITS = {
     "violations": "groups of M in permuted order with more than N nonzeros",
     "retained_saliency": "share of the saliency kept",
     "output_error": "squared error of the output over its squared norm",
+    "moved_channels": "share of the channels away from their original position",
     "seconds": "s",
     "peak_memory_bytes": "bytes",
 }
@@ -195,5 +196,5 @@ def apply_record(model: nn.Module, directory: Path) -> None:
         raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
     for path, mask in read_masks(directory / MASKS).items():
         weight = linear_at(model, path).weight
-        new = weights[path] if path in weights else weight.data
+        new = weights.get(path, weight.data)
         weight.data = torch.where(mask.to(weight.device), new.to(weight), 0.0)

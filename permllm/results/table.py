@@ -46,7 +46,7 @@ def print_comparison(runs: Sequence[tuple[dict[str, Any], Path]], console: Conso
     for label in [*labels, "saliency kept", "time"]:
         table.add_column(label, justify="right")
     table.add_row("dense", *[dense for _, dense, _ in _result_rows(runs[0][0])], "", "")
-    for metrics, directory in runs:
+    for metrics, _ in runs:
         rows = {label: sparse for label, _, sparse in _result_rows(metrics)}
         table.add_row(
             metrics["name"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_joined_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
     pieces = joined_windows(TOKENIZER, unique, 20, 50, seed=0)
     whole = encode(TOKENIZER, unique[0]).unfold(0, 50, 1)
     starts = sorted(int((whole == piece).all(1).nonzero()[0]) for piece in pieces)
-    assert all(b - a >= 50 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a >= 50 for a, b in itertools.pairwise(starts))
 
 
 def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
@@ -47,7 +48,7 @@ def test_document_windows_take_only_documents_longer_than_the_window() -> None:
     documents = ["short"] * 50 + ["a" * 100, "b" * 100, "c" * 100]
     windows = document_windows(TOKENIZER, documents, samples=3, length=40, seed=0)
     assert {TOKENIZER.decode(window)[0] for window in windows} == {"a", "b", "c"}
-    with pytest.raises(DataError, match="only 3 documents are longer than calibration.length=40"):
+    with pytest.raises(DataError, match=r"only 3 documents are longer than calibration\.length=40"):
         document_windows(TOKENIZER, documents, samples=4, length=40, seed=0)
 
 

@@ -57,7 +57,7 @@ def test_another_sha256_is_refused_and_leaves_nothing(cache: Path, index: Path) 
 
 
 def test_no_index_is_one_line(cache: Path, index: Path) -> None:
-    with pytest.raises(DataError, match="pip cannot download some-data==1.0") as caught:
+    with pytest.raises(DataError, match=r"pip cannot download some-data==1\.0") as caught:
         wheel_directory(Wheel("some-data==1.0", "0" * 64, "some_data/", size=1))
     assert "\n" not in str(caught.value)
     assert not list((cache / "wheels").iterdir())

