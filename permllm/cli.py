@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from permllm.config import read_config
@@ -24,7 +25,7 @@ class Session:
     """The jobs of one command: one, or those of a sweep."""
 
     def __init__(self) -> None:
-        self.results: list[tuple[dict[str, Any], Path]] = []
+        self.results: list[tuple[list[str], dict[str, Any], Path]] = []
         self.failures: list[str] = []
 
     def job(self, composed: DictConfig) -> None:
@@ -35,7 +36,7 @@ class Session:
         try:
             result = run(read_config(composed))
             if result is not None:
-                self.results.append(result)
+                self.results.append((_overrides(), *result))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -48,8 +49,19 @@ class Session:
     def close(self) -> int:
         """Print the comparison when there is one to make; the exit code."""
         if len(self.results) > 1:
-            print_comparison(self.results)
+            shared = set.intersection(*(set(overrides) for overrides, _, _ in self.results))
+            print_comparison(
+                [
+                    (" ".join(word for word in overrides if word not in shared) or metrics["name"], metrics, directory)
+                    for overrides, metrics, directory in self.results
+                ]
+            )
         return 1 if self.failures else 0
+
+
+def _overrides() -> list[str]:
+    """What was typed for this job, without what a sweep itself needs; nothing outside of Hydra."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _one_line(error: BaseException) -> str:

@@ -42,13 +42,16 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     assert len(metrics) == 2
     assert all(entry["status"] == "finished" for entry in metrics)
     assert "sparse models" in result.stdout
+    for label in ("block_size=16", "block_size=32"):
+        assert label in result.stdout
 
 
 def test_quickstart_compares_three_permutations_in_one_table(tmp_path: Path) -> None:
     result = run_command("experiment=quickstart", "model=tiny", "logger=none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = result.stdout[result.stdout.index("sparse models") :]
-    for name in ("tiny-wanda-none-2x4", "tiny-wanda-heuristic-2x4", "tiny-wanda-lcp-2x4", "dense"):
+    assert "builtin perplexity" in table
+    for name in ("permutation=none", "permutation=heuristic", "permutation=lcp", "dense"):
         assert name in table
 
 

@@ -86,8 +86,8 @@ class LCP:
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
         select_from: after each of the last so many passes the loss of all samples is measured with the order as it then is,
-            and the best of these orders is the result. 1 takes the last. Losses during a pass do not tell: each step has its own
-            order and its own samples.
+            and the best of these orders is the result; 1 takes the last. Losses during a pass do not tell: each step has its
+            own order and its own samples.
         activation_checkpointing: recompute each decoder layer in backward; None decides by the size of the activations.
     """
 

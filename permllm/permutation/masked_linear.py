@@ -27,14 +27,17 @@ from permllm.sparsity import NMPattern, keep_largest
 
 StraightThrough = Literal["hard", "soft"]
 
-# Weights handled at a time: the float32 temporaries of one piece stay in a core's second-level cache.
-_PIECE_ELEMENTS = 1 << 17
+# Weights handled at a time. On a CPU the float32 temporaries of a piece stay in a core's second-level cache; on a GPU a piece
+# is large enough to hide the launch of its kernels, and small against the layer's memory.
+_CPU_PIECE, _GPU_PIECE = 1 << 17, 1 << 25
 
 
-def _pieces(stacks: list[BlockStack], rows: int) -> Iterator[tuple[int, slice, slice]]:
+def _pieces(stacks: list[BlockStack], weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
     """Split the channels into pieces of whole blocks: (index of the stack, its blocks, the channels they cover)."""
+    rows = weight.shape[0]
+    elements = _CPU_PIECE if weight.device.type == "cpu" else _GPU_PIECE
     for index, stack in enumerate(stacks):
-        step = max(1, _PIECE_ELEMENTS // (stack.size * rows))
+        step = max(1, elements // (stack.size * rows))
         for first in range(0, stack.count, step):
             last = min(first + step, stack.count)
             channels = slice(stack.start + first * stack.size, stack.start + last * stack.size)
@@ -75,7 +78,7 @@ class _PermutedMaskedLinear(torch.autograd.Function):
             torch.empty(stack.count, stack.size, stack.size, dtype=ctx.soft_dtype, device=weight.device)
             for stack in layout.stacks
         ]
-        for index, blocks, channels in _pieces(layout.stacks, rows):
+        for index, blocks, channels in _pieces(layout.stacks, weight):
             size = layout.stacks[index].size
             w = weight_t.index_select(0, perm[channels])
             s = saliency_t(w, SaliencyFactors(factors.power, factors.column[:, channels], factors.row))
@@ -118,7 +121,7 @@ def _masked_permuted_weight(weight: Tensor, layout: _Layout, perm: Tensor) -> Te
     rows = weight.shape[0]
     factors = layout.factors.permuted(perm)
     masked = torch.empty(weight_t.shape, dtype=weight.dtype, device=weight.device)
-    for _, _, channels in _pieces(layout.stacks, rows):
+    for _, _, channels in _pieces(layout.stacks, weight):
         w = weight_t.index_select(0, perm[channels])
         s = saliency_t(w, SaliencyFactors(factors.power, factors.column[:, channels], factors.row))
         keep = keep_largest(s.view(-1, layout.pattern.m, rows), layout.pattern.n, dim=1).view_as(s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class RunLogger(Protocol):
@@ -95,15 +98,24 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     # All jobs of a sweep write below one folder, so that one `wandb sync` or `wandb leet` finds them.
     home = Path(os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=config.logger.project,
-        group=config.logger.group,
-        name=directory.name,
-        config=config.identity(),
-        dir=str(home),
-        mode=mode,  # type: ignore[arg-type]
-        settings=settings,
-    )
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            project=config.logger.project,
+            group=config.logger.group,
+            name=directory.name,
+            config=config.identity(),
+            dir=str(home),
+            mode=mode,  # type: ignore[arg-type]
+            settings=settings,
+        )
+
+    try:
+        run = start(mode)
+    except wandb.errors.Error as error:
+        # A server that is down or refuses must not cost a run its result; `wandb sync` can send it later.
+        log.warning("W&B cannot be reached (%s): this run is kept offline", str(error).splitlines()[0])
+        run = start("offline")
     failed = True
     try:
         yield _WandB(run)

@@ -37,26 +37,24 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     console.print(f"files     {directory}", soft_wrap=True)
 
 
-def print_comparison(runs: Sequence[tuple[dict[str, Any], Path]], console: Console | None = None) -> None:
-    """Table of several finished runs: the dense model once, then a row a run."""
+def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: Console | None = None) -> None:
+    """Table of several finished runs, a column a run: the dense model once, then each `(label, metrics, directory)`."""
     console = console or terminal()
-    labels = [label for label, _, _ in _result_rows(runs[0][0])]
     table = Table(title="sparse models", title_justify="left")
-    table.add_column("run")
-    for label in [*labels, "saliency kept", "time"]:
-        table.add_column(label, justify="right")
-    table.add_row("dense", *[dense for _, dense, _ in _result_rows(runs[0][0])], "", "")
-    for metrics, _ in runs:
-        rows = {label: sparse for label, _, sparse in _result_rows(metrics)}
-        table.add_row(
-            metrics["name"],
-            *[rows.get(label, "") for label in labels],
-            f"{_mean(metrics['retained_saliency']):.2%}",
-            _duration(sum(metrics["seconds"].values())),
-        )
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    for label, _, _ in runs:
+        table.add_column(label, justify="right", overflow="fold")
+    columns = [{name: (dense, sparse) for name, dense, sparse in _result_rows(metrics)} for _, metrics, _ in runs]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        dense = next(column[name][0] for column in columns if name in column)
+        table.add_row(name, dense, *[column[name][1] if name in column else "-" for column in columns])
+    table.add_row("saliency kept", "", *[f"{_mean(metrics['retained_saliency']):.2%}" for _, metrics, _ in runs])
+    table.add_row("output error", "", *[f"{_mean(metrics['output_error']):.4f}" for _, metrics, _ in runs])
+    table.add_row("time", "", *[_duration(sum(metrics["seconds"].values())) for _, metrics, _ in runs])
     console.print(table)
-    for metrics, directory in runs:
-        console.print(f"{metrics['name']}: {directory}", soft_wrap=True)
+    for label, _, directory in runs:
+        console.print(f"{label}: {directory}", soft_wrap=True)
 
 
 def _result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,69 @@
+"""Write the results into the README, from the records in experiments/quickstart.
+
+python scripts/update_readme.py
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from permllm.results.table import print_run
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "experiments" / "quickstart"
+BEGIN, END = "<!-- result -->\n", "<!-- /result -->"
+
+
+def result_block() -> str:
+    """The text between the markers: the table of the default run, and the three permutations side by side."""
+    records = {json.loads(file.read_text(encoding="utf-8"))["name"]: file.parent for file in RECORDS.glob("*/metrics.json")}
+    default = next(folder for name, folder in records.items() if "-lcp-" in name)
+    output = io.StringIO()
+    print_run(_metrics(default), Path("runs") / default.name, Console(file=output, width=110))
+    environment = json.loads((default / "environment.json").read_text(encoding="utf-8"))
+    hardware, versions = environment["hardware"], environment["versions"]
+    printed = "\n".join(line.rstrip() for line in output.getvalue().splitlines())
+    lines = ["```", printed, "```", ""]
+    lines += [
+        f"Measured on {hardware['processor']}, {hardware['threads']} threads, Python {versions['python']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}; seed {environment['seed']}.",
+        "The same budget for each way of ordering the channels (`python run.py experiment=quickstart`):",
+        "",
+        "| permutation | perplexity (BoolQ passages, window 256) | saliency kept | output error | time without evaluation |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for permutation in ("none", "heuristic", "lcp"):
+        metrics = _metrics(next(folder for name, folder in records.items() if f"-{permutation}-" in name))
+        perplexity = metrics["perplexity"]["sparse"]["boolq-passages"]["value"]
+        kept, error = (sum(metrics[key].values()) / len(metrics[key]) for key in ("retained_saliency", "output_error"))
+        seconds = sum(value for name, value in metrics["seconds"].items() if not name.startswith("evaluate"))
+        lines.append(f"| `{permutation}` | {perplexity:.1f} | {kept:.2%} | {error:.3f} | {seconds:.0f} s |")
+    dense = _metrics(default)["perplexity"]["dense"]["boolq-passages"]["value"]
+    lines += ["", f"Dense: {dense:.1f}. The heuristic keeps the most saliency, the learned order the most of the model.", ""]
+    return "\n".join(lines)
+
+
+def with_results(readme: str) -> str:
+    """The README with its block generated anew."""
+    head, rest = readme.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    return head + BEGIN + result_block() + END + tail
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The README says what is true: its result is that of the records, its install commands are those of CI and pyproject."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_results_are_those_of_the_records() -> None:
+    specification = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert module.with_results(README) == README, "stale: run python scripts/update_readme.py"
+
+
+def test_the_two_commands_exist_as_written() -> None:
+    assert "pip install -e . && python run.py\n" in README
+    assert "pip install -e '.[test]' && pytest\n" in README
+    assert "pip install --quiet -e '.[test]'\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert "test" in extras
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "pruner", "permutation", "temperature", "calibration", "evaluation", "logger", "experiment"]
+)
+def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group: str) -> None:
+    (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)
+    named = {name for name in re.findall(r"`([^`]+)`", row) if "=" not in name and not name.startswith(f"{group}.")}
+    assert named == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists()
