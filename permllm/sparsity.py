@@ -118,4 +118,5 @@ def violations(weight: Tensor, perm: Tensor, pattern: NMPattern) -> int:
 
 def retained_saliency(saliency: Tensor, mask: Tensor) -> float:
     """Share of the total saliency that the mask keeps, in [0, 1] (RIA's objective for a permutation)."""
-    return float((saliency.double() * mask).sum() / saliency.double().sum().clamp_min(1e-300))
+    total = saliency.sum(dtype=torch.float64)
+    return float((saliency * mask).sum(dtype=torch.float64) / total.clamp_min(1e-300))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from permllm import runner
@@ -45,8 +46,9 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     assert (directory / "weights.safetensors").is_file() == (pruner == "sparsegpt")
 
     config = read_config(composed("model=tiny"))
-    model = load_model(config.model, config.seed).model
-    apply_record(model, directory)
+    loaded = load_model(config.model, config.seed)
+    model = loaded.model
+    apply_record(model, loaded.identity, directory)
     orders = load_file(directory / "permutations.safetensors")
     masks = read_masks(directory / "masks.safetensors")
     for group in channel_groups(model):
@@ -103,7 +105,7 @@ def test_an_unfinished_run_continues_and_does_not_learn_twice(
     real = getattr(runner, stage)
 
     def fail(*args: Any, **keywords: Any) -> Any:
-        if stage == "prune" or args[-1] == "sparse":
+        if stage == "prune" or "sparse" in args:
             raise KeyboardInterrupt
         return real(*args, **keywords)
 
@@ -113,7 +115,7 @@ def test_an_unfinished_run_continues_and_does_not_learn_twice(
     monkeypatch.setattr(runner, stage, real)
     (directory,) = (tmp_path / "runs").iterdir()
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
-    monkeypatch.setattr("permllm.permutation.lcp._Training.run", lambda self: pytest.fail("learned again"))
+    monkeypatch.setattr("permllm.permutation.lcp.Training.run", lambda self: pytest.fail("learned again"))
     metrics, directory = run(tmp_path)
     assert metrics["status"] == "finished"
     assert metrics["perplexity"] == whole["perplexity"]
@@ -137,10 +139,12 @@ def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) ->
 
 
 def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
-    _, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
+    metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
     config = read_config(composed("model=tiny"))
     with pytest.raises(DataError, match="save_weights=false"):
-        apply_record(load_model(config.model, 0).model, directory)
+        apply_record(load_model(config.model, 0).model, metrics["model"], directory)
+    with pytest.raises(DataError, match="was pruned from random:"):
+        apply_record(load_model(config.model, 1).model, "another", directory)
 
 
 def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,20 +178,53 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     assert set(metrics["perplexity"]["sparse"]) == {"mine"}
 
 
+def test_another_content_of_a_named_file_is_another_run(cache: Path, tmp_path: Path) -> None:
+    from permllm.data.text import builtin_text
+
+    text = tmp_path / "mine.txt"
+    arguments = ["permutation=none", f"evaluation.perplexity.data_files={text}"]
+    text.write_text(builtin_text())
+    _, first = run(tmp_path, *arguments)
+    text.write_text(builtin_text().upper())
+    _, second = run(tmp_path, *arguments)
+    assert first != second
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("method", ["wanda/lcp", "sparsegpt/heuristic", "ria/none", "magnitude/lcp"])
+def test_every_family_runs_the_whole_pipeline(cache: Path, tmp_path: Path, family: str, method: str) -> None:
+    pruner, permutation = method.split("/")
+    overrides = [f"model.architecture.model_type={family}", f"pruner={pruner}", f"permutation={permutation}"]
+    if permutation == "lcp":
+        overrides.append("permutation.passes=2")
+    if family == "opt":
+        overrides += ["~model.architecture.intermediate_size", "~model.architecture.num_key_value_heads"]
+        overrides += ["+model.architecture.ffn_dim=64", "+model.architecture.word_embed_proj_dim=32"]
+    metrics, directory = run(tmp_path, *overrides)
+    assert metrics["status"] == "finished"
+    assert metrics["sparsity"]["violations"] == 0
+    assert metrics["perplexity"]["sparse"]["builtin"]["value"] > 1
+    assert len(load_file(directory / "permutations.safetensors")) == 8
+
+
 def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match=r"is not empty and holds no config\.yaml"):
-        RunRecord(tmp_path, read_config(composed("model=tiny")))
+    record = RunRecord(tmp_path, read_config(composed("model=tiny")))
+    with pytest.raises(ConfigError, match=r"is not empty and holds no config\.yaml"), record.opened():
+        pytest.fail("entered")
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     config = read_config(composed("model=tiny"))
-    with (
-        RunRecord(tmp_path / "run", config).locked(),
-        pytest.raises(ConfigError, match="in use by another process"),
-        RunRecord(tmp_path / "run", config).locked(),
-    ):
-        pytest.fail("entered")
+    first = RunRecord(tmp_path / "run", config)
+    with first.opened():
+        first.save()
+        with (
+            pytest.raises(ConfigError, match="in use by another process"),
+            RunRecord(tmp_path / "run", config, force=True).opened(),
+        ):
+            pytest.fail("entered")
+        assert (tmp_path / "run" / "metrics.json").is_file()  # force must not touch what another process is writing
 
 
 def test_masks_take_one_bit_a_weight(tmp_path: Path) -> None:
@@ -201,7 +238,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **keywords: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("permllm.results.files.save_file", full)
     with pytest.raises(DataError, match="no space left to write"):

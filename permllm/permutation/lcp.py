@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from permllm.errors import ConfigError, TrainingError
+from permllm.errors import TrainingError
 from permllm.memory import peak_memory
 from permllm.models.decoder import LayerStream, layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
@@ -30,6 +30,7 @@ from permllm.permutation.masked_linear import PermutedMaskedLinear, StraightThro
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.results.files import write_tensors, write_torch
 from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.validation import check_number, check_one_of, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -109,18 +110,16 @@ class LCP:
     learned = True
 
     def __post_init__(self) -> None:
-        _valid("init", self.init, self.init in ("heuristic", "random"), "heuristic or random")
-        _valid("straight_through", self.straight_through, self.straight_through in ("hard", "soft"), "hard or soft")
-        _valid("sinkhorn_iterations", self.sinkhorn_iterations, _whole(self.sinkhorn_iterations, 0), "a whole number >= 0")
-        _valid("passes", self.passes, _whole(self.passes, 1), "a whole number >= 1")
-        _valid("batch_size", self.batch_size, _whole(self.batch_size, 1), "a whole number >= 1")
-        _valid("select_from", self.select_from, _whole(self.select_from, 1), "a whole number >= 1")
-        _valid("learning_rate", self.learning_rate, self.learning_rate > 0, "a positive number")
-        _valid("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
-        _valid("margin", self.margin, self.margin >= 0, "a number >= 0")
-        _valid("noise", self.noise, self.noise >= 0, "a number >= 0")
+        check_one_of("permutation.init", self.init, ("heuristic", "random"))
+        check_one_of("permutation.straight_through", self.straight_through, ("hard", "soft"))
+        check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
+        for name in ("passes", "batch_size", "select_from"):
+            check_whole(f"permutation.{name}", getattr(self, name), 1)
+        check_number("permutation.learning_rate", self.learning_rate, positive=True)
+        for name in ("weight_decay", "margin", "noise"):
+            check_number(f"permutation.{name}", getattr(self, name), positive=False)
         if self.last_layers is not None:
-            _valid("last_layers", self.last_layers, _whole(self.last_layers, 1), "null or a whole number >= 1")
+            check_whole("permutation.last_layers", self.last_layers, 1)
 
     def learn(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the orders of all channel groups.
@@ -134,15 +133,16 @@ class LCP:
         """
         layers = len(decoder_layers(problem.model))
         first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
-        orders = self._start_orders(problem, first)
+        orders = self.start_orders(problem, first)
         window = [group for group in problem.groups if group.layer >= first]
         hidden = _inputs_after_pruning(problem, orders, first) if first else None
-        logits = self._start_logits(problem, window, orders)
-        with _masked_linears(self, problem, window) as linears:
-            orders.update(_Training(self, problem, window, first, hidden, logits, linears).run())
+        logits = self.start_logits(problem, window, orders)
+        with masked_linears(self, problem, window) as linears:
+            orders.update(Training(self, problem, window, first, hidden, logits, linears).run())
         return orders
 
-    def _start_orders(self, problem: LearningProblem, first: int) -> dict[str, Tensor]:
+    def start_orders(self, problem: LearningProblem, first: int) -> dict[str, Tensor]:
+        """The orders that learning starts from, layers before `first` keeping theirs; int64 `(C_in,)` on the CPU by group."""
         orders = {}
         for group in tqdm(problem.groups, desc="start order", unit="group"):
             if self.init == "random" and group.layer >= first:
@@ -152,9 +152,10 @@ class LCP:
                 orders[group.name] = heuristic_order(torch.cat(scores), problem.pattern)
         return orders
 
-    def _start_logits(
+    def start_logits(
         self, problem: LearningProblem, window: list[ChannelGroup], orders: dict[str, Tensor]
     ) -> dict[str, BlockLogits]:
+        """The logits of each group of the window at the start, on the model's device."""
         generator = torch.Generator().manual_seed(problem.seed)
         device = next(problem.model.parameters()).device
         logits = {}
@@ -171,7 +172,7 @@ class LCP:
         return logits
 
 
-class _Training:
+class Training:
     """One run of the optimisation over a window of layers: its state, its steps, its checkpoint."""
 
     def __init__(
@@ -204,8 +205,8 @@ class _Training:
         self.generator = torch.Generator().manual_seed(problem.seed + 1)
         self.done = 0
         self.best_loss = math.inf
-        self.best: dict[str, Tensor] = {}
         self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
+        self.best = {name: order.cpu() for name, order in self.present.items()}
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
     @property
@@ -230,7 +231,7 @@ class _Training:
                     step = number * self.steps_a_pass + len(losses)
                     temperature = self._temperature(step)
                     previous = dict(self.present)
-                    loss = self._step(batch, temperature)
+                    loss = self.step(batch, temperature)
                     losses.append(loss)
                     values = {"loss": loss, "temperature": temperature, "flips": _flips(previous, self.present) / channels}
                     values["seconds"] = time.perf_counter() - step_started
@@ -250,6 +251,8 @@ class _Training:
             self._harden(temperature)
             if number >= self.settings.passes - self.settings.select_from:
                 measured = self._measure()
+                if not math.isfinite(measured):
+                    raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
         if measured is None or measured < self.best_loss:
             self.best = {name: order.cpu() for name, order in self.present.items()}
         if measured is not None:
@@ -283,7 +286,8 @@ class _Training:
             softs.append(soft)
         return softs
 
-    def _step(self, batch: Tensor, temperature: float) -> float:
+    def step(self, batch: Tensor, temperature: float) -> float:
+        """One update of the logits from the samples at the indices `batch`; the loss before it."""
         self._harden(temperature)
         loss = self._loss(batch)
         value = float(loss.detach())
@@ -334,7 +338,7 @@ class _Training:
 
     def _failure(self, reason: str) -> str:
         text = f"LCP stopped in pass {self.done + 1}: {reason}"
-        if self.best and self.problem.directory:
+        if self.problem.directory:
             file = self.problem.directory / "best_so_far.safetensors"
             write_tensors(file, self.best)
             text += f"; the best order so far is in {file} (permutation=from_file permutation.path={file})"
@@ -380,7 +384,7 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def _masked_linears(
+def masked_linears(
     settings: LCP, problem: LearningProblem, window: list[ChannelGroup]
 ) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
     """Put a masked linear in the place of every linear of the window, and the linears back at the end.
@@ -441,12 +445,3 @@ def _on_device(problem: LearningProblem, path: str) -> SaliencyFactors:
 def _flips(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
     """Number of channels whose position differs."""
     return sum(int((after[name] != order).sum()) for name, order in before.items())
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _valid(name: str, value: Any, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ConfigError(f"permutation.{name}={value!r}: expected {expected}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from permllm.errors import ConfigError
+from permllm.validation import check_number
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,8 @@ class _Range:
     end: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, value in (("start", self.start), ("end", self.end)):
-            if not value > 0 or not math.isfinite(value):
-                raise ConfigError(f"temperature.{name}={value}: expected a positive number")
+        check_number("temperature.start", self.start, positive=True)
+        check_number("temperature.end", self.end, positive=True)
 
 
 @dataclass(frozen=True)

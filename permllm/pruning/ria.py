@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permllm.errors import ConfigError
 from permllm.pruning.saliency import SaliencyFactors
 from permllm.pruning.statistics import InputStatistics
+from permllm.validation import check_number
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class RIA:
     updates_weights = False
 
     def __post_init__(self) -> None:
-        if self.exponent < 0:
-            raise ConfigError(f"pruner.exponent={self.exponent}: expected a number of at least 0")
+        check_number("pruner.exponent", self.exponent, positive=False)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permllm.errors import ConfigError, TrainingError
+from permllm.errors import TrainingError
 from permllm.pruning.saliency import SaliencyFactors
 from permllm.pruning.statistics import InputStatistics
 from permllm.sparsity import NMPattern, check_divides, keep_largest
+from permllm.validation import check_number
 
 _COLUMNS_AT_A_TIME = 128
 
@@ -28,12 +29,11 @@ class SparseGPT:
     updates_weights = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ConfigError(f"pruner.damping={self.damping}: expected a positive number, such as 0.01")
+        check_number("pruner.damping", self.damping, positive=True)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Factors of the order-free saliency `W^2 / [H^-1]_jj` of `weight (C_out, C_in)`."""
-        inverse = torch.cholesky_inverse(_cholesky(_hessian(statistics, self.damping)))
+        inverse = _inverse_hessian(statistics, self.damping)
         return SaliencyFactors(power=2, column=(1.0 / inverse.diagonal()).unsqueeze(0))
 
     def update(
@@ -54,9 +54,8 @@ class SparseGPT:
         """
         check_divides(pattern, weight.shape[1], "the layer")
         w = weight[:, perm].float()
-        hessian = _hessian(statistics, self.damping)[perm][:, perm]
-        inverse = torch.cholesky_inverse(_cholesky(hessian))
-        upper = torch.linalg.cholesky(inverse, upper=True)
+        # The inverse of the permuted Hessian is the permuted inverse.
+        upper = torch.linalg.cholesky(_inverse_hessian(statistics, self.damping)[perm][:, perm], upper=True)
         keep = torch.zeros_like(w, dtype=torch.bool) if mask is None else mask[:, perm]
         step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
         for start in range(0, w.shape[1], step):
@@ -77,15 +76,16 @@ class SparseGPT:
         return torch.where(keep, updated, torch.zeros_like(updated)), keep
 
 
-def _hessian(statistics: InputStatistics, damping: float) -> Tensor:
-    """`X^T X + lambda I`, scaled to a mean over tokens; channels that are never active get a unit diagonal."""
-    hessian = statistics.gram / max(statistics.tokens, 1)
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = diagonal.mean()
-    diagonal += damping * mean if mean > 0 else 1.0
-    diagonal[dead] = 1.0
-    return hessian
+def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
+    """`(X^T X + lambda I)^-1`, with a mean over tokens instead of a sum; computed once for all members of a group."""
+
+    def compute() -> Tensor:
+        hessian = statistics.gram / max(statistics.tokens, 1)
+        mean = hessian.diagonal().mean()
+        hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        return torch.cholesky_inverse(_cholesky(hessian))
+
+    return statistics.derived(f"inverse Hessian, damping {damping}", compute)
 
 
 def _cholesky(hessian: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,23 @@ class InputStatistics:
     def __init__(self, channels: int, device: torch.device | str, gram: bool = False) -> None:
         self.tokens = 0
         self._square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._derived: dict[str, Tensor] = {}
         self._gram = torch.zeros(channels, channels, dtype=torch.float32, device=device) if gram else None
 
     def update(self, x: Tensor) -> None:
         """Add the activations `x (..., C_in)`, any floating dtype."""
         rows = x.detach().flatten(0, -2).float()
+        self._derived.clear()
         self.tokens += rows.shape[0]
         self._square_sum += rows.square().sum(0).double()
         if self._gram is not None:
             self._gram.addmm_(rows.t(), rows)
+
+    def derived(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A quantity that follows from these sums, computed the first time it is asked for under `name`."""
+        if name not in self._derived:
+            self._derived[name] = compute()
+        return self._derived[name]
 
     @property
     def norm(self) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,9 +33,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
         scratch = None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        # torch.save says "unexpected pos" when a write falls short.
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in ("No space left", "unexpected pos")):
             raise DataError(f"no space left to write {path}") from error
         raise DataError(f"cannot write {path}: {error}") from error
     finally:

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from permllm.config import RunConfig
+from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError
+from permllm.memory import peak_host_memory, peak_memory
 from permllm.models.families import linear_at
 from permllm.results.files import write_json, write_tensors, write_text
 
@@ -65,35 +66,39 @@ class RunRecord:
 
     def __init__(self, directory: Path, config: RunConfig, force: bool = False) -> None:
         self.directory = directory
-        identity = json.loads(json.dumps(config.identity()))
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"the run directory {directory} cannot be made: {error.strerror}") from error
-        self._check_config(identity)
-        if force:
-            for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
-                (directory / name).unlink(missing_ok=True)
-        if not (directory / CONFIG).is_file():
-            write_text(directory / CONFIG, yaml.safe_dump(identity, sort_keys=False))
-        self.metrics = self._read_metrics() or {
-            "schema_version": SCHEMA_VERSION,
-            "status": "running",
-            "name": config.name,
-            "config_hash": config.hash(),
-            "protocol": {
-                "calibration": identity["calibration"],
-                "evaluation": identity["evaluation"],
-            },
-            "units": _UNITS,
-            "seconds": {},
-        }
+        self.metrics: dict[str, Any] = {}
+        self._config = config
+        self._force = force
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory. Raises ConfigError when another process has it."""
+    def opened(self) -> Iterator[None]:
+        """Hold the directory, check what is in it, and read or start the metrics.
+
+        Raises:
+            ConfigError: another process holds it, or it belongs to something else. DataError: it cannot be made.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"the run directory {self.directory} cannot be made: {error.strerror}") from error
+        resolved = json.loads(json.dumps(self._config.resolved()))
+        self._check_config(identity_of(resolved))
         try:
             with FileLock(self.directory / ".lock", timeout=0):
+                if self._force:
+                    for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
+                        (self.directory / name).unlink(missing_ok=True)
+                self.metrics = self._read_metrics() or {
+                    "schema_version": SCHEMA_VERSION,
+                    "status": "running",
+                    "name": self._config.name,
+                    "config_hash": self._config.hash(),
+                    "protocol": {"calibration": resolved["calibration"], "evaluation": resolved["evaluation"]},
+                    "units": _UNITS,
+                    "seconds": {},
+                }
+                if not self.finished:
+                    write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
                 yield
         except Timeout as error:
             raise ConfigError(f"{self.directory} is in use by another process") from error
@@ -112,12 +117,16 @@ class RunRecord:
         write_json(self.directory / METRICS, self.metrics)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, and save the metrics when it ends well."""
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted."""
         started = time.perf_counter()
-        yield
-        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - started
-        self.save()
+        try:
+            yield
+        finally:
+            self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - started
+            for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
+                self.metrics[key] = max(peak, self.metrics.get(key, 0))
+            self.save()
 
     def append_history(self, values: Mapping[str, Any]) -> None:
         """Add one line to `history.jsonl` and flush it."""
@@ -139,7 +148,7 @@ class RunRecord:
     def _check_config(self, identity: dict[str, Any]) -> None:
         file = self.directory / CONFIG
         if file.is_file():
-            present = yaml.safe_load(file.read_text(encoding="utf-8"))
+            present = identity_of(yaml.safe_load(file.read_text(encoding="utf-8")))
             if present != identity:
                 keys = ", ".join(sorted(_differing(present, identity))[:5])
                 raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
@@ -180,17 +189,21 @@ def read_masks(path: Path) -> dict[str, Tensor]:
         return masks
 
 
-def apply_record(model: nn.Module, directory: Path) -> None:
+def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     """Turn the dense model into the pruned one of a run, in place.
 
     Args:
         model: the dense model that the run started from.
+        identity: of that model (`LoadedModel.identity`).
         directory: of a run that has been pruned.
 
     Raises:
-        DataError: the pruner changed weights, but they were not kept (`save_weights=false`).
+        DataError: the record belongs to another model, or the pruner changed weights that were not kept
+            (`save_weights=false`).
     """
     metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    if metrics["model"] != identity:
+        raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
     weights = load_file(directory / WEIGHTS) if (directory / WEIGHTS).is_file() else {}
     if metrics["sparsity"].get("weights_changed") and not weights:
         raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")

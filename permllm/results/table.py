@@ -40,15 +40,20 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
 def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: Console | None = None) -> None:
     """Table of several finished runs, a column a run: the dense model once, then each `(label, metrics, directory)`."""
     console = console or terminal()
-    table = Table(title="sparse models", title_justify="left")
+    columns = [{name: (dense, sparse) for name, dense, sparse in _result_rows(metrics)} for _, metrics, _ in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    table = Table(title="sparse models (dense in brackets where it differs)", title_justify="left")
     table.add_column("")
     table.add_column("dense", justify="right")
     for label, _, _ in runs:
         table.add_column(label, justify="right", overflow="fold")
-    columns = [{name: (dense, sparse) for name, dense, sparse in _result_rows(metrics)} for _, metrics, _ in runs]
-    for name in dict.fromkeys(name for column in columns for name in column):
-        dense = next(column[name][0] for column in columns if name in column)
-        table.add_row(name, dense, *[column[name][1] if name in column else "-" for column in columns])
+    for name in names:
+        dense = {column[name][0] for column in columns if name in column}
+        cells = []
+        for column in columns:
+            before, after = column.get(name, ("", "-"))
+            cells.append(after if len(dense) == 1 or not before else f"{after} ({before})")
+        table.add_row(name, dense.pop() if len(dense) == 1 else "", *cells)
     table.add_row("saliency kept", "", *[f"{_mean(metrics['retained_saliency']):.2%}" for _, metrics, _ in runs])
     table.add_row("output error", "", *[f"{_mean(metrics['output_error']):.4f}" for _, metrics, _ in runs])
     table.add_row("time", "", *[_duration(sum(metrics["seconds"].values())) for _, metrics, _ in runs])
@@ -65,10 +70,13 @@ def _result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
     dense, sparse = metrics.get("zero_shot", {}).get("dense", {}), metrics.get("zero_shot", {}).get("sparse", {})
     for name, values in dense.items():
-        label = f"{name} acc, {'limited to ' if values['limited'] else ''}{values['n']} items"
+        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
+        label = f"{name} acc{items}"
         rows.append((label, _accuracy(values), _accuracy(sparse[name])))
-    if len(dense) > 1:
-        means = [sum(values["acc"] or 0.0 for values in part.values()) / len(part) for part in (dense, sparse)]
+    # An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
+    counted = [name for name, values in dense.items() if values["n"] and values["acc"] is not None]
+    if len(counted) > 1:
+        means = [sum(part[name]["acc"] for name in counted) / len(counted) for part in (dense, sparse)]
         rows.append(("average acc", f"{means[0]:.1%}", f"{means[1]:.1%}"))
     return rows
 

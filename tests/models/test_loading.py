@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import BertConfig, BertModel, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokenizer
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
@@ -35,6 +35,26 @@ def test_a_local_folder_loads_in_the_dtype_that_was_asked_for(folder: Path) -> N
         tiny_model("qwen3")(input_ids=torch.arange(9)[None]).logits,
     )
     assert meta_model(local(folder)).config.model_type == "qwen3"
+
+
+def test_rotary_frequencies_stay_in_float32(folder: Path) -> None:
+    loaded = load_model(local(folder, dtype="bfloat16"), seed=0).model
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    tokens = torch.randint(0, 259, (1, 200))
+    assert torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+    architecture = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModelConfig(name="r", source="random", device="cpu", dtype="bfloat16", architecture=architecture)
+    random = load_model(config, 0).model
+    assert random.dtype == torch.bfloat16
+    assert random.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_truncated_weight_file_is_one_line(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="transformers cannot load"):
+        load_model(local(folder), seed=0)
 
 
 def test_the_identity_follows_the_weights(folder: Path) -> None:

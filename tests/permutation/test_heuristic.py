@@ -70,12 +70,13 @@ def test_result_is_a_permutation_that_retains_at_least_as_much_as_the_identity(s
     assert retained(saliency, perm, pattern) > retained(saliency, torch.arange(64), pattern)
 
 
-def test_the_identity_is_returned_when_it_is_the_best() -> None:
-    # Each group holds the two large entries of every row already: nothing can be gained.
+def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each group holds the two large entries of its row already: nothing can be gained, and a tie goes to the identity.
     saliency = torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]])
-    pattern = NMPattern(2, 4)
-    perm = heuristic_order(saliency, pattern)
-    assert retained(saliency, perm, pattern) == 36.0
+    assert torch.equal(heuristic_order(saliency, NMPattern(2, 4)), torch.arange(8))
+    worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
+    monkeypatch.setattr("permllm.permutation.heuristic.reassign_position", lambda *args: worse)
+    assert torch.equal(heuristic_order(saliency, NMPattern(2, 4)), torch.arange(8))
 
 
 def test_many_rows_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

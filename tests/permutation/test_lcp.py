@@ -151,6 +151,12 @@ def test_bfloat16_weights_learn_with_float32_logits() -> None:
     assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
 
 
+def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lcp_module.Training, "_measure", lambda self: float("nan"))
+    with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
+        lcp(passes=1).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -160,6 +166,8 @@ def test_bfloat16_weights_learn_with_float32_logits() -> None:
         ({"passes": 0}, "permutation.passes=0"),
         ({"batch_size": 1.5}, "permutation.batch_size=1.5"),
         ({"learning_rate": 0}, "permutation.learning_rate=0"),
+        ({"learning_rate": "abc"}, "permutation.learning_rate='abc': expected a positive number"),
+        ({"margin": float("nan")}, "permutation.margin=nan"),
         ({"last_layers": 0}, "permutation.last_layers=0"),
     ],
 )

@@ -129,9 +129,13 @@ def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
     soft = logits.soft(1.0, 2)
     expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
     torch.testing.assert_close(soft[0], expected)
-    (soft[0] * torch.randn(8, 8)).sum().backward()
+    weight = torch.randn(8, 8)
+    (soft[0] * weight).sum().backward()
+    scale = torch.tensor(2.0, requires_grad=True)
+    reference = sinkhorn(((torch.full((1, 8, 8), 0.3) + torch.eye(8)) * scale).clamp(-1, 1), 1.0, 2)
+    (reference * weight).sum().backward()
     assert logits.scale is not None
-    assert logits.scale.grad is not None
+    torch.testing.assert_close(logits.scale.grad, scale.grad)
 
 
 @pytest.mark.parametrize(

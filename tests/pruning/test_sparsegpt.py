@@ -78,5 +78,13 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     inputs[:, 3] = 0
     statistics = InputStatistics(32, "cpu", gram=True)
     statistics.update(inputs)
-    updated, _ = SparseGPT().update(weight, statistics, torch.arange(32), PATTERN)
+    updated, mask = SparseGPT().update(weight, statistics, torch.arange(32), PATTERN)
     assert updated.isfinite().all()
+    # All that is known of such a channel is lambda, which follows the scale of the inputs: so do no masks.
+    column = SparseGPT().factors(weight, statistics).column[0]
+    diagonal = inputs.double().square().mean(0)
+    assert float(column[3]) == pytest.approx(0.01 * float(diagonal.mean()), rel=1e-4)
+    assert column.argmin() == 3
+    small = InputStatistics(32, "cpu", gram=True)
+    small.update(inputs * 0.01)
+    assert torch.equal(SparseGPT().update(weight, small, torch.arange(32), PATTERN)[1], mask)

@@ -1,0 +1,29 @@
+"""Checks of single settings: each names the key, the value and what is valid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from permllm.errors import ConfigError
+
+
+def check_whole(key: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")
+
+
+def check_number(key: str, value: Any, *, positive: bool) -> None:
+    """Raise ConfigError unless `value` is a finite number above zero (`positive`) or of at least zero."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (positive and value == 0):
+        raise ConfigError(f"{key}={value!r}: expected a {'positive number' if positive else 'number of at least 0'}")
+
+
+def check_one_of(key: str, value: Any, valid: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `valid`."""
+    options = list(valid)
+    if value not in options:
+        raise ConfigError(f"{key}={value!r} is not valid; valid are: {', '.join(options)}")
