@@ -26,6 +26,7 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
     assert names == expected | {"environment.json"}
     assert list((tmp_path / "runs" / "wandb").glob("offline-run-*"))  # the default logger, without a key
     written = (directory / "metrics.json").stat().st_mtime_ns
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}  # nothing else lies about
     second = run_command("model=tiny", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "is finished already" in second.stderr
