@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.assignment import harden
 from permllm.permutation.sinkhorn import sinkhorn
 
 
@@ -50,11 +49,14 @@ class BlockLogits(nn.Module):
     """
 
     base: Tensor
+    first: Tensor
 
     def __init__(self, base: Tensor, block_size: int, logits: list[Tensor], scale: float | None = None) -> None:
         super().__init__()
         self.register_buffer("base", base)
         self.stacks = split_blocks(base.numel(), block_size)
+        starts = [stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size) for stack in self.stacks]
+        self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
 
@@ -65,18 +67,6 @@ class BlockLogits(nn.Module):
     def _effective(self, stack: Tensor) -> Tensor:
         return stack if self.scale is None else (stack * self.scale).clamp(-1.0, 1.0)
 
-    def order(self, soft: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Hard order of given soft permutations.
-
-        Returns:
-            `perm` int64 `(C_in,)`, the channel at each position, and `hard` int64 `(C_in,)`, the row of its block's matrix.
-        """
-        perms = [harden(stack).to(self.base.device) for stack in soft]
-        hard = torch.cat([perm.flatten() for perm in perms])
-        first = torch.cat(
-            [
-                stack.start + stack.size * torch.arange(stack.count, device=self.base.device).repeat_interleave(stack.size)
-                for stack in self.stacks
-            ]
-        )
-        return self.base[first + hard], hard
+    def order(self, hard: Tensor) -> Tensor:
+        """The channel at each position, int64 `(C_in,)`, when `hard` `(C_in,)` is the row of its block's matrix there."""
+        return self.base[self.first + hard]

@@ -24,6 +24,7 @@ from permllm.errors import TrainingError
 from permllm.memory import peak_memory
 from permllm.models.decoder import LayerStream, layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.permutation.assignment import harden_all
 from permllm.permutation.blocks import BlockLogits, split_blocks
 from permllm.permutation.heuristic import heuristic_order
 from permllm.permutation.masked_linear import PermutedMaskedLinear, StraightThrough
@@ -138,8 +139,7 @@ class LCP:
         hidden = _inputs_after_pruning(problem, orders, first) if first else None
         logits = self.start_logits(problem, window, orders)
         with masked_linears(self, problem, window) as linears:
-            orders.update(Training(self, problem, window, first, hidden, logits, linears).run())
-        return orders
+            return Training(self, problem, window, first, hidden, orders, logits, linears).run()
 
     def start_orders(self, problem: LearningProblem, first: int) -> dict[str, Tensor]:
         """The orders that learning starts from, layers before `first` keeping theirs; int64 `(C_in,)` on the CPU by group."""
@@ -182,6 +182,7 @@ class Training:
         window: list[ChannelGroup],
         first: int,
         hidden: Tensor | None,
+        orders: dict[str, Tensor],
         logits: dict[str, BlockLogits],
         linears: dict[str, list[PermutedMaskedLinear]],
     ) -> None:
@@ -204,9 +205,10 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
         self.generator = torch.Generator().manual_seed(problem.seed + 1)
         self.done = 0
+        self.harden_seconds = 0.0  # of the latest step
         self.best_loss = math.inf
         self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
-        self.best = {name: order.cpu() for name, order in self.present.items()}
+        self.best = dict(orders)  # of all groups, those outside of the window included
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
     @property
@@ -215,7 +217,7 @@ class Training:
         return self.problem.directory / "lcp_checkpoint.pt" if self.problem.directory else None
 
     def run(self) -> dict[str, Tensor]:
-        """All passes that are left; the best orders."""
+        """All passes that are left; the best orders of all groups."""
         self._resume()
         channels = sum(group.channels for group in self.window)
         progress = tqdm(total=self.steps, initial=self.done * self.steps_a_pass, desc="lcp", unit="step")
@@ -254,7 +256,7 @@ class Training:
                 if not math.isfinite(measured):
                     raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
         if measured is None or measured < self.best_loss:
-            self.best = {name: order.cpu() for name, order in self.present.items()}
+            self.best |= {name: order.cpu() for name, order in self.present.items()}
         if measured is not None:
             self.best_loss = min(self.best_loss, measured)
         self.done = number + 1
@@ -271,20 +273,23 @@ class Training:
             }
         )
 
-    def _harden(self, temperature: float) -> list[list[Tensor]]:
-        """Set the order of every masked linear from the present logits; returns the soft permutations, in window order."""
-        softs = []
-        for group in self.window:
-            block = self.blocks[group.name]
-            soft = block.soft(temperature, self.settings.sinkhorn_iterations)
-            if not all(bool(stack.isfinite().all()) for stack in soft):
-                raise TrainingError(self._failure(f"the soft permutation of {group.name} is not finite"))
-            perm, hard = block.order(soft)
+    def _harden(self, temperature: float) -> None:
+        """Set the order of every masked linear of the window from the present logits."""
+        softs = [self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations) for group in self.window]
+        started = time.perf_counter()
+        try:
+            hards = harden_all([stack for soft in softs for stack in soft])
+        except ValueError as error:
+            pairs = zip(self.window, softs, strict=True)
+            names = [group.name for group, soft in pairs if not all(bool(stack.isfinite().all()) for stack in soft)]
+            raise TrainingError(self._failure(f"the soft permutation of {names[0]} is not finite")) from error
+        self.harden_seconds = time.perf_counter() - started
+        on_device = torch.cat([hard.flatten() for hard in hards]).to(self.device)
+        for group, soft, hard in zip(self.window, softs, on_device.split([g.channels for g in self.window]), strict=True):
+            perm = self.blocks[group.name].order(hard)
             for linear in self.linears[group.name]:
                 linear.set_order(perm, hard, soft)
             self.present[group.name] = perm
-            softs.append(soft)
-        return softs
 
     def step(self, batch: Tensor, temperature: float) -> float:
         """One update of the logits from the samples at the indices `batch`; the loss before it."""

@@ -151,10 +151,26 @@ def test_bfloat16_weights_learn_with_float32_logits() -> None:
     assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
 
 
+def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lcp_module.LCP.start_logits
+
+    def broken(*args: Any) -> Any:
+        logits = real(*args)
+        logits["model.layers.1.mlp.down_proj"].logits[0].data[0, 0, 0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(lcp_module.LCP, "start_logits", broken)
+    with pytest.raises(TrainingError, match=r"pass 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not finite"):
+        lcp().learn(problem(tiny_model("llama"), Wanda()))
+
+
 def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lcp_module.Training, "_measure", lambda self: float("nan"))
+    model = tiny_model("llama")
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
-        lcp(passes=1).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
+        lcp(passes=1, last_layers=1).learn(problem(model, Wanda(), directory=tmp_path))
+    # Also the groups that do not learn are in the file, so that it serves as permutation.path.
+    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in channel_groups(model)}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from permllm.permutation.assignment import harden, harden_all
 from permllm.permutation.blocks import BlockLogits, split_blocks
 from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.permutation.sinkhorn import sinkhorn
@@ -82,7 +83,8 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     logits = BlockLogits(base, block_size, [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, factors, NMPattern(n, m), logits.stacks, variant)
     soft = logits.soft(0.7, 3)
-    perm, hard = logits.order(soft)
+    hard = torch.cat([perm.flatten() for perm in harden_all(soft)])
+    perm = logits.order(hard)
     module.set_order(perm, hard, soft)
     ours_x = x.clone().requires_grad_()
     ours = module(ours_x)
@@ -118,7 +120,8 @@ def test_the_two_straight_through_variants_differ() -> None:
         logits = BlockLogits(torch.arange(16), 16, [torch.randn(1, 16, 16)])
         module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, 16)), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
         soft = logits.soft(1.0, 5)
-        module.set_order(*logits.order(soft), soft)
+        hard = harden(soft[0]).flatten()
+        module.set_order(logits.order(hard), hard, soft)
         module(torch.randn(5, 16)).square().sum().backward()
         grads[variant] = logits.logits[0].grad
     assert not torch.allclose(grads["hard"], grads["soft"])
