@@ -80,9 +80,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         model, tokenizer, identity = _from_folder(_smollm2_folder(), dtype)
         identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
     elif config.source == "local":
-        if not config.path or not Path(config.path).is_dir():
-            raise ConfigError(f"model.path={config.path!r} is not a folder: give one that transformers can load")
-        model, tokenizer, identity = _from_folder(Path(config.path), dtype)
+        model, tokenizer, identity = _from_folder(Path(config.path or ""), dtype)
     else:
         model, tokenizer, identity = _from_hub(config, dtype)
     family_named(model.config.model_type)
@@ -95,12 +93,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model without weights (meta device), from the architecture in the settings or a local folder's config."""
-    if config.source == "local":
-        if not config.path or not Path(config.path).is_dir():
-            raise ConfigError(f"model.path={config.path!r} is not a folder: give one that transformers can load")
-        architecture = _local_architecture(Path(config.path))
-    else:
-        architecture = _architecture(config)
+    architecture = _local_architecture(Path(config.path or "")) if config.source == "local" else _architecture(config)
     family_named(architecture.model_type)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
@@ -128,6 +121,8 @@ def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrai
 
 
 def _local_architecture(folder: Path) -> PreTrainedConfig:
+    if not folder.is_dir():
+        raise ConfigError(f"model.path={str(folder)!r} is not a folder: give one that transformers can load")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
