@@ -1,0 +1,64 @@
+"""Compiled and eager kernels are the same mathematics, ties and all."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from permllm.permutation import kernels
+from permllm.permutation.kernels import EAGER, Kernels, compiled_kernels
+from permllm.pruning.saliency import SaliencyFactors, saliency
+from permllm.sparsity import NMPattern, nm_mask
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Kernels:
+    found = compiled_kernels("cpu")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "power", "with_row", "hard"),
+    [(2, 4, 1, False, True), (2, 4, 1, False, False), (1, 4, 2, False, True), (4, 8, 1, True, False)],
+)
+def test_compiled_and_eager_agree(compiled: Kernels, n: int, m: int, power: int, with_row: bool, hard: bool) -> None:
+    generator = torch.Generator().manual_seed(n * m + power)
+    # Few distinct values: the groups are full of ties.
+    weight_t = torch.randint(-3, 4, (48, 20), generator=generator).float()
+    channels = torch.randperm(48, generator=generator)[: 3 * m]
+    terms = 2 if with_row else 1
+    column = torch.randint(1, 3, (terms, 3 * m), generator=generator).float()
+    row = torch.randint(1, 3, (terms, 20), generator=generator).float() if with_row else None
+    grad = torch.randn(48, 20, generator=generator)
+    piece: tuple[Any, ...] = (weight_t, channels, power, column, row)
+    score = saliency(weight_t[channels].t(), SaliencyFactors(power, column, row))
+    expected = (weight_t[channels].t() * nm_mask(score, NMPattern(n, m))).t()
+    for form in (EAGER, compiled):
+        torch.testing.assert_close(form.mask(*piece, n, m), expected)
+    ours, theirs = (form.gradient(*piece, grad, n, m, hard) for form in (compiled, EAGER))
+    torch.testing.assert_close(ours[0], expected)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_without_a_compiler_there_is_a_warning_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: Any, **_: Any) -> Any:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("no compiler found\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(kernels.torch, "compile", broken)
+    compiled_kernels.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert compiled_kernels("cpu") is None
+    compiled_kernels.cache_clear()
+    assert "no compiler found" in caplog.text
+    assert "story" not in caplog.text
