@@ -23,7 +23,7 @@ from permllm.evaluation.zero_shot import zero_shot
 from permllm.memory import reset_peak_memory
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
-from permllm.permutation.lcp import LearningProblem
+from permllm.permutation.problem import LearningProblem
 from permllm.plan import print_plan
 from permllm.pruning.pipeline import PrunedModel, Pruner, calibrate_dense, prune
 from permllm.results.environment import environment

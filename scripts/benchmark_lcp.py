@@ -33,8 +33,12 @@ from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.permutation.assignment import harden
 from permllm.permutation.heuristic import assignment_scores
-from permllm.permutation.lcp import LCP, LearningProblem, Training, cosine_loss, masked_linears
+from permllm.permutation.kernels import EAGER, compiled_kernels
+from permllm.permutation.lcp import LCP
+from permllm.permutation.losses import cosine_loss
+from permllm.permutation.problem import LearningProblem
 from permllm.permutation.temperature import Linear
+from permllm.permutation.training import Training, Window, masked_linears
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.results.environment import hardware, versions
 from permllm.sparsity import NMPattern
@@ -193,6 +197,7 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
     settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "init": "random", "batch_size": len(tokens)}
     plain = PlainStep(model, tokens, target.to(device))
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
+    kernels = compiled_kernels(device.type) or EAGER
     peak = 0
     dense: DenseStep | None = None
     if _dense_fits(problem.groups, device):
@@ -201,10 +206,11 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
         found = {"plain": clock(plain, device)}
         for name, recompute in (("lcp", False), ("checkpoint", True)):
             lcp = LCP(**settings, activation_checkpointing=recompute)
-            with masked_linears(lcp, problem, problem.groups) as linears:
+            with masked_linears(problem, problem.groups, block_size, "hard", True, kernels) as linears:
                 orders = {group.name: torch.arange(group.channels) for group in problem.groups}
                 logits = lcp.start_logits(problem, problem.groups, orders)
-                training = Training(lcp, problem, problem.groups, 0, None, orders, logits, linears)
+                window = Window(0, 0, 1, problem.groups, None, problem.target)
+                training = Training(lcp, problem, window, orders, logits, linears)
                 training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
                 reset_peak_memory(device)
                 found[name] = clock(lambda training=training: training.step(everything, 0.5), device)  # type: ignore[misc]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from permllm.errors import ConfigError
 
@@ -32,10 +32,12 @@ class Family:
     Attributes:
         layers: path of the list of decoder layers.
         groups: the channel groups of each decoder layer, in the order in which the layer runs them.
+        after: paths of what follows the last decoder layer, before the head; a model may lack some.
     """
 
     layers: str
     groups: tuple[GroupTable, ...]
+    after: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ _OPT = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("model.layers", _GATED),
-    "mistral": Family("model.layers", _GATED),
-    "qwen2": Family("model.layers", _GATED),
-    "qwen3": Family("model.layers", _GATED),
-    "opt": Family("model.decoder.layers", _OPT),
+    "llama": Family("model.layers", _GATED, ("model.norm",)),
+    "mistral": Family("model.layers", _GATED, ("model.norm",)),
+    "qwen2": Family("model.layers", _GATED, ("model.norm",)),
+    "qwen3": Family("model.layers", _GATED, ("model.norm",)),
+    "opt": Family("model.decoder.layers", _OPT, ("model.decoder.final_layer_norm", "model.decoder.project_out")),
 }
 
 
@@ -100,6 +102,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     layers = model.get_submodule(family_of(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def after_layers(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What the head reads, given the output `(..., hidden)` of the last decoder layer: the final norm, for the most part."""
+    for path in family_of(model).after:
+        parent, _, name = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), name, None)
+        if module is not None:
+            hidden = module(hidden)
+    return hidden
 
 
 def channel_groups(model: nn.Module) -> list[ChannelGroup]:

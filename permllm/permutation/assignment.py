@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,19 +24,38 @@ def harden(soft: Tensor) -> Tensor:
     Returns:
         int64 `(blocks, B)` on the CPU; entry j of a block is the source channel at position j (`P[perm[j], j] = 1`).
     """
-    return harden_all([soft])[0]
+    return harden_all([soft], soft.numel())[0]
 
 
-def harden_all(softs: Sequence[Tensor]) -> list[Tensor]:
-    """`harden` for several tensors of one device, with a single copy to the host. Raises ValueError when one is not finite."""
-    flat = torch.cat([soft.detach().flatten() for soft in softs]).cpu().numpy()
-    if not np.isfinite(flat.sum()):
+def harden_all(softs: Iterable[Tensor], entries: int) -> list[Tensor]:
+    """`harden` for several tensors of one device and dtype, with a single copy to the host.
+
+    Args:
+        softs: each `(blocks, B, B)`; may be made one at a time, none is kept.
+        entries: of all of them together.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    flat: Tensor | None = None
+    shapes = []
+    start = 0
+    for soft in softs:
+        if flat is None:
+            flat = torch.empty(entries, dtype=soft.dtype, device=soft.device)
+        flat[start : start + soft.numel()] = soft.detach().flatten()
+        start += soft.numel()
+        shapes.append(soft.shape)
+    if flat is None:
+        return []
+    host = flat.cpu().numpy()
+    if not np.isfinite(host.sum()):
         raise ValueError("soft permutations that are not finite have no assignment")
     perms: list[np.ndarray[Any, Any]] = []
     open_blocks, start = [], 0
-    for soft in softs:
-        scores = flat[start : start + soft.numel()].reshape(soft.shape)
-        start += soft.numel()
+    for shape in shapes:
+        scores = host[start : start + shape.numel()].reshape(shape)
+        start += shape.numel()
         # The largest entry of every column bounds the objective from above: where these entries already form a permutation,
         # they are the optimum, and at low temperatures most blocks are of that kind.
         perms.append(scores.argmax(axis=1).astype(np.int64))

@@ -155,12 +155,13 @@ class PermutedMaskedLinear(nn.Module):
         self._order: tuple[Tensor, Tensor, list[Tensor]] | None = None
 
     def set_order(self, perm: Tensor, hard: Tensor, soft: list[Tensor]) -> None:
-        """Set the order of the next forward.
+        """Set the order of the next forward, which forgets it.
 
         Args:
             perm: int64 `(C_in,)`, the channel at each permuted position.
             hard: int64 `(C_in,)`, the same relative to its block: which row of the block's soft matrix sits there.
-            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft permutations.
+            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft permutations; empty where no
+                gradient is wanted.
         """
         self._order = (perm, hard, soft)
 
@@ -169,4 +170,8 @@ class PermutedMaskedLinear(nn.Module):
         if self._order is None:
             raise RuntimeError("set_order must be called before forward")
         perm, hard, soft = self._order
+        self._order = None  # or the soft permutations and their graph would live until the next step
+        if not soft:
+            y = x @ _masked_weight_t(self.linear.weight, self._layout, perm)
+            return y if self.linear.bias is None else y + self.linear.bias
         return _PermutedMaskedLinear.apply(x, self.linear.weight, self.linear.bias, self._layout, perm, hard, *soft)

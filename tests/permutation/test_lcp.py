@@ -15,8 +15,9 @@ from permllm.errors import ConfigError, TrainingError
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.permutation import lcp as lcp_module
+from permllm.permutation import training as training_module
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.lcp import cosine_loss
+from permllm.permutation.losses import cosine_loss
 from permllm.permutation.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruning.pipeline import prune
 from permllm.pruning.wanda import Wanda
@@ -165,7 +166,7 @@ def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyP
 
 
 def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lcp_module.Training, "_measure", lambda self: float("nan"))
+    monkeypatch.setattr(training_module.Training, "_measure", lambda self: float("nan"))
     model = tiny_model("llama")
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
         lcp(passes=1, last_layers=1).learn(problem(model, Wanda(), directory=tmp_path))
@@ -213,4 +214,4 @@ def test_cosine_loss_against_its_formula() -> None:
         for j in range(3):
             total += 1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm()))
     assert float(cosine_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
-    assert lcp_module.cosine_loss(a, a) == pytest.approx(0.0, abs=1e-12)
+    assert cosine_loss(a, a) == pytest.approx(0.0, abs=1e-12)

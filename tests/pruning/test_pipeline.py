@@ -13,7 +13,8 @@ from torch import Tensor
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
-from permllm.permutation.lcp import LCP, LearningProblem
+from permllm.permutation.lcp import LCP
+from permllm.permutation.problem import LearningProblem
 from permllm.permutation.temperature import Linear
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.pipeline import Pruner, calibrate_dense, prune

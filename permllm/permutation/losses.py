@@ -1,0 +1,81 @@
+"""How far the sparse output is from the dense one: the losses that LCP can minimise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.models.families import after_layers
+
+LOSSES = ("cosine", "mse", "kl")
+
+# Tokens whose logits over the vocabulary exist at a time.
+_CHUNK = 128
+
+
+def loss_named(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
+
+    Args:
+        name: `cosine`, `mse`, or `kl`, which needs the outputs of the last layer.
+        model: whose final norm and head `kl` goes through.
+    """
+    if name == "kl":
+        return lambda output, target: head_divergence(model, output, target)
+    return {"cosine": cosine_loss, "mse": mean_square_loss}[name]
+
+
+def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
+    """`1 - cos(output, target)`, mean over tokens, in float32 or wider (PermLLM, equation 8)."""
+    output, target = _wide(output), _wide(target)
+    return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
+
+
+def mean_square_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared distance over squared length of the target, mean over tokens, in float32 or wider."""
+    output, target = _wide(output), _wide(target)
+    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+
+
+def head_divergence(model: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+    """`KL(dense || sparse)` of the next-token distributions, mean over tokens, in float32 or wider.
+
+    Args:
+        model: its modules after the decoder layers and its head are applied to both.
+        output, target: of the last decoder layer, `(batch, tokens, hidden)`.
+    """
+    with torch.no_grad():
+        dense = after_layers(model, target).flatten(0, -2)
+    sparse = after_layers(model, output).flatten(0, -2)
+    return _HeadDivergence.apply(sparse, dense, model.get_output_embeddings().weight)  # type: ignore[operator]
+
+
+class _HeadDivergence(torch.autograd.Function):
+    """The head is frozen and the loss is a mean, so the gradient is known in forward, chunk by chunk: no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, sparse: Tensor, dense: Tensor, weight: Tensor) -> Tensor:
+        total = _wide(sparse.new_zeros(()))
+        grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
+        for first in range(0, len(sparse), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            log_p = _wide(dense[part] @ weight.t()).log_softmax(-1)
+            log_q = _wide(sparse[part] @ weight.t()).log_softmax(-1)
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum()
+            if grad is not None:
+                torch.matmul(log_q.exp_().sub_(p).div_(len(sparse)).to(weight.dtype), weight, out=grad[part])
+        ctx.save_for_backward(*([] if grad is None else [grad]))
+        return total / len(sparse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

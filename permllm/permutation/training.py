@@ -1,0 +1,357 @@
+"""The training loop of LCP over one window of decoder layers: its state, its steps, its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from permllm import parallel
+from permllm.errors import TrainingError
+from permllm.memory import peak_memory
+from permllm.models.decoder import layer_inputs, run_layer
+from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.permutation.assignment import harden_all
+from permllm.permutation.blocks import BlockLogits, count_logits, split_blocks
+from permllm.permutation.kernels import Kernels
+from permllm.permutation.losses import loss_named
+from permllm.permutation.masked_linear import PermutedMaskedLinear, StraightThrough
+from permllm.permutation.problem import LearningProblem
+from permllm.results.files import write_tensors, write_torch
+from permllm.results.record import BEST_SO_FAR, CHECKPOINT
+
+if TYPE_CHECKING:
+    from permllm.permutation.lcp import LCP
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Window:
+    """Consecutive decoder layers that learn together.
+
+    Attributes:
+        number: of the window, from 0.
+        first: index of its first decoder layer.
+        stop: index after its last.
+        groups: the channel groups of its layers.
+        inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on the host; None where they are
+            the embeddings.
+        target: dense output of the last layer, like `inputs`.
+    """
+
+    number: int
+    first: int
+    stop: int
+    groups: list[ChannelGroup]
+    inputs: Tensor | None
+    target: Tensor
+
+
+class Training:
+    """One run of the optimisation over a window.
+
+    Args:
+        settings: of LCP.
+        problem: the model, whose linears in the window are masked linears now, and the samples.
+        window: what learns.
+        orders: int64 `(C_in,)` of all groups of the model at the start.
+        logits: by group of the window.
+        linears: masked linears by group of the window.
+    """
+
+    def __init__(
+        self,
+        settings: LCP,
+        problem: LearningProblem,
+        window: Window,
+        orders: dict[str, Tensor],
+        logits: dict[str, BlockLogits],
+        linears: dict[str, list[PermutedMaskedLinear]],
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.window = window
+        self.logits = nn.ModuleDict({name.replace(".", "/"): block for name, block in logits.items()})
+        self.blocks = logits
+        self.linears = linears
+        self.layers = decoder_layers(problem.model)
+        self.device = problem.device
+        self.loss = loss_named(settings.loss, problem.model)
+        # Fused: no temporaries of the size of all logits.
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(
+            self.logits.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+        )
+        self.steps_a_pass = math.ceil(len(problem.tokens) / settings.batch_size)
+        self.steps = self.steps_a_pass * settings.passes
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+        self.generator = torch.Generator().manual_seed(problem.seed + 1)
+        self.done = 0
+        self.harden_seconds = 0.0  # of the latest step
+        self.best_loss = math.inf
+        self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
+        self.hard: dict[str, Tensor] = {}
+        self.best = {name: order.cpu() for name, order in orders.items()}  # of all groups, those outside of the window too
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+
+    def run(self) -> dict[str, Tensor]:
+        """All passes that are left; the best orders of all groups."""
+        channels = sum(group.channels for group in self.window.groups)
+        label = f"lcp, layers {self.window.first} to {self.window.stop - 1}"
+        with tqdm(total=self.steps, initial=self.done * self.steps_a_pass, desc=label, unit="step") as progress:
+            for number in range(self.done, self.settings.passes):
+                started = time.perf_counter()
+                before = dict(self.present)
+                losses: list[float] = []
+                order = torch.randperm(len(self.problem.tokens), generator=self.generator)
+                for batch in order.split(self.settings.batch_size):
+                    step_started = time.perf_counter()
+                    step = number * self.steps_a_pass + len(losses)
+                    temperature = self._temperature(step)
+                    previous = dict(self.present)
+                    loss = self.step(batch, temperature)
+                    losses.append(loss)
+                    values = {"loss": loss, "temperature": temperature, "flips": _flips(previous, self.present) / channels}
+                    values["seconds"] = time.perf_counter() - step_started
+                    self.problem.on_step(self.window.number * self.steps + step, values)
+                    progress.update()
+                    progress.set_postfix(loss=f"{loss:.4f}", tau=f"{temperature:.2f}")
+                self._end_of_pass(number, losses, before, time.perf_counter() - started, channels)
+        return self.best
+
+    def step(self, batch: Tensor, temperature: float) -> float:
+        """One update of the logits from the samples at the indices `batch`; the loss before it.
+
+        Under torchrun each process computes its share of the batch, and all make the same update.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self._harden(temperature)
+        mine = parallel.share(batch)
+        loss = torch.zeros(())
+        if len(mine):
+            loss = self._loss(mine, temperature) * (len(mine) / len(batch))
+        total = loss.detach().clone()
+        parallel.add_up([total])
+        value = float(total)
+        if not math.isfinite(value):
+            raise TrainingError(self._failure(self._where(batch)))
+        if len(mine):
+            loss.backward()
+        self._add_up_gradients()
+        self.optimizer.step()
+        self.scheduler.step()
+        return value
+
+    def _add_up_gradients(self) -> None:
+        if parallel.world_size() > 1:
+            parameters = list(self.logits.parameters())
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            parallel.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+    def _temperature(self, step: int) -> float:
+        return self.settings.temperature(step / max(1, self.steps - 1))
+
+    def _end_of_pass(self, number: int, losses: list[float], before: dict[str, Tensor], seconds: float, channels: int) -> None:
+        temperature = self._temperature((number + 1) * self.steps_a_pass - 1)
+        measured = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self._harden(temperature)
+        if number >= self.settings.passes - self.settings.select_from:
+            measured = self._measure()
+            if not math.isfinite(measured):
+                raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
+        if measured is None or measured < self.best_loss:
+            self.best |= {name: order.cpu() for name, order in self.present.items()}
+        if measured is not None:
+            self.best_loss = min(self.best_loss, measured)
+        self.done = number + 1
+        self._save()
+        self.problem.on_pass(
+            {
+                "pass": number + 1,
+                "first_layer": self.window.first,
+                "last_layer": self.window.stop - 1,
+                "loss": sum(losses) / len(losses),
+                "measured_loss": measured,
+                "temperature": temperature,
+                "flips": _flips(before, self.present) / channels,
+                "step_seconds": seconds / len(losses),
+                "peak_memory_bytes": peak_memory(self.device),
+            }
+        )
+
+    @torch.no_grad()
+    def _harden(self, temperature: float) -> None:
+        """The order of every group of the window from the present logits. Soft permutations exist one group at a time."""
+        groups = self.window.groups
+        softs = (
+            soft for group in groups for soft in self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
+        )
+        started = time.perf_counter()
+        try:
+            hards = harden_all(softs, sum(count_logits(group.channels, self.settings.block_size) for group in groups))
+        except ValueError as error:
+            raise TrainingError(self._failure(f"the soft permutation of {self._broken(temperature)} is not finite")) from error
+        self.harden_seconds = time.perf_counter() - started
+        on_device = torch.cat([hard.flatten() for hard in hards]).to(self.device)
+        for group, hard in zip(groups, on_device.split([group.channels for group in groups]), strict=True):
+            self.hard[group.name] = hard
+            self.present[group.name] = self.blocks[group.name].order(hard)
+
+    def _broken(self, temperature: float) -> str:
+        for group in self.window.groups:
+            soft = self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
+            if not all(bool(stack.isfinite().all()) for stack in soft):
+                return group.name
+        return "some group"
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        """Loss of all samples with the order as it is, mean over tokens."""
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in parallel.share(torch.arange(len(self.problem.tokens))).split(self.problem.calibration_batch_size):
+            if len(batch):
+                total += float(self._loss(batch, temperature=None)) * len(batch)
+        parallel.add_up([total])
+        return float(total) / len(self.problem.tokens)
+
+    def _loss(self, batch: Tensor, temperature: float | None) -> Tensor:
+        hidden, kwargs = self._inputs(batch)
+        recompute = torch.is_grad_enabled() and self._recompute(hidden)
+        for index in range(self.window.first, self.window.stop):
+            if recompute:
+                hidden = checkpoint(self._layer, index, hidden, kwargs[index], temperature, use_reentrant=False)
+            else:
+                hidden = self._layer(index, hidden, kwargs[index], temperature)
+        return self.loss(hidden, self.window.target[batch].to(self.device))
+
+    def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], temperature: float | None) -> Tensor:
+        """One decoder layer in the present order, Sinkhorn included, so that recomputing it recomputes that too."""
+        for group in (group for group in self.window.groups if group.layer == index):
+            soft = []
+            if torch.is_grad_enabled() and temperature is not None:
+                soft = self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
+            for linear in self.linears[group.name]:
+                linear.set_order(self.present[group.name], self.hard[group.name], soft)
+        return run_layer(self.layers[index], hidden, kwargs)
+
+    def _inputs(self, batch: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        given = self.window.inputs
+        if given is not None and len(batch) in self._kwargs:
+            return given[batch].to(self.device), self._kwargs[len(batch)]
+        inputs = layer_inputs(self.problem.model, self.problem.tokens[batch])
+        self._kwargs[len(batch)] = inputs.kwargs
+        return (inputs.hidden if given is None else given[batch].to(self.device)), inputs.kwargs
+
+    def _recompute(self, hidden: Tensor) -> bool:
+        if self.settings.activation_checkpointing is not None:
+            return self.settings.activation_checkpointing
+        # A decoder layer keeps about 24 tensors of the size of its input for backward; recompute past 4 GB.
+        return hidden.numel() * hidden.element_size() * 24 * (self.window.stop - self.window.first) > 4e9
+
+    @torch.no_grad()
+    def _where(self, batch: Tensor) -> str:
+        hidden, kwargs = self._inputs(batch)
+        for index in range(self.window.first, self.window.stop):
+            hidden = self._layer(index, hidden, kwargs[index], temperature=None)
+            if not bool(hidden.isfinite().all()):
+                return f"the loss is not finite: the output of decoder layer {index} is not"
+        return "the loss is not finite, although the output of every layer is"
+
+    def _failure(self, reason: str) -> str:
+        text = f"LCP stopped in pass {self.done + 1}: {reason}"
+        if self.problem.directory:
+            file = self.problem.directory / BEST_SO_FAR
+            if parallel.rank() == 0:
+                write_tensors(file, self.best)
+            text += f"; the best order so far is in {file} (permutation=from_file permutation.path={file})"
+        return text
+
+    def _save(self) -> None:
+        if self.problem.directory is None or parallel.rank():
+            return
+        state = {
+            "window": self.window.number,
+            "done": self.done,
+            "logits": self.logits.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "best_loss": self.best_loss,
+            "best": self.best,
+            "present": self.present,
+        }
+        write_torch(self.problem.directory / CHECKPOINT, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of the same window (see `read_checkpoint`)."""
+        self.logits.load_state_dict(state["logits"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"].cpu())
+        self.done, self.best_loss = state["done"], state["best_loss"]
+        self.best = {name: order.cpu() for name, order in state["best"].items()}
+        self.present = state["present"]
+        log.info("continuing after pass %d of %d", self.done, self.settings.passes)
+
+
+def read_checkpoint(problem: LearningProblem) -> dict[str, Any] | None:
+    """The state after the latest pass of an interrupted run; None where there is none."""
+    file = problem.directory / CHECKPOINT if problem.directory else None
+    if file is None or not file.is_file():
+        return None
+    state: dict[str, Any] = torch.load(file, map_location=problem.device, weights_only=True)
+    return state
+
+
+@contextmanager
+def masked_linears(
+    problem: LearningProblem,
+    groups: list[ChannelGroup],
+    block_size: int,
+    straight_through: StraightThrough,
+    normalize_saliency: bool,
+    kernels: Kernels,
+) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
+    """Put a masked linear in the place of every linear of the groups, and the linears back at the end.
+
+    The weights are stored column by column meanwhile, which makes a permutation of channels a gather of rows.
+    """
+    replaced: dict[str, nn.Linear] = {}
+    masked: dict[str, list[PermutedMaskedLinear]] = {}
+    try:
+        for group in groups:
+            masked[group.name] = []
+            for path in group.members:
+                linear = linear_at(problem.model, path)
+                factors = problem.factors_of(path)
+                if normalize_saliency:
+                    factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
+                linear.weight.data = linear.weight.data.t().contiguous().t()
+                replaced[path] = linear
+                stacks = split_blocks(group.channels, block_size)
+                stand_in = PermutedMaskedLinear(linear, factors, problem.pattern, stacks, straight_through, kernels)
+                problem.model.set_submodule(path, stand_in)
+                masked[group.name].append(stand_in)
+        yield masked
+    finally:
+        for path, linear in replaced.items():
+            linear.weight.data = linear.weight.data.contiguous()
+            problem.model.set_submodule(path, linear)
+
+
+def _flips(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
+    """Number of channels whose position differs."""
+    return sum(int((after[name] != order).sum()) for name, order in before.items())
