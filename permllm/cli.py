@@ -14,6 +14,7 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from permllm import parallel
 from permllm.config import read_config
 from permllm.errors import PermLLMError
 from permllm.results.table import print_comparison
@@ -43,6 +44,9 @@ class Session:
             text = _one_line(error)
             self.failures.append(text)
             print(f"error: {text}", file=sys.stderr)
+            if parallel.world_size() > 1:
+                # The other processes wait for this one; torchrun ends them all.
+                raise SystemExit(1) from error
 
     def close(self) -> int:
         """Print the comparison when there is one to make; the exit code."""

@@ -1,7 +1,7 @@
 """What `conf/` must hold, typed, and every check of a value that can be made before anything is loaded.
 
-The groups `pruner`, `permutation` and `temperature` stay mappings here: each names a class (`_target_`) that takes the other
-keys as its arguments and checks them itself, so that a new method needs no change in this file.
+The groups `pruner`, `permutation`, `temperature` and `reconstruction` stay mappings here: each names a class (`_target_`) that
+takes the other keys as its arguments and checks them itself, so that a new method needs no change in this file.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ class RunConfig:
     pruner: dict[str, Any]
     permutation: dict[str, Any]
     temperature: dict[str, Any]
+    reconstruction: dict[str, Any]
     sparsity: str
     block_size: int
     seed: int = 0

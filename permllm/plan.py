@@ -49,8 +49,7 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(group.channels * sum(group.rows) for group in groups)
     window = [group for group in groups if group.layer >= first] if permutation.learned else []
-    share = config.pattern.m if getattr(permutation, "target", None) == "group" else 1
-    logits = sum(count_logits(group.channels, config.block_size, share) for group in window)
+    logits = sum(count_logits(group.channels, config.block_size) for group in window)
     scales = len(window) if getattr(permutation, "init", None) == "random" else 0
     console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
     console.print(f"logits                 {logits}")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from permllm import parallel
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
 from permllm.errors import DataError
@@ -21,11 +22,12 @@ from permllm.evaluation.dense import cached_dense_result
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.memory import reset_peak_memory
-from permllm.models.families import channel_groups, linear_at
+from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
 from permllm.permutation.problem import LearningProblem
 from permllm.plan import print_plan
-from permllm.pruning.pipeline import PrunedModel, Pruner, calibrate_dense, prune
+from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, calibrate_dense, prune
+from permllm.reconstruction.base import Reconstruction
 from permllm.results.environment import environment
 from permllm.results.files import write_json, write_tensors
 from permllm.results.loggers import RunLogger, open_logger
@@ -50,39 +52,88 @@ log = logging.getLogger(__name__)
 def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     """Run one job.
 
+    Under torchrun the first process does the work and keeps the record; the others help it to learn.
+
     Returns:
-        The metrics and the run directory; None when only a plan was asked for.
+        The metrics and the run directory; None when only a plan was asked for, or for a helping process.
 
     Raises:
         PermLLMError: with one line for the person who started it.
     """
     pruner: Pruner = instantiate(config.pruner)
     permutation = instantiate(config.permutation)
+    reconstruction: Reconstruction = instantiate(config.reconstruction)
+    parallel.start()
     resolve_device(config.model.device)
     if config.plan or config.model.source != "hub" or config.model.architecture:
         skeleton = meta_model(config.model)
         for group in channel_groups(skeleton):
             check_divides(config.pattern, group.channels, group.name)
         if config.plan:
-            print_plan(config, skeleton, pruner, permutation)
+            if parallel.rank() == 0:
+                print_plan(config, skeleton, pruner, permutation)
             return None
+    if parallel.rank():
+        _help(config, pruner, permutation)
+        return None
 
     record = RunRecord(config.directory(), config, config.force)
     with record.opened():
         if record.finished:
+            parallel.agree(False)
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
             with open_logger(config, record.directory) as logger:
-                _stages(config, pruner, permutation, record, logger)
+                _stages(config, pruner, permutation, reconstruction, record, logger)
         print_run(record.metrics, record.directory)
     return record.metrics, record.directory
 
 
-def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunRecord, logger: RunLogger) -> None:
+def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
+    """A process beside the first: learns with it if it learns, and leaves no record."""
+    if not parallel.agree(False):
+        return
+    _seed(config.seed)
+    loaded = load_model(config.model, config.seed)
+    groups = channel_groups(loaded.model)
+    tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
+    dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size)
+    permutation.learn(_problem(config, loaded, groups, tokens, dense))
+
+
+def _problem(
+    config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, dense: DenseCalibration
+) -> LearningProblem:
+    return LearningProblem(
+        model=loaded.model,
+        groups=groups,
+        tokens=tokens,
+        factors=dense.factors,
+        target=dense.target,
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+        directory=config.directory(),
+    )
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _stages(
+    config: RunConfig,
+    pruner: Pruner,
+    permutation: Any,
+    reconstruction: Reconstruction,
+    record: RunRecord,
+    logger: RunLogger,
+) -> None:
     metrics = record.metrics
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    parallel.agree(permutation.learned and "sparsity" not in metrics and not record.path(PERMUTATIONS).is_file())
+    _seed(config.seed)
     device = resolve_device(config.model.device)
     reset_peak_memory(device)
     write_json(record.path(ENVIRONMENT), environment(config.seed, device))
@@ -108,19 +159,9 @@ def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunReco
         if permutation.learned:
             assert dense is not None
             with record.stage("permute", device):
-                problem = LearningProblem(
-                    model=loaded.model,
-                    groups=groups,
-                    tokens=tokens,
-                    factors=dense.factors,
-                    target=dense.target,
-                    pattern=config.pattern,
-                    seed=config.seed,
-                    calibration_batch_size=config.calibration.batch_size,
-                    directory=record.directory,
-                    on_step=lambda step, values: logger.log(values, step),
-                    on_pass=record.append_history,
-                )
+                problem = _problem(config, loaded, groups, tokens, dense)
+                problem.on_step = lambda step, values: logger.log(values, step)
+                problem.on_pass = record.append_history
                 orders = _learned_orders(permutation, problem, record)
 
             def order(name: str, saliency: Tensor, pattern: Any) -> Tensor:
@@ -137,8 +178,10 @@ def _stages(config: RunConfig, pruner: Pruner, permutation: Any, record: RunReco
                 order,
                 config.calibration.batch_size,
                 dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
+                reconstruction,
             )
-            _write_pruned(config, loaded, pruner, pruned, record)
+            changed = pruner.updates_weights or reconstruction.changes_weights
+            _write_pruned(config, loaded, changed, pruned, record)
         if not permutation.learned:
             metrics["seconds"]["permute"] = pruned.permute_seconds
             metrics["seconds"]["prune"] -= pruned.permute_seconds
@@ -163,10 +206,10 @@ def _learned_orders(permutation: Any, problem: LearningProblem, record: RunRecor
     return orders
 
 
-def _write_pruned(config: RunConfig, loaded: LoadedModel, pruner: Pruner, pruned: PrunedModel, record: RunRecord) -> None:
+def _write_pruned(config: RunConfig, loaded: LoadedModel, changed: bool, pruned: PrunedModel, record: RunRecord) -> None:
     write_tensors(record.path(PERMUTATIONS), pruned.orders)
     write_masks(record.path(MASKS), pruned.masks)
-    if pruner.updates_weights and config.save_weights:
+    if changed and config.save_weights:
         weights = {path: linear_at(loaded.model, path).weight.data.cpu() for path in pruned.masks}
         write_tensors(record.path(WEIGHTS), weights)
     zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
@@ -174,7 +217,7 @@ def _write_pruned(config: RunConfig, loaded: LoadedModel, pruner: Pruner, pruned
         "pattern": str(config.pattern),
         "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
         "violations": pruned.violations,
-        "weights_changed": pruner.updates_weights,
+        "weights_changed": changed,
     }
     record.metrics["retained_saliency"] = pruned.retained
     record.metrics["output_error"] = pruned.output_error

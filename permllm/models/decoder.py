@@ -93,6 +93,10 @@ class LayerStream:
             self._kwargs.setdefault(len(batch), inputs.kwargs)
             self._hidden.append(inputs.hidden.to("cpu"))
 
+    def batches(self, index: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The present states batch by batch, on the host, and what layer `index` is called with for each."""
+        return list(self._hidden), [self._kwargs[len(hidden)][index] for hidden in self._hidden]
+
     def forward(self, index: int) -> Iterator[Tensor]:
         """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
         for hidden in self._hidden:

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from permllm import parallel
 from permllm.config import ModelConfig
 from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
 from permllm.errors import ConfigError, DataError
@@ -50,9 +51,13 @@ class LoadedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` picks CUDA when there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    """`auto` picks CUDA when there is one, under torchrun the process's own GPU, else the CPU.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", parallel.local_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)

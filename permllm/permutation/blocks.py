@@ -31,9 +31,9 @@ def split_blocks(channels: int, block_size: int) -> list[BlockStack]:
     return stacks
 
 
-def count_logits(channels: int, block_size: int, share: int = 1) -> int:
-    """Number of logits of a channel group: the sum of the squared block sizes, over the positions that share a logit."""
-    return sum(stack.count * stack.size**2 for stack in split_blocks(channels, block_size)) // share
+def count_logits(channels: int, block_size: int) -> int:
+    """Number of logits of a channel group: the sum of the squared block sizes."""
+    return sum(stack.count * stack.size**2 for stack in split_blocks(channels, block_size))
 
 
 class BlockLogits(nn.Module):
@@ -43,8 +43,7 @@ class BlockLogits(nn.Module):
         base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds channel `base[b B + p]`.
         block_size: B.
         logits: one float32 `(blocks, B, B)` for each stack of `split_blocks(C_in, block_size)`; row = channel of the block in
-            base order, column = target position in the block. Or `(blocks, B, B / M)`, column = target group of M: all
-            positions of a group then share a logit, because neither their order nor that of the groups moves a mask.
+            base order, column = target position in the block.
         scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)` (the paper's released
             code); otherwise they are used as they are.
     """
@@ -54,7 +53,7 @@ class BlockLogits(nn.Module):
 
     def __init__(self, base: Tensor, block_size: int, logits: list[Tensor], scale: float | None = None) -> None:
         super().__init__()
-        self.register_buffer("base", base)
+        self.register_buffer("base", base.clone())  # its own: loading a state writes into it
         self.stacks = split_blocks(base.numel(), block_size)
         starts = [stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size) for stack in self.stacks]
         self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
@@ -66,9 +65,6 @@ class BlockLogits(nn.Module):
         return [sinkhorn(self._effective(stack), temperature, iterations) for stack in self.logits]
 
     def _effective(self, stack: Tensor) -> Tensor:
-        size, columns = stack.shape[1:]
-        if columns != size:
-            stack = stack.repeat_interleave(size // columns, dim=2)
         return stack if self.scale is None else (stack * self.scale).clamp(-1.0, 1.0)
 
     def order(self, hard: Tensor) -> Tensor:

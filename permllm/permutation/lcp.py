@@ -55,8 +55,6 @@ class LCP:
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
-        target: what a column of the logits is: a `position` (the paper), or a `group` of M positions, which needs M times
-            fewer logits and says as much.
         select_from: after each of the last so many passes the loss of all samples is measured with the order as it then is,
             and the best of these orders is the result; 1 takes the last. Losses during a pass do not tell: each step has its
             own order and its own samples.
@@ -80,7 +78,6 @@ class LCP:
     normalize_saliency: bool = True
     margin: float = 0.05
     noise: float = 0.02
-    target: str = "position"
     select_from: int = 2
     activation_checkpointing: bool | None = None
     compile: bool | None = None
@@ -89,7 +86,6 @@ class LCP:
     def __post_init__(self) -> None:
         check_one_of("permutation.init", self.init, ("heuristic", "random"))
         check_one_of("permutation.loss", self.loss, LOSSES)
-        check_one_of("permutation.target", self.target, ("position", "group"))
         if self.window not in ("model", "layer"):
             if not isinstance(self.window, int):
                 raise ConfigError(
@@ -172,19 +168,18 @@ class LCP:
     ) -> dict[str, BlockLogits]:
         """The logits of each group of the window at the start, on the model's device."""
         generator = torch.Generator().manual_seed(problem.seed)
+        dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
         for group in window:
             start = []
             for stack in split_blocks(group.channels, self.block_size):
-                columns = stack.size if self.target == "position" else stack.size // problem.pattern.m
-                uniform = torch.rand(stack.count, stack.size, columns, generator=generator) * 2 - 1
+                uniform = torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
                 if self.init == "heuristic":
-                    own = torch.eye(columns).repeat_interleave(stack.size // columns, dim=0)
-                    start.append(self.margin * own + self.noise * uniform)
+                    start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
                     start.append(uniform / math.sqrt(self.block_size))
             scale = math.sqrt(self.block_size) if self.init == "random" else None
-            logits[group.name] = BlockLogits(orders[group.name], self.block_size, start, scale).to(problem.device)
+            logits[group.name] = BlockLogits(orders[group.name], self.block_size, start, scale).to(problem.device, dtype)
         return logits
 
 

@@ -137,7 +137,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self._harden(temperature)
         mine = parallel.share(batch)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         if len(mine):
             loss = self._loss(mine, temperature) * (len(mine) / len(batch))
         total = loss.detach().clone()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from permllm.models.decoder import LayerStream
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.pruning.statistics import InputStatistics
+from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, Reconstruction
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
 
 
@@ -66,7 +67,8 @@ class PrunedModel:
         masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
         retained: share of the saliency kept, by group.
         moved: share of the channels that are not at their original position, by group.
-        output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model.
+        output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model, W' before a layer's
+            reconstruction as a whole.
         violations: groups of M in permuted order with more than N nonzeros, over all layers.
         permute_seconds: part of the time that went into finding orders.
     """
@@ -112,6 +114,7 @@ def prune(
     order: Callable[[str, Tensor, NMPattern], Tensor],
     batch_size: int,
     factors: dict[str, SaliencyFactors] | None,
+    reconstruction: Reconstruction | None = None,
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -124,15 +127,18 @@ def prune(
         order: int64 `(C_in,)` for a group's name and its saliency `(rows of all members, C_in)`.
         batch_size: samples a forward.
         factors: of every linear, from the dense model; None takes them from the inputs that the pruned layers before give.
+        reconstruction: of the kept weights; None leaves them as the pruner does.
     """
+    reconstruction = reconstruction or NoReconstruction()
     dense = LayerStream(model, tokens, batch_size)
-    follows_pruned = factors is None or pruner.updates_weights
+    follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
+    gram = pruner.needs_gram or reconstruction.needs_gram
     pruned = LayerStream(model, tokens, batch_size) if follows_pruned else None
     result = PrunedModel()
     for index, members in _by_layer(groups, "prune"):
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
-            with _collecting(model, members, pruner.needs_gram) as statistics:
+            with _collecting(model, members, gram) as statistics:
                 for _ in pruned.forward(index):
                     pass
         weights: dict[str, Tensor] = {}
@@ -142,13 +148,25 @@ def prune(
                 if factors is not None
                 else _member_factors(model, group, pruner, statistics[group.name])
             )
-            _prune_group(model, group, pruner, pattern, order, found, statistics.get(group.name), weights, result)
+            _prune_group(
+                model, group, pruner, reconstruction, pattern, order, found, statistics.get(group.name), weights, result
+            )
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():
             linear_at(model, path).weight.data.copy_(weight)
         if pruned is not None:
+            if reconstruction.changes_weights:
+                inputs, kwargs = pruned.batches(index)
+                linears = [linear_at(model, path) for path in weights]
+                masks = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
+                layer = decoder_layers(model)[index]
+                reconstruction.layer(PrunedLayer(layer, linears, masks, inputs, kwargs, dense.batches(index)[0]))
             pruned.advance(index)
+        for group in members:
+            for path in group.members:
+                weight = linear_at(model, path).weight
+                result.violations += violations(weight, result.orders[group.name].to(weight.device), pattern)
     return result
 
 
@@ -156,6 +174,7 @@ def _prune_group(
     model: nn.Module,
     group: ChannelGroup,
     pruner: Pruner,
+    reconstruction: Reconstruction,
     pattern: NMPattern,
     order: Callable[[str, Tensor, NMPattern], Tensor],
     factors: dict[str, SaliencyFactors],
@@ -178,9 +197,8 @@ def _prune_group(
         else:
             mask = permuted_nm_mask(scores[path], perm, pattern)
             new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
-        weights[path] = new
+        weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, statistics))
         result.masks[path] = mask.cpu()
-        result.violations += violations(new, perm, pattern)
         kept.append(mask)
     result.retained[group.name] = retained_saliency(torch.cat(list(scores.values())), torch.cat(kept))
 

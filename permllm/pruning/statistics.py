@@ -21,16 +21,19 @@ class InputStatistics:
         self.tokens = 0
         self._square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self._derived: dict[str, Tensor] = {}
+        self._dtype = torch.float32
         self._gram = torch.zeros(channels, channels, dtype=torch.float32, device=device) if gram else None
 
     def update(self, x: Tensor) -> None:
         """Add the activations `x (..., C_in)`, any floating dtype."""
-        rows = x.detach().flatten(0, -2).float()
+        rows = x.detach().flatten(0, -2)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self._derived.clear()
         self.tokens += rows.shape[0]
+        self._dtype = torch.promote_types(x.dtype, torch.float32)
         self._square_sum += rows.square().sum(0).double()
         if self._gram is not None:
-            self._gram.addmm_(rows.t(), rows)
+            self._gram.addmm_(rows.t().float(), rows.float())
 
     def derived(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """A quantity that follows from these sums, computed the first time it is asked for under `name`."""
@@ -40,8 +43,8 @@ class InputStatistics:
 
     @property
     def norm(self) -> Tensor:
-        """Root mean square of each channel over tokens, float32 `(C_in,)`."""
-        return (self._square_sum / max(self.tokens, 1)).sqrt().float()
+        """Root mean square of each channel over tokens, `(C_in,)`, float32 or the wider dtype of the activations."""
+        return (self._square_sum / max(self.tokens, 1)).sqrt().to(self._dtype)
 
     @property
     def gram(self) -> Tensor:

@@ -100,6 +100,72 @@ def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) ->
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
+@pytest.mark.parametrize("window", [1, "layer"])
+def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int | str) -> None:
+    seen: list[dict[str, float]] = []
+    settings = {"window": window, "init": "random", "passes": 30, "select_from": 30, "learning_rate": 0.05, "block_size": 32}
+    learning = problem(tiny_model("llama"), Wanda(), on_pass=seen.append)
+    orders = lcp(**settings).learn(learning)
+    assert [values["first_layer"] for values in seen] == [0] * 30 + [1] * 30
+    # The last window's measured loss is that of the whole model, really pruned.
+    assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in seen[30:]), rel=1e-4)
+    # The first window's is that of the model with only its first layer pruned, after that layer.
+    model = tiny_model("llama")
+    dense = LayerStream(model, tokens(), 4)
+    dense.advance(0)
+    prune(model, learning.groups, tokens(), Wanda(), PATTERN, lambda name, _, __: orders[name], 4, learning.factors)
+    sparse = LayerStream(model, tokens(), 4)
+    sparse.advance(0)
+    first = float(cosine_loss(sparse.states(), dense.states()))
+    assert first == pytest.approx(min(values["measured_loss"] for values in seen[:30]), rel=1e-4)
+
+
+def test_a_window_larger_than_the_model_is_the_model() -> None:
+    whole = lcp(init="random").learn(problem(tiny_model("llama"), Wanda()))
+    windowed = lcp(init="random", window=99).learn(problem(tiny_model("llama"), Wanda()))
+    assert all(torch.equal(whole[name], windowed[name]) for name in whole)
+
+
+def test_windows_split_what_learns() -> None:
+    assert lcp(window=2).spans(5) == [(0, 2), (2, 4), (4, 5)]
+    assert lcp(window=2, last_layers=3).spans(5) == [(2, 4), (4, 5)]
+    assert lcp().spans(5) == [(0, 5)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_path: Path, stop_after: int) -> None:
+    settings = {"window": "layer", "init": "random", "passes": 2, "learning_rate": 0.05}
+    whole = lcp(**settings).learn(problem(tiny_model("llama"), Wanda()))
+
+    class Interrupt(Exception):
+        pass
+
+    seen: list[float] = []
+
+    def stop(values: dict[str, float]) -> None:
+        seen.append(values["pass"])
+        if len(seen) == stop_after:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+    continued = lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+    assert len(seen) == 4
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_other_losses_learn_too(loss: str) -> None:
+    measured: list[float] = []
+    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    settings: dict[str, Any] = {"loss": loss, "block_size": 32, "batch_size": 3}
+    lcp(passes=40, learning_rate=0.02, select_from=40, **settings).learn(learning)
+    start: list[float] = []
+    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: start.append(values["measured_loss"]))
+    lcp(passes=1, learning_rate=1e-9, margin=1.0, **settings).learn(learning)
+    assert min(measured) < 0.95 * start[0]
+
+
 def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
     orders = lcp(init="random", block_size=16, passes=3, learning_rate=0.1).learn(problem(tiny_model("llama"), Wanda()))
     moved = False
@@ -186,6 +252,10 @@ def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatc
         ({"learning_rate": "abc"}, "permutation.learning_rate='abc': expected a positive number"),
         ({"margin": float("nan")}, "permutation.margin=nan"),
         ({"last_layers": 0}, "permutation.last_layers=0"),
+        ({"loss": "l1"}, "permutation.loss='l1'"),
+        ({"window": "block"}, "permutation.window='block'"),
+        ({"window": 0}, "permutation.window=0"),
+        ({"window": 2, "loss": "kl"}, "permutation.loss=kl needs permutation.window=model"),
     ],
 )
 def test_values_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -205,13 +275,3 @@ def test_schedules() -> None:
     assert [Constant(0.3, 0.1)(p) for p in progress] == [0.3] * 4
     with pytest.raises(ConfigError, match=r"temperature\.end=0"):
         Linear(1.0, 0)
-
-
-def test_cosine_loss_against_its_formula() -> None:
-    a, b = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
-    total = 0.0
-    for i in range(2):
-        for j in range(3):
-            total += 1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm()))
-    assert float(cosine_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
-    assert cosine_loss(a, a) == pytest.approx(0.0, abs=1e-12)

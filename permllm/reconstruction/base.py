@@ -1,0 +1,86 @@
+"""What a reconstruction is: it changes the kept weights after the masks are known, and never a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from permllm.pruning.statistics import InputStatistics
+from permllm.sparsity import NMPattern
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """One linear after its mask was chosen.
+
+    Attributes:
+        dense: the dense weight, `(C_out, C_in)`.
+        weight: the pruned weight as the pruner left it, same shape, +0.0 outside of the mask.
+        mask: bool, same shape, original channel order.
+        perm: int64 `(C_in,)`.
+        pattern: N:M, which the mask obeys in permuted order.
+        statistics: of the inputs that the pruned layers before give; None unless `needs_statistics`.
+    """
+
+    dense: Tensor
+    weight: Tensor
+    mask: Tensor
+    perm: Tensor
+    pattern: NMPattern
+    statistics: InputStatistics | None
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """One decoder layer whose linears hold their pruned weights.
+
+    Attributes:
+        layer: the decoder layer.
+        linears: its pruned linears.
+        masks: bool `(C_out, C_in)` for each of them.
+        inputs: batches `(samples, tokens, hidden)` on the host, as the pruned layers before give them.
+        kwargs: keyword arguments of the layer for each batch.
+        targets: the dense model's output of this layer for each batch, on the host.
+    """
+
+    layer: nn.Module
+    linears: Sequence[nn.Linear]
+    masks: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    kwargs: Sequence[Mapping[str, Any]]
+    targets: Sequence[Tensor]
+
+
+class Reconstruction(Protocol):
+    """Changes kept weights, linear by linear and then layer by layer.
+
+    Attributes:
+        changes_weights: false only where it does nothing.
+        needs_gram: `statistics` must hold `X^T X`.
+    """
+
+    changes_weights: bool
+    needs_gram: bool
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The new weight of a linear, zero outside of the mask."""
+
+    def layer(self, pruned: PrunedLayer) -> None:
+        """Change the weights of a layer's linears in place, zero outside of their masks."""
+
+
+class NoReconstruction:
+    """The kept weights stay as the pruner left them."""
+
+    changes_weights = False
+    needs_gram = False
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The weight as it is."""
+        return pruned.weight
+
+    def layer(self, pruned: PrunedLayer) -> None:
+        """Nothing."""

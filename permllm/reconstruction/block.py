@@ -1,0 +1,88 @@
+"""Gradient descent on the kept weights of one decoder layer, until its output is again what the dense model's is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permllm.errors import TrainingError
+from permllm.models.decoder import run_layer
+from permllm.permutation.losses import mean_square_loss
+from permllm.reconstruction.base import NoReconstruction, PrunedLayer
+from permllm.validation import check_number, check_whole
+
+
+@dataclass(frozen=True)
+class Block(NoReconstruction):
+    """Adam on the kept weights, layer by layer; inputs as the pruned layers before give them, targets the dense outputs.
+
+    The layer's best weights by the loss of a whole pass are kept, the ones it began with included.
+
+    Args:
+        passes: over the calibration samples.
+        learning_rate: of Adam at the start, with a cosine schedule to zero.
+    """
+
+    passes: int = 4
+    learning_rate: float = 3e-4
+    changes_weights = True
+
+    def __post_init__(self) -> None:
+        check_whole("reconstruction.passes", self.passes, 1)
+        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
+
+    def layer(self, pruned: PrunedLayer) -> None:
+        """Train the layer's linears in place. Raises TrainingError when the loss is not finite."""
+        weights = [linear.weight for linear in pruned.linears]
+        # Half precision would round small steps away.
+        wide = [weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True) for weight in weights]
+        optimizer = torch.optim.Adam(wide, lr=self.learning_rate)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.passes * len(pruned.inputs))
+        best = self._loss(pruned)
+        kept = [weight.detach().clone() for weight in weights]
+        for _ in range(self.passes):
+            for batch in range(len(pruned.inputs)):
+                with _gradients(weights):
+                    self._batch_loss(pruned, batch).backward()
+                for copy, weight, mask in zip(wide, weights, pruned.masks, strict=True):
+                    assert weight.grad is not None
+                    copy.grad = weight.grad.to(copy.dtype).mul_(mask)
+                    weight.grad = None
+                optimizer.step()
+                scheduler.step()
+                for copy, weight in zip(wide, weights, strict=True):
+                    weight.data.copy_(copy)
+            loss = self._loss(pruned)
+            if loss < best:
+                best, kept = loss, [weight.detach().clone() for weight in weights]
+        for weight, found in zip(weights, kept, strict=True):
+            weight.data.copy_(found)
+
+    @torch.no_grad()
+    def _loss(self, pruned: PrunedLayer) -> float:
+        samples = sum(len(batch) for batch in pruned.inputs)
+        loss = sum(float(self._batch_loss(pruned, batch)) * len(pruned.inputs[batch]) for batch in range(len(pruned.inputs)))
+        if not loss < float("inf"):
+            raise TrainingError("reconstruction=block: the loss is not finite; a lower reconstruction.learning_rate may help")
+        return loss / samples
+
+    def _batch_loss(self, pruned: PrunedLayer, batch: int) -> Tensor:
+        device = pruned.linears[0].weight.device
+        output = run_layer(pruned.layer, pruned.inputs[batch].to(device), dict(pruned.kwargs[batch]))
+        return mean_square_loss(output, pruned.targets[batch].to(device))
+
+
+@contextmanager
+def _gradients(weights: list[Tensor]) -> Iterator[None]:
+    """Gradients for these weights alone."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)

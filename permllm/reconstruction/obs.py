@@ -1,0 +1,36 @@
+"""Optimal brain surgeon: SparseGPT's correction of the kept weights, under masks that are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.reconstruction.base import NoReconstruction, PrunedLinear
+from permllm.validation import check_number
+
+
+@dataclass(frozen=True)
+class OBS(NoReconstruction):
+    """Each pruned weight's error is made up for by the kept weights after it, in permuted order (arXiv 2301.00774).
+
+    Args:
+        damping: lambda as a share of the mean diagonal of `X X^T`.
+    """
+
+    damping: float = 0.01
+    changes_weights = True
+    needs_gram = True
+
+    def __post_init__(self) -> None:
+        check_number("reconstruction.damping", self.damping, positive=True)
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The corrected weight, from the dense one."""
+        assert pruned.statistics is not None
+        updater = SparseGPT(self.damping)
+        weight, mask = updater.update(pruned.dense, pruned.statistics, pruned.perm, pruned.pattern, pruned.mask)
+        assert torch.equal(mask, pruned.mask)
+        return weight

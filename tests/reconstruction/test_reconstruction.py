@@ -1,0 +1,110 @@
+"""Reconstructions lower the error of what they say they do, keep the masks, and come back from the record."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.errors import ConfigError, TrainingError
+from permllm.models.decoder import LayerStream
+from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.losses import mean_square_loss
+from permllm.pruning.magnitude import Magnitude
+from permllm.pruning.pipeline import PrunedModel, prune
+from permllm.pruning.statistics import InputStatistics
+from permllm.pruning.wanda import Wanda
+from permllm.reconstruction.base import PrunedLinear
+from permllm.reconstruction.block import Block
+from permllm.reconstruction.obs import OBS
+from permllm.sparsity import NMPattern, permuted_nm_mask
+from tests.conftest import tiny_model
+from tests.pruning.test_pipeline import PATTERN, problem, tokens
+
+
+def pruned(reconstruction: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
+    model = tiny_model("llama", dtype=dtype)
+    learning = problem(model, Wanda())
+    result = prune(model, learning.groups, tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors, reconstruction)
+    return model, result, learning.target
+
+
+def output_error(model: torch.nn.Module, target: Tensor) -> float:
+    stream = LayerStream(model, tokens(), 4)
+    for index in range(len(decoder_layers(model))):
+        stream.advance(index)
+    return float(mean_square_loss(stream.states(), target))
+
+
+@pytest.mark.parametrize("reconstruction", [OBS(), Block(passes=20, learning_rate=0.003)])
+def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any) -> None:
+    plain, before, target = pruned(None)
+    mended, after, _ = pruned(reconstruction)
+    assert after.violations == 0
+    first_layer = [name for name in before.masks if ".layers.0." in name]
+    assert all(torch.equal(before.masks[name], after.masks[name]) for name in first_layer)
+    for path, mask in after.masks.items():
+        weight = linear_at(mended, path).weight
+        assert not weight[~mask].any()
+        assert not torch.equal(weight, linear_at(plain, path).weight)
+        assert not weight.requires_grad
+    assert output_error(mended, target) < 0.95 * output_error(plain, target)
+
+
+def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Neighbours in a random order share half of their signal.
+    x = torch.randn(400, 64, generator=generator) + torch.randn(400, 32, generator=generator).repeat_interleave(2, 1)
+    x = x[:, torch.randperm(64, generator=generator)]
+    weight = torch.randn(6, 64, generator=generator)
+    statistics = InputStatistics(64, "cpu", gram=True)
+    statistics.update(x)
+    perm = torch.randperm(64, generator=generator)
+    mask = permuted_nm_mask(weight.abs(), perm, NMPattern(2, 4))
+
+    def error(w: Tensor) -> float:
+        return float((x @ (w - weight).T).square().sum())
+
+    masked = weight * mask
+    corrected = OBS(damping=1e-4).linear(PrunedLinear(weight, masked, mask, perm, NMPattern(2, 4), statistics))
+    best = torch.zeros_like(weight)
+    for row in range(6):
+        kept = mask[row]
+        best[row, kept] = torch.linalg.lstsq(x[:, kept], x @ weight[row]).solution
+    assert not corrected[~mask].any()
+    # SparseGPT corrects each pruned weight with the columns after it alone, so it cannot reach the optimum.
+    assert error(best) <= error(corrected) < error(masked)
+
+
+def test_block_keeps_the_better_weights_when_training_makes_it_worse() -> None:
+    plain, _, target = pruned(None)
+    worse, _, _ = pruned(Block(passes=1, learning_rate=10.0))
+    assert output_error(worse, target) == pytest.approx(output_error(plain, target))
+
+
+def test_block_trains_bfloat16_weights_in_float32() -> None:
+    plain, _, target = pruned(None, torch.bfloat16)
+    mended, _, _ = pruned(Block(passes=20, learning_rate=0.003), torch.bfloat16)
+    assert output_error(mended, target) < output_error(plain, target)
+
+
+def test_block_stops_when_the_loss_is_not_finite() -> None:
+    model = tiny_model("llama")
+    learning = problem(model, Magnitude())
+    broken = copy.deepcopy(model)
+    decoder_layers(broken)[0].input_layernorm.weight.data[0] = float("nan")
+    with pytest.raises(TrainingError, match="reconstruction=block"):
+        prune(broken, channel_groups(broken), tokens(), Magnitude(), PATTERN, Heuristic().order, 4, learning.factors, Block())
+
+
+def test_values_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reconstruction\.passes=0"):
+        Block(passes=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.learning_rate=0"):
+        Block(learning_rate=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.damping=0"):
+        OBS(damping=0)
