@@ -28,7 +28,7 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     console = terminal()
     groups = channel_groups(model)
     layers = len(decoder_layers(model))
-    first = layers - min(layers, getattr(permutation, "last_layers", None) or layers)
+    spans: list[tuple[int, int]] = permutation.spans(layers) if permutation.learned else []
     table = Table(title=f"{config.model.name}: channel groups of each of the {layers} decoder layers", title_justify="left")
     for heading in ("group", "members", "channels", "rows", "blocks", "logits"):
         table.add_column(heading, justify="left" if heading in ("group", "members") else "right")
@@ -48,14 +48,18 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     console.print(table)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(group.channels * sum(group.rows) for group in groups)
-    window = [group for group in groups if group.layer >= first] if permutation.learned else []
-    logits = sum(count_logits(group.channels, config.block_size) for group in window)
-    scales = len(window) if getattr(permutation, "init", None) == "random" else 0
+    learning = [group for group in groups if spans and group.layer >= spans[0][0]]
+    logits = sum(count_logits(group.channels, config.block_size) for group in learning)
+    scales = len(learning) if getattr(permutation, "init", None) == "random" else 0
     console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
     console.print(f"logits                 {logits}")
+    if spans:
+        console.print(f"windows                {len(spans)}, of at most {max(stop - first for first, stop in spans)} layers")
     console.print(f"learnable parameters   {logits + scales}")
-    console.print("memory (estimates):")
-    for stage, size in _memory(config, model, groups, pruner, permutation, parameters, logits, layers - first).items():
+    console.print("memory (estimates, of the largest window):" if len(spans) > 1 else "memory (estimates):")
+    depth = max((stop - first for first, stop in spans), default=0)
+    of_window = logits * depth // (layers - spans[0][0]) if spans else 0
+    for stage, size in _memory(config, model, groups, pruner, permutation, parameters, of_window, depth).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
 
 
@@ -67,7 +71,7 @@ def _memory(
     permutation: Any,
     parameters: int,
     logits: int,
-    window: int,
+    depth: int,
 ) -> dict[str, float]:
     item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     hidden = model.config.hidden_size
@@ -89,7 +93,7 @@ def _memory(
     if permutation.learned:
         batch_states = permutation.batch_size * config.calibration.length * hidden * item
         layer_states = permutation.batch_size * config.calibration.length * (8 * hidden + 4 * widest) * item
-        # Logits, their gradient, two moments and the soft permutations; the states between layers; one layer's internals.
-        stages["learn"] = weights + 20 * logits + batch_states * window + layer_states + 3 * largest * item
+        # Logits, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
+        stages["learn"] = weights + 16 * logits + batch_states * depth + layer_states + 3 * largest * item
     stages["prune"] = weights + forward + gram + 4 * 3 * largest
     return {name: math.ceil(size) for name, size in stages.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tomllib
+from types import ModuleType
 
 import pytest
 
@@ -13,13 +14,22 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_results_are_those_of_the_records() -> None:
-    specification = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+def script(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert module.with_results(README) == README, "stale: run python scripts/update_readme.py"
+    return module
+
+
+def test_the_results_are_those_of_the_records() -> None:
+    assert script("update_readme").with_results(README) == README, "stale: run python scripts/update_readme.py"
+
+
+def test_the_ablation_table_is_that_of_the_records() -> None:
+    document = (ROOT / "experiments" / "lcp_ablation" / "README.md").read_text(encoding="utf-8")
+    assert script("ablation_table").with_table(document) == document, "stale: run python scripts/ablation_table.py"
 
 
 def test_the_two_commands_exist_as_written() -> None:
@@ -31,7 +41,8 @@ def test_the_two_commands_exist_as_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", ["model", "pruner", "permutation", "temperature", "calibration", "evaluation", "logger", "experiment"]
+    "group",
+    ["model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "logger", "experiment"],
 )
 def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)

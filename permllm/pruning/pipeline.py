@@ -16,7 +16,7 @@ from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.pruning.statistics import InputStatistics
-from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, Reconstruction
+from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
 
 
@@ -67,8 +67,8 @@ class PrunedModel:
         masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
         retained: share of the saliency kept, by group.
         moved: share of the channels that are not at their original position, by group.
-        output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model, W' before a layer's
-            reconstruction as a whole.
+        output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model, W' before anything larger
+            than a linear is reconstructed.
         violations: groups of M in permuted order with more than N nonzeros, over all layers.
         permute_seconds: part of the time that went into finding orders.
     """
@@ -163,10 +163,12 @@ def prune(
                 layer = decoder_layers(model)[index]
                 reconstruction.layer(PrunedLayer(layer, linears, masks, inputs, kwargs, dense.batches(index)[0]))
             pruned.advance(index)
-        for group in members:
-            for path in group.members:
-                weight = linear_at(model, path).weight
-                result.violations += violations(weight, result.orders[group.name].to(weight.device), pattern)
+    linears = [linear_at(model, path) for path in result.masks]
+    reconstruction.network(PrunedNetwork(model, linears, list(result.masks.values()), tokens, dense.states()))
+    for group in groups:
+        for path in group.members:
+            weight = linear_at(model, path).weight
+            result.violations += violations(weight, result.orders[group.name].to(weight.device), pattern)
     return result
 
 

@@ -54,8 +54,27 @@ class PrunedLayer:
     targets: Sequence[Tensor]
 
 
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """The model when all of its layers are pruned.
+
+    Attributes:
+        model: with its pruned weights.
+        linears: its pruned linears.
+        masks: bool `(C_out, C_in)` for each of them, on the host.
+        tokens: int64 `(samples, length)`.
+        target: the dense model's output of the last decoder layer, `(samples, length, hidden)` on the host.
+    """
+
+    model: nn.Module
+    linears: Sequence[nn.Linear]
+    masks: Sequence[Tensor]
+    tokens: Tensor
+    target: Tensor
+
+
 class Reconstruction(Protocol):
-    """Changes kept weights, linear by linear and then layer by layer.
+    """Changes kept weights: linear by linear, then layer by layer, and at last in the whole model.
 
     Attributes:
         changes_weights: false only where it does nothing.
@@ -71,6 +90,9 @@ class Reconstruction(Protocol):
     def layer(self, pruned: PrunedLayer) -> None:
         """Change the weights of a layer's linears in place, zero outside of their masks."""
 
+    def network(self, pruned: PrunedNetwork) -> None:
+        """Change the weights of all linears in place, zero outside of their masks."""
+
 
 class NoReconstruction:
     """The kept weights stay as the pruner left them."""
@@ -83,4 +105,7 @@ class NoReconstruction:
         return pruned.weight
 
     def layer(self, pruned: PrunedLayer) -> None:
+        """Nothing."""
+
+    def network(self, pruned: PrunedNetwork) -> None:
         """Nothing."""

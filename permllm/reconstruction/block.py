@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from permllm.errors import TrainingError
 from permllm.models.decoder import run_layer
 from permllm.permutation.losses import mean_square_loss
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer
+from permllm.reconstruction.masked_adam import MaskedAdam
 from permllm.validation import check_number, check_whole
 
 
@@ -37,29 +36,18 @@ class Block(NoReconstruction):
 
     def layer(self, pruned: PrunedLayer) -> None:
         """Train the layer's linears in place. Raises TrainingError when the loss is not finite."""
-        weights = [linear.weight for linear in pruned.linears]
-        # Half precision would round small steps away.
-        wide = [weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True) for weight in weights]
-        optimizer = torch.optim.Adam(wide, lr=self.learning_rate)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.passes * len(pruned.inputs))
+        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, self.passes * len(pruned.inputs))
         best = self._loss(pruned)
-        kept = [weight.detach().clone() for weight in weights]
+        kept = [weight.detach().clone() for weight in optimizer.weights]
         for _ in range(self.passes):
             for batch in range(len(pruned.inputs)):
-                with _gradients(weights):
+                with optimizer.gradients():
                     self._batch_loss(pruned, batch).backward()
-                for copy, weight, mask in zip(wide, weights, pruned.masks, strict=True):
-                    assert weight.grad is not None
-                    copy.grad = weight.grad.to(copy.dtype).mul_(mask)
-                    weight.grad = None
                 optimizer.step()
-                scheduler.step()
-                for copy, weight in zip(wide, weights, strict=True):
-                    weight.data.copy_(copy)
             loss = self._loss(pruned)
             if loss < best:
-                best, kept = loss, [weight.detach().clone() for weight in weights]
-        for weight, found in zip(weights, kept, strict=True):
+                best, kept = loss, [weight.detach().clone() for weight in optimizer.weights]
+        for weight, found in zip(optimizer.weights, kept, strict=True):
             weight.data.copy_(found)
 
     @torch.no_grad()
@@ -74,15 +62,3 @@ class Block(NoReconstruction):
         device = pruned.linears[0].weight.device
         output = run_layer(pruned.layer, pruned.inputs[batch].to(device), dict(pruned.kwargs[batch]))
         return mean_square_loss(output, pruned.targets[batch].to(device))
-
-
-@contextmanager
-def _gradients(weights: list[Tensor]) -> Iterator[None]:
-    """Gradients for these weights alone."""
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)

@@ -48,7 +48,7 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
         "git": git_commit(),
         "hardware": hardware(device),
         "seed": seed,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -20,6 +20,7 @@ from permllm.pruning.statistics import InputStatistics
 from permllm.pruning.wanda import Wanda
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.block import Block
+from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.obs import OBS
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
@@ -40,7 +41,9 @@ def output_error(model: torch.nn.Module, target: Tensor) -> float:
     return float(mean_square_loss(stream.states(), target))
 
 
-@pytest.mark.parametrize("reconstruction", [OBS(), Block(passes=20, learning_rate=0.003)])
+@pytest.mark.parametrize(
+    "reconstruction", [OBS(), Block(passes=20, learning_rate=0.003), Distill(passes=20, learning_rate=0.003)]
+)
 def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any) -> None:
     plain, before, target = pruned(None)
     mended, after, _ = pruned(reconstruction)
@@ -86,19 +89,31 @@ def test_block_keeps_the_better_weights_when_training_makes_it_worse() -> None:
     assert output_error(worse, target) == pytest.approx(output_error(plain, target))
 
 
-def test_block_trains_bfloat16_weights_in_float32() -> None:
+@pytest.mark.parametrize("reconstruction", [Block(passes=20, learning_rate=0.003), Distill(passes=20, learning_rate=0.003)])
+def test_bfloat16_weights_are_trained_in_float32(reconstruction: Any) -> None:
     plain, _, target = pruned(None, torch.bfloat16)
-    mended, _, _ = pruned(Block(passes=20, learning_rate=0.003), torch.bfloat16)
+    mended, _, _ = pruned(reconstruction, torch.bfloat16)
     assert output_error(mended, target) < output_error(plain, target)
 
 
-def test_block_stops_when_the_loss_is_not_finite() -> None:
+@pytest.mark.parametrize(("reconstruction", "name"), [(Block(), "block"), (Distill(), "distill")])
+def test_training_stops_when_the_loss_is_not_finite(reconstruction: Any, name: str) -> None:
     model = tiny_model("llama")
     learning = problem(model, Magnitude())
     broken = copy.deepcopy(model)
     decoder_layers(broken)[0].input_layernorm.weight.data[0] = float("nan")
-    with pytest.raises(TrainingError, match="reconstruction=block"):
-        prune(broken, channel_groups(broken), tokens(), Magnitude(), PATTERN, Heuristic().order, 4, learning.factors, Block())
+    with pytest.raises(TrainingError, match=f"reconstruction={name}"):
+        prune(
+            broken,
+            channel_groups(broken),
+            tokens(),
+            Magnitude(),
+            PATTERN,
+            Heuristic().order,
+            4,
+            learning.factors,
+            reconstruction,
+        )
 
 
 def test_values_that_cannot_work_are_refused() -> None:

@@ -1,0 +1,64 @@
+"""Distillation of the dense model into the kept weights of the pruned one, end to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from permllm.errors import TrainingError
+from permllm.models.decoder import layer_inputs, run_layer
+from permllm.models.families import decoder_layers
+from permllm.permutation.losses import head_divergence
+from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
+from permllm.reconstruction.masked_adam import MaskedAdam
+from permllm.validation import check_number, check_whole
+
+
+@dataclass(frozen=True)
+class Distill(NoReconstruction):
+    """Adam on all kept weights towards the dense model's next-token distributions, on the calibration text.
+
+    Holds weights, gradients and two moments at once, 16 bytes a weight in float32; layers are recomputed in backward.
+
+    Args:
+        passes: over the calibration samples, in their order.
+        learning_rate: of Adam at the start, with a cosine schedule to zero.
+        batch_size: samples a step.
+    """
+
+    passes: int = 2
+    learning_rate: float = 1e-4
+    batch_size: int = 4
+    changes_weights = True
+
+    def __post_init__(self) -> None:
+        check_whole("reconstruction.passes", self.passes, 1)
+        check_whole("reconstruction.batch_size", self.batch_size, 1)
+        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
+
+    def network(self, pruned: PrunedNetwork) -> None:
+        """Train the linears in place. Raises TrainingError when the loss is not finite."""
+        batches = torch.arange(len(pruned.tokens)).split(self.batch_size) * self.passes
+        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, len(batches))
+        with tqdm(batches, desc="distill", unit="step") as progress:
+            for batch in progress:
+                with optimizer.gradients():
+                    loss = self._loss(pruned, batch)
+                    value = float(loss.detach())
+                    if not math.isfinite(value):
+                        raise TrainingError("reconstruction=distill: the loss is not finite; try a lower learning_rate")
+                    loss.backward()
+                optimizer.step()
+                progress.set_postfix(loss=f"{value:.4f}")
+
+    def _loss(self, pruned: PrunedNetwork, batch: Tensor) -> Tensor:
+        inputs = layer_inputs(pruned.model, pruned.tokens[batch])
+        hidden = inputs.hidden
+        for layer, kwargs in zip(decoder_layers(pruned.model), inputs.kwargs, strict=True):
+            hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
+        return head_divergence(pruned.model, hidden, pruned.target[batch].to(hidden.device))
