@@ -61,6 +61,8 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     assert result.returncode == 0, result.stderr
     for number in ("3584", "18944", "53215232"):
         assert number in result.stdout
+    windows = run_command("model=qwen2.5-7b", "plan=true", "permutation.window=8", cwd=tmp_path)
+    assert "4, of at most 8 layers" in windows.stdout
     assert not (tmp_path / "runs").exists()
 
 

@@ -32,6 +32,11 @@ def test_the_ablation_table_is_that_of_the_records() -> None:
     assert script("ablation_table").with_table(document) == document, "stale: run python scripts/ablation_table.py"
 
 
+def test_the_speed_tables_are_those_of_the_records() -> None:
+    document = (ROOT / "experiments" / "lcp_speed" / "README.md").read_text(encoding="utf-8")
+    assert script("speed_table").with_tables(document) == document, "stale: run python scripts/speed_table.py"
+
+
 def test_the_two_commands_exist_as_written() -> None:
     assert "pip install -e . && python run.py\n" in README
     assert "pip install -e '.[test]' && pytest\n" in README

@@ -24,30 +24,30 @@ def harden(soft: Tensor) -> Tensor:
     Returns:
         int64 `(blocks, B)` on the CPU; entry j of a block is the source channel at position j (`P[perm[j], j] = 1`).
     """
-    return harden_all([soft], soft.numel())[0]
+    return harden_flat(soft.detach().flatten(), [soft.shape])[0]
 
 
-def harden_all(softs: Iterable[Tensor], entries: int) -> list[Tensor]:
-    """`harden` for several tensors of one device and dtype, with a single copy to the host.
+def flatten(softs: Iterable[Tensor], entries: int) -> tuple[Tensor, list[torch.Size]]:
+    """Several soft permutations of one device and dtype one behind the other, and their shapes.
 
     Args:
         softs: each `(blocks, B, B)`; may be made one at a time, none is kept.
-        entries: of all of them together.
-
-    Raises:
-        ValueError: one is not finite.
+        entries: of all of them together, at least 1.
     """
-    flat: Tensor | None = None
-    shapes = []
+    flat = torch.empty(0)
+    shapes: list[torch.Size] = []
     start = 0
     for soft in softs:
-        if flat is None:
+        if not shapes:
             flat = torch.empty(entries, dtype=soft.dtype, device=soft.device)
         flat[start : start + soft.numel()] = soft.detach().flatten()
         start += soft.numel()
         shapes.append(soft.shape)
-    if flat is None:
-        return []
+    return flat, shapes
+
+
+def harden_flat(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """`harden` for what `flatten` gives, with a single copy to the host. Raises ValueError when an entry is not finite."""
     host = flat.cpu().numpy()
     if not np.isfinite(host.sum()):
         raise ValueError("soft permutations that are not finite have no assignment")

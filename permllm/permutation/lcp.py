@@ -46,8 +46,8 @@ class LCP:
         weight_decay: of AdamW.
         passes: over the calibration samples.
         batch_size: samples a step.
-        loss: `cosine` of the window's output (the paper), `mse` of it, or `kl` of the next-token distributions, which needs
-            `window=model`.
+        loss: `kl` of the next-token distributions, which needs `window=model`; `cosine` of the window's output (the paper), or
+            `mse` of it. None is `kl` where the whole model learns together, else `cosine`.
         window: what learns together: `model`, a number of consecutive decoder layers, or `layer`. Windows learn in turn, each
             on the inputs that the pruned layers before give it, against its own dense output.
         straight_through: `hard` or `soft`, see `permllm.permutation.masked_linear`.
@@ -67,11 +67,11 @@ class LCP:
     temperature: Callable[[float], float]
     init: str = "heuristic"
     sinkhorn_iterations: int = 5
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     weight_decay: float = 0.0
-    passes: int = 8
+    passes: int = 3
     batch_size: int = 4
-    loss: str = "cosine"
+    loss: str | None = None
     window: int | str = "model"
     straight_through: StraightThrough = "hard"
     last_layers: int | None = None
@@ -85,6 +85,8 @@ class LCP:
 
     def __post_init__(self) -> None:
         check_one_of("permutation.init", self.init, ("heuristic", "random"))
+        if self.loss is None:
+            self.loss = "kl" if self.window == "model" else "cosine"
         check_one_of("permutation.loss", self.loss, LOSSES)
         if self.window not in ("model", "layer"):
             if not isinstance(self.window, int):

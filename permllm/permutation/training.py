@@ -20,7 +20,7 @@ from permllm.errors import TrainingError
 from permllm.memory import peak_memory
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.permutation.assignment import harden_all
+from permllm.permutation.assignment import flatten, harden_flat
 from permllm.permutation.blocks import BlockLogits, count_logits, split_blocks
 from permllm.permutation.kernels import Kernels
 from permllm.permutation.losses import loss_named
@@ -86,7 +86,7 @@ class Training:
         self.linears = linears
         self.layers = decoder_layers(problem.model)
         self.device = problem.device
-        self.loss = loss_named(settings.loss, problem.model)
+        self.loss = loss_named(str(settings.loss), problem.model)
         # Fused: no temporaries of the size of all logits.
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
@@ -199,9 +199,10 @@ class Training:
         softs = (
             soft for group in groups for soft in self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
         )
+        flat, shapes = flatten(softs, sum(count_logits(group.channels, self.settings.block_size) for group in groups))
         started = time.perf_counter()
         try:
-            hards = harden_all(softs, sum(count_logits(group.channels, self.settings.block_size) for group in groups))
+            hards = harden_flat(flat, shapes)
         except ValueError as error:
             raise TrainingError(self._failure(f"the soft permutation of {self._broken(temperature)} is not finite")) from error
         self.harden_seconds = time.perf_counter() - started

@@ -126,6 +126,11 @@ def test_a_window_larger_than_the_model_is_the_model() -> None:
     assert all(torch.equal(whole[name], windowed[name]) for name in whole)
 
 
+def test_without_a_loss_it_follows_from_the_window() -> None:
+    assert lcp(loss=None).loss == "kl"
+    assert lcp(loss=None, window=2).loss == "cosine"
+
+
 def test_windows_split_what_learns() -> None:
     assert lcp(window=2).spans(5) == [(0, 2), (2, 4), (4, 5)]
     assert lcp(window=2, last_layers=3).spans(5) == [(2, 4), (4, 5)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.assignment import harden, harden_all
+from permllm.permutation.assignment import harden
 from permllm.permutation.blocks import BlockLogits, split_blocks
 from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.permutation.sinkhorn import sinkhorn
@@ -83,7 +83,7 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     logits = BlockLogits(base, block_size, [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, factors, NMPattern(n, m), logits.stacks, variant)
     soft = logits.soft(0.7, 3)
-    hard = torch.cat([perm.flatten() for perm in harden_all(soft, sum(stack.numel() for stack in soft))])
+    hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     perm = logits.order(hard)
     module.set_order(perm, hard, soft)
     ours_x = x.clone().requires_grad_()
