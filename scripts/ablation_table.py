@@ -19,6 +19,7 @@ BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
 SETTINGS: dict[str, Any] = {
     "pruner.name": None,
     "permutation.name": None,
+    "permutation.path": None,
     "reconstruction.name": "none",
     "permutation.loss": "cosine",
     "permutation.learning_rate": None,
@@ -42,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "seed": None,
 }
 # Columns of their own, whether they vary or not.
-COLUMNS = {"pruner.name": "pruner", "permutation.name": "permutation", "reconstruction.name": "reconstruction"}
+COLUMNS = ("pruner.name", "permutation.name", "reconstruction.name")
 LEARNING = ("block_size", "temperature.", "permutation.")
 
 
@@ -52,7 +53,8 @@ def table() -> str:
     varying = [
         key
         for key in SETTINGS
-        if key not in COLUMNS and len({str(settings[key]) for settings, _, _ in runs if key in settings}) > 1
+        if key not in (*COLUMNS, "permutation.path")
+        and len({str(settings[key]) for settings, _, _ in runs if key in settings}) > 1
     ]
     lines = [
         "| pruner | permutation | reconstruction | settings | perplexity | loss at the end | seconds | record |",
@@ -60,12 +62,21 @@ def table() -> str:
     ]
     for settings, metrics, folder in sorted(runs, key=lambda run: -_perplexity(run[1], "sparse")):
         said = ", ".join(f"{key.removeprefix('permutation.')}={settings[key]}" for key in varying if key in settings)
+        if "permutation.path" in settings:
+            said = f"the order of `{settings['permutation.path'].rsplit('-', 1)[-1]}`" + (f", {said}" if said else "")
         seconds = sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load")))
         columns = [f"`{settings[key]}`" for key in COLUMNS]
         columns += [said, f"{_perplexity(metrics, 'sparse'):.1f}", _final_loss(folder), f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(columns)} | `{folder.name.rsplit('-', 1)[-1]}` |")
     dense = _perplexity(runs[0][1], "dense")
-    return "\n".join([*lines, "", f"Dense: {dense:.1f}. Seconds of calibration, learning and pruning, two cores.", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Dense: {dense:.1f}. Seconds of calibration, learning and pruning on two cores that did other work as well.",
+            "",
+        ]
+    )
 
 
 def _folders() -> list[Path]:
@@ -77,7 +88,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     learned = "passes" in config["permutation"]
     for key, default in SETTINGS.items():
-        if key.startswith(LEARNING) and key != "permutation.name" and not learned:
+        if key.startswith(LEARNING) and key not in ("permutation.name", "permutation.path") and not learned:
             continue
         value: Any = config
         for part in key.split("."):
