@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from permllm.results.files import with_block
+
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "lcp_ablation"
 BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
@@ -118,9 +120,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def with_table(document: str) -> str:
     """The document with its table generated anew."""
-    head, rest = document.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    return head + BEGIN + table() + END + tail
+    return with_block(document, BEGIN, END, table())
 
 
 def main() -> None:

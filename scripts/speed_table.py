@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from permllm.results.files import with_block
+
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "lcp_speed"
 BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
@@ -57,9 +59,7 @@ def _heuristic(row: dict[str, Any]) -> str:
 
 def with_tables(document: str) -> str:
     """The document with its tables generated anew."""
-    head, rest = document.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    return head + BEGIN + tables() + END + tail
+    return with_block(document, BEGIN, END, tables())
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from permllm.results.files import with_block
 from permllm.results.table import print_run
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +51,7 @@ def result_block() -> str:
 
 def with_results(readme: str) -> str:
     """The README with its block generated anew."""
-    head, rest = readme.split(BEGIN, 1)
-    _, tail = rest.split(END, 1)
-    return head + BEGIN + result_block() + END + tail
+    return with_block(readme, BEGIN, END, result_block())
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

@@ -163,8 +163,9 @@ def prune(
                 layer = decoder_layers(model)[index]
                 reconstruction.layer(PrunedLayer(layer, linears, masks, inputs, kwargs, dense.batches(index)[0]))
             pruned.advance(index)
-    linears = [linear_at(model, path) for path in result.masks]
-    reconstruction.network(PrunedNetwork(model, linears, list(result.masks.values()), tokens, dense.states()))
+    if reconstruction.changes_weights:
+        linears = [linear_at(model, path) for path in result.masks]
+        reconstruction.network(PrunedNetwork(model, linears, list(result.masks.values()), tokens, dense.states()))
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight

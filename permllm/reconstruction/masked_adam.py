@@ -52,5 +52,5 @@ class MaskedAdam:
         self._optimizer.zero_grad(set_to_none=True)
         self._scheduler.step()
         for wide, weight in zip(self._wide, self.weights, strict=True):
-            if wide is not weight.data and wide.data_ptr() != weight.data_ptr():
+            if wide.data_ptr() != weight.data_ptr():
                 weight.data.copy_(wide)

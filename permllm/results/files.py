@@ -49,6 +49,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda scratch: _write(scratch, text))
 
 
+def with_block(document: str, begin: str, end: str, block: str) -> str:
+    """The document with what stands between two markers replaced. Raises ValueError when a marker is missing."""
+    head, rest = document.split(begin, 1)
+    _, tail = rest.split(end, 1)
+    return head + begin + block + end + tail
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain values as JSON, keys in their order."""
     write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
