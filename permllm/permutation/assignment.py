@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-# Fewer blocks than this are solved sooner than a thread starts (about 0.05 ms a block of 64).
-_BLOCKS_A_THREAD = 16
+# With fewer blocks than this, about 0.05 ms each at B = 64, a thread costs more than it saves.
+_BLOCKS_A_THREAD = 128
 
 
 def harden(soft: Tensor) -> Tensor:
@@ -70,7 +70,10 @@ def _assign(blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> 
 
     def solve(share: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
         for scores, perm in share:
-            source, position = linear_sum_assignment(scores, maximize=True)
+            # Costs less the least of their row and column have the same optimum, and the solver finds it a quarter sooner.
+            costs = scores.max(1, keepdims=True) - scores.astype(np.float64)
+            costs -= costs.min(0)
+            source, position = linear_sum_assignment(costs)
             perm[position] = source
 
     threads = min(torch.get_num_threads(), len(blocks) // _BLOCKS_A_THREAD)

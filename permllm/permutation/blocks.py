@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.sinkhorn import sinkhorn
+from permllm.permutation.sinkhorn import gradient_path, normalize, sinkhorn
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ class BlockLogits(nn.Module):
     def soft(self, temperature: float, iterations: int) -> list[Tensor]:
         """Soft permutations, one `(blocks, B, B)` a stack, differentiable."""
         return [sinkhorn(self._effective(stack), temperature, iterations) for stack in self.logits]
+
+    @torch.no_grad()
+    def normalized(self, temperature: float, iterations: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Soft permutations, not differentiable, and their potentials, a stack each (see `permllm.permutation.sinkhorn`)."""
+        pairs = [normalize(self._effective(stack), temperature, iterations) for stack in self.logits]
+        return [soft for soft, _ in pairs], [potentials for _, potentials in pairs]
+
+    def gradient_paths(self, temperature: float, potentials: list[list[Tensor]]) -> list[Tensor]:
+        """What carries gradients of the soft permutations back to the logits, one a stack, without their values."""
+        return [
+            gradient_path(self._effective(stack), temperature, found)
+            for stack, found in zip(self.logits, potentials, strict=True)
+        ]
 
     def _effective(self, stack: Tensor) -> Tensor:
         return stack if self.scale is None else (stack * self.scale).clamp(-1.0, 1.0)

@@ -30,12 +30,13 @@ class Kernels:
     weight_t `(C_in, C_out)`, channels int64 `(k,)`: the piece is `w = weight_t[channels]`, whole groups of M.
     power, column `(K, k)`, row `(K, C_out)` or None: the saliency factors of the piece.
     n, m: the pattern.
+    dtype: of what is returned; saliencies and masks are made in the dtype of the saliency.
 
     Attributes:
-        mask: the piece times its N:M mask, `(k, C_out)` in the dtype of the weight.
-        gradient: takes before `n` also `grad`, `(C_in, C_out)`, the gradient of the masked weight_t, and after `m` also
+        mask: the piece times its N:M mask, `(k, C_out)`.
+        gradient: takes before `n` also `grad`, `(C_in, C_out)`, the gradient of the masked weight_t, and at the end also
             `hard`, bool: which mask is given back. Returns the piece times its mask; the saliency; the gradient of the
-            saliency; the gradient of the mask; the mask, hard or soft. The last four in the dtype of the saliency.
+            saliency; the gradient of the mask; the mask, hard or soft.
         cpu_piece: number of weights to pass at a time on a CPU.
     """
 
@@ -48,10 +49,12 @@ class Kernels:
         return self.cpu_piece if device_type == "cpu" else 1 << 25
 
 
-def _mask(weight_t: Tensor, channels: Tensor, power: int, column: Tensor, row: Tensor | None, n: int, m: int) -> Tensor:
+def _mask(
+    weight_t: Tensor, channels: Tensor, power: int, column: Tensor, row: Tensor | None, n: int, m: int, dtype: torch.dtype
+) -> Tensor:
     w = weight_t.index_select(0, channels)
     s = saliency_t(w, SaliencyFactors(power, column, row))
-    return w.mul_(keep_largest(s.unflatten(0, (-1, m)), n, dim=1).flatten(0, 1))
+    return w.mul_(keep_largest(s.unflatten(0, (-1, m)), n, dim=1).flatten(0, 1)).to(dtype)
 
 
 def _gradient(
@@ -63,6 +66,7 @@ def _gradient(
     grad: Tensor,
     n: int,
     m: int,
+    dtype: torch.dtype,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = weight_t.index_select(0, channels)
@@ -73,8 +77,14 @@ def _gradient(
     soft_mask = groups.softmax(1)
     grad_s = grad_mask.view_as(groups) * soft_mask
     grad_s -= soft_mask * grad_s.sum(1, keepdim=True)
-    mask = keep.to(s.dtype) if hard else soft_mask.flatten(0, 1)
-    return w.mul_(keep), s, grad_s.flatten(0, 1), grad_mask, mask
+    mask = keep if hard else soft_mask.flatten(0, 1)
+    return (
+        w.mul_(keep).to(dtype),
+        s.to(dtype),
+        grad_s.flatten(0, 1).to(dtype),
+        grad_mask.to(dtype),
+        mask.to(dtype),
+    )
 
 
 # The temporaries of a dozen passes should stay in a core's second-level cache.
@@ -85,8 +95,8 @@ def _places(t: Tensor, m: int) -> list[Tensor]:
     return [t[place::m] for place in range(m)]
 
 
-def _join(places: list[Tensor]) -> Tensor:
-    return torch.stack(places, 1).flatten(0, 1)
+def _join(places: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([place.to(dtype) for place in places], 1).flatten(0, 1)
 
 
 def _saliency_places(w: list[Tensor], power: int, column: Tensor, row: Tensor | None) -> list[Tensor]:
@@ -95,11 +105,11 @@ def _saliency_places(w: list[Tensor], power: int, column: Tensor, row: Tensor | 
 
 
 def _mask_by_places(
-    weight_t: Tensor, channels: Tensor, power: int, column: Tensor, row: Tensor | None, n: int, m: int
+    weight_t: Tensor, channels: Tensor, power: int, column: Tensor, row: Tensor | None, n: int, m: int, dtype: torch.dtype
 ) -> Tensor:
     w = _places(weight_t.index_select(0, channels), m)
     keep = keep_largest_of(_saliency_places(w, power, column, row), n)
-    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)])
+    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
 
 
 def _gradient_by_places(
@@ -111,6 +121,7 @@ def _gradient_by_places(
     grad: Tensor,
     n: int,
     m: int,
+    dtype: torch.dtype,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = _places(weight_t.index_select(0, channels), m)
@@ -128,9 +139,14 @@ def _gradient_by_places(
     products = [grad_part * soft for grad_part, soft in zip(grad_mask, soft_mask, strict=True)]
     mean = sum(products[1:], products[0])
     grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
-    mask = [part.to(s[0].dtype) for part in keep] if hard else soft_mask
     masked = [torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)]
-    return _join(masked), _join(s), _join(grad_s), _join(grad_mask), _join(mask)
+    return (
+        _join(masked, dtype),
+        _join(s, dtype),
+        _join(grad_s, dtype),
+        _join(grad_mask, dtype),
+        _join(keep if hard else soft_mask, dtype),
+    )
 
 
 @cache
@@ -142,7 +158,7 @@ def compiled_kernels(device_type: str) -> Kernels | None:
     probe = torch.ones(8, 2, device=device_type)
     channels = torch.arange(8, device=device_type)
     try:
-        kernels.mask(probe, channels, 1, probe.t()[:1], None, 2, 4)
+        kernels.mask(probe, channels, 1, probe.t()[:1], None, 2, 4, torch.float32)
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
         log.warning("learning runs without compiled kernels: %s", str(error).strip().splitlines()[0][:200])
         return None

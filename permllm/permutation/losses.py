@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import after_layers
+from permllm.precision import product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
 
@@ -60,6 +61,8 @@ class _HeadDivergence(torch.autograd.Function):
     def forward(ctx: Any, sparse: Tensor, dense: Tensor, weight: Tensor) -> Tensor:
         total = _wide(sparse.new_zeros(()))
         grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
+        dtype = product_dtype(sparse)
+        sparse, dense, weight = sparse.to(dtype), dense.to(dtype), weight.to(dtype)
         for first in range(0, len(sparse), _CHUNK):
             part = slice(first, first + _CHUNK)
             log_p = _wide(dense[part] @ weight.t()).log_softmax(-1)
@@ -67,7 +70,7 @@ class _HeadDivergence(torch.autograd.Function):
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum()
             if grad is not None:
-                torch.matmul(log_q.exp_().sub_(p).div_(len(sparse)).to(weight.dtype), weight, out=grad[part])
+                grad[part] = log_q.exp_().sub_(p).div_(len(sparse)).to(dtype) @ weight
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return total / len(sparse)
 

@@ -12,6 +12,9 @@ With `S' = S P` the permuted saliency, `M'` the mask in permuted order and the w
 
 `M'` in the second term is the hard mask when the straight-through step stands before `P^T`, and the group softmax when it
 stands after it (as in the paper's released code).
+
+All products, those of blocks too, are made in one format: that of the weights, or autocast's inside of
+`permllm.precision.products_in`. Saliencies and masks come from the weights as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from permllm.permutation.blocks import BlockStack
 from permllm.permutation.kernels import EAGER, Kernels
+from permllm.precision import product_dtype
 from permllm.pruning.saliency import SaliencyFactors
 from permllm.sparsity import NMPattern
 
@@ -46,13 +50,14 @@ class _PermutedMaskedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout, perm: Tensor, hard: Tensor, *soft: Tensor
     ) -> Tensor:
-        flat = x.flatten(0, -2)
-        y = flat @ _masked_weight_t(weight, layout, perm)
+        dtype = product_dtype(x)
+        flat = x.flatten(0, -2).to(dtype)
+        y = flat @ _masked_weight_t(weight, layout, perm, dtype)
         if bias is not None:
             y += bias
         ctx.save_for_backward(flat, weight, perm, hard)
         ctx.layout = layout
-        ctx.input_shape = x.shape
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
         ctx.soft_dtype = soft[0].dtype
         return y.unflatten(0, x.shape[:-1])
 
@@ -63,7 +68,9 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         weight_t = weight.t()
         grad_y = grads[0].flatten(0, -2)
         grad_masked_t = x.t() @ grad_y
-        masked_t = torch.empty(weight_t.shape, dtype=weight.dtype, device=weight.device)
+        masked_t = torch.empty(weight_t.shape, dtype=x.dtype, device=weight.device)
+        # The sums of half-precision products over all rows would overflow or vanish in float16.
+        block_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         grad_soft = [
             torch.empty(stack.count, stack.size, stack.size, dtype=ctx.soft_dtype, device=weight.device)
             for stack in layout.stacks
@@ -78,18 +85,19 @@ class _PermutedMaskedLinear(torch.autograd.Function):
                 grad_masked_t,
                 layout.pattern.n,
                 layout.pattern.m,
+                block_dtype,
                 layout.straight_through == "hard",
             )
-            masked_t.index_copy_(0, channels, masked)
+            masked_t.index_copy_(0, channels, masked.to(x.dtype))
             shape = (-1, size, weight.shape[0])
             grad = s.view(shape) @ grad_s.view(shape).mT
             grad.baddbmm_(grad_mask.view(shape), mask.view(shape).mT)
             # The rows are in permuted order: send each back to its source channel.
             source = hard[positions].view(-1, size, 1).expand_as(grad)
-            grad_soft[index][blocks] = torch.empty_like(grad).scatter_(1, source, grad)
+            grad_soft[index][blocks].scatter_(1, source, grad.to(ctx.soft_dtype))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape)
+            grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
         return grad_x, None, None, None, None, None, *grad_soft
 
 
@@ -115,12 +123,13 @@ class _Layout:
         return self.factors.power, self.factors.column.index_select(1, channels), self.factors.row
 
 
-def _masked_weight_t(weight: Tensor, layout: _Layout, perm: Tensor) -> Tensor:
-    """`(W * mask)^T`, `(C_in, C_out)`, in original channel order and the dtype of the weight."""
-    masked_t = torch.empty(weight.t().shape, dtype=weight.dtype, device=weight.device)
+def _masked_weight_t(weight: Tensor, layout: _Layout, perm: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(W * mask)^T`, `(C_in, C_out)`, in original channel order."""
+    masked_t = torch.empty(weight.t().shape, dtype=dtype, device=weight.device)
+    n, m = layout.pattern.n, layout.pattern.m
     for _, _, positions in _pieces(layout, weight):
         channels = perm[positions]
-        masked = layout.kernels.mask(weight.t(), channels, *layout.factors_of(channels), layout.pattern.n, layout.pattern.m)
+        masked = layout.kernels.mask(weight.t(), channels, *layout.factors_of(channels), n, m, dtype)
         masked_t.index_copy_(0, channels, masked)
     return masked_t
 
@@ -160,8 +169,8 @@ class PermutedMaskedLinear(nn.Module):
         Args:
             perm: int64 `(C_in,)`, the channel at each permuted position.
             hard: int64 `(C_in,)`, the same relative to its block: which row of the block's soft matrix sits there.
-            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft permutations; empty where no
-                gradient is wanted.
+            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft permutations, of which forward needs
+                only the way back to the logits; empty where no gradient is wanted.
         """
         self._order = (perm, hard, soft)
 
@@ -172,6 +181,7 @@ class PermutedMaskedLinear(nn.Module):
         perm, hard, soft = self._order
         self._order = None  # or the soft permutations and their graph would live until the next step
         if not soft:
-            y = x @ _masked_weight_t(self.linear.weight, self._layout, perm)
-            return y if self.linear.bias is None else y + self.linear.bias
+            dtype = product_dtype(x)
+            y = x.to(dtype) @ _masked_weight_t(self.linear.weight, self._layout, perm, dtype)
+            return y if self.linear.bias is None else y.add_(self.linear.bias)
         return _PermutedMaskedLinear.apply(x, self.linear.weight, self.linear.bias, self._layout, perm, hard, *soft)

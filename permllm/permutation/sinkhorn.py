@@ -1,4 +1,4 @@
-"""Sinkhorn normalisation of permutation logits, in the log domain, with a backward that stores only the potentials."""
+"""Sinkhorn normalisation of permutation logits, in the log domain, with a backward that needs only the potentials."""
 
 from __future__ import annotations
 
@@ -16,21 +16,13 @@ class _Sinkhorn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: float, iterations: int) -> Tensor:
-        log_p = logits / temperature
-        potentials = []
-        for half in range(2 * iterations):
-            dim = -1 if half % 2 == 0 else -2  # rows first, so that the columns are exact at the end
-            potential = log_p.logsumexp(dim, keepdim=True)
-            log_p -= potential
-            potentials.append(potential)
-        soft = log_p.exp_()
+    def forward(ctx: Any, logits: Tensor, temperature: float, soft: Tensor, *potentials: Tensor) -> Tensor:
         ctx.save_for_backward(logits, *potentials)
         ctx.temperature = temperature
         return soft
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_soft,) = grads
         logits, *potentials = ctx.saved_tensors
         log_p = logits / ctx.temperature
@@ -40,11 +32,46 @@ class _Sinkhorn(torch.autograd.Function):
         grad = grad_soft * soft
         for half in reversed(range(len(potentials))):
             # y = x - logsumexp(x, dim), so dx = dy - softmax(x) sum(dy, dim), and softmax(x) is exp(y), the current state.
-            dim = -1 if half % 2 == 0 else -2
-            grad -= soft * grad.sum(dim, keepdim=True)
+            grad -= soft * grad.sum(_dim(half), keepdim=True)
             if half:  # potentials after the first are at most log B, so this cannot overflow
                 soft *= potentials[half].exp()
-        return grad / ctx.temperature, None, None
+        return grad / ctx.temperature, None, None, *[None] * len(potentials)
+
+
+def _dim(half: int) -> int:
+    """Rows first, so that the columns are exact at the end."""
+    return -1 if half % 2 == 0 else -2
+
+
+@torch.no_grad()
+def normalize(logits: Tensor, temperature: float, iterations: int) -> tuple[Tensor, list[Tensor]]:
+    """Soft permutation of each block, not differentiable, and what a gradient needs to know of it.
+
+    Args:
+        logits, temperature, iterations: as in `sinkhorn`.
+
+    Returns:
+        `(blocks, B, B)`, and the 2 L potentials, in turn `(blocks, B, 1)` and `(blocks, 1, B)`.
+    """
+    log_p = logits / temperature
+    potentials = []
+    for half in range(2 * iterations):
+        potential = log_p.logsumexp(_dim(half), keepdim=True)
+        log_p -= potential
+        potentials.append(potential)
+    return log_p.exp_(), potentials
+
+
+def gradient_path(logits: Tensor, temperature: float, potentials: list[Tensor]) -> Tensor:
+    """Stands in for the soft permutation where only its gradient is wanted: zeros of its shape, without memory of their own.
+
+    A straight-through step uses the hard permutation in forward, so the values of the soft one are never read.
+
+    Args:
+        logits, temperature: as in `sinkhorn`.
+        potentials: what `normalize` found for them.
+    """
+    return _Sinkhorn.apply(logits, temperature, logits.new_zeros(()).expand_as(logits), *potentials)
 
 
 def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
@@ -56,6 +83,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
         iterations: L >= 0, each a row and then a column normalisation; 0 gives `exp(logits / temperature)`.
 
     Returns:
-        `(blocks, B, B)`, positive. For L >= 1 the columns sum to one exactly, the rows ever closer as L grows.
+        `(blocks, B, B)`, positive, differentiable. For L >= 1 the columns sum to one exactly, the rows ever closer as L grows.
     """
-    return _Sinkhorn.apply(logits, temperature, iterations)
+    soft, potentials = normalize(logits, temperature, iterations)
+    return _Sinkhorn.apply(logits, temperature, soft, *potentials)

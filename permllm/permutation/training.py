@@ -101,6 +101,7 @@ class Training:
         self.best_loss = math.inf
         self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
         self.hard: dict[str, Tensor] = {}
+        self.potentials: dict[str, list[list[Tensor]]] = {}
         self.best = {name: order.cpu() for name, order in orders.items()}  # of all groups, those outside of the window too
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
@@ -196,10 +197,9 @@ class Training:
     def _harden(self, temperature: float) -> None:
         """The order of every group of the window from the present logits. Soft permutations exist one group at a time."""
         groups = self.window.groups
-        softs = (
-            soft for group in groups for soft in self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
+        flat, shapes = flatten(
+            self._softs(temperature), sum(count_logits(group.channels, self.settings.block_size) for group in groups)
         )
-        flat, shapes = flatten(softs, sum(count_logits(group.channels, self.settings.block_size) for group in groups))
         started = time.perf_counter()
         try:
             hards = harden_flat(flat, shapes)
@@ -211,9 +211,16 @@ class Training:
             self.hard[group.name] = hard
             self.present[group.name] = self.blocks[group.name].order(hard)
 
+    def _softs(self, temperature: float) -> Iterator[Tensor]:
+        for group in self.window.groups:
+            softs, self.potentials[group.name] = self.blocks[group.name].normalized(
+                temperature, self.settings.sinkhorn_iterations
+            )
+            yield from softs
+
     def _broken(self, temperature: float) -> str:
         for group in self.window.groups:
-            soft = self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
+            soft, _ = self.blocks[group.name].normalized(temperature, self.settings.sinkhorn_iterations)
             if not all(bool(stack.isfinite().all()) for stack in soft):
                 return group.name
         return "some group"
@@ -239,11 +246,11 @@ class Training:
         return self.loss(hidden, self.window.target[batch].to(self.device))
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], temperature: float | None) -> Tensor:
-        """One decoder layer in the present order, Sinkhorn included, so that recomputing it recomputes that too."""
+        """One decoder layer in the present order; soft permutations are rebuilt in backward, one group at a time."""
         for group in (group for group in self.window.groups if group.layer == index):
             soft = []
             if torch.is_grad_enabled() and temperature is not None:
-                soft = self.blocks[group.name].soft(temperature, self.settings.sinkhorn_iterations)
+                soft = self.blocks[group.name].gradient_paths(temperature, self.potentials[group.name])
             for linear in self.linears[group.name]:
                 linear.set_order(self.present[group.name], self.hard[group.name], soft)
         return run_layer(self.layers[index], hidden, kwargs)

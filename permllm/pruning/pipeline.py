@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.precision import products_in
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.pruning.statistics import InputStatistics
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
@@ -115,6 +116,7 @@ def prune(
     batch_size: int,
     factors: dict[str, SaliencyFactors] | None,
     reconstruction: Reconstruction | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -128,6 +130,7 @@ def prune(
         batch_size: samples a forward.
         factors: of every linear, from the dense model; None takes them from the inputs that the pruned layers before give.
         reconstruction: of the kept weights; None leaves them as the pruner does.
+        compute_dtype: of matrix products while layers or the network are reconstructed.
     """
     reconstruction = reconstruction or NoReconstruction()
     dense = LayerStream(model, tokens, batch_size)
@@ -161,11 +164,13 @@ def prune(
                 linears = [linear_at(model, path) for path in weights]
                 masks = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
                 layer = decoder_layers(model)[index]
-                reconstruction.layer(PrunedLayer(layer, linears, masks, inputs, kwargs, dense.batches(index)[0]))
+                with products_in(compute_dtype, linears[0].weight.device):
+                    reconstruction.layer(PrunedLayer(layer, linears, masks, inputs, kwargs, dense.batches(index)[0]))
             pruned.advance(index)
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
-        reconstruction.network(PrunedNetwork(model, linears, list(result.masks.values()), tokens, dense.states()))
+        with products_in(compute_dtype, linears[0].weight.device):
+            reconstruction.network(PrunedNetwork(model, linears, list(result.masks.values()), tokens, dense.states()))
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight

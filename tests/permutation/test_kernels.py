@@ -22,11 +22,14 @@ def compiled() -> Kernels:
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n", "m", "power", "with_row", "hard"),
     [(2, 4, 1, False, True), (2, 4, 1, False, False), (1, 4, 2, False, True), (4, 8, 1, True, False)],
 )
-def test_compiled_and_eager_agree(compiled: Kernels, n: int, m: int, power: int, with_row: bool, hard: bool) -> None:
+def test_compiled_and_eager_agree(
+    compiled: Kernels, n: int, m: int, power: int, with_row: bool, hard: bool, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(n * m + power)
     # Few distinct values: the groups are full of ties.
     weight_t = torch.randint(-3, 4, (48, 20), generator=generator).float()
@@ -39,9 +42,9 @@ def test_compiled_and_eager_agree(compiled: Kernels, n: int, m: int, power: int,
     score = saliency(weight_t[channels].t(), SaliencyFactors(power, column, row))
     expected = (weight_t[channels].t() * nm_mask(score, NMPattern(n, m))).t()
     for form in (EAGER, compiled):
-        torch.testing.assert_close(form.mask(*piece, n, m), expected)
-    ours, theirs = (form.gradient(*piece, grad, n, m, hard) for form in (compiled, EAGER))
-    torch.testing.assert_close(ours[0], expected)
+        torch.testing.assert_close(form.mask(*piece, n, m, dtype), expected.to(dtype))
+    ours, theirs = (form.gradient(*piece, grad, n, m, dtype, hard) for form in (compiled, EAGER))
+    torch.testing.assert_close(ours[0], expected.to(dtype))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permllm.permutation.assignment import harden
-from permllm.permutation.sinkhorn import sinkhorn
+from permllm.permutation.sinkhorn import gradient_path, normalize, sinkhorn
 
 
 def plain(logits: Tensor, temperature: float, iterations: int) -> Tensor:
@@ -35,6 +35,12 @@ def test_values_and_gradients_equal_the_plain_formula(iterations: int, temperatu
     (soft * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-9, atol=1e-10)
+    # The same gradient without the values.
+    alone = logits().requires_grad_()
+    path = gradient_path(alone, temperature, normalize(alone, temperature, iterations)[1])
+    assert path.shape == soft.shape
+    (path * weight).sum().backward()
+    torch.testing.assert_close(alone.grad, reference.grad, rtol=1e-9, atol=1e-10)
 
 
 def test_columns_sum_to_one_and_rows_approach_it() -> None:

@@ -1,0 +1,96 @@
+"""Products are rounded inside of `products_in` and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from permllm import precision
+from permllm.permutation.blocks import BlockLogits
+from permllm.permutation.losses import head_divergence
+from permllm.permutation.masked_linear import PermutedMaskedLinear
+from permllm.precision import compute_dtype, products_in
+from permllm.pruning.saliency import SaliencyFactors
+from permllm.sparsity import NMPattern, permuted_nm_mask
+from tests.conftest import tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("setting", "native", "weights", "expected"),
+    [
+        ("auto", True, torch.float32, torch.bfloat16),
+        ("auto", False, torch.float32, torch.float32),
+        ("float32", True, torch.float32, torch.float32),
+        ("bfloat16", False, torch.float32, torch.bfloat16),
+        ("auto", True, torch.float64, torch.float64),
+        ("float32", True, torch.bfloat16, torch.bfloat16),
+        ("bfloat16", True, torch.float16, torch.float16),
+    ],
+)
+def test_only_float32_is_rounded(
+    setting: str, native: bool, weights: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: native)
+    assert compute_dtype(setting, weights, CPU) == expected
+
+
+def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weights_as_they_are() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24).requires_grad_(False)
+    # Weights that bfloat16 cannot tell apart: rounded first, the mask would be another.
+    linear.weight.copy_(1.0 + torch.rand(24, 32) / 1024)
+    factors = SaliencyFactors(1, torch.ones(1, 32))
+    logits = BlockLogits(torch.randperm(32), 16, [torch.randn(2, 16, 16)])
+    module = PermutedMaskedLinear(linear, factors, NMPattern(2, 4), logits.stacks)
+    x = torch.randn(40, 32)
+    grad = torch.randn(40, 24)
+    perm = logits.base
+    hard = torch.arange(16).repeat(2)
+    mask = permuted_nm_mask(linear.weight, perm, NMPattern(2, 4))
+    weight = (linear.weight * mask).bfloat16().double()
+    grads = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        with products_in(dtype, CPU):
+            logits.zero_grad()
+            module.set_order(perm, hard, logits.soft(1.0, 5))
+            inputs = x.clone().requires_grad_()
+            y = module(inputs)
+            y.backward(grad.to(y.dtype))
+        assert y.dtype == dtype
+        assert logits.logits[0].grad is not None
+        assert inputs.grad is not None
+        assert inputs.grad.dtype == logits.logits[0].grad.dtype == torch.float32
+        grads[dtype] = logits.logits[0].grad.flatten()
+        if dtype == torch.bfloat16:
+            # Rounded to 8 bits, once as a product and once with the bias.
+            exact = x.bfloat16().double() @ weight.T + linear.bias.double()
+            torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7 * float(exact.abs().max()))
+            exact = grad.bfloat16().double() @ weight
+            torch.testing.assert_close(inputs.grad.double(), exact, rtol=2**-8, atol=1e-6)
+    assert torch.cosine_similarity(grads[torch.bfloat16], grads[torch.float32], dim=0) > 0.999
+
+
+def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
+    model = tiny_model("llama")
+    target = torch.randn(2, 5, 32)
+    output = (target + 0.3 * torch.randn(2, 5, 32)).requires_grad_()
+    exact = head_divergence(model, output, target)
+    (exact_grad,) = torch.autograd.grad(exact, output)
+    with products_in(torch.bfloat16, CPU):
+        rounded = head_divergence(model, output, target)
+        (grad,) = torch.autograd.grad(rounded, output)
+    assert rounded.dtype == grad.dtype == torch.float32
+    assert rounded != exact
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+    assert torch.cosine_similarity(grad.flatten(), exact_grad.flatten(), dim=0) > 0.999
+
+
+def test_outside_of_it_and_for_other_formats_nothing_changes() -> None:
+    a = torch.randn(8, 8)
+    for dtype in (torch.float32, torch.float64):
+        with products_in(dtype, CPU):
+            assert (a @ a).dtype == torch.float32
+            assert torch.equal(a @ a, torch.mm(a, a))
