@@ -194,7 +194,7 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
     target = torch.randn(*tokens.shape, hidden, generator=torch.Generator().manual_seed(1), dtype=dtype)  # type: ignore[call-overload]
     problem = problem_of(model, tokens, target)
     everything = torch.arange(len(tokens))
-    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "init": "random", "batch_size": len(tokens)}
+    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine"}
     plain = PlainStep(model, tokens, target.to(device))
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
     kernels = compiled_kernels(device.type) or EAGER
@@ -206,10 +206,10 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
         found = {"plain": clock(plain, device)}
         for name, recompute in (("lcp", False), ("checkpoint", True)):
             lcp = LCP(**settings, activation_checkpointing=recompute)
-            with masked_linears(problem, problem.groups, block_size, "hard", True, kernels) as linears:
+            with masked_linears(lcp, problem, problem.groups, kernels) as linears:
                 orders = {group.name: torch.arange(group.channels) for group in problem.groups}
-                logits = lcp.start_logits(problem, problem.groups, orders)
-                window = Window(0, 0, 1, problem.groups, None, problem.target)
+                logits = lcp.start_logits(problem, problem.groups, orders, near=True)
+                window = Window(0, 0, 0, 1, problem.groups, None, problem.target)
                 training = Training(lcp, problem, window, orders, logits, linears)
                 training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
                 reset_peak_memory(device)

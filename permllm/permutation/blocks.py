@@ -59,26 +59,35 @@ class BlockLogits(nn.Module):
         self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
+        self._noise: list[Tensor] = []
 
     def soft(self, temperature: float, iterations: int) -> list[Tensor]:
         """Soft permutations, one `(blocks, B, B)` a stack, differentiable."""
-        return [sinkhorn(self._effective(stack), temperature, iterations) for stack in self.logits]
+        return [sinkhorn(stack, temperature, iterations) for stack in self._effective()]
 
     @torch.no_grad()
     def normalized(self, temperature: float, iterations: int) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Soft permutations, not differentiable, and their potentials, a stack each (see `permllm.permutation.sinkhorn`)."""
-        pairs = [normalize(self._effective(stack), temperature, iterations) for stack in self.logits]
+        pairs = [normalize(stack, temperature, iterations) for stack in self._effective()]
         return [soft for soft, _ in pairs], [potentials for _, potentials in pairs]
 
     def gradient_paths(self, temperature: float, potentials: list[list[Tensor]]) -> list[Tensor]:
         """What carries gradients of the soft permutations back to the logits, one a stack, without their values."""
-        return [
-            gradient_path(self._effective(stack), temperature, found)
-            for stack, found in zip(self.logits, potentials, strict=True)
-        ]
+        return [gradient_path(stack, temperature, found) for stack, found in zip(self._effective(), potentials, strict=True)]
 
-    def _effective(self, stack: Tensor) -> Tensor:
-        return stack if self.scale is None else (stack * self.scale).clamp(-1.0, 1.0)
+    def perturb(self, width: float, generator: torch.Generator) -> None:
+        """Add Gumbel noise times `width` to the logits in use, until the next call; 0 takes it away."""
+        self._noise = []
+        if width:
+            for stack in self.logits:
+                uniform = torch.rand(stack.shape, generator=generator).clamp_(1e-7, 1 - 1e-7)
+                self._noise.append(uniform.log_().neg_().log_().mul_(-width).to(stack))
+
+    def _effective(self) -> list[Tensor]:
+        logits = list(self.logits)
+        if self.scale is not None:
+            logits = [(stack * self.scale).clamp(-1.0, 1.0) for stack in logits]
+        return [stack + noise for stack, noise in zip(logits, self._noise, strict=True)] if self._noise else logits
 
     def order(self, hard: Tensor) -> Tensor:
         """The channel at each position, int64 `(C_in,)`, when `hard` `(C_in,)` is the row of its block's matrix there."""

@@ -24,7 +24,7 @@ from permllm.permutation.losses import LOSSES
 from permllm.permutation.masked_linear import StraightThrough
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.training import Training, Window, masked_linears, read_checkpoint
-from permllm.sparsity import permuted_nm_mask
+from permllm.sparsity import NMPattern, permuted_nm_mask
 from permllm.validation import check_number, check_one_of, check_whole
 
 # Weights times steps. Compiling takes 10 to 20 s and saves some 15 ns a weight and step on two cores.
@@ -45,6 +45,8 @@ class LCP:
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
         weight_decay: of AdamW.
         passes: over the calibration samples.
+        rounds: how often the passes are gone through, schedules and all, each time from the best order so far with its groups
+            of M dealt anew to the blocks. The mask is the same, and channels meet others than before.
         batch_size: samples a step.
         loss: `kl` of the next-token distributions, which needs `window=model`; `cosine` of the window's output (the paper), or
             `mse` of it. None is `kl` where the whole model learns together, else `cosine`.
@@ -53,6 +55,8 @@ class LCP:
         straight_through: `hard` or `soft`, see `permllm.permutation.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic order; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
+        mask_temperature: what the saliency is divided by before the group softmax.
+        gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
         select_from: after each of the last so many passes the loss of all samples is measured with the order as it then is,
@@ -70,12 +74,15 @@ class LCP:
     learning_rate: float = 3e-2
     weight_decay: float = 0.0
     passes: int = 3
+    rounds: int = 1
     batch_size: int = 4
     loss: str | None = None
     window: int | str = "model"
     straight_through: StraightThrough = "hard"
     last_layers: int | None = None
     normalize_saliency: bool = True
+    mask_temperature: float = 1.0
+    gumbel: float = 0.0
     margin: float = 0.05
     noise: float = 0.02
     select_from: int = 2
@@ -98,10 +105,11 @@ class LCP:
             raise ConfigError("permutation.loss=kl needs permutation.window=model: only the last layer has next-token logits")
         check_one_of("permutation.straight_through", self.straight_through, ("hard", "soft"))
         check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
-        for name in ("passes", "batch_size", "select_from"):
+        for name in ("passes", "rounds", "batch_size", "select_from"):
             check_whole(f"permutation.{name}", getattr(self, name), 1)
-        check_number("permutation.learning_rate", self.learning_rate, positive=True)
-        for name in ("weight_decay", "margin", "noise"):
+        for name in ("learning_rate", "mask_temperature"):
+            check_number(f"permutation.{name}", getattr(self, name), positive=True)
+        for name in ("weight_decay", "gumbel", "margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
         if self.last_layers is not None:
             check_whole("permutation.last_layers", self.last_layers, 1)
@@ -123,20 +131,24 @@ class LCP:
         if state is not None:
             orders |= {name: order.cpu() for name, order in state["best"].items()}
         stream = WindowStream(problem)
-        for number, (first, stop) in enumerate(spans):
+        best_loss = math.inf
+        for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
             if number < begin:
                 continue
             groups = [group for group in problem.groups if first <= group.layer < stop]
-            window = Window(number, first, stop, groups, stream.inputs(first, orders), stream.target(stop))
-            logits = self.start_logits(problem, groups, orders)
+            round_ = number % self.rounds
+            if round_:
+                generator = torch.Generator().manual_seed(problem.seed + 2 + number)
+                orders |= {group.name: deal(orders[group.name], problem.pattern, generator) for group in groups}
+            window = Window(number, round_, first, stop, groups, stream.inputs(first, orders), stream.target(stop))
+            logits = self.start_logits(problem, groups, orders, near=self.init == "heuristic" or round_ > 0)
             kernels = self.kernels(problem, groups)
-            with masked_linears(
-                problem, groups, self.block_size, self.straight_through, self.normalize_saliency, kernels
-            ) as linears:
-                training = Training(self, problem, window, orders, logits, linears)
+            with masked_linears(self, problem, groups, kernels) as linears:
+                training = Training(self, problem, window, orders, logits, linears, best_loss if round_ else math.inf)
                 if state is not None and number == begin:
                     training.restore(state)
                 orders = training.run()
+                best_loss = training.best_loss
         return orders
 
     def spans(self, layers: int) -> list[tuple[int, int]]:
@@ -149,7 +161,7 @@ class LCP:
         """The kernels for the elementwise work of the masked linears."""
         wanted = self.compile
         if wanted is None:
-            steps = self.passes * math.ceil(len(problem.tokens) / self.batch_size)
+            steps = self.rounds * self.passes * math.ceil(len(problem.tokens) / self.batch_size)
             wanted = steps * sum(group.channels * sum(group.rows) for group in window) > _COMPILE_FROM
         compiled = compiled_kernels(problem.device.type) if wanted else None
         return compiled or EAGER
@@ -166,9 +178,9 @@ class LCP:
         return orders
 
     def start_logits(
-        self, problem: LearningProblem, window: list[ChannelGroup], orders: dict[str, Tensor]
+        self, problem: LearningProblem, window: list[ChannelGroup], orders: dict[str, Tensor], near: bool
     ) -> dict[str, BlockLogits]:
-        """The logits of each group of the window at the start, on the model's device."""
+        """The logits of each group at the start, on the model's device: near the given orders, or the paper's random ones."""
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
@@ -176,13 +188,19 @@ class LCP:
             start = []
             for stack in split_blocks(group.channels, self.block_size):
                 uniform = torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
-                if self.init == "heuristic":
+                if near:
                     start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
                     start.append(uniform / math.sqrt(self.block_size))
-            scale = math.sqrt(self.block_size) if self.init == "random" else None
+            scale = None if near else math.sqrt(self.block_size)
             logits[group.name] = BlockLogits(orders[group.name], self.block_size, start, scale).to(problem.device, dtype)
         return logits
+
+
+def deal(order: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
+    """The groups of M of an order in random sequence: the same masks, other neighbours in the blocks; int64 `(C_in,)`."""
+    groups = order.view(-1, pattern.m)
+    return groups[torch.randperm(len(groups), generator=generator)].flatten()
 
 
 class WindowStream:

@@ -24,7 +24,7 @@ from permllm.permutation.assignment import flatten, harden_flat
 from permllm.permutation.blocks import BlockLogits, count_logits, split_blocks
 from permllm.permutation.kernels import Kernels
 from permllm.permutation.losses import loss_named
-from permllm.permutation.masked_linear import PermutedMaskedLinear, StraightThrough
+from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.permutation.problem import LearningProblem
 from permllm.results.files import write_tensors, write_torch
 from permllm.results.record import BEST_SO_FAR, CHECKPOINT
@@ -40,7 +40,8 @@ class Window:
     """Consecutive decoder layers that learn together.
 
     Attributes:
-        number: of the window, from 0.
+        number: from 0, over all windows and rounds.
+        round: of the window, from 0.
         first: index of its first decoder layer.
         stop: index after its last.
         groups: the channel groups of its layers.
@@ -50,6 +51,7 @@ class Window:
     """
 
     number: int
+    round: int
     first: int
     stop: int
     groups: list[ChannelGroup]
@@ -67,6 +69,7 @@ class Training:
         orders: int64 `(C_in,)` of all groups of the model at the start.
         logits: by group of the window.
         linears: masked linears by group of the window.
+        best_loss: measured loss of the orders at the start, where it is known.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Training:
         orders: dict[str, Tensor],
         logits: dict[str, BlockLogits],
         linears: dict[str, list[PermutedMaskedLinear]],
+        best_loss: float = math.inf,
     ) -> None:
         self.settings = settings
         self.problem = problem
@@ -95,10 +99,10 @@ class Training:
         self.steps_a_pass = math.ceil(len(problem.tokens) / settings.batch_size)
         self.steps = self.steps_a_pass * settings.passes
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
-        self.generator = torch.Generator().manual_seed(problem.seed + 1)
+        self.generator = torch.Generator().manual_seed(problem.seed + 1 + 1000 * window.round)
         self.done = 0
         self.harden_seconds = 0.0  # of the latest step
-        self.best_loss = math.inf
+        self.best_loss = best_loss
         self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
         self.hard: dict[str, Tensor] = {}
         self.potentials: dict[str, list[list[Tensor]]] = {}
@@ -136,6 +140,7 @@ class Training:
         Under torchrun each process computes its share of the batch, and all make the same update.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self._perturb(self.settings.gumbel * temperature)
         self._harden(temperature)
         mine = parallel.share(batch)
         loss = torch.zeros((), device=self.device)
@@ -168,12 +173,14 @@ class Training:
         temperature = self._temperature((number + 1) * self.steps_a_pass - 1)
         measured = None
         self.optimizer.zero_grad(set_to_none=True)
+        self._perturb(0.0)
         self._harden(temperature)
         if number >= self.settings.passes - self.settings.select_from:
             measured = self._measure()
             if not math.isfinite(measured):
                 raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
-        if measured is None or measured < self.best_loss:
+        # An order that was not measured is better than none, but not than one that was.
+        if not math.isfinite(self.best_loss) if measured is None else measured < self.best_loss:
             self.best |= {name: order.cpu() for name, order in self.present.items()}
         if measured is not None:
             self.best_loss = min(self.best_loss, measured)
@@ -182,6 +189,7 @@ class Training:
         self.problem.on_pass(
             {
                 "pass": number + 1,
+                "round": self.window.round + 1,
                 "first_layer": self.window.first,
                 "last_layer": self.window.stop - 1,
                 "loss": sum(losses) / len(losses),
@@ -192,6 +200,11 @@ class Training:
                 "peak_memory_bytes": peak_memory(self.device),
             }
         )
+
+    def _perturb(self, width: float) -> None:
+        if self.settings.gumbel:
+            for block in self.blocks.values():
+                block.perturb(width, self.generator)
 
     @torch.no_grad()
     def _harden(self, temperature: float) -> None:
@@ -326,12 +339,7 @@ def read_checkpoint(problem: LearningProblem) -> dict[str, Any] | None:
 
 @contextmanager
 def masked_linears(
-    problem: LearningProblem,
-    groups: list[ChannelGroup],
-    block_size: int,
-    straight_through: StraightThrough,
-    normalize_saliency: bool,
-    kernels: Kernels,
+    settings: LCP, problem: LearningProblem, groups: list[ChannelGroup], kernels: Kernels
 ) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
     """Put a masked linear in the place of every linear of the groups, and the linears back at the end.
 
@@ -345,12 +353,14 @@ def masked_linears(
             for path in group.members:
                 linear = linear_at(problem.model, path)
                 factors = problem.factors_of(path)
-                if normalize_saliency:
-                    factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
+                scale = torch.tensor(1.0 / settings.mask_temperature)
+                if settings.normalize_saliency:
+                    scale = scale / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny)
+                factors = factors.scaled(scale)
                 linear.weight.data = linear.weight.data.t().contiguous().t()
                 replaced[path] = linear
-                stacks = split_blocks(group.channels, block_size)
-                stand_in = PermutedMaskedLinear(linear, factors, problem.pattern, stacks, straight_through, kernels)
+                stacks = split_blocks(group.channels, settings.block_size)
+                stand_in = PermutedMaskedLinear(linear, factors, problem.pattern, stacks, settings.straight_through, kernels)
                 problem.model.set_submodule(path, stand_in)
                 masked[group.name].append(stand_in)
         yield masked

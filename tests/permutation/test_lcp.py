@@ -16,7 +16,9 @@ from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.permutation import lcp as lcp_module
 from permllm.permutation import training as training_module
+from permllm.permutation.blocks import BlockLogits
 from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.lcp import deal
 from permllm.permutation.losses import cosine_loss
 from permllm.permutation.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruning.pipeline import prune
@@ -226,8 +228,8 @@ def test_bfloat16_weights_learn_with_float32_logits() -> None:
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     real = lcp_module.LCP.start_logits
 
-    def broken(*args: Any) -> Any:
-        logits = real(*args)
+    def broken(*args: Any, **keywords: Any) -> Any:
+        logits = real(*args, **keywords)
         logits["model.layers.1.mlp.down_proj"].logits[0].data[0, 0, 0] = float("nan")
         return logits
 
@@ -280,3 +282,73 @@ def test_schedules() -> None:
     assert [Constant(0.3, 0.1)(p) for p in progress] == [0.3] * 4
     with pytest.raises(ConfigError, match=r"temperature\.end=0"):
         Linear(1.0, 0)
+
+
+def test_rounds_let_channels_leave_their_blocks_and_never_lose_the_best(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    settings = {"init": "random", "block_size": 16, "passes": 3, "learning_rate": 0.1, "select_from": 1, "rounds": 3}
+    orders = lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), on_pass=seen.append))
+    assert [(values["round"], values["pass"]) for values in seen] == [(r, p) for r in (1, 2, 3) for p in (1, 2, 3)]
+    measured = [values["measured_loss"] for values in seen if values["measured_loss"] is not None]
+    assert len(measured) == 3
+    assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
+    left = 0
+    for order in orders.values():
+        blocks = (order // 16).view(-1, 16)
+        left += int((blocks != blocks.mode(1, keepdim=True).values).sum())
+    assert left > 0
+
+    class Interrupt(Exception):
+        pass
+
+    def stop(values: dict[str, Any]) -> None:
+        if (values["round"], values["pass"]) == (2, 1):
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+    continued = lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
+    assert all(torch.equal(orders[name], continued[name]) for name in orders)
+
+
+def test_dealing_moves_whole_groups() -> None:
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    dealt = deal(order, PATTERN, torch.Generator().manual_seed(1))
+    assert not torch.equal(order, dealt)
+    assert {tuple(group) for group in dealt.view(-1, 4).tolist()} == {tuple(group) for group in order.view(-1, 4).tolist()}
+
+
+def test_gumbel_noise_moves_channels_that_nothing_else_moves(tmp_path: Path) -> None:
+    flips: dict[float, float] = {}
+    for gumbel in (0.0, 1.0):
+        steps: list[float] = []
+        learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["flips"]))
+        orders = lcp(gumbel=gumbel, learning_rate=1e-9, margin=1.0, noise=0.0, passes=2).learn(learning)
+        flips[gumbel] = sum(steps)
+        # What is kept is the order without noise: that of the start, so far from the boundary.
+        start = lcp(learning_rate=1e-9, margin=1.0, noise=0.0, passes=1).learn(problem(tiny_model("llama"), Wanda()))
+        assert all(torch.equal(orders[name], start[name]) for name in orders)
+    assert flips[0.0] == 0.0
+    assert flips[1.0] > 1.0
+
+
+def test_gumbel_noise_has_the_moments_of_its_distribution() -> None:
+    logits = BlockLogits(torch.arange(256), 256, [torch.zeros(1, 256, 256)])
+    logits.perturb(2.0, torch.Generator().manual_seed(0))
+    noise = logits._effective()[0].detach()
+    assert float(noise.mean()) == pytest.approx(2.0 * 0.5772, abs=0.03)
+    assert float(noise.std()) == pytest.approx(2.0 * torch.pi / 6**0.5, abs=0.03)
+    logits.perturb(0.0, torch.Generator())
+    assert not logits._effective()[0].any()
+
+
+def test_the_mask_temperature_scales_the_group_softmax_and_no_mask() -> None:
+    losses: dict[float, list[float]] = {}
+    orders = {}
+    for temperature in (0.1, 1.0):
+        steps: list[float] = []
+        learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["loss"]))
+        orders[temperature] = lcp(mask_temperature=temperature, passes=3, init="random", learning_rate=0.1).learn(learning)
+        losses[temperature] = steps
+    assert losses[0.1][0] == pytest.approx(losses[1.0][0], rel=1e-6)
+    assert any(not torch.equal(orders[0.1][name], orders[1.0][name]) for name in orders[0.1])
