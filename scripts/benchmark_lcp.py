@@ -39,6 +39,7 @@ from permllm.permutation.losses import cosine_loss
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.temperature import Linear
 from permllm.permutation.training import Training, Window, masked_linears
+from permllm.precision import COMPUTE_DTYPES, compute_dtype, products_in
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.results.environment import hardware, versions
 from permllm.sparsity import NMPattern
@@ -95,7 +96,7 @@ class DensePermutedLinear(nn.Module):
         top = groups.topk(PATTERN.n, dim=2).indices
         kept = torch.zeros_like(groups).scatter_(2, top, 1.0).flatten(1)
         soft_in_place, kept_in_place = soft_mask @ through.T, kept @ hard.T
-        mask = kept_in_place + soft_in_place - soft_in_place.detach()
+        mask = kept_in_place + soft_in_place - soft_in_place.detach()  # straight through
         return nn.functional.linear(x, self.linear.weight * mask.to(x.dtype), self.linear.bias)
 
 
@@ -185,8 +186,8 @@ def clock(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(shape: str, count: int, block_size: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """One row: all variants in turn, `repeats` times after one warm-up."""
+def measure(shape: str, count: int, block_size: int, device: torch.device, repeats: int, products: str) -> dict[str, Any]:
+    """One row: all variants in turn, `repeats` times after one warm-up, their products in the format `products`."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = one_layer(shape, device, dtype)
     tokens = torch.randint(0, 256, (count // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
@@ -194,37 +195,39 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
     target = torch.randn(*tokens.shape, hidden, generator=torch.Generator().manual_seed(1), dtype=dtype)  # type: ignore[call-overload]
     problem = problem_of(model, tokens, target)
     everything = torch.arange(len(tokens))
-    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine"}
+    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine", "passes": 1000}
     plain = PlainStep(model, tokens, target.to(device))
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
+    dense = DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     kernels = compiled_kernels(device.type) or EAGER
+    compute = compute_dtype(products, dtype, device)
+    orders = {group.name: torch.arange(group.channels) for group in problem.groups}
+    window = Window(0, 0, 0, 1, problem.groups, None, problem.target)
+    # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
+    logits = {name: LCP(**settings).start_logits(problem, problem.groups, orders, near=True) for name in ("lcp", "checkpoint")}
     peak = 0
-    dense: DenseStep | None = None
-    if _dense_fits(problem.groups, device):
-        dense = DenseStep(problem, block_size)
     for repeat in range(repeats + 1):
-        found = {"plain": clock(plain, device)}
-        for name, recompute in (("lcp", False), ("checkpoint", True)):
-            lcp = LCP(**settings, activation_checkpointing=recompute)
-            with masked_linears(lcp, problem, problem.groups, kernels) as linears:
-                orders = {group.name: torch.arange(group.channels) for group in problem.groups}
-                logits = lcp.start_logits(problem, problem.groups, orders, near=True)
-                window = Window(0, 0, 0, 1, problem.groups, None, problem.target)
-                training = Training(lcp, problem, window, orders, logits, linears)
-                training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
-                reset_peak_memory(device)
-                found[name] = clock(lambda training=training: training.step(everything, 0.5), device)  # type: ignore[misc]
-                if name == "lcp":
-                    peak = max(peak, peak_memory(device))
-                    found["harden"] = training.harden_seconds
-        if dense is not None:
-            with dense.installed():
-                found["dense"] = clock(dense, device)
+        with products_in(compute, device):
+            found = {"plain": clock(plain, device)}
+            for name, recompute in (("lcp", False), ("checkpoint", True)):
+                lcp = LCP(**settings, activation_checkpointing=recompute)
+                with masked_linears(lcp, problem, problem.groups, kernels) as linears:
+                    training = Training(lcp, problem, window, orders, logits[name], linears)
+                    training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
+                    reset_peak_memory(device)
+                    found[name] = clock(lambda training=training: training.step(everything, 0.5), device)  # type: ignore[misc]
+                    if name == "lcp":
+                        peak = max(peak, peak_memory(device))
+                        found["harden"] = training.harden_seconds
+            if dense is not None:
+                with dense.installed():
+                    found["dense"] = clock(dense, device)
         if repeat:
             for name, seconds in found.items():
                 times[name].append(seconds)
     row: dict[str, Any] = {"shape": shape, "tokens": count, "block_size": block_size, "device": str(device)}
-    row |= {"dtype": str(dtype).removeprefix("torch."), "peak_bytes": peak}
+    row |= {"dtype": str(dtype).removeprefix("torch."), "compute_dtype": str(compute).removeprefix("torch.")}
+    row["peak_bytes"] = peak
     for name, values in times.items():
         row[f"{name}_s"] = statistics.median(values) if values else None
         row[f"{name}_spread_s"] = [min(values), max(values)] if values else None
@@ -303,6 +306,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compute-dtype", default="float32", choices=COMPUTE_DTYPES, help="of matrix products, on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--heuristic-channels", type=int, default=4096, help="0 leaves the heuristic out")
     parser.add_argument("--json", type=Path)
@@ -319,7 +323,7 @@ def main() -> None:
     for shape in arguments.shapes:
         for count in arguments.tokens:
             for block_size in arguments.block_sizes:
-                row = measure(shape, count, block_size, device, arguments.repeats)
+                row = measure(shape, count, block_size, device, arguments.repeats, arguments.compute_dtype)
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 save()

@@ -6,6 +6,7 @@ python scripts/speed_table.py
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,20 @@ def tables() -> str:
 
 
 def _steps(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| layer | tokens | B | plain s | LCP s | LCP / plain | recomputed s | dense s | dense / LCP | hardening | peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("layer", "tokens", "B", "products", "plain s", "LCP s", "LCP / plain")
+    columns += ("recomputed s", "dense s", "dense / LCP", "hardening", "peak")
+    lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows:
-        dense = f"{row['dense_s']:.2f} | {row['dense_over_lcp']:.1f}" if row["dense_s"] else "- | -"
-        lines.append(
-            f"| {row['shape']} | {row['tokens']} | {row['block_size']} | {row['plain_s']:.3f} | {row['lcp_s']:.3f} | "
-            f"{row['lcp_over_plain']:.2f} | {row['checkpoint_s']:.3f} | {dense} | {row['harden_s'] / row['lcp_s']:.1%} | "
-            f"{row['peak_bytes'] / 1e9:.1f} GB |"
-        )
+        cells = [row["shape"], str(row["tokens"]), str(row["block_size"]), row["compute_dtype"]]
+        cells += [f"{row['plain_s']:.3f}", f"{row['lcp_s']:.3f}", f"{row['lcp_over_plain']:.2f}", f"{row['checkpoint_s']:.3f}"]
+        cells += [f"{row['dense_s']:.2f}", f"{row['dense_over_lcp']:.1f}"] if row["dense_s"] else ["-", "-"]
+        cells += [f"{row['harden_s'] / row['lcp_s']:.1%}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
+        lines.append(_line(cells))
     return "\n".join([*lines, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _heuristic(row: dict[str, Any]) -> str:
