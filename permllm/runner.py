@@ -21,7 +21,7 @@ from permllm.errors import DataError
 from permllm.evaluation.dense import cached_dense_result
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
-from permllm.memory import reset_peak_memory
+from permllm.memory import keep_freed_memory, reset_peak_memory
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
 from permllm.permutation.problem import LearningProblem
@@ -65,7 +65,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     permutation = instantiate(config.permutation)
     reconstruction: Reconstruction = instantiate(config.reconstruction)
     parallel.start()
-    resolve_device(config.model.device)
+    if resolve_device(config.model.device).type == "cpu":
+        keep_freed_memory()
     if config.plan or config.model.source != "hub" or config.model.architecture:
         skeleton = meta_model(config.model)
         for group in channel_groups(skeleton):

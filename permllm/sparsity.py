@@ -70,6 +70,18 @@ def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
     Returns:
         M bool tensors of that shape.
     """
+    return [rank < n for rank in ranks_of(entries)]
+
+
+def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
+    """How many of M tensors hold a larger entry, place by place; of equal ones the first counts as the larger.
+
+    Args:
+        entries: M tensors of one shape.
+
+    Returns:
+        M integer tensors of that shape, at each place a permutation of 0 to M - 1.
+    """
     m = len(entries)
     # Bytes are fastest as they stand; compiled code cannot vectorise them, but keeps counts in registers.
     counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
@@ -81,7 +93,7 @@ def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
             i_first = (entries[i] >= entries[j]).to(counter)
             ahead[j] += i_first
             ahead[i] -= i_first
-    return [count < n for count in ahead]
+    return ahead
 
 
 def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from permllm.config import read_config, register_resolvers
-from permllm.memory import peak_memory, reset_peak_memory
+from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.permutation.assignment import harden
@@ -314,6 +314,8 @@ def main() -> None:
     arguments = parser.parse_args()
     register_resolvers()
     device = torch.device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     result: dict[str, Any] = {"hardware": hardware(device), "versions": versions(), "repeats": arguments.repeats, "rows": []}
 
     def save() -> None:

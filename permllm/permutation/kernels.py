@@ -1,4 +1,4 @@
-"""The elementwise work of a masked linear on a piece of its channels: saliency, mask, soft mask and its backward.
+"""The elementwise work of a masked linear on a piece of its channels: saliency, mask, and what gradients are made of.
 
 Two forms of the same mathematics. As whole tensors it is a dozen passes over memory, which is the best that eager execution
 can do. Place by place, as M slices that never meet until the end, a compiler turns it into one pass; written as whole tensors
@@ -11,19 +11,46 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from permllm.pruning.saliency import SaliencyFactors, saliency_t
-from permllm.sparsity import keep_largest, keep_largest_of
+from permllm.sparsity import keep_largest, keep_largest_of, ranks_of
 
 log = logging.getLogger(__name__)
 
 
+class Exchange(NamedTuple):
+    """What the loss changes by when a channel joins another group is made of this, for k channels in g = k / M groups.
+
+    `next` is the entry of a row of the group that would be kept if one that is kept went away, and `last` the smallest that is
+    kept: what a newcomer displaces, depending on whether the one whose place it takes was kept.
+
+    Attributes:
+        masked: the piece times its mask, `(k, C_out)`.
+        saliency: `(k, C_out)`.
+        gradient: of the mask, kept or not, `(k, C_out)`.
+        last: saliency of the smallest kept entry, `(g, C_out)`.
+        next: saliency of the largest that is not kept, `(g, C_out)`.
+        last_gradient, next_gradient: gradients of the mask at these entries, `(g, C_out)`.
+        stay: what each channel changes in its own group, `(k,)`.
+    """
+
+    masked: Tensor
+    saliency: Tensor
+    gradient: Tensor
+    last: Tensor
+    next: Tensor
+    last_gradient: Tensor
+    next_gradient: Tensor
+    stay: Tensor
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """Both kernels of a masked linear.
+    """All kernels of a masked linear.
 
     Arguments of each:
 
@@ -37,11 +64,17 @@ class Kernels:
         gradient: takes before `n` also `grad`, `(C_in, C_out)`, the gradient of the masked weight_t, and at the end also
             `hard`, bool: which mask is given back. Returns the piece times its mask; the saliency; the gradient of the
             saliency; the gradient of the mask; the mask, hard or soft.
+        exchange: takes before `n` also `grad`, as `gradient` does. Only `masked` is in `dtype`.
+        changes: takes an `Exchange`, `size` (B), n and m. Returns `(k / B, B, B / M)`: for each channel of a block and each
+            group of it the change of the linearised loss if the channel took the place of a random member of the group, and
+            for its own group the change if it stayed instead of being taken away.
         cpu_piece: number of weights to pass at a time on a CPU.
     """
 
     mask: Callable[..., Tensor]
     gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    exchange: Callable[..., Exchange]
+    changes: Callable[[Exchange, int, int, int], Tensor]
     cpu_piece: int
 
     def piece(self, device_type: str) -> int:
@@ -85,10 +118,6 @@ def _gradient(
         grad_mask.to(dtype),
         mask.to(dtype),
     )
-
-
-# The temporaries of a dozen passes should stay in a core's second-level cache.
-EAGER = Kernels(_mask, _gradient, cpu_piece=1 << 17)
 
 
 def _places(t: Tensor, m: int) -> list[Tensor]:
@@ -149,12 +178,82 @@ def _gradient_by_places(
     )
 
 
+def _exchange_by_places(
+    weight_t: Tensor,
+    channels: Tensor,
+    power: int,
+    column: Tensor,
+    row: Tensor | None,
+    grad: Tensor,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+) -> Exchange:
+    w = _places(weight_t.index_select(0, channels), m)
+    s = _saliency_places(w, power, column, row)
+    ranks = ranks_of(s)
+    d = [part.to(s[0].dtype) * weight for part, weight in zip(_places(grad.index_select(0, channels), m), w, strict=True)]
+
+    def at(rank: int, places: list[Tensor]) -> Tensor:
+        picked = [torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)]
+        return sum(picked[1:], picked[0])
+
+    next_d = at(n, d)
+    stay = [torch.where(found < n, part - next_d, 0.0).sum(-1) for found, part in zip(ranks, d, strict=True)]
+    masked = [torch.where(found < n, part, 0.0) for found, part in zip(ranks, w, strict=True)]
+    return Exchange(
+        masked=_join(masked, dtype),
+        saliency=_join(s, s[0].dtype),
+        gradient=_join(d, s[0].dtype),
+        last=at(n - 1, s),
+        next=at(n, s),
+        last_gradient=at(n - 1, d),
+        next_gradient=next_d,
+        stay=torch.stack(stay, 1).flatten(),
+    )
+
+
+def _joining(s: Tensor, d: Tensor, threshold: Tensor, displaced: Tensor) -> Tensor:
+    return torch.where(s > threshold, d - displaced, 0.0)
+
+
+def _foreign(piece: list[Tensor], kept: float) -> Tensor:
+    """Changes in other groups, `(k / B, B, B / M)`. The place taken was that of a kept entry in a share `kept` of the rows."""
+    s, d, last, next_, last_d, next_d = piece
+    s, d = s.unsqueeze(2), d.unsqueeze(2)
+    change = _joining(s, d, last.unsqueeze(1), last_d.unsqueeze(1)) * (1.0 - kept)
+    return (change + _joining(s, d, next_.unsqueeze(1), next_d.unsqueeze(1)) * kept).sum(-1)
+
+
+def _foreign_by_group(piece: list[Tensor], kept: float) -> Tensor:
+    """The same without a tensor of `(k / B, B, B / M, C_out)`, which only a compiler can do without."""
+    s, d, *groups = piece
+    parts = [_foreign([s, d, *[part[:, [index]] for part in groups]], kept) for index in range(groups[0].shape[1])]
+    return torch.cat(parts, 2)
+
+
+def _changes_with(foreign: Callable[[list[Tensor], float], Tensor]) -> Callable[[Exchange, int, int, int], Tensor]:
+    def changes(exchange: Exchange, size: int, n: int, m: int) -> Tensor:
+        blocks = len(exchange.saliency) // size
+        found = foreign([part.view(blocks, -1, part.shape[-1]) for part in exchange[1:7]], n / m)
+        own = found.view(blocks, size // m, m, size // m).diagonal(dim1=1, dim2=3)  # (blocks, M, groups)
+        own.copy_(exchange.stay.view(blocks, size // m, m).mT)
+        return found
+
+    return changes
+
+
+# The temporaries of a dozen passes should stay in a core's second-level cache.
+EAGER = Kernels(_mask, _gradient, _exchange_by_places, _changes_with(_foreign_by_group), cpu_piece=1 << 17)
+
+
 @cache
 def compiled_kernels(device_type: str) -> Kernels | None:
     """The kernels compiled for `cpu` or `cuda`; None, with a warning, where this machine cannot (no compiler, for one)."""
     # Without fullgraph: where the recompile limit is reached, a call runs as it stands instead of raising.
-    mask, gradient = torch.compile(_mask_by_places, dynamic=True), torch.compile(_gradient_by_places, dynamic=True)
-    kernels = Kernels(mask, gradient, cpu_piece=1 << 20)
+    forms: tuple[Any, ...] = (_mask_by_places, _gradient_by_places, _exchange_by_places, _foreign)
+    mask, gradient, exchange, foreign = (torch.compile(form, dynamic=True) for form in forms)
+    kernels = Kernels(mask, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
     probe = torch.ones(8, 2, device=device_type)
     channels = torch.arange(8, device=device_type)
     try:

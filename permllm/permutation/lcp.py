@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class LCP:
             `mse` of it. None is `kl` where the whole model learns together, else `cosine`.
         window: what learns together: `model`, a number of consecutive decoder layers, or `layer`. Windows learn in turn, each
             on the inputs that the pruned layers before give it, against its own dense output.
-        straight_through: `hard` or `soft`, see `permllm.permutation.masked_linear`.
+        straight_through: `swap`, `hard` or `soft`, see `permllm.permutation.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic order; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         mask_temperature: what the saliency is divided by before the group softmax.
@@ -78,7 +79,7 @@ class LCP:
     batch_size: int = 4
     loss: str | None = None
     window: int | str = "model"
-    straight_through: StraightThrough = "hard"
+    straight_through: StraightThrough = "swap"
     last_layers: int | None = None
     normalize_saliency: bool = True
     mask_temperature: float = 1.0
@@ -103,7 +104,7 @@ class LCP:
             check_whole("permutation.window", self.window, 1)
         if self.loss == "kl" and self.window != "model":
             raise ConfigError("permutation.loss=kl needs permutation.window=model: only the last layer has next-token logits")
-        check_one_of("permutation.straight_through", self.straight_through, ("hard", "soft"))
+        check_one_of("permutation.straight_through", self.straight_through, get_args(StraightThrough))
         check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
         for name in ("passes", "rounds", "batch_size", "select_from"):
             check_whole(f"permutation.{name}", getattr(self, name), 1)

@@ -11,7 +11,16 @@ With `S' = S P` the permuted saliency, `M'` the mask in permuted order and the w
     dP = S^T dS' + dM^T M'        dM = dW * W        dS' = softmax backward of dM P
 
 `M'` in the second term is the hard mask when the straight-through step stands before `P^T`, and the group softmax when it
-stands after it (as in the paper's released code).
+stands after it (as in the paper's released code): `straight_through` is `hard` or `soft`.
+
+Both linearise the choice of the mask. With `straight_through=swap` the choice is made instead: the gradient at (channel c, any
+position of group b) is the change of the loss, linear in the mask, if c took the place of a random member of b. In the rows
+where c is among the N largest of b then, its own mask entry `dM` comes in and that of the entry it displaces goes out:
+
+    dP[c, b] = E_p sum_r [S[r, c] > t[r, b - p]] (dM[r, c] - dM[r, at t])        t[r, b - p] the N-th largest without member p
+
+and for c's own group it is the same with c itself as the member whose place is taken. No softmax, so its temperature is not
+used. The comparisons are R C B / M, a pass over memory that a compiler fuses.
 
 All products, those of blocks too, are made in one format: that of the weights, or autocast's inside of
 `permllm.precision.products_in`. Saliencies and masks come from the weights as they are.
@@ -31,7 +40,7 @@ from permllm.precision import product_dtype
 from permllm.pruning.saliency import SaliencyFactors
 from permllm.sparsity import NMPattern
 
-StraightThrough = Literal["hard", "soft"]
+StraightThrough = Literal["swap", "hard", "soft"]
 
 
 def _pieces(layout: _Layout, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -69,8 +78,6 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         grad_y = grads[0].flatten(0, -2)
         grad_masked_t = x.t() @ grad_y
         masked_t = torch.empty(weight_t.shape, dtype=x.dtype, device=weight.device)
-        # The sums of half-precision products over all rows would overflow or vanish in float16.
-        block_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         grad_soft = [
             torch.empty(stack.count, stack.size, stack.size, dtype=ctx.soft_dtype, device=weight.device)
             for stack in layout.stacks
@@ -78,20 +85,8 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         for index, blocks, positions in _pieces(layout, weight):
             size = layout.stacks[index].size
             channels = perm[positions]
-            masked, s, grad_s, grad_mask, mask = layout.kernels.gradient(
-                weight_t,
-                channels,
-                *layout.factors_of(channels),
-                grad_masked_t,
-                layout.pattern.n,
-                layout.pattern.m,
-                block_dtype,
-                layout.straight_through == "hard",
-            )
-            masked_t.index_copy_(0, channels, masked.to(x.dtype))
-            shape = (-1, size, weight.shape[0])
-            grad = s.view(shape) @ grad_s.view(shape).mT
-            grad.baddbmm_(grad_mask.view(shape), mask.view(shape).mT)
+            masked, grad = _block_gradient(layout, weight_t, channels, grad_masked_t, size)
+            masked_t.index_copy_(0, channels, masked)
             # The rows are in permuted order: send each back to its source channel.
             source = hard[positions].view(-1, size, 1).expand_as(grad)
             grad_soft[index][blocks].scatter_(1, source, grad.to(ctx.soft_dtype))
@@ -99,6 +94,23 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
         return grad_x, None, None, None, None, None, *grad_soft
+
+
+def _block_gradient(
+    layout: _Layout, weight_t: Tensor, channels: Tensor, grad_masked_t: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Masked weight `(k, C_out)` of whole blocks of channels, and the gradient `(blocks, B, B)` of their permutation."""
+    pattern, kernels, dtype = layout.pattern, layout.kernels, grad_masked_t.dtype
+    piece = (weight_t, channels, *layout.factors_of(channels), grad_masked_t, pattern.n, pattern.m)
+    if layout.straight_through == "swap":
+        exchange = kernels.exchange(*piece, dtype)
+        return exchange.masked, kernels.changes(exchange, size, pattern.n, pattern.m).repeat_interleave(pattern.m, 2)
+    # The sums of half-precision products over all rows would overflow or vanish in float16.
+    block_dtype = torch.float32 if dtype == torch.float16 else dtype
+    masked, s, grad_s, grad_mask, mask = kernels.gradient(*piece, block_dtype, layout.straight_through == "hard")
+    shape = (-1, size, weight_t.shape[1])
+    grad = s.view(shape) @ grad_s.view(shape).mT
+    return masked.to(dtype), grad.baddbmm_(grad_mask.view(shape), mask.view(shape).mT)
 
 
 class _Layout:
@@ -143,7 +155,7 @@ class PermutedMaskedLinear(nn.Module):
         factors: saliency factors of the layer in original channel order.
         pattern: N:M.
         stacks: how the channels split into blocks (see `permllm.permutation.blocks`).
-        straight_through: `hard` or `soft`, which mask stands in the second gradient term.
+        straight_through: `swap`, or `hard` or `soft`, which mask stands in the second gradient term.
         kernels: of the elementwise work, eager or compiled.
 
     `set_order` must be called before each forward.

@@ -49,6 +49,43 @@ def test_compiled_and_eager_agree(
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8)])
+def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(compiled: Kernels, form: str, n: int, m: int) -> None:
+    kernels = EAGER if form == "eager" else compiled
+    dtype = torch.float64 if form == "eager" else torch.float32
+    rows, size, blocks = 6, 3 * m, 2
+    generator = torch.Generator().manual_seed(n + m)
+    weight_t = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
+    column = torch.rand(1, size * blocks, generator=generator, dtype=dtype) + 0.5
+    grad = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
+    order = torch.randperm(size * blocks, generator=generator)
+    exchange = kernels.exchange(weight_t, order, 1, column[:, order], None, grad, n, m, dtype)
+    found = kernels.changes(exchange, size, n, m)
+    score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()
+    groups = torch.arange(size * blocks).view(-1, m).tolist()
+    torch.testing.assert_close(
+        exchange.masked.double(), weight_t[order].double() * nm_mask(score.t(), NMPattern(n, m)).t(), rtol=1e-6, atol=1e-6
+    )
+
+    def loss(members: list[int]) -> float:
+        """Of one group of any size that keeps its n largest entries in each row."""
+        kept = score[members].topk(min(n, len(members)), dim=0).indices
+        return float(slope[members].gather(0, kept).sum())
+
+    for block in range(blocks):
+        mine = groups[block * size // m : (block + 1) * size // m]
+        for channel in range(size):
+            position = block * size + channel
+            for index, group in enumerate(mine):
+                if position in group:
+                    expected = loss(group) - loss([p for p in group if p != position])
+                else:
+                    without = [[p for p in group if p != leaving] for leaving in group]
+                    expected = sum(loss([*rest, position]) - loss(rest) for rest in without) / m
+                assert float(found[block, channel, index]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 def test_without_a_compiler_there_is_a_warning_and_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

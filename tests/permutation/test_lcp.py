@@ -39,7 +39,7 @@ def output_loss(orders: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("init", ["random", "heuristic"])
-@pytest.mark.parametrize("straight_through", ["hard", "soft"])
+@pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
 def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight_through: str) -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
@@ -348,7 +348,8 @@ def test_the_mask_temperature_scales_the_group_softmax_and_no_mask() -> None:
     for temperature in (0.1, 1.0):
         steps: list[float] = []
         learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["loss"]))
-        orders[temperature] = lcp(mask_temperature=temperature, passes=3, init="random", learning_rate=0.1).learn(learning)
+        settings = {"straight_through": "hard", "init": "random", "learning_rate": 0.1, "passes": 3}
+        orders[temperature] = lcp(**settings, mask_temperature=temperature).learn(learning)
         losses[temperature] = steps
     assert losses[0.1][0] == pytest.approx(losses[1.0][0], rel=1e-6)
     assert any(not torch.equal(orders[0.1][name], orders[1.0][name]) for name in orders[0.1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import pytest
@@ -112,9 +113,55 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     assert torch.equal(mask != 0, mask > 0.5)
 
 
-def test_the_two_straight_through_variants_differ() -> None:
+def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group() -> None:
+    """Against the definition: a linear loss after each exchange, and Sinkhorn by itself."""
+    rows, channels, size, pattern = 5, 24, 16, NMPattern(2, 4)  # a block of 16 and one of 8
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(channels, rows, dtype=torch.float64).requires_grad_(False)
+    linear.weight.copy_(torch.randn(rows, channels, generator=generator, dtype=torch.float64))
+    base = torch.randperm(channels, generator=generator)
+    start = [
+        torch.randn(stack.count, stack.size, stack.size, generator=generator, dtype=torch.float64)
+        for stack in split_blocks(channels, size)
+    ]
+    x = torch.randn(9, channels, generator=generator, dtype=torch.float64)
+    grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
+    logits = BlockLogits(base, size, [stack.clone() for stack in start])
+    module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, channels).double()), pattern, logits.stacks, "swap")
+    soft = logits.soft(0.7, 3)
+    hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
+    order = logits.order(hard)
+    module.set_order(order, hard, soft)
+    module(x).backward(grad)
+
+    slope = (grad.T @ x) * linear.weight  # of the loss by each entry of the mask
+    score = linear.weight.abs()
+
+    def loss(members: list[int]) -> float:
+        kept = score[:, members].topk(min(pattern.n, len(members)), dim=1).indices
+        return float(slope[:, members].gather(1, kept).sum())
+
+    for index, stack in enumerate(split_blocks(channels, size)):
+        expected = torch.zeros(1, stack.size, stack.size, dtype=torch.float64)
+        for source in range(stack.size):
+            channel = int(base[stack.start + source])
+            for position in range(stack.size):
+                first = stack.start + position // pattern.m * pattern.m
+                group = order[first : first + pattern.m].tolist()
+                if channel in group:
+                    change = loss(group) - loss([member for member in group if member != channel])
+                else:
+                    rests = [[member for member in group if member != leaving] for leaving in group]
+                    change = sum(loss([*rest, channel]) - loss(rest) for rest in rests) / pattern.m
+                expected[0, source, position] = change
+        reference = start[index].clone().requires_grad_()
+        (sinkhorn(reference, 0.7, 3) * expected).sum().backward()
+        torch.testing.assert_close(logits.logits[index].grad, reference.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_straight_through_variants_differ() -> None:
     grads = {}
-    for variant in ("hard", "soft"):
+    for variant in ("swap", "hard", "soft"):
         torch.manual_seed(0)
         linear = nn.Linear(16, 8).requires_grad_(False)
         logits = BlockLogits(torch.arange(16), 16, [torch.randn(1, 16, 16)])
@@ -124,7 +171,8 @@ def test_the_two_straight_through_variants_differ() -> None:
         module.set_order(logits.order(hard), hard, soft)
         module(torch.randn(5, 16)).square().sum().backward()
         grads[variant] = logits.logits[0].grad
-    assert not torch.allclose(grads["hard"], grads["soft"])
+    for first, second in itertools.combinations(grads.values(), 2):
+        assert not torch.allclose(first, second)
 
 
 def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
