@@ -149,7 +149,7 @@ class RunConfig:
         seed: of calibration windows, initial logits and batch order.
         sparsity: N:M as a string.
         block_size: channels that LCP permutes among themselves.
-        compute_dtype: of matrix products while something learns: `auto`, `float32` or `bfloat16` (see `permllm.precision`).
+        compute_dtype: of matrix products up to the evaluation: `auto`, `float32` or `bfloat16` (see `permllm.precision`).
         runs_dir: where run directories are made.
         run_dir: the run directory itself, instead of `runs_dir/name-hash`.
         force: run again although a finished result is there.

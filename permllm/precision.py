@@ -1,4 +1,4 @@
-"""The number format of matrix products while something learns: mixed precision by `torch.autocast`.
+"""The number format of the model's matrix products up to the evaluation: mixed precision by `torch.autocast`.
 
 Weights, logits, optimizer, norms, softmax and loss keep their own format; only what multiplies matrices is rounded. On a CPU
 that multiplies bfloat16 natively the products take a quarter of the time of float32.

@@ -99,9 +99,10 @@ def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
     loaded = load_model(config.model, config.seed)
     groups = channel_groups(loaded.model)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
-    dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size)
+    products = compute_dtype(config.compute_dtype, loaded.model.dtype, loaded.model.device)
+    dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
     problem = _problem(config, loaded, groups, tokens, dense)
-    with products_in(compute_dtype(config.compute_dtype, loaded.model.dtype, problem.device), problem.device):
+    with products_in(products, problem.device):
         permutation.learn(problem)
 
 
@@ -159,7 +160,7 @@ def _stages(
             tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
             dense = None
             if permutation.learned or config.calibration.statistics == "dense":
-                dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size)
+                dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
         order: Callable[[str, Tensor, Any], Tensor]
         if permutation.learned:
             assert dense is not None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import decoder_layers
+from permllm.precision import products_in
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,12 @@ class LayerStream:
         model: of a known family; its embedding is run here.
         tokens: int64 `(samples, tokens)`, all of one length.
         batch_size: samples a forward.
+        compute_dtype: of matrix products (see `permllm.precision`); None is that of the weights.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype | None = None) -> None:
         self._layers = decoder_layers(model)
+        self._compute_dtype = compute_dtype or next(model.parameters()).dtype
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by batch size: the last batch may be smaller
@@ -101,8 +104,9 @@ class LayerStream:
         """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
         for hidden in self._hidden:
             kwargs = self._kwargs[len(hidden)][index]
-            with torch.no_grad():
-                yield run_layer(self._layers[index], hidden.to(self._device), kwargs)
+            with torch.no_grad(), products_in(self._compute_dtype, self._device):
+                output = run_layer(self._layers[index], hidden.to(self._device), kwargs)
+            yield output
 
     def advance(self, index: int) -> None:
         """Replace the states by the outputs of layer `index` as it now is."""

@@ -84,7 +84,12 @@ class PrunedModel:
 
 
 def calibrate_dense(
-    model: nn.Module, groups: list[ChannelGroup], tokens: Tensor, pruner: Pruner, batch_size: int
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    pruner: Pruner,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
 ) -> DenseCalibration:
     """Saliency factors of every layer from the inputs that the dense model gives it.
 
@@ -94,8 +99,9 @@ def calibrate_dense(
         tokens: int64 `(samples, length)`.
         pruner: whose statistics are needed; a Gram matrix exists for one layer at a time.
         batch_size: samples a forward.
+        compute_dtype: of the model's matrix products; None is that of its weights.
     """
-    stream = LayerStream(model, tokens, batch_size)
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
     factors: dict[str, SaliencyFactors] = {}
     for index, members in _by_layer(groups, "calibrate"):
         with _collecting(model, members, pruner.needs_gram) as statistics:
@@ -116,7 +122,7 @@ def prune(
     batch_size: int,
     factors: dict[str, SaliencyFactors] | None,
     reconstruction: Reconstruction | None = None,
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -130,13 +136,14 @@ def prune(
         batch_size: samples a forward.
         factors: of every linear, from the dense model; None takes them from the inputs that the pruned layers before give.
         reconstruction: of the kept weights; None leaves them as the pruner does.
-        compute_dtype: of matrix products while layers or the network are reconstructed.
+        compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
     """
     reconstruction = reconstruction or NoReconstruction()
-    dense = LayerStream(model, tokens, batch_size)
+    compute_dtype = compute_dtype or next(model.parameters()).dtype
+    dense = LayerStream(model, tokens, batch_size, compute_dtype)
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
     gram = pruner.needs_gram or reconstruction.needs_gram
-    pruned = LayerStream(model, tokens, batch_size) if follows_pruned else None
+    pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
     result = PrunedModel()
     for index, members in _by_layer(groups, "prune"):
         statistics: dict[str, InputStatistics] = {}

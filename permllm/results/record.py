@@ -47,7 +47,7 @@ _UNITS = {
     "retained_saliency": "share of the saliency kept",
     "output_error": "squared error of the output over its squared norm",
     "moved_channels": "share of the channels away from their original position",
-    "compute_dtype": "of matrix products while something learns",
+    "compute_dtype": "of matrix products before the evaluation",
     "seconds": "s",
     "peak_memory_bytes": "bytes",
 }

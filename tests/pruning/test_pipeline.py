@@ -147,3 +147,20 @@ def test_a_gram_matrix_is_not_kept_where_it_is_not_needed(tmp_path: Path) -> Non
 
     with pytest.raises(RuntimeError, match="without the Gram matrix"):
         _ = InputStatistics(4, "cpu").gram
+
+
+def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -> None:
+    model = tiny_model("llama")
+    rounded = problem(model, SparseGPT()).factors
+    results = {}
+    for dtype in (None, torch.bfloat16):
+        dense = calibrate_dense(model, channel_groups(model), tokens(), SparseGPT(), 4, dtype)
+        pruned = copy.deepcopy(model)
+        groups = channel_groups(pruned)
+        found = prune(pruned, groups, tokens(), SparseGPT(), PATTERN, Identity().order, 4, dense.factors, compute_dtype=dtype)
+        assert found.violations == 0
+        results[dtype] = dense.factors
+        last = "model.layers.1.mlp.down_proj"
+        torch.testing.assert_close(dense.factors[last].column, rounded[last].column, rtol=0.2, atol=0)
+    assert not torch.equal(results[None][last].column, results[torch.bfloat16][last].column)
+    assert torch.equal(results[None][last].column, rounded[last].column)
