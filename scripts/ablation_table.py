@@ -1,104 +1,146 @@
-"""Write the table of experiments/lcp_ablation/README.md from the records beside it: a row a run, the settings that differ.
+"""Write the tables of experiments/lcp_ablation/README.md from the records beside it and in full_test/.
 
 python scripts/ablation_table.py
+
+A row is what runs of the same settings found, mean and standard deviation over their seeds. It names what differs from the
+settings that `python run.py` has now.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from permllm.config import register_resolvers
 from permllm.results.files import with_block
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "lcp_ablation"
-BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
+TABLES = {"table": RECORDS, "full test": RECORDS / "full_test"}  # by the name of their place in the document
 
-# Settings that say what a run is; where a record is older than a setting, this is what it ran with.
-SETTINGS: dict[str, Any] = {
-    "pruner.name": None,
-    "permutation.name": None,
-    "permutation.path": None,
-    "reconstruction.name": "none",
+GROUPS = ("pruner", "permutation", "reconstruction", "temperature")
+# Single settings that make a result; of a group that is named below, all.
+SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.length", "calibration.statistics")
+# What a record ran with that is older than the setting.
+BEFORE = {
+    "compute_dtype": "float32",
+    "permutation.rounds": 1,
+    "permutation.gumbel": 0.0,
+    "permutation.mask_temperature": 1.0,
     "permutation.loss": "cosine",
-    "permutation.learning_rate": None,
-    "permutation.passes": None,
-    "permutation.straight_through": None,
     "permutation.window": "model",
-    "permutation.init": None,
-    "permutation.margin": None,
-    "permutation.noise": None,
-    "permutation.normalize_saliency": None,
-    "permutation.sinkhorn_iterations": None,
-    "permutation.batch_size": None,
-    "block_size": None,
-    "temperature.name": None,
-    "temperature.start": None,
-    "temperature.end": None,
-    "calibration.samples": None,
-    "calibration.length": None,
-    "reconstruction.passes": None,
-    "reconstruction.learning_rate": None,
-    "seed": None,
 }
-# Columns of their own, whether they vary or not.
-COLUMNS = ("pruner.name", "permutation.name", "reconstruction.name")
-LEARNING = ("block_size", "temperature.", "permutation.")
+# Settings that follow from others, or say nothing about a result.
+LEFT_OUT = ("_target_", ".target", *(f"permutation.{key}" for key in ("block_size", "temperature", "compile", "path")))
+COLUMNS = (
+    "pruner",
+    "permutation",
+    "reconstruction",
+    "settings",
+    "perplexity",
+    "final loss",
+    "seconds",
+    "processor",
+    "records",
+)
 
 
-def table() -> str:
-    """The rows, worst perplexity first; settings that all runs share are left out."""
-    runs = [(_settings(folder), _json(folder / "metrics.json"), folder) for folder in _folders()]
-    varying = [
-        key
-        for key in SETTINGS
-        if key not in (*COLUMNS, "permutation.path")
-        and len({str(settings[key]) for settings, _, _ in runs if key in settings}) > 1
-    ]
-    lines = [
-        "| pruner | permutation | reconstruction | settings | perplexity | loss at the end | seconds | record |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for settings, metrics, folder in sorted(runs, key=lambda run: -_perplexity(run[1], "sparse")):
-        said = ", ".join(f"{key.removeprefix('permutation.')}={settings[key]}" for key in varying if key in settings)
-        if "permutation.path" in settings:
-            said = f"the order of `{settings['permutation.path'].rsplit('-', 1)[-1]}`" + (f", {said}" if said else "")
-        seconds = sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load")))
-        columns = [f"`{settings[key]}`" for key in COLUMNS]
-        columns += [said, f"{_perplexity(metrics, 'sparse'):.1f}", _final_loss(folder), f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(columns)} | `{folder.name.rsplit('-', 1)[-1]}` |")
-    dense = _perplexity(runs[0][1], "dense")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Dense: {dense:.1f}. Seconds of calibration, learning and pruning on two cores that did other work as well.",
-            "",
-        ]
+@dataclass(frozen=True)
+class Run:
+    """One record."""
+
+    options: dict[str, str]
+    settings: dict[str, Any]
+    order: str
+    perplexity: float
+    dense: float
+    loss: float | None
+    seconds: float
+    processor: str
+    identity: str
+
+
+def read_run(folder: Path) -> Run:
+    """The record in a folder."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    metrics = _json(folder / "metrics.json")
+    config["compute_dtype"] = metrics.get("compute_dtype", BEFORE["compute_dtype"])
+    processor = str(_json(folder / "environment.json")["hardware"]["processor"])
+    return Run(
+        options={group: config.get(group, {}).get("name", "none") for group in GROUPS},
+        settings=_settings(config),
+        order=Path(config["permutation"].get("path", "")).name.rsplit("-", 1)[-1],
+        perplexity=_perplexity(metrics, "sparse"),
+        dense=_perplexity(metrics, "dense"),
+        loss=_final_loss(folder),
+        seconds=sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load"))),
+        processor=processor.replace("(R)", "").replace(" Processor", ""),
+        identity=folder.name.rsplit("-", 1)[-1],
     )
 
 
-def _folders() -> list[Path]:
-    return sorted(file.parent for file in RECORDS.glob("*/metrics.json"))
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {}
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a result, flat; settings of learning only where something is learned."""
     learned = "passes" in config["permutation"]
-    for key, default in SETTINGS.items():
-        if key.startswith(LEARNING) and key not in ("permutation.name", "permutation.path") and not learned:
-            continue
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        value = default if value is None else value
-        if value is not None:
+    found = {key: OmegaConf.select(OmegaConf.create(config), key) for key in SETTINGS if learned or key != "block_size"}
+    for group in GROUPS:
+        if group != "temperature" or learned:
+            found |= {f"{group}.{key}": value for key, value in config.get(group, {"name": "none"}).items()}
+    for key, value in BEFORE.items():
+        if key not in found and (learned or not key.startswith("permutation.")):
             found[key] = value
-    return found
+    if learned and found["permutation.loss"] is None:
+        found["permutation.loss"] = "kl" if found["permutation.window"] == "model" else "cosine"
+    return {key: value for key, value in found.items() if not key.endswith(LEFT_OUT)}
+
+
+def table(folder: Path) -> str:
+    """The rows of the records in a folder, worst perplexity first; nothing where there are none."""
+    runs = [read_run(file.parent) for file in sorted(folder.glob("*/metrics.json"))]
+    if not runs:
+        return ""
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        said = ", ".join(f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run))
+        if run.order:
+            said = f"the order of `{run.order}`" + (f", {said}" if said else "")
+        key = tuple(run.options[group] for group in GROUPS[:3])
+        rows.setdefault((*key, said, run.processor), []).append(run)
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    for (*options, said, processor), members in sorted(rows.items(), key=lambda row: -_mean(run.perplexity for run in row[1])):
+        losses = [run.loss for run in members if run.loss is not None]
+        cells = [*(f"`{option}`" for option in options), said, _spread([run.perplexity for run in members], 1)]
+        cells += [_spread(losses, 3) if losses else "", f"{_mean(run.seconds for run in members):.0f}", processor]
+        lines.append(_line([*cells, ", ".join(f"`{run.identity}`" for run in members)]))
+    note = f"Dense: {runs[0].dense:.1f}. Seconds of calibration, learning and pruning on two cores."
+    return "\n".join([*lines, "", note, ""])
+
+
+@cache
+def _defaults(pruner: str, reconstruction: str) -> dict[str, Any]:
+    """What `python run.py` has now, with one pruner and one reconstruction, on a device that multiplies bfloat16."""
+    register_resolvers()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", overrides=[f"pruner={pruner}", f"reconstruction={reconstruction}"])
+    config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    return _settings(config | {"compute_dtype": "bfloat16"})
+
+
+def _differing(run: Run) -> Iterable[tuple[str, Any]]:
+    defaults = _defaults(run.options["pruner"], run.options["reconstruction"])
+    for key, value in run.settings.items():
+        group, _, rest = key.partition(".")
+        if value != defaults.get(key) and not (rest == "name" and group != "temperature"):
+            yield group if rest == "name" else key, value
 
 
 def _perplexity(metrics: dict[str, Any], which: str) -> float:
@@ -106,27 +148,42 @@ def _perplexity(metrics: dict[str, Any], which: str) -> float:
     return float(result["value"])
 
 
-def _final_loss(folder: Path) -> str:
+def _final_loss(folder: Path) -> float | None:
     history = folder / "history.jsonl"
     if not history.is_file():
-        return ""
+        return None
     measured = [json.loads(line)["measured_loss"] for line in history.read_text(encoding="utf-8").splitlines()]
-    return f"{min(loss for loss in measured if loss is not None):.4f}"
+    return min(loss for loss in measured if loss is not None)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{_mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _json(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def with_table(document: str) -> str:
-    """The document with its table generated anew."""
-    return with_block(document, BEGIN, END, table())
+def with_tables(document: str) -> str:
+    """The document with its tables generated anew."""
+    for name, folder in TABLES.items():
+        document = with_block(document, f"<!-- {name} -->\n", f"<!-- /{name} -->", table(folder))
+    return document
 
 
 def main() -> None:
     """Rewrite experiments/lcp_ablation/README.md."""
     document = RECORDS / "README.md"
-    document.write_text(with_table(document.read_text(encoding="utf-8")), encoding="utf-8")
+    document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

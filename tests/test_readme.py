@@ -27,9 +27,9 @@ def test_the_results_are_those_of_the_records() -> None:
     assert script("update_readme").with_results(README) == README, "stale: run python scripts/update_readme.py"
 
 
-def test_the_ablation_table_is_that_of_the_records() -> None:
+def test_the_ablation_tables_are_those_of_the_records() -> None:
     document = (ROOT / "experiments" / "lcp_ablation" / "README.md").read_text(encoding="utf-8")
-    assert script("ablation_table").with_table(document) == document, "stale: run python scripts/ablation_table.py"
+    assert script("ablation_table").with_tables(document) == document, "stale: run python scripts/ablation_table.py"
 
 
 def test_the_speed_tables_are_those_of_the_records() -> None:
