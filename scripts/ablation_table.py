@@ -35,12 +35,11 @@ BEFORE = {
     "compute_dtype": "float32",
     "permutation.rounds": 1,
     "permutation.gumbel": 0.0,
-    "permutation.mask_temperature": 1.0,
     "permutation.loss": "cosine",
     "permutation.window": "model",
 }
 # Settings that follow from others, or say nothing about a result.
-LEFT_OUT = ("_target_", ".target", *(f"permutation.{key}" for key in ("block_size", "temperature", "compile", "path")))
+LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_")
 COLUMNS = (
     "pruner",
     "permutation",
@@ -100,7 +99,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
             found[key] = value
     if learned and found["permutation.loss"] is None:
         found["permutation.loss"] = "kl" if found["permutation.window"] == "model" else "cosine"
-    return {key: value for key, value in found.items() if not key.endswith(LEFT_OUT)}
+    return {key: value for key, value in found.items() if "." not in key or key.split(".")[1] not in LEFT_OUT}
 
 
 def table(folder: Path) -> str:

@@ -56,7 +56,6 @@ class LCP:
         straight_through: `swap`, `hard` or `soft`, see `permllm.permutation.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic order; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
-        mask_temperature: what the saliency is divided by before the group softmax.
         gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
@@ -72,7 +71,7 @@ class LCP:
     temperature: Callable[[float], float]
     init: str = "heuristic"
     sinkhorn_iterations: int = 5
-    learning_rate: float = 3e-2
+    learning_rate: float = 1e-2
     weight_decay: float = 0.0
     passes: int = 3
     rounds: int = 1
@@ -82,7 +81,6 @@ class LCP:
     straight_through: StraightThrough = "swap"
     last_layers: int | None = None
     normalize_saliency: bool = True
-    mask_temperature: float = 1.0
     gumbel: float = 0.0
     margin: float = 0.05
     noise: float = 0.02
@@ -108,8 +106,7 @@ class LCP:
         check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
         for name in ("passes", "rounds", "batch_size", "select_from"):
             check_whole(f"permutation.{name}", getattr(self, name), 1)
-        for name in ("learning_rate", "mask_temperature"):
-            check_number(f"permutation.{name}", getattr(self, name), positive=True)
+        check_number("permutation.learning_rate", self.learning_rate, positive=True)
         for name in ("weight_decay", "gumbel", "margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
         if self.last_layers is not None:

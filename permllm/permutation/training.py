@@ -353,10 +353,8 @@ def masked_linears(
             for path in group.members:
                 linear = linear_at(problem.model, path)
                 factors = problem.factors_of(path)
-                scale = torch.tensor(1.0 / settings.mask_temperature)
                 if settings.normalize_saliency:
-                    scale = scale / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny)
-                factors = factors.scaled(scale)
+                    factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
                 linear.weight.data = linear.weight.data.t().contiguous().t()
                 replaced[path] = linear
                 stacks = split_blocks(group.channels, settings.block_size)

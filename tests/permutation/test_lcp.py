@@ -340,16 +340,3 @@ def test_gumbel_noise_has_the_moments_of_its_distribution() -> None:
     assert float(noise.std()) == pytest.approx(2.0 * torch.pi / 6**0.5, abs=0.03)
     logits.perturb(0.0, torch.Generator())
     assert not logits._effective()[0].any()
-
-
-def test_the_mask_temperature_scales_the_group_softmax_and_no_mask() -> None:
-    losses: dict[float, list[float]] = {}
-    orders = {}
-    for temperature in (0.1, 1.0):
-        steps: list[float] = []
-        learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["loss"]))
-        settings = {"straight_through": "hard", "init": "random", "learning_rate": 0.1, "passes": 3}
-        orders[temperature] = lcp(**settings, mask_temperature=temperature).learn(learning)
-        losses[temperature] = steps
-    assert losses[0.1][0] == pytest.approx(losses[1.0][0], rel=1e-6)
-    assert any(not torch.equal(orders[0.1][name], orders[1.0][name]) for name in orders[0.1])
