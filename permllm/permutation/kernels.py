@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Exchange(NamedTuple):
-    """What the loss changes by when a channel joins another group is made of this, for k channels in g = k / M groups.
+    """What it takes to say how the loss changes when channels change groups: k channels in g = k / M groups of M.
 
     `next` is the entry of a row of the group that would be kept if one that is kept went away, and `last` the smallest that is
     kept: what a newcomer displaces, depending on whether the one whose place it takes was kept.
