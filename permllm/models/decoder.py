@@ -7,7 +7,7 @@ rebuilding these, the layers are replaced for one forward by stand-ins that reco
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,12 @@ class LayerStream:
         model: of a known family; its embedding is run here.
         tokens: int64 `(samples, tokens)`, all of one length.
         batch_size: samples a forward.
-        compute_dtype: of matrix products (see `permllm.precision`); None is that of the weights.
+        compute_dtype: of matrix products (see `permllm.precision`); None leaves them as they are where the stream is used.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype | None = None) -> None:
         self._layers = decoder_layers(model)
-        self._compute_dtype = compute_dtype or next(model.parameters()).dtype
+        self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by batch size: the last batch may be smaller
@@ -104,7 +104,8 @@ class LayerStream:
         """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
         for hidden in self._hidden:
             kwargs = self._kwargs[len(hidden)][index]
-            with torch.no_grad(), products_in(self._compute_dtype, self._device):
+            dtype = self._compute_dtype
+            with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
                 output = run_layer(self._layers[index], hidden.to(self._device), kwargs)
             yield output
 
