@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import tomllib
 from types import ModuleType
 
@@ -19,6 +20,7 @@ def script(name: str) -> ModuleType:
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
     return module
 
