@@ -55,7 +55,7 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
     for dtype in (torch.bfloat16, torch.float32):
         with products_in(dtype, CPU):
             logits.zero_grad()
-            module.set_order(perm, hard, logits.soft(1.0, 5))
+            module.set_order(perm, hard, logits.gradient_paths(1.0, logits.normalized(1.0, 5)[1]))
             inputs = x.clone().requires_grad_()
             y = module(inputs)
             y.backward(grad.to(y.dtype))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.sinkhorn import gradient_path, normalize, sinkhorn
+from permllm.permutation.sinkhorn import gradient_path, normalize
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,6 @@ class BlockLogits(nn.Module):
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
         self._noise: list[Tensor] = []
-
-    def soft(self, temperature: float, iterations: int) -> list[Tensor]:
-        """Soft permutations, one `(blocks, B, B)` a stack, differentiable."""
-        return [sinkhorn(stack, temperature, iterations) for stack in self._effective()]
 
     @torch.no_grad()
     def normalized(self, temperature: float, iterations: int) -> tuple[list[Tensor], list[list[Tensor]]]:

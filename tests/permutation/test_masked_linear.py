@@ -83,10 +83,10 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
 
     logits = BlockLogits(base, block_size, [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, factors, NMPattern(n, m), logits.stacks, variant)
-    soft = logits.soft(0.7, 3)
+    soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     perm = logits.order(hard)
-    module.set_order(perm, hard, soft)
+    module.set_order(perm, hard, logits.gradient_paths(0.7, potentials))
     ours_x = x.clone().requires_grad_()
     ours = module(ours_x)
     ours.backward(grad)
@@ -128,10 +128,10 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
     logits = BlockLogits(base, size, [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, channels).double()), pattern, logits.stacks, "swap")
-    soft = logits.soft(0.7, 3)
+    soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     order = logits.order(hard)
-    module.set_order(order, hard, soft)
+    module.set_order(order, hard, logits.gradient_paths(0.7, potentials))
     module(x).backward(grad)
 
     slope = (grad.T @ x) * linear.weight  # of the loss by each entry of the mask
@@ -166,9 +166,9 @@ def test_the_straight_through_variants_differ() -> None:
         linear = nn.Linear(16, 8).requires_grad_(False)
         logits = BlockLogits(torch.arange(16), 16, [torch.randn(1, 16, 16)])
         module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, 16)), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
-        soft = logits.soft(1.0, 5)
+        soft, potentials = logits.normalized(1.0, 5)
         hard = harden(soft[0]).flatten()
-        module.set_order(logits.order(hard), hard, soft)
+        module.set_order(logits.order(hard), hard, logits.gradient_paths(1.0, potentials))
         module(torch.randn(5, 16)).square().sum().backward()
         grads[variant] = logits.logits[0].grad
     for first, second in itertools.combinations(grads.values(), 2):
@@ -177,11 +177,11 @@ def test_the_straight_through_variants_differ() -> None:
 
 def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
     logits = BlockLogits(torch.arange(8), 8, [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
-    soft = logits.soft(1.0, 2)
+    soft, potentials = logits.normalized(1.0, 2)
     expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
     torch.testing.assert_close(soft[0], expected)
     weight = torch.randn(8, 8)
-    (soft[0] * weight).sum().backward()
+    (logits.gradient_paths(1.0, potentials)[0] * weight).sum().backward()
     scale = torch.tensor(2.0, requires_grad=True)
     reference = sinkhorn(((torch.full((1, 8, 8), 0.3) + torch.eye(8)) * scale).clamp(-1, 1), 1.0, 2)
     (reference * weight).sum().backward()
