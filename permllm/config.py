@@ -24,7 +24,7 @@ from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of, check_whole
 
 # Settings that do not change a result; the identity of a run leaves them out.
-_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir")
+_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export")
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -141,6 +141,23 @@ class LoggerConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Group `export`.
+
+    Attributes:
+        form: `none`, `simulate`, `folded` or `gathered` (see `permllm.export.stored_order`).
+        format: `dense`, or `packed`: kept values and their places.
+        dtype: of the exported weights; None is the model's.
+        shard_gb: largest size of a file, in 10^9 bytes.
+    """
+
+    form: str = "none"
+    format: str = "dense"
+    dtype: str | None = None
+    shard_gb: float = 5.0
+
+
+@dataclass
 class RunConfig:
     """One job: one model, one method, one run directory.
 
@@ -155,6 +172,7 @@ class RunConfig:
         force: run again although a finished result is there.
         plan: print sizes and memory and stop.
         save_weights: keep the weights that a pruner changed.
+        export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
     """
 
     name: str
@@ -175,6 +193,7 @@ class RunConfig:
     force: bool = False
     plan: bool = False
     save_weights: bool = True
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     @property
     def pattern(self) -> NMPattern:

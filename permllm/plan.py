@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
-from permllm.permutation.blocks import count_logits, split_blocks
+from permllm.permutation.blocks import count_logits
+from permllm.permutation.shared import SharedOrder, shared_orders
 from permllm.pruning.pipeline import Pruner
 from permllm.results.table import terminal
 
@@ -33,26 +34,34 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     for heading in ("group", "members", "channels", "rows", "blocks", "logits"):
         table.add_column(heading, justify="left" if heading in ("group", "members") else "right")
     prefix = f"{family_of(model).layers}.0."
+    shared = shared_orders(groups, getattr(permutation, "constraint", "free"))
+    order_of = {group.name: order for order in shared for group in order.groups}
     for group in groups:
         if group.layer:
             break
-        stacks = split_blocks(group.channels, config.block_size)
+        order = order_of[group.name]
+        stacks = order.stacks(config.block_size)
+        repeated = len(order.groups) > 1 or order.repeats > 1
+        blocks = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
         table.add_row(
             group.name.removeprefix(prefix),
             ", ".join(member.rsplit(".", 1)[-1] for member in group.members),
             str(group.channels),
             " + ".join(map(str, group.rows)),
-            " + ".join(f"{stack.count} x {stack.size}" for stack in stacks) if permutation.learned else "-",
-            str(count_logits(group.channels, config.block_size)) if permutation.learned else "-",
+            blocks if permutation.learned else "-",
+            str(count_logits(stacks)) + (f", shared as {_sharing(order)}" if repeated else "") if permutation.learned else "-",
         )
     console.print(table)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(group.channels * sum(group.rows) for group in groups)
-    learning = [group for group in groups if spans and group.layer >= spans[0][0]]
-    logits = sum(count_logits(group.channels, config.block_size) for group in learning)
+    learning = [order for first, stop in spans for order in permutation.learning(shared, first, stop)]
+    logits = sum(count_logits(order.stacks(config.block_size)) for order in learning)
     scales = len(learning) if getattr(permutation, "init", None) == "random" else 0
     console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
     console.print(f"logits                 {logits}")
+    for order in shared:
+        if spans and order not in learning and len(order.groups) > 1:
+            console.print(f"{order.name} stays where it starts: it learns only with window=model and all layers")
     if spans:
         console.print(f"windows                {len(spans)}, of at most {max(stop - first for first, stop in spans)} layers")
     console.print(f"learnable parameters   {logits + scales}")
@@ -61,6 +70,12 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     of_window = logits * depth // (layers - spans[0][0]) if spans else 0
     for stage, size in _memory(config, model, groups, pruner, permutation, parameters, of_window, depth).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
+
+
+def _sharing(order: SharedOrder) -> str:
+    if len(order.groups) > 1:
+        return order.name
+    return f"{order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"
 
 
 def _memory(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from torch import Tensor
 from permllm import parallel
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
-from permllm.errors import DataError
+from permllm.errors import ConfigError, DataError
 from permllm.evaluation.dense import cached_dense_result
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
+from permllm.export.checkpoint import Request, export_run
 from permllm.memory import keep_freed_memory, reset_peak_memory
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
+from permllm.permutation.from_file import FromFile
 from permllm.permutation.problem import LearningProblem
 from permllm.plan import print_plan
 from permllm.precision import compute_dtype, products_in
@@ -36,6 +39,7 @@ from permllm.results.record import (
     BEST_SO_FAR,
     CHECKPOINT,
     ENVIRONMENT,
+    EXPORT,
     HISTORY,
     MASKS,
     PERMUTATIONS,
@@ -64,6 +68,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     pruner: Pruner = instantiate(config.pruner)
     permutation = instantiate(config.permutation)
     reconstruction: Reconstruction = instantiate(config.reconstruction)
+    request = _export_request(config, permutation, pruner.updates_weights or reconstruction.changes_weights)
     parallel.start()
     if resolve_device(config.model.device).type == "cpu":
         keep_freed_memory()
@@ -87,8 +92,44 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         else:
             with open_logger(config, record.directory) as logger:
                 _stages(config, pruner, permutation, reconstruction, record, logger)
+        if request is not None:
+            _export(request, record)
         print_run(record.metrics, record.directory)
     return record.metrics, record.directory
+
+
+def _export_request(config: RunConfig, permutation: Any, changes_weights: bool) -> Request | None:
+    """What to export, checked before anything is computed; None for nothing.
+
+    Raises:
+        ConfigError: it cannot be had from this run.
+    """
+    export = config.export
+    if export.form == "none":
+        return None
+    request = Request(export.form, export.format, export.dtype, export.shard_gb)
+    request.check()
+    if changes_weights and not config.save_weights:
+        raise ConfigError(f"export={export.form} needs the changed weights, and save_weights=false does not keep them")
+    if export.form == "folded" and getattr(permutation, "constraint", "free") == "free":
+        raise ConfigError(
+            "export=folded cannot fold free permutations into the neighbouring weights: set permutation.constraint=foldable, "
+            "or export=gathered, which keeps any order"
+        )
+    return request
+
+
+def _export(request: Request, record: RunRecord) -> None:
+    """Write the pruned model into the run directory, unless it is there already in this form."""
+    wanted = {"form": request.form, "format": request.format, "dtype": request.dtype or record.config["model"]["dtype"]}
+    target = record.path(EXPORT)
+    present = record.metrics.get("export", {})
+    if target.is_dir() and all(present.get(key) == value for key, value in wanted.items()):
+        log.info("%s is there already", target)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    record.metrics["export"] = export_run(record.directory, request, target)
+    record.save()
 
 
 def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
@@ -103,7 +144,7 @@ def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
     dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
     problem = _problem(config, loaded, groups, tokens, dense)
     with products_in(products, problem.device):
-        permutation.learn(problem)
+        permutation.orders(problem)
 
 
 def _problem(
@@ -149,52 +190,15 @@ def _stages(
         groups = channel_groups(loaded.model)
         for group in groups:
             check_divides(config.pattern, group.channels, group.name)
+        if config.export.form == "folded" and isinstance(permutation, FromFile):
+            permutation.check_foldable(groups)
 
-    products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     _evaluate(config, loaded, record, "dense", device)
     if "sparsity" in metrics:
         log.info("continuing %s after pruning", record.directory)
         apply_record(loaded.model, loaded.identity, record.directory)
     else:
-        with record.stage("calibrate", device):
-            tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
-            dense = None
-            if permutation.learned or config.calibration.statistics == "dense":
-                dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
-        order: Callable[[str, Tensor, Any], Tensor]
-        if permutation.learned:
-            assert dense is not None
-            with record.stage("permute", device):
-                problem = _problem(config, loaded, groups, tokens, dense)
-                problem.on_step = lambda step, values: logger.log(values, step)
-                problem.on_pass = record.append_history
-                with products_in(products, device):
-                    orders = _learned_orders(permutation, problem, record)
-
-            def order(name: str, saliency: Tensor, pattern: Any) -> Tensor:
-                return orders[name]
-        else:
-            order = permutation.order
-        with record.stage("prune", device):
-            pruned = prune(
-                loaded.model,
-                groups,
-                tokens,
-                pruner,
-                config.pattern,
-                order,
-                config.calibration.batch_size,
-                dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
-                reconstruction,
-                products,
-            )
-            metrics["compute_dtype"] = str(products).removeprefix("torch.")
-            changed = pruner.updates_weights or reconstruction.changes_weights
-            _write_pruned(config, loaded, changed, pruned, record)
-        if not permutation.learned:
-            metrics["seconds"]["permute"] = pruned.permute_seconds
-            metrics["seconds"]["prune"] -= pruned.permute_seconds
-            record.save()
+        _prune(config, loaded, groups, pruner, permutation, reconstruction, record, logger)
     _evaluate(config, loaded, record, "sparse", device)
 
     metrics["status"] = "finished"
@@ -204,13 +208,67 @@ def _stages(
     logger.summary(_flat(metrics))
 
 
-def _learned_orders(permutation: Any, problem: LearningProblem, record: RunRecord) -> dict[str, Tensor]:
+def _prune(
+    config: RunConfig,
+    loaded: LoadedModel,
+    groups: list[ChannelGroup],
+    pruner: Pruner,
+    permutation: Any,
+    reconstruction: Reconstruction,
+    record: RunRecord,
+    logger: RunLogger,
+) -> None:
+    """Calibrate, find the orders, prune: the model is sparse afterwards, and the record holds what rebuilds it."""
+    metrics, device = record.metrics, loaded.model.device
+    products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
+    with record.stage("calibrate", device):
+        tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
+        dense = None
+        if not permutation.local or config.calibration.statistics == "dense":
+            dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
+    order: Callable[[str, Tensor, Any], Tensor]
+    if not permutation.local:
+        assert dense is not None
+        with record.stage("permute", device):
+            problem = _problem(config, loaded, groups, tokens, dense)
+            problem.on_step = lambda step, values: logger.log(values, step)
+            problem.on_pass = record.append_history
+            with products_in(products, device):
+                orders = _orders(permutation, problem, record)
+
+        def order(name: str, saliency: Tensor, pattern: Any) -> Tensor:
+            return orders[name]
+    else:
+        order = permutation.order
+    with record.stage("prune", device):
+        pruned = prune(
+            loaded.model,
+            groups,
+            tokens,
+            pruner,
+            config.pattern,
+            order,
+            config.calibration.batch_size,
+            dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
+            reconstruction,
+            products,
+        )
+        metrics["compute_dtype"] = str(products).removeprefix("torch.")
+        changed = pruner.updates_weights or reconstruction.changes_weights
+        _write_pruned(config, loaded, changed, pruned, record)
+    if permutation.local:
+        metrics["seconds"]["permute"] = pruned.permute_seconds
+        metrics["seconds"]["prune"] -= pruned.permute_seconds
+        record.save()
+
+
+def _orders(permutation: Any, problem: LearningProblem, record: RunRecord) -> dict[str, Tensor]:
     if record.path(PERMUTATIONS).is_file():
-        log.info("continuing %s with the learned order", record.directory)
+        log.info("continuing %s with the orders that it found", record.directory)
         return load_file(record.path(PERMUTATIONS))
     if not record.path(CHECKPOINT).is_file():
         record.path(HISTORY).unlink(missing_ok=True)
-    orders: dict[str, Tensor] = permutation.learn(problem)
+    orders: dict[str, Tensor] = permutation.orders(problem)
     write_tensors(record.path(PERMUTATIONS), orders)
     return orders
 

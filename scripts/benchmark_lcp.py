@@ -37,6 +37,7 @@ from permllm.permutation.kernels import EAGER, compiled_kernels
 from permllm.permutation.lcp import LCP
 from permllm.permutation.losses import cosine_loss
 from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import shared_orders
 from permllm.permutation.temperature import Linear
 from permllm.permutation.training import Training, Window, masked_linears
 from permllm.precision import COMPUTE_DTYPES, compute_dtype, products_in
@@ -201,18 +202,19 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
     dense = DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     kernels = compiled_kernels(device.type) or EAGER
     compute = compute_dtype(products, dtype, device)
-    orders = {group.name: torch.arange(group.channels) for group in problem.groups}
-    window = Window(0, 0, 0, 1, problem.groups, None, problem.target)
+    shared = shared_orders(problem.groups, "free")
+    orders = {order.name: torch.arange(order.channels) for order in shared}
+    window = Window(0, 0, 0, 1, shared, shared, None, problem.target)
     # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
-    logits = {name: LCP(**settings).start_logits(problem, problem.groups, orders, near=True) for name in ("lcp", "checkpoint")}
+    logits = {name: LCP(**settings).start_logits(problem, shared, orders, near=True) for name in ("lcp", "checkpoint")}
     peak = 0
     for repeat in range(repeats + 1):
         with products_in(compute, device):
             found = {"plain": clock(plain, device)}
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
-                with masked_linears(lcp, problem, problem.groups, kernels) as linears:
-                    training = Training(lcp, problem, window, orders, logits[name], linears)
+                with masked_linears(lcp, problem, window, kernels) as linears:
+                    training = Training(lcp, problem, shared, window, orders, logits[name], linears)
                     training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
                     reset_peak_memory(device)
                     found[name] = clock(lambda training=training: training.step(everything, 0.5), device)  # type: ignore[misc]

@@ -86,3 +86,9 @@ def run_command(*overrides: str, cwd: Path, **environment: str) -> subprocess.Co
         timeout=600,
         check=False,
     )
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGUMENTS`."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

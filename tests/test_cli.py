@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_command
+from tests.conftest import run_command, run_module
 
 
 def only_run(cwd: Path) -> Path:
@@ -89,3 +89,61 @@ def test_another_directory_of_the_cache_and_a_run_directory_by_name(tmp_path: Pa
     other = run_command(*arguments, "seed=1", cwd=tmp_path)
     assert other.returncode == 1
     assert "holds another config (it differs in seed)" in other.stderr
+
+
+def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path: Path) -> None:
+    arguments = ["model=tiny", "logger=none", "permutation.constraint=foldable"]
+    first = run_command(*arguments, "export=folded", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    directory = only_run(tmp_path)
+    verified = run_module("permllm.verify", str(directory / "export"))
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    written = (directory / "export" / "model.safetensors").stat().st_mtime_ns
+    again = run_command(*arguments, "export=folded", cwd=tmp_path)
+    assert "export is there already" in again.stderr
+    assert (directory / "export" / "model.safetensors").stat().st_mtime_ns == written
+    packed = run_command(*arguments, "export=gathered", "export.format=packed", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    assert only_run(tmp_path) == directory  # the export is no part of what makes a result
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert (metrics["export"]["form"], metrics["export"]["format"]) == ("gathered", "packed")
+    assert metrics["export"]["pruned_layers_bytes"] < metrics["export"]["pruned_layers_dense_bytes"]
+
+
+def test_free_orders_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    for permutation in ("lcp", "heuristic"):
+        result = run_command("model=tiny", f"permutation={permutation}", "export=folded", cwd=tmp_path)
+        assert result.returncode == 1
+        assert "permutation.constraint=foldable" in result.stderr
+    assert not (tmp_path / "runs").exists()
+    free = run_command("model=tiny", "logger=none", "permutation=heuristic", cwd=tmp_path)
+    assert free.returncode == 0
+    source = f"permutation.path={only_run(tmp_path)}"
+    result = run_command("model=tiny", "logger=none", "permutation=from_file", source, "export=folded", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "does not fold" in result.stderr
+    kept = run_command("model=tiny", "logger=none", "permutation=from_file", source, "export=gathered", cwd=tmp_path)
+    assert kept.returncode == 0, kept.stderr
+
+
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp-paper"])
+def test_every_foldable_method_folds(permutation: str, tmp_path: Path) -> None:
+    extra = [] if permutation == "none" else ["permutation.constraint=foldable"]
+    extra += ["permutation.passes=2"] if permutation == "lcp-paper" else []
+    arguments = ["model=tiny", "logger=none", f"permutation={permutation}", "pruner=sparsegpt", "export=folded", *extra]
+    result = run_command(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert run_module("permllm.verify", str(only_run(tmp_path) / "export")).returncode == 0
+
+
+def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:
+    whole = run_command("model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "residual_stream" in whole.stdout
+    assert "stays where it starts" not in whole.stdout
+    # Logits: 3584 x 64 of the stream once, in each of 28 layers 4 key-value heads of 128 channels and 18944 of the MLP.
+    assert str(3584 * 64 + 28 * (4 * 128 * 64 + 18944 * 64)) in whole.stdout
+    windows = run_command(
+        "model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", "permutation.window=8", cwd=tmp_path
+    )
+    assert "residual_stream stays where it starts" in windows.stdout

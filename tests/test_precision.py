@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from permllm import precision
-from permllm.permutation.blocks import BlockLogits
+from permllm.permutation.blocks import BlockLogits, split_blocks
 from permllm.permutation.losses import head_divergence
 from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.precision import compute_dtype, products_in
@@ -43,7 +43,7 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
     # Weights that bfloat16 cannot tell apart: rounded first, the mask would be another.
     linear.weight.copy_(1.0 + torch.rand(24, 32) / 1024)
     factors = SaliencyFactors(1, torch.ones(1, 32))
-    logits = BlockLogits(torch.randperm(32), 16, [torch.randn(2, 16, 16)])
+    logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
     module = PermutedMaskedLinear(linear, factors, NMPattern(2, 4), logits.stacks)
     x = torch.randn(40, 32)
     grad = torch.randn(40, 24)

@@ -49,7 +49,18 @@ def test_the_two_commands_exist_as_written() -> None:
 
 @pytest.mark.parametrize(
     "group",
-    ["model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "logger", "experiment"],
+    [
+        "model",
+        "pruner",
+        "permutation",
+        "temperature",
+        "reconstruction",
+        "calibration",
+        "evaluation",
+        "export",
+        "logger",
+        "experiment",
+    ],
 )
 def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)

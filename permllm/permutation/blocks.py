@@ -1,4 +1,4 @@
-"""How the channels of a group split into blocks, and the logits that live on them."""
+"""How the positions of an order split into blocks, and the logits that live on them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,41 @@ class BlockStack:
     size: int
 
 
-def split_blocks(channels: int, block_size: int) -> list[BlockStack]:
-    """Blocks of `block_size` positions; what is left at the end becomes one smaller block.
+def split_blocks(channels: int, block_size: int, segment: int | None = None) -> list[BlockStack]:
+    """Blocks of `block_size` positions; what is left at the end of each segment becomes one smaller block.
 
-    With M dividing both numbers, M also divides the smaller block, so no group of M crosses a block.
+    With M dividing all three numbers, M also divides the smaller block, so no group of M crosses a block.
+
+    Args:
+        channels: C.
+        block_size: B.
+        segment: blocks begin anew at its multiples; it divides C. None is C.
     """
-    count, rest = divmod(channels, block_size)
-    stacks = [BlockStack(0, count, block_size)] if count else []
-    if rest:
-        stacks.append(BlockStack(count * block_size, 1, rest))
+    segment = channels if segment is None else segment
+    count, rest = divmod(segment, block_size)
+    if segment < block_size:
+        count, rest, block_size = 1, 0, segment
+    if not rest:
+        return [BlockStack(0, channels // block_size, block_size)]
+    stacks = []
+    for start in range(0, channels, segment):
+        stacks += [BlockStack(start, count, block_size), BlockStack(start + count * block_size, 1, rest)]
     return stacks
 
 
-def count_logits(channels: int, block_size: int) -> int:
-    """Number of logits of a channel group: the sum of the squared block sizes."""
-    return sum(stack.count * stack.size**2 for stack in split_blocks(channels, block_size))
+def count_logits(stacks: list[BlockStack]) -> int:
+    """Number of logits: the sum of the squared block sizes."""
+    return sum(stack.count * stack.size**2 for stack in stacks)
 
 
 class BlockLogits(nn.Module):
-    """The learnable logits of one channel group, on top of a fixed base order.
+    """The learnable logits of one order, on top of a fixed base order.
 
     Args:
         base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds channel `base[b B + p]`.
-        block_size: B.
-        logits: one float32 `(blocks, B, B)` for each stack of `split_blocks(C_in, block_size)`; row = channel of the block in
-            base order, column = target position in the block.
+        stacks: how the positions split into blocks (`split_blocks`).
+        logits: one float32 `(blocks, B, B)` for each stack; row = channel of the block in base order, column = target position
+            in the block.
         scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)` (the paper's released
             code); otherwise they are used as they are.
     """
@@ -51,10 +61,10 @@ class BlockLogits(nn.Module):
     base: Tensor
     first: Tensor
 
-    def __init__(self, base: Tensor, block_size: int, logits: list[Tensor], scale: float | None = None) -> None:
+    def __init__(self, base: Tensor, stacks: list[BlockStack], logits: list[Tensor], scale: float | None = None) -> None:
         super().__init__()
         self.register_buffer("base", base.clone())  # its own: loading a state writes into it
-        self.stacks = split_blocks(base.numel(), block_size)
+        self.stacks = stacks
         starts = [stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size) for stack in self.stacks]
         self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)

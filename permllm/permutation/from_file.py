@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup
+from permllm.permutation.shared import foldable
 from permllm.sparsity import NMPattern
 
 
@@ -24,6 +26,8 @@ class FromFile:
 
     path: str
     learned = False
+    local = True
+    constraint = None  # known once the groups are
     _orders: dict[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -37,13 +41,23 @@ class FromFile:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"permutation.path={self.path}: no readable permutations file ({error})") from error
 
+    def check_foldable(self, groups: list[ChannelGroup]) -> None:
+        """Raise ConfigError unless the stored orders fold into the neighbouring weights."""
+        orders = {group.name: self._order(group.name, group.channels) for group in groups}
+        try:
+            foldable(groups, orders)
+        except ConfigError as error:
+            raise ConfigError(f"permutation.path={self.path}: {error}; export=gathered keeps any order") from error
+
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """The stored order of one channel group, int64 `(C_in,)`.
 
         Raises:
             ConfigError: the file has no such group, or not a permutation of its channels.
         """
-        channels = saliency.shape[1]
+        return self._order(group, saliency.shape[1])
+
+    def _order(self, group: str, channels: int) -> Tensor:
         perm = self._orders.get(group)
         if perm is None:
             raise ConfigError(f"permutation.path={self.path}: no order for {group}; is it from another model?")

@@ -9,55 +9,120 @@ together are two sums and one L1 distance matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from permllm.models.families import ChannelGroup
+from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, check_segments, expanded, shared_orders
 from permllm.sparsity import NMPattern, check_divides, nm_mask
 
 # The distance matrix is summed over this many rows at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
 
 
+Parts = Callable[[], Iterable[Tensor]]
+"""Saliency `(rows, C)` of some rows at a time, anew at each call: all rows of a shared order may not fit into memory."""
+
+
 @dataclass(frozen=True)
 class Heuristic:
-    """Free permutation of each channel group by RIA's channel reallocation."""
+    """Permutation of each channel group by RIA's channel reallocation.
 
+    Args:
+        constraint: `free`, or `foldable`: only orders that neighbouring weights can absorb (`permllm.permutation.shared`).
+    """
+
+    constraint: Constraint = "free"
     learned = False
+
+    def __post_init__(self) -> None:
+        check_constraint(self.constraint)
+
+    @property
+    def local(self) -> bool:
+        """Each group's order follows from its own saliency."""
+        return self.constraint == "free"
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """The order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""
-        return heuristic_order(saliency, pattern)
+        return heuristic_order(lambda: [saliency], pattern)
+
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """The orders of all channel groups under the constraint, int64 `(C_in,)` on the CPU by group."""
+        shared = shared_orders(problem.groups, self.constraint)
+        check_segments(shared, problem.pattern)
+        found = {}
+        for order in tqdm(shared, desc="heuristic order", unit="order"):
+            found[order.name] = search_order(order, problem.saliency_of, problem.pattern)
+        return expanded(shared, found)
 
 
-def heuristic_order(saliency: Tensor, pattern: NMPattern) -> Tensor:
+def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Tensor:
+    """The heuristic order of each segment of a shared order, int64 `(channels,)` on the CPU.
+
+    Args:
+        shared: the order; the rows of all of its groups count.
+        saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
+            group at a time, several times.
+        pattern: N:M.
+    """
+
+    def whole(group: ChannelGroup) -> Tensor:
+        return shared.collect(torch.cat([saliency_of(path) for path in group.members]))
+
+    # That of one group fits, and its segments need not make it again.
+    held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
+
+    def parts(start: int) -> Iterator[Tensor]:
+        for scores in held or map(whole, shared.groups):
+            yield scores[:, start : start + shared.segment]
+
+    segments = range(0, shared.channels, shared.segment)
+    return torch.cat([start + heuristic_order(partial(parts, start), pattern) for start in segments])
+
+
+def heuristic_order(saliency: Parts, pattern: NMPattern) -> Tensor:
     """Order that retains more saliency than the identity, or the identity when it does not.
 
     Args:
-        saliency: `(rows, C_in)`, floating, nonnegative; the rows of all layers that share the order.
+        saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order.
         pattern: N:M; M divides C_in.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    check_divides(pattern, saliency.shape[1], "the layer")
-    perm = allocate(saliency, pattern)
+    total = _sum(part.sum(0) for part in saliency())
+    check_divides(pattern, len(total), "the layer")
+    perm = allocate(total, pattern)
     for position in range(pattern.m):
         perm = reassign_position(saliency, perm, position, pattern)
-    identity = torch.arange(saliency.shape[1])
-    return max((identity, perm), key=lambda order: _retained(saliency, order, pattern))
+    identity = torch.arange(len(total))
+    retained = [0.0, 0.0]
+    for part in saliency():
+        for index, order in enumerate((identity, perm)):
+            retained[index] += _retained(part, order, pattern)
+    return perm if retained[1] > retained[0] else identity
 
 
-def allocate(saliency: Tensor, pattern: NMPattern) -> Tensor:
+def allocate(total: Tensor, pattern: NMPattern) -> Tensor:
     """Deal the channels, sorted by total saliency, in a snake: first place of every group, second place backwards, ...
+
+    Args:
+        total: `(C_in,)`, the saliency of each channel over all rows.
+        pattern: N:M.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    groups = saliency.shape[1] // pattern.m
-    order = saliency.sum(0).argsort(descending=True, stable=True).view(pattern.m, groups)
+    groups = len(total) // pattern.m
+    order = total.argsort(descending=True, stable=True).view(pattern.m, groups)
     snake = torch.stack([row if place % 2 == 0 else row.flip(0) for place, row in enumerate(order)], dim=1)
     return snake.flatten().cpu()
 
@@ -89,17 +154,21 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
     return scores
 
 
-def reassign_position(saliency: Tensor, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
+def reassign_position(saliency: Parts, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
     """Exchange the channels at one position among all groups so that the retained saliency is the largest possible.
 
     Returns:
         int64 `(C_in,)` on the CPU. Never retains less than `perm`, because staying is one of the assignments.
     """
-    scores = assignment_scores(saliency, perm, position, pattern).cpu().numpy()
+    scores = _sum(assignment_scores(part, perm, position, pattern) for part in saliency()).cpu().numpy()
     channel, group = linear_sum_assignment(scores, maximize=True)
     places = perm.view(-1, pattern.m).clone()
     places[torch.from_numpy(group), position] = perm.view(-1, pattern.m)[torch.from_numpy(channel), position]
     return places.flatten()
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(Tensor.add, parts)
 
 
 def _retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:

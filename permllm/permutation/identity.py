@@ -15,6 +15,8 @@ class Identity:
     """The identity order for every channel group."""
 
     learned = False
+    local = True
+    constraint = "foldable"  # it folds into anything
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """The order of one channel group, int64 `(C_in,)`."""

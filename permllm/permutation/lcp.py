@@ -17,15 +17,16 @@ from tqdm.auto import tqdm
 
 from permllm.errors import ConfigError
 from permllm.models.decoder import LayerStream
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.permutation.blocks import BlockLogits, split_blocks
-from permllm.permutation.heuristic import heuristic_order
+from permllm.models.families import decoder_layers, linear_at
+from permllm.permutation.blocks import BlockLogits
+from permllm.permutation.heuristic import search_order
 from permllm.permutation.kernels import EAGER, Kernels, compiled_kernels
 from permllm.permutation.losses import LOSSES
 from permllm.permutation.masked_linear import StraightThrough
 from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, check_segments, expanded, shared_orders
 from permllm.permutation.training import Training, Window, masked_linears, read_checkpoint
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 from permllm.validation import check_number, check_one_of, check_whole
 
 # Weights times steps. Compiling takes 10 to 20 s and saves some 15 ns a weight and step on two cores.
@@ -39,6 +40,9 @@ class LCP:
     Args:
         block_size: B, channels that are permuted among themselves.
         temperature: schedule, from progress in [0, 1] to the Sinkhorn temperature.
+        constraint: `free`, an order for each channel group; `foldable`, only what neighbouring weights can absorb (see
+            `permllm.permutation.shared`). An order that several groups share learns only in a window that holds all of them,
+            and otherwise stays where it starts.
         init: `heuristic` starts at RIA's order with logits close to the assignment boundary (`margin` on the identity plus
             `noise`); `random` is the paper's start: identity order, logits uniform in +-1/sqrt(B) times a learned scale that
             starts at sqrt(B), clamped to +-1.
@@ -69,6 +73,7 @@ class LCP:
 
     block_size: int
     temperature: Callable[[float], float]
+    constraint: Constraint = "free"
     init: str = "heuristic"
     sinkhorn_iterations: int = 5
     learning_rate: float = 1e-2
@@ -88,8 +93,10 @@ class LCP:
     activation_checkpointing: bool | None = None
     compile: bool | None = None
     learned = True
+    local = False
 
     def __post_init__(self) -> None:
+        check_constraint(self.constraint)
         check_one_of("permutation.init", self.init, ("heuristic", "random"))
         if self.loss is None:
             self.loss = "kl" if self.window == "model" else "cosine"
@@ -112,7 +119,7 @@ class LCP:
         if self.last_layers is not None:
             check_whole("permutation.last_layers", self.last_layers, 1)
 
-    def learn(self, problem: LearningProblem) -> dict[str, Tensor]:
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the orders of all channel groups.
 
         Returns:
@@ -123,31 +130,39 @@ class LCP:
                 order so far is kept.
         """
         spans = self.spans(len(decoder_layers(problem.model)))
-        orders = self.start_orders(problem, spans[0][0])
+        shared = shared_orders(problem.groups, self.constraint)
+        check_segments(shared, problem.pattern)
+        orders = self.start_orders(problem, shared, spans[0][0])
         state = read_checkpoint(problem)
         begin = 0 if state is None else state["window"]
         if state is not None:
             orders |= {name: order.cpu() for name, order in state["best"].items()}
-        stream = WindowStream(problem)
+        stream = WindowStream(problem, shared)
         best_loss = math.inf
         for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
-            if number < begin:
+            learning = self.learning(shared, first, stop)
+            if number < begin or not learning:
                 continue
-            groups = [group for group in problem.groups if first <= group.layer < stop]
             round_ = number % self.rounds
             if round_:
                 generator = torch.Generator().manual_seed(problem.seed + 2 + number)
-                orders |= {group.name: deal(orders[group.name], problem.pattern, generator) for group in groups}
-            window = Window(number, round_, first, stop, groups, stream.inputs(first, orders), stream.target(stop))
-            logits = self.start_logits(problem, groups, orders, near=self.init == "heuristic" or round_ > 0)
-            kernels = self.kernels(problem, groups)
-            with masked_linears(self, problem, groups, kernels) as linears:
-                training = Training(self, problem, window, orders, logits, linears, best_loss if round_ else math.inf)
+                orders |= {order.name: order.deal(orders[order.name], problem.pattern, generator) for order in learning}
+            present = [order for order in shared if any(first <= group.layer < stop for group in order.groups)]
+            window = Window(number, round_, first, stop, present, learning, stream.inputs(first, orders), stream.target(stop))
+            logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or round_ > 0)
+            kernels = self.kernels(problem, learning)
+            with masked_linears(self, problem, window, kernels) as linears:
+                training = Training(self, problem, shared, window, orders, logits, linears, best_loss if round_ else math.inf)
                 if state is not None and number == begin:
                     training.restore(state)
                 orders = training.run()
                 best_loss = training.best_loss
-        return orders
+        return expanded(shared, orders)
+
+    @staticmethod
+    def learning(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
+        """The orders that learn in the window of the layers from `first` to before `stop`: those it holds all groups of."""
+        return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
 
     def spans(self, layers: int) -> list[tuple[int, int]]:
         """First layer and the one after the last of each window, for a model of so many decoder layers."""
@@ -155,50 +170,44 @@ class LCP:
         size = self.window if isinstance(self.window, int) else {"model": layers, "layer": 1}[self.window]
         return [(start, min(start + size, layers)) for start in range(first, layers, size)]
 
-    def kernels(self, problem: LearningProblem, window: list[ChannelGroup]) -> Kernels:
+    def kernels(self, problem: LearningProblem, learning: list[SharedOrder]) -> Kernels:
         """The kernels for the elementwise work of the masked linears."""
         wanted = self.compile
         if wanted is None:
             steps = self.rounds * self.passes * math.ceil(len(problem.tokens) / self.batch_size)
-            wanted = steps * sum(group.channels * sum(group.rows) for group in window) > _COMPILE_FROM
+            groups = [group for order in learning for group in order.groups]
+            wanted = steps * sum(group.channels * sum(group.rows) for group in groups) > _COMPILE_FROM
         compiled = compiled_kernels(problem.device.type) if wanted else None
         return compiled or EAGER
 
-    def start_orders(self, problem: LearningProblem, first: int) -> dict[str, Tensor]:
-        """The orders that learning starts from, layers before `first` keeping theirs; int64 `(C_in,)` on the CPU by group."""
+    def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
+        """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
         orders = {}
-        for group in tqdm(problem.groups, desc="start order", unit="group"):
-            if self.init == "random" and group.layer >= first:
-                orders[group.name] = torch.arange(group.channels)
+        for order in tqdm(shared, desc="start order", unit="order"):
+            if self.init == "random" and order.layers.start >= first:
+                orders[order.name] = torch.arange(order.channels)
             else:
-                scores = [problem.saliency_of(path) for path in group.members]
-                orders[group.name] = heuristic_order(torch.cat(scores), problem.pattern)
+                orders[order.name] = search_order(order, problem.saliency_of, problem.pattern)
         return orders
 
     def start_logits(
-        self, problem: LearningProblem, window: list[ChannelGroup], orders: dict[str, Tensor], near: bool
+        self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor], near: bool
     ) -> dict[str, BlockLogits]:
-        """The logits of each group at the start, on the model's device: near the given orders, or the paper's random ones."""
+        """The logits of each order at the start, on the model's device: near the given orders, or the paper's random ones."""
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
-        for group in window:
-            start = []
-            for stack in split_blocks(group.channels, self.block_size):
+        for order in learning:
+            stacks, start = order.stacks(self.block_size), []
+            for stack in stacks:
                 uniform = torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
                 if near:
                     start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
                     start.append(uniform / math.sqrt(self.block_size))
             scale = None if near else math.sqrt(self.block_size)
-            logits[group.name] = BlockLogits(orders[group.name], self.block_size, start, scale).to(problem.device, dtype)
+            logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
         return logits
-
-
-def deal(order: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
-    """The groups of M of an order in random sequence: the same masks, other neighbours in the blocks; int64 `(C_in,)`."""
-    groups = order.view(-1, pattern.m)
-    return groups[torch.randperm(len(groups), generator=generator)].flatten()
 
 
 class WindowStream:
@@ -207,16 +216,23 @@ class WindowStream:
     Where all layers learn together neither is needed: the inputs are the embeddings, and the target is known.
     """
 
-    def __init__(self, problem: LearningProblem) -> None:
+    def __init__(self, problem: LearningProblem, shared: list[SharedOrder]) -> None:
         self.problem = problem
+        self._shared = shared
         self._layers = len(decoder_layers(problem.model))
         self._dense: tuple[LayerStream, int] | None = None
         self._pruned: tuple[LayerStream, int] | None = None
 
     def inputs(self, first: int, orders: dict[str, Tensor]) -> Tensor | None:
-        """Inputs of layer `first` when the layers before it are pruned in these orders, `(samples, tokens, hidden)`."""
+        """Inputs of layer `first` when the layers before it are pruned in these orders, `(samples, tokens, hidden)`.
+
+        Args:
+            first: index of a decoder layer.
+            orders: by shared order.
+        """
         if first == 0:
             return None
+        orders = expanded(self._shared, orders)
         stream, position = self._pruned or (self._new(), 0)
         for index in range(position, first):
             dense = self._prune_layer(index, orders)
@@ -240,7 +256,7 @@ class WindowStream:
         return LayerStream(self.problem.model, self.problem.tokens, self.problem.calibration_batch_size)
 
     def _prune_layer(self, index: int, orders: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mask the linears of a layer; their dense weights by path, to be put back."""
+        """Mask the linears of a layer in these orders of its groups; their dense weights by path, to be put back."""
         dense = {}
         for group in (group for group in self.problem.groups if group.layer == index):
             for path in group.members:

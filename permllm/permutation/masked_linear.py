@@ -28,7 +28,7 @@ All products, those of blocks too, are made in one format: that of the weights, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,17 +57,24 @@ class _PermutedMaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout, perm: Tensor, hard: Tensor, *soft: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: _Layout,
+        perm: Tensor,
+        hard: Tensor | None,
+        *soft: Tensor,
     ) -> Tensor:
         dtype = product_dtype(x)
         flat = x.flatten(0, -2).to(dtype)
         y = flat @ _masked_weight_t(weight, layout, perm, dtype)
         if bias is not None:
             y += bias
-        ctx.save_for_backward(flat, weight, perm, hard)
+        ctx.save_for_backward(flat if soft else None, weight, perm, hard)
         ctx.layout = layout
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
-        ctx.soft_dtype = soft[0].dtype
+        ctx.input_shape, ctx.input_dtype, ctx.product_dtype = x.shape, x.dtype, dtype
+        ctx.soft_dtype = soft[0].dtype if soft else None
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -76,6 +83,9 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         layout: _Layout = ctx.layout
         weight_t = weight.t()
         grad_y = grads[0].flatten(0, -2)
+        if ctx.soft_dtype is None:
+            masked_t = _masked_weight_t(weight, layout, perm, ctx.product_dtype)
+            return (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype), None, None, None, None, None
         grad_masked_t = x.t() @ grad_y
         masked_t = torch.empty(weight_t.shape, dtype=x.dtype, device=weight.device)
         grad_soft = [
@@ -90,7 +100,7 @@ class _PermutedMaskedLinear(torch.autograd.Function):
             # The rows are in permuted order: send each back to its source channel.
             source = hard[positions].view(-1, size, 1).expand_as(grad)
             grad_soft[index][blocks].scatter_(1, source, grad.to(ctx.soft_dtype))
-        grad_x = None
+        grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
         return grad_x, None, None, None, None, None, *grad_soft
@@ -173,18 +183,19 @@ class PermutedMaskedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self._layout = _Layout(factors.to(linear.weight.device), pattern, stacks, straight_through, kernels)
-        self._order: tuple[Tensor, Tensor, list[Tensor]] | None = None
+        self._order: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
 
-    def set_order(self, perm: Tensor, hard: Tensor, soft: list[Tensor]) -> None:
+    def set_order(self, perm: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()) -> None:
         """Set the order of the next forward, which forgets it.
 
         Args:
             perm: int64 `(C_in,)`, the channel at each permuted position.
-            hard: int64 `(C_in,)`, the same relative to its block: which row of the block's soft matrix sits there.
+            hard: int64 `(C_in,)`, the same relative to its block: which row of the block's soft matrix sits there; may be
+                missing where `soft` is empty.
             soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft permutations, of which forward needs
-                only the way back to the logits; empty where no gradient is wanted.
+                only the way back to the logits; empty where no gradient of the order is wanted.
         """
-        self._order = (perm, hard, soft)
+        self._order = (perm, hard, list(soft))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., C_in)` to `(..., C_out)`."""
@@ -192,8 +203,4 @@ class PermutedMaskedLinear(nn.Module):
             raise RuntimeError("set_order must be called before forward")
         perm, hard, soft = self._order
         self._order = None  # or the soft permutations and their graph would live until the next step
-        if not soft:
-            dtype = product_dtype(x)
-            y = x.to(dtype) @ _masked_weight_t(self.linear.weight, self._layout, perm, dtype)
-            return y if self.linear.bias is None else y.add_(self.linear.bias)
         return _PermutedMaskedLinear.apply(x, self.linear.weight, self.linear.bias, self._layout, perm, hard, *soft)

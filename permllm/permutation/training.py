@@ -21,11 +21,12 @@ from permllm.memory import peak_memory
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.permutation.assignment import flatten, harden_flat
-from permllm.permutation.blocks import BlockLogits, count_logits, split_blocks
+from permllm.permutation.blocks import BlockLogits, count_logits
 from permllm.permutation.kernels import Kernels
 from permllm.permutation.losses import loss_named
 from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import SharedOrder, expanded
 from permllm.results.files import write_tensors, write_torch
 from permllm.results.record import BEST_SO_FAR, CHECKPOINT
 
@@ -44,7 +45,8 @@ class Window:
         round: of the window, from 0.
         first: index of its first decoder layer.
         stop: index after its last.
-        groups: the channel groups of its layers.
+        shared: the orders that its layers use.
+        learning: those of them that learn.
         inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on the host; None where they are
             the embeddings.
         target: dense output of the last layer, like `inputs`.
@@ -54,9 +56,17 @@ class Window:
     round: int
     first: int
     stop: int
-    groups: list[ChannelGroup]
+    shared: list[SharedOrder]
+    learning: list[SharedOrder]
     inputs: Tensor | None
     target: Tensor
+
+    def members(self, layer: int | None = None) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
+        """The channel groups of its layers, or of one of them, each with the order that it uses."""
+        for order in self.shared:
+            for group in order.groups:
+                if self.first <= group.layer < self.stop if layer is None else group.layer == layer:
+                    yield order, group
 
 
 class Training:
@@ -65,10 +75,11 @@ class Training:
     Args:
         settings: of LCP.
         problem: the model, whose linears in the window are masked linears now, and the samples.
+        shared: all orders of the model.
         window: what learns.
-        orders: int64 `(C_in,)` of all groups of the model at the start.
-        logits: by group of the window.
-        linears: masked linears by group of the window.
+        orders: int64 `(channels,)` of all orders of the model at the start.
+        logits: by order that learns.
+        linears: masked linears by channel group of the window.
         best_loss: measured loss of the orders at the start, where it is known.
     """
 
@@ -76,6 +87,7 @@ class Training:
         self,
         settings: LCP,
         problem: LearningProblem,
+        shared: list[SharedOrder],
         window: Window,
         orders: dict[str, Tensor],
         logits: dict[str, BlockLogits],
@@ -84,6 +96,7 @@ class Training:
     ) -> None:
         self.settings = settings
         self.problem = problem
+        self.shared = shared
         self.window = window
         self.logits = nn.ModuleDict({name.replace(".", "/"): block for name, block in logits.items()})
         self.blocks = logits
@@ -104,14 +117,15 @@ class Training:
         self.harden_seconds = 0.0  # of the latest step
         self.best_loss = best_loss
         self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
+        self.fixed = {order.name: orders[order.name].to(self.device) for order in window.shared if order.name not in logits}
         self.hard: dict[str, Tensor] = {}
         self.potentials: dict[str, list[list[Tensor]]] = {}
-        self.best = {name: order.cpu() for name, order in orders.items()}  # of all groups, those outside of the window too
+        self.best = {name: order.cpu() for name, order in orders.items()}  # those outside of the window too
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
     def run(self) -> dict[str, Tensor]:
-        """All passes that are left; the best orders of all groups."""
-        channels = sum(group.channels for group in self.window.groups)
+        """All passes that are left; the best of all shared orders."""
+        channels = sum(order.channels for order in self.window.learning)
         label = f"lcp, layers {self.window.first} to {self.window.stop - 1}"
         with tqdm(total=self.steps, initial=self.done * self.steps_a_pass, desc=label, unit="step") as progress:
             for number in range(self.done, self.settings.passes):
@@ -208,10 +222,10 @@ class Training:
 
     @torch.no_grad()
     def _harden(self, temperature: float) -> None:
-        """The order of every group of the window from the present logits. Soft permutations exist one group at a time."""
-        groups = self.window.groups
+        """Every order that learns, from the present logits. Soft permutations exist one order at a time."""
+        learning = self.window.learning
         flat, shapes = flatten(
-            self._softs(temperature), sum(count_logits(group.channels, self.settings.block_size) for group in groups)
+            self._softs(temperature), sum(count_logits(self.blocks[order.name].stacks) for order in learning)
         )
         started = time.perf_counter()
         try:
@@ -220,23 +234,21 @@ class Training:
             raise TrainingError(self._failure(f"the soft permutation of {self._broken(temperature)} is not finite")) from error
         self.harden_seconds = time.perf_counter() - started
         on_device = torch.cat([hard.flatten() for hard in hards]).to(self.device)
-        for group, hard in zip(groups, on_device.split([group.channels for group in groups]), strict=True):
-            self.hard[group.name] = hard
-            self.present[group.name] = self.blocks[group.name].order(hard)
+        for order, hard in zip(learning, on_device.split([order.channels for order in learning]), strict=True):
+            self.hard[order.name] = hard
+            self.present[order.name] = self.blocks[order.name].order(hard)
 
     def _softs(self, temperature: float) -> Iterator[Tensor]:
-        for group in self.window.groups:
-            softs, self.potentials[group.name] = self.blocks[group.name].normalized(
-                temperature, self.settings.sinkhorn_iterations
-            )
+        for name, block in self.blocks.items():
+            softs, self.potentials[name] = block.normalized(temperature, self.settings.sinkhorn_iterations)
             yield from softs
 
     def _broken(self, temperature: float) -> str:
-        for group in self.window.groups:
-            soft, _ = self.blocks[group.name].normalized(temperature, self.settings.sinkhorn_iterations)
+        for name, block in self.blocks.items():
+            soft, _ = block.normalized(temperature, self.settings.sinkhorn_iterations)
             if not all(bool(stack.isfinite().all()) for stack in soft):
-                return group.name
-        return "some group"
+                return name
+        return "some order"
 
     @torch.no_grad()
     def _measure(self) -> float:
@@ -260,13 +272,22 @@ class Training:
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], temperature: float | None) -> Tensor:
         """One decoder layer in the present order; soft permutations are rebuilt in backward, one group at a time."""
-        for group in (group for group in self.window.groups if group.layer == index):
-            soft = []
-            if torch.is_grad_enabled() and temperature is not None:
-                soft = self.blocks[group.name].gradient_paths(temperature, self.potentials[group.name])
-            for linear in self.linears[group.name]:
-                linear.set_order(self.present[group.name], self.hard[group.name], soft)
+        for order, group in self.window.members(index):
+            self._set_order(order, self.linears[group.name], temperature)
         return run_layer(self.layers[index], hidden, kwargs)
+
+    def _set_order(self, order: SharedOrder, linears: list[PermutedMaskedLinear], temperature: float | None) -> None:
+        if order.name in self.fixed:
+            for linear in linears:
+                linear.set_order(order.expand(self.fixed[order.name]))
+            return
+        soft = []
+        if torch.is_grad_enabled() and temperature is not None:
+            soft = self.blocks[order.name].gradient_paths(temperature, self.potentials[order.name])
+            soft = order.expand_blocks(soft)
+        perm, hard = order.expand(self.present[order.name]), order.expand_rows(self.hard[order.name])
+        for linear in linears:
+            linear.set_order(perm, hard, soft)
 
     def _inputs(self, batch: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         given = self.window.inputs
@@ -296,7 +317,7 @@ class Training:
         if self.problem.directory:
             file = self.problem.directory / BEST_SO_FAR
             if parallel.rank() == 0:
-                write_tensors(file, self.best)
+                write_tensors(file, expanded(self.shared, self.best))
             text += f"; the best order so far is in {file} (permutation=from_file permutation.path={file})"
         return text
 
@@ -339,16 +360,16 @@ def read_checkpoint(problem: LearningProblem) -> dict[str, Any] | None:
 
 @contextmanager
 def masked_linears(
-    settings: LCP, problem: LearningProblem, groups: list[ChannelGroup], kernels: Kernels
+    settings: LCP, problem: LearningProblem, window: Window, kernels: Kernels
 ) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
-    """Put a masked linear in the place of every linear of the groups, and the linears back at the end.
+    """Put a masked linear in the place of every linear of the window, and the linears back at the end; by channel group.
 
     The weights are stored column by column meanwhile, which makes a permutation of channels a gather of rows.
     """
     replaced: dict[str, nn.Linear] = {}
     masked: dict[str, list[PermutedMaskedLinear]] = {}
     try:
-        for group in groups:
+        for order, group in window.members():
             masked[group.name] = []
             for path in group.members:
                 linear = linear_at(problem.model, path)
@@ -357,7 +378,7 @@ def masked_linears(
                     factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
                 linear.weight.data = linear.weight.data.t().contiguous().t()
                 replaced[path] = linear
-                stacks = split_blocks(group.channels, settings.block_size)
+                stacks = order.group_stacks(settings.block_size)
                 stand_in = PermutedMaskedLinear(linear, factors, problem.pattern, stacks, settings.straight_through, kernels)
                 problem.model.set_submodule(path, stand_in)
                 masked[group.name].append(stand_in)

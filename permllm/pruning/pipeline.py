@@ -38,9 +38,14 @@ class Pruner(Protocol):
 
 
 class LocalPermutation(Protocol):
-    """A permutation method that orders one channel group from its saliency alone."""
+    """A permutation method that orders one channel group from its saliency alone: `local` is true.
+
+    Where it is false, `orders(problem)` gives the orders of all groups by name from a `LearningProblem` instead. `learned`
+    says that it trains, in all processes of torchrun together.
+    """
 
     learned: bool
+    local: bool
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""

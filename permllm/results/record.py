@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ WEIGHTS = "weights.safetensors"
 ENVIRONMENT = "environment.json"
 CHECKPOINT = "lcp_checkpoint.pt"
 BEST_SO_FAR = "best_so_far.safetensors"
+EXPORT = "export"
 
 _UNITS = {
     "perplexity": "exp(nats per token)",
@@ -47,6 +49,7 @@ _UNITS = {
     "retained_saliency": "share of the saliency kept",
     "output_error": "squared error of the output over its squared norm",
     "moved_channels": "share of the channels away from their original position",
+    "export": "sizes of the exported weights in bytes",
     "compute_dtype": "of matrix products before the evaluation",
     "seconds": "s",
     "peak_memory_bytes": "bytes",
@@ -89,6 +92,7 @@ class RunRecord:
                 if self._force:
                     for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
                         (self.directory / name).unlink(missing_ok=True)
+                    shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
                 self.metrics = self._read_metrics() or {
                     "schema_version": SCHEMA_VERSION,
                     "status": "running",
@@ -103,6 +107,11 @@ class RunRecord:
                 yield
         except Timeout as error:
             raise ConfigError(f"{self.directory} is in use by another process") from error
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the run, resolved."""
+        return self._config.resolved()
 
     @property
     def finished(self) -> bool:
@@ -179,15 +188,25 @@ def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     write_tensors(path, packed, {"shapes": json.dumps(shapes)})
 
 
-def read_masks(path: Path) -> dict[str, Tensor]:
-    """The masks of `write_masks`, bool `(C_out, C_in)` by linear."""
+def mask_reader(path: Path) -> Callable[[str], Tensor]:
+    """Reads one mask of `write_masks` at a time, bool `(C_out, C_in)` by linear."""
     with safe_open(path, framework="pt") as file:
         shapes = json.loads((file.metadata() or {})["shapes"])
-        masks = {}
-        for name, shape in shapes.items():
-            bits = np.unpackbits(file.get_tensor(name).numpy(), count=shape[0] * shape[1])
-            masks[name] = torch.from_numpy(bits.astype(bool)).view(*shape)
-        return masks
+
+    def read(name: str) -> Tensor:
+        rows, channels = shapes[name]
+        with safe_open(path, framework="pt") as file:
+            bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * channels)
+        return torch.from_numpy(bits.astype(bool)).view(rows, channels)
+
+    return read
+
+
+def read_masks(path: Path) -> dict[str, Tensor]:
+    """The masks of `write_masks`, bool `(C_out, C_in)` by linear."""
+    read = mask_reader(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: read(name) for name in file.keys()}  # noqa: SIM118
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:

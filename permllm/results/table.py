@@ -23,7 +23,7 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     table.add_column("")
     table.add_column("dense", justify="right")
     table.add_column("sparse", justify="right")
-    for label, dense, sparse in _result_rows(metrics):
+    for label, dense, sparse in result_rows(metrics):
         table.add_row(label, dense, sparse)
     console.print(table)
     sparsity = metrics["sparsity"]
@@ -40,7 +40,7 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
 def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: Console | None = None) -> None:
     """Table of several finished runs, a column a run: the dense model once, then each `(label, metrics, directory)`."""
     console = console or terminal()
-    columns = [{name: (dense, sparse) for name, dense, sparse in _result_rows(metrics)} for _, metrics, _ in runs]
+    columns = [{name: (dense, sparse) for name, dense, sparse in result_rows(metrics)} for _, metrics, _ in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     table = Table(title="sparse models (dense in brackets where it differs)", title_justify="left")
     table.add_column("")
@@ -62,7 +62,8 @@ def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: 
         console.print(f"{label}: {directory}", soft_wrap=True)
 
 
-def _result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Every measure of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
     rows = []
     dense, sparse = metrics.get("perplexity", {}).get("dense", {}), metrics.get("perplexity", {}).get("sparse", {})
     for name, values in dense.items():

@@ -16,11 +16,13 @@ from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.permutation import lcp as lcp_module
 from permllm.permutation import training as training_module
-from permllm.permutation.blocks import BlockLogits
+from permllm.permutation.blocks import BlockLogits, split_blocks
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.lcp import deal
+from permllm.permutation.kernels import EAGER
 from permllm.permutation.losses import cosine_loss
+from permllm.permutation.shared import RESIDUAL, SharedOrder, foldable, shared_orders
 from permllm.permutation.temperature import Constant, Cosine, Exponential, Linear
+from permllm.permutation.training import Training, Window, masked_linears
 from permllm.pruning.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from tests.conftest import tiny_model
@@ -52,11 +54,11 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight
         batch_size=3,
         select_from=40,
     )
-    orders = settings.learn(learning)
+    orders = settings.orders(learning)
     assert len(measured) == 40
     # The order that is returned is the one that was measured to be the best, not merely the last.
     assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
-    start = lcp(init=init, learning_rate=1e-9, margin=1.0, passes=1).learn(learning)
+    start = lcp(init=init, learning_rate=1e-9, margin=1.0, passes=1).orders(learning)
     assert output_loss(orders) < 0.9 * output_loss(start)
 
 
@@ -64,7 +66,7 @@ def test_the_loss_of_a_step_is_the_loss_of_the_really_pruned_model() -> None:
     steps: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values: steps.append(values["loss"]))
     settings = lcp(margin=5.0, passes=1, batch_size=6)  # one step, so far from the boundary that the order is the start's
-    orders = settings.learn(learning)
+    orders = settings.orders(learning)
     heuristic = {}
     for group in learning.groups:
         heuristic[group.name] = orders[group.name]
@@ -75,7 +77,7 @@ def test_seeds_give_equal_results_and_other_seeds_others() -> None:
     def learned(seed: int) -> dict[str, Tensor]:
         learning = problem(tiny_model("llama"), Wanda())
         learning.seed = seed
-        return lcp(init="random").learn(learning)
+        return lcp(init="random").orders(learning)
 
     first, again, other = learned(1), learned(1), learned(2)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -83,7 +85,7 @@ def test_seeds_give_equal_results_and_other_seeds_others() -> None:
 
 
 def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) -> None:
-    whole = lcp(passes=4, init="random").learn(problem(tiny_model("llama"), Wanda()))
+    whole = lcp(passes=4, init="random").orders(problem(tiny_model("llama"), Wanda()))
 
     class Interrupt(Exception):
         pass
@@ -94,10 +96,10 @@ def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) ->
 
     model = tiny_model("llama")
     with pytest.raises(Interrupt):
-        lcp(passes=4, init="random").learn(problem(model, Wanda(), directory=tmp_path, on_pass=stop))
+        lcp(passes=4, init="random").orders(problem(model, Wanda(), directory=tmp_path, on_pass=stop))
     seen: list[float] = []
     learning = problem(model, Wanda(), directory=tmp_path, on_pass=lambda values: seen.append(values["pass"]))
-    continued = lcp(passes=4, init="random").learn(learning)
+    continued = lcp(passes=4, init="random").orders(learning)
     assert seen == [3, 4]
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
@@ -107,7 +109,7 @@ def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int
     seen: list[dict[str, float]] = []
     settings = {"window": window, "init": "random", "passes": 30, "select_from": 30, "learning_rate": 0.05, "block_size": 32}
     learning = problem(tiny_model("llama"), Wanda(), on_pass=seen.append)
-    orders = lcp(**settings).learn(learning)
+    orders = lcp(**settings).orders(learning)
     assert [values["first_layer"] for values in seen] == [0] * 30 + [1] * 30
     # The last window's measured loss is that of the whole model, really pruned.
     assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in seen[30:]), rel=1e-4)
@@ -123,8 +125,8 @@ def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int
 
 
 def test_a_window_larger_than_the_model_is_the_model() -> None:
-    whole = lcp(init="random").learn(problem(tiny_model("llama"), Wanda()))
-    windowed = lcp(init="random", window=99).learn(problem(tiny_model("llama"), Wanda()))
+    whole = lcp(init="random").orders(problem(tiny_model("llama"), Wanda()))
+    windowed = lcp(init="random", window=99).orders(problem(tiny_model("llama"), Wanda()))
     assert all(torch.equal(whole[name], windowed[name]) for name in whole)
 
 
@@ -142,7 +144,7 @@ def test_windows_split_what_learns() -> None:
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_path: Path, stop_after: int) -> None:
     settings = {"window": "layer", "init": "random", "passes": 2, "learning_rate": 0.05}
-    whole = lcp(**settings).learn(problem(tiny_model("llama"), Wanda()))
+    whole = lcp(**settings).orders(problem(tiny_model("llama"), Wanda()))
 
     class Interrupt(Exception):
         pass
@@ -155,8 +157,8 @@ def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_pat
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
-    continued = lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
     assert len(seen) == 4
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
@@ -166,15 +168,15 @@ def test_other_losses_learn_too(loss: str) -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"loss": loss, "block_size": 32, "batch_size": 3}
-    lcp(passes=40, learning_rate=0.02, select_from=40, **settings).learn(learning)
+    lcp(passes=40, learning_rate=0.02, select_from=40, **settings).orders(learning)
     start: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: start.append(values["measured_loss"]))
-    lcp(passes=1, learning_rate=1e-9, margin=1.0, **settings).learn(learning)
+    lcp(passes=1, learning_rate=1e-9, margin=1.0, **settings).orders(learning)
     assert min(measured) < 0.95 * start[0]
 
 
 def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
-    orders = lcp(init="random", block_size=16, passes=3, learning_rate=0.1).learn(problem(tiny_model("llama"), Wanda()))
+    orders = lcp(init="random", block_size=16, passes=3, learning_rate=0.1).orders(problem(tiny_model("llama"), Wanda()))
     moved = False
     for order in orders.values():
         for start in range(0, len(order), 16):
@@ -188,7 +190,7 @@ def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
     model = tiny_model("llama")
     learning = problem(model, Wanda())
     dense = copy.deepcopy(model)
-    orders = lcp(last_layers=1, init="random", passes=2, learning_rate=0.1).learn(learning)
+    orders = lcp(last_layers=1, init="random", passes=2, learning_rate=0.1).orders(learning)
     for group in learning.groups:
         result = prune(
             copy.deepcopy(dense), channel_groups(dense), tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors
@@ -198,8 +200,8 @@ def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
 
 
 def test_checkpointing_activations_changes_nothing() -> None:
-    with_it = lcp(activation_checkpointing=True, init="random").learn(problem(tiny_model("llama"), Wanda()))
-    without = lcp(activation_checkpointing=False, init="random").learn(problem(tiny_model("llama"), Wanda()))
+    with_it = lcp(activation_checkpointing=True, init="random").orders(problem(tiny_model("llama"), Wanda()))
+    without = lcp(activation_checkpointing=False, init="random").orders(problem(tiny_model("llama"), Wanda()))
     assert all(torch.equal(with_it[name], without[name]) for name in with_it)
 
 
@@ -212,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
             norm.weight.data[0] = float("nan")
 
     with pytest.raises(TrainingError, match=r"pass 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
-        lcp(passes=5).learn(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
+        lcp(passes=5).orders(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
     kept = load_file(tmp_path / "best_so_far.safetensors")
     assert set(kept) == {group.name for group in channel_groups(model)}
     assert str(tmp_path) in str(caught.value)
@@ -221,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
 
 def test_bfloat16_weights_learn_with_float32_logits() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
-    orders = lcp(init="random", learning_rate=0.1).learn(problem(model, Wanda()))
+    orders = lcp(init="random", learning_rate=0.1).orders(problem(model, Wanda()))
     assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
 
 
@@ -235,14 +237,14 @@ def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(lcp_module.LCP, "start_logits", broken)
     with pytest.raises(TrainingError, match=r"pass 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not finite"):
-        lcp().learn(problem(tiny_model("llama"), Wanda()))
+        lcp().orders(problem(tiny_model("llama"), Wanda()))
 
 
 def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_module.Training, "_measure", lambda self: float("nan"))
     model = tiny_model("llama")
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
-        lcp(passes=1, last_layers=1).learn(problem(model, Wanda(), directory=tmp_path))
+        lcp(passes=1, last_layers=1).orders(problem(model, Wanda(), directory=tmp_path))
     # Also the groups that do not learn are in the file, so that it serves as permutation.path.
     assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in channel_groups(model)}
 
@@ -271,7 +273,7 @@ def test_values_that_cannot_work_are_refused(settings: dict[str, Any], message: 
 
 
 def test_no_sinkhorn_iterations_are_valid() -> None:
-    lcp(sinkhorn_iterations=0).learn(problem(tiny_model("llama"), Wanda()))
+    lcp(sinkhorn_iterations=0).orders(problem(tiny_model("llama"), Wanda()))
 
 
 def test_schedules() -> None:
@@ -287,7 +289,7 @@ def test_schedules() -> None:
 def test_rounds_let_channels_leave_their_blocks_and_never_lose_the_best(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
     settings = {"init": "random", "block_size": 16, "passes": 3, "learning_rate": 0.1, "select_from": 1, "rounds": 3}
-    orders = lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), on_pass=seen.append))
+    orders = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), on_pass=seen.append))
     assert [(values["round"], values["pass"]) for values in seen] == [(r, p) for r in (1, 2, 3) for p in (1, 2, 3)]
     measured = [values["measured_loss"] for values in seen if values["measured_loss"] is not None]
     assert len(measured) == 3
@@ -306,14 +308,14 @@ def test_rounds_let_channels_leave_their_blocks_and_never_lose_the_best(tmp_path
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
-    continued = lcp(**settings).learn(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
+        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
     assert all(torch.equal(orders[name], continued[name]) for name in orders)
 
 
 def test_dealing_moves_whole_groups() -> None:
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    dealt = deal(order, PATTERN, torch.Generator().manual_seed(1))
+    dealt = SharedOrder("x", 32, 32, 1, ()).deal(order, PATTERN, torch.Generator().manual_seed(1))
     assert not torch.equal(order, dealt)
     assert {tuple(group) for group in dealt.view(-1, 4).tolist()} == {tuple(group) for group in order.view(-1, 4).tolist()}
 
@@ -323,20 +325,67 @@ def test_gumbel_noise_moves_channels_that_nothing_else_moves(tmp_path: Path) -> 
     for gumbel in (0.0, 1.0):
         steps: list[float] = []
         learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["flips"]))
-        orders = lcp(gumbel=gumbel, learning_rate=1e-9, margin=1.0, noise=0.0, passes=2).learn(learning)
+        orders = lcp(gumbel=gumbel, learning_rate=1e-9, margin=1.0, noise=0.0, passes=2).orders(learning)
         flips[gumbel] = sum(steps)
         # What is kept is the order without noise: that of the start, so far from the boundary.
-        start = lcp(learning_rate=1e-9, margin=1.0, noise=0.0, passes=1).learn(problem(tiny_model("llama"), Wanda()))
+        start = lcp(learning_rate=1e-9, margin=1.0, noise=0.0, passes=1).orders(problem(tiny_model("llama"), Wanda()))
         assert all(torch.equal(orders[name], start[name]) for name in orders)
     assert flips[0.0] == 0.0
     assert flips[1.0] > 1.0
 
 
 def test_gumbel_noise_has_the_moments_of_its_distribution() -> None:
-    logits = BlockLogits(torch.arange(256), 256, [torch.zeros(1, 256, 256)])
+    logits = BlockLogits(torch.arange(256), split_blocks(256, 256), [torch.zeros(1, 256, 256)])
     logits.perturb(2.0, torch.Generator().manual_seed(0))
     noise = logits._effective()[0].detach()
     assert float(noise.mean()) == pytest.approx(2.0 * 0.5772, abs=0.03)
     assert float(noise.std()) == pytest.approx(2.0 * torch.pi / 6**0.5, abs=0.03)
     logits.perturb(0.0, torch.Generator())
     assert not logits._effective()[0].any()
+
+
+def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
+    measured: list[float] = []
+    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    settings: dict[str, Any] = {"constraint": "foldable", "init": "random", "block_size": 16}
+    orders = lcp(passes=30, learning_rate=0.02, select_from=30, **settings).orders(learning)
+    shared = foldable(learning.groups, orders)  # raises where one does not
+    assert not torch.equal(shared[RESIDUAL], torch.arange(32))  # the order of the whole model has learned too
+    assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
+    start = {group.name: torch.arange(group.channels) for group in learning.groups}
+    assert output_loss(orders) < 0.95 * output_loss(start)
+
+
+def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
+    found: dict[str, dict[str, Tensor]] = {}
+    for constraint in ("free", "foldable"):
+        settings = lcp(constraint=constraint, init="random", passes=1, batch_size=6, straight_through="swap", loss="cosine")
+        learning = problem(tiny_model("llama", dtype=torch.float64), Wanda())
+        shared = shared_orders(learning.groups, settings.constraint)
+        start = {order.name: torch.arange(order.channels) for order in shared}
+        blocks = settings.start_logits(learning, shared, start, near=False)
+        for block in blocks.values():
+            # The same logits everywhere: then every group has the same soft and hard permutations, shared or not.
+            for stack in block.logits:
+                stack.data.copy_(torch.eye(stack.shape[1]) + 0.1 * torch.arange(stack.shape[1]))
+        window = Window(0, 0, 0, 2, shared, shared, None, learning.target)
+        with masked_linears(settings, learning, window, EAGER) as linears:
+            training = Training(settings, learning, shared, window, start, blocks, linears)
+            training._harden(0.5)
+            training._loss(torch.arange(6), 0.5).backward()
+        found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
+    free, tied = found["free"], found["foldable"]
+    readers = [name for name in free if name.endswith(("qkv_proj", "gate_up_proj"))]
+    torch.testing.assert_close(tied[RESIDUAL], sum(free[name] for name in readers), rtol=1e-9, atol=1e-12)
+    down = "model.layers.1.mlp.down_proj"
+    torch.testing.assert_close(tied[down], free[down], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", ["layer", 1])
+def test_an_order_of_the_whole_model_stays_where_it_starts_unless_the_window_is_the_model(window: int | str) -> None:
+    settings: dict[str, Any] = {"constraint": "foldable", "block_size": 16, "window": window, "loss": "cosine"}
+    learning = problem(tiny_model("llama"), Wanda())
+    learned = foldable(learning.groups, lcp(passes=3, learning_rate=0.1, **settings).orders(learning))
+    start = foldable(learning.groups, Heuristic("foldable").orders(learning))
+    assert torch.equal(learned[RESIDUAL], start[RESIDUAL])
+    assert any(not torch.equal(learned[name], order) for name, order in start.items())

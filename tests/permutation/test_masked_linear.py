@@ -81,7 +81,7 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     x = torch.randn(3, 7, channels, generator=generator, dtype=torch.float64)
     grad = torch.randn(3, 7, rows, generator=generator, dtype=torch.float64)
 
-    logits = BlockLogits(base, block_size, [stack.clone() for stack in start])
+    logits = BlockLogits(base, split_blocks(channels, block_size), [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, factors, NMPattern(n, m), logits.stacks, variant)
     soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
@@ -126,7 +126,7 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     ]
     x = torch.randn(9, channels, generator=generator, dtype=torch.float64)
     grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
-    logits = BlockLogits(base, size, [stack.clone() for stack in start])
+    logits = BlockLogits(base, split_blocks(channels, size), [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, channels).double()), pattern, logits.stacks, "swap")
     soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
@@ -164,7 +164,7 @@ def test_the_straight_through_variants_differ() -> None:
     for variant in ("swap", "hard", "soft"):
         torch.manual_seed(0)
         linear = nn.Linear(16, 8).requires_grad_(False)
-        logits = BlockLogits(torch.arange(16), 16, [torch.randn(1, 16, 16)])
+        logits = BlockLogits(torch.arange(16), split_blocks(16, 16), [torch.randn(1, 16, 16)])
         module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, 16)), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
         soft, potentials = logits.normalized(1.0, 5)
         hard = harden(soft[0]).flatten()
@@ -176,7 +176,7 @@ def test_the_straight_through_variants_differ() -> None:
 
 
 def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
-    logits = BlockLogits(torch.arange(8), 8, [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
+    logits = BlockLogits(torch.arange(8), split_blocks(8, 8), [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
     soft, potentials = logits.normalized(1.0, 2)
     expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
     torch.testing.assert_close(soft[0], expected)

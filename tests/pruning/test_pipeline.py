@@ -57,7 +57,7 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
     groups = channel_groups(model)
     learning = problem(model, pruner)
     if permutation == "lcp":
-        orders = lcp().learn(learning)
+        orders = lcp().orders(learning)
         order = lambda name, scores, pattern: orders[name]  # noqa: E731
     else:
         order = (Identity() if permutation == "none" else Heuristic()).order
@@ -86,7 +86,7 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
 def test_learning_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    lcp().learn(problem(model, Wanda()))
+    lcp().orders(problem(model, Wanda()))
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     for name, parameter in after.items():

@@ -1,0 +1,40 @@
+"""`python -m permllm.export RUN_DIR --form folded --to DIR`: write the pruned model of a run as a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from permllm.errors import PermLLMError
+from permllm.export.checkpoint import DTYPES, FORMATS, Request, export_run
+from permllm.export.stored_order import FORMS
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m permllm.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--form", choices=FORMS, default="folded")
+    parser.add_argument("--format", choices=FORMATS, default="dense")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the run)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)")
+    parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved since the run")
+    options = parser.parse_args()
+    request = Request(options.form, options.format, options.dtype, options.shard_gb)
+    try:
+        summary = export_run(options.run, request, options.to, options.dense)
+    except PermLLMError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    share = summary["pruned_layers_bytes"] / summary["pruned_layers_dense_bytes"]
+    print(
+        f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['format']}, {summary['dtype']}), "
+        f"pruned layers {share:.2%} of their dense size, {summary['gathers']} gathers, {summary['seconds']:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

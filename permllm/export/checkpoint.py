@@ -1,0 +1,263 @@
+"""Write the pruned model of a run as a checkpoint, one shard at a time, from the run record and the dense model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from permllm.config import ModelConfig
+from permllm.errors import ConfigError, DataError
+from permllm.export.card import model_card
+from permllm.export.integrity import checksums_metadata
+from permllm.export.packed import pack, packed_shapes
+from permllm.export.stored_order import FORMS, StoredOrder, stored_order
+from permllm.export.transformers_classes import METHOD, sparse_config
+from permllm.models.families import channel_groups
+from permllm.models.source import DenseSource, dense_source, parameter_names
+from permllm.results.files import write_json
+from permllm.results.record import CONFIG, MASKS, METRICS, PERMUTATIONS, WEIGHTS, mask_reader
+from permllm.sparsity import NMPattern
+from permllm.validation import check_one_of
+
+FORMATS = ("dense", "packed")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SUMMARY = "permllm.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an export is asked for.
+
+    Attributes:
+        form: one of `FORMS`.
+        format: `dense`, or `packed`: kept values and their places.
+        dtype: of the weights; None is that of the run.
+        shard_gb: largest size of a file, in 10^9 bytes. This much host memory is needed.
+    """
+
+    form: str
+    format: str = "dense"
+    dtype: str | None = None
+    shard_gb: float = 5.0
+
+    def check(self) -> None:
+        """Raise ConfigError when a value is not valid, or two do not go together."""
+        check_one_of("export.form", self.form, FORMS)
+        check_one_of("export.format", self.format, FORMATS)
+        if self.dtype is not None:
+            check_one_of("export.dtype", self.dtype, DTYPES)
+        if not self.shard_gb > 0:
+            raise ConfigError(f"export.shard_gb={self.shard_gb}: expected a positive number")
+        if self.form == "simulate" and self.format == "packed":
+            raise ConfigError("export.format=packed needs a model that is N:M in stored order: export=folded or gathered")
+
+
+def export_run(directory: Path, request: Request, target: Path, dense: Path | None = None) -> dict[str, Any]:
+    """Write the pruned model of a run.
+
+    Args:
+        directory: of a run that has been pruned.
+        request: form, format and dtype.
+        target: the folder to write; must not hold anything yet. It appears when it is complete.
+        dense: folder of the dense model, where it is no longer where the run found it.
+
+    Returns:
+        The summary that is also written beside the model: form, format, pattern, sizes in bytes, seconds.
+
+    Raises:
+        ConfigError: the request cannot be met: the directory is no run, the orders do not fold, the target is not empty.
+        DataError: the dense model is not the one that was pruned, or the record is incomplete.
+    """
+    request.check()
+    started = time.perf_counter()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already and not empty; choose another folder")
+    record = _Record(directory)
+    model = ModelConfig(**record.config["model"])
+    if dense is not None:
+        model = ModelConfig(**(record.config["model"] | {"source": "local", "path": str(dense)}))
+    source = dense_source(model, record.config["seed"])
+    # A model that moved can be told from another one only where the run found it in a folder too.
+    comparable = dense is None or record.metrics["model"].startswith("local:")
+    if comparable and source.identity != record.metrics["model"]:
+        raise DataError(f"{directory} was pruned from {record.metrics['model']}, and this model is {source.identity}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        summary = _write(record, request, source, scratch, started)
+        scratch.chmod(0o755)
+        if target.is_dir():
+            target.rmdir()
+        scratch.rename(target)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return summary
+
+
+class _Record:
+    """What an export needs of a run directory; masks and changed weights one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self.metrics: dict[str, Any] = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+            self.config: dict[str, Any] = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
+            environment = directory / "environment.json"
+            self.environment: dict[str, Any] = (
+                json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {}
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory} is not a run directory: {error}") from error
+        if "sparsity" not in self.metrics or not (directory / PERMUTATIONS).is_file():
+            raise ConfigError(f"{directory} holds no pruned model yet: it stopped before, or its tensors were removed")
+        self.pattern = NMPattern.parse(self.config["sparsity"])
+        self.orders = load_file(directory / PERMUTATIONS)
+        self._masks = mask_reader(directory / MASKS)
+        self._weights = directory / WEIGHTS
+        if self.metrics["sparsity"].get("weights_changed") and not self._weights.is_file():
+            raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
+
+    def prune(self, path: str, dense: Tensor) -> Tensor:
+        """The pruned weight of a linear, original channel order."""
+        if self._weights.is_file():
+            with safe_open(self._weights, framework="pt") as file:
+                dense = file.get_tensor(path)
+        return torch.where(self._masks(path), dense, 0.0)
+
+
+def _write(record: _Record, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
+    skeleton = source.skeleton
+    groups = channel_groups(skeleton)
+    pruned = {f"{path}.weight": path for group in groups for path in group.members}
+    stored = stored_order(request.form, skeleton, groups, record.orders)
+    dtype = getattr(torch, request.dtype or record.config["model"]["dtype"])
+    packed = record.pattern if request.format == "packed" else None
+
+    shapes = dict(skeleton.state_dict())
+    planned: dict[str, Tensor] = {}
+    for name in parameter_names(skeleton):
+        shape = shapes[name].shape
+        if packed and name in pruned:
+            values, places = packed_shapes(shape[0], shape[1], packed)
+            planned[f"{name}_values"] = torch.empty(values, dtype=dtype, device="meta")
+            planned[f"{name}_places"] = torch.empty(places, dtype=torch.uint8, device="meta")
+        else:
+            planned[name] = torch.empty(shape, dtype=dtype if shapes[name].is_floating_point() else None, device="meta")
+    for path, order in stored.gathers.items():
+        planned[f"{path}.input_order"] = torch.empty(order.shape, dtype=torch.int32, device="meta")
+    split = split_torch_state_dict_into_shards(
+        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=int(request.shard_gb * 1e9)
+    )
+
+    def tensors(name: str) -> Iterator[tuple[str, Tensor]]:
+        if name.endswith(".input_order"):
+            yield name, stored.gathers[name.removesuffix(".input_order")].to(torch.int32)
+            return
+        base = name.removesuffix("_values").removesuffix("_places") if name not in shapes else name
+        tensor = _stored(record, source, stored, base, pruned.get(base), dtype)
+        if name == base:
+            yield name, tensor
+        else:
+            assert packed is not None
+            values, places = pack(tensor, packed)
+            yield f"{base}_values", values
+            yield f"{base}_places", places
+
+    carried: dict[str, Tensor] = {}  # the second half of a packed weight whose first half closed a shard
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            if name not in shard:
+                found = {name: carried.pop(name)} if name in carried else dict(tensors(name))
+                shard |= {key: value.contiguous() for key, value in found.items() if key in names}
+                carried |= {key: value for key, value in found.items() if key not in names}
+        save_file(shard, folder / file, {"format": "pt"} | checksums_metadata(shard))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+    config = _config(source, stored, request, record, dtype)
+    config.save_pretrained(folder)
+    source.generation.save_pretrained(folder)
+    source.save_tokenizer(folder)
+    summary = _summary(record, request, planned, pruned, shapes, dtype) | {
+        "gathers": len(stored.gathers),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(folder / SUMMARY, summary)
+    (folder / "README.md").write_text(model_card(record.config, record.metrics, record.environment, summary), encoding="utf-8")
+    return summary
+
+
+def _stored(
+    record: _Record, source: DenseSource, stored: StoredOrder, name: str, path: str | None, dtype: torch.dtype
+) -> Tensor:
+    """One tensor as the checkpoint holds it."""
+    tensor = source.read(name)
+    if not tensor.is_floating_point():
+        return tensor
+    # The masks belong to the weights in the run's dtype.
+    tensor = tensor.to(getattr(torch, record.config["model"]["dtype"]))
+    if path is not None:
+        tensor = record.prune(path, tensor)
+    cast = tensor.to(dtype)
+    if not bool(cast.isfinite().all()):
+        raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype")
+    # Adding +0.0 turns -0.0, which some sparse kernels break on, into +0.0, and changes nothing else.
+    return stored.apply(name, cast + 0.0 if path is not None else cast)
+
+
+def _config(
+    source: DenseSource, stored: StoredOrder, request: Request, record: _Record, dtype: torch.dtype
+) -> PreTrainedConfig:
+    config = source.skeleton.config
+    architecture = type(source.skeleton).__name__
+    if stored.gathers or request.format == "packed":
+        config = sparse_config(config, sorted(stored.gathers))
+        architecture = f"Sparse{architecture}"
+    config.architectures = [architecture]
+    config.dtype = dtype
+    if request.format == "packed":
+        config.quantization_config = {"quant_method": METHOD, "sparsity": str(record.pattern)}
+    return config
+
+
+def _summary(
+    record: _Record,
+    request: Request,
+    planned: dict[str, Tensor],
+    pruned: dict[str, str],
+    shapes: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    item = torch.empty(0, dtype=dtype).element_size()
+    of_pruned = [name.removesuffix("_values").removesuffix("_places") in pruned for name in planned]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in planned.values()]
+    dense = sum(shapes[name].numel() * item for name in pruned)
+    now = sum(size for size, mine in zip(sizes, of_pruned, strict=True) if mine)
+    return {
+        "form": request.form,
+        "format": request.format,
+        "sparsity": str(record.pattern),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": sum(sizes),
+        "dense_bytes": sum(sizes) - now + dense,
+        "pruned_layers_bytes": now,
+        "pruned_layers_dense_bytes": dense,
+        "config_hash": record.metrics["config_hash"],
+    }

@@ -1,0 +1,115 @@
+"""In which order the tensors of an exported model are stored: what is permuted, and where a gather stays.
+
+A channel order is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M. What gives it its inputs
+must then give them in that order:
+
+- `folded`: the order goes into the rows of the weights before (and their biases, the norms and embeddings of the residual
+  stream). The model computes the same function with the same code as the dense one.
+- `gathered`: what a neighbour can absorb by itself goes there; before everything else the activations are gathered.
+- `simulate`: nothing is permuted. The model is N:M only in the order that the run found, as the papers evaluate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup, decoder_layers, family_of
+from permllm.permutation.shared import RESIDUAL, foldable, local_order
+
+FORMS = ("simulate", "folded", "gathered")
+
+
+@dataclass
+class StoredOrder:
+    """How the tensors of a model are stored.
+
+    Attributes:
+        rows: int64 index along the first dimension, by parameter name.
+        columns: int64 index along the last dimension, by parameter name.
+        gathers: int64 order in which a module's input is gathered, by module path.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    gathers: dict[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor as it is stored."""
+        if name in self.rows:
+            tensor = tensor.index_select(0, self.rows[name])
+        if name in self.columns:
+            tensor = tensor.index_select(-1, self.columns[name])
+        return tensor
+
+
+def stored_order(form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
+    """How a pruned model is stored in one of the `FORMS`.
+
+    Args:
+        form: `simulate`, `folded` or `gathered`.
+        model: of a known family; may be on the meta device.
+        groups: its channel groups, all layers.
+        orders: int64 `(C_in,)` by group.
+
+    Raises:
+        ConfigError: the orders do not fold (`folded`).
+    """
+    if form == "simulate":
+        return StoredOrder()
+    return _folded(model, groups, orders) if form == "folded" else _gathered(model, groups, orders)
+
+
+def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
+    try:
+        shared = foldable(groups, orders)
+    except ConfigError as error:
+        hint = "a run with permutation.constraint=foldable has such orders; the form gathered keeps any"
+        raise ConfigError(f"{error}; {hint}") from error
+    stored = StoredOrder()
+    parameters = dict(model.named_parameters())
+    family = family_of(model)
+
+    def put(target: dict[str, Tensor], paths: Iterable[str], order: Tensor) -> None:
+        for path in paths:
+            names = (f"{path}.weight", f"{path}.bias") if target is stored.rows else (f"{path}.weight",)
+            target.update({name: order for name in names if name in parameters})
+
+    for group in groups:
+        put(stored.columns, group.members, orders[group.name])
+        for producer in group.table.producers:
+            put(stored.rows, [group.prefix + producer], shared[group.name])
+    stream = shared[RESIDUAL]
+    for index in range(len(decoder_layers(model))):
+        put(stored.rows, [f"{family.layers}.{index}.{path}" for path in family.norms + family.writers], stream)
+    put(stored.rows, [path for path in family.after if path not in family.projections], stream)
+    into, out_of = [path if f"{path}.weight" in parameters else None for path in family.projections] or (None, None)
+    tokens, *others = family.embeddings
+    put(stored.columns, others, stream)
+    if into is None:
+        put(stored.columns, [tokens], stream)
+    else:
+        put(stored.rows, [into], stream)
+    # A head tied to the embedding is no parameter of its own, and follows it.
+    put(stored.columns, ["lm_head"] if out_of is None else [out_of], stream)
+    return stored
+
+
+def _gathered(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
+    stored = StoredOrder()
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        order = orders[group.name]
+        stored.columns |= {f"{path}.weight": order for path in group.members}
+        absorbed = local_order(group).shared(order) if group.table.producers else None
+        if absorbed is not None:
+            for producer in group.table.producers:
+                names = [f"{group.prefix}{producer}.{kind}" for kind in ("weight", "bias")]
+                stored.rows |= {name: absorbed for name in names if name in parameters}
+        elif not torch.equal(order, torch.arange(len(order))):
+            stored.gathers[group.prefix + group.table.reader] = order
+    return stored

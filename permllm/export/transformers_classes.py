@@ -1,0 +1,227 @@
+"""What transformers needs to load gathered and packed checkpoints. `import permllm` registers it.
+
+A checkpoint in one of these forms must never load as a plain model with wrong logits. Its config.json therefore carries a
+model type of its own and, where a plain config has its width, a text that says what to import; the dense model's config
+lies inside, under `dense_config`. A plain class refuses the text, `AutoModelForCausalLM` the type, and both errors quote them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from permllm.errors import DataError
+from permllm.export.integrity import check_file
+from permllm.export.packed import packed_shapes, unpack
+from permllm.models.families import FAMILIES, channel_groups, linear_at
+from permllm.sparsity import NMPattern
+
+METHOD = "permllm"
+HINT = "import permllm (pip install permllm) before loading this checkpoint"
+# What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward.
+_TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
+
+
+def model_type_of(dense_type: str) -> str:
+    """Model type of a gathered or packed model of a family; transformers quotes it when it does not know it."""
+    return f"{dense_type}, N:M sparse: {HINT}"
+
+
+def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConfig:
+    """The config of a gathered or packed model.
+
+    Args:
+        dense: the dense model's.
+        gathers: paths of the modules whose input is gathered.
+    """
+    settings = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
+    config = CONFIG_MAPPING[model_type_of(dense.model_type)](**settings)
+    config.gathers = gathers
+    return config
+
+
+class _SparseConfig:
+    """Mixed into the config class of a family: how it is written and read."""
+
+    gathers: list[str]
+    keep_packed: bool
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        inner = config_dict.get("dense_config")
+        if inner is not None:
+            config_dict = {
+                key: value for key, value in config_dict.items() if key not in ("dense_config", *_TRIPWIRES)
+            } | inner
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        inner = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        outer = {key: inner.pop(key) for key in ("model_type", "architectures", "transformers_version") if key in inner}
+        inner.pop("keep_packed", None)
+        written = outer | dict.fromkeys(_TRIPWIRES, HINT) | {"dense_config": inner}
+        Path(json_file_path).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class _SparseModel:
+    """Mixed into the model class of a family: gathers its activations."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for path in config.gathers:
+            module = self.get_submodule(path)  # type: ignore[attr-defined]
+            attach_gather(module, _width_of(self, path))  # type: ignore[arg-type]
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another, and its gather with it."""
+    order = getattr(model.get_submodule(path), "input_order", None)
+    if order is not None:
+        attach_gather(module, order.numel())
+        module.input_order = order
+    model.set_submodule(path, module)
+
+
+def attach_gather(module: nn.Module, channels: int) -> None:
+    """Give a module a buffer `input_order`, int32 `(channels,)`, and permute its input's last dimension by it."""
+    module.register_buffer("input_order", torch.arange(channels, dtype=torch.int32))
+    module.register_forward_pre_hook(_gather, with_kwargs=True)
+
+
+def gathered_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose input is gathered, by path."""
+    return {path: module for path, module in model.named_modules() if "input_order" in module._buffers}
+
+
+def _gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    order: Tensor = module.input_order  # type: ignore[assignment]
+    if args:
+        return (args[0].index_select(-1, order), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, order)}
+
+
+def _width_of(model: nn.Module, path: str) -> int:
+    for group in channel_groups(model):
+        if group.prefix + group.table.reader == path:
+            return group.channels
+    raise DataError(f"{path} is no module whose input can be gathered")
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight stays packed and is unpacked in each forward: half the memory, slower.
+
+    Args:
+        linear: whose shape, bias and dtype it takes over; may be on the meta device.
+        pattern: N:M.
+    """
+
+    weight_values: Tensor
+    weight_places: Tensor
+
+    def __init__(self, linear: nn.Linear, pattern: NMPattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        values, places = packed_shapes(self.out_features, self.in_features, pattern)
+        dtype, device = linear.weight.dtype, linear.weight.device
+        self.register_buffer("weight_values", torch.empty(values, dtype=dtype, device=device))
+        self.register_buffer("weight_places", torch.empty(places, dtype=torch.uint8, device=device))
+        self.bias = linear.bias
+
+    def dense_weight(self) -> Tensor:
+        """The weight, `(C_out, C_in)`."""
+        return unpack(self.weight_values, self.weight_places, self.pattern)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., C_in)` to `(..., C_out)`."""
+        return nn.functional.linear(x, self.dense_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, pattern={self.pattern}"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint.
+
+    Args:
+        sparsity: N:M, as a string.
+    """
+
+    def __init__(self, sparsity: str = "2:4", **kwargs: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.sparsity = str(NMPattern.parse(sparsity))
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Reads packed checkpoints. The weights are unpacked at the end of loading, or stay packed with `keep_packed=True`."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for file in kwargs.get("checkpoint_files") or []:
+            check_file(Path(file))
+        assert isinstance(self.quantization_config, PackedConfig)
+        pattern = NMPattern.parse(self.quantization_config.sparsity)
+        for path in _pruned(model):
+            _replace(model, path, PackedLinear(linear_at(model, path), pattern))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # A model that is not unpacked is checked too: wrong places must not wait for the first forward.
+        for path, packed in [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]:
+            try:
+                weight = packed.dense_weight()
+            except DataError as error:
+                raise DataError(f"{path}.weight: {error}") from error
+            if not model.config.keep_packed:
+                with torch.device("meta"):
+                    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+                linear.bias = packed.bias
+                _replace(model, path, linear)
+        if not model.config.keep_packed:
+            self.remove_quantization_config(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """A model that stayed packed can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights get no gradients."""
+        return False
+
+
+def _pruned(model: nn.Module) -> list[str]:
+    return [path for group in channel_groups(model) for path in group.members]
+
+
+def register() -> None:
+    """Make gathered and packed models of all families known to transformers."""
+    for dense_type in FAMILIES:
+        label = model_type_of(dense_type)
+        if label in CONFIG_MAPPING:
+            continue
+        dense_config: Any = CONFIG_MAPPING[dense_type]
+        dense_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+        defaults = {"model_type": label, "dense_type": dense_type, "gathers": [], "keep_packed": False}
+        name = dense_config.__name__.removesuffix("Config")
+        config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
+        model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})
+        AutoConfig.register(label, config)
+        AutoModelForCausalLM.register(config, model)

@@ -1,0 +1,124 @@
+"""The tensors of a dense model, one at a time, without building the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from permllm.config import ModelConfig
+from permllm.errors import DataError
+from permllm.models.loading import dense_folder, folder_identity, load_model, meta_model
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "spiece.model",
+)
+
+
+class TensorReader(Protocol):
+    """Reads one tensor of the model's state dict by its name."""
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor, on the host, in the dtype of the file."""
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """A dense model from which a pruned one is made.
+
+    Attributes:
+        skeleton: the model on the meta device.
+        save_tokenizer: writes what belongs to the tokenizer into a folder, as it is.
+        generation: its generation settings.
+        identity: as in `LoadedModel`.
+        read: one tensor at a time.
+    """
+
+    skeleton: PreTrainedModel
+    save_tokenizer: Callable[[Path], Any]
+    generation: GenerationConfig
+    identity: str
+    read: TensorReader
+
+
+def dense_source(config: ModelConfig, seed: int) -> DenseSource:
+    """Open the dense model that the settings name.
+
+    A checkpoint whose safetensors files hold the tensors under the names of the model's own state dict is read tensor by
+    tensor; any other (and a random model) is loaded as a whole.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    folder = dense_folder(config)
+    if folder is not None:
+        skeleton = meta_model(config, folder)
+        read = _files(folder, set(parameter_names(skeleton)))
+        if read is not None:
+            copy = partial(_copy_tokenizer, folder)
+            return DenseSource(skeleton, copy, _generation(skeleton, folder), folder_identity(config, folder), read)
+    loaded = load_model(config, seed)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(loaded.model.config, dtype=loaded.model.dtype)
+    state = loaded.model.state_dict()
+    generation = loaded.model.generation_config
+    assert generation is not None
+    save = loaded.tokenizer.save_pretrained
+    return DenseSource(skeleton, save, generation, loaded.identity, lambda name: state[name].cpu())
+
+
+def parameter_names(model: PreTrainedModel) -> list[str]:
+    """Names of all tensors that a checkpoint must hold: the state dict's, without those tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return [name for name in model.state_dict() if name not in tied]
+
+
+def _files(folder: Path, wanted: set[str]) -> TensorReader | None:
+    index = folder / "model.safetensors.index.json"
+    where: dict[str, Path] = {}
+    try:
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+        for name in files:
+            with safe_open(folder / name, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), folder / name)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise DataError(f"the files of {folder} cannot be read: {error}") from error
+    if not wanted <= set(where):
+        return None
+
+    def read(name: str) -> Tensor:
+        # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
+        with safe_open(where[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def _generation(skeleton: PreTrainedModel, folder: Path) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(skeleton.config)

@@ -1,0 +1,91 @@
+"""The benchmark of checkpoints: what it measures, not how fast it is; CUDA's part where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from permllm.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
+from permllm.errors import DataError
+from permllm.export import gathered_norm
+from permllm.export.checkpoint import Request, export_run
+from permllm.models.families import channel_groups, linear_at
+from tests.export.test_export import logits, make_run, variant_model
+
+CUDA = torch.device("cuda")
+
+
+def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    export_run(run, Request("gathered", "packed"), tmp_path / "out")
+    small = ["--prompt", "8", "--new-tokens", "2", "--batch-sizes", "1", "2", "--repeats", "1", "--layer-tokens", "16"]
+    command = [sys.executable, "-m", "permllm.bench", str(tmp_path / "out"), "--against", str(tmp_path / "dense"), *small]
+    result = subprocess.run(
+        [*command, "--device", "cpu", "--json", str(tmp_path / "bench.json")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no sparse tensor cores here" in result.stdout
+    report = json.loads((tmp_path / "bench.json").read_text())
+    variants = ["dense", "as stored", "as stored, gathers left out", "kept packed", "kept packed, gathers left out"]
+    assert [(row["variant"], row["batch"]) for row in report["speed"]] == [(name, b) for b in (1, 2) for name in variants]
+    assert all(row["prefill_tokens_a_second"] > 0 and row["decode_tokens_a_second"] > 0 for row in report["speed"])
+    assert report["gathers"] == 6
+    assert report["weight_bytes"]["kept packed"] < report["weight_bytes"]["as stored"]
+    assert report["file_bytes"]["as stored"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert [row["channels"] for row in report["layers"]] == [32, 32, 32, 64]
+    assert report["layers"][0]["sparse_s"] is None
+    bad = subprocess.run(
+        [sys.executable, "-m", "permllm.bench", str(tmp_path / "no")], capture_output=True, text=True, check=False
+    )
+    assert (bad.returncode, bad.stderr) == (1, f"error: {tmp_path / 'no'} is not a folder\n")
+
+
+def test_gathers_can_be_left_out_for_a_while(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    export_run(run, Request("gathered"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    before = logits(model)
+    with without_gathers(model):
+        assert not torch.allclose(logits(model), before)
+    assert torch.equal(logits(model), before)
+
+
+def test_the_reference_of_the_fused_norm_is_a_norm_and_a_gather() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 5, 24, generator=generator), torch.randn(24, generator=generator)
+    order = torch.randperm(24, generator=generator).int()
+    expected = torch.nn.functional.rms_norm(x, (24,), weight, 1e-6)[..., order.long()]
+    torch.testing.assert_close(gathered_norm.reference(x, weight, order, 1e-6), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not gathered_norm.available(), reason="needs a GPU with Triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_fused_norm(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(7, 4096, device=CUDA, dtype=dtype), torch.randn(4096, device=CUDA, dtype=dtype)
+    order = torch.randperm(4096, device=CUDA).int()
+    expected = gathered_norm.reference(x, weight, order, 1e-6)
+    torch.testing.assert_close(gathered_norm.gathered_rms_norm(x, weight, order, 1e-6), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not sparse_tensor_cores(CUDA), reason="needs sparse tensor cores")
+def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    run = make_run(tmp_path, variant_model("llama", **shape), "foldable")
+    export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(CUDA).eval()
+    x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
+    linear = linear_at(model, channel_groups(model)[0].members[0])
+    before = linear(x)
+    assert use_sparse_tensor_cores(model) == 14
+    torch.testing.assert_close(linear(x), before, rtol=1e-2, atol=1e-2)
+
+
+def test_a_dense_weight_gets_no_sparse_kernel() -> None:
+    with pytest.raises(DataError, match=r"layers\.0.*is not 2:4 in stored order"):
+        use_sparse_tensor_cores(variant_model("llama"))

@@ -1,0 +1,116 @@
+"""Proving checkpoints: ours in every form, foreign ones, and broken ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from permllm.errors import ConfigError, DataError
+from permllm.export.checkpoint import Request, export_run
+from permllm.sparsity import NMPattern
+from permllm.verify import verify
+from tests.conftest import run_module
+from tests.export.test_export import make_run, variant_model
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path, variant_model("llama"), "foldable")
+
+
+@pytest.mark.parametrize(("form", "format"), [("folded", "dense"), ("folded", "packed"), ("gathered", "dense")])
+def test_exports_that_are_sparse_in_stored_order_pass(form: str, format: str, run: Path, tmp_path: Path) -> None:
+    export_run(run, Request(form, format), tmp_path / "out")
+    report = verify(tmp_path / "out", against=tmp_path / "dense")
+    assert report.passed
+    assert len(report.layers) == 14
+    assert all(layer.zeros == 0.5 and layer.packed == (format == "packed") for layer in report.layers)
+    assert report.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report.difference is not None
+    assert report.difference["relative"] > 0.1  # pruning a random model is not subtle
+
+
+def test_the_difference_from_the_unfolded_model_is_rounding(run: Path, tmp_path: Path) -> None:
+    export_run(run, Request("folded"), tmp_path / "out")
+    export_run(run, Request("simulate"), tmp_path / "plain")
+    found = verify(tmp_path / "out", against=tmp_path / "plain").difference
+    assert found is not None
+    assert found["relative"] < 1e-5
+    assert abs(found["kl"]) < 1e-8
+    assert found["agreement"] == 1.0
+
+
+def test_the_original_order_fails_with_counted_violations(run: Path, tmp_path: Path) -> None:
+    export_run(run, Request("simulate"), tmp_path / "out")
+    report = verify(tmp_path / "out")
+    assert not report.passed
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in report.layers:
+        groups = (state[layer.name] != 0).view(-1, 4)
+        assert layer.violations == sum(int(sum(group) > 2) for group in groups.tolist())
+    assert sum(layer.violations or 0 for layer in report.layers) > 0
+
+
+def test_other_patterns_are_read_from_our_exports_and_can_be_asked_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "foldable", NMPattern(4, 8))
+    export_run(run, Request("folded", "packed"), tmp_path / "out")
+    assert verify(tmp_path / "out").pattern == "4:8"
+    assert verify(tmp_path / "out").passed
+    export_run(run, Request("folded"), tmp_path / "dense-form")
+    assert not verify(tmp_path / "dense-form", NMPattern(2, 4)).passed
+
+
+def test_foreign_checkpoints_minus_zeros_and_what_is_not_finite(tmp_path: Path) -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0, -0.0], [0.0, float("nan"), 3.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    save_file(
+        {"blocks.0.proj.weight": weight, "embed.weight": torch.ones(8, 4), "norm.weight": torch.ones(4)},
+        tmp_path / "a.safetensors",
+    )
+    report = verify(tmp_path)
+    (layer,) = report.layers
+    assert (layer.name, layer.violations, layer.negative_zeros, layer.nan) == ("blocks.0.proj.weight", 1, 1, 1)
+    save_file({"blocks.0.proj.weight": torch.ones(2, 6)}, tmp_path / "a.safetensors")
+    assert verify(tmp_path).layers[0].violations is None
+    assert not verify(tmp_path).passed
+
+
+def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        verify(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no safetensors files"):
+        verify(tmp_path / "empty")
+    export_run(run, Request("folded", shard_gb=2e-5), tmp_path / "out")
+    second = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+    second.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"lacks {second.name}"):
+        verify(tmp_path / "out")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"123")
+    with pytest.raises(DataError, match="truncated or something else"):
+        verify(tmp_path / "broken")
+
+
+def test_the_command_line(run: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    exported = run_module(
+        "permllm.export", str(run), "--form", "folded", "--format", "packed", "--dtype", "bfloat16", "--to", str(out)
+    )
+    assert exported.returncode == 0, exported.stderr
+    assert "56.25%" in exported.stdout
+    passed = run_module("permllm.verify", str(out), "--json", str(report), "--against", str(tmp_path / "dense"))
+    assert passed.returncode == 0, passed.stderr
+    assert "passed" in passed.stdout
+    assert json.loads(report.read_text())["passed"] is True
+    failed = run_module("permllm.verify", str(tmp_path / "dense"))
+    assert (failed.returncode, "FAILED" in failed.stdout) == (1, True)
+    for module in ("permllm.verify", "permllm.export"):
+        extra = ["--to", str(tmp_path / "new")] if module.endswith("export") else []
+        broken = run_module(module, str(tmp_path / "nothing"), *extra)
+        assert broken.returncode != 0
+        assert broken.stderr.startswith("error: ")
+        assert "Traceback" not in broken.stderr
