@@ -8,6 +8,7 @@ which the output says.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -22,7 +23,8 @@ import torch
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export import gathered_norm
@@ -109,6 +111,9 @@ def speed(
         prompt: tokens of each sequence.
         new_tokens: tokens decoded one by one after the prompt.
         repeats: of each measurement; medians are given.
+
+    Returns:
+        A row a variant and batch size; `prefill_bytes` is what the first prefill takes beside the weights.
     """
     device = next(iter(variants.values())).device
     rows = []
@@ -117,10 +122,11 @@ def speed(
         works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
         peaks = {}
         for name, model in variants.items():
-            reset_peak_memory(device)
             works[name] = (_prefill(model, tokens), _decode(model, tokens, new_tokens))
+            reset_peak_memory(device)
+            before = peak_memory(device)
             works[name][0]()
-            peaks[name] = peak_memory(device)
+            peaks[name] = peak_memory(device) - before
             if gathered_modules(model):
                 works[f"{name}, gathers left out"] = tuple(_bare(model, work) for work in works[name])  # type: ignore[assignment]
         prefill = interleaved({name: pair[0] for name, pair in works.items()}, repeats, device)
@@ -134,7 +140,7 @@ def speed(
                     "prefill_spread": _spread(prefill[name]),
                     "decode_tokens_a_second": batch * new_tokens / statistics.median(decode[name]),
                     "decode_spread": _spread(decode[name]),
-                    "peak_bytes": peaks.get(name),
+                    "prefill_bytes": peaks.get(name),
                 }
             )
     return rows
@@ -236,12 +242,15 @@ def _prefill(model: PreTrainedModel, tokens: Tensor) -> Callable[[], Any]:
 
 
 def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable[[], Any]:
-    cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    cache = DynamicCache(config=model.config)
+    # What transformers calls it: cache since 5.24, past_key_values before.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
 
     def work() -> None:
         token = tokens[:, -1:]
         for _ in range(new_tokens):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(input_ids=token, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
         cache.crop(-new_tokens)
 
     return work
@@ -296,10 +305,10 @@ def _print(report: dict[str, Any]) -> None:
     table = Table(
         title=f"{report['checkpoint']}, {report['dtype']}, prompt of {report['prompt']} tokens", title_justify="left"
     )
-    for heading in ("variant", "batch", "prefill, tokens/s", "decode, tokens/s", "peak memory"):
+    for heading in ("variant", "batch", "prefill, tokens/s", "decode, tokens/s", "prefill, memory"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for row in report["speed"]:
-        peak = f"{row['peak_bytes'] / 1e6:.0f} MB" if row["peak_bytes"] else ""
+        peak = f"{row['prefill_bytes'] / 1e6:.0f} MB" if row["prefill_bytes"] is not None else ""
         prefill, decode = f"{row['prefill_tokens_a_second']:.1f}", f"{row['decode_tokens_a_second']:.1f}"
         table.add_row(row["variant"], str(row["batch"]), prefill, decode, peak)
     console.print(table)
@@ -332,6 +341,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
+    disable_progress_bar()
     if not options.folder.is_dir():
         print(f"error: {options.folder} is not a folder", file=sys.stderr)
         return 1

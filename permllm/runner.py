@@ -28,6 +28,7 @@ from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import check_segments, shared_orders
 from permllm.plan import print_plan
 from permllm.precision import compute_dtype, products_in
 from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, calibrate_dense, prune
@@ -74,8 +75,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         keep_freed_memory()
     if config.plan or config.model.source != "hub" or config.model.architecture:
         skeleton = meta_model(config.model)
-        for group in channel_groups(skeleton):
-            check_divides(config.pattern, group.channels, group.name)
+        _check_groups(config, channel_groups(skeleton), permutation)
         if config.plan:
             if parallel.rank() == 0:
                 print_plan(config, skeleton, pruner, permutation)
@@ -117,6 +117,16 @@ def _export_request(config: RunConfig, permutation: Any, changes_weights: bool) 
             "or export=gathered, which keeps any order"
         )
     return request
+
+
+def _check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:
+    """Raise ConfigError where M does not divide what must hold whole groups of M, or given orders do not fold as asked."""
+    for group in groups:
+        check_divides(config.pattern, group.channels, group.name)
+    if not permutation.local:
+        check_segments(shared_orders(groups, permutation.constraint), config.pattern)
+    if config.export.form == "folded" and isinstance(permutation, FromFile):
+        permutation.check_foldable(groups)
 
 
 def _export(request: Request, record: RunRecord) -> None:
@@ -188,10 +198,7 @@ def _stages(
         if metrics.setdefault("model", loaded.identity) != loaded.identity:
             raise DataError(f"{record.directory} began with {metrics['model']}, and the model is now {loaded.identity}")
         groups = channel_groups(loaded.model)
-        for group in groups:
-            check_divides(config.pattern, group.channels, group.name)
-        if config.export.form == "folded" and isinstance(permutation, FromFile):
-            permutation.check_foldable(groups)
+        _check_groups(config, groups, permutation)
 
     _evaluate(config, loaded, record, "dense", device)
     if "sparsity" in metrics:

@@ -20,11 +20,12 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.checkpoint import SUMMARY
-from permllm.export.integrity import check_file
 from permllm.export.packed import unpack
+from permllm.export.tensor_file import check_file
 from permllm.models.families import FAMILIES
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern
@@ -260,6 +261,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
     options = parser.parse_args()
+    disable_progress_bar()
     try:
         report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
     except PermLLMError as error:

@@ -1,6 +1,6 @@
 """Peak host memory of an export, on a random checkpoint of LLaMA-2-7B's layer shapes that is written to disk first.
 
-    python scripts/benchmark_export.py --layers 8 --shard-gb 0.5 --json memory.json
+    python scripts/benchmark_export.py --layers 8 --shard-gb 2 --json memory.json
 
 The dense checkpoint is made shard by shard; the run record holds random foldable orders and masks. What is measured is the
 growth of the exporting process over its memory after the imports: all pages, those of mapped files too.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -105,11 +106,18 @@ def make_run(folder: Path, layers: int, shard_gb: float) -> int:
     return total
 
 
+def export(folder: Path, form: str, format: str, shard_gb: float) -> dict[str, Any]:
+    """Export the run in a folder, in a process of its own; its summary, with `peak_growth_bytes`."""
+    command = [sys.executable, "-c", CHILD, str(folder), form, format, str(shard_gb)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
 def main() -> None:
     """Make the run, export it in its own process, print and write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--shard-gb", type=float, default=0.5)
+    parser.add_argument("--shard-gb", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
@@ -117,8 +125,7 @@ def main() -> None:
         folder = Path(name)
         total = make_run(folder, options.layers, options.shard_gb)
         for form, format in (("folded", "dense"), ("folded", "packed")):
-            command = [sys.executable, "-c", CHILD, str(folder), form, format, str(options.shard_gb)]
-            found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+            found = export(folder, form, format, options.shard_gb)
             largest = max(file.stat().st_size for file in (folder / f"{form}-{format}").glob("*.safetensors"))
             rows.append(found | {"dense_checkpoint_bytes": total, "largest_shard_bytes": largest})
             print(

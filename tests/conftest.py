@@ -6,9 +6,11 @@ import os
 
 os.environ["TQDM_DISABLE"] = "1"  # progress bars would drown the report of a failure
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -92,3 +94,14 @@ def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]
     """`python -m MODULE ARGUMENTS`."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def script(name: str) -> ModuleType:
+    """A module of scripts/."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module

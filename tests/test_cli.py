@@ -147,3 +147,11 @@ def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:
         "model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", "permutation.window=8", cwd=tmp_path
     )
     assert "residual_stream stays where it starts" in windows.stdout
+
+
+def test_m_must_divide_the_heads_of_a_foldable_order_and_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    heads = ["+model.architecture.head_dim=12", "sparsity=4:8", "permutation.constraint=foldable"]
+    result = run_command("model=tiny", "logger=none", "block_size=16", *heads, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "have 12 channels, which M = 8 does not divide" in result.stderr
+    assert not (tmp_path / "runs").exists()

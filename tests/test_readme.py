@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 import tomllib
-from types import ModuleType
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def script(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_the_results_are_those_of_the_records() -> None:
@@ -37,6 +24,11 @@ def test_the_ablation_tables_are_those_of_the_records() -> None:
 def test_the_speed_tables_are_those_of_the_records() -> None:
     document = (ROOT / "experiments" / "lcp_speed" / "README.md").read_text(encoding="utf-8")
     assert script("speed_table").with_tables(document) == document, "stale: run python scripts/speed_table.py"
+
+
+def test_the_tables_of_exports_are_those_of_the_records() -> None:
+    document = (ROOT / "experiments" / "export" / "README.md").read_text(encoding="utf-8")
+    assert script("export_table").with_tables(document) == document, "stale: run python scripts/export_table.py"
 
 
 def test_the_two_commands_exist_as_written() -> None:

@@ -1,4 +1,4 @@
-"""Write the pruned model of a run as a checkpoint, one shard at a time, from the run record and the dense model."""
+"""Write the pruned model of a run as a checkpoint, tensor by tensor, from the run record and the dense model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,16 @@ import torch
 import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card
-from permllm.export.integrity import checksums_metadata
 from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
+from permllm.export.tensor_file import write_file
 from permllm.export.transformers_classes import METHOD, sparse_config
 from permllm.models.families import channel_groups
 from permllm.models.source import DenseSource, dense_source, parameter_names
@@ -46,7 +45,7 @@ class Request:
         form: one of `FORMS`.
         format: `dense`, or `packed`: kept values and their places.
         dtype: of the weights; None is that of the run.
-        shard_gb: largest size of a file, in 10^9 bytes. This much host memory is needed.
+        shard_gb: largest size of a file, in 10^9 bytes.
     """
 
     form: str
@@ -164,29 +163,22 @@ def _write(record: _Record, request: Request, source: DenseSource, folder: Path,
         planned, filename_pattern="model{suffix}.safetensors", max_shard_size=int(request.shard_gb * 1e9)
     )
 
-    def tensors(name: str) -> Iterator[tuple[str, Tensor]]:
-        if name.endswith(".input_order"):
-            yield name, stored.gathers[name.removesuffix(".input_order")].to(torch.int32)
-            return
-        base = name.removesuffix("_values").removesuffix("_places") if name not in shapes else name
-        tensor = _stored(record, source, stored, base, pruned.get(base), dtype)
-        if name == base:
-            yield name, tensor
-        else:
-            assert packed is not None
-            values, places = pack(tensor, packed)
-            yield f"{base}_values", values
-            yield f"{base}_places", places
+    held: dict[str, Tensor] = {}  # the other part of a packed weight, until it is asked for
 
-    carried: dict[str, Tensor] = {}  # the second half of a packed weight whose first half closed a shard
+    def make(name: str) -> Tensor:
+        if name.endswith(".input_order"):
+            return stored.gathers[name.removesuffix(".input_order")].to(torch.int32)
+        if name in shapes:
+            return _stored(record, source, stored, name, pruned.get(name), dtype)
+        if name not in held:
+            assert packed is not None
+            base = name.removesuffix("_values").removesuffix("_places")
+            values, places = pack(_stored(record, source, stored, base, pruned[base], dtype), packed)
+            held.update({f"{base}_values": values, f"{base}_places": places})
+        return held.pop(name)
+
     for file, names in split.filename_to_tensors.items():
-        shard: dict[str, Tensor] = {}
-        for name in names:
-            if name not in shard:
-                found = {name: carried.pop(name)} if name in carried else dict(tensors(name))
-                shard |= {key: value.contiguous() for key, value in found.items() if key in names}
-                carried |= {key: value for key, value in found.items() if key not in names}
-        save_file(shard, folder / file, {"format": "pt"} | checksums_metadata(shard))
+        write_file(folder / file, {name: planned[name] for name in names}, make)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -22,8 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permllm.errors import DataError
-from permllm.export.integrity import check_file
 from permllm.export.packed import packed_shapes, unpack
+from permllm.export.tensor_file import check_file
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.sparsity import NMPattern
 

@@ -52,7 +52,8 @@ def harden_flat(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     if not np.isfinite(host.sum()):
         raise ValueError("soft permutations that are not finite have no assignment")
     perms: list[np.ndarray[Any, Any]] = []
-    open_blocks, start = [], 0
+    open_blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    start = 0
     for shape in shapes:
         scores = host[start : start + shape.numel()].reshape(shape)
         start += shape.numel()
@@ -60,19 +61,24 @@ def harden_flat(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
         # they are the optimum, and at low temperatures most blocks are of that kind.
         perms.append(scores.argmax(axis=1).astype(np.int64))
         settled = (np.sort(perms[-1], axis=1) == np.arange(scores.shape[-1])).all(axis=1)
-        open_blocks += [(scores[block], perms[-1][block]) for block in np.flatnonzero(~settled)]
+        unsettled = np.flatnonzero(~settled)
+        open_blocks += zip(_costs(scores[unsettled]), (perms[-1][block] for block in unsettled), strict=True)
     _assign(open_blocks)
     return [torch.from_numpy(perm) for perm in perms]
 
 
+def _costs(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Costs with the same optimum, less the least of their row and column: the solver finds it a quarter sooner."""
+    costs = scores.max(2, keepdims=True) - scores.astype(np.float64)
+    costs -= costs.min(1, keepdims=True)
+    return costs
+
+
 def _assign(blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-    """Solve each (scores, permutation to overwrite). SciPy lets go of the interpreter, so threads run side by side."""
+    """Solve each (costs, permutation to overwrite). SciPy lets go of the interpreter, so threads run side by side."""
 
     def solve(share: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-        for scores, perm in share:
-            # Costs less the least of their row and column have the same optimum, and the solver finds it a quarter sooner.
-            costs = scores.max(1, keepdims=True) - scores.astype(np.float64)
-            costs -= costs.min(0)
+        for costs, perm in share:
             source, position = linear_sum_assignment(costs)
             perm[position] = source
 

@@ -24,7 +24,7 @@ from permllm.permutation.kernels import EAGER, Kernels, compiled_kernels
 from permllm.permutation.losses import LOSSES
 from permllm.permutation.masked_linear import StraightThrough
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, check_segments, expanded, shared_orders
+from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, expanded, shared_orders
 from permllm.permutation.training import Training, Window, masked_linears, read_checkpoint
 from permllm.sparsity import permuted_nm_mask
 from permllm.validation import check_number, check_one_of, check_whole
@@ -131,7 +131,6 @@ class LCP:
         """
         spans = self.spans(len(decoder_layers(problem.model)))
         shared = shared_orders(problem.groups, self.constraint)
-        check_segments(shared, problem.pattern)
         orders = self.start_orders(problem, shared, spans[0][0])
         state = read_checkpoint(problem)
         begin = 0 if state is None else state["window"]
