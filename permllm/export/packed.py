@@ -40,6 +40,16 @@ def pack(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
         DataError: a group has more than N nonzeros.
     """
     check_divides(pattern, weight.shape[1], "the layer")
+    parts = [_pack_rows(rows, pattern) for rows in weight.split(_rows_at_a_time(weight.shape[1]))]
+    return torch.cat([values for values, _ in parts]), torch.cat([places for _, places in parts])
+
+
+def _rows_at_a_time(channels: int) -> int:
+    # Indices take eight bytes each: of a whole layer, several times its weight.
+    return max(1, (1 << 18) // channels)
+
+
+def _pack_rows(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
     groups = weight.unflatten(1, (-1, pattern.m))
     nonzero = groups != 0
     if int((nonzero.sum(-1) > pattern.n).sum()):
@@ -56,6 +66,12 @@ def unpack(values: Tensor, packed: Tensor, pattern: NMPattern) -> Tensor:
     Raises:
         DataError: the places are not those of a packed weight.
     """
+    rows = _rows_at_a_time(values.shape[1] // pattern.n * pattern.m)
+    parts = zip(values.split(rows), packed.split(rows), strict=True)
+    return torch.cat([_unpack_rows(part, places, pattern) for part, places in parts])
+
+
+def _unpack_rows(values: Tensor, packed: Tensor, pattern: NMPattern) -> Tensor:
     places = _unpack_places(packed, bits_of(pattern), values.shape[1]).unflatten(1, (-1, pattern.n)).long()
     if int(places.max()) >= pattern.m or bool((places.diff(dim=-1) <= 0).any()):
         raise DataError(f"the places of its values are not those of a {pattern} weight")

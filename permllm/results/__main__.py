@@ -1,0 +1,49 @@
+"""`python -m permllm.results DIR...` makes one table of all runs below some directories."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from permllm.errors import ConfigError, PermLLMError
+from permllm.results.collect import collect
+from permllm.results.plots import plot
+from permllm.results.published import Comparison, published
+from permllm.results.render import FORMATS, find_baseline, render
+from permllm.results.summary import summarise
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m permllm.results", description=__doc__)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs, or directories that hold some")
+    parser.add_argument("--format", choices=FORMATS, default="md")
+    parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
+    parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
+    options = parser.parse_args()
+    try:
+        collection = collect(options.directories)
+        for note in collection.notes():
+            print(f"note: {note}", file=sys.stderr)
+        if not collection.runs:
+            raise ConfigError("no finished run is among them")
+        summary = summarise(collection.runs)
+        paper = None
+        if options.paper:
+            paper = Comparison(published(options.paper), collection.runs[0].config["model"]["name"])
+        baseline = find_baseline(summary, options.baseline) if options.baseline else None
+        sys.stdout.write(render(summary, options.format, baseline, paper))
+        if paper and paper.note:
+            print(f"note: {paper.note}", file=sys.stderr)
+        if options.plot:
+            plot(summary, options.plot)
+    except PermLLMError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The natural picture of a summary: its main measure against what varies, and the loss curves of what learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from permllm.errors import ConfigError
+from permllm.results.render import main_measure
+from permllm.results.summary import Measure, Row, Summary
+
+
+def plot(summary: Summary, file: Path) -> None:
+    """Write a picture; its suffix chooses the format.
+
+    One numeric setting that varies gives a line (perplexity against block size, say), anything else bars. Where runs have a
+    history, their losses stand beside it.
+
+    Raises:
+        ConfigError: matplotlib is missing, nothing can be drawn, or the suffix is no format of a picture.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install -e '.[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    name = main_measure(summary)
+    if name is None:
+        raise ConfigError("--plot: the runs have neither a perplexity nor an accuracy")
+    learned = [(row, curve) for row in summary.rows if (curve := losses(row))]
+    figure, axes = pyplot.subplots(1, 2 if learned else 1, figsize=(11 if learned else 6, 4), squeeze=False)
+    rows = [row for row in summary.rows if name in row.measures]
+    numeric = numeric_setting(summary)
+    axis = axes[0][0]
+    if numeric is not None:
+        points = sorted((float(row.labels[numeric]), row.measures[name]) for row in rows)
+        measures = [measure for _, measure in points]
+        axis.errorbar([x for x, _ in points], [measure.mean for measure in measures], _errors(measures), marker="o", capsize=3)
+        axis.set_xlabel(numeric)
+        axis.set_ylabel(name)
+    else:
+        _bars(axis, rows, name)
+    if name in summary.dense:
+        mark = axis.axhline if numeric is not None else axis.axvline
+        mark(summary.dense[name].mean, linestyle="--", color="grey", label="dense")
+        axis.legend()
+    for row, curve in learned:
+        axes[0][1].plot(range(1, len(curve) + 1), curve, marker="o", label=label(row))
+    if learned:
+        axes[0][1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes[0][1].set_xlabel("pass")
+        axes[0][1].set_ylabel("loss, mean of the pass")
+        axes[0][1].legend(fontsize="small")
+    figure.tight_layout()
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {file}: {str(error).splitlines()[0]}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def numeric_setting(summary: Summary) -> str | None:
+    """The one setting that varies, if it is a number everywhere."""
+    if len(summary.settings) != 1 or len(summary.rows) < 2:
+        return None
+    (name,) = summary.settings
+    try:
+        for row in summary.rows:
+            float(row.labels[name])
+    except ValueError:
+        return None
+    return name
+
+
+def losses(row: Row) -> list[float]:
+    """Mean loss of each pass of a row's first run."""
+    return [entry["loss"] for entry in row.runs[0].history if isinstance(entry.get("loss"), int | float)]
+
+
+def label(row: Row) -> str:
+    """A row's settings in one line."""
+    return ", ".join(value for value in row.labels.values() if value) or row.runs[0].metrics["name"]
+
+
+def _bars(axis: Any, rows: list[Row], name: str) -> None:
+    measures: list[Measure] = [row.measures[name] for row in rows]
+    axis.barh([label(row) for row in rows], [measure.mean for measure in measures], xerr=_errors(measures), capsize=3)
+    axis.set_xlabel(name)
+    axis.invert_yaxis()
+
+
+def _errors(measures: list[Measure]) -> list[float] | None:
+    errors = [measure.deviation or measure.stderr or 0.0 for measure in measures]
+    return errors if any(errors) else None

@@ -1,0 +1,132 @@
+"""The paper's numbers beside ours (PermLLM, tables 1 to 8; `published.csv` holds each of them)."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from permllm.errors import ConfigError
+from permllm.results.summary import Row
+
+_FILE = Path(__file__).parent / "published.csv"
+_METHODS = {
+    ("sparsegpt", "none"): "sparsegpt",
+    ("wanda", "none"): "wanda",
+    ("wanda", "heuristic"): "wanda+cp",
+    ("wanda", "lcp"): "permllm-wanda",
+    ("ria", "none"): "ria",
+    ("ria", "heuristic"): "ria+cp",
+    ("ria", "lcp"): "permllm-ria",
+}
+# The settings that the paper's tables vary, and where ours have them.
+_SETTINGS = {
+    "sinkhorn_iterations": ("permutation", "sinkhorn_iterations"),
+    "calibration": ("calibration", "dataset"),
+    "block_size": ("block_size",),
+    "last_layers": ("permutation", "last_layers"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of the paper."""
+
+    table: str
+    model: str
+    sparsity: str
+    method: str
+    setting: str
+    metric: str
+    value: float
+
+
+def published(table: str) -> list[Published]:
+    """The numbers of one table.
+
+    Args:
+        table: `table6`, or `6`.
+
+    Raises:
+        ConfigError: there is no such table; the message lists those there are.
+    """
+    with open(_FILE, encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    rows = [_published(line) for line in lines]
+    tables = sorted({row.table for row in rows})
+    wanted = table.removeprefix("table")
+    if wanted not in tables:
+        raise ConfigError(f"--paper {table}: there is no such table; valid are {', '.join(f'table{name}' for name in tables)}")
+    return [row for row in rows if row.table == wanted]
+
+
+def _published(line: dict[str, str]) -> Published:
+    value = float(line["value"])
+    return Published(line["table"], line["model"], line["sparsity"], line["method"], line["setting"], line["metric"], value)
+
+
+class Comparison:
+    """Finds the paper's number for a row of ours.
+
+    Args:
+        rows: of one table of the paper.
+        model: ours; where the table does not have it, the numbers are those of another, which `note` says.
+        preferred: the paper's model to take where ours is not in the table.
+    """
+
+    def __init__(self, rows: list[Published], model: str, preferred: str = "llama-2-7b") -> None:
+        models = list(dict.fromkeys(row.model for row in rows))
+        self.same_model = model in models
+        self.model = model if self.same_model else preferred if preferred in models else models[0]
+        self.note = ""
+        if not self.same_model:
+            self.note = (
+                f"The paper's numbers are those of {self.model} on its own protocol, ours of {model}: "
+                "compare the order of the rows, not the values."
+            )
+        self._values = {
+            (row.sparsity, row.method, row.setting, row.metric): row.value for row in rows if row.model == self.model
+        }
+        self._varied = {setting.split("=")[0] for _, _, setting, _ in self._values if setting}
+
+    def value(self, row: Row, measure: str) -> float | None:
+        """The paper's number for one measure of ours, in our units (accuracies as shares); None where it has none."""
+        config = row.runs[0].config
+        method = _METHODS.get((config["pruner"]["name"], _permutation(config["permutation"]["name"])))
+        metric = _metric(measure)
+        if method is None or metric is None:
+            return None
+        for setting in (*self._settings_of(config), ""):
+            found = self._values.get((config["sparsity"], method, setting, metric))
+            if found is not None:
+                return found / 100 if metric.endswith("_acc") else found
+        return None
+
+    def dense(self, measure: str) -> float | None:
+        """The paper's number of the dense model."""
+        metric = _metric(measure)
+        for (_, method, _, name), value in self._values.items():
+            if method == "dense" and name == metric:
+                return value / 100 if name.endswith("_acc") else value
+        return None
+
+    def _settings_of(self, config: dict[str, object]) -> list[str]:
+        found = []
+        for name in self._varied:
+            value: object = config
+            for key in _SETTINGS[name]:
+                value = value.get(key) if isinstance(value, dict) else None
+            found.append(f"{name}={'all' if name == 'last_layers' and value is None else value}")
+        return found
+
+
+def _permutation(name: str) -> str:
+    return "lcp" if name.startswith("lcp") else name
+
+
+def _metric(measure: str) -> str | None:
+    if measure.startswith("wikitext2") and "perplexity" in measure:
+        return "wikitext2_ppl"
+    match = re.fullmatch(r"(\w+) acc", measure)
+    return f"{match[1]}_acc" if match else None

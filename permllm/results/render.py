@@ -1,0 +1,168 @@
+"""A summary as Markdown, CSV, LaTeX or JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from permllm.errors import ConfigError
+from permllm.results.published import Comparison
+from permllm.results.summary import Measure, Row, Summary
+
+FORMATS = ("md", "csv", "latex", "json")
+
+
+def render(summary: Summary, format: str, baseline: Row | None = None, paper: Comparison | None = None) -> str:
+    """The table as text.
+
+    Args:
+        summary: of the runs.
+        format: one of `FORMATS`.
+        baseline: a row whose perplexity, or average accuracy, the others' is compared with.
+        paper: puts the published numbers beside ours.
+    """
+    if format == "json":
+        return json.dumps([_record(summary, row, baseline, paper) for row in summary.rows], indent=2) + "\n"
+    header, body = cells(summary, baseline, paper)
+    if format == "csv":
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([header, *body])
+        return stream.getvalue()
+    if format == "latex":
+        return _latex(header, body, len(summary.settings))
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
+    return "\n".join(lines) + "\n"
+
+
+def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table as they are shown; the dense model's row first, where all share it."""
+    several = any(len(row.runs) > 1 for row in summary.rows)
+    header = [*summary.settings, *(["seeds"] if several else [])]
+    body = [
+        [*(row.labels[name] for name in summary.settings), *([str(len(row.runs))] if several else [])] for row in summary.rows
+    ]
+    dense = ["dense", *[""] * (len(header) - 1)]
+    main = main_measure(summary)
+    for name in summary.measures:
+        header.append(_heading(summary, name))
+        dense.append(shown(summary.dense[name]) if name in summary.dense else "")
+        for row, line in zip(summary.rows, body, strict=True):
+            line.append(shown(row.measures[name]) if name in row.measures else "")
+        values = [paper.value(row, name) for row in summary.rows] if paper else []
+        if paper and any(value is not None for value in values):
+            header.append(f"paper, {paper.model}")
+            of_dense = paper.dense(name)
+            dense.append("" if of_dense is None else _number(of_dense, _kind(summary, name)))
+            for value, line in zip(values, body, strict=True):
+                line.append("" if value is None else _number(value, _kind(summary, name)))
+            if paper.same_model:
+                header.append("difference")
+                dense.append("")
+                for row, value, line in zip(summary.rows, values, body, strict=True):
+                    ours = row.measures.get(name)
+                    line.append("" if value is None or ours is None else _difference(ours.mean - value, ours.kind))
+        if baseline is not None and name == main:
+            header.append("against the baseline")
+            dense.append("")
+            for row, line in zip(summary.rows, body, strict=True):
+                line.append(_against(row, baseline, name))
+    return header, [dense, *body] if summary.dense else body
+
+
+def main_measure(summary: Summary) -> str | None:
+    """What runs are compared by: the first perplexity, else the average accuracy, else the first one."""
+    kinds = {name: _kind(summary, name) for name in summary.measures}
+    for name, kind in kinds.items():
+        if kind == "perplexity":
+            return name
+    accuracies = [name for name, kind in kinds.items() if kind == "accuracy"]
+    return "average acc" if "average acc" in accuracies else accuracies[0] if accuracies else None
+
+
+def find_baseline(summary: Summary, text: str) -> Row:
+    """The row with these settings, given as `name=value,name=value`.
+
+    Raises:
+        ConfigError: a name is no column, or not exactly one row has the values.
+    """
+    wanted = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
+    for name in wanted:
+        if name not in summary.settings:
+            raise ConfigError(f"--baseline {text}: {name} is no column; valid are {', '.join(summary.settings)}")
+    rows = [row for row in summary.rows if all(row.labels[name] == value for name, value in wanted.items())]
+    if len(rows) != 1:
+        raise ConfigError(f"--baseline {text}: {len(rows)} rows have these settings, not one")
+    return rows[0]
+
+
+def shown(measure: Measure) -> str:
+    """A number with its uncertainty: the deviation over seeds, or the standard error of a single run."""
+    text = _number(measure.mean, measure.kind)
+    uncertainty = measure.stderr if measure.deviation is None else measure.deviation
+    if uncertainty is not None:
+        text += f" ± {_number(uncertainty, measure.kind)}"
+    return text
+
+
+def _number(value: float, kind: str) -> str:
+    if kind in ("accuracy", "share"):
+        return f"{value:.2%}"
+    if kind == "error":
+        return f"{value:.4f}"
+    return f"{value:.0f}" if kind == "seconds" else f"{value:.2f}"
+
+
+def _difference(value: float, kind: str) -> str:
+    return f"{value * 100:+.2f}" if kind == "accuracy" else f"{value:+.2f}"
+
+
+def _against(row: Row, baseline: Row, name: str) -> str:
+    ours, theirs = row.measures.get(name), baseline.measures.get(name)
+    if ours is None or theirs is None or row is baseline:
+        return ""
+    if ours.kind == "accuracy":
+        return f"{_difference(ours.mean - theirs.mean, ours.kind)} points"
+    return f"{ours.mean / theirs.mean - 1:+.1%}"
+
+
+def _heading(summary: Summary, name: str) -> str:
+    limited = any(row.measures[name].limited for row in summary.rows if name in row.measures)
+    return f"{name} (limited)" if limited else name
+
+
+def _kind(summary: Summary, name: str) -> str:
+    return next(row.measures[name].kind for row in summary.rows if name in row.measures)
+
+
+def _latex(header: list[str], body: list[list[str]], settings: int) -> str:
+    def line(row: list[str]) -> str:
+        return " & ".join(_escape(cell) for cell in row) + r" \\"
+
+    columns = "l" * settings + "r" * (len(header) - settings)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule", *map(line, body), r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def _escape(text: str) -> str:
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde{}")
+
+
+def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison | None) -> dict[str, Any]:
+    main = main_measure(summary)
+    record: dict[str, Any] = {"settings": row.labels, "seeds": [run.config["seed"] for run in row.runs]}
+    record["measures"] = {
+        name: {"mean": measure.mean, "deviation": measure.deviation, "stderr": measure.stderr, "limited": measure.limited}
+        for name, measure in row.measures.items()
+    }
+    record["dense"] = {name: measure.mean for name, measure in summary.dense.items()}
+    if paper:
+        found = {name: paper.value(row, name) for name in row.measures}
+        record["paper"] = {"model": paper.model} | {name: value for name, value in found.items() if value is not None}
+    if baseline and main:
+        record["against_baseline"] = _against(row, baseline, main)
+    record["runs"] = [str(run.directory) for run in row.runs]
+    return record

@@ -1,0 +1,194 @@
+"""One table of many runs: columns for what varies between them, rows of runs that differ only in their seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from permllm.config import identity_of
+from permllm.results.collect import Run
+
+# Settings that only repeat others or name files, whose digests stand beside them.
+_LEFT_OUT = ("name", "seed", "inputs", "save_weights")
+_LEFT_OUT_BELOW = ("_target_", "path", "data_files", "architecture", "device", "hub_name", "source", "revision")
+_REPEATED = ("permutation.block_size", "permutation.temperature", "protocol")
+# What a reader looks for first.
+_FIRST = (
+    "model",
+    "sparsity",
+    "pruner",
+    "permutation",
+    "permutation.constraint",
+    "reconstruction",
+    "temperature",
+    "block_size",
+)
+
+
+@dataclass
+class Measure:
+    """One number of a row.
+
+    Attributes:
+        values: of the runs, one a seed.
+        kind: `perplexity`, `accuracy`, `share`, `error` or `seconds`.
+        stderr: standard error of a single run's accuracy.
+        limited: it was measured on a part of the items.
+    """
+
+    values: list[float]
+    kind: str
+    stderr: float | None = None
+    limited: bool = False
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds; None for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass
+class Row:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        labels: value of each column of settings.
+        measures: by name; `dense ...` are the dense model's.
+        runs: one a seed.
+    """
+
+    labels: dict[str, str]
+    measures: dict[str, Measure] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+
+@dataclass
+class Summary:
+    """The table.
+
+    Attributes:
+        settings: names of the columns of settings.
+        measures: names of the columns of numbers.
+        rows: in the order of their settings.
+        dense: the dense model's measures, where all rows share them.
+    """
+
+    settings: list[str]
+    measures: list[str]
+    rows: list[Row]
+    dense: dict[str, Measure]
+
+
+def summarise(runs: list[Run]) -> Summary:
+    """Group runs by their settings without the seed, and find what varies."""
+    flat = [_flat(run.config) for run in runs]
+    # Grouped by everything, not by the columns alone: what no column shows must not be averaged away.
+    members: dict[tuple[str, ...], list[int]] = {}
+    for index, values in enumerate(flat):
+        members.setdefault(tuple(f"{name}={value}" for name, value in sorted(values.items())), []).append(index)
+    groups = [flat[indices[0]] for indices in members.values()]
+    settings = _varying(groups)
+    rows = [
+        Row(_labels(values, settings), {}, [runs[i] for i in indices])
+        for values, indices in zip(groups, members.values(), strict=True)
+    ]
+    for row in rows:
+        row.measures = _measures(row.runs, "sparse")
+    ordered = sorted(rows, key=lambda row: [_sortable(row.labels[name]) for name in settings])
+    names = list(dict.fromkeys(name for row in ordered for name in row.measures))
+    dense = [_measures(row.runs[:1], "dense") for row in ordered]
+    shared = {name: value for name, value in dense[0].items() if all(other.get(name) == value for other in dense)}
+    return Summary(settings, names, ordered, shared)
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings that make a result, dotted; a group's `name` stands under the group's own."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, prefix: str) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(part, f"{prefix}.{key}" if prefix else key)
+        else:
+            flat[prefix] = value
+
+    walk(identity_of(config), "")
+    kept = {}
+    for key, value in flat.items():
+        if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
+            continue
+        if any(key == repeated or key.startswith(f"{repeated}.") for repeated in _REPEATED):
+            continue
+        kept[key.removesuffix(".name")] = value
+    inputs = config.get("inputs") or {}
+    return kept | {f"{key} (digest)": str(digest)[:8] for key, digest in inputs.items() if digest}
+
+
+def _varying(groups: list[dict[str, Any]]) -> list[str]:
+    """Settings that have several values; and, where these do not tell two groups apart, those that only some groups have."""
+    names = dict.fromkeys(name for values in groups for name in values)
+    varying = [name for name in names if len({_text(values[name]) for values in groups if name in values}) > 1]
+    for index, values in enumerate(groups):
+        for other in groups[:index]:
+            if _labels(values, varying) == _labels(other, varying):
+                varying += [name for name in names if name not in varying and values.get(name) != other.get(name)]
+    # What every run shares is still worth a column when nothing varies: the method.
+    if not varying:
+        varying = [name for name in ("pruner", "permutation") if name in names]
+    rank = {name: position for position, name in enumerate(_FIRST)}
+    return sorted(varying, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:
+    return {name: _text(values[name]) if name in values else "" for name in settings}
+
+
+def _measures(runs: list[Run], which: str) -> dict[str, Measure]:
+    found: dict[str, Measure] = {}
+    metrics = [run.metrics for run in runs]
+    for text, values in metrics[0].get("perplexity", {}).get(which, {}).items():
+        all_of = [entry["perplexity"][which][text]["value"] for entry in metrics]
+        found[f"{text} perplexity (window {values['window']})"] = Measure(all_of, "perplexity")
+    tasks = metrics[0].get("zero_shot", {}).get(which, {})
+    counted = [task for task, values in tasks.items() if values["acc"] is not None]
+    for task in counted:
+        values = tasks[task]
+        all_of = [entry["zero_shot"][which][task]["acc"] for entry in metrics]
+        stderr = values["stderr"] if len(runs) == 1 else None
+        found[f"{task} acc"] = Measure(all_of, "accuracy", stderr, values["limited"])
+    if len(counted) > 1:
+        means = [statistics.fmean(entry["zero_shot"][which][task]["acc"] for task in counted) for entry in metrics]
+        # Of independent tasks; a deviation over seeds says more.
+        errors = [tasks[task]["stderr"] for task in counted]
+        known = len(runs) == 1 and None not in errors
+        stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None
+        found["average acc"] = Measure(means, "accuracy", stderr, any(tasks[task]["limited"] for task in counted))
+    if which == "sparse":
+        for key, name, kind in (("retained_saliency", "saliency kept", "share"), ("output_error", "output error", "error")):
+            if key in metrics[0]:
+                found[name] = Measure([statistics.fmean(entry[key].values()) for entry in metrics], kind)
+        seconds = [sum(v for k, v in entry["seconds"].items() if not k.startswith("evaluate")) for entry in metrics]
+        found["seconds"] = Measure(seconds, "seconds")
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "null" if value is None else str(value)
+
+
+def _sortable(text: str) -> tuple[int, float, str]:
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (1, 0.0, text)

@@ -1,0 +1,228 @@
+"""`python -m permllm.results`: what is collected, what varies, how it is shown, and what bad input gets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from permllm.errors import ConfigError
+from permllm.results.collect import collect
+from permllm.results.plots import numeric_setting, plot
+from permllm.results.published import Comparison, published
+from permllm.results.render import cells, find_baseline, render
+from permllm.results.summary import summarise
+from tests.conftest import ROOT, run_module
+
+QUICKSTART = ROOT / "experiments" / "quickstart"
+
+
+def make_run(
+    folder: Path,
+    perplexity: float,
+    *,
+    seed: int = 0,
+    block_size: int = 64,
+    permutation: str = "lcp",
+    acc: float | None = None,
+    model: str = "smollm2-135m",
+    **changed: Any,
+) -> Path:
+    """The record of a finished run, as small as it can be."""
+    config: dict[str, Any] = {
+        "name": f"{model}-wanda-{permutation}",
+        "model": {"name": model, "source": "wheel", "device": "cpu"},
+        "sparsity": "2:4",
+        "pruner": {"name": "wanda", "_target_": "x"},
+        "permutation": {"name": permutation, "block_size": block_size, "_target_": "y"},
+        "block_size": block_size,
+        "seed": seed,
+        "runs_dir": str(folder.parent),
+        "calibration": {"dataset": "c4", "data_files": None},
+        "inputs": {},
+    }
+    text = {"wikitext2": {"value": perplexity, "window": 2048, "tokens": 100}}
+    dense = {"wikitext2": {"value": 10.0, "window": 2048, "tokens": 100}}
+    metrics: dict[str, Any] = {
+        "schema_version": 1,
+        "status": "finished",
+        "name": config["name"],
+        "config_hash": "0",
+        "seconds": {"permute": 5.0, "evaluate sparse": 100.0},
+        "sparsity": {},
+        "perplexity": {"dense": dense, "sparse": text},
+        "retained_saliency": {"a": 0.5, "b": 0.7},
+        "output_error": {"a": 0.1, "b": 0.2},
+    }
+    if acc is not None:
+        one = {"acc": acc, "stderr": 0.05, "n": 32, "limited": True}
+        metrics["zero_shot"] = {"dense": {"rte": one | {"acc": 0.6}}, "sparse": {"rte": one}}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | changed))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "history.jsonl").write_text('{"pass": 1, "loss": 1.5}\n{"pass": 2, "loss": 1.2}\n{"pass": 3, "lo')
+    return folder
+
+
+def table(folder: Path, **options: Any) -> list[list[str]]:
+    summary = summarise(collect([folder]).runs)
+    return list(csv.reader(io.StringIO(render(summary, "csv", **options))))
+
+
+def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
+    for seed, value in enumerate([20.0, 22.0, 24.0]):
+        make_run(tmp_path / f"a{seed}", value, seed=seed)
+    make_run(tmp_path / "b", 30.0, block_size=128)
+    header, dense, first, second = table(tmp_path)
+    assert header[:3] == ["block_size", "seeds", "wikitext2 perplexity (window 2048)"]
+    assert dense[:3] == ["dense", "", "10.00"]
+    assert first[:3] == ["64", "3", "22.00 ± 2.00"]
+    assert second[:3] == ["128", "1", "30.00"]
+    assert dict(zip(header, second, strict=True))["saliency kept"] == "60.00%"
+    assert dict(zip(header, second, strict=True))["seconds"] == "5"
+
+
+def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0, save_weights=True, compute_dtype="float32")
+    make_run(tmp_path / "b", 30.0, save_weights=False, compute_dtype="bfloat16")
+    header, _, *rows = table(tmp_path)
+    assert header[0] == "compute_dtype"
+    assert [row[1] for row in rows] == ["30.00", "20.00"]
+
+
+def test_settings_that_only_some_runs_have_tell_rows_apart_where_nothing_else_does(tmp_path: Path) -> None:
+    make_run(tmp_path / "old", 20.0)
+    make_run(tmp_path / "new", 30.0, constraint="foldable")
+    header, _, *rows = table(tmp_path)
+    assert header[0] == "constraint"
+    assert [row[:2] for row in rows] == [["", "20.00"], ["foldable", "30.00"]]
+
+
+def test_limited_accuracy_says_so_and_has_its_error(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0, acc=0.5)
+    header, dense, row = table(tmp_path)
+    position = header.index("rte acc (limited)")
+    assert row[position] == "50.00% ± 5.00%"
+    assert dense[position] == "60.00% ± 5.00%"
+
+
+def test_baseline(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", 40.0, permutation="none")
+    make_run(tmp_path / "lcp", 20.0)
+    summary = summarise(collect([tmp_path]).runs)
+    header, rows = cells(summary, find_baseline(summary, "permutation=none"))
+    found = {row[0]: row[header.index("against the baseline")] for row in rows}
+    assert found == {"dense": "", "none": "", "lcp": "-50.0%"}
+    with pytest.raises(ConfigError, match="valid are permutation"):
+        find_baseline(summary, "block=3")
+    with pytest.raises(ConfigError, match="0 rows have these settings"):
+        find_baseline(summary, "permutation=magic")
+
+
+def test_formats_hold_the_same_numbers(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    make_run(tmp_path / "b", 30.0, block_size=128)
+    summary = summarise(collect([tmp_path]).runs)
+    records = json.loads(render(summary, "json"))
+    assert [record["measures"]["wikitext2 perplexity (window 2048)"]["mean"] for record in records] == [20.0, 30.0]
+    assert records[0]["settings"] == {"block_size": "64"}
+    markdown = render(summary, "md").splitlines()
+    assert markdown[2].startswith("| dense | 10.00 |")
+    latex = render(summary, "latex")
+    assert r"block\_size & wikitext2 perplexity (window 2048)" in latex
+    assert r"60.00\% & 0.1500" in latex
+    assert latex.count(r"\\") == 4
+
+
+def test_every_published_number_is_found_by_its_table() -> None:
+    with open(ROOT / "permllm" / "results" / "published.csv", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert sum(len(published(f"table{number}")) for number in range(1, 9)) == len(rows)
+    with pytest.raises(ConfigError, match="valid are table1, table2"):
+        published("table9")
+
+
+def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 9.5, model="llama-2-7b")
+    make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
+    summary = summarise(collect([tmp_path]).runs)
+    paper = Comparison(published("table6"), "llama-2-7b")
+    assert paper.note == ""
+    header, rows = cells(summary, paper=paper)
+    expected = {row.setting: row.value for row in published("6") if row.metric == "wikitext2_ppl"}
+    for row in rows[1:]:
+        value = expected[f"block_size={row[0]}"]
+        assert row[header.index("paper, llama-2-7b")] == f"{value:.2f}"
+        ours = float(row[header.index("wikitext2 perplexity (window 2048)")])
+        assert row[header.index("difference")] == f"{ours - value:+.2f}"
+    other = Comparison(published("table6"), "smollm2-135m")
+    assert "llama-2-7b" in other.note
+    assert "difference" not in cells(summary, paper=other)[0]
+
+
+def test_the_plot_is_a_line_over_a_number_and_bars_over_names(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    make_run(tmp_path / "b", 30.0, block_size=128)
+    summary = summarise(collect([tmp_path]).runs)
+    assert numeric_setting(summary) == "block_size"
+    plot(summary, tmp_path / "line.png")
+    assert (tmp_path / "line.png").read_bytes()[:4] == b"\x89PNG"
+    make_run(tmp_path / "c", 40.0, permutation="none")
+    bars = summarise(collect([tmp_path]).runs)
+    assert numeric_setting(bars) is None
+    plot(bars, tmp_path / "bars.svg")
+    assert "<svg" in (tmp_path / "bars.svg").read_text()
+    with pytest.raises(ConfigError, match=r"--plot .*\.nothing"):
+        plot(bars, tmp_path / "bars.nothing")
+
+
+def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "a", 20.0)
+    shutil.copytree(first, tmp_path / "copy")
+    broken = {"text": "{", "list": "[]", "foreign": '{"loss": 1}', "running": '{"schema_version": 1, "status": "running"}'}
+    for name, text in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(text)
+    half = make_run(tmp_path / "no config", 1.0)
+    (half / "config.yaml").unlink()
+    found = collect([tmp_path, tmp_path / "a"])
+    assert [run.directory for run in found.runs] == [first]
+    assert found.duplicates == [(tmp_path / "copy", first)]
+    reasons = {path.parent.name: reason for path, reason in found.skipped}
+    assert set(reasons) == {*broken, "no config"}
+    for name, text in [
+        ("text", "not readable as JSON"),
+        ("list", "not a JSON object"),
+        ("foreign", "schema_version"),
+        ("running", "not finished"),
+        ("no config", "config.yaml beside it"),
+    ]:
+        assert text in reasons[name]
+    assert len(found.notes()) == 6
+    # The last line of the history was cut short.
+    assert [entry["loss"] for entry in found.runs[0].history] == [1.5, 1.2]
+
+
+def test_an_empty_directory_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a run is a directory with a metrics\.json"):
+        collect([tmp_path])
+    with pytest.raises(ConfigError, match="is not a directory"):
+        collect([tmp_path / "nothing"])
+
+
+def test_the_command_line_reads_the_records_of_the_repository(tmp_path: Path) -> None:
+    picture = tmp_path / "plot.png"
+    result = run_module("permllm.results", str(QUICKSTART), "--paper", "table1", "--plot", str(picture))
+    assert result.returncode == 0, result.stderr
+    for name in ("| permutation |", "| none |", "| heuristic |", "| lcp |", "hellaswag acc (limited)"):
+        assert name in result.stdout
+    assert "compare the order of the rows" in result.stderr
+    assert picture.is_file()
+    failed = run_module("permllm.results", str(tmp_path / "nothing"))
+    assert (failed.returncode, failed.stderr) == (1, f"error: {tmp_path / 'nothing'} is not a directory\n")
