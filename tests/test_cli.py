@@ -45,6 +45,10 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     assert "sparse models" in result.stdout
     for label in ("block_size=16", "block_size=32"):
         assert label in result.stdout
+    assert "2 ran, 1 failed" in result.stdout
+    again = run_command("-m", "model=tiny", "logger=none", "block_size=16,30,32", cwd=tmp_path)
+    assert "2 skipped, 1 failed" in again.stdout
+    assert "is not a multiple of M" in again.stdout[again.stdout.index("jobs") :]
 
 
 def test_quickstart_compares_three_permutations_in_one_table(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ class RunRecord:
             raise ConfigError(f"run_dir={self.directory} is not empty and holds no config.yaml; choose another one")
 
 
+def is_finished(directory: Path) -> bool:
+    """Whether a directory holds a finished run."""
+    try:
+        metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(metrics, dict) and metrics.get("status") == "finished"
+
+
 def _differing(first: Any, second: Any, prefix: str = "") -> list[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         keys = []

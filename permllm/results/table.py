@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -60,6 +62,19 @@ def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: 
     console.print(table)
     for label, _, directory in runs:
         console.print(f"{label}: {directory}", soft_wrap=True)
+
+
+def print_jobs(jobs: Sequence[tuple[str, str, str]], console: Console | None = None) -> None:
+    """What became of the jobs of a sweep: `(label, ran, skipped or failed, reason)`, and how many of each."""
+    console = console or terminal()
+    table = Table(title="jobs", title_justify="left")
+    for heading in ("job", "outcome", "reason"):
+        table.add_column(heading, overflow="fold")
+    for job in jobs:
+        table.add_row(*map(escape, job))
+    console.print(table)
+    counts = Counter(outcome for _, outcome, _ in jobs)
+    console.print(", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ran", "skipped", "failed") if counts[outcome]))
 
 
 def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
