@@ -28,7 +28,7 @@ from permllm.export.packed import unpack
 from permllm.export.tensor_file import check_file
 from permllm.models.families import FAMILIES
 from permllm.results.table import terminal
-from permllm.sparsity import NMPattern
+from permllm.sparsity import NMPattern, violations
 
 # Without a family that we know: two-dimensional weights that are never pruned.
 _NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "project_in", "project_out")
@@ -215,15 +215,12 @@ def _weights(folder: Path, files: list[Path], pattern: NMPattern) -> Iterator[tu
 
 def _examine(name: str, weight: Tensor, packed: bool, pattern: NMPattern) -> LayerReport:
     zero = weight == 0
-    violations = None
-    if weight.shape[1] % pattern.m == 0:
-        kept = (~zero).unflatten(1, (-1, pattern.m)).sum(-1)
-        violations = int((kept > pattern.n).sum())
+    stored = torch.arange(weight.shape[1])
     return LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         zeros=float(zero.double().mean()),
-        violations=violations,
+        violations=violations(weight, stored, pattern) if weight.shape[1] % pattern.m == 0 else None,
         negative_zeros=int((zero & weight.signbit()).sum()),
         nan=int((~weight.isfinite()).sum()),
         packed=packed,
@@ -236,8 +233,8 @@ def _print(folder: Path, report: Report) -> None:
     for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
         table.add_column(heading, justify="left" if heading == "weight" else "right")
     for layer in report.layers:
-        violations = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
-        cells = [violations, str(layer.negative_zeros), str(layer.nan)]
+        counted = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
+        cells = [counted, str(layer.negative_zeros), str(layer.nan)]
         table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
     console.print(table)
     weights = sum(math.prod(layer.shape) for layer in report.layers)

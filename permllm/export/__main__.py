@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from permllm.config import DTYPES
 from permllm.errors import PermLLMError
-from permllm.export.checkpoint import DTYPES, FORMATS, Request, export_run
+from permllm.export.checkpoint import FORMATS, Request, export_run
 from permllm.export.stored_order import FORMS
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from permllm.config import ModelConfig
+from permllm.config import DTYPES, ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card
 from permllm.export.packed import pack, packed_shapes
@@ -33,7 +33,6 @@ from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of
 
 FORMATS = ("dense", "packed")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 SUMMARY = "permllm.json"
 
 
