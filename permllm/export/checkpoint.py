@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -86,6 +86,9 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
         raise ConfigError(f"{target} is there already and not empty; choose another folder")
     record = _Record(directory)
     model = ModelConfig(**record.config["model"])
+    if model.source == "hub":
+        # The commit that was pruned, whatever the branch holds by now.
+        model.revision = record.metrics["model"].split(":")[2]
     if dense is not None:
         model = ModelConfig(**(record.config["model"] | {"source": "local", "path": str(dense)}))
     source = dense_source(model, record.config["seed"])
@@ -93,8 +96,12 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     comparable = dense is None or record.metrics["model"].startswith("local:")
     if comparable and source.identity != record.metrics["model"]:
         raise DataError(f"{directory} was pruned from {record.metrics['model']}, and this model is {source.identity}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
     try:
         summary = _write(record, request, source, scratch, started)
         scratch.chmod(0o755)
@@ -121,11 +128,18 @@ class _Record:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"{directory} is not a run directory: {error}") from error
+        if self.metrics.get("status", "finished") != "finished":
+            raise ConfigError(
+                f"{directory} is not finished (status {self.metrics['status']!r}); the same command continues it"
+            )
         if "sparsity" not in self.metrics or not (directory / PERMUTATIONS).is_file():
             raise ConfigError(f"{directory} holds no pruned model yet: it stopped before, or its tensors were removed")
         self.pattern = NMPattern.parse(self.config["sparsity"])
-        self.orders = load_file(directory / PERMUTATIONS)
-        self._masks = mask_reader(directory / MASKS)
+        try:
+            self.orders = load_file(directory / PERMUTATIONS)
+            self._masks = mask_reader(directory / MASKS)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise DataError(f"{directory}: its orders or masks cannot be read: {error}") from error
         self._weights = directory / WEIGHTS
         if self.metrics["sparsity"].get("weights_changed") and not self._weights.is_file():
             raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")

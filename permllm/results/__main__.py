@@ -32,6 +32,9 @@ def main() -> int:
         summary = summarise(collection.runs)
         paper = None
         if options.paper:
+            models = {run.config["model"]["name"] for run in collection.runs}
+            if len(models) > 1:
+                raise ConfigError(f"--paper compares the runs of one model, and these are of {', '.join(sorted(models))}")
             paper = Comparison(published(options.paper), collection.runs[0].config["model"]["name"])
         baseline = find_baseline(summary, options.baseline) if options.baseline else None
         sys.stdout.write(render(summary, options.format, baseline, paper))

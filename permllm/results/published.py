@@ -95,7 +95,8 @@ class Comparison:
         config = row.runs[0].config
         method = _METHODS.get((config["pruner"]["name"], _permutation(config["permutation"]["name"])))
         metric = _metric(measure)
-        if method is None or metric is None:
+        reconstructed = config.get("reconstruction", {"name": "none"})["name"] != "none"  # which the paper has none of
+        if method is None or metric is None or reconstructed:
             return None
         for setting in (*self._settings_of(config), ""):
             found = self._values.get((config["sparsity"], method, setting, metric))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -90,9 +91,10 @@ def summarise(runs: list[Run]) -> Summary:
     """Group runs by their settings without the seed, and find what varies."""
     flat = [_flat(run.config) for run in runs]
     # Grouped by everything, not by the columns alone: what no column shows must not be averaged away.
-    members: dict[tuple[str, ...], list[int]] = {}
-    for index, values in enumerate(flat):
-        members.setdefault(tuple(f"{name}={value}" for name, value in sorted(values.items())), []).append(index)
+    members: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        without_seed = {key: value for key, value in identity_of(run.config).items() if key != "seed"}
+        members.setdefault(json.dumps(without_seed, sort_keys=True), []).append(index)
     groups = [flat[indices[0]] for indices in members.values()]
     settings = _varying(groups)
     rows = [

@@ -48,7 +48,7 @@ def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: 
     table.add_column("")
     table.add_column("dense", justify="right")
     for label, _, _ in runs:
-        table.add_column(label, justify="right", overflow="fold")
+        table.add_column(escape(label), justify="right", overflow="fold")
     for name in names:
         dense = {column[name][0] for column in columns if name in column}
         cells = []
