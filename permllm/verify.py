@@ -115,6 +115,7 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
     """
     generator = torch.Generator().manual_seed(0)
     tokens: Tensor | None = None
+    vocabulary = 0
     logits = []
     for folder in (first, second):
         try:
@@ -122,11 +123,12 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise DataError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
         if tokens is None:
-            tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, _LENGTH), generator=generator)
+            vocabulary = model.config.vocab_size
+            tokens = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=generator)
+        elif model.config.vocab_size != vocabulary:
+            raise ConfigError(f"{first} and {second} have vocabularies of {vocabulary} and {model.config.vocab_size} tokens")
         with torch.no_grad():
             logits.append(model(input_ids=tokens).logits.double())
-    if logits[0].shape != logits[1].shape:
-        raise ConfigError(f"{first} and {second} have vocabularies of {logits[0].shape[-1]} and {logits[1].shape[-1]} tokens")
     ours, theirs = logits
     return {
         "largest": float((ours - theirs).abs().max()),

@@ -61,7 +61,7 @@ class Row:
 
     Attributes:
         labels: value of each column of settings.
-        measures: by name; `dense ...` are the dense model's.
+        measures: of the sparse model, by name.
         runs: one a seed.
     """
 
