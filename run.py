@@ -13,11 +13,10 @@ register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
-    """One job of the command line."""
-    SESSION.job(composed)
+def main(composed: DictConfig) -> float:
+    """One job of the command line; what it returns is what a search minimises."""
+    return SESSION.job(composed)
 
 
 if __name__ == "__main__":
-    main()
-    sys.exit(SESSION.close())
+    sys.exit(SESSION.of(main))

@@ -3,113 +3,122 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from permllm import parallel
-from permllm.config import read_config
+from permllm import parallel, sweep
+from permllm.config import read_config, register_resolvers
 from permllm.errors import PermLLMError
 from permllm.results.record import is_finished
-from permllm.results.table import print_comparison, print_jobs
+from permllm.results.table import mean_accuracy, print_comparison, print_jobs
 from permllm.runner import run
+from permllm.sweep import Job
 
-
-@dataclass
-class Job:
-    """What became of one job.
-
-    Attributes:
-        overrides: what was typed for it.
-        outcome: `ran`, `skipped` (it was finished already) or `failed`.
-        reason: why it failed.
-        metrics: of a finished run.
-        directory: of a finished run.
-    """
-
-    overrides: list[str]
-    outcome: str
-    reason: str = ""
-    metrics: dict[str, Any] | None = None
-    directory: Path | None = None
+_INTERRUPTED = "interrupted: the same command continues where it stopped"
 
 
 class Session:
-    """The jobs of one command: one, or those of a sweep."""
+    """The jobs of one command: one, or those of a sweep, which a launcher may run in other processes."""
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []
+        self._failed = False
 
-    def job(self, composed: DictConfig) -> None:
+    def of(self, main: Callable[[], Any]) -> int:
+        """Run what Hydra made of the command line, and end it: the exit code."""
+        try:
+            main()
+        except KeyboardInterrupt:  # while jobs of other processes were waited for
+            print(_INTERRUPTED, file=sys.stderr)
+            self.close()
+            return 130
+        return self.close()
+
+    def job(self, composed: DictConfig) -> float:
         """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs.
+
+        Returns:
+            What a search minimises (`objective`); infinite for a job that failed, which a sampler then avoids.
 
         Raises:
             SystemExit: with code 130 where Ctrl-C stops it, after a table of what was done before.
         """
+        register_resolvers()  # a launcher's process has not read run.py
         transformers.logging.set_verbosity_error()
         warnings.filterwarnings("ignore", category=FutureWarning)
         for name in ("httpx", "huggingface_hub"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        if sweep.sweeping():
+            sweep.share_cores()
         try:
             config = read_config(composed)
             skipped = not config.force and is_finished(config.directory())
             result = run(config)
-            if result is not None:
-                self.jobs.append(Job(_overrides(), "skipped" if skipped else "ran", "", *result))
+            if result is None:
+                return math.inf
+            metrics, directory = result
+            self._done("skipped" if skipped else "ran", directory=str(directory))
+            return objective(metrics)
         except KeyboardInterrupt:
-            self.jobs.append(Job(_overrides(), "failed", "interrupted: the same command continues it"))
-            print("interrupted: the same command continues where it stopped", file=sys.stderr)
+            self._done("failed", "interrupted: the same command continues it")
+            print(_INTERRUPTED, file=sys.stderr)
             self.close()
             raise SystemExit(130) from None
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             text = _one_line(error)
-            self.jobs.append(Job(_overrides(), "failed", text))
+            self._done("failed", text)
             print(f"error: {text}", file=sys.stderr)
             if parallel.world_size() > 1:
                 # The other processes wait for this one; torchrun ends them all.
                 raise SystemExit(1) from error
         except Exception as error:
-            if not _sweeping():
+            if not sweep.sweeping():
                 raise
             # An error of ours must be seen whole, and still not take the other jobs with it.
             traceback.print_exc()
-            self.jobs.append(Job(_overrides(), "failed", f"{type(error).__name__}: {_one_line(error)}"))
+            self._done("failed", f"{type(error).__name__}: {_one_line(error)}")
+        return math.inf
 
     def close(self) -> int:
         """Print the comparison where there is one to make, and what became of each job of several; the exit code."""
-        if len(self.jobs) > 1:
-            shared = set.intersection(*(set(job.overrides) for job in self.jobs))
-            labels = [" ".join(word for word in job.overrides if word not in shared) for job in self.jobs]
+        folder = sweep.folder()
+        jobs = sweep.kept(folder) if folder is not None else []
+        if len(jobs) > 1:
+            shared = set.intersection(*(set(job.overrides) for job in jobs))
+            labels = [" ".join(word for word in job.overrides if word not in shared) for job in jobs]
             finished = [
-                (label or job.metrics["name"], job.metrics, job.directory)
-                for label, job in zip(labels, self.jobs, strict=True)
-                if job.metrics is not None and job.directory is not None
+                (label or metrics["name"], metrics, Path(job.directory or ""))
+                for label, job in zip(labels, jobs, strict=True)
+                if (metrics := job.metrics()) is not None and "study" not in metrics
             ]
             if len(finished) > 1:
                 print_comparison(finished)
-            print_jobs([(label, job.outcome, job.reason) for label, job in zip(labels, self.jobs, strict=True)])
-        return 1 if any(job.outcome == "failed" for job in self.jobs) else 0
+            print_jobs([(label, job.outcome, job.reason) for label, job in zip(labels, jobs, strict=True)])
+        return 1 if self._failed or any(job.outcome == "failed" for job in jobs) else 0
+
+    def _done(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
+        self._failed = self._failed or outcome == "failed"
+        if sweep.sweeping():
+            sweep.keep(Job(sweep.overrides(), outcome, reason, directory))
 
 
-def _sweeping() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def _overrides() -> list[str]:
-    """What was typed for this job, without what a sweep itself needs; nothing outside of Hydra."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def objective(metrics: dict[str, Any]) -> float:
+    """The first perplexity of the sparse model, else 1 less the mean accuracy of its tasks, else infinite."""
+    for values in metrics.get("perplexity", {}).get("sparse", {}).values():
+        return float(values["value"])
+    accuracy = mean_accuracy(metrics.get("zero_shot", {}).get("sparse", {}))
+    return math.inf if math.isnan(accuracy) else 1 - accuracy
 
 
 def _one_line(error: BaseException) -> str:

@@ -173,6 +173,7 @@ class RunConfig:
         plan: print sizes and memory and stop.
         save_weights: keep the weights that a pruner changed.
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
+        study: measured instead of pruning (group `study`); empty for a run.
         budget: amounts that the groups before it refer to (group `budget`); empty for the default ones.
     """
 
@@ -195,6 +196,7 @@ class RunConfig:
     plan: bool = False
     save_weights: bool = True
     export: ExportConfig = field(default_factory=ExportConfig)
+    study: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -228,7 +230,8 @@ class RunConfig:
 
 def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
     """The part of resolved settings that makes a result."""
-    return {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
+    # An empty study is left out, so that runs keep the identity that they had before there were studies.
+    return {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN and (key != "study" or value)}
 
 
 def _digest(path: Path) -> str | None:

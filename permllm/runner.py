@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 import shutil
@@ -16,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm import parallel
+from permllm.caching import cached_values, digest_of
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError, DataError
-from permllm.evaluation.dense import cached_dense_result
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.export.checkpoint import Request, export_run
@@ -31,7 +30,8 @@ from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import check_segments, shared_orders
 from permllm.plan import print_plan
 from permllm.precision import compute_dtype, products_in
-from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, calibrate_dense, prune
+from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, prune
+from permllm.pruning.shared_calibration import shared_calibration
 from permllm.reconstruction.base import Reconstruction
 from permllm.results.environment import environment
 from permllm.results.files import write_json, write_tensors
@@ -51,6 +51,7 @@ from permllm.results.record import (
 )
 from permllm.results.table import print_run
 from permllm.sparsity import check_divides
+from permllm.studies.base import run_study
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     reconstruction: Reconstruction = instantiate(config.reconstruction)
     request = _export_request(config, permutation, pruner.updates_weights or reconstruction.changes_weights)
     parallel.start()
+    if config.study and not config.plan:
+        return run_study(config, instantiate(config.study), pruner)
     if resolve_device(config.model.device).type == "cpu":
         keep_freed_memory()
     if config.plan or config.model.source != "hub" or config.model.architecture:
@@ -151,10 +154,16 @@ def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
     groups = channel_groups(loaded.model)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, loaded.model.device)
-    dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
+    dense = _calibrate(config, loaded, groups, tokens, pruner, products)
     problem = _problem(config, loaded, groups, tokens, dense)
     with products_in(products, problem.device):
         permutation.orders(problem)
+
+
+def _calibrate(
+    config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, pruner: Pruner, products: torch.dtype
+) -> DenseCalibration:
+    return shared_calibration(loaded, groups, tokens, pruner, config.pruner, config.calibration.batch_size, products)
 
 
 def _problem(
@@ -232,14 +241,14 @@ def _prune(
         tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
         dense = None
         if not permutation.local or config.calibration.statistics == "dense":
-            dense = calibrate_dense(loaded.model, groups, tokens, pruner, config.calibration.batch_size, products)
+            dense = _calibrate(config, loaded, groups, tokens, pruner, products)
     order: Callable[[str, Tensor, Any], Tensor]
     if not permutation.local:
         assert dense is not None
         with record.stage("permute", device):
             problem = _problem(config, loaded, groups, tokens, dense)
             problem.on_step = lambda step, values: logger.log(values, step)
-            problem.on_pass = record.append_history
+            problem.on_pass = lambda values: _after_pass(values, record, logger)
             with products_in(products, device):
                 orders = _orders(permutation, problem, record)
 
@@ -267,6 +276,12 @@ def _prune(
         metrics["seconds"]["permute"] = pruned.permute_seconds
         metrics["seconds"]["prune"] -= pruned.permute_seconds
         record.save()
+
+
+def _after_pass(values: dict[str, Any], record: RunRecord, logger: RunLogger) -> None:
+    record.append_history(values)
+    # Of all windows, also where an interrupted run continues.
+    logger.log_pass(values, len(record.path(HISTORY).read_text(encoding="utf-8").splitlines()))
 
 
 def _orders(permutation: Any, problem: LearningProblem, record: RunRecord) -> dict[str, Tensor]:
@@ -313,9 +328,8 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
                     label = f"{which} perplexity"
                     return perplexity(loaded.model, text.windows, evaluation.perplexity.batch_tokens, label)
 
-                digest = hashlib.sha256(text.windows.numpy().tobytes()).hexdigest()
-                key = identity | {"perplexity": digest, "window": text.windows.shape[1]}
-                kept[text.name] = cached_dense_result(key, measure) if which == "dense" else measure()
+                key = identity | {"perplexity": digest_of(text.windows), "window": text.windows.shape[1]}
+                kept[text.name] = cached_values("dense", key, measure) if which == "dense" else measure()
                 record.save()
         if evaluation.zero_shot.tasks:
             settings = evaluation.zero_shot
@@ -326,7 +340,7 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
                     return zero_shot(loaded.model, loaded.tokenizer, settings)
 
                 key = identity | {"tasks": settings.tasks, "limit": settings.limit, "source": settings.source}
-                kept.update(cached_dense_result(key, accuracy) if which == "dense" else accuracy())
+                kept.update(cached_values("dense", key, accuracy) if which == "dense" else accuracy())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

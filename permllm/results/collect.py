@@ -13,6 +13,7 @@ import yaml
 from permllm.config import identity_of
 from permllm.errors import ConfigError
 from permllm.results.record import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCHEMA_VERSION
+from permllm.sweep import kept
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Collection:
 
 
 def collect(directories: Iterable[Path]) -> Collection:
-    """Every run below the directories, in the order of their paths.
+    """Every run below the directories, in the order of their paths; below a sweep's folder, the runs of its jobs.
 
     Raises:
         ConfigError: a directory does not exist, or nothing below them has a `metrics.json`.
@@ -64,10 +65,11 @@ def collect(directories: Iterable[Path]) -> Collection:
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory")
-    files = sorted({file for directory in directories for file in directory.rglob(METRICS)})
+    places = directories + [Path(job.directory) for directory in directories for job in kept(directory) if job.directory]
+    files = sorted({file for place in places for file in place.rglob(METRICS)})
     if not files:
-        places = ", ".join(map(str, directories))
-        raise ConfigError(f"no runs below {places}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
+        below = ", ".join(map(str, directories))
+        raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     found = Collection()
     first: dict[str, Path] = {}
     for file in files:
@@ -91,6 +93,8 @@ def _read(directory: Path) -> Run:
         raise ValueError(f"schema_version is {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}: not a run of ours")
     if metrics.get("status") != "finished":
         raise ValueError(f"not finished (status {metrics.get('status')!r}); the same command continues it")
+    if "study" in metrics:
+        raise ValueError("a study, not a run: what it found stands in it, under `study`")
     for key in ("name", "config_hash", "seconds", "sparsity"):
         if key not in metrics:
             raise ValueError(f"{key} is missing")

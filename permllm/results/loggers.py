@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from permllm import sweep
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
+from permllm.results.files import write_text
 
 log = logging.getLogger(__name__)
+
+# In the run directory: the id of its W&B run.
+WANDB_ID = ".wandb-id"
+# Of what is typed for a job, what does not tell it from others: it names the sweep, or says nothing about the result.
+_NOT_IN_A_NAME = ("experiment", "hparams_search", "logger", "runs_dir", "run_dir", "force")
+# Where a pass belongs, not what it found.
+_WITHOUT_CHART = ("pass/pass", "pass/round", "pass/first_layer", "pass/last_layer")
+# W&B refuses longer ones.
+_LONGEST_NAME = 128
+_LONGEST_TAG = 64
 
 
 class RunLogger(Protocol):
     """A sink of numbers."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one training step."""
+        """Numbers of one training step; steps count from 0 over all passes and windows."""
+
+    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
+        """Numbers of one pass, as in `history.jsonl`; passes count from 1 over all windows. What is None was not measured."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final numbers, names joined by slashes."""
@@ -29,6 +45,9 @@ class _Nowhere:
     def log(self, values: Mapping[str, float], step: int) -> None:
         pass
 
+    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
+        pass
+
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
 
@@ -36,14 +55,44 @@ class _Nowhere:
 class _WandB:
     def __init__(self, run: Any) -> None:
         self._run = run
-        run.define_metric("lcp/step")
-        run.define_metric("lcp/*", step_metric="lcp/step")
+        self._defined: set[str] = set()
+        self._step = -1
+        # The horizontal axes; no charts of their own.
+        run.define_metric("lcp/step", hidden=True)
+        run.define_metric("lcp/pass", hidden=True)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log({"lcp/step": step, **{f"lcp/{key}": value for key, value in values.items()}})
+        self._step = step
+        self._row("lcp", values, "lcp/step", step, 2 * step)
+
+    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
+        measured = {key: value for key, value in values.items() if value is not None}
+        self._row("pass", measured, "lcp/pass", number, 2 * self._step + 1)
 
     def summary(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._run.define_metric(name, summary="last")
         self._run.summary.update(dict(values))
+
+    def _row(self, prefix: str, values: Mapping[str, Any], axis: str, position: int, row: int) -> None:
+        """Log one row.
+
+        Its number follows from the step, not from what was logged before: a step that a continued run does again has the
+        number that it had. A row below the last one is lost in W&B, with a warning, so it is not sent.
+        """
+        if row < self._run.starting_step:
+            return
+        named = {f"{prefix}/{key}": value for key, value in values.items()}
+        self._define(named, axis)
+        self._run.log({axis: position, **named}, step=row, commit=True)
+
+    def _define(self, names: Iterable[str], axis: str) -> None:
+        for name in names:
+            if name not in self._defined:
+                self._defined.add(name)
+                summary = "min" if name.endswith("loss") else None
+                self._run.define_metric(name, step_metric=axis, summary=summary, hidden=name in _WITHOUT_CHART)
 
 
 class _TensorBoard:
@@ -53,6 +102,11 @@ class _TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
             self._writer.add_scalar(f"lcp/{key}", value, step)
+
+    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
+        for key, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(f"pass/{key}", value, number)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
@@ -78,6 +132,29 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         yield _Nowhere()
 
 
+def wandb_group(config: RunConfig) -> str | None:
+    """The W&B group: what was asked for, else the sweep that the job belongs to, else none."""
+    group = config.logger.group or os.environ.get(sweep.VARIABLE)
+    return group[:_LONGEST_NAME] if group else None
+
+
+def wandb_name(directory: Path) -> str:
+    """The name of the W&B run: what was typed for the job and says what it is; without any, the run directory's name."""
+    words = [word for word in sweep.overrides() if word.lstrip("+~").partition("=")[0].split(".")[0] not in _NOT_IN_A_NAME]
+    return " ".join(words)[:_LONGEST_NAME] or directory.name
+
+
+def _wandb_id(config: RunConfig, directory: Path) -> str:
+    """The id that a continued run had before, so that its curves go on; a new one for a new run, and for force=true."""
+    file = directory / WANDB_ID
+    if file.is_file() and not config.force:
+        return file.read_text(encoding="utf-8").strip()
+    # Not the hash alone: a run that was deleted here and is run again is another one.
+    run_id = f"{config.hash()}-{secrets.token_hex(4)}"
+    write_text(file, run_id + "\n")
+    return run_id
+
+
 def _wandb_key() -> bool:
     """Whether credentials are there; asks nobody, and a key that the server refuses counts as none."""
     import wandb
@@ -99,12 +176,21 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     home = Path(os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
 
+    tags = [config.pruner.get("name"), config.permutation.get("name"), config.sparsity, config.model.name]
+    run_id = _wandb_id(config, directory)
+
     def start(mode: str) -> Any:
         return wandb.init(
             project=config.logger.project,
-            group=config.logger.group,
-            name=directory.name,
-            config=config.identity(),
+            group=wandb_group(config),
+            name=wandb_name(directory),
+            tags=[str(tag)[:_LONGEST_TAG] for tag in tags if tag],
+            job_type="learn" if "passes" in config.permutation else "prune",
+            config=config.identity() | {"run_directory": str(directory), "config_hash": config.hash()},
+            id=run_id,
+            # Offline, each attempt leaves a folder of its own with this id, and says in it that it resumes the run.
+            # `wandb sync` sends the folders of one id as one run, in the order of their time.
+            resume="allow",
             dir=str(home),
             mode=mode,  # type: ignore[arg-type]
             settings=settings,

@@ -10,6 +10,7 @@ from typing import Any
 
 from permllm.config import identity_of
 from permllm.results.collect import Run
+from permllm.results.table import counted_tasks, mean_accuracy
 
 # Settings that only repeat others or name files, whose digests stand beside them.
 _LEFT_OUT = ("name", "seed", "inputs", "save_weights")
@@ -159,14 +160,15 @@ def _measures(runs: list[Run], which: str) -> dict[str, Measure]:
         all_of = [entry["perplexity"][which][text]["value"] for entry in metrics]
         found[f"{text} perplexity (window {values['window']})"] = Measure(all_of, "perplexity")
     tasks = metrics[0].get("zero_shot", {}).get(which, {})
-    counted = [task for task, values in tasks.items() if values["acc"] is not None]
-    for task in counted:
-        values = tasks[task]
+    for task, values in tasks.items():
+        if values["acc"] is None:
+            continue
         all_of = [entry["zero_shot"][which][task]["acc"] for entry in metrics]
         stderr = values["stderr"] if len(runs) == 1 else None
         found[f"{task} acc"] = Measure(all_of, "accuracy", stderr, values["limited"])
+    counted = counted_tasks(tasks)
     if len(counted) > 1:
-        means = [statistics.fmean(entry["zero_shot"][which][task]["acc"] for task in counted) for entry in metrics]
+        means = [mean_accuracy(entry["zero_shot"][which]) for entry in metrics]
         # Of independent tasks; a deviation over seeds says more.
         errors = [tasks[task]["stderr"] for task in counted]
         known = len(runs) == 1 and None not in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,12 +90,24 @@ def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
         label = f"{name} acc{items}"
         rows.append((label, _accuracy(values), _accuracy(sparse[name])))
-    # An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
-    counted = [name for name, values in dense.items() if values["n"] and values["acc"] is not None]
-    if len(counted) > 1:
-        means = [sum(part[name]["acc"] for name in counted) / len(counted) for part in (dense, sparse)]
+    if len(counted_tasks(dense)) > 1:
+        means = [mean_accuracy(part) for part in (dense, sparse)]
         rows.append(("average acc", f"{means[0]:.1%}", f"{means[1]:.1%}"))
     return rows
+
+
+def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """The tasks of a zero-shot result that a mean is taken over.
+
+    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
+    """
+    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
+
+
+def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
+    """Over the counted tasks of a zero-shot result; not a number where there is none."""
+    counted = counted_tasks(tasks)
+    return sum(float(tasks[name]["acc"]) for name in counted) / len(counted) if counted else math.nan
 
 
 def _accuracy(values: dict[str, Any]) -> str:

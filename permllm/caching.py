@@ -1,0 +1,84 @@
+"""Results that several jobs need are computed once: kept in the cache directory under a digest of what they follow from.
+
+A lock for each digest lets jobs that run at the same time, in any processes that share the folder, wait for the first of them
+instead of computing the same. Kept files are never changed; deleting the folder costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from permllm.data.wheels import cache_directory
+from permllm.errors import DataError
+from permllm.results.environment import versions
+from permllm.results.files import write_json, write_tensors
+
+log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+def cached_values(kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Plain values that follow from `identity` and the present software versions.
+
+    Args:
+        kind: folder in the cache directory.
+        identity: plain values that the result depends on: model, protocol, digest of the text.
+        compute: called where nothing is kept yet, or what is kept cannot be read.
+    """
+
+    def write(file: Path, result: dict[str, Any]) -> None:
+        write_json(file, {"identity": dict(identity), "versions": versions(), "result": result})
+
+    def read(file: Path) -> dict[str, Any]:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["result"])
+
+    return _cached(_file(kind, identity, ".json"), compute, read, write)
+
+
+def cached_tensors(kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`cached_values` for tensors by name, kept exactly, on the CPU."""
+
+    def write(file: Path, tensors: dict[str, Tensor]) -> None:
+        write_tensors(file, tensors, {"identity": json.dumps(dict(identity), sort_keys=True)})
+
+    return _cached(_file(kind, identity, ".safetensors"), compute, load_file, write)
+
+
+def digest_of(tensor: Tensor) -> str:
+    """sha256 of a CPU tensor's values."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _file(kind: str, identity: Mapping[str, Any], suffix: str) -> Path:
+    key = json.dumps({"identity": dict(identity), "versions": versions()}, sort_keys=True)
+    return cache_directory() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
+
+
+def _cached(
+    file: Path, compute: Callable[[], Value], read: Callable[[Path], Value], write: Callable[[Path, Value], None]
+) -> Value:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if file.is_file():
+            try:
+                return read(file)
+            except (OSError, ValueError, KeyError, SafetensorError):
+                file.unlink(missing_ok=True)
+        result = compute()
+        try:
+            write(file, result)
+        except DataError as error:
+            # A full disk must not cost a job what it has just computed.
+            log.warning("not kept for other jobs: %s", error)
+        return result

@@ -1,0 +1,80 @@
+"""The calibration pass through the dense model, done once for all jobs that have the same model, text and pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permllm.caching import cached_tensors, digest_of
+from permllm.models.families import ChannelGroup
+from permllm.models.loading import LoadedModel
+from permllm.pruning.pipeline import DenseCalibration, Pruner, calibrate_dense
+from permllm.pruning.saliency import SaliencyFactors
+
+_TARGET = "target"
+
+
+def shared_calibration(
+    loaded: LoadedModel,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    pruner: Pruner,
+    pruner_settings: Mapping[str, Any],
+    batch_size: int,
+    compute_dtype: torch.dtype,
+) -> DenseCalibration:
+    """`calibrate_dense`, or what an earlier job kept of it.
+
+    The target follows from model and text alone, so that jobs with another pruner do not keep it a second time.
+
+    Args:
+        loaded: the dense model.
+        groups: of the model, all layers.
+        tokens: int64 `(samples, length)`.
+        pruner: whose statistics are needed.
+        pruner_settings: plain values that `pruner` was made from.
+        batch_size: samples a forward.
+        compute_dtype: of the model's matrix products.
+    """
+    identity = {
+        "model": loaded.identity,
+        "tokens": digest_of(tokens),
+        "batch_size": batch_size,
+        "compute_dtype": str(compute_dtype),
+        "device": loaded.model.device.type,
+    }
+    found: list[DenseCalibration] = []
+
+    def calibrated() -> DenseCalibration:
+        if not found:
+            found.append(calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype))
+        return found[0]
+
+    factors = cached_tensors(
+        "saliency", identity | {"pruner": dict(pruner_settings)}, lambda: packed_factors(calibrated().factors)
+    )
+    target = cached_tensors("target", identity, lambda: {_TARGET: calibrated().target})
+    return DenseCalibration(unpacked_factors(factors), target[_TARGET])
+
+
+def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
+    """Factors by module path as tensors by name, exactly."""
+    packed = {}
+    for path, values in factors.items():
+        packed[f"{path}/power"] = torch.tensor(values.power)
+        packed[f"{path}/column"] = values.column
+        if values.row is not None:
+            packed[f"{path}/row"] = values.row
+    return packed
+
+
+def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
+    """What `packed_factors` made of factors."""
+    paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
+    return {
+        path: SaliencyFactors(int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row"))
+        for path in paths
+    }

@@ -1,0 +1,97 @@
+"""A study measures something about a model or its layers that is not one pruned model: a job with a record like any other."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from permllm.config import RunConfig
+from permllm.models.loading import resolve_device
+from permllm.pruning.pipeline import Pruner
+from permllm.results.environment import environment
+from permllm.results.files import write_json
+from permllm.results.record import ENVIRONMENT, RunRecord
+
+log = logging.getLogger(__name__)
+
+PICTURE = "figure.png"
+
+
+@dataclass(frozen=True)
+class StudyInputs:
+    """What a study works from.
+
+    Attributes:
+        config: of the job.
+        pruner: the base pruner of the config.
+        device: where to compute.
+    """
+
+    config: RunConfig
+    pruner: Pruner
+    device: torch.device
+
+
+class Study(Protocol):
+    """Measures, and shows what it measured."""
+
+    def measure(self, inputs: StudyInputs) -> dict[str, Any]:
+        """The results, as plain values."""
+
+    def lines(self, results: dict[str, Any]) -> list[str]:
+        """The results as Markdown, line by line."""
+
+    def draw(self, results: dict[str, Any], axes: Any) -> None:
+        """Draw them into matplotlib's axes."""
+
+
+def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str, Any], Path]:
+    """Run a study, or take the finished record; print its table and draw its picture, where matplotlib is there.
+
+    Returns:
+        The metrics, with the results under `study`, and the directory.
+    """
+    record = RunRecord(config.directory(), config, config.force)
+    with record.opened():
+        if record.finished:
+            log.info("%s is finished already; force=true runs it again", record.directory)
+        else:
+            device = resolve_device(config.model.device)
+            random.seed(config.seed)
+            np.random.seed(config.seed)
+            torch.manual_seed(config.seed)
+            write_json(record.path(ENVIRONMENT), environment(config.seed, device))
+            with record.stage("measure", device):
+                record.metrics["study"] = study.measure(StudyInputs(config, pruner, device))
+            record.metrics["status"] = "finished"
+            record.save()
+        results = record.metrics["study"]
+        print("\n".join(study.lines(results)))
+        if picture(study, results, record.path(PICTURE)):
+            print(f"picture   {record.path(PICTURE)}")
+        print(f"files     {record.directory}")
+    return record.metrics, record.directory
+
+
+def picture(study: Study, results: dict[str, Any], file: Path) -> bool:
+    """Draw the results into a file; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.info("no picture: matplotlib is not installed (pip install -e '.[plot]')")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    study.draw(results, axes)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+    return True

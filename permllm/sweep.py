@@ -1,0 +1,111 @@
+"""What the jobs of a sweep share, in whatever process a launcher runs them: the sweep's folder, a file of each outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from permllm.results.files import write_json
+
+# Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
+VARIABLE = "PERMLLM_SWEEP"
+# What does not make a sweep another one.
+_LEFT_OUT = ("force", "plan", "logger", "runs_dir", "hydra.launcher", "hydra/launcher")
+_JOBS = "jobs"
+# Of the sweep that this process started.
+_STARTED: list[Path] = []
+
+
+@dataclass
+class Job:
+    """What became of one job.
+
+    Attributes:
+        overrides: what was typed for it.
+        outcome: `ran`, `skipped` (it was finished already), `planned` or `failed`.
+        reason: why it failed.
+        directory: of a finished run.
+    """
+
+    overrides: list[str]
+    outcome: str
+    reason: str = ""
+    directory: str | None = None
+
+    def metrics(self) -> dict[str, Any] | None:
+        """Of a finished run."""
+        if self.directory is None:
+            return None
+        return dict(json.loads((Path(self.directory) / "metrics.json").read_text(encoding="utf-8")))
+
+
+class SweepFolder(Callback):  # type: ignore[misc]
+    """Hydra's callback that names the sweep before its first job: the same command, the same folder."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Set the variable that `hydra.sweep.dir` is built from, and forget the outcomes of an earlier time."""
+        os.environ[VARIABLE] = sweep_name(config)
+        _STARTED[:] = [Path(config.hydra.sweep.dir)]
+        shutil.rmtree(_STARTED[0] / _JOBS, ignore_errors=True)
+
+
+def sweep_name(config: DictConfig) -> str:
+    """The experiment, or `sweep`, and a digest of what was typed."""
+    hydra = config.hydra
+    typed = [word for word in [*hydra.overrides.task, *hydra.overrides.hydra] if not word.lstrip("+~").startswith(_LEFT_OUT)]
+    digest = hashlib.sha256(json.dumps(sorted(typed)).encode()).hexdigest()[:8]
+    return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+
+
+def folder() -> Path | None:
+    """The folder of the sweep that this process started; None for a single job, and for a job that another process started."""
+    return _STARTED[0] if _STARTED else None
+
+
+def sweeping() -> bool:
+    """Whether this is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def overrides() -> list[str]:
+    """What was typed for this job; nothing outside of Hydra."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def keep(job: Job) -> None:
+    """Write a job's outcome into the sweep's folder, for the process that waits for all of them."""
+    hydra = HydraConfig.get()
+    write_json(Path(hydra.sweep.dir) / _JOBS / f"{hydra.job.num:04d}.json", asdict(job))
+
+
+def kept(folder: Path) -> list[Job]:
+    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out."""
+    jobs = []
+    for file in sorted((folder / _JOBS).glob("*.json")):
+        try:
+            jobs.append(Job(**json.loads(file.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):
+            continue
+    return jobs
+
+
+def share_cores() -> None:
+    """Give this process its share of the cores where a launcher runs several jobs of one machine at a time."""
+    launcher = HydraConfig.get().launcher
+    if "joblib" not in str(launcher.get("_target_", "")):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = int(launcher.get("n_jobs") or 1)
+    at_once = at_once if at_once > 0 else max(1, cores + 1 + at_once)  # joblib: -1 is all of them, -2 all but one
+    torch.set_num_threads(max(1, cores // at_once))

@@ -1,0 +1,374 @@
+"""The tables of the paper from what runs logged to Weights & Biases, with the published numbers beside.
+
+python scripts/wandb_report.py --project permllm --table table6
+python scripts/wandb_report.py --project permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
+python scripts/wandb_report.py --offline runs --table table6
+
+Runs that differ only in their seed become mean and standard deviation, and each model has a table of its own. `--offline`
+reads the folders that runs left on this machine, sent or not (wandb 0.31 or newer). `--publish` makes a W&B report of the
+tables, with panels of the runs behind them; it needs `pip install -e '.[wandb-report]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from permllm.config import identity_of
+from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.results.collect import Run
+from permllm.results.published import Comparison, Published, published
+from permllm.results.record import SCHEMA_VERSION
+from permllm.results.render import FORMATS, render
+from permllm.results.summary import Summary, summarise
+
+# What the logger adds to the settings that make a result.
+_ADDED = ("run_directory", "config_hash")
+# JSON has no such numbers; W&B writes them as words.
+_WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+@dataclass
+class Logged:
+    """A run as W&B has it.
+
+    Attributes:
+        id: W&B's, unique in a project.
+        name: of the run.
+        group: of the sweep; empty for a single job.
+        state: `finished`, `running`, `crashed`, `failed`.
+        config: the settings that make a result, and what the logger adds.
+        summary: final values by name.
+        history: rows in the order in which they were logged; empty for runs that come through the Api, where those of each run
+            would be a request of their own and no table needs them.
+    """
+
+    id: str
+    name: str
+    group: str
+    state: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The runs of one model beside the paper's numbers.
+
+    Attributes:
+        model: short name.
+        summary: of its runs.
+        paper: finds the published numbers.
+        ids: W&B's, of the runs.
+    """
+
+    model: str
+    summary: Summary
+    paper: Comparison
+    ids: list[str]
+
+
+def read_api(api: Any, path: str, groups: list[str]) -> list[Logged]:
+    """The runs of a project, the oldest first; settings and final values only of those in some groups.
+
+    Args:
+        api: `wandb.Api()`.
+        path: `ENTITY/PROJECT`, or `PROJECT` of the default entity.
+        groups: patterns of the groups' names (see `chosen`).
+
+    Raises:
+        DataError: W&B cannot be reached or refuses, or there is no such project.
+    """
+    found = []
+    with _asking(f"the runs of {path} cannot be had from W&B"):
+        for run in api.runs(path, order="+created_at"):
+            logged = Logged(run.id, run.name, run.group or "", run.state, {}, {})
+            if chosen(logged.group, groups):
+                # A request for each run.
+                logged.config, logged.summary = dict(run.config), dict(run.summary_metrics)
+            found.append(logged)
+    return found
+
+
+@contextmanager
+def _asking(failure: str) -> Iterator[None]:
+    """Turn what goes wrong while W&B is asked into one line: its errors are of many classes, some of them not public."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{failure}: {error}") from error
+
+
+def read_offline(directory: Path, project: str) -> list[Logged]:
+    """The runs of a project that lie below a directory, the oldest first.
+
+    A run that was interrupted has several folders, one for each attempt: they become one run here, as they do in W&B.
+
+    Raises:
+        ConfigError: there are none, or this wandb cannot print them.
+    """
+    # `latest-run` is a link to one of them, and "**" does not follow links.
+    files = sorted(directory.rglob("run-*.wandb"), key=lambda file: file.parent.name.removeprefix("offline-"))
+    runs: dict[str, Logged] = {}
+    for file in files:
+        records = list(_records(file))
+        header = next((record["run"] for record in records if "run" in record), None)
+        if header is not None and header.get("project") == project:
+            run = runs.setdefault(header["run_id"], Logged(header["run_id"], "", "", "", {}, {}))
+            run.name, run.group = header.get("display_name", ""), header.get("run_group", "")
+            _replay(run, records)
+    if not runs:
+        raise ConfigError(
+            f"no runs of the project {project} below {directory}: wandb leaves DIR/wandb/offline-run-*/run-*.wandb"
+        )
+    return list(runs.values())
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    """What a run wrote, through wandb's own command: the format of the file is not documented."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+        raise ConfigError(f"`wandb leet inspect --json` (wandb 0.31 or newer) cannot read {file}: {reason}")
+    for line in result.stdout.splitlines():
+        yield json.loads(line)
+
+
+def _replay(run: Logged, records: Iterable[dict[str, Any]]) -> None:
+    run.state = "crashed"  # without an exit
+    for record in records:
+        if "run" in record:
+            run.config.update(record["run"].get("config", {}).get("update", {}))
+        elif "config" in record:
+            run.config.update(record["config"].get("update", {}))
+        elif "summary" in record:
+            run.summary.update(record["summary"].get("update", {}))
+        elif "history" in record:
+            run.history.append(record["history"]["item"])
+        elif "exit" in record:
+            run.state = "failed" if record["exit"].get("exit_code") else "finished"
+
+
+def chosen(group: str, patterns: list[str]) -> bool:
+    """Whether a group's name matches one of some patterns, as those of file names; `*` matches single jobs too."""
+    return any(fnmatchcase(group, pattern) for pattern in patterns)
+
+
+def as_run(logged: Logged) -> Run:
+    """A logged run as the tables take them.
+
+    Raises:
+        ValueError: it is not finished, or was not logged by this framework; the message says which.
+    """
+    metrics = _nested(logged.summary)
+    if logged.state != "finished" or metrics.get("status") != "finished":
+        raise ValueError(f"not finished ({logged.state})")
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+    config = {key: value for key, value in logged.config.items() if key not in _ADDED and not key.startswith("_")}
+    if "permutation" not in config or "seconds" not in metrics:
+        raise ValueError("its settings or its final values are missing")
+    # What is None is not logged.
+    for tasks in metrics.get("zero_shot", {}).values():
+        for values in tasks.values():
+            for key in ("acc", "acc_norm", "stderr", "n", "split"):
+                values.setdefault(key, None)
+    passes = [row for row in logged.history if "lcp/pass" in row]
+    # A pass that was done again counts once.
+    history = {row["lcp/pass"]: {key[5:]: value for key, value in row.items() if key.startswith("pass/")} for row in passes}
+    for entry in history.values():
+        entry.setdefault("measured_loss", None)
+    return Run(Path(str(logged.config.get("run_directory", logged.id))), config, metrics, {}, list(history.values()))
+
+
+def _nested(summary: dict[str, Any]) -> dict[str, Any]:
+    """Final values as in `metrics.json`. Of what is one value for each channel group there, only the mean was logged."""
+    metrics: dict[str, Any] = {}
+    for name, value in summary.items():
+        *folders, key = name.split("/")
+        if name.startswith("_") or (folders and folders[0] in ("lcp", "pass")):
+            continue
+        place = metrics
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
+    return metrics
+
+
+def tables(logged: list[Logged], paper: list[Published]) -> tuple[list[Table], list[str]]:
+    """A table for each model, and notes on the runs that are in none.
+
+    Raises:
+        ConfigError: no run is finished.
+    """
+    notes: list[str] = []
+    newest: dict[str, tuple[Run, Logged]] = {}
+    for entry in logged:
+        try:
+            run = as_run(entry)
+        except ValueError as error:
+            notes.append(f"skipped {entry.name} ({entry.id}): {error}")
+            continue
+        identity = json.dumps(identity_of(run.config), sort_keys=True)
+        if identity in newest:
+            # Run again with force=true: its directory holds the last one too.
+            earlier = newest.pop(identity)[1]
+            notes.append(f"{entry.name} ({entry.id}) has the settings of {earlier.id}, which is older and is not counted")
+        newest[identity] = (run, entry)
+    if not newest:
+        raise ConfigError("; ".join(["no finished run is among them", *notes]))
+    models: dict[str, list[tuple[Run, Logged]]] = {}
+    for pair in newest.values():
+        models.setdefault(pair[0].config["model"]["name"], []).append(pair)
+    found = []
+    for model, pairs in sorted(models.items()):
+        summary = summarise([run for run, _ in pairs])
+        found.append(Table(model, summary, Comparison(paper, model), [entry.id for _, entry in pairs]))
+    return found, notes
+
+
+def text(found: list[Table], format: str) -> str:
+    """The tables in one of `FORMATS`; JSON is one list of all rows."""
+    parts = [render(table.summary, format, paper=table.paper) for table in found]
+    if format == "json":
+        return json.dumps([row for part in parts for row in json.loads(part)], indent=2) + "\n"
+    if format == "md" and len(found) > 1:
+        parts = [f"## {table.model}\n\n{part}" for table, part in zip(found, parts, strict=True)]
+    return "\n".join(parts)
+
+
+def report(found: list[Table], project: str, entity: str, title: str) -> Any:
+    """A W&B report of the tables, not saved yet.
+
+    Below each table stand the panels of exactly the runs behind it, grouped by what varies, so that seeds fall together.
+
+    Raises:
+        ConfigError: the package wandb-workspaces is missing.
+    """
+    try:
+        wr = import_module("wandb_workspaces.reports.v2")
+        expr = import_module("wandb_workspaces.expr")
+    except ImportError as error:
+        raise ConfigError("--publish needs wandb-workspaces: pip install -e '.[wandb-report]'") from error
+    blocks: list[Any] = []
+    for table in found:
+        blocks += [wr.H2(table.model), wr.MarkdownBlock(render(table.summary, "md", paper=table.paper))]
+        if table.paper.note:
+            blocks.append(wr.P(table.paper.note))
+        runs = wr.Runset(
+            entity=entity,
+            project=project,
+            name=table.model,
+            filters=[expr.Metric("ID").isin(table.ids)],
+            groupby=[f"config.{key}" for key in _varying(table.summary)],
+        )
+        panels: list[Any] = [wr.BarPlot(title=name, metrics=[name], orientation="v") for name in _results(table.summary)]
+        curves = {
+            "loss": ("lcp/step", "lcp/loss"),
+            "temperature": ("lcp/step", "lcp/temperature"),
+            "loss measured after a pass": ("lcp/pass", "pass/measured_loss"),
+            "flips in a pass": ("lcp/pass", "pass/flips"),
+        }
+        for name, (x, y) in curves.items():
+            panels.append(wr.LinePlot(title=name, x=x, y=[y], title_x=x.removeprefix("lcp/"), groupby_rangefunc="stddev"))
+        blocks.append(wr.PanelGrid(runsets=[runs], panels=panels))
+    return wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
+
+
+def _varying(summary: Summary) -> list[str]:
+    """Keys in the W&B config of the columns of a table; a group is named by its own `name`."""
+    keys = []
+    for column in summary.settings:
+        value: Any = summary.rows[0].runs[0].config
+        for part in column.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            keys.append(f"{column}.name")
+        elif not column.endswith(" (digest)"):
+            keys.append(column)
+    return keys
+
+
+def _results(summary: Summary) -> list[str]:
+    """Names of the final values that the table is about: perplexities, then accuracies."""
+    metrics = summary.rows[0].runs[0].metrics
+    names = [f"perplexity/sparse/{name}/value" for name in metrics.get("perplexity", {}).get("sparse", {})]
+    return names + [
+        f"zero_shot/sparse/{task}/acc"
+        for task, values in metrics.get("zero_shot", {}).get("sparse", {}).items()
+        if values["acc"] is not None
+    ]
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", default="permllm")
+    parser.add_argument("--entity", help="user or team; yours without it")
+    parser.add_argument("--table", required=True, help="of the paper, for example table6")
+    parser.add_argument(
+        "--group",
+        action="append",
+        metavar="SWEEP",
+        help="sweeps to take the runs from, with * for anything, several times; without it those of this table's experiment",
+    )
+    parser.add_argument("--format", choices=FORMATS, default="md")
+    parser.add_argument("--offline", type=Path, metavar="DIR", help="read the runs below a folder instead of asking W&B")
+    parser.add_argument("--publish", action="store_true", help="make a W&B report")
+    options = parser.parse_args()
+    try:
+        return _main(options)
+    except PermLLMError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.publish and options.offline:
+        raise ConfigError("--publish makes a report of runs that W&B has: `wandb sync` them first, and leave out --offline")
+    table = f"table{options.table.removeprefix('table')}"
+    try:
+        paper = published(table)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--paper", "--table")) from error
+    groups = options.group or [table, f"{table}-*"]
+    entity = options.entity
+    if options.offline:
+        logged = read_offline(options.offline, options.project)
+    else:
+        with _asking("W&B cannot be reached"):
+            api = wandb.Api()
+            entity = entity or api.default_entity
+        logged = read_api(api, f"{entity}/{options.project}" if entity else options.project, groups)
+    of_groups = [run for run in logged if chosen(run.group, groups)]
+    if not of_groups:
+        there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
+        raise ConfigError(f"no run is in the group {' or '.join(groups)}; groups are {there}; --group '*' takes all runs")
+    found, notes = tables(of_groups, paper)
+    for note in [*notes, *(table.paper.note for table in found if table.paper.note)]:
+        print(f"note: {note}", file=sys.stderr)
+    sys.stdout.write(text(found, options.format))
+    if options.publish:
+        if not entity:
+            raise ConfigError("--publish needs --entity: this key has no default one")
+        made = report(found, options.project, entity, f"PermLLM, {table}")
+        with _asking("the report cannot be saved"):
+            print(made.save().url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

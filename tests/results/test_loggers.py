@@ -1,0 +1,486 @@
+"""What W&B and TensorBoard get: names, groups, axes, curves, final numbers; and the tables that are made from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from permllm import runner
+from permllm.config import read_config
+from permllm.errors import ConfigError, DataError
+from permllm.results.collect import Run, collect
+from permllm.results.loggers import WANDB_ID, RunLogger, _WandB, open_logger, wandb_group, wandb_name
+from permllm.results.published import published
+from tests.conftest import ROOT, run_command, run_module, script
+from tests.test_config import composed
+
+SWEEP = ("-m", "model=tiny", "block_size=16,32", "seed=0,1", "calibration.samples=4", "logger=wandb", "force=false")
+STEP_VALUES = {"loss", "temperature", "flips", "seconds"}
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    """What a run wrote, as wandb's own command prints it."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file), "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def rows(of_run: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["history"]["item"] for record in of_run if "history" in record]
+
+
+def header(of_run: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(dict(record["run"]) for record in of_run if "run" in record)
+
+
+def offline_runs(directory: Path) -> list[Path]:
+    return sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs_dir of a sweep over two block sizes and two seeds, logged offline."""
+    folder = tmp_path_factory.mktemp("sweep")
+    result = run_command(*SWEEP, cwd=folder, WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    assert "wandb" not in result.stderr.lower()
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def logged(sweep: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of its runs, by name."""
+    of_runs = [records(file) for file in offline_runs(sweep)]
+    return {header(of_run)["display_name"]: of_run for of_run in of_runs}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    return script("wandb_report")
+
+
+def test_runs_are_named_by_what_was_typed_and_grouped_by_their_sweep(
+    sweep: Path, logged: dict[str, list[dict[str, Any]]]
+) -> None:
+    assert set(logged) == {
+        f"model=tiny block_size={size} seed={seed} calibration.samples=4" for size in (16, 32) for seed in (0, 1)
+    }
+    headers = [header(of_run) for of_run in logged.values()]
+    (group,) = {one["run_group"] for one in headers}
+    assert group.startswith("sweep-")
+    assert (sweep / "sweeps" / group).is_dir()
+    for one in headers:
+        assert one["project"] == "permllm"
+        assert one["job_type"] == "learn"
+        assert one["tags"] == ["wanda", "lcp", "2:4", "tiny"]
+        config = one["config"]["update"]
+        directory = sweep.parent / config["run_directory"]
+        assert (directory / WANDB_ID).read_text().strip() == one["run_id"]
+        assert config["config_hash"] == json.loads((directory / "metrics.json").read_text())["config_hash"]
+        assert config["permutation"]["block_size"] == config["block_size"]
+        assert "logger" not in config
+
+
+def test_every_value_has_its_axis(logged: dict[str, list[dict[str, Any]]]) -> None:
+    places = [f"pass/{name}" for name in ("round", "first_layer", "last_layer")]
+    for of_run in logged.values():
+        metrics = {record["metric"]["name"]: record["metric"] for record in of_run if "metric" in record}
+        named = {key for row in rows(of_run) for key in row if not key.startswith("_")}
+        updates = [record["summary"]["update"] for record in of_run if "summary" in record]
+        (final,) = [update for update in updates if "status" in update]
+        numbers = {key for key, value in final.items() if isinstance(value, int | float)}
+        assert set(metrics) == named | numbers
+        for name, metric in metrics.items():
+            if name in ("lcp/step", "lcp/pass"):
+                assert metric["options"]["hidden"]
+            elif name in numbers:
+                assert "step_metric" not in metric
+                assert metric["summary"] == {"last": True}
+            else:
+                assert metric["step_metric"] == ("lcp/step" if name.startswith("lcp/") else "lcp/pass")
+                assert metric.get("summary") == ({"min": True} if name.endswith("loss") else None)
+                assert metric["options"].get("hidden", False) == (name in ("pass/pass", *places))
+
+
+def test_curves_are_those_of_the_record(sweep: Path, logged: dict[str, list[dict[str, Any]]]) -> None:
+    for of_run in logged.values():
+        directory = sweep.parent / header(of_run)["config"]["update"]["run_directory"]
+        steps = [row for row in rows(of_run) if "lcp/step" in row]
+        assert [row["lcp/step"] for row in steps] == list(range(len(steps)))
+        assert all({f"lcp/{name}" for name in STEP_VALUES} <= set(row) for row in steps)
+        temperatures = [row["lcp/temperature"] for row in steps]
+        assert temperatures[0] == 1.0
+        assert temperatures == sorted(temperatures, reverse=True)
+
+        passes = [row for row in rows(of_run) if "lcp/pass" in row]
+        history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+        assert [row["lcp/pass"] for row in passes] == [1, 2, 3] == [entry["pass"] for entry in history]
+        for row, entry in zip(passes, history, strict=True):
+            measured = {key: value for key, value in entry.items() if value is not None}
+            assert {key.removeprefix("pass/"): row[key] for key in row if key.startswith("pass/")} == measured
+        numbers = [row["_step"] for row in rows(of_run)]
+        assert numbers == sorted(set(numbers))
+
+
+def test_final_values_are_those_of_the_metrics(sweep: Path, logged: dict[str, list[dict[str, Any]]]) -> None:
+    for of_run in logged.values():
+        summary: dict[str, Any] = {}
+        for record in of_run:
+            summary |= record["summary"]["update"] if "summary" in record else {}
+        directory = sweep.parent / header(of_run)["config"]["update"]["run_directory"]
+        metrics = json.loads((directory / "metrics.json").read_text())
+        for which in ("dense", "sparse"):
+            for key, value in metrics["perplexity"][which]["builtin"].items():
+                assert summary[f"perplexity/{which}/builtin/{key}"] == value
+        assert summary["status"] == "finished"
+        assert {key[8:]: value for key, value in summary.items() if key.startswith("seconds/")} == metrics["seconds"]
+        mean = sum(metrics["retained_saliency"].values()) / len(metrics["retained_saliency"])
+        assert summary["retained_saliency/mean"] == pytest.approx(mean)
+        losses = [row["lcp/loss"] for row in rows(of_run) if "lcp/loss" in row]
+        assert summary["lcp/loss"] == {"min": min(losses)}
+        assert of_run[-1]["exit"].get("exit_code", 0) == 0
+
+
+def test_a_summary_can_be_read_in_the_terminal(sweep: Path) -> None:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(sweep / "wandb"), "--summary", "--json"]
+    latest = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    assert latest["state"] == "finished"
+    assert latest["summary"]["perplexity/sparse/builtin/value"] > 1
+
+
+def test_a_failed_job_ends_as_failed(tmp_path: Path) -> None:
+    result = run_command("model=tiny", "evaluation.perplexity.window=100000", cwd=tmp_path, WANDB_MODE="offline")
+    assert result.returncode == 1
+    assert "fewer than one evaluation.perplexity.window" in result.stderr
+    (file,) = offline_runs(tmp_path / "runs")
+    of_run = records(file)
+    assert header(of_run)["display_name"] == "model=tiny evaluation.perplexity.window=100000"
+    assert "run_group" not in header(of_run)
+    assert of_run[-1]["exit"]["exit_code"] == 1
+
+
+@contextmanager
+def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
+    """The logger of a job in `folder`/run."""
+    config = read_config(composed("model=tiny", "logger=wandb", f"runs_dir={folder}", *overrides))
+    with open_logger(config, folder / "run") as logger:
+        yield logger
+
+
+def test_a_continued_run_is_the_same_one_in_wandb(tmp_path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def interrupted() -> None:
+        with attempt(tmp_path) as logger:
+            for step in range(2):
+                logger.log({"loss": 2.0 - step}, step)
+            logger.log_pass({"pass": 1, "loss": 1.5, "measured_loss": None}, 1)
+            logger.log({"loss": 1.0}, 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    time.sleep(1.1)  # folders are named by the second
+    with attempt(tmp_path) as logger:
+        for step in range(2, 4):
+            logger.log({"loss": 2.0 - step / 2}, step)
+        logger.log_pass({"pass": 2, "loss": 0.75, "measured_loss": 0.5}, 2)
+        logger.summary({"status": "finished"})
+    headers = [header(records(file)) for file in offline_runs(tmp_path)]
+    assert [one["run_id"] for one in headers] == [(tmp_path / "run" / WANDB_ID).read_text().strip()] * 2
+    assert all(one["resume"] for one in headers)
+    (run,) = tool.read_offline(tmp_path, "permllm")
+    assert run.state == "finished"
+    # The step that was done again has the number that it had: W&B keeps one of the two.
+    assert [row["_step"] for row in run.history] == [0, 2, 3, 4, 4, 6, 7]
+    assert [row["lcp/pass"] for row in run.history if "lcp/pass" in row] == [1, 2]
+
+    with attempt(tmp_path, "force=true"):
+        pass
+    assert len({run.id for run in tool.read_offline(tmp_path, "permllm")}) == 2
+
+
+def test_rows_that_wandb_has_are_not_sent_again() -> None:
+    sent: list[int] = []
+
+    class Online:
+        starting_step = 4
+
+        def define_metric(self, name: str, **_: Any) -> None:
+            pass
+
+        def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+            sent.append(step)
+
+    logger = _WandB(Online())
+    for step in range(4):
+        logger.log({"loss": 1.0}, step)
+        if step % 2:
+            logger.log_pass({"loss": 1.0}, step // 2 + 1)
+    assert sent == [4, 6, 7]
+
+
+def test_the_group_is_what_was_asked_for_or_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    single, asked = (read_config(composed("model=tiny", *more)) for more in ([], ["logger.group=mine"]))
+    monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
+    assert wandb_group(single) is None
+    monkeypatch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
+    assert wandb_group(single) == "table6-1a2b3c4d"
+    assert wandb_group(asked) == "mine"
+
+
+def test_a_name_leaves_out_what_says_nothing_about_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["experiment=table6", "+logger.group=x", "logger=wandb", "runs_dir=a", "run_dir=b", "++force=true"]
+    monkeypatch.setattr("permllm.sweep.overrides", lambda: [*words, "block_size=32", "~x"])
+    assert wandb_name(Path("runs/y")) == "block_size=32 ~x"
+    monkeypatch.setattr("permllm.sweep.overrides", lambda: words)
+    assert wandb_name(Path("runs/y")) == "y"
+    monkeypatch.setattr("permllm.sweep.overrides", lambda: ["model.path=" + "a" * 200])
+    assert len(wandb_name(Path("runs/y"))) == 128
+
+
+def test_tensorboard_gets_the_passes(cache: Path, tmp_path: Path) -> None:
+    result = runner.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}")))
+    assert result is not None
+    accumulators = import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulators.EventAccumulator(str(result[1] / "tensorboard"))
+    events.Reload()
+    history = [json.loads(line) for line in (result[1] / "history.jsonl").read_text().splitlines()]
+    found = [(event.step, event.value) for event in events.Scalars("pass/loss")]
+    assert found == [(number, pytest.approx(entry["loss"])) for number, entry in enumerate(history, 1)]
+
+
+def test_the_table_of_offline_runs_is_that_of_the_run_directories(sweep: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "wandb_report.py"), "--offline", str(sweep)]
+    command += ["--table", "table6", "--group", "sweep-*"]
+    ours = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ours.returncode == 0, ours.stderr
+    assert "The paper's numbers are those of llama-2-7b" in ours.stderr
+    theirs = run_module("permllm.results", str(sweep), "--paper", "table6")
+    # A random model has other weights for each seed, and the dense row is that of whichever run comes first.
+    lines = [[line for line in text.splitlines() if "| dense" not in line] for text in (ours.stdout, theirs.stdout)]
+    assert lines[0] == lines[1]
+    assert "| block_size | seeds |" in ours.stdout
+    assert "| 16 | 2 |" in ours.stdout
+    assert "±" in ours.stdout
+
+
+def test_offline_runs_are_read_as_they_were_kept(sweep: Path, tool: ModuleType) -> None:
+    runs = [tool.as_run(run) for run in tool.read_offline(sweep, "permllm")]
+    read, kept = (
+        {(run.config["seed"], run.config["block_size"]): run for run in some} for some in (runs, collect([sweep]).runs)
+    )
+    assert set(read) == set(kept)
+    for key, run in read.items():
+        assert run.history == kept[key].history
+        assert run.metrics["perplexity"] == kept[key].metrics["perplexity"]
+        assert run.metrics["seconds"] == kept[key].metrics["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "table6"], "groups are sweep-"),
+        (["--table", "table6", "--group", "*", "--project", "other"], "no runs of the project other"),
+        (["--table", "table9"], "--table table9: there is no such table; valid are table1"),
+        (["--table", "6", "--publish"], "leave out --offline"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(
+    sweep: Path,
+    tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["wandb_report.py", "--offline", str(sweep), *arguments])
+    assert tool.main() == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_key_the_report_says_so(
+    tmp_path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("No API key configured.")
+
+    monkeypatch.setattr("wandb.Api", refuse)
+    monkeypatch.setattr(sys, "argv", ["wandb_report.py", "--table", "table6"])
+    assert tool.main() == 1
+    assert capsys.readouterr().err == "error: W&B cannot be reached: No API key configured.\n"
+
+
+def online_run(number: int, *, state: str = "finished", group: str = "table6-1a2b3c4d", **changed: Any) -> SimpleNamespace:
+    """A run as `wandb.Api` gives it, measured on WikiText-2 and a task."""
+    block_size = changed.get("block_size", 64)
+    config = {
+        "_wandb": {},
+        "run_directory": f"runs/{number}",
+        "config_hash": str(number),
+        "name": "x",
+        "model": {"name": changed.get("model", "llama-2-7b")},
+        "sparsity": "2:4",
+        "pruner": {"name": "wanda"},
+        "permutation": {"name": "lcp-paper", "block_size": block_size, "sinkhorn_iterations": 5},
+        "block_size": block_size,
+        "seed": changed.get("seed", 0),
+        "calibration": {"dataset": "c4"},
+    }
+    summary = {
+        "_step": 10,
+        "schema_version": 1,
+        "status": "finished",
+        "lcp/loss": {"min": 0.1},
+        "pass/loss": {"min": 0.2},
+        "seconds/permute": 5.0,
+        "perplexity/dense/wikitext2/value": 5.0,
+        "perplexity/dense/wikitext2/window": 2048,
+        "perplexity/sparse/wikitext2/value": changed.get("perplexity", 9.5),
+        "perplexity/sparse/wikitext2/window": 2048,
+        "zero_shot/sparse/rte/acc": 0.5,
+        "zero_shot/sparse/rte/n": 10,
+        "zero_shot/sparse/rte/limited": False,
+        "zero_shot/sparse/perplexity_task/limited": False,
+    }
+    return SimpleNamespace(
+        id=f"id{number}", name=f"run {number}", group=group, state=state, config=config, summary_metrics=summary
+    )
+
+
+class FakeApi:
+    """`wandb.Api` with some runs."""
+
+    default_entity = "me"
+
+    def __init__(self, runs: list[SimpleNamespace]) -> None:
+        self._runs = runs
+        self.asked: list[str] = []
+
+    def runs(self, path: str, order: str) -> list[SimpleNamespace]:
+        assert order == "+created_at"
+        self.asked.append(path)
+        return self._runs
+
+
+def test_runs_of_the_api_become_a_table_beside_the_papers(tool: ModuleType) -> None:
+    runs = [
+        online_run(1, seed=0, perplexity=9.4),
+        online_run(2, seed=1, perplexity=9.8),
+        online_run(3, block_size=32, perplexity=float("nan")),
+        online_run(4, block_size=32, perplexity=9.0),
+        online_run(5, state="crashed", block_size=128),
+        online_run(6, group="table1-00000000", block_size=128),
+    ]
+    found = tool.read_api(FakeApi(runs), "me/permllm", ["table6", "table6-*"])
+    assert [run.config == {} for run in found] == [False] * 5 + [True]
+    of_group = [run for run in found if tool.chosen(run.group, ["table6", "table6-*"])]
+    (table,), notes = tool.tables(of_group, published("table6"))
+    assert table.ids == ["id1", "id2", "id4"]
+    assert notes == [
+        "run 4 (id4) has the settings of id3, which is older and is not counted",
+        "skipped run 5 (id5): not finished (crashed)",
+    ]
+    lines = tool.text([table], "md").splitlines()
+    paper = {row.setting: row.value for row in published("table6") if row.metric == "wikitext2_ppl"}
+    columns = ["block_size", "seeds", "wikitext2 perplexity (window 2048)", "paper, llama-2-7b", "difference", "rte acc"]
+    assert lines[0].startswith(f"| {' | '.join(columns)} |")
+    assert lines[3].startswith(f"| 32 | 1 | 9.00 | {paper['block_size=32']:.2f} | {9 - paper['block_size=32']:+.2f} | 50.00%")
+    assert lines[4].startswith(f"| 64 | 2 | 9.60 ± 0.28 | {paper['block_size=64']:.2f} |")
+    assert json.loads(tool.text([table], "json"))[1]["seeds"] == [0, 1]
+
+
+def test_each_model_has_a_table_of_its_own(tool: ModuleType) -> None:
+    runs = [online_run(1, model="qwen2.5-7b"), online_run(2), online_run(3, block_size=32)]
+    found, _ = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
+    assert [table.model for table in found] == ["llama-2-7b", "qwen2.5-7b"]
+    assert tool.text(found, "md").count("\n## ") == 1
+    assert len(json.loads(tool.text(found, "json"))) == 3
+
+
+def test_what_goes_wrong_at_wandb_is_one_error(tool: ModuleType) -> None:
+    class Broken(FakeApi):
+        def runs(self, path: str, order: str) -> list[SimpleNamespace]:
+            raise ValueError("Could not find project")
+
+    with pytest.raises(DataError, match="the runs of a/b cannot be had from W&B: Could not find project"):
+        tool.read_api(Broken([]), "a/b", ["*"])
+    with pytest.raises(ConfigError, match=r"no finished run is among them; skipped run 1 \(id1\)"):
+        tool.tables(tool.read_api(FakeApi([online_run(1, state="failed")]), "x", ["*"]), published("6"))
+    other = online_run(1)
+    other.summary_metrics["schema_version"] = 7
+    with pytest.raises(ValueError, match="schema_version is 7"):
+        tool.as_run(tool.read_api(FakeApi([other]), "x", ["*"])[0])
+
+
+def test_numbers_that_json_has_not_are_read(tool: ModuleType) -> None:
+    (run,) = tool.read_api(FakeApi([online_run(1, perplexity="Infinity")]), "x", ["*"])
+    read = tool.as_run(run)
+    assert isinstance(read, Run)
+    assert read.metrics["perplexity"]["sparse"]["wikitext2"]["value"] == float("inf")
+    assert read.metrics["zero_shot"]["sparse"]["rte"]["stderr"] is None
+
+
+def test_the_report_has_the_table_and_panels_of_the_runs_behind_it(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    wr, interface = (import_module(f"wandb_workspaces.reports.v2{part}") for part in ("", ".interface"))
+    runs = [online_run(1), online_run(2, block_size=32), online_run(3, model="qwen2.5-7b")]
+    found, _ = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("table6"))
+    report = tool.report(found, "permllm", "me", "PermLLM, table6")
+    kinds = [type(block) for block in report.blocks]
+    assert kinds == [wr.H2, wr.MarkdownBlock, wr.PanelGrid, wr.H2, wr.MarkdownBlock, wr.P, wr.PanelGrid]
+    assert report.blocks[1].text == tool.text(found[:1], "md")
+
+    # Making the specification looks the project up.
+    monkeypatch.setattr(interface, "_get_api", lambda: None)
+    monkeypatch.setattr(interface, "execute_graphql", lambda *_: {"project": {"internalId": "1"}})
+    grid = report.blocks[2]._to_model().model_dump(by_alias=True, exclude_none=True)["metadata"]
+    (selected,) = grid["runSets"]
+    assert selected["filters"]["filters"][0]["value"] == ["id1", "id2"]
+    assert [key["name"] for key in selected["grouping"]] == ["block_size.value"]
+    panels = [panel["config"] for panel in grid["panelBankSectionConfig"]["panels"]]
+    bars = [panel["metrics"] for panel in panels if "xAxis" not in panel]
+    assert bars == [["perplexity/sparse/wikitext2/value"], ["zero_shot/sparse/rte/acc"]]
+    lines = [(panel["xAxis"], *panel["metrics"]) for panel in panels if "xAxis" in panel]
+    assert ("lcp/step", "lcp/loss") in lines
+    assert ("lcp/step", "lcp/temperature") in lines
+    assert ("lcp/pass", "pass/measured_loss") in lines
+
+
+def test_groups_are_panel_keys_by_their_name(tool: ModuleType) -> None:
+    runs = [online_run(1), online_run(2)]
+    runs[1].config["pruner"] = {"name": "ria"}
+    (table,), _ = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
+    assert tool.report([table], "permllm", "me", "t").blocks[-1].runsets[0].groupby == ["config.pruner.name"]
+
+
+def test_publishing_saves_the_report(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = []
+
+    def save(report: Any) -> SimpleNamespace:
+        saved.append(report)
+        return SimpleNamespace(url="https://wandb.ai/me/permllm/reports/1")
+
+    api = FakeApi([online_run(1), online_run(2, block_size=32)])
+    monkeypatch.setattr("wandb.Api", lambda: api)
+    monkeypatch.setattr("wandb_workspaces.reports.v2.Report.save", save)
+    monkeypatch.setattr(sys, "argv", ["wandb_report.py", "--table", "table6", "--publish"])
+    assert tool.main() == 0
+    assert api.asked == ["me/permllm"]
+    assert (saved[0].entity, saved[0].title) == ("me", "PermLLM, table6")
+    printed = capsys.readouterr().out
+    assert printed.startswith("| block_size |")
+    assert printed.endswith("https://wandb.ai/me/permllm/reports/1\n")

@@ -1,0 +1,100 @@
+"""Studies: the measures against formulas of their own, the search by swaps, and the command line."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.errors import ConfigError
+from permllm.sparsity import NMPattern
+from permllm.studies.saliency_and_error import Layer, SaliencyAndError, swaps
+from tests.conftest import run_command
+
+PATTERN = NMPattern(2, 4)
+
+
+def layer_and_inputs() -> tuple[Layer, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 32, generator=generator, dtype=torch.float64) * torch.rand(32, generator=generator).double()
+    weight = torch.randn(24, 32, generator=generator, dtype=torch.float64)
+    saliency = weight.abs() * x.square().mean(0).sqrt()
+    return Layer(weight, saliency, x.t() @ x, PATTERN), x
+
+
+def pruned_by_hand(layer: Layer, perm: Tensor) -> Tensor:
+    """Row by row and group by group, with sorting."""
+    weight = torch.zeros_like(layer.weight)
+    for row in range(len(weight)):
+        for start in range(0, len(perm), 4):
+            members = perm[start : start + 4].tolist()
+            for channel in sorted(members, key=lambda channel: -float(layer.saliency[row, channel]))[:2]:
+                weight[row, channel] = layer.weight[row, channel]
+    return weight
+
+
+def test_both_measures_are_those_of_the_activations() -> None:
+    layer, x = layer_and_inputs()
+    perm = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    pruned = pruned_by_hand(layer, perm)
+    expected = (x @ (layer.weight - pruned).t()).square().sum() / (x @ layer.weight.t()).square().sum()
+    assert layer.error(perm) == pytest.approx(float(expected), rel=1e-12)
+    kept = (layer.saliency * (pruned != 0)).sum() / layer.saliency.sum()
+    assert layer.retained(perm) == pytest.approx(float(kept), rel=1e-12)
+
+
+@pytest.mark.parametrize("by_error", [True, False])
+def test_swaps_only_ever_improve_what_they_are_for(by_error: bool) -> None:
+    layer, _ = layer_and_inputs()
+    start = torch.arange(32)
+    found = swaps(layer, start, 400, 20, by_error, torch.Generator().manual_seed(0))
+    assert len(found) == 20
+    assert all(sorted(perm.tolist()) == list(range(32)) for perm in found)
+    if by_error:
+        values = [layer.error(perm) for perm in [start, *found]]
+    else:
+        values = [-layer.retained(perm) for perm in [start, *found]]
+    # Each gain was told from a few columns; measured whole, the values must fall as they were said to.
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
+    assert values[-1] < values[0] - 0.005
+
+
+def test_figure_1_is_a_job_with_a_record_and_a_picture(tmp_path: Path) -> None:
+    command = ["experiment=figure1", "model=tiny", "budget=cpu", "study.random=5", "study.swaps=40", "study.trace=4"]
+    result = run_command(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "| heuristic |" in result.stdout
+    (directory,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((directory / "metrics.json").read_text())
+    points = metrics["study"]["points"]
+    assert len(points) == 2 + 5 + 5 + 4 + 4
+    assert {point["order"] for point in points} >= {"none", "random", "heuristic", "lowering error"}
+    by_name = {point["order"]: point for point in points}
+    assert by_name["heuristic"]["retained_saliency"] > by_name["none"]["retained_saliency"]
+    assert (directory / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    again = run_command(*command, cwd=tmp_path)
+    assert "is finished already" in again.stderr
+    unknown = run_command(*command, "study.group=elsewhere", cwd=tmp_path)
+    assert unknown.returncode == 1
+    assert "study.group='elsewhere' is not valid; valid are self_attn.qkv_proj" in unknown.stderr
+
+
+def test_table_3_needs_no_weights(tmp_path: Path) -> None:
+    small = ["study.tokens=16", "study.repeats=2", "model=opt-125m"]
+    result = run_command("experiment=table3", *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    study = json.loads((directory / "metrics.json").read_text())["study"]
+    assert [row["row"] for row in study["products"]] == ["qkvo_proj", "up_gate_proj", "down_proj"]
+    assert study["products"][0]["shapes"] == [[768, 768]] * 4
+    assert [row["channels"] for row in study["permutations"]] == [768, 3072]
+    assert all(row["dense"] > 0 for row in study["products"])
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"study\.swaps=0"):
+        SaliencyAndError(swaps=0)

@@ -1,0 +1,150 @@
+"""What jobs share is computed once, kept exactly, and computed again when anything that it follows from changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from permllm.caching import cached_tensors, cached_values
+from permllm.config import CalibrationConfig
+from permllm.data import calibration
+from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
+from permllm.data.text import text_digest
+from permllm.errors import DataError
+from permllm.models.families import channel_groups
+from permllm.models.loading import LoadedModel
+from permllm.pruning.ria import RIA
+from permllm.pruning.shared_calibration import packed_factors, shared_calibration, unpacked_factors
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.wanda import Wanda
+from tests.conftest import tiny_model
+
+TOKENIZER = ByT5Tokenizer(extra_ids=0)
+TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
+
+WORK = """
+import sys, time
+from pathlib import Path
+from permllm.caching import cached_values
+
+def compute():
+    with open(sys.argv[1], "a") as stream:
+        stream.write("x")
+    time.sleep(1)
+    return {"value": 1.5}
+
+assert cached_values("kind", {"a": 1}, compute) == {"value": 1.5}
+"""
+
+
+def refuse() -> dict[str, torch.Tensor]:
+    raise AssertionError("computed again")
+
+
+def test_processes_at_the_same_time_compute_once(cache: Path, tmp_path: Path) -> None:
+    running = [subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path / "count")]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_values_and_tensors_come_back_as_they_were_and_anything_else_is_computed(cache: Path) -> None:
+    tensors = {"a": torch.randn(3, dtype=torch.float64), "b": torch.tensor([1, 2]), "c": torch.randn(2, 2).bfloat16()}
+    assert cached_tensors("kind", {"a": 1}, lambda: tensors) is tensors
+    found = cached_tensors("kind", {"a": 1}, refuse)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+    with pytest.raises(AssertionError):
+        cached_tensors("kind", {"a": 2}, refuse)
+    for file in (cache / "kind").glob("*.safetensors"):
+        file.write_bytes(b"broken")
+    assert cached_tensors("kind", {"a": 1}, lambda: {"a": torch.ones(1)}) == {"a": torch.ones(1)}
+    assert cached_values("kind", {"a": 1}, lambda: {"x": [1, None]}) == {"x": [1, None]}
+    assert cached_values("kind", {"a": 1}, lambda: {"x": 0}) == {"x": [1, None]}
+
+
+def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def full(*_: object) -> None:
+        raise DataError("no space left to write it")
+
+    monkeypatch.setattr("permllm.caching.write_json", full)
+    assert cached_values("kind", {"a": 1}, lambda: {"x": 1}) == {"x": 1}
+    assert "no space left" in caplog.text
+
+
+def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    loaded, groups = LoadedModel(model, TOKENIZER, "tiny"), channel_groups(model)
+
+    def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS) -> object:
+        return shared_calibration(loaded, groups, tokens, pruner, {"name": name}, 2, torch.float32)  # type: ignore[arg-type]
+
+    first = share(Wanda(), "wanda")
+    share(RIA(), "ria")
+    assert len(list((cache / "target").glob("*.safetensors"))) == 1
+    assert len(list((cache / "saliency").glob("*.safetensors"))) == 2
+    monkeypatch.setattr("permllm.pruning.shared_calibration.calibrate_dense", lambda *_: refuse())
+    again = share(Wanda(), "wanda")
+    assert torch.equal(again.target, first.target)  # type: ignore[attr-defined]
+    for path, factors in first.factors.items():  # type: ignore[attr-defined]
+        found = again.factors[path]  # type: ignore[attr-defined]
+        assert (found.power, found.row is None) == (factors.power, factors.row is None)
+        assert torch.equal(found.column, factors.column)
+    for changed in (lambda: share(SparseGPT(), "sparsegpt"), lambda: share(Wanda(), "wanda", TOKENS.flip(0))):
+        with pytest.raises(AssertionError, match="computed again"):
+            changed()
+
+
+def test_factors_are_kept_exactly() -> None:
+    model = tiny_model("llama")
+    loaded = LoadedModel(model, TOKENIZER, "other")
+    factors = shared_calibration(loaded, channel_groups(model), TOKENS, RIA(), {"name": "r"}, 2, torch.float32).factors
+    found = unpacked_factors(packed_factors(factors))
+    assert found.keys() == factors.keys()
+    for path, values in factors.items():
+        row, expected = found[path].row, values.row
+        assert row is not None
+        assert expected is not None
+        assert torch.equal(row, expected)
+        assert found[path].power == values.power
+
+
+def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("some words of text, " * 50)
+    settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, length=20)
+    tokens = calibration_tokens(TOKENIZER, settings, seed=0)
+    name, whole = all_tokens(TOKENIZER, None, str(file))
+    assert (name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
+
+    def unread(*_: object) -> list[str]:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(calibration, "calibration_documents", unread)
+    monkeypatch.setattr(calibration, "perplexity_text", unread)
+    assert torch.equal(calibration_tokens(TOKENIZER, settings, seed=0), tokens)
+    assert torch.equal(all_tokens(TOKENIZER, None, str(file))[1], whole)
+    with pytest.raises(AssertionError, match="read again"):
+        calibration_tokens(TOKENIZER, settings, seed=1)
+    with pytest.raises(AssertionError, match="read again"):
+        calibration_tokens(ByT5Tokenizer(extra_ids=1), settings, seed=0)
+    file.write_text("other words of text, " * 50)
+    with pytest.raises(AssertionError, match="read again"):
+        calibration_tokens(TOKENIZER, settings, seed=0)
+
+
+def test_digests_tell_texts_and_tokenizers_apart(tmp_path: Path) -> None:
+    assert tokenizer_digest(TOKENIZER) == tokenizer_digest(ByT5Tokenizer(extra_ids=0))
+    assert tokenizer_digest(TOKENIZER) != tokenizer_digest(ByT5Tokenizer(extra_ids=3))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.json").write_text("a")
+    digests = {text_digest(None, str(tmp_path / name), calibration=True) for name in ("a.txt", "a.json")}
+    assert len({*digests, text_digest("builtin", None, calibration=True)}) == 3
+    with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
+        text_digest(None, str(tmp_path / "nowhere.txt"), calibration=True)

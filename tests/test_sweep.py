@@ -1,0 +1,123 @@
+"""Sweeps: fixed folders, launchers, the search, and what becomes of each job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from permllm.cli import objective
+from permllm.results.collect import collect
+from permllm.sweep import Job, kept, sweep_name
+from tests.conftest import ROOT, run_command
+
+TINY = ("model=tiny", "logger=none")
+
+
+def typed(*words: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=["model=tiny"], return_hydra_config=True)
+    config.hydra.overrides.task = list(words)
+    config.hydra.runtime.choices.experiment = None
+    return config
+
+
+def outcomes(cwd: Path) -> list[tuple[str, str]]:
+    """The last word that was typed for each job of the only sweep, and what became of it."""
+    (folder,) = (cwd / "runs" / "sweeps").iterdir()
+    return [(job.overrides[-1], job.outcome) for job in kept(folder)]
+
+
+def environments(cwd: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in (cwd / "runs").glob("*/environment.json")]
+
+
+def test_a_sweep_is_named_by_what_was_typed() -> None:
+    name = sweep_name(typed("block_size=32,64", "seed=1"))
+    assert name.startswith("sweep-")
+    assert sweep_name(typed("seed=1", "block_size=32,64", "force=true", "logger=none")) == name
+    assert sweep_name(typed("block_size=32,64", "seed=2")) != name
+    config = typed("experiment=table6")
+    config.hydra.runtime.choices.experiment = "table6"
+    assert sweep_name(config).startswith("table6-")
+
+
+def test_outcomes_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "0000.json").write_text('{"overrides": ["a=1"], "outcome": "ran"}')
+    (tmp_path / "jobs" / "0001.json").write_text('{"overrides": [')
+    assert kept(tmp_path) == [Job(["a=1"], "ran")]
+
+
+def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
+    command = ["-m", *TINY, "permutation=none", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "block_size=16,30,32,64"]
+    first = run_command(*command, "sparsity=2:4,4:8", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr  # without LCP the block size is of no matter
+    assert "8 ran" in first.stdout
+    import os
+
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {environment["hardware"]["threads"] for environment in environments(tmp_path)} == {share}
+    # The dense model was evaluated once, by whichever job came first.
+    assert len(list((tmp_path / "cache" / "dense").glob("*.json"))) == 1
+    again = run_command(*command, "sparsity=2:4,4:8", cwd=tmp_path)
+    assert "8 skipped" in again.stdout
+    assert {outcome for _, outcome in outcomes(tmp_path)} == {"skipped"}
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert not collect([tmp_path / "runs"]).skipped
+    # A relative directory is that of the command's working directory.
+    assert all((tmp_path / str(job.directory) / "metrics.json").is_file() for job in kept(folder))
+
+
+def test_a_failing_job_of_another_process_is_in_the_table_and_in_the_exit_code(tmp_path: Path) -> None:
+    result = run_command("-m", *TINY, "hydra/launcher=joblib", "block_size=16,30", "permutation.passes=1", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "1 ran, 1 failed" in result.stdout
+    assert "is not a multiple of M" in result.stdout
+    assert outcomes(tmp_path) == [("permutation.passes=1", "ran"), ("permutation.passes=1", "failed")]
+
+
+def test_submitit_runs_jobs_through_its_local_executor(tmp_path: Path) -> None:
+    command = ["-m", *TINY, "permutation=none", "hydra/launcher=submitit_local", "seed=0,1"]
+    result = run_command(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "2 ran" in result.stdout
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert (folder / ".submitit").is_dir()
+
+
+def test_the_search_repeats_itself_and_outlives_a_failing_trial(tmp_path: Path) -> None:
+    command = ["hparams_search=lcp", *TINY, "permutation.passes=1", "hydra.sweeper.n_trials=4"]
+    # 30 is no block size for 2:4: such trials fail.
+    command.append("+hydra.sweeper.params.block_size='choice(16,30)'")
+    first = run_command(*command, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    before = [job.overrides for job in kept(folder)]
+    found = [job.outcome for job in kept(folder)]
+    assert set(found) == {"ran", "failed"}
+    assert first.returncode == 1
+    assert "Traceback" not in first.stderr
+    names = {word.split("=")[0] for words in before for word in words}
+    assert {"permutation.learning_rate", "permutation.margin", "temperature.start"} <= names
+    best = (folder / "optimization_results.yaml").read_text()
+    finished = [job.metrics() for job in [Job(**_absolute(job, tmp_path)) for job in kept(folder)] if job.directory]
+    assert f"best_value: {min(objective(metrics) for metrics in finished if metrics)}" in best
+    again = run_command(*command, cwd=tmp_path)
+    assert [job.overrides for job in kept(folder)] == before
+    assert {job.outcome for job in kept(folder)} == {"skipped", "failed"}
+    assert again.returncode == 1
+
+
+def _absolute(job: Job, cwd: Path) -> dict[str, Any]:
+    return vars(job) | {"directory": str(cwd / job.directory) if job.directory else None}
+
+
+def test_what_a_search_minimises() -> None:
+    accuracy = {"zero_shot": {"sparse": {"rte": {"acc": 0.5, "n": 8}, "group": {"acc": 0.9, "n": None}}}}
+    assert objective(accuracy) == pytest.approx(0.5)
+    assert objective(accuracy | {"perplexity": {"sparse": {"wikitext2": {"value": 7.0}}}}) == 7.0
+    assert objective({}) == float("inf")
