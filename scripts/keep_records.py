@@ -1,6 +1,9 @@
 """Keep the small files of finished runs in the repository, so that documents can be generated from them.
 
 python scripts/keep_records.py runs/RUN... --to experiments/quickstart
+python scripts/keep_records.py runs/sweeps/table6-... --to experiments/table6/records
+
+Of a sweep's folder the runs of its jobs are kept, and those that lay there before go.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ import json
 import shutil
 from pathlib import Path
 
-KEPT = ("metrics.json", "config.yaml", "environment.json", "history.jsonl")
+from permllm.sweep import kept
+
+KEPT = ("metrics.json", "config.yaml", "environment.json", "history.jsonl", "figure.png")
 
 
 def keep(run: Path, target: Path) -> Path:
@@ -36,8 +41,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--to", required=True, type=Path)
     arguments = parser.parse_args()
-    for run in arguments.runs:
-        print(keep(run, arguments.to))
+    for given in arguments.runs:
+        jobs = kept(given)
+        if jobs:
+            shutil.rmtree(arguments.to, ignore_errors=True)
+        for run in [Path(job.directory) for job in jobs if job.directory] or [given]:
+            print(keep(run, arguments.to))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.results.collect import collect
 from permllm.results.files import write_text
 from permllm.results.page import page
-from permllm.results.plots import plot
+from permllm.results.plots import plot, plot_masks
 from permllm.results.published import Comparison, published
 from permllm.results.render import FORMATS, find_baseline, render
 from permllm.results.summary import summarise
@@ -24,6 +24,8 @@ def main() -> int:
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
+    parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
+    parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
     options = parser.parse_args()
     try:
@@ -35,16 +37,16 @@ def main() -> int:
         summary = summarise(collection.runs)
         paper = None
         if options.paper:
-            models = {run.config["model"]["name"] for run in collection.runs}
-            if len(models) > 1:
-                raise ConfigError(f"--paper compares the runs of one model, and these are of {', '.join(sorted(models))}")
-            paper = Comparison(published(options.paper), collection.runs[0].config["model"]["name"])
+            models = sorted({run.config["model"]["name"] for run in collection.runs})
+            paper = Comparison(published(options.paper), models)
         baseline = find_baseline(summary, options.baseline) if options.baseline else None
         sys.stdout.write(render(summary, options.format, baseline, paper))
         if paper and paper.note:
             print(f"note: {paper.note}", file=sys.stderr)
         if options.plot:
             plot(summary, options.plot)
+        if options.masks:
+            plot_masks(summary, options.masks, options.linear)
         if options.html:
             try:
                 write_text(options.html, page(collection, summary, baseline, paper))

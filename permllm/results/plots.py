@@ -1,11 +1,13 @@
-"""The natural picture of a summary: its main measure against what varies, and the loss curves of what learned."""
+"""Pictures of a summary: its main measure against what varies, the loss curves of what learned, and the masks of one layer."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
+from permllm.results.record import MASKS, mask_names, mask_reader
 from permllm.results.render import main_measure
 from permllm.results.summary import Measure, Row, Summary
 
@@ -19,12 +21,8 @@ def plot(summary: Summary, file: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, nothing can be drawn, or the suffix is no format of a picture.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install -e '.[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    pyplot = _pyplot("--plot")
+    from matplotlib import ticker
 
     name = main_measure(summary)
     if name is None:
@@ -53,13 +51,72 @@ def plot(summary: Summary, file: Path) -> None:
         axes[0][1].set_xlabel("pass")
         axes[0][1].set_ylabel("loss, mean of the pass")
         axes[0][1].legend(fontsize="small")
+    _save(figure, "--plot", file)
+
+
+def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: int = 64) -> None:
+    """Write a picture of one linear's mask under every row, its corner in original channel order (PermLLM, figure 3).
+
+    Args:
+        summary: of runs whose directories hold their masks.
+        file: its suffix chooses the format.
+        linear: module path, such as `model.layers.0.mlp.down_proj`; None is the first one of the middle layer.
+        size: rows and columns of the corner.
+
+    Raises:
+        ConfigError: matplotlib is missing, no run has masks, there is no such linear, or the suffix is no format of a picture.
+    """
+    pyplot = _pyplot("--masks")
+    found = []
+    for row in summary.rows:
+        masks = row.runs[0].directory / MASKS
+        if masks.is_file():
+            names = mask_names(masks)
+            chosen = linear or _first_of_the_middle_layer(names)
+            if chosen not in names:
+                raise ConfigError(f"--linear {chosen}: {row.runs[0].directory} has no such mask; it has {names[0]}, ...")
+            found.append((label(row), chosen, mask_reader(masks)(chosen)[:size, :size]))
+    if not found:
+        raise ConfigError(f"--masks: none of the runs has its {MASKS}")
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 3.6 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, _, mask) in zip(axes.flat, found, strict=False):
+        axis.imshow(mask.numpy(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        axis.set_title(title, fontsize="small")
+    figure.suptitle(f"{found[0][1]}, rows and input channels 0 to {size - 1}, black: kept", fontsize="small")
+    _save(figure, "--masks", file)
+
+
+def _first_of_the_middle_layer(names: list[str]) -> str:
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        layers.setdefault(int(number[1]) if number else 0, []).append(name)
+    return layers[sorted(layers)[len(layers) // 2]][0]
+
+
+def _pyplot(option: str) -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(f"{option} needs matplotlib: pip install -e '.[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, option: str, file: Path) -> None:
     figure.tight_layout()
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {file}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{option} {file}: {str(error).splitlines()[0]}") from error
     finally:
-        pyplot.close(figure)
+        _pyplot(option).close(figure)
 
 
 def numeric_setting(summary: Summary) -> str | None:

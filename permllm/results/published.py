@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,44 +72,56 @@ class Comparison:
 
     Args:
         rows: of one table of the paper.
-        model: ours; where the table does not have it, the numbers are those of another, which `note` says.
+        models: ours; a single one may be one that the table does not have: the numbers are those of another then, as `note`
+            says, and any perplexity of ours stands beside its perplexity on WikiText-2.
         preferred: the paper's model to take where ours is not in the table.
+
+    Raises:
+        ConfigError: of several models, the table does not have one.
     """
 
-    def __init__(self, rows: list[Published], model: str, preferred: str = "llama-2-7b") -> None:
-        models = list(dict.fromkeys(row.model for row in rows))
-        self.same_model = model in models
-        self.model = model if self.same_model else preferred if preferred in models else models[0]
+    def __init__(self, rows: list[Published], models: str | Sequence[str], preferred: str = "llama-2-7b") -> None:
+        ours = [models] if isinstance(models, str) else list(models)
+        theirs = list(dict.fromkeys(row.model for row in rows))
+        missing = [model for model in ours if model not in theirs]
+        self.same_model = not missing
         self.note = ""
-        if not self.same_model:
+        self._stand_in = ""
+        if missing:
+            if len(ours) > 1:
+                raise ConfigError(
+                    f"--paper: the table has {', '.join(theirs)}, not {', '.join(missing)}; give runs of one model or of these"
+                )
+            self._stand_in = preferred if preferred in theirs else theirs[0]
             self.note = (
-                f"The paper's numbers are those of {self.model} on its own protocol, ours of {model}: "
+                f"The paper's numbers are those of {self._stand_in} on its own protocol, ours of {ours[0]}: "
                 "compare the order of the rows, not the values."
             )
-        self._values = {
-            (row.sparsity, row.method, row.setting, row.metric): row.value for row in rows if row.model == self.model
-        }
-        self._varied = {setting.split("=")[0] for _, _, setting, _ in self._values if setting}
+        self._only = self._stand_in or (ours[0] if len(ours) == 1 else "")
+        self.heading = f"paper, {self._only}" if self._only else "paper"
+        self._values = {(row.model, row.sparsity, row.method, row.setting, row.metric): row.value for row in rows}
+        self._varied = {row.setting.split("=")[0] for row in rows if row.setting}
 
     def value(self, row: Row, measure: str) -> float | None:
         """The paper's number for one measure of ours, in our units (accuracies as shares); None where it has none."""
         config = row.runs[0].config
         method = _METHODS.get((config["pruner"]["name"], _permutation(config["permutation"]["name"])))
-        metric = _metric(measure)
+        metric = self._metric(measure)
         reconstructed = config.get("reconstruction", {"name": "none"})["name"] != "none"  # which the paper has none of
         if method is None or metric is None or reconstructed:
             return None
         for setting in (*self._settings_of(config), ""):
-            found = self._values.get((config["sparsity"], method, setting, metric))
+            model = self._stand_in or config["model"]["name"]
+            found = self._values.get((model, config["sparsity"], method, setting, metric))
             if found is not None:
                 return found / 100 if metric.endswith("_acc") else found
         return None
 
     def dense(self, measure: str) -> float | None:
-        """The paper's number of the dense model."""
-        metric = _metric(measure)
-        for (_, method, _, name), value in self._values.items():
-            if method == "dense" and name == metric:
+        """The paper's number of the dense model, where there is one model."""
+        metric = self._metric(measure)
+        for (model, _, method, _, name), value in self._values.items():
+            if method == "dense" and (model, name) == (self._only, metric):
                 return value / 100 if name.endswith("_acc") else value
         return None
 
@@ -121,13 +134,12 @@ class Comparison:
             found.append(f"{name}={'all' if name == 'last_layers' and value is None else value}")
         return found
 
+    def _metric(self, measure: str) -> str | None:
+        if "perplexity" in measure and (self._stand_in or measure.startswith("wikitext2")):
+            return "wikitext2_ppl"
+        match = re.fullmatch(r"(\w+) acc", measure)
+        return f"{match[1]}_acc" if match else None
+
 
 def _permutation(name: str) -> str:
     return "lcp" if name.startswith("lcp") else name
-
-
-def _metric(measure: str) -> str | None:
-    if measure.startswith("wikitext2") and "perplexity" in measure:
-        return "wikitext2_ppl"
-    match = re.fullmatch(r"(\w+) acc", measure)
-    return f"{match[1]}_acc" if match else None

@@ -211,6 +211,12 @@ def mask_reader(path: Path) -> Callable[[str], Tensor]:
     return read
 
 
+def mask_names(path: Path) -> list[str]:
+    """The linears of `write_masks`, layer by layer as they were written or, where the file sorts them, by name."""
+    with safe_open(path, framework="pt") as file:
+        return list(json.loads((file.metadata() or {})["shapes"]))
+
+
 def read_masks(path: Path) -> dict[str, Tensor]:
     """The masks of `write_masks`, bool `(C_out, C_in)` by linear."""
     read = mask_reader(path)

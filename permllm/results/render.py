@@ -52,7 +52,7 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
             line.append(shown(row.measures[name]) if name in row.measures else "")
         values = [paper.value(row, name) for row in summary.rows] if paper else []
         if paper and any(value is not None for value in values):
-            header.append(f"paper, {paper.model}")
+            header.append(paper.heading)
             of_dense = paper.dense(name)
             dense.append("" if of_dense is None else _number(of_dense, _kind(summary, name)))
             for value, line in zip(values, body, strict=True):
@@ -63,11 +63,21 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
                 for row, value, line in zip(summary.rows, values, body, strict=True):
                     ours = row.measures.get(name)
                     line.append("" if value is None or ours is None else _difference(ours.mean - value, ours.kind))
-        if baseline is not None and name == main:
-            header.append("against the baseline")
-            dense.append("")
-            for row, line in zip(summary.rows, body, strict=True):
-                line.append(_against(row, baseline, name))
+        if baseline is not None and name in (main, "average acc"):
+            changes = [_change(row.measures.get(name), baseline.measures.get(name)) for row in summary.rows]
+            kind = _kind(summary, name)
+            columns = {"against the baseline": changes}
+            if paper and not paper.same_model:
+                # Of another model only the changes can be compared.
+                reference = paper.value(baseline, name)
+                theirs = [None if v is None or reference is None else _step(v, reference, kind) for v in values]
+                differences = [None if a is None or b is None else a - b for a, b in zip(changes, theirs, strict=True)]
+                columns |= {"paper, against its baseline": theirs, "difference of the changes": differences}
+            for heading, column in columns.items():
+                header.append(heading)
+                dense.append("")
+                for row, change, line in zip(summary.rows, column, body, strict=True):
+                    line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}")
     return header, [dense, *body] if summary.dense else body
 
 
@@ -118,13 +128,17 @@ def _difference(value: float, kind: str) -> str:
     return f"{value * 100:+.2f}" if kind == "accuracy" else f"{value:+.2f}"
 
 
-def _against(row: Row, baseline: Row, name: str) -> str:
-    ours, theirs = row.measures.get(name), baseline.measures.get(name)
-    if ours is None or theirs is None or row is baseline:
-        return ""
-    if ours.kind == "accuracy":
-        return f"{_difference(ours.mean - theirs.mean, ours.kind)} points"
-    return f"{ours.mean / theirs.mean - 1:+.1%}"
+def _change(ours: Measure | None, baseline: Measure | None) -> float | None:
+    return None if ours is None or baseline is None else _step(ours.mean, baseline.mean, ours.kind)
+
+
+def _step(value: float, baseline: float, kind: str) -> float:
+    """How far a value is from the baseline's: shares of it, for accuracies the difference."""
+    return value - baseline if kind == "accuracy" else value / baseline - 1
+
+
+def _unit(kind: str) -> str:
+    return " points" if kind == "accuracy" else "%"
 
 
 def _heading(summary: Summary, name: str) -> str:
@@ -161,8 +175,8 @@ def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison 
     record["dense"] = {name: measure.mean for name, measure in summary.dense.items()}
     if paper:
         found = {name: paper.value(row, name) for name in row.measures}
-        record["paper"] = {"model": paper.model} | {name: value for name, value in found.items() if value is not None}
+        record["paper"] = {"from": paper.heading} | {name: value for name, value in found.items() if value is not None}
     if baseline and main:
-        record["against_baseline"] = _against(row, baseline, main)
+        record["against_baseline"] = _change(row.measures.get(main), baseline.measures.get(main))
     record["runs"] = [str(run.directory) for run in row.runs]
     return record

@@ -1,0 +1,242 @@
+"""Write what is generated in experiments/: each table's README from the records beside it, and the index.
+
+python scripts/paper_tables.py
+
+A folder's README is prose around a block between markers; the block holds our rows with the paper's beside them, and what the
+runs took. `scripts/keep_records.py` brings records there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from permllm.config import instantiate
+from permllm.results.collect import Run, collect
+from permllm.results.files import with_block
+from permllm.results.published import Comparison, Published, published
+from permllm.results.render import find_baseline, main_measure, render, shown
+from permllm.results.summary import Summary, summarise
+
+ROOT = Path(__file__).parent.parent / "experiments"
+BEGIN, END = "<!-- generated -->\n", "<!-- /generated -->"
+CPU = "model=smollm2-135m budget=cpu"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One of the paper's results.
+
+    Attributes:
+        name: of the experiment and its folder.
+        claim: what the paper shows with it.
+        baseline: the row that the others are compared with, for `find_baseline`; empty for a study.
+        accuracies: show every task, not the mean alone.
+        command: what was run.
+    """
+
+    name: str
+    claim: str
+    baseline: str = ""
+    accuracies: bool = False
+    command: str = ""
+
+    @property
+    def typed(self) -> str:
+        """The command line."""
+        return self.command or f"python run.py experiment={self.name} {CPU}"
+
+
+EXPERIMENTS = [
+    Experiment("table1", "A learned order gives the lowest perplexity at 2:4", "pruner=wanda,permutation=none"),
+    Experiment(
+        "table2",
+        "A learned order gives the highest zero-shot accuracy at 2:4",
+        "pruner=wanda,permutation=none",
+        accuracies=True,
+    ),
+    Experiment(
+        "table3",
+        "2:4 products are 1.6 to 1.7 times as fast, a permutation costs little",
+        command="python run.py experiment=table3",
+    ),
+    Experiment("table4", "Five Sinkhorn iterations are better than none", "permutation.sinkhorn_iterations=0"),
+    Experiment("table5", "The calibration text matters little", "calibration.dataset=law-questions"),
+    Experiment("table6", "Larger blocks are better and cost more", "block_size=32"),
+    Experiment("table7", "Learning the last six layers alone gives a part of the gain", "permutation=heuristic"),
+    Experiment("table8", "The order of the methods is the same at 4:8", "pruner=wanda,permutation=none"),
+    Experiment("figure1", "More saliency kept is not less loss"),
+]
+
+
+def summary_of(experiment: Experiment) -> tuple[Summary, list[Run]]:
+    """The kept runs of an experiment, with the measures that its table shows."""
+    collection = collect([ROOT / experiment.name / "records"])
+    if collection.notes():
+        raise SystemExit(f"{experiment.name}: {'; '.join(collection.notes())}")
+    summary = summarise(collection.runs)
+    shown_too = ("average acc", "saliency kept", "output error", "seconds")
+    summary.measures = [
+        name
+        for name in summary.measures
+        if "perplexity" in name or name in shown_too or (experiment.accuracies and name.endswith(" acc"))
+    ]
+    return summary, collection.runs
+
+
+def block(experiment: Experiment) -> str:
+    """What stands between the markers of an experiment's README."""
+    folder = ROOT / experiment.name
+    if not experiment.baseline:
+        return _study_block(experiment, folder)
+    summary, runs = summary_of(experiment)
+    paper = Comparison(published(experiment.name), runs[0].config["model"]["name"])
+    lines = ["", f"    {experiment.typed}", ""]
+    lines += [render(summary, "md", find_baseline(summary, experiment.baseline), paper).rstrip(), "", paper.note, ""]
+    lines += [*_provenance(runs), "", f"The paper's table {experiment.name.removeprefix('table')}:", ""]
+    lines += [*published_table(published(experiment.name)), ""]
+    return "\n".join(lines)
+
+
+def published_table(rows: list[Published]) -> list[str]:
+    """All numbers of one of the paper's tables, metrics across."""
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    keys = list(dict.fromkeys((row.model, row.sparsity, row.method, row.setting) for row in rows))
+    values = {(row.model, row.sparsity, row.method, row.setting, row.metric): row.value for row in rows}
+    lines = [f"| model | sparsity | method | setting | {' | '.join(metrics)} |", "| --- " * (4 + len(metrics)) + "|"]
+    for key in keys:
+        cells = ["" if (value := values.get((*key, metric))) is None else f"{value:g}" for metric in metrics]
+        lines.append(f"| {' | '.join([*key, *cells])} |")
+    return lines
+
+
+def index() -> str:
+    """The table of experiments/README.md."""
+    lines = [
+        "",
+        "| result | the paper's claim | command | cost | ours | the paper's |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for experiment in EXPERIMENTS:
+        if not (ROOT / experiment.name / "records").is_dir():
+            continue
+        ours, theirs, seconds = _results(experiment)
+        link = f"[{experiment.name}]({experiment.name}/README.md)"
+        cost = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+        lines.append(f"| {link} | {experiment.claim} | `{experiment.typed}` | {cost} | {ours} | {theirs} |")
+    return "\n".join([*lines, ""])
+
+
+def _results(experiment: Experiment) -> tuple[str, str, float]:
+    """Our numbers in a line, the paper's, and the seconds of all our runs."""
+    if not experiment.baseline:
+        metrics = _study(experiment)
+        study, lines = metrics["study"], _instance(experiment).lines(metrics["study"])
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+        ours = "; ".join(f"{row[0]}: {', '.join(cell for cell in row[1:] if cell)}" for row in rows[1:])
+        theirs = "a toy example" if "points" in study else _runtimes()
+        return ours, theirs, sum(metrics["seconds"].values())
+    summary, runs = summary_of(experiment)
+    name = "average acc" if experiment.accuracies else main_measure(summary)
+    assert name is not None
+    paper = Comparison(published(experiment.name), runs[0].config["model"]["name"])
+    ours = "; ".join(f"{_name(row.labels)} {shown(row.measures[name])}" for row in summary.rows)
+    values = [(row, paper.value(row, name)) for row in summary.rows]
+    theirs = "; ".join(
+        f"{_name(row.labels)} {f'{value:.2%}' if experiment.accuracies else f'{value:.2f}'}"
+        for row, value in values
+        if value is not None
+    )
+    if not theirs:  # no row of ours is one of the paper's
+        metric = "average_acc" if experiment.accuracies else "wikitext2_ppl"
+        theirs = "; ".join(
+            f"{row.setting.split('=')[-1]} {row.value:g}" for row in published(experiment.name) if row.metric == metric
+        )
+    return ours, theirs, sum(sum(run.metrics["seconds"].values()) for run in runs)
+
+
+def _runtimes() -> str:
+    values = {(row.method, row.setting, row.metric): row.value for row in published("table3")}
+    parts = [
+        f"{setting} {values['dense', setting, metric]:g}, 2:4 {values['2:4+cp', setting, metric]:g}"
+        for (method, setting, metric) in values
+        if method == "dense"
+    ]
+    parts += [f"{setting} {value:g}" for (_, setting, metric), value in values.items() if setting.startswith("channel")]
+    return "; ".join(parts) + " (ms, on a GPU)"
+
+
+def _study_block(experiment: Experiment, folder: Path) -> str:
+    metrics = _study(experiment)
+    (directory,) = (file.parent for file in (folder / "records").glob("*/metrics.json"))
+    environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+    lines = ["", f"    {experiment.typed}", "", *_instance(experiment).lines(metrics["study"]), ""]
+    if (directory / "figure.png").is_file():
+        lines += [f"![{experiment.claim}](records/{directory.name}/figure.png)", ""]
+    lines += [_machine([environment]), ""]
+    if experiment.name.startswith("table"):
+        lines += ["The paper's table 3:", "", *published_table(published(experiment.name)), ""]
+    return "\n".join(lines)
+
+
+def _study(experiment: Experiment) -> dict[str, Any]:
+    (file,) = (ROOT / experiment.name / "records").glob("*/metrics.json")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _instance(experiment: Experiment) -> Any:
+    (file,) = (ROOT / experiment.name / "records").glob("*/config.yaml")
+    return instantiate(yaml.safe_load(file.read_text(encoding="utf-8"))["study"])
+
+
+def _name(labels: dict[str, str]) -> str:
+    return " ".join(value for value in labels.values() if value)
+
+
+def _provenance(runs: list[Run]) -> list[str]:
+    seconds = sum(sum(run.metrics["seconds"].values()) for run in runs)
+    seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
+    budget = runs[0].config["calibration"]
+    return [
+        f"{len(runs)} runs, {seconds / 60:.0f} minutes in all, evaluation included (runs of several tables count in each); "
+        f"seed {seeds}; calibrated on {budget['samples']} samples of {budget['length']} tokens. "
+        + _machine([run.environment for run in runs])
+    ]
+
+
+def _machine(environments: Iterable[dict[str, Any]]) -> str:
+    entries = list(environments)
+    hardware = sorted({f"{e['hardware']['processor']}, {e['hardware']['threads']} threads" for e in entries})
+    versions = sorted({f"torch {e['versions']['torch']}, transformers {e['versions']['transformers']}" for e in entries})
+    commits = sorted({str(e["git"]["commit"])[:10] for e in entries if e.get("git")})
+    started = sorted(e["started"][:10] for e in entries)
+    return f"{'; '.join(hardware)}; {'; '.join(versions)}; commit {', '.join(commits)}; {started[0]}."
+
+
+def with_blocks() -> dict[Path, str]:
+    """Every document of experiments/ that has a generated block, with the block anew."""
+    found = {}
+    for experiment in EXPERIMENTS:
+        file = ROOT / experiment.name / "README.md"
+        if (ROOT / experiment.name / "records").is_dir():
+            found[file] = with_block(file.read_text(encoding="utf-8"), BEGIN, END, block(experiment))
+    readme = ROOT / "README.md"
+    found[readme] = with_block(readme.read_text(encoding="utf-8"), BEGIN, END, index())
+    return found
+
+
+def main() -> None:
+    """Rewrite the documents."""
+    for file, text in with_blocks().items():
+        file.write_text(text, encoding="utf-8")
+        print(shlex.quote(str(file)))
+
+
+if __name__ == "__main__":
+    main()
