@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import resolve_device
 from permllm.results.environment import hardware, versions
+from permllm.results.files import write_json
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
 from permllm.verify import stated_pattern
@@ -307,7 +308,7 @@ def _synchronize(device: torch.device) -> None:
 def _print(report: dict[str, Any]) -> None:
     console = terminal()
     table = Table(
-        title=f"{report['checkpoint']}, {report['dtype']}, prompt of {report['prompt']} tokens", title_justify="left"
+        title=f"{escape(report['checkpoint'])}, {report['dtype']}, prompt of {report['prompt']} tokens", title_justify="left"
     )
     for heading in ("variant", "batch", "prefill, tokens/s", "decode, tokens/s", "prefill, memory"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
@@ -351,12 +352,12 @@ def main() -> int:
         return 1
     try:
         report = measure(options)
+        _print(report)
+        if options.json:
+            write_json(options.json, report)
     except PermLLMError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _print(report)
     return 0
 
 

@@ -19,8 +19,10 @@ from omegaconf import DictConfig
 from permllm import parallel, sweep
 from permllm.config import read_config, register_resolvers
 from permllm.errors import PermLLMError
+from permllm.results.collect import collect
 from permllm.results.record import is_finished
-from permllm.results.table import mean_accuracy, print_comparison, print_jobs
+from permllm.results.summary import mean_accuracy, summarise
+from permllm.results.table import print_comparison, print_jobs
 from permllm.runner import run
 from permllm.sweep import Job
 
@@ -97,14 +99,12 @@ class Session:
         if len(jobs) > 1:
             shared = set.intersection(*(set(job.overrides) for job in jobs))
             labels = [" ".join(word for word in job.overrides if word not in shared) for job in jobs]
-            finished = [
-                (label or metrics["name"], metrics, Path(job.directory or ""))
-                for label, job in zip(labels, jobs, strict=True)
-                if (metrics := job.metrics()) is not None and "study" not in metrics
-            ]
-            if len(finished) > 1:
-                print_comparison(finished)
-            print_jobs([(label, job.outcome, job.reason) for label, job in zip(labels, jobs, strict=True)])
+            finished = [Path(job.directory) for job in jobs if job.directory]
+            runs = collect(finished).runs if finished else []
+            if len(runs) > 1:
+                print_comparison(summarise(runs))
+            outcomes = [(job.outcome, job.reason or job.directory or "") for job in jobs]
+            print_jobs([(label, *outcome) for label, outcome in zip(labels, outcomes, strict=True)])
         return 1 if self._failed or any(job.outcome == "failed" for job in jobs) else 0
 
     def _done(self, outcome: str, reason: str = "", directory: str | None = None) -> None:

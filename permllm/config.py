@@ -132,7 +132,7 @@ class LoggerConfig:
     Attributes:
         name: `wandb`, `tensorboard` or `none`.
         project: W&B project.
-        group: W&B group; None leaves a run ungrouped.
+        group: W&B group; None is the sweep's name, and leaves a single run ungrouped.
     """
 
     name: str

@@ -140,8 +140,12 @@ def _export(request: Request, record: RunRecord) -> None:
     if target.is_dir() and all(present.get(key) == value for key, value in wanted.items()):
         log.info("%s is there already", target)
         return
+    # The old one stays until the new one is whole.
+    written = target.with_name(f"{EXPORT}.new")
+    shutil.rmtree(written, ignore_errors=True)
+    record.metrics["export"] = export_run(record.directory, request, written)
     shutil.rmtree(target, ignore_errors=True)
-    record.metrics["export"] = export_run(record.directory, request, target)
+    written.rename(target)
     record.save()
 
 

@@ -43,12 +43,6 @@ class Job:
     reason: str = ""
     directory: str | None = None
 
-    def metrics(self) -> dict[str, Any] | None:
-        """Of a finished run."""
-        if self.directory is None:
-            return None
-        return dict(json.loads((Path(self.directory) / "metrics.json").read_text(encoding="utf-8")))
-
 
 class SweepFolder(Callback):  # type: ignore[misc]
     """Hydra's callback that names the sweep before its first job: the same command, the same folder."""

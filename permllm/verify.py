@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -27,6 +28,7 @@ from permllm.export.checkpoint import SUMMARY
 from permllm.export.packed import unpack
 from permllm.export.tensor_file import check_file
 from permllm.models.families import FAMILIES
+from permllm.results.files import write_json
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
 
@@ -231,7 +233,7 @@ def _examine(name: str, weight: Tensor, packed: bool, pattern: NMPattern) -> Lay
 
 def _print(folder: Path, report: Report) -> None:
     console = terminal()
-    table = Table(title=f"{folder}: {report.pattern} in stored order", title_justify="left")
+    table = Table(title=f"{escape(str(folder))}: {report.pattern} in stored order", title_justify="left")
     for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
         table.add_column(heading, justify="left" if heading == "weight" else "right")
     for layer in report.layers:
@@ -263,12 +265,12 @@ def main() -> int:
     disable_progress_bar()
     try:
         report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
+        _print(options.folder, report)
+        if options.json:
+            write_json(options.json, asdict(report) | {"passed": report.passed})
     except PermLLMError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if options.json:
-        options.json.write_text(json.dumps(asdict(report) | {"passed": report.passed}, indent=2) + "\n", encoding="utf-8")
-    _print(options.folder, report)
     return 0 if report.passed else 1
 
 

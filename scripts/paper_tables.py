@@ -26,6 +26,7 @@ from permllm.results.summary import Summary, summarise
 
 ROOT = Path(__file__).parent.parent / "experiments"
 BEGIN, END = "<!-- generated -->\n", "<!-- /generated -->"
+IN_README = ("<!-- experiments -->\n", "<!-- /experiments -->")
 CPU = "model=smollm2-135m budget=cpu"
 
 
@@ -116,8 +117,8 @@ def published_table(rows: list[Published]) -> list[str]:
     return lines
 
 
-def index() -> str:
-    """The table of experiments/README.md."""
+def index(folder: str) -> str:
+    """The table of experiments/README.md and of the README, which calls that folder `experiments/`."""
     lines = [
         "",
         "| result | the paper's claim | command | cost | ours | the paper's |",
@@ -127,7 +128,7 @@ def index() -> str:
         if not (ROOT / experiment.name / "records").is_dir():
             continue
         ours, theirs, seconds = _results(experiment)
-        link = f"[{experiment.name}]({experiment.name}/README.md)"
+        link = f"[{experiment.name}]({folder}{experiment.name}/README.md)"
         cost = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
         lines.append(f"| {link} | {experiment.claim} | `{experiment.typed}` | {cost} | {ours} | {theirs} |")
     return "\n".join([*lines, ""])
@@ -226,8 +227,9 @@ def with_blocks() -> dict[Path, str]:
         file = ROOT / experiment.name / "README.md"
         if (ROOT / experiment.name / "records").is_dir():
             found[file] = with_block(file.read_text(encoding="utf-8"), BEGIN, END, block(experiment))
-    readme = ROOT / "README.md"
-    found[readme] = with_block(readme.read_text(encoding="utf-8"), BEGIN, END, index())
+    for readme, begin, end in ((ROOT / "README.md", BEGIN, END), (ROOT.parent / "README.md", *IN_README)):
+        text = index("" if readme.parent == ROOT else "experiments/")
+        found[readme] = with_block(readme.read_text(encoding="utf-8"), begin, end, text)
     return found
 
 

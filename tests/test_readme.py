@@ -31,6 +31,11 @@ def test_the_tables_of_exports_are_those_of_the_records() -> None:
     assert script("export_table").with_tables(document) == document, "stale: run python scripts/export_table.py"
 
 
+def test_the_papers_tables_are_those_of_the_records() -> None:
+    for file, text in script("paper_tables").with_blocks().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file} is stale: run python scripts/paper_tables.py"
+
+
 def test_the_two_commands_exist_as_written() -> None:
     assert "pip install -e . && python run.py\n" in README
     assert "pip install -e '.[test]' && pytest\n" in README
@@ -51,6 +56,10 @@ def test_the_two_commands_exist_as_written() -> None:
         "evaluation",
         "export",
         "logger",
+        "budget",
+        "method",
+        "study",
+        "hparams_search",
         "experiment",
     ],
 )

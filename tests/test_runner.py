@@ -228,6 +228,33 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "metrics.json").is_file()  # force must not touch what another process is writing
 
 
+def test_a_run_whose_metrics_were_broken_is_done_again(cache: Path, tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "permutation=heuristic")
+    (directory / "metrics.json").write_text('{"status": "fin')
+    again, _ = run(tmp_path, "permutation=heuristic")
+    assert again["status"] == "finished"
+    assert again["perplexity"] == metrics["perplexity"]
+    assert again["seconds"] != metrics["seconds"]
+
+
+def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, directory = run(tmp_path, "permutation=none", "export=simulate")
+    before = (directory / "export" / "model.safetensors").read_bytes()
+
+    def fails(*_: Any) -> None:
+        raise DataError("no space left")
+
+    monkeypatch.setattr(runner, "export_run", fails)
+    with pytest.raises(DataError, match="no space left"):
+        run(tmp_path, "permutation=none", "export=gathered")
+    assert (directory / "export" / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.setenv("PERMLLM_CACHE", str(cache))
+    metrics, _ = run(tmp_path, "permutation=none", "export=gathered")
+    assert metrics["export"]["form"] == "gathered"
+    assert not (directory / "export.new").exists()
+
+
 def test_masks_take_one_bit_a_weight(tmp_path: Path) -> None:
     mask = torch.rand(13, 20) > 0.5
     write_masks(tmp_path / "masks.safetensors", {"a.b": mask})

@@ -98,6 +98,9 @@ def check_file(file: Path) -> None:
     for name, entry in entries:
         if start + entry["data_offsets"][1] > size:
             raise DataError(f"{file} is truncated: it ends before the end of {name}")
+    end = start + max((entry["data_offsets"][1] for _, entry in entries), default=0)
+    if size > end:
+        raise DataError(f"{file} is corrupt: {size - end} bytes follow its last tensor")
     expected = json.loads(metadata.get(CHECKSUMS, "{}"))
     if not expected:
         return

@@ -18,12 +18,10 @@ from permllm.results.plots import numeric_setting
 from permllm.results.published import Comparison
 from permllm.results.record import ENVIRONMENT
 from permllm.results.render import cells, main_measure, shown
-from permllm.results.summary import Measure, Row, Summary, summarise
+from permllm.results.summary import Measure, Row, Summary, row_labels, summarise
 
 NOT_SET = "not set"
 _CURVES = ("loss", "measured_loss", "temperature", "flips")
-# Settings that a row's name always has; of the others it has those with an unusual value.
-_NAMES_A_ROW = ("model", "sparsity", "pruner", "permutation")
 
 
 def page(collection: Collection, summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> str:
@@ -107,27 +105,6 @@ def sort_keys(summary: Summary, row: Row, header: list[str], line: list[str]) ->
         else:
             keys.append(_number(text.split(" ")[0].rstrip("%"), None))
     return keys
-
-
-def row_labels(summary: Summary) -> list[str]:
-    """A short name for each row: all settings where these are few, else the method and what is unusual in it."""
-    labels = []
-    few = len(summary.settings) <= 3
-    # How it was measured comes last: it is what a name that is cut short can spare.
-    settings = sorted(summary.settings, key=lambda name: name.startswith(("calibration.", "evaluation.")))
-    for row in summary.rows:
-        parts = []
-        for name in settings:
-            value = row.labels[name]
-            group, _, below = name.partition(".")
-            # What is usual for an order that is learned says nothing about the heuristic one.
-            rows = [other for other in summary.rows if not below or other.labels.get(group) == row.labels.get(group)]
-            if name in _NAMES_A_ROW:
-                parts.append(value)
-            elif value and (few or value != Counter(other.labels[name] for other in rows).most_common(1)[0][0]):
-                parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
-        labels.append(", ".join(filter(None, parts)) or row.runs[0].metrics["name"])
-    return labels
 
 
 def differences(configs: list[dict[str, Any]]) -> list[list[tuple[str, str, str]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from permllm.errors import ConfigError
 from permllm.results.record import MASKS, mask_names, mask_reader
 from permllm.results.render import main_measure
-from permllm.results.summary import Measure, Row, Summary
+from permllm.results.summary import Measure, Row, Summary, row_labels
 
 
 def plot(summary: Summary, file: Path) -> None:
@@ -27,7 +27,8 @@ def plot(summary: Summary, file: Path) -> None:
     name = main_measure(summary)
     if name is None:
         raise ConfigError("--plot: the runs have neither a perplexity nor an accuracy")
-    learned = [(row, curve) for row in summary.rows if (curve := losses(row))]
+    labels = {id(row): name for row, name in zip(summary.rows, row_labels(summary), strict=True)}
+    learned = [(labels[id(row)], curve) for row in summary.rows if (curve := losses(row))]
     figure, axes = pyplot.subplots(1, 2 if learned else 1, figsize=(11 if learned else 6, 4), squeeze=False)
     rows = [row for row in summary.rows if name in row.measures]
     numeric = numeric_setting(summary)
@@ -39,13 +40,13 @@ def plot(summary: Summary, file: Path) -> None:
         axis.set_xlabel(numeric)
         axis.set_ylabel(name)
     else:
-        _bars(axis, rows, name)
+        _bars(axis, [labels[id(row)] for row in rows], [row.measures[name] for row in rows], name)
     if name in summary.dense:
         mark = axis.axhline if numeric is not None else axis.axvline
         mark(summary.dense[name].mean, linestyle="--", color="grey", label="dense")
         axis.legend()
-    for row, curve in learned:
-        axes[0][1].plot(range(1, len(curve) + 1), curve, marker="o", label=label(row))
+    for label, curve in learned:
+        axes[0][1].plot(range(1, len(curve) + 1), curve, marker="o", label=label)
     if learned:
         axes[0][1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes[0][1].set_xlabel("pass")
@@ -68,14 +69,14 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
     """
     pyplot = _pyplot("--masks")
     found = []
-    for row in summary.rows:
+    for row, title in zip(summary.rows, row_labels(summary), strict=True):
         masks = row.runs[0].directory / MASKS
         if masks.is_file():
             names = mask_names(masks)
             chosen = linear or _first_of_the_middle_layer(names)
             if chosen not in names:
                 raise ConfigError(f"--linear {chosen}: {row.runs[0].directory} has no such mask; it has {names[0]}, ...")
-            found.append((label(row), chosen, mask_reader(masks)(chosen)[:size, :size]))
+            found.append((title, chosen, mask_reader(masks)(chosen)[:size, :size]))
     if not found:
         raise ConfigError(f"--masks: none of the runs has its {MASKS}")
     columns = min(3, len(found))
@@ -137,14 +138,8 @@ def losses(row: Row) -> list[float]:
     return [entry["loss"] for entry in row.runs[0].history if isinstance(entry.get("loss"), int | float)]
 
 
-def label(row: Row) -> str:
-    """A row's settings in one line."""
-    return ", ".join(value for value in row.labels.values() if value) or row.runs[0].metrics["name"]
-
-
-def _bars(axis: Any, rows: list[Row], name: str) -> None:
-    measures: list[Measure] = [row.measures[name] for row in rows]
-    axis.barh([label(row) for row in rows], [measure.mean for measure in measures], xerr=_errors(measures), capsize=3)
+def _bars(axis: Any, labels: list[str], measures: list[Measure], name: str) -> None:
+    axis.barh(labels, [measure.mean for measure in measures], xerr=_errors(measures), capsize=3)
     axis.set_xlabel(name)
     axis.invert_yaxis()
 

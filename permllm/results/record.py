@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from permllm.errors import ConfigError, DataError
 from permllm.memory import peak_host_memory, peak_memory
 from permllm.models.families import linear_at
 from permllm.results.files import write_json, write_tensors, write_text
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -150,7 +153,9 @@ class RunRecord:
         try:
             metrics = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{file} is not readable JSON ({error}); force=true starts this run anew") from error
+            # Files are written whole, so that something else must have broken it; what else is there is used again.
+            log.warning("%s is not readable JSON (%s): this run is done again", file, error)
+            return None
         if metrics.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(f"{file} has schema_version {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}")
         return metrics

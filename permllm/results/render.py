@@ -46,7 +46,7 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
     dense = ["dense", *[""] * (len(header) - 1)]
     main = main_measure(summary)
     for name in summary.measures:
-        header.append(_heading(summary, name))
+        header.append(heading(summary, name))
         dense.append(shown(summary.dense[name]) if name in summary.dense else "")
         for row, line in zip(summary.rows, body, strict=True):
             line.append(shown(row.measures[name]) if name in row.measures else "")
@@ -73,8 +73,8 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
                 theirs = [None if v is None or reference is None else _step(v, reference, kind) for v in values]
                 differences = [None if a is None or b is None else a - b for a, b in zip(changes, theirs, strict=True)]
                 columns |= {"paper, against its baseline": theirs, "difference of the changes": differences}
-            for heading, column in columns.items():
-                header.append(heading)
+            for title, column in columns.items():
+                header.append(title)
                 dense.append("")
                 for row, change, line in zip(summary.rows, column, body, strict=True):
                     line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}")
@@ -141,7 +141,8 @@ def _unit(kind: str) -> str:
     return " points" if kind == "accuracy" else "%"
 
 
-def _heading(summary: Summary, name: str) -> str:
+def heading(summary: Summary, name: str) -> str:
+    """A measure's name, with a word where some row's value is of a part of the items."""
     limited = any(row.measures[name].limited for row in summary.rows if name in row.measures)
     return f"{name} (limited)" if limited else name
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from permllm.config import identity_of
 from permllm.results.collect import Run
-from permllm.results.table import counted_tasks, mean_accuracy
 
 # Settings that only repeat others or name files, whose digests stand beside them.
 _LEFT_OUT = ("name", "seed", "inputs", "save_weights")
@@ -27,6 +27,9 @@ _FIRST = (
     "temperature",
     "block_size",
 )
+
+# Settings that a row's name always has; of the others it has those with an unusual value.
+_NAMES_A_ROW = ("model", "sparsity", "pruner", "permutation")
 
 
 @dataclass
@@ -109,6 +112,41 @@ def summarise(runs: list[Run]) -> Summary:
     dense = [_measures(row.runs[:1], "dense") for row in ordered]
     shared = {name: value for name, value in dense[0].items() if all(other.get(name) == value for other in dense)}
     return Summary(settings, names, ordered, shared)
+
+
+def row_labels(summary: Summary) -> list[str]:
+    """A short name for each row: all settings where these are few, else the method and what is unusual in it."""
+    labels = []
+    few = len(summary.settings) <= 3
+    # How it was measured comes last: it is what a name that is cut short can spare.
+    settings = sorted(summary.settings, key=lambda name: name.startswith(("calibration.", "evaluation.")))
+    for row in summary.rows:
+        parts = []
+        for name in settings:
+            value = row.labels[name]
+            group, _, below = name.partition(".")
+            # What is usual for an order that is learned says nothing about the heuristic one.
+            rows = [other for other in summary.rows if not below or other.labels.get(group) == row.labels.get(group)]
+            if name in _NAMES_A_ROW:
+                parts.append(value)
+            elif value and (few or value != Counter(other.labels[name] for other in rows).most_common(1)[0][0]):
+                parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
+        labels.append(", ".join(filter(None, parts)) or row.runs[0].metrics["name"])
+    return labels
+
+
+def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """The tasks of a zero-shot result that a mean is taken over.
+
+    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
+    """
+    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
+
+
+def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
+    """Over the counted tasks of a zero-shot result; not a number where there is none."""
+    counted = counted_tasks(tasks)
+    return statistics.fmean(tasks[name]["acc"] for name in counted) if counted else math.nan
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from permllm.results.render import heading, shown
+from permllm.results.summary import Summary, counted_tasks, mean_accuracy, row_labels
 
 
 def terminal() -> Console:
@@ -40,37 +42,29 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     console.print(f"files     {directory}", soft_wrap=True)
 
 
-def print_comparison(runs: Sequence[tuple[str, dict[str, Any], Path]], console: Console | None = None) -> None:
-    """Table of several finished runs, a column a run: the dense model once, then each `(label, metrics, directory)`."""
+def print_comparison(summary: Summary, console: Console | None = None) -> None:
+    """Table of several finished runs: a column for each row of the summary, after the dense model's where all share it."""
     console = console or terminal()
-    columns = [{name: (dense, sparse) for name, dense, sparse in result_rows(metrics)} for _, metrics, _ in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    table = Table(title="sparse models (dense in brackets where it differs)", title_justify="left")
+    table = Table(title="sparse models", title_justify="left")
     table.add_column("")
-    table.add_column("dense", justify="right")
-    for label, _, _ in runs:
-        table.add_column(escape(label), justify="right", overflow="fold")
-    for name in names:
-        dense = {column[name][0] for column in columns if name in column}
-        cells = []
-        for column in columns:
-            before, after = column.get(name, ("", "-"))
-            cells.append(after if len(dense) == 1 or not before else f"{after} ({before})")
-        table.add_row(name, dense.pop() if len(dense) == 1 else "", *cells)
-    table.add_row("saliency kept", "", *[f"{_mean(metrics['retained_saliency']):.2%}" for _, metrics, _ in runs])
-    table.add_row("output error", "", *[f"{_mean(metrics['output_error']):.4f}" for _, metrics, _ in runs])
-    table.add_row("time", "", *[_duration(sum(metrics["seconds"].values())) for _, metrics, _ in runs])
+    if summary.dense:
+        table.add_column("dense", justify="right")
+    for row, label in zip(summary.rows, row_labels(summary), strict=True):
+        seeds = f"\n{len(row.runs)} seeds" if len(row.runs) > 1 else ""
+        table.add_column(escape(label) + seeds, justify="right", overflow="fold")
+    for name in summary.measures:
+        cells = [shown(row.measures[name]) if name in row.measures else "-" for row in summary.rows]
+        dense = [shown(summary.dense[name]) if name in summary.dense else ""] if summary.dense else []
+        table.add_row(escape(heading(summary, name)), *dense, *cells)
     console.print(table)
-    for label, _, directory in runs:
-        console.print(f"{label}: {directory}", soft_wrap=True)
 
 
 def print_jobs(jobs: Sequence[tuple[str, str, str]], console: Console | None = None) -> None:
-    """What became of the jobs of a sweep: `(label, ran, skipped or failed, reason)`, and how many of each."""
+    """What became of the jobs of a sweep, `(label, outcome, directory or reason)`, and how many of each."""
     console = console or terminal()
     table = Table(title="jobs", title_justify="left")
-    for heading in ("job", "outcome", "reason"):
-        table.add_column(heading, overflow="fold")
+    for title in ("job", "outcome", "run, or reason"):
+        table.add_column(title, overflow="fold")
     for job in jobs:
         table.add_row(*map(escape, job))
     console.print(table)
@@ -94,20 +88,6 @@ def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         means = [mean_accuracy(part) for part in (dense, sparse)]
         rows.append(("average acc", f"{means[0]:.1%}", f"{means[1]:.1%}"))
     return rows
-
-
-def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    """The tasks of a zero-shot result that a mean is taken over.
-
-    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
-    """
-    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
-
-
-def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
-    """Over the counted tasks of a zero-shot result; not a number where there is none."""
-    counted = counted_tasks(tasks)
-    return sum(float(tasks[name]["acc"]) for name in counted) / len(counted) if counted else math.nan
 
 
 def _accuracy(values: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5To
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
-from permllm.export.tensor_file import read_header
+from permllm.export.tensor_file import check_file, read_header
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
@@ -363,6 +363,15 @@ def test_corrupt_and_truncated_files_are_refused_with_the_name_of_the_tensor(whe
     file.write_bytes(data)
     with pytest.raises(DataError, match=name):
         load(tmp_path / "out")
+
+
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    export_run(run, Request("folded"), tmp_path / "out")
+    with open(tmp_path / "out" / "model.safetensors", "ab") as stream:
+        stream.write(b"more")
+    with pytest.raises(DataError, match="4 bytes follow its last tensor"):
+        check_file(tmp_path / "out" / "model.safetensors")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

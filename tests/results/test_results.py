@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
 
 from permllm.errors import ConfigError
 from permllm.results.collect import collect
-from permllm.results.plots import numeric_setting, plot
+from permllm.results.plots import numeric_setting, plot, plot_masks
 from permllm.results.published import Comparison, published
+from permllm.results.record import write_masks
 from permllm.results.render import cells, find_baseline, render
 from permllm.results.summary import summarise
+from permllm.results.table import print_comparison
 from tests.conftest import ROOT, run_module
 
 QUICKSTART = ROOT / "experiments" / "quickstart"
@@ -164,6 +168,89 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
     other = Comparison(published("table6"), "smollm2-135m")
     assert "llama-2-7b" in other.note
     assert "difference" not in cells(summary, paper=other)[0]
+
+
+def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone(tmp_path: Path) -> None:
+    for model in ("llama-2-7b", "opt-6.7b"):
+        make_run(tmp_path / model, 9.5, model=model, permutation="none")
+    summary = summarise(collect([tmp_path]).runs)
+    paper = Comparison(published("table1"), ["llama-2-7b", "opt-6.7b"])
+    header, rows = cells(summary, paper=paper)
+    expected = {row.model: row.value for row in published("1") if row.method == "wanda"}
+    assert {row[0]: float(row[header.index("paper")]) for row in rows[1:]} == {
+        model: expected[model] for model in ("llama-2-7b", "opt-6.7b")
+    }
+    with pytest.raises(ConfigError, match="not smollm2-135m; give runs of one model"):
+        Comparison(published("table1"), ["llama-2-7b", "smollm2-135m"])
+
+
+def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 50.0, block_size=32)
+    make_run(tmp_path / "b", 40.0, block_size=64)
+    summary = summarise(collect([tmp_path]).runs)
+    paper = Comparison(published("table6"), "smollm2-135m")
+    header, rows = cells(summary, find_baseline(summary, "block_size=32"), paper)
+    (row,) = [row for row in rows if row[0] == "64"]
+    theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
+    change = 100 * (theirs["block_size=64"] / theirs["block_size=32"] - 1)
+    assert row[header.index("against the baseline")] == "-20.0%"
+    assert row[header.index("paper, against its baseline")] == f"{change:+.1f}%"
+    assert row[header.index("difference of the changes")] == f"{-20 - change:+.1f}%"
+
+
+def test_the_mean_accuracy_leaves_groups_of_tasks_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", 20.0, acc=0.5)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for which in ("dense", "sparse"):
+        one = metrics["zero_shot"][which]["rte"]
+        metrics["zero_shot"][which] |= {"piqa": one | {"acc": 0.7}, "a group": one | {"acc": 0.0, "n": None}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    header, _, row = table(tmp_path)
+    assert row[header.index("average acc (limited)")].startswith("60.00%")
+
+
+def test_the_table_after_a_sweep_has_a_column_for_the_seeds_together(tmp_path: Path) -> None:
+    for seed, value in enumerate([20.0, 22.0, 24.0]):
+        make_run(tmp_path / f"a{seed}", value, seed=seed, acc=0.5)
+    make_run(tmp_path / "b", 30.0, permutation="none", acc=0.4)
+    output = io.StringIO()
+    print_comparison(summarise(collect([tmp_path]).runs), Console(file=output, width=150))
+    text = output.getvalue()
+    assert "3 seeds" in text
+    assert "22.00 ± 2.00" in text
+    assert "rte acc (limited)" in text
+    assert "40.00% ± 5.00%" in text
+
+
+def test_masks_are_drawn_as_they_are(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a", 20.0), make_run(tmp_path / "b", 30.0, permutation="none")
+    for folder in (first, second):
+        mask = torch.rand(8, 16) > 0.5
+        write_masks(folder / "masks.safetensors", {f"model.layers.{layer}.mlp.down_proj": mask for layer in range(3)})
+    summary = summarise(collect([tmp_path]).runs)
+    plot_masks(summary, tmp_path / "masks.png", size=4)
+    assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"
+    plot_masks(summary, tmp_path / "masks.svg")
+    assert "model.layers.1.mlp.down_proj" in (tmp_path / "masks.svg").read_text()  # the middle layer
+    with pytest.raises(ConfigError, match="has no such mask"):
+        plot_masks(summary, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
+    for folder in (first, second):
+        (folder / "masks.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"none of the runs has its masks\.safetensors"):
+        plot_masks(summary, tmp_path / "masks.png")
+
+
+def test_a_sweeps_folder_stands_for_the_runs_of_its_jobs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "a", 20.0)
+    make_run(tmp_path / "runs" / "of another sweep", 30.0, block_size=128)
+    folder = tmp_path / "runs" / "sweeps" / "sweep-1"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "jobs" / "0000.json").write_text(json.dumps({"overrides": [], "outcome": "ran", "directory": str(run)}))
+    assert [found.directory for found in collect([folder]).runs] == [run]
+    study = tmp_path / "runs" / "study"
+    study.mkdir()
+    (study / "metrics.json").write_text('{"schema_version": 1, "status": "finished", "study": {}}')
+    assert "a study, not a run" in collect([tmp_path / "runs"]).skipped[0][1]
 
 
 def test_the_plot_is_a_line_over_a_number_and_bars_over_names(tmp_path: Path) -> None:
