@@ -73,7 +73,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     request = _export_request(config, permutation, pruner.updates_weights or reconstruction.changes_weights)
     parallel.start()
     if config.study and not config.plan:
-        return run_study(config, instantiate(config.study), pruner)
+        return None if parallel.rank() else run_study(config, instantiate(config.study), pruner)
     if resolve_device(config.model.device).type == "cpu":
         keep_freed_memory()
     if config.plan or config.model.source != "hub" or config.model.architecture:

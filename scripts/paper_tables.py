@@ -38,6 +38,7 @@ class Experiment:
         name: of the experiment and its folder.
         claim: what the paper shows with it.
         baseline: the row that the others are compared with, for `find_baseline`; empty for a study.
+        columns: the settings that it varies; whatever else differs follows from them.
         accuracies: show every task, not the mean alone.
         command: what was run.
     """
@@ -45,6 +46,7 @@ class Experiment:
     name: str
     claim: str
     baseline: str = ""
+    columns: tuple[str, ...] = ("pruner", "permutation")
     accuracies: bool = False
     command: str = ""
 
@@ -67,10 +69,20 @@ EXPERIMENTS = [
         "2:4 products are 1.6 to 1.7 times as fast, a permutation costs little",
         command="python run.py experiment=table3",
     ),
-    Experiment("table4", "Five Sinkhorn iterations are better than none", "permutation.sinkhorn_iterations=0"),
-    Experiment("table5", "The calibration text matters little", "calibration.dataset=law-questions"),
-    Experiment("table6", "Larger blocks are better and cost more", "block_size=32"),
-    Experiment("table7", "Learning the last six layers alone gives a part of the gain", "permutation=heuristic"),
+    Experiment(
+        "table4",
+        "Five Sinkhorn iterations are better than none",
+        "permutation.sinkhorn_iterations=0",
+        ("permutation.sinkhorn_iterations",),
+    ),
+    Experiment("table5", "The calibration text matters little", "calibration.dataset=law-questions", ("calibration.dataset",)),
+    Experiment("table6", "Larger blocks are better and cost more", "block_size=32", ("block_size",)),
+    Experiment(
+        "table7",
+        "Learning the last six layers alone gives a part of the gain",
+        "permutation=heuristic",
+        ("permutation", "permutation.last_layers"),
+    ),
     Experiment("table8", "The order of the methods is the same at 4:8", "pruner=wanda,permutation=none"),
     Experiment("figure1", "More saliency kept is not less loss"),
 ]
@@ -82,6 +94,9 @@ def summary_of(experiment: Experiment) -> tuple[Summary, list[Run]]:
     if collection.notes():
         raise SystemExit(f"{experiment.name}: {'; '.join(collection.notes())}")
     summary = summarise(collection.runs)
+    summary.settings = [name for name in summary.settings if name in experiment.columns]
+    for row in summary.rows:
+        row.labels = {name: row.labels[name] for name in summary.settings}
     shown_too = ("average acc", "saliency kept", "output error", "seconds")
     summary.measures = [
         name
@@ -147,17 +162,17 @@ def _results(experiment: Experiment) -> tuple[str, str, float]:
     name = "average acc" if experiment.accuracies else main_measure(summary)
     assert name is not None
     paper = Comparison(published(experiment.name), runs[0].config["model"]["name"])
-    ours = "; ".join(f"{_name(row.labels)} {shown(row.measures[name])}" for row in summary.rows)
+    ours = "; ".join(f"{_name(row.labels)}: {shown(row.measures[name])}" for row in summary.rows)
     values = [(row, paper.value(row, name)) for row in summary.rows]
     theirs = "; ".join(
-        f"{_name(row.labels)} {f'{value:.2%}' if experiment.accuracies else f'{value:.2f}'}"
+        f"{_name(row.labels)}: {f'{value:.2%}' if experiment.accuracies else f'{value:.2f}'}"
         for row, value in values
         if value is not None
     )
     if not theirs:  # no row of ours is one of the paper's
         metric = "average_acc" if experiment.accuracies else "wikitext2_ppl"
         theirs = "; ".join(
-            f"{row.setting.split('=')[-1]} {row.value:g}" for row in published(experiment.name) if row.metric == metric
+            f"{row.setting.split('=')[-1]}: {row.value:g}" for row in published(experiment.name) if row.metric == metric
         )
     return ours, theirs, sum(sum(run.metrics["seconds"].values()) for run in runs)
 

@@ -30,6 +30,7 @@ _LABELS = {
     "shuffled heuristic": ("heuristic, some channels shuffled", "tab:orange", ".", 18),
     "raising saliency": ("swaps that keep more saliency", "tab:red", ".", 18),
     "lowering error": ("swaps that lower the error", "tab:blue", ".", 18),
+    "lowering error from the heuristic": ("the same from the heuristic on", "tab:cyan", ".", 18),
     "heuristic": ("heuristic", "tab:orange", "^", 70),
 }
 
@@ -115,13 +116,13 @@ def swaps(layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, ge
 
 @dataclass(frozen=True)
 class SaliencyAndError:
-    """The study.
+    """Random orders, shuffled heuristic ones, and searches by swaps: one for saliency, two for the error.
 
     Args:
         layer: index of the decoder layer; None is the middle one.
         group: name of the channel group in it, as `plan=true` lists them; None is the last one, the MLP's output.
         random: random orders, and as many of the heuristic's with some channels shuffled.
-        swaps: swaps tried for each of the two measures.
+        swaps: swaps tried in each search.
         trace: orders kept along the way of the swaps.
     """
 
@@ -192,8 +193,12 @@ class SaliencyAndError:
             shuffled = heuristic.clone()
             shuffled[places] = heuristic[places[torch.randperm(count, generator=generator)]]
             found.append(("shuffled heuristic", shuffled))
-        for kind, by_error in (("raising saliency", False), ("lowering error", True)):
-            found += [(kind, perm) for perm in swaps(layer, identity, self.swaps, self.trace, by_error, generator)]
+        for kind, start, by_error in (
+            ("raising saliency", identity, False),
+            ("lowering error", identity, True),
+            ("lowering error from the heuristic", heuristic, True),
+        ):
+            found += [(kind, perm) for perm in swaps(layer, start, self.swaps, self.trace, by_error, generator)]
         found.append(("heuristic", heuristic))
         return [(kind, perm.to(device)) for kind, perm in found]
 

@@ -71,7 +71,7 @@ def test_figure_1_is_a_job_with_a_record_and_a_picture(tmp_path: Path) -> None:
     (directory,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((directory / "metrics.json").read_text())
     points = metrics["study"]["points"]
-    assert len(points) == 2 + 5 + 5 + 4 + 4
+    assert len(points) == 2 + 5 + 5 + 4 + 4 + 4
     assert {point["order"] for point in points} >= {"none", "random", "heuristic", "lowering error"}
     by_name = {point["order"]: point for point in points}
     assert by_name["heuristic"]["retained_saliency"] > by_name["none"]["retained_saliency"]
