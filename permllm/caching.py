@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import permllm
 from permllm.data.wheels import cache_directory
 from permllm.errors import DataError
 from permllm.results.environment import versions
@@ -26,6 +28,9 @@ from permllm.results.files import write_json, write_tensors
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+# Folders of the package whose code decides what is kept.
+_CODE = ("data", "evaluation", "models", "pruning")
 
 
 def cached_values(kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -56,12 +61,23 @@ def cached_tensors(kind: str, identity: Mapping[str, Any], compute: Callable[[],
 
 
 def digest_of(tensor: Tensor) -> str:
-    """sha256 of a CPU tensor's values."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    """sha256 of a CPU tensor's values, shape and dtype."""
+    head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(head + tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """sha256 of the code that kept results come from: what an older checkout computed is not taken for what this one would."""
+    package = Path(permllm.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in _CODE for file in (package / folder).rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _file(kind: str, identity: Mapping[str, Any], suffix: str) -> Path:
-    key = json.dumps({"identity": dict(identity), "versions": versions()}, sort_keys=True)
+    key = json.dumps({"identity": dict(identity), "versions": versions(), "code": code_digest()}, sort_keys=True)
     return cache_directory() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
 
 

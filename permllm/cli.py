@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from permllm import parallel, sweep
 from permllm.config import read_config, register_resolvers
-from permllm.errors import PermLLMError
+from permllm.errors import DataError, InUseError, PermLLMError
 from permllm.results.collect import collect
 from permllm.results.record import is_finished
 from permllm.results.summary import mean_accuracy, summarise
@@ -43,6 +43,11 @@ class Session:
             print(_INTERRUPTED, file=sys.stderr)
             self.close()
             return 130
+        except SystemExit as stop:
+            # Hydra refuses the command line, or a launcher gives up although some jobs have finished.
+            if stop.code == 1:
+                self.close()
+            raise
         return self.close()
 
     def job(self, composed: DictConfig) -> float:
@@ -75,6 +80,11 @@ class Session:
             print(_INTERRUPTED, file=sys.stderr)
             self.close()
             raise SystemExit(130) from None
+        except InUseError as error:
+            if not sweep.sweeping():
+                self._failed = True
+                print(f"error: {error}", file=sys.stderr)
+            self._done("skipped", _one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -94,8 +104,7 @@ class Session:
 
     def close(self) -> int:
         """Print the comparison where there is one to make, and what became of each job of several; the exit code."""
-        folder = sweep.folder()
-        jobs = sweep.kept(folder) if folder is not None else []
+        jobs = sweep.outcomes()
         if len(jobs) > 1:
             shared = set.intersection(*(set(job.overrides) for job in jobs))
             labels = [" ".join(word for word in job.overrides if word not in shared) for job in jobs]
@@ -110,7 +119,11 @@ class Session:
     def _done(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
         self._failed = self._failed or outcome == "failed"
         if sweep.sweeping():
-            sweep.keep(Job(sweep.overrides(), outcome, reason, directory))
+            try:
+                sweep.keep(Job(sweep.overrides(), outcome, reason, directory))
+            except DataError as error:
+                # A full disk must not take the other jobs with it.
+                print(f"error: {error}", file=sys.stderr)
 
 
 def objective(metrics: dict[str, Any]) -> float:

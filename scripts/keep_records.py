@@ -1,32 +1,31 @@
 """Keep the small files of finished runs in the repository, so that documents can be generated from them.
 
 python scripts/keep_records.py runs/RUN... --to experiments/quickstart
-python scripts/keep_records.py runs/sweeps/table6-... --to experiments/table6/records
+python scripts/keep_records.py runs/sweeps/table6-... --to experiments/table6/records --replace
 
-Of a sweep's folder the runs of its jobs are kept, and those that lay there before go.
+Of a sweep's folder the runs of its jobs are kept. With --replace the records that lay there before go.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
+from permllm.results.record import is_finished
 from permllm.sweep import kept
 
 KEPT = ("metrics.json", "config.yaml", "environment.json", "history.jsonl", "figure.png")
 
 
-def keep(run: Path, target: Path) -> Path:
-    """Copy a finished run's small files to a folder of its own in `target`.
+def check(run: Path) -> None:
+    """Raise SystemExit unless a directory holds a finished run."""
+    if not is_finished(run):
+        raise SystemExit(f"{run} is not a finished run")
 
-    Raises:
-        SystemExit: the run is not finished.
-    """
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    if metrics["status"] != "finished":
-        raise SystemExit(f"{run} is not finished")
+
+def keep(run: Path, target: Path) -> Path:
+    """Copy a finished run's small files to a folder of its own in `target`."""
     folder = target / run.name
     folder.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
@@ -40,13 +39,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--to", required=True, type=Path)
+    parser.add_argument("--replace", action="store_true", help="remove the records that are there")
     arguments = parser.parse_args()
+    runs: list[Path] = []
     for given in arguments.runs:
         jobs = kept(given)
-        if jobs:
-            shutil.rmtree(arguments.to, ignore_errors=True)
-        for run in [Path(job.directory) for job in jobs if job.directory] or [given]:
-            print(keep(run, arguments.to))
+        missing = [f"{' '.join(job.overrides)}: {job.reason}" for job in jobs if not job.directory]
+        if missing:
+            raise SystemExit(f"{given} is not complete: {'; '.join(missing)}")
+        runs += [Path(job.directory or "") for job in jobs] or [given]
+    for run in runs:
+        check(run)
+    if arguments.replace and arguments.to.is_dir():
+        for file in arguments.to.glob("*/metrics.json"):
+            shutil.rmtree(file.parent)
+    for run in runs:
+        print(keep(run, arguments.to))
 
 
 if __name__ == "__main__":

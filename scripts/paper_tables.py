@@ -93,7 +93,11 @@ def summary_of(experiment: Experiment) -> tuple[Summary, list[Run]]:
     collection = collect([ROOT / experiment.name / "records"])
     if collection.notes():
         raise SystemExit(f"{experiment.name}: {'; '.join(collection.notes())}")
-    summary = summarise(collection.runs)
+    return _narrowed(experiment, collection.runs), collection.runs
+
+
+def _narrowed(experiment: Experiment, runs: list[Run]) -> Summary:
+    summary = summarise(runs)
     summary.settings = [name for name in summary.settings if name in experiment.columns]
     for row in summary.rows:
         row.labels = {name: row.labels[name] for name in summary.settings}
@@ -103,7 +107,7 @@ def summary_of(experiment: Experiment) -> tuple[Summary, list[Run]]:
         for name in summary.measures
         if "perplexity" in name or name in shown_too or (experiment.accuracies and name.endswith(" acc"))
     ]
-    return summary, collection.runs
+    return summary
 
 
 def block(experiment: Experiment) -> str:
@@ -115,7 +119,11 @@ def block(experiment: Experiment) -> str:
     paper = Comparison(published(experiment.name), runs[0].config["model"]["name"])
     lines = ["", f"    {experiment.typed}", ""]
     lines += [render(summary, "md", find_baseline(summary, experiment.baseline), paper).rstrip(), "", paper.note, ""]
-    lines += [*_provenance(runs), "", f"The paper's table {experiment.name.removeprefix('table')}:", ""]
+    lines += [*_provenance(runs), ""]
+    if (folder / "recipe").is_dir():
+        recipe = collect([folder / "recipe"]).runs
+        lines += ["The paper's recipe at the same budget:", "", render(_narrowed(experiment, recipe), "md").rstrip(), ""]
+    lines += [f"The paper's table {experiment.name.removeprefix('table')}:", ""]
     lines += [*published_table(published(experiment.name)), ""]
     return "\n".join(lines)
 
@@ -161,6 +169,7 @@ def _results(experiment: Experiment) -> tuple[str, str, float]:
     summary, runs = summary_of(experiment)
     name = "average acc" if experiment.accuracies else main_measure(summary)
     assert name is not None
+    limited = " (limited)" if any(row.measures[name].limited for row in summary.rows) else ""
     paper = Comparison(published(experiment.name), runs[0].config["model"]["name"])
     ours = "; ".join(f"{_name(row.labels)}: {shown(row.measures[name])}" for row in summary.rows)
     values = [(row, paper.value(row, name)) for row in summary.rows]
@@ -174,7 +183,7 @@ def _results(experiment: Experiment) -> tuple[str, str, float]:
         theirs = "; ".join(
             f"{row.setting.split('=')[-1]}: {row.value:g}" for row in published(experiment.name) if row.metric == metric
         )
-    return ours, theirs, sum(sum(run.metrics["seconds"].values()) for run in runs)
+    return ours + limited, theirs, sum(sum(run.metrics["seconds"].values()) for run in runs)
 
 
 def _runtimes() -> str:
@@ -220,8 +229,9 @@ def _provenance(runs: list[Run]) -> list[str]:
     seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
     budget = runs[0].config["calibration"]
     return [
-        f"{len(runs)} runs, {seconds / 60:.0f} minutes in all, evaluation included (runs of several tables count in each); "
-        f"seed {seeds}; calibrated on {budget['samples']} samples of {budget['length']} tokens. "
+        f"{len(runs)} runs, {seconds / 60:.0f} minutes in all, evaluation included. Runs of several tables count in each; what "
+        "an earlier job had left of the dense model's evaluation and calibration does not. "
+        f"Seed {seeds}; calibrated on {budget['samples']} samples of {budget['length']} tokens. "
         + _machine([run.environment for run in runs])
     ]
 
@@ -229,8 +239,13 @@ def _provenance(runs: list[Run]) -> list[str]:
 def _machine(environments: Iterable[dict[str, Any]]) -> str:
     entries = list(environments)
     hardware = sorted({f"{e['hardware']['processor']}, {e['hardware']['threads']} threads" for e in entries})
-    versions = sorted({f"torch {e['versions']['torch']}, transformers {e['versions']['transformers']}" for e in entries})
-    commits = sorted({str(e["git"]["commit"])[:10] for e in entries if e.get("git")})
+    versions = sorted(
+        {
+            f"Python {e['versions']['python']}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
+            for e in entries
+        }
+    )
+    commits = sorted({e["git"]["commit"][:10] + " with changes" * e["git"]["dirty"] for e in entries if e.get("git")})
     started = sorted(e["started"][:10] for e in entries)
     return f"{'; '.join(hardware)}; {'; '.join(versions)}; commit {', '.join(commits)}; {started[0]}."
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -53,13 +55,37 @@ def test_outcomes_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     assert kept(tmp_path) == [Job(["a=1"], "ran")]
 
 
+def test_outcomes_tell_the_way_from_the_sweeps_folder_and_how_old_they_are(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "sweeps" / "a" / "jobs").mkdir(parents=True)
+    file = tmp_path / "runs" / "sweeps" / "a" / "jobs" / "0000.json"
+    file.write_text('{"overrides": [], "outcome": "ran", "directory": "../../run"}')
+    (job,) = kept(tmp_path / "runs" / "sweeps" / "a")
+    assert job.directory == str(tmp_path / "runs" / "run")
+    os.utime(file, (1000, 1000))
+    assert kept(tmp_path / "runs" / "sweeps" / "a", since=1001) == []
+    assert len(kept(tmp_path / "runs" / "sweeps" / "a", since=999)) == 1
+
+
+def test_a_plan_keeps_what_is_known_of_a_sweep_and_a_run_in_use_is_skipped(tmp_path: Path) -> None:
+    command = ["-m", *TINY, "permutation=none", "seed=0,1"]
+    assert run_command(*command, cwd=tmp_path).returncode == 0
+    planned = run_command(*command, "plan=true", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert [outcome for _, outcome in outcomes(tmp_path)] == ["ran", "ran"]
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    busy = Path(kept(folder)[0].directory or "")
+    with FileLock(busy / ".lock"):
+        again = run_command(*command, "force=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "1 ran, 1 skipped" in again.stdout
+    assert "is in use by another process" in again.stdout
+
+
 def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
     command = ["-m", *TINY, "permutation=none", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "block_size=16,30,32,64"]
     first = run_command(*command, "sparsity=2:4,4:8", cwd=tmp_path)
     assert first.returncode == 0, first.stderr  # without LCP the block size is of no matter
     assert "8 ran" in first.stdout
-    import os
-
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert {environment["hardware"]["threads"] for environment in environments(tmp_path)} == {share}
     # The dense model was evaluated once, by whichever job came first.
@@ -69,8 +95,7 @@ def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_pa
     assert {outcome for _, outcome in outcomes(tmp_path)} == {"skipped"}
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     assert not collect([tmp_path / "runs"]).skipped
-    # A relative directory is that of the command's working directory.
-    assert all((tmp_path / str(job.directory) / "metrics.json").is_file() for job in kept(folder))
+    assert all((Path(str(job.directory)) / "metrics.json").is_file() for job in kept(folder))
 
 
 def test_a_failing_job_of_another_process_is_in_the_table_and_in_the_exit_code(tmp_path: Path) -> None:

@@ -185,7 +185,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
 
 def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model")):
+    for file in sorted(
+        file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt")
+    ):
         with open(file, "rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return f"local:{digest.hexdigest()}"
@@ -193,6 +195,8 @@ def _digest_of_files(folder: Path) -> str:
 
 def _from_hub(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     name = config.hub_name or config.name
+    if Path(name).is_dir():
+        raise ConfigError(f"model.hub_name={name} is a folder: use model=local model.path={name}")
     options: dict[str, Any] = {"revision": config.revision}
     try:
         architecture = AutoConfig.from_pretrained(name, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +55,10 @@ def shared_calibration(
             found.append(calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype))
         return found[0]
 
+    # A pruner of someone's own lies outside the package, whose code is part of every key.
+    code = hashlib.sha256(inspect.getsource(type(pruner)).encode()).hexdigest()
     factors = cached_tensors(
-        "saliency", identity | {"pruner": dict(pruner_settings)}, lambda: packed_factors(calibrated().factors)
+        "saliency", identity | {"pruner": dict(pruner_settings), "code": code}, lambda: packed_factors(calibrated().factors)
     )
     target = cached_tensors("target", identity, lambda: {_TARGET: calibrated().target})
     return DenseCalibration(unpacked_factors(factors), target[_TARGET])

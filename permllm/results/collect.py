@@ -65,12 +65,14 @@ def collect(directories: Iterable[Path]) -> Collection:
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory")
-    places = directories + [Path(job.directory) for directory in directories for job in kept(directory) if job.directory]
+    jobs = [(directory, job) for directory in directories for job in kept(directory)]
+    places = directories + [Path(job.directory) for _, job in jobs if job.directory]
     files = sorted({file for place in places for file in place.rglob(METRICS)})
     if not files:
         below = ", ".join(map(str, directories))
         raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     found = Collection()
+    found.skipped += [(directory, f"{' '.join(job.overrides)}: {job.reason}") for directory, job in jobs if not job.directory]
     first: dict[str, Path] = {}
     for file in files:
         try:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from permllm.errors import ConfigError
 from permllm.results.summary import Row
@@ -28,6 +29,8 @@ _SETTINGS = {
     "block_size": ("block_size",),
     "last_layers": ("permutation", "last_layers"),
 }
+# What the paper has where a table does not vary it.
+_USUAL = {"sinkhorn_iterations": 5, "calibration": "c4", "block_size": 64, "last_layers": None}
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,7 @@ class Comparison:
         config = row.runs[0].config
         method = _METHODS.get((config["pruner"]["name"], _permutation(config["permutation"]["name"])))
         metric = self._metric(measure)
-        reconstructed = config.get("reconstruction", {"name": "none"})["name"] != "none"  # which the paper has none of
-        if method is None or metric is None or reconstructed:
+        if method is None or metric is None or not self._as_in_the_paper(config, metric):
             return None
         for setting in (*self._settings_of(config), ""):
             model = self._stand_in or config["model"]["name"]
@@ -125,20 +127,38 @@ class Comparison:
                 return value / 100 if name.endswith("_acc") else value
         return None
 
-    def _settings_of(self, config: dict[str, object]) -> list[str]:
-        found = []
-        for name in self._varied:
-            value: object = config
-            for key in _SETTINGS[name]:
-                value = value.get(key) if isinstance(value, dict) else None
-            found.append(f"{name}={'all' if name == 'last_layers' and value is None else value}")
-        return found
+    def _as_in_the_paper(self, config: dict[str, Any], metric: str) -> bool:
+        """Whether nothing that this table does not vary is other than in the paper."""
+        if config.get("reconstruction", {"name": "none"})["name"] != "none":
+            return False
+        if config["permutation"].get("constraint", "free") != "free":
+            return False
+        learned = _permutation(config["permutation"]["name"]) == "lcp"
+        for name, usual in _USUAL.items():
+            # Another model has other texts anyway, as the note says.
+            matters = not self._stand_in if name == "calibration" else learned
+            if name not in self._varied and matters and _setting(config, name) != usual:
+                return False
+        part = "zero_shot" if metric.endswith("_acc") else "perplexity"
+        limit = config.get("evaluation", {}).get(part, {}).get("limit")
+        return limit is None or bool(self._stand_in)
+
+    def _settings_of(self, config: dict[str, Any]) -> list[str]:
+        values = {name: _setting(config, name) for name in self._varied}
+        return [f"{name}={'all' if name == 'last_layers' and v is None else v}" for name, v in values.items()]
 
     def _metric(self, measure: str) -> str | None:
-        if "perplexity" in measure and (self._stand_in or measure.startswith("wikitext2")):
+        if "perplexity" in measure and (self._stand_in or measure == "wikitext2 perplexity (window 2048)"):
             return "wikitext2_ppl"
         match = re.fullmatch(r"(\w+) acc", measure)
         return f"{match[1]}_acc" if match else None
+
+
+def _setting(config: dict[str, Any], name: str) -> Any:
+    value: Any = config
+    for key in _SETTINGS[name]:
+        value = value.get(key, _USUAL[name]) if isinstance(value, dict) else None
+    return value
 
 
 def _permutation(name: str) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from permllm.config import RunConfig, identity_of
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, InUseError
 from permllm.memory import peak_host_memory, peak_memory
 from permllm.models.families import linear_at
 from permllm.results.files import write_json, write_tensors, write_text
@@ -82,7 +82,7 @@ class RunRecord:
         """Hold the directory, check what is in it, and read or start the metrics.
 
         Raises:
-            ConfigError: another process holds it, or it belongs to something else. DataError: it cannot be made.
+            InUseError: another process holds it. ConfigError: it belongs to something else. DataError: it cannot be made.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class RunRecord:
                     write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
                 yield
         except Timeout as error:
-            raise ConfigError(f"{self.directory} is in use by another process") from error
+            raise InUseError(f"{self.directory} is in use by another process") from error
 
     @property
     def config(self) -> dict[str, Any]:

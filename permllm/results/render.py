@@ -66,13 +66,16 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
         if baseline is not None and name in (main, "average acc"):
             changes = [_change(row.measures.get(name), baseline.measures.get(name)) for row in summary.rows]
             kind = _kind(summary, name)
-            columns = {"against the baseline": changes}
-            if paper and not paper.same_model:
+            # The header of a file must not have a name twice.
+            prefix = "" if name == main else f"{name}, "
+            columns = {f"{prefix}against the baseline": changes}
+            if paper and not paper.same_model and any(value is not None for value in values):
                 # Of another model only the changes can be compared.
                 reference = paper.value(baseline, name)
                 theirs = [None if v is None or reference is None else _step(v, reference, kind) for v in values]
                 differences = [None if a is None or b is None else a - b for a, b in zip(changes, theirs, strict=True)]
-                columns |= {"paper, against its baseline": theirs, "difference of the changes": differences}
+                columns[f"{prefix}paper, against its baseline"] = theirs
+                columns[f"{prefix}difference of the changes"] = differences
             for title, column in columns.items():
                 header.append(title)
                 dense.append("")
@@ -173,7 +176,10 @@ def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison 
         name: {"mean": measure.mean, "deviation": measure.deviation, "stderr": measure.stderr, "limited": measure.limited}
         for name, measure in row.measures.items()
     }
-    record["dense"] = {name: measure.mean for name, measure in summary.dense.items()}
+    record["dense"] = {
+        name: {"mean": measure.mean, "stderr": measure.stderr, "limited": measure.limited}
+        for name, measure in summary.dense.items()
+    }
     if paper:
         found = {name: paper.value(row, name) for name in row.measures}
         record["paper"] = {"from": paper.heading} | {name: value for name, value in found.items() if value is not None}

@@ -38,7 +38,7 @@ class Measure:
 
     Attributes:
         values: of the runs, one a seed.
-        kind: `perplexity`, `accuracy`, `share`, `error` or `seconds`.
+        kind: `perplexity`, `accuracy`, `share`, `error` or `seconds` (of finding the order and pruning).
         stderr: standard error of a single run's accuracy.
         limited: it was measured on a part of the items.
     """
@@ -149,6 +149,12 @@ def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
     return statistics.fmean(tasks[name]["acc"] for name in counted) if counted else math.nan
 
 
+def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
+    """Standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
+    errors = [tasks[name]["stderr"] for name in counted_tasks(tasks)]
+    return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that make a result, dotted; a group's `name` stands under the group's own."""
     flat: dict[str, Any] = {}
@@ -207,16 +213,14 @@ def _measures(runs: list[Run], which: str) -> dict[str, Measure]:
     counted = counted_tasks(tasks)
     if len(counted) > 1:
         means = [mean_accuracy(entry["zero_shot"][which]) for entry in metrics]
-        # Of independent tasks; a deviation over seeds says more.
-        errors = [tasks[task]["stderr"] for task in counted]
-        known = len(runs) == 1 and None not in errors
-        stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None
+        stderr = mean_error(tasks) if len(runs) == 1 else None  # a deviation over seeds says more
         found["average acc"] = Measure(means, "accuracy", stderr, any(tasks[task]["limited"] for task in counted))
     if which == "sparse":
         for key, name, kind in (("retained_saliency", "saliency kept", "share"), ("output_error", "output error", "error")):
             if key in metrics[0]:
                 found[name] = Measure([statistics.fmean(entry[key].values()) for entry in metrics], kind)
-        seconds = [sum(v for k, v in entry["seconds"].items() if not k.startswith("evaluate")) for entry in metrics]
+        # Loading, calibration and the dense model's evaluation may be what an earlier job left.
+        seconds = [entry["seconds"].get("permute", 0.0) + entry["seconds"].get("prune", 0.0) for entry in metrics]
         found["seconds"] = Measure(seconds, "seconds")
     return found
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from permllm.results.render import heading, shown
-from permllm.results.summary import Summary, counted_tasks, mean_accuracy, row_labels
+from permllm.results.summary import Summary, counted_tasks, mean_accuracy, mean_error, row_labels
 
 
 def terminal() -> Console:
@@ -84,9 +84,11 @@ def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
         label = f"{name} acc{items}"
         rows.append((label, _accuracy(values), _accuracy(sparse[name])))
-    if len(counted_tasks(dense)) > 1:
-        means = [mean_accuracy(part) for part in (dense, sparse)]
-        rows.append(("average acc", f"{means[0]:.1%}", f"{means[1]:.1%}"))
+    counted = counted_tasks(dense)
+    if len(counted) > 1:
+        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
+        before, after = ({"acc": mean_accuracy(part), "stderr": mean_error(part)} for part in (dense, sparse))
+        rows.append((f"average acc{limited}", _accuracy(before), _accuracy(after)))
     return rows
 
 

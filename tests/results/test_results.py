@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from permllm.results.plots import numeric_setting, plot, plot_masks
 from permllm.results.published import Comparison, published
 from permllm.results.record import write_masks
 from permllm.results.render import cells, find_baseline, render
-from permllm.results.summary import summarise
+from permllm.results.summary import Row, summarise
 from permllm.results.table import print_comparison
 from tests.conftest import ROOT, run_module
 
@@ -184,6 +185,29 @@ def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_onl
         Comparison(published("table1"), ["llama-2-7b", "smollm2-135m"])
 
 
+def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it(tmp_path: Path) -> None:
+    settings = {"name": "lcp-paper", "block_size": 64, "sinkhorn_iterations": 5, "last_layers": None, "_target_": "y"}
+    changes: dict[str, dict[str, Any]] = {
+        "same": {},
+        "block size": {"block_size": 128},
+        "iterations": {"permutation": settings | {"sinkhorn_iterations": 0}},
+        "layers": {"permutation": settings | {"last_layers": 6}},
+        "foldable": {"permutation": settings | {"constraint": "foldable"}},
+        "text": {"calibration": {"dataset": "pile"}},
+        "windows": {"evaluation": {"perplexity": {"limit": 32}}},
+        "weights": {"reconstruction": {"name": "distill"}},
+    }
+    paper = Comparison(published("table1"), "llama-2-7b")
+    found = {}
+    (made,) = collect([make_run(tmp_path / "a", 9.5, model="llama-2-7b")]).runs
+    for name, changed in changes.items():
+        run = replace(made, config=made.config | changed)
+        found[name] = paper.value(Row({}, {}, [run]), "wikitext2 perplexity (window 2048)")
+        assert paper.value(Row({}, {}, [run]), "wikitext2 perplexity (window 256)") is None
+    expected = next(row.value for row in published("1") if (row.model, row.method) == ("llama-2-7b", "permllm-wanda"))
+    assert found == {name: expected if name == "same" else None for name in changes}
+
+
 def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 50.0, block_size=32)
     make_run(tmp_path / "b", 40.0, block_size=64)
@@ -246,7 +270,9 @@ def test_a_sweeps_folder_stands_for_the_runs_of_its_jobs(tmp_path: Path) -> None
     folder = tmp_path / "runs" / "sweeps" / "sweep-1"
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs" / "0000.json").write_text(json.dumps({"overrides": [], "outcome": "ran", "directory": str(run)}))
+    (folder / "jobs" / "0001.json").write_text('{"overrides": ["a=1"], "outcome": "failed", "reason": "no memory"}')
     assert [found.directory for found in collect([folder]).runs] == [run]
+    assert collect([folder]).skipped == [(folder, "a=1: no memory")]
     study = tmp_path / "runs" / "study"
     study.mkdir()
     (study / "metrics.json").write_text('{"schema_version": 1, "status": "finished", "study": {}}')
