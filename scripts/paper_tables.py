@@ -229,7 +229,7 @@ def _provenance(runs: list[Run]) -> list[str]:
     seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
     budget = runs[0].config["calibration"]
     return [
-        f"{len(runs)} runs, {seconds / 60:.0f} minutes in all, evaluation included. Runs of several tables count in each; what "
+        f"{len(runs)} runs, {seconds / 60:.0f} minutes, evaluation included. Runs of several tables count in each; what "
         "an earlier job had left of the dense model's evaluation and calibration does not. "
         f"Seed {seeds}; calibrated on {budget['samples']} samples of {budget['length']} tokens. "
         + _machine([run.environment for run in runs])
