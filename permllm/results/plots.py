@@ -81,12 +81,13 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
         raise ConfigError(f"--masks: none of the runs has its {MASKS}")
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 3.6 * lines), squeeze=False)
-    for axis in axes.flat:
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 3.8 * lines + 0.3), squeeze=False)
+    for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     for axis, (title, _, mask) in zip(axes.flat, found, strict=False):
         axis.imshow(mask.numpy(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
         axis.set_title(title, fontsize="small")
+        axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{found[0][1]}, rows and input channels 0 to {size - 1}, black: kept", fontsize="small")
     _save(figure, "--masks", file)
 
