@@ -46,19 +46,21 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
     dense = ["dense", *[""] * (len(header) - 1)]
     main = main_measure(summary)
     for name in summary.measures:
+        # The header of a file must not have a name twice.
+        prefix = "" if name == main else f"{name}, "
         header.append(heading(summary, name))
         dense.append(shown(summary.dense[name]) if name in summary.dense else "")
         for row, line in zip(summary.rows, body, strict=True):
             line.append(shown(row.measures[name]) if name in row.measures else "")
         values = [paper.value(row, name) for row in summary.rows] if paper else []
         if paper and any(value is not None for value in values):
-            header.append(paper.heading)
+            header.append(prefix + paper.heading)
             of_dense = paper.dense(name)
             dense.append("" if of_dense is None else _number(of_dense, _kind(summary, name)))
             for value, line in zip(values, body, strict=True):
                 line.append("" if value is None else _number(value, _kind(summary, name)))
             if paper.same_model:
-                header.append("difference")
+                header.append(f"{prefix}difference")
                 dense.append("")
                 for row, value, line in zip(summary.rows, values, body, strict=True):
                     ours = row.measures.get(name)
@@ -66,8 +68,6 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
         if baseline is not None and name in (main, "average acc"):
             changes = [_change(row.measures.get(name), baseline.measures.get(name)) for row in summary.rows]
             kind = _kind(summary, name)
-            # The header of a file must not have a name twice.
-            prefix = "" if name == main else f"{name}, "
             columns = {f"{prefix}against the baseline": changes}
             if paper and not paper.same_model and any(value is not None for value in values):
                 # Of another model only the changes can be compared.

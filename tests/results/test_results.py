@@ -185,6 +185,14 @@ def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_onl
         Comparison(published("table1"), ["llama-2-7b", "smollm2-135m"])
 
 
+def test_no_column_has_the_name_of_another() -> None:
+    summary = summarise(collect([QUICKSTART]).runs)
+    for table_ in ("table1", "table2"):
+        paper = Comparison(published(table_), "smollm2-135m")
+        header, _ = cells(summary, find_baseline(summary, "permutation=none"), paper)
+        assert len(set(header)) == len(header)
+
+
 def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it(tmp_path: Path) -> None:
     settings = {"name": "lcp-paper", "block_size": 64, "sinkhorn_iterations": 5, "last_layers": None, "_target_": "y"}
     changes: dict[str, dict[str, Any]] = {
