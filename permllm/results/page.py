@@ -18,7 +18,7 @@ from permllm.results.plots import numeric_setting
 from permllm.results.published import Comparison
 from permllm.results.record import ENVIRONMENT
 from permllm.results.render import cells, main_measure, shown
-from permllm.results.summary import Measure, Row, Summary, row_labels, summarise
+from permllm.results.summary import Measure, Row, Summary, dotted, row_labels, setting_text, summarise
 
 NOT_SET = "not set"
 _CURVES = ("loss", "measured_loss", "temperature", "flips")
@@ -149,12 +149,12 @@ def _run(run: Run) -> dict[str, Any]:
     alone = summarise([run])
     environment = run.environment
     versions = environment.get("versions")
-    where = _flat_dict({key: value for key, value in environment.items() if key != "versions"})
+    where = dotted({key: value for key, value in environment.items() if key != "versions"})
     peaks = {key: value for key, value in run.metrics.items() if key.endswith("memory_bytes")}
     return {
         "name": run.metrics["name"],
         "hash": run.metrics["config_hash"],
-        "seed": _text(run.config.get("seed")),
+        "seed": setting_text(run.config.get("seed")),
         "directory": str(run.directory),
         "warnings": warnings(run),
         "measures": [
@@ -204,8 +204,8 @@ def _measure(measure: Measure) -> dict[str, Any]:
 def _flat(config: dict[str, Any]) -> dict[str, str]:
     """Dotted settings that make a result, as texts, each once."""
     flat = {
-        key: _text(value)
-        for key, value in _flat_dict(identity_of(config)).items()
+        key: setting_text(value)
+        for key, value in dotted(identity_of(config)).items()
         if key != "name" and key.split(".")[-1] != "_target_"
     }
     # A group that takes a setting from the top has it too, under its own name.
@@ -217,27 +217,12 @@ def _repeats(key: str, flat: dict[str, str]) -> bool:
     return bool(top) and key.startswith("permutation.") and flat.get(top) == flat[key]
 
 
-def _flat_dict(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flat_dict(part, f"{prefix}{key}.") if isinstance(part, dict) else {f"{prefix}{key}": part}
-    return flat
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-
-
 def _plain(key: str) -> str:
     return key.removeprefix("git.").removeprefix("hardware.").removesuffix("_bytes").replace("_", " ")
 
 
 def _size_or_text(key: str, value: Any) -> str:
-    return f"{value / 1e9:.2f} GB" if key.endswith("_bytes") and isinstance(value, int | float) else _text(value)
+    return f"{value / 1e9:.2f} GB" if key.endswith("_bytes") and isinstance(value, int | float) else setting_text(value)
 
 
 def _number(text: str, otherwise: str | None) -> float | str | None:

@@ -155,18 +155,17 @@ def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
     return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level, keys joined by dots; what is empty goes."""
+    flat: dict[str, Any] = {}
+    for key, part in values.items():
+        flat |= dotted(part, f"{prefix}{key}.") if isinstance(part, dict) else {f"{prefix}{key}": part}
+    return flat
+
+
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that make a result, dotted; a group's `name` stands under the group's own."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, prefix: str) -> None:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                walk(part, f"{prefix}.{key}" if prefix else key)
-        else:
-            flat[prefix] = value
-
-    walk(identity_of(config), "")
+    flat = dotted(identity_of(config))
     kept = {}
     for key, value in flat.items():
         if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
@@ -181,7 +180,7 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
 def _varying(groups: list[dict[str, Any]]) -> list[str]:
     """Settings that have several values; and, where these do not tell two groups apart, those that only some groups have."""
     names = dict.fromkeys(name for values in groups for name in values)
-    varying = [name for name in names if len({_text(values[name]) for values in groups if name in values}) > 1]
+    varying = [name for name in names if len({setting_text(values[name]) for values in groups if name in values}) > 1]
     for index, values in enumerate(groups):
         for other in groups[:index]:
             if _labels(values, varying) == _labels(other, varying):
@@ -194,7 +193,7 @@ def _varying(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:
-    return {name: _text(values[name]) if name in values else "" for name in settings}
+    return {name: setting_text(values[name]) if name in values else "" for name in settings}
 
 
 def _measures(runs: list[Run], which: str) -> dict[str, Measure]:
@@ -225,12 +224,13 @@ def _measures(runs: list[Run], which: str) -> dict[str, Measure]:
     return found
 
 
-def _text(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """A setting's value as YAML would have it, in one line."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "null" if value is None else str(value)
+        return ", ".join(map(setting_text, value))
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _sortable(text: str) -> tuple[int, float, str]:
