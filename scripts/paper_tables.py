@@ -161,11 +161,13 @@ def _results(experiment: Experiment) -> tuple[str, str, float]:
     """Our numbers in a line, the paper's, and the seconds of all our runs."""
     if not experiment.baseline:
         metrics = _study(experiment)
+        seconds = sum(metrics["seconds"].values())
         study, lines = metrics["study"], _instance(experiment).lines(metrics["study"])
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
         ours = "; ".join(f"{row[0]}: {', '.join(cell for cell in row[1:] if cell)}" for row in rows[1:])
-        theirs = "a toy example" if "points" in study else _runtimes()
-        return ours, theirs, sum(metrics["seconds"].values())
+        if "products" in study:
+            return f"{ours} (ms, {'on a GPU' if study['sparse_tensor_cores'] else 'on a CPU'})", _runtimes(), seconds
+        return ours, "a picture, no numbers", seconds
     summary, runs = summary_of(experiment)
     name = "average acc" if experiment.accuracies else main_measure(summary)
     assert name is not None
