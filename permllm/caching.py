@@ -71,7 +71,7 @@ def code_digest() -> str:
     """sha256 of the code that kept results come from: what an older checkout computed is not taken for what this one would."""
     package = Path(permllm.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(file for folder in _CODE for file in (package / folder).rglob("*.py")):
+    for file in sorted([package / "precision.py", *(file for folder in _CODE for file in (package / folder).rglob("*.py"))]):
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 
