@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,6 +49,7 @@ from permllm.results.record import (
     write_masks,
 )
 from permllm.results.table import print_run
+from permllm.seeding import seed_everything
 from permllm.sparsity import check_divides
 from permllm.studies.base import run_study
 
@@ -154,7 +153,7 @@ def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
     """A process beside the first: learns with it if it learns, and leaves no record."""
     if not parallel.agree(False):
         return
-    _seed(config.seed)
+    seed_everything(config.seed)
     loaded = load_model(config.model, config.seed)
     groups = channel_groups(loaded.model)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
@@ -187,12 +186,6 @@ def _problem(
     )
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _stages(
     config: RunConfig,
     pruner: Pruner,
@@ -203,7 +196,7 @@ def _stages(
 ) -> None:
     metrics = record.metrics
     parallel.agree(permutation.learned and "sparsity" not in metrics and not record.path(PERMUTATIONS).is_file())
-    _seed(config.seed)
+    seed_everything(config.seed)
     device = resolve_device(config.model.device)
     reset_peak_memory(device)
     write_json(record.path(ENVIRONMENT), environment(config.seed, device))

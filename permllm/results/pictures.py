@@ -73,12 +73,18 @@ def _crops(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _of_three_layers(names: Iterable[str]) -> list[str]:
-    """The names of the first, middle and last layer, attention before the rest."""
+def by_layer(names: Iterable[str]) -> dict[int, list[str]]:
+    """Names of channel groups or linears by the index of their decoder layer, -1 for those that have none."""
     layers: dict[int, list[str]] = {}
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
         layers.setdefault(int(number[1]) if number else -1, []).append(name)
+    return layers
+
+
+def _of_three_layers(names: Iterable[str]) -> list[str]:
+    """The names of the first, middle and last layer, attention before the rest."""
+    layers = by_layer(names)
     order = sorted(layers)
     chosen = dict.fromkeys([order[0], order[len(order) // 2], order[-1]] if order else [])
     return [name for layer in chosen for name in sorted(layers[layer], key=lambda name: ("attn" not in name, name))]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
+from permllm.results.pictures import by_layer
 from permllm.results.record import MASKS, mask_names, mask_reader
 from permllm.results.render import main_measure
 from permllm.results.summary import Measure, Row, Summary, row_labels
@@ -21,7 +21,7 @@ def plot(summary: Summary, file: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, nothing can be drawn, or the suffix is no format of a picture.
     """
-    pyplot = _pyplot("--plot")
+    pyplot = load_pyplot("--plot")
     from matplotlib import ticker
 
     name = main_measure(summary)
@@ -52,7 +52,7 @@ def plot(summary: Summary, file: Path) -> None:
         axes[0][1].set_xlabel("pass")
         axes[0][1].set_ylabel("loss, mean of the pass")
         axes[0][1].legend(fontsize="small")
-    _save(figure, "--plot", file)
+    save_figure(figure, "--plot", file)
 
 
 def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: int = 64) -> None:
@@ -67,7 +67,7 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
     Raises:
         ConfigError: matplotlib is missing, no run has masks, there is no such linear, or the suffix is no format of a picture.
     """
-    pyplot = _pyplot("--masks")
+    pyplot = load_pyplot("--masks")
     found = []
     for row, title in zip(summary.rows, row_labels(summary), strict=True):
         masks = row.runs[0].directory / MASKS
@@ -89,18 +89,16 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
         axis.set_title(title, fontsize="small")
         axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{found[0][1]}, rows and input channels 0 to {size - 1}, black: kept", fontsize="small")
-    _save(figure, "--masks", file)
+    save_figure(figure, "--masks", file)
 
 
 def _first_of_the_middle_layer(names: list[str]) -> str:
-    layers: dict[int, list[str]] = {}
-    for name in names:
-        number = re.search(r"\.(\d+)\.", name)
-        layers.setdefault(int(number[1]) if number else 0, []).append(name)
+    layers = by_layer(names)
     return layers[sorted(layers)[len(layers) // 2]][0]
 
 
-def _pyplot(option: str) -> Any:
+def load_pyplot(option: str) -> Any:
+    """Matplotlib's pyplot without a screen. Raises ConfigError, naming the option that asked for it, where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -111,14 +109,15 @@ def _pyplot(option: str) -> Any:
     return pyplot
 
 
-def _save(figure: Any, option: str, file: Path) -> None:
+def save_figure(figure: Any, option: str, file: Path) -> None:
+    """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
     figure.tight_layout()
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option} {file}: {str(error).splitlines()[0]}") from error
     finally:
-        _pyplot(option).close(figure)
+        load_pyplot(option).close(figure)
 
 
 def numeric_setting(summary: Summary) -> str | None:

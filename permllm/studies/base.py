@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from permllm.config import RunConfig
+from permllm.errors import ConfigError
 from permllm.models.loading import resolve_device
 from permllm.pruning.pipeline import Pruner
 from permllm.results.environment import environment
 from permllm.results.files import write_json
+from permllm.results.plots import load_pyplot, save_figure
 from permllm.results.record import ENVIRONMENT, RunRecord
+from permllm.seeding import seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
             device = resolve_device(config.model.device)
-            random.seed(config.seed)
-            np.random.seed(config.seed)
-            torch.manual_seed(config.seed)
+            seed_everything(config.seed)
             write_json(record.path(ENVIRONMENT), environment(config.seed, device))
             with record.stage("measure", device):
                 record.metrics["study"] = study.measure(StudyInputs(config, pruner, device))
@@ -82,16 +81,11 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
 def picture(study: Study, results: dict[str, Any], file: Path) -> bool:
     """Draw the results into a file; False where matplotlib is not installed."""
     try:
-        import matplotlib
-    except ImportError:
-        log.info("no picture: matplotlib is not installed (pip install -e '.[plot]')")
+        pyplot = load_pyplot("the picture")
+    except ConfigError as error:
+        log.info("%s", error)
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     study.draw(results, axes)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, "the picture", file)
     return True

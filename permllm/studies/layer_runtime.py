@@ -15,7 +15,7 @@ from torch.sparse import to_sparse_semi_structured
 from permllm.bench import interleaved, sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import meta_model
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import NMPattern, nm_mask
 from permllm.studies.base import StudyInputs
 from permllm.validation import check_whole
 
@@ -120,8 +120,7 @@ def _products(weights: list[Tensor], xs: dict[int, Tensor]) -> list[Tensor]:
 
 
 def _semi_structured(weight: Tensor) -> Tensor:
-    mask = permuted_nm_mask(weight.abs().float(), torch.arange(weight.shape[1], device=weight.device), _PATTERN)
-    return to_sparse_semi_structured(weight * mask)
+    return to_sparse_semi_structured(weight * nm_mask(weight.abs().float(), _PATTERN))
 
 
 def _milliseconds(found: dict[str, list[float]]) -> dict[str, float]:
