@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Memory: what is free, what was taken at most, and the way between the host's and the device's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # mallopt(3): what is freed above the top of the heap before it goes back, and from which size on memory is mapped.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -33,6 +34,7 @@ def keep_freed_memory() -> None:
 def reset_peak_memory(device: torch.device) -> None:
     """Forget earlier peaks, so that each job of a sweep in one process reports its own (Linux; elsewhere no effect)."""
     if device.type == "cuda":
+        torch.cuda.init()  # before it the allocator knows no device
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -53,3 +55,26 @@ def peak_host_memory() -> int:
 def peak_memory(device: torch.device) -> int:
     """Peak memory where the model lives, bytes: of the CUDA allocator on a GPU, else of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors can take on a CUDA device now: what is free, and what the allocator holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`. Through pinned memory to a GPU, so that the host does not wait for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor on the host, through pinned memory from a GPU; waits until it is there."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copied.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return copied

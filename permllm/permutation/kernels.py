@@ -228,7 +228,7 @@ def _foreign(piece: list[Tensor], kept: float) -> Tensor:
 def _foreign_by_group(piece: list[Tensor], kept: float) -> Tensor:
     """The same without a tensor of `(k / B, B, B / M, C_out)`, which only a compiler can do without."""
     s, d, *groups = piece
-    parts = [_foreign([s, d, *[part[:, [index]] for part in groups]], kept) for index in range(groups[0].shape[1])]
+    parts = [_foreign([s, d, *[part[:, index : index + 1] for part in groups]], kept) for index in range(groups[0].shape[1])]
     return torch.cat(parts, 2)
 
 

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from permllm import parallel
 from permllm.errors import TrainingError
-from permllm.memory import peak_memory
+from permllm.memory import free_memory, peak_memory, to_device
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.permutation.assignment import flatten, harden_flat
+from permllm.permutation.batches import Batch, Batches
 from permllm.permutation.blocks import BlockLogits, count_logits
 from permllm.permutation.kernels import Kernels
 from permllm.permutation.losses import loss_named
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from permllm.permutation.lcp import LCP
 
 log = logging.getLogger(__name__)
+
+# What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory others use too.
+_SHARE_OF_FREE, _KEPT_ON_A_HOST = 0.8, 4e9
 
 
 @dataclass
@@ -121,7 +125,9 @@ class Training:
         self.hard: dict[str, Tensor] = {}
         self.potentials: dict[str, list[list[Tensor]]] = {}
         self.best = {name: order.cpu() for name, order in orders.items()}  # those outside of the window too
+        self.samples = Batches(problem.tokens, window.target, window.inputs, self.device)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._recomputes: bool | None = None
 
     def run(self) -> dict[str, Tensor]:
         """All passes that are left; the best of all shared orders."""
@@ -133,14 +139,15 @@ class Training:
                 before = dict(self.present)
                 losses: list[float] = []
                 order = torch.randperm(len(self.problem.tokens), generator=self.generator)
-                for batch in order.split(self.settings.batch_size):
+                batches = order.split(self.settings.batch_size)
+                following = iter(batches[1:])
+                for batch in batches:
                     step_started = time.perf_counter()
                     step = number * self.steps_a_pass + len(losses)
                     temperature = self._temperature(step)
-                    previous = dict(self.present)
-                    loss = self.step(batch, temperature)
+                    loss, flips = self.step(batch, temperature, after=next(following, None))
                     losses.append(loss)
-                    values = {"loss": loss, "temperature": temperature, "flips": _flips(previous, self.present) / channels}
+                    values = {"loss": loss, "temperature": temperature, "flips": flips / channels}
                     values["seconds"] = time.perf_counter() - step_started
                     self.problem.on_step(self.window.number * self.steps + step, values)
                     progress.update()
@@ -148,29 +155,43 @@ class Training:
                 self._end_of_pass(number, losses, before, time.perf_counter() - started, channels)
         return self.best
 
-    def step(self, batch: Tensor, temperature: float) -> float:
-        """One update of the logits from the samples at the indices `batch`; the loss before it.
+    def step(self, batch: Tensor, temperature: float, after: Tensor | None = None) -> tuple[float, int]:
+        """One update of the logits from the samples at the indices `batch`.
 
+        The host waits for the device twice: for the soft permutations, and for the loss when backward is on its way.
         Under torchrun each process computes its share of the batch, and all make the same update.
+
+        Args:
+            batch: int64 `(samples,)`.
+            temperature: of the soft permutations.
+            after: the next batch, to be fetched while the device works on this one; None where there is none.
+
+        Returns:
+            The loss before the update, and the number of channels whose position is another than before the step.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing is updated.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._perturb(self.settings.gumbel * temperature)
+        before = self.present
         self._harden(temperature)
         mine = parallel.share(batch)
         loss = torch.zeros((), device=self.device)
         if len(mine):
             loss = self._loss(mine, temperature) * (len(mine) / len(batch))
+            loss.backward()
+        if after is not None:
+            self.samples.fetch(parallel.share(after))
         total = loss.detach().clone()
         parallel.add_up([total])
-        value = float(total)
+        value, flips = torch.stack([total.double(), _flips(before, self.present).double()]).tolist()
         if not math.isfinite(value):
             raise TrainingError(self._failure(self._where(batch)))
-        if len(mine):
-            loss.backward()
         self._add_up_gradients()
         self.optimizer.step()
         self.scheduler.step()
-        return value
+        return value, int(flips)
 
     def _add_up_gradients(self) -> None:
         if parallel.world_size() > 1:
@@ -209,7 +230,7 @@ class Training:
                 "loss": sum(losses) / len(losses),
                 "measured_loss": measured,
                 "temperature": temperature,
-                "flips": _flips(before, self.present) / channels,
+                "flips": float(_flips(before, self.present)) / channels,
                 "step_seconds": seconds / len(losses),
                 "peak_memory_bytes": peak_memory(self.device),
             }
@@ -233,10 +254,10 @@ class Training:
         except ValueError as error:
             raise TrainingError(self._failure(f"the soft permutation of {self._broken(temperature)} is not finite")) from error
         self.harden_seconds = time.perf_counter() - started
-        on_device = torch.cat([hard.flatten() for hard in hards]).to(self.device)
-        for order, hard in zip(learning, on_device.split([order.channels for order in learning]), strict=True):
-            self.hard[order.name] = hard
-            self.present[order.name] = self.blocks[order.name].order(hard)
+        on_device = to_device(torch.cat([hard.flatten() for hard in hards]), self.device)
+        parts = on_device.split([order.channels for order in learning])
+        self.hard = {order.name: hard for order, hard in zip(learning, parts, strict=True)}
+        self.present = {name: self.blocks[name].order(hard) for name, hard in self.hard.items()}
 
     def _softs(self, temperature: float) -> Iterator[Tensor]:
         for name, block in self.blocks.items():
@@ -253,14 +274,15 @@ class Training:
     @torch.no_grad()
     def _measure(self) -> float:
         """Loss of all samples with the order as it is, mean over tokens."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in parallel.share(torch.arange(len(self.problem.tokens))).split(self.problem.calibration_batch_size):
             if len(batch):
-                total += float(self._loss(batch, temperature=None)) * len(batch)
+                total += self._loss(batch, temperature=None).double() * len(batch)
         parallel.add_up([total])
         return float(total) / len(self.problem.tokens)
 
-    def _loss(self, batch: Tensor, temperature: float | None) -> Tensor:
+    def _loss(self, indices: Tensor, temperature: float | None) -> Tensor:
+        batch = self.samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
         for index in range(self.window.first, self.window.stop):
@@ -268,7 +290,7 @@ class Training:
                 hidden = checkpoint(self._layer, index, hidden, kwargs[index], temperature, use_reentrant=False)
             else:
                 hidden = self._layer(index, hidden, kwargs[index], temperature)
-        return self.loss(hidden, self.window.target[batch].to(self.device))
+        return self.loss(hidden, batch.target)
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], temperature: float | None) -> Tensor:
         """One decoder layer in the present order; soft permutations are rebuilt in backward, one group at a time."""
@@ -289,23 +311,29 @@ class Training:
         for linear in linears:
             linear.set_order(perm, hard, soft)
 
-    def _inputs(self, batch: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        given = self.window.inputs
-        if given is not None and len(batch) in self._kwargs:
-            return given[batch].to(self.device), self._kwargs[len(batch)]
-        inputs = layer_inputs(self.problem.model, self.problem.tokens[batch])
-        self._kwargs[len(batch)] = inputs.kwargs
-        return (inputs.hidden if given is None else given[batch].to(self.device)), inputs.kwargs
+    def _inputs(self, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Input of the window's first layer, and the keyword arguments of all layers."""
+        samples = len(batch.tokens)
+        if batch.inputs is not None and samples in self._kwargs:
+            return batch.inputs, self._kwargs[samples]
+        found = layer_inputs(self.problem.model, batch.tokens)
+        self._kwargs[samples] = found.kwargs
+        return (found.hidden if batch.inputs is None else batch.inputs), found.kwargs
 
     def _recompute(self, hidden: Tensor) -> bool:
+        """Whether backward computes each decoder layer anew instead of keeping what it needs; decided at the first step."""
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
-        # A decoder layer keeps about 24 tensors of the size of its input for backward; recompute past 4 GB.
-        return hidden.numel() * hidden.element_size() * 24 * (self.window.stop - self.window.first) > 4e9
+        if self._recomputes is None:
+            tokens = hidden.numel() // hidden.shape[-1]
+            kept = tokens * _kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
+            allowed = _SHARE_OF_FREE * free_memory(self.device) if self.device.type == "cuda" else _KEPT_ON_A_HOST
+            self._recomputes = kept * (self.window.stop - self.window.first) > allowed
+        return self._recomputes
 
     @torch.no_grad()
-    def _where(self, batch: Tensor) -> str:
-        hidden, kwargs = self._inputs(batch)
+    def _where(self, indices: Tensor) -> str:
+        hidden, kwargs = self._inputs(self.samples.take(indices))
         for index in range(self.window.first, self.window.stop):
             hidden = self._layer(index, hidden, kwargs[index], temperature=None)
             if not bool(hidden.isfinite().all()):
@@ -389,6 +417,12 @@ def masked_linears(
             problem.model.set_submodule(path, linear)
 
 
-def _flips(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
-    """Number of channels whose position differs."""
-    return sum(int((after[name] != order).sum()) for name, order in before.items())
+def _kept_a_token(groups: list[ChannelGroup], hidden: int) -> int:
+    """Numbers that a decoder layer keeps for backward, a token: about 13 vectors of the residual stream and 4 of the MLP."""
+    inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)
+    return 13 * hidden + 4 * inner
+
+
+def _flips(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:
+    """Number of channels whose position differs, a scalar on the device."""
+    return (torch.cat(list(before.values())) != torch.cat([after[name] for name in before])).sum()
