@@ -26,6 +26,15 @@ from permllm.validation import check_one_of, check_whole
 # Settings that do not change a result; the identity of a run leaves them out.
 _NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget")
 
+# Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
+# leaves them out, so that no run directory changes its name.
+_ADDED_LATER: dict[str, Any] = {
+    "study": {},
+    "permutation.norm_over": "tokens",
+    "permutation.temperature_every": "step",
+    "permutation.sinkhorn_start": "exponential",
+}
+
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATISTICS = ("dense", "sequential")
@@ -70,7 +79,8 @@ class CalibrationConfig:
         length: tokens in a window.
         batch_size: windows a forward while statistics are taken (learning has its own).
         statistics: `dense`, inputs as the dense model has them; `sequential`, layer by layer with the pruned layers before
-            (what Wanda, RIA and SparseGPT publish). SparseGPT's update always sees the latter.
+            (what Wanda, RIA and SparseGPT publish), which an order that is learned cannot have: it is learned, and chosen,
+            with masks of the former. SparseGPT's update always sees the latter.
     """
 
     dataset: str
@@ -230,8 +240,21 @@ class RunConfig:
 
 def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
     """The part of resolved settings that makes a result."""
-    # An empty study is left out, so that runs keep the identity that they had before there were studies.
-    return {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN and (key != "study" or value)}
+    identity = {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
+    for path, before in _ADDED_LATER.items():
+        identity = _without(identity, path.split("."), before)
+    return identity
+
+
+def _without(settings: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """The settings without the one at `path`, where it has this value."""
+    key, *below = path
+    present = settings.get(key)
+    if below and isinstance(present, dict):
+        return settings | {key: _without(present, below, value)}
+    if not below and present == value:
+        return {name: kept for name, kept in settings.items() if name != key}
+    return settings
 
 
 def _digest(path: Path) -> str | None:
@@ -337,7 +360,12 @@ def _check(config: RunConfig) -> None:
 def register_resolvers() -> None:
     """Make the resolvers that `conf/` uses known to OmegaConf.
 
-    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `either:VALUE,CASE,A,B`: A where VALUE is CASE, else B.
+    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them
+    where CASE is a list, else B.
     """
     OmegaConf.register_new_resolver("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
-    OmegaConf.register_new_resolver("either", lambda value, case, a, b: a if value == case else b, replace=True)
+    OmegaConf.register_new_resolver("either", _either, replace=True)
+
+
+def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
+    return a if value in (case if isinstance(case, list) else [case]) else b

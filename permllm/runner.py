@@ -70,6 +70,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     pruner: Pruner = instantiate(config.pruner)
     permutation = instantiate(config.permutation)
     reconstruction: Reconstruction = instantiate(config.reconstruction)
+    _check_statistics(config, permutation)
     request = _export_request(config, permutation, pruner.updates_weights or reconstruction.changes_weights)
     parallel.start()
     if config.study and not config.plan:
@@ -122,6 +123,16 @@ def _export_request(config: RunConfig, permutation: Any, changes_weights: bool) 
     return request
 
 
+def _check_statistics(config: RunConfig, permutation: Any) -> None:
+    """Raise ConfigError where the masks would be made from other statistics than those that their order is learned with."""
+    statistics = config.calibration.statistics
+    if permutation.learned and statistics != "dense":
+        raise ConfigError(
+            f"calibration.statistics={statistics} is not valid with permutation={config.permutation['name']}, whose order is "
+            "learned with dense statistics and keeps them"
+        )
+
+
 def _check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:
     """Raise ConfigError where M does not divide what must hold whole groups of M, or given orders do not fold as asked."""
     for group in groups:
@@ -167,7 +178,9 @@ def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
 def _calibrate(
     config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, pruner: Pruner, products: torch.dtype
 ) -> DenseCalibration:
-    return shared_calibration(loaded, groups, tokens, pruner, config.pruner, config.calibration.batch_size, products)
+    norm_over = config.permutation.get("norm_over", "tokens")
+    batch_size = config.calibration.batch_size
+    return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)
 
 
 def _problem(

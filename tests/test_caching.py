@@ -21,6 +21,7 @@ from permllm.models.loading import LoadedModel
 from permllm.pruning.ria import RIA
 from permllm.pruning.shared_calibration import packed_factors, shared_calibration, unpacked_factors
 from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.statistics import NormOver
 from permllm.pruning.wanda import Wanda
 from tests.conftest import tiny_model
 
@@ -80,8 +81,9 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
     model = tiny_model("llama")
     loaded, groups = LoadedModel(model, TOKENIZER, "tiny"), channel_groups(model)
 
-    def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS) -> object:
-        return shared_calibration(loaded, groups, tokens, pruner, {"name": name}, 2, torch.float32)  # type: ignore[arg-type]
+    def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS, norm_over: NormOver = "tokens") -> object:
+        settings = {"name": name}
+        return shared_calibration(loaded, groups, tokens, pruner, settings, 2, torch.float32, norm_over)  # type: ignore[arg-type]
 
     first = share(Wanda(), "wanda")
     share(RIA(), "ria")
@@ -94,7 +96,11 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
         found = again.factors[path]  # type: ignore[attr-defined]
         assert (found.power, found.row is None) == (factors.power, factors.row is None)
         assert torch.equal(found.column, factors.column)
-    for changed in (lambda: share(SparseGPT(), "sparsegpt"), lambda: share(Wanda(), "wanda", TOKENS.flip(0))):
+    for changed in (
+        lambda: share(SparseGPT(), "sparsegpt"),
+        lambda: share(Wanda(), "wanda", TOKENS.flip(0)),
+        lambda: share(Wanda(), "wanda", norm_over="samples"),
+    ):
         with pytest.raises(AssertionError, match="computed again"):
             changed()
 

@@ -130,6 +130,14 @@ def test_identity_leaves_out_what_does_not_change_a_result() -> None:
     assert config("model=tiny", "permutation.passes=4").hash() != base
 
 
+def test_settings_that_came_later_move_no_run_directory() -> None:
+    kept = {path.name for path in (ROOT / "experiments" / "quickstart").iterdir()}
+    assert {Path(config(f"permutation={name}").directory()).name for name in ("none", "heuristic", "lcp")} == kept
+    base = config("model=tiny").hash()
+    for changed in ("norm_over=samples", "temperature_every=pass", "sinkhorn_start=softmax"):
+        assert config("model=tiny", f"permutation.{changed}").hash() != base
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -155,6 +163,10 @@ def test_identity_leaves_out_what_does_not_change_a_result() -> None:
         (["permutation.init=zeros"], "permutation.init='zeros' is not valid; valid are: heuristic, random"),
         (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no readable permutations file"),
         (["permutation=from_file"], "permutation.path must be given"),
+        (["permutation.norm_over=rows"], "permutation.norm_over='rows' is not valid; valid are: tokens, samples"),
+        (["permutation.temperature_every=epoch"], "permutation.temperature_every='epoch' is not valid; valid are: step, pass"),
+        (["permutation.sinkhorn_start=zeros"], "permutation.sinkhorn_start='zeros' is not valid; valid are: exponential"),
+        (["calibration.statistics=sequential"], "calibration.statistics=sequential is not valid with permutation=lcp"),
         (["temperature.end=0"], "temperature.end=0"),
         (["temperature.start=x"], "temperature.start='x': expected a positive number"),
         (["pruner=ria", "pruner.exponent=a"], "pruner.exponent='a': expected a number of at least 0"),

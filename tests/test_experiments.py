@@ -66,15 +66,20 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
 def test_the_papers_budget_is_the_papers_protocol() -> None:
     for config in jobs("experiment=table7"):
         assert (config.calibration.dataset, config.calibration.samples, config.calibration.length) == ("c4", 128, 1024)
-        assert config.calibration.statistics == "sequential"
+        learned = config.permutation["name"] == "lcp-paper"
+        # A learned order keeps the statistics that it was learned with.
+        assert config.calibration.statistics == ("dense" if learned else "sequential")
         assert config.evaluation.perplexity.window == 2048
         assert config.evaluation.perplexity.limit is None
         assert config.evaluation.zero_shot.limit is None
-        if config.permutation["name"] == "lcp-paper":
+        if learned:
             permutation = config.permutation
             assert (permutation["passes"], permutation["batch_size"], permutation["sinkhorn_iterations"]) == (50, 16, 5)
             assert permutation["learning_rate"] == 5e-3  # for RIA
             assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
+    for permutation in (["permutation=lcp"], ["permutation=from_file", "permutation.path=x"]):
+        (job,) = jobs("budget=paper", *permutation)
+        assert job.calibration.statistics == "dense"
     (wanda, *_) = jobs("experiment=table6")
     assert wanda.permutation["learning_rate"] == 1e-3
 

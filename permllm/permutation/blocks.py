@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.sinkhorn import gradient_path, normalize
+from permllm.permutation.sinkhorn import SinkhornStart, gradient_path, normalize
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ def count_logits(stacks: list[BlockStack]) -> int:
     return sum(stack.count * stack.size**2 for stack in stacks)
 
 
+class _Clamped(torch.autograd.Function):
+    """Clamp to +-1 with a straight-through gradient: a logit that has reached the bound must find its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.clamp(-1.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 class BlockLogits(nn.Module):
     """The learnable logits of one order, on top of a fixed base order.
 
@@ -54,8 +67,8 @@ class BlockLogits(nn.Module):
         stacks: how the positions split into blocks (`split_blocks`).
         logits: one float32 `(blocks, B, B)` for each stack; row = channel of the block in base order, column = target position
             in the block.
-        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)` (the paper's released
-            code); otherwise they are used as they are.
+        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)`, whose gradient passes as
+            if nothing were clamped (the paper's released code); otherwise they are used as they are.
     """
 
     base: Tensor
@@ -72,9 +85,11 @@ class BlockLogits(nn.Module):
         self._noise: list[Tensor] = []
 
     @torch.no_grad()
-    def normalized(self, temperature: float, iterations: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def normalized(
+        self, temperature: float, iterations: int, start: SinkhornStart = "exponential"
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Soft permutations, not differentiable, and their potentials, a stack each (see `permllm.permutation.sinkhorn`)."""
-        pairs = [normalize(stack, temperature, iterations) for stack in self._effective()]
+        pairs = [normalize(stack, temperature, iterations, start) for stack in self._effective()]
         return [soft for soft, _ in pairs], [potentials for _, potentials in pairs]
 
     def gradient_paths(self, temperature: float, potentials: list[list[Tensor]]) -> list[Tensor]:
@@ -92,7 +107,7 @@ class BlockLogits(nn.Module):
     def _effective(self) -> list[Tensor]:
         logits = list(self.logits)
         if self.scale is not None:
-            logits = [(stack * self.scale).clamp(-1.0, 1.0) for stack in logits]
+            logits = [_Clamped.apply(stack * self.scale) for stack in logits]
         return [stack + noise for stack, noise in zip(logits, self._noise, strict=True)] if self._noise else logits
 
     def order(self, hard: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ from permllm.permutation.losses import LOSSES
 from permllm.permutation.masked_linear import StraightThrough
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, expanded, shared_orders
+from permllm.permutation.sinkhorn import SinkhornStart
 from permllm.permutation.training import Training, Window, masked_linears, read_checkpoint
+from permllm.pruning.statistics import NormOver
 from permllm.sparsity import permuted_nm_mask
 from permllm.validation import check_number, check_one_of, check_whole
 
@@ -45,8 +47,15 @@ class LCP:
             and otherwise stays where it starts.
         init: `heuristic` starts at RIA's order with logits close to the assignment boundary (`margin` on the identity plus
             `noise`); `random` is the paper's start: identity order, logits uniform in +-1/sqrt(B) times a learned scale that
-            starts at sqrt(B), clamped to +-1.
-        sinkhorn_iterations: L; 0 is the plain exponential.
+            starts at sqrt(B), clamped to +-1 with a gradient that passes.
+        temperature_every: how often the temperature changes: each `step`, from 0 to 1 of progress, or each `pass`, by the
+            share of the passes before it, which never is 1 (the paper's released code).
+        sinkhorn_iterations: L; 0 leaves what they start from.
+        sinkhorn_start: `exponential` of the logits over the temperature, or `softmax` of their rows (the paper's released
+            code); what differs is L = 0.
+        norm_over: what the mean square of the inputs in the pruner's saliency is a mean over: `tokens`, or `samples` (the
+            paper's released code), which makes every norm larger by the root of a sample's length. The masks are the same,
+            and the softmax over each group is sharper where the saliency is not normalised.
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
         weight_decay: of AdamW.
         passes: over the calibration samples.
@@ -75,7 +84,10 @@ class LCP:
     temperature: Callable[[float], float]
     constraint: Constraint = "free"
     init: str = "heuristic"
+    temperature_every: str = "step"
     sinkhorn_iterations: int = 5
+    sinkhorn_start: SinkhornStart = "exponential"
+    norm_over: NormOver = "tokens"
     learning_rate: float = 1e-2
     weight_decay: float = 0.0
     passes: int = 3
@@ -110,7 +122,10 @@ class LCP:
         if self.loss == "kl" and self.window != "model":
             raise ConfigError("permutation.loss=kl needs permutation.window=model: only the last layer has next-token logits")
         check_one_of("permutation.straight_through", self.straight_through, get_args(StraightThrough))
+        check_one_of("permutation.temperature_every", self.temperature_every, ("step", "pass"))
         check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
+        check_one_of("permutation.sinkhorn_start", self.sinkhorn_start, get_args(SinkhornStart))
+        check_one_of("permutation.norm_over", self.norm_over, get_args(NormOver))
         for name in ("passes", "rounds", "batch_size", "select_from"):
             check_whole(f"permutation.{name}", getattr(self, name), 1)
         check_number("permutation.learning_rate", self.learning_rate, positive=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+SinkhornStart = Literal["exponential", "softmax"]
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -44,18 +46,21 @@ def _dim(half: int) -> int:
 
 
 @torch.no_grad()
-def normalize(logits: Tensor, temperature: float, iterations: int) -> tuple[Tensor, list[Tensor]]:
+def normalize(
+    logits: Tensor, temperature: float, iterations: int, start: SinkhornStart = "exponential"
+) -> tuple[Tensor, list[Tensor]]:
     """Soft permutation of each block, not differentiable, and what a gradient needs to know of it.
 
     Args:
-        logits, temperature, iterations: as in `sinkhorn`.
+        logits, temperature, iterations, start: as in `sinkhorn`.
 
     Returns:
-        `(blocks, B, B)`, and the 2 L potentials, in turn `(blocks, B, 1)` and `(blocks, 1, B)`.
+        `(blocks, B, B)`, and the potentials of its half iterations, in turn `(blocks, B, 1)` and `(blocks, 1, B)`.
     """
     log_p = logits / temperature
     potentials = []
-    for half in range(2 * iterations):
+    # A row softmax before the first iteration is what that one does to the rows: it tells only where there is none.
+    for half in range(max(2 * iterations, int(start == "softmax"))):
         potential = log_p.logsumexp(_dim(half), keepdim=True)
         log_p -= potential
         potentials.append(potential)
@@ -74,16 +79,18 @@ def gradient_path(logits: Tensor, temperature: float, potentials: list[Tensor]) 
     return _Sinkhorn.apply(logits, temperature, logits.new_zeros(()).expand_as(logits), *potentials)
 
 
-def sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:
+def sinkhorn(logits: Tensor, temperature: float, iterations: int, start: SinkhornStart = "exponential") -> Tensor:
     """Soft permutation of each block: `S^L(logits / temperature)` (PermLLM, section 4.1; Adams and Zemel 2011).
 
     Args:
         logits: `(blocks, B, B)`, float32 or float64; row = source channel, column = target position.
         temperature: positive; the lower, the closer the result is to a hard permutation.
-        iterations: L >= 0, each a row and then a column normalisation; 0 gives `exp(logits / temperature)`.
+        iterations: L >= 0, each a row and then a column normalisation.
+        start: what is normalised: `exponential` of `logits / temperature` (the paper's equation), or its row `softmax` (its
+            released code). For L >= 1 there is no difference.
 
     Returns:
         `(blocks, B, B)`, positive, differentiable. For L >= 1 the columns sum to one exactly, the rows ever closer as L grows.
     """
-    soft, potentials = normalize(logits, temperature, iterations)
+    soft, potentials = normalize(logits, temperature, iterations, start)
     return _Sinkhorn.apply(logits, temperature, soft, *potentials)

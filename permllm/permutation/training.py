@@ -202,6 +202,8 @@ class Training:
             parallel.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
 
     def _temperature(self, step: int) -> float:
+        if self.settings.temperature_every == "pass":
+            return self.settings.temperature(step // self.steps_a_pass / self.settings.passes)
         return self.settings.temperature(step / max(1, self.steps - 1))
 
     def _end_of_pass(self, number: int, losses: list[float], before: dict[str, Tensor], seconds: float, channels: int) -> None:
@@ -261,12 +263,15 @@ class Training:
 
     def _softs(self, temperature: float) -> Iterator[Tensor]:
         for name, block in self.blocks.items():
-            softs, self.potentials[name] = block.normalized(temperature, self.settings.sinkhorn_iterations)
+            softs, self.potentials[name] = self._normalized(block, temperature)
             yield from softs
+
+    def _normalized(self, block: BlockLogits, temperature: float) -> tuple[list[Tensor], list[list[Tensor]]]:
+        return block.normalized(temperature, self.settings.sinkhorn_iterations, self.settings.sinkhorn_start)
 
     def _broken(self, temperature: float) -> str:
         for name, block in self.blocks.items():
-            soft, _ = block.normalized(temperature, self.settings.sinkhorn_iterations)
+            soft, _ = self._normalized(block, temperature)
             if not all(bool(stack.isfinite().all()) for stack in soft):
                 return name
         return "some order"

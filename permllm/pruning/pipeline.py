@@ -16,7 +16,7 @@ from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.precision import products_in
 from permllm.pruning.saliency import SaliencyFactors, saliency
-from permllm.pruning.statistics import InputStatistics
+from permllm.pruning.statistics import InputStatistics, NormOver
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
 
@@ -95,6 +95,7 @@ def calibrate_dense(
     pruner: Pruner,
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
+    norm_over: NormOver = "tokens",
 ) -> DenseCalibration:
     """Saliency factors of every layer from the inputs that the dense model gives it.
 
@@ -105,11 +106,13 @@ def calibrate_dense(
         pruner: whose statistics are needed; a Gram matrix exists for one layer at a time.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
+        norm_over: what the mean square of the inputs is a mean over; `samples` makes norms larger by the root of the length.
     """
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
     factors: dict[str, SaliencyFactors] = {}
     for index, members in _by_layer(groups, "calibrate"):
-        with _collecting(model, members, pruner.needs_gram) as statistics:
+        with _collecting(model, members, pruner.needs_gram, norm_tokens) as statistics:
             stream.advance(index)
         for group in members:
             for path, found in _member_factors(model, group, pruner, statistics[group.name]).items():
@@ -264,13 +267,15 @@ def _by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, lis
 
 
 @contextmanager
-def _collecting(model: nn.Module, groups: list[ChannelGroup], gram: bool) -> Iterator[dict[str, InputStatistics]]:
+def _collecting(
+    model: nn.Module, groups: list[ChannelGroup], gram: bool, norm_tokens: int = 1
+) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     statistics = {}
     handles = []
     for group in groups:
         linear = linear_at(model, group.members[0])
-        sums = InputStatistics(group.channels, linear.weight.device, gram)
+        sums = InputStatistics(group.channels, linear.weight.device, gram, norm_tokens)
         statistics[group.name] = sums
         handles.append(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
     try:

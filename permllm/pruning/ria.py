@@ -29,7 +29,7 @@ class RIA:
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
-        magnitude = weight.abs().float()
+        magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         smallest = torch.finfo(torch.float32).tiny
         activation = statistics.norm.pow(self.exponent)
         column_sum = magnitude.sum(0).clamp_min(smallest)

@@ -15,6 +15,7 @@ from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.pruning.pipeline import DenseCalibration, Pruner, calibrate_dense
 from permllm.pruning.saliency import SaliencyFactors
+from permllm.pruning.statistics import NormOver
 
 _TARGET = "target"
 
@@ -27,6 +28,7 @@ def shared_calibration(
     pruner_settings: Mapping[str, Any],
     batch_size: int,
     compute_dtype: torch.dtype,
+    norm_over: NormOver = "tokens",
 ) -> DenseCalibration:
     """`calibrate_dense`, or what an earlier job kept of it.
 
@@ -40,6 +42,7 @@ def shared_calibration(
         pruner_settings: plain values that `pruner` was made from.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products.
+        norm_over: as in `calibrate_dense`.
     """
     identity = {
         "model": loaded.identity,
@@ -52,14 +55,13 @@ def shared_calibration(
 
     def calibrated() -> DenseCalibration:
         if not found:
-            found.append(calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype))
+            found.append(calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over))
         return found[0]
 
     # A pruner of someone's own lies outside the package, whose code is part of every key.
     code = hashlib.sha256(inspect.getsource(type(pruner)).encode()).hexdigest()
-    factors = cached_tensors(
-        "saliency", identity | {"pruner": dict(pruner_settings), "code": code}, lambda: packed_factors(calibrated().factors)
-    )
+    of_pruner = {"pruner": dict(pruner_settings), "code": code, "norm_over": norm_over}
+    factors = cached_tensors("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
     target = cached_tensors("target", identity, lambda: {_TARGET: calibrated().target})
     return DenseCalibration(unpacked_factors(factors), target[_TARGET])
 

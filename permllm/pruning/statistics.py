@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+NormOver = Literal["tokens", "samples"]
 
 
 class InputStatistics:
@@ -15,10 +18,13 @@ class InputStatistics:
         channels: C_in.
         device: where the sums live.
         gram: also accumulate `X^T X`, C_in squared numbers (SparseGPT needs it).
+        norm_tokens: tokens that count as one in `norm`: 1, or the length of a sample for the scale of the released code of
+            Wanda, RIA and PermLLM, `sqrt(sum of squares over all tokens / number of samples)`.
     """
 
-    def __init__(self, channels: int, device: torch.device | str, gram: bool = False) -> None:
+    def __init__(self, channels: int, device: torch.device | str, gram: bool = False, norm_tokens: int = 1) -> None:
         self.tokens = 0
+        self._norm_tokens = norm_tokens
         self._square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self._derived: dict[str, Tensor] = {}
         self._dtype = torch.float32
@@ -43,8 +49,11 @@ class InputStatistics:
 
     @property
     def norm(self) -> Tensor:
-        """Root mean square of each channel over tokens, `(C_in,)`, float32 or the wider dtype of the activations."""
-        return (self._square_sum / max(self.tokens, 1)).sqrt().to(self._dtype)
+        """Root mean square of each channel over tokens, times `sqrt(norm_tokens)`.
+
+        `(C_in,)`, float32 or the wider dtype of the activations.
+        """
+        return (self._square_sum / max(self.tokens / self._norm_tokens, 1)).sqrt().to(self._dtype)
 
     @property
     def gram(self) -> Tensor:

@@ -12,7 +12,7 @@ from permllm.pruning.statistics import InputStatistics
 
 @dataclass(frozen=True)
 class Wanda:
-    """`S[i, j] = |W[i, j]| * norm(x_j)`, with the root mean square over tokens as the norm."""
+    """`S[i, j] = |W[i, j]| * norm(x_j)`, with the norm that the statistics have: the root mean square over tokens."""
 
     needs_gram = False
     updates_weights = False

@@ -175,7 +175,7 @@ def test_the_straight_through_variants_differ() -> None:
         assert not torch.allclose(first, second)
 
 
-def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
+def test_the_scale_of_the_paper_start_is_learned_and_clamped_with_a_gradient_that_passes() -> None:
     logits = BlockLogits(torch.arange(8), split_blocks(8, 8), [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
     soft, potentials = logits.normalized(1.0, 2)
     expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
@@ -183,10 +183,14 @@ def test_the_scale_of_the_paper_start_is_learned_and_clamped() -> None:
     weight = torch.randn(8, 8)
     (logits.gradient_paths(1.0, potentials)[0] * weight).sum().backward()
     scale = torch.tensor(2.0, requires_grad=True)
-    reference = sinkhorn(((torch.full((1, 8, 8), 0.3) + torch.eye(8)) * scale).clamp(-1, 1), 1.0, 2)
-    (reference * weight).sum().backward()
+    start = (torch.full((1, 8, 8), 0.3) + torch.eye(8)).requires_grad_()
+    used = start * scale
+    (sinkhorn(used + (used.clamp(-1, 1) - used).detach(), 1.0, 2) * weight).sum().backward()
     assert logits.scale is not None
     torch.testing.assert_close(logits.scale.grad, scale.grad)
+    torch.testing.assert_close(logits.logits[0].grad, start.grad)
+    assert start.grad is not None
+    assert start.grad[:, torch.arange(8), torch.arange(8)].abs().min() > 0  # of the logits at the bound
 
 
 @pytest.mark.parametrize(

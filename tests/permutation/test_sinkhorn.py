@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from permllm.permutation.assignment import harden
-from permllm.permutation.sinkhorn import gradient_path, normalize, sinkhorn
+from permllm.permutation.sinkhorn import SinkhornStart, gradient_path, normalize, sinkhorn
 
 
-def plain(logits: Tensor, temperature: float, iterations: int) -> Tensor:
+def plain(logits: Tensor, temperature: float, iterations: int, start: str = "exponential") -> Tensor:
     soft = (logits / temperature).exp()
+    if start == "softmax":
+        soft = soft / soft.sum(2, keepdim=True)
     for _ in range(iterations):
         soft = soft / soft.sum(2, keepdim=True)
         soft = soft / soft.sum(1, keepdim=True)
@@ -26,18 +28,19 @@ def logits(blocks: int = 3, size: int = 8, scale: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("iterations", [0, 1, 5])
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
-def test_values_and_gradients_equal_the_plain_formula(iterations: int, temperature: float) -> None:
+@pytest.mark.parametrize("start", ["exponential", "softmax"])
+def test_values_and_gradients_equal_the_plain_formula(iterations: int, temperature: float, start: SinkhornStart) -> None:
     ours, reference = logits().requires_grad_(), logits().requires_grad_()
     weight = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    soft = sinkhorn(ours, temperature, iterations)
-    expected = plain(reference, temperature, iterations)
+    soft = sinkhorn(ours, temperature, iterations, start)
+    expected = plain(reference, temperature, iterations, start)
     torch.testing.assert_close(soft, expected, rtol=1e-12, atol=0)
     (soft * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-9, atol=1e-10)
     # The same gradient without the values.
     alone = logits().requires_grad_()
-    path = gradient_path(alone, temperature, normalize(alone, temperature, iterations)[1])
+    path = gradient_path(alone, temperature, normalize(alone, temperature, iterations, start)[1])
     assert path.shape == soft.shape
     (path * weight).sum().backward()
     torch.testing.assert_close(alone.grad, reference.grad, rtol=1e-9, atol=1e-10)

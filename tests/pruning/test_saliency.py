@@ -80,6 +80,15 @@ def test_sparsegpt(weight: Tensor, inputs: Tensor, statistics: InputStatistics) 
     torch.testing.assert_close(found * TOKENS, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("flattened", [False, True])
+def test_the_norm_of_the_released_code_divides_by_samples(inputs: Tensor, flattened: bool) -> None:
+    sums = InputStatistics(CHANNELS, "cpu", norm_tokens=inputs.shape[1])
+    for part in (inputs[:1], inputs[1:]):
+        sums.update(part.flatten(0, 1) if flattened else part)
+    expected = (inputs.double().square().sum((0, 1)) / len(inputs)).sqrt()
+    torch.testing.assert_close(sums.norm.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_factors_can_be_permuted_scaled_and_transposed(weight: Tensor, statistics: InputStatistics) -> None:
     perm = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(2))
     for pruner in (Magnitude(), Wanda(), RIA(), SparseGPT()):

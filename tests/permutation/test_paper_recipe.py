@@ -1,0 +1,199 @@
+"""`permutation=lcp-paper` against the recipe of the paper's released code, written out with dense matrices in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, PreTrainedModel
+
+from permllm import runner
+from permllm.config import RunConfig, instantiate
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
+from permllm.models.loading import LoadedModel
+from permllm.permutation.kernels import EAGER
+from permllm.permutation.lcp import LCP
+from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import shared_orders
+from permllm.permutation.training import Training, Window, masked_linears
+from permllm.pruning.pipeline import prune
+from tests.conftest import tiny_model
+from tests.pruning.test_pipeline import PATTERN, tokens
+from tests.test_config import config
+
+BATCH = torch.tensor([0, 2, 5])
+PASSES = 4
+BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
+
+
+def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
+    """What the runner gives the method to learn from."""
+    loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
+    dense = runner._calibrate(settings, loaded, groups, tokens(), instantiate(settings.pruner), model.dtype)
+    return runner._problem(settings, loaded, groups, tokens(), dense)
+
+
+def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What the last decoder layer gives in the model's own forward."""
+    outputs: list[Tensor] = []
+    handle = decoder_layers(model)[-1].register_forward_hook(lambda *args: outputs.append(args[2]))
+    model(input_ids=ids)
+    handle.remove()
+    return outputs[0]
+
+
+def norms(model: PreTrainedModel, groups: list[ChannelGroup]) -> dict[str, Tensor]:
+    """`sqrt(sum over all tokens of x^2 / number of samples)` of each group's channels, in the dense model."""
+    sums: dict[str, Tensor] = {}
+
+    def note(path: str, x: Tensor) -> None:
+        sums[path] = x.flatten(0, -2).square().sum(0)
+
+    handles = [
+        linear_at(model, path).register_forward_pre_hook(lambda _, args, path=path: note(path, args[0]))
+        for group in groups
+        for path in group.members
+    ]
+    model(input_ids=tokens())
+    for handle in handles:
+        handle.remove()
+    return {path: (found / len(tokens())).sqrt() for path, found in sums.items()}
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    return (hard - soft).detach() + soft
+
+
+def clamped(logits: Tensor) -> Tensor:
+    """In place on the data, so that autograd knows nothing of it."""
+    logits.data.clamp_(-1, 1)
+    return logits
+
+
+def dense_permutation(logits: list[Tensor], scale: Tensor, temperature: float, iterations: int, order: Tensor) -> Tensor:
+    """P, `(C_in, C_in)`: hard values, soft gradients.
+
+    Of several best assignments, as logits at the bound make them, the values are those of `order`.
+    """
+    softs, best = [], 0.0
+    for block in (block for stack in logits for block in stack):
+        soft = (clamped(block * scale) / temperature).softmax(-1)
+        for _ in range(iterations):
+            soft = soft / soft.sum(-1, keepdim=True)
+            soft = soft / soft.sum(-2, keepdim=True)
+        found = soft.detach().numpy()
+        best += found[linear_sum_assignment(found, maximize=True)].sum()
+        softs.append(soft)
+    whole = torch.block_diag(*softs)
+    hard = torch.zeros_like(whole)
+    hard[order, torch.arange(len(order))] = 1.0
+    assert float((whole.detach() * hard).sum()) == pytest.approx(best, rel=1e-12)
+    return straight_through(hard, whole)
+
+
+def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
+    magnitude = weight.abs()
+    if pruner == "wanda":
+        saliency = magnitude * norm
+    else:
+        saliency = (magnitude / magnitude.sum(0, keepdim=True) + magnitude / magnitude.sum(1, keepdim=True)) * norm.sqrt()
+    groups = (saliency @ p).unflatten(1, (-1, 4))
+    kept = torch.zeros_like(groups).scatter_(2, groups.topk(2, dim=2).indices, 1.0)
+    return straight_through(kept.flatten(1) @ p.T, groups.softmax(2).flatten(1) @ p.T)
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "ria"])
+@pytest.mark.parametrize("iterations", [0, 5])
+def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, pruner: str, iterations: int) -> None:
+    overrides = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.passes={PASSES}", f"block_size={BLOCK}"]
+    settings = config("model=tiny", f"pruner={pruner}", "permutation=lcp-paper", *overrides, "permutation.batch_size=3")
+    method: LCP = instantiate(settings.permutation)
+    model = tiny_model("llama", dtype=torch.float64)
+    problem = learning(model, settings)
+    shared = shared_orders(problem.groups, "free")
+    start = method.start_orders(problem, shared, 0)
+    blocks = method.start_logits(problem, shared, start, near=False)
+    reference: dict[str, tuple[list[Tensor], Tensor]] = {}
+    for name, block in blocks.items():
+        assert block.scale is not None
+        block.scale.data.mul_(1.5)  # as after some steps: a third of the logits has reached the bound
+        reference[name] = (
+            [stack.detach().clone().requires_grad_() for stack in block.logits],
+            block.scale.detach().clone().requires_grad_(),
+        )
+
+    window = Window(0, 0, 0, 2, shared, shared, None, problem.target)
+    with masked_linears(method, problem, window, EAGER) as linears:
+        training = Training(method, problem, shared, window, start, blocks, linears)
+        temperature = training._temperature(step=3)  # two steps a pass: in the second of four
+        loss = training.step(BATCH, temperature)
+
+    norm = norms(model, problem.groups)
+    target = last_output(model, tokens()[BATCH]).detach()
+    for group in problem.groups:
+        order = training.present[group.name]
+        p = dense_permutation(*reference[group.name], 1.0 + (0.1 - 1.0) * 1 / PASSES, iterations, order)
+        for path in group.members:
+            linear = linear_at(model, path)
+            weight = linear.weight * dense_mask(linear.weight, norm[path], pruner, p)
+            linear.forward = lambda x, weight=weight, linear=linear: nn.functional.linear(x, weight, linear.bias)
+    expected = (1 - nn.functional.cosine_similarity(last_output(model, tokens()[BATCH]), target, dim=-1)).mean()
+    expected.backward()
+
+    assert temperature == 0.775
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    for name, block in blocks.items():
+        logits, scale = reference[name]
+        assert block.scale is not None
+        assert block.scale.grad is not None
+        assert scale.grad is not None
+        torch.testing.assert_close(block.scale.grad, scale.grad, rtol=1e-4, atol=1e-9)
+        for parameter, stack in zip(block.logits, logits, strict=True):
+            assert parameter.grad is not None
+            assert stack.grad is not None
+            largest = float(stack.grad.abs().max())
+            torch.testing.assert_close(parameter.grad, stack.grad, rtol=1e-4, atol=1e-5 * largest)
+            outside = (stack * scale).abs() > 1
+            assert outside.float().mean() > 0.2
+            assert parameter.grad[outside].abs().max() > 0.01 * largest
+
+
+def test_the_temperature_changes_once_a_pass_and_never_ends(cache: Path) -> None:
+    seen: list[float] = []
+    overrides = [f"permutation.passes={PASSES}", f"block_size={BLOCK}", "permutation.batch_size=3"]
+    settings = config("model=tiny", "permutation=lcp-paper", *overrides)
+    problem = learning(tiny_model("llama"), settings)
+    problem.directory = None
+    problem.on_step = lambda _, values: seen.append(values["temperature"])
+    instantiate(settings.permutation).orders(problem)
+    assert seen == pytest.approx([1.0, 1.0, 0.775, 0.775, 0.55, 0.55, 0.325, 0.325])
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's feed-forward flattens its samples
+def test_the_released_scale_of_the_norm_moves_no_mask(cache: Path, pruner: str, family: str) -> None:
+    saliencies, masks = {}, {}
+    for norm_over in ("tokens", "samples"):
+        model = tiny_model(family)
+        settings = config("model=tiny", f"pruner={pruner}", f"permutation.norm_over={norm_over}")
+        problem = learning(model, settings)
+        saliencies[norm_over] = {path: problem.saliency_of(path) for path in problem.factors}
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+        masks[norm_over] = prune(
+            model,
+            problem.groups,
+            tokens(),
+            instantiate(settings.pruner),
+            PATTERN,
+            lambda _, score, __, order=order: order[order < score.shape[1]],
+            4,
+            problem.factors,
+        ).masks
+    length = tokens().shape[1]
+    factor = {"wanda": length**0.5, "ria": length**0.25}.get(pruner, 1.0)
+    for path, values in saliencies["tokens"].items():
+        torch.testing.assert_close(saliencies["samples"][path], values * factor, rtol=1e-5, atol=0)
+        assert torch.equal(masks["samples"][path], masks["tokens"][path])
