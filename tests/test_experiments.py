@@ -84,7 +84,20 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
     assert wanda.permutation["learning_rate"] == 1e-3
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_peers_are_run_by_their_protocol() -> None:
+    found = jobs("experiment=peers")
+    assert {(job.pruner["name"], job.evaluation.perplexity.dataset) for job in found} == set(
+        itertools.product(("wanda", "sparsegpt", "ria"), ("wikitext2", "boolq-passages"))
+    )
+    for job in found:
+        assert (job.model.name, job.permutation["name"], job.sparsity, job.seed) == ("smollm2-135m", "none", "2:4", 0)
+        assert (job.calibration.dataset, job.calibration.samples, job.calibration.length) == ("boolq-passages", 128, 128)
+        assert (job.calibration.statistics, job.compute_dtype) == ("sequential", "float32")
+        assert (job.evaluation.perplexity.window, job.evaluation.perplexity.limit) == (256, 32)
+        assert not job.evaluation.zero_shot.tasks
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "peers"])  # whose text is the hub's
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
     for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "budget=cpu"):
         assert config.model.source == "wheel"  # nothing of the hub
