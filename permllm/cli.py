@@ -62,7 +62,7 @@ class Session:
         register_resolvers()  # a launcher's process has not read run.py
         transformers.logging.set_verbosity_error()
         warnings.filterwarnings("ignore", category=FutureWarning)
-        for name in ("httpx", "huggingface_hub"):
+        for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
             logging.getLogger(name).setLevel(logging.ERROR)
         if sweep.sweeping():
             sweep.share_cores()

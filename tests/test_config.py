@@ -6,13 +6,14 @@ import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from permllm.cli import Session
-from permllm.config import RunConfig, instantiate, read_config
+from permllm.config import RunConfig, identity_of, instantiate, read_config
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
@@ -22,7 +23,7 @@ from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "local")
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem not in ("local", "hub"))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -56,6 +57,8 @@ def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) ->
     overrides = [f"{option.parent}={option.stem}"]
     if option.stem == "local":
         overrides.append(f"model.path={tmp_path}")
+    if option.parent.name == "model" and option.stem == "hub":
+        overrides.append("model.hub_name=owner/some-model")
     if option.stem == "text":
         overrides.append("calibration.data_files=some.txt")
     if option.stem == "from_file":
@@ -139,6 +142,50 @@ def test_settings_that_came_later_move_no_run_directory() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "earlier", "later"),
+    [("calibration.sampling", "disjoint", "documents"), ("evaluation.zero_shot.add_bos_token", None, False)],
+)
+def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_was_done_before(
+    key: str, earlier: Any, later: Any
+) -> None:
+    def without(resolved: dict[str, Any]) -> dict[str, Any]:
+        *groups, name = key.split(".")
+        inner = resolved
+        for group in groups:
+            inner = inner[group]
+        del inner[name]
+        return resolved
+
+    base = config("model=tiny")
+    value = "null" if earlier is None else earlier
+    assert config("model=tiny", f"{key}={value}").hash() == base.hash()
+    assert config("model=tiny", f"{key}={later}").hash() != base.hash()
+    # Settings as a run of then wrote them are those of the same run.
+    assert identity_of(without(base.resolved())) == base.identity()
+
+
+def test_runs_keep_the_directories_that_they_had() -> None:
+    assert config("model=tiny").directory().name == "tiny-wanda-lcp-2x4-816f47dd5e"
+    assert config().directory().name == "smollm2-135m-wanda-lcp-2x4-dcd3b206f6"
+
+
+def test_texts_whose_windows_are_drawn_anew_make_other_runs_however_they_are_chosen() -> None:
+    for dataset in ("c4", "wikitext2", "pile"):
+        settings = config("model=tiny", f"calibration.dataset={dataset}")
+        assert settings.identity()["calibration"]["sampling"] != "disjoint"
+        assert config("model=tiny", f"calibration={dataset}").identity()["calibration"]["sampling"] != "disjoint"
+
+
+def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
+    settings = config("model=hub", "model.hub_name=owner/Some-Model-1.5B", "permutation=none")
+    assert settings.name == "Some-Model-1.5B-wanda-none-2x4"
+    assert settings.model.architecture == {}
+    assert config("model=qwen2.5-0.5b", "~model.architecture").model.architecture == {}
+    with pytest.raises(ConfigError, match=r"^model\.hub_name must be given$"):
+        config("model=hub")
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["sparsity=4:2"], "sparsity=4:2"),
@@ -152,6 +199,10 @@ def test_settings_that_came_later_move_no_run_directory() -> None:
         (["model.device=toaster"], "model.device='toaster'"),
         (["model.dtype=int4"], "model.dtype='int4' is not valid; valid are: float32"),
         (["calibration.dataset=mars"], "calibration.dataset='mars' is not valid; valid are: c4"),
+        (
+            ["calibration.sampling=often"],
+            "calibration.sampling='often' is not valid; valid are: disjoint, documents, overlapping",
+        ),
         (["calibration.samples=0"], "calibration.samples=0"),
         (["calibration.samples=100000"], "but calibration.samples=100000 of calibration.length=64 need 6400000"),
         (["calibration=text"], "calibration=text needs calibration.data_files=PATH"),

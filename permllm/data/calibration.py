@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,17 +17,11 @@ from permllm.config import CalibrationConfig
 from permllm.data.text import calibration_documents, perplexity_text, text_digest
 from permllm.errors import DataError
 
-# Sources of short documents, which are joined before windows are cut.
-_JOINED = ("boolq-passages", "sciq-support", "law-questions", "builtin", "text")
 _TOKENS = "tokens"
 
 
 def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig, seed: int) -> Tensor:
-    """Draw calibration windows.
-
-    Short documents (BoolQ passages, the built-in text, text files) are joined by two newlines and cut into windows, of which a
-    random choice is taken, none overlapping another. From the other sources each window is a random piece of a random document
-    that is longer than the window (the papers' protocol).
+    """Draw calibration windows, as `calibration.sampling` says.
 
     Returns:
         int64 `(samples, length)` on the CPU.
@@ -36,12 +31,11 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
     """
 
     def windows() -> dict[str, Tensor]:
-        documents = calibration_documents(config.dataset, config.data_files)
-        cut = joined_windows if config.dataset in _JOINED else document_windows
-        return {_TOKENS: cut(tokenizer, documents, config.samples, config.length, seed)}
+        documents = calibration_documents(config.dataset, config.data_files, seed)
+        return {_TOKENS: _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.length, seed)}
 
     identity = {"text": text_digest(config.dataset, config.data_files, calibration=True), "dataset": config.dataset}
-    identity |= {"tokenizer": tokenizer_digest(tokenizer), "use": "calibration"}
+    identity |= {"sampling": str(config.sampling), "tokenizer": tokenizer_digest(tokenizer), "use": "calibration"}
     sizes = {"samples": config.samples, "length": config.length, "seed": seed}
     return cached_tensors("tokens", identity | sizes, windows)[_TOKENS]
 
@@ -71,8 +65,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def joined_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, length: int, seed: int) -> Tensor:
-    """Random, non-overlapping windows of the joined documents, int64 `(samples, length)`. Raises DataError when too short."""
+def joined_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+) -> Tensor:
+    """Random windows of the documents, joined by a blank line, none overlapping another: int64 `(samples, length)`.
+
+    Raises:
+        DataError: the text is too short.
+    """
     order = random.Random(seed)
     documents = list(documents)
     order.shuffle(documents)
@@ -87,20 +87,63 @@ def joined_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], sam
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
-def document_windows(tokenizer: PreTrainedTokenizerBase, documents: list[str], samples: int, length: int, seed: int) -> Tensor:
-    """A random window of each of `samples` random documents longer than it, int64 `(samples, length)`."""
+def document_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+) -> Tensor:
+    """Each window a random piece of a random document that is longer, documents drawn with replacement.
+
+    C4 and the Pile in the released code of SparseGPT, Wanda, RIA and PermLLM, draw by draw.
+
+    Returns:
+        int64 `(samples, length)`.
+
+    Raises:
+        DataError: no document is longer than a window.
+    """
     order = random.Random(seed)
+    short: set[int] = set()
     windows: list[Tensor] = []
-    for index in order.sample(range(len(documents)), len(documents)):
+    while len(windows) < samples:
+        index = order.randint(0, len(documents) - 1)
+        if index in short:
+            continue
         tokens = encode(tokenizer, documents[index])
         if len(tokens) > length:
-            start = order.randrange(len(tokens) - length)
+            start = order.randint(0, len(tokens) - length - 1)
             windows.append(tokens[start : start + length])
-            if len(windows) == samples:
-                return torch.stack(windows)
-    raise DataError(
-        f"only {len(windows)} documents are longer than calibration.length={length}, but calibration.samples={samples}"
-    )
+        else:
+            short.add(index)
+            if len(short) == len(documents):
+                raise DataError(f"none of the {len(documents)} documents is longer than calibration.length={length} tokens")
+    return torch.stack(windows)
+
+
+def overlapping_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+) -> Tensor:
+    """Windows at random places of all documents joined by one space, which may overlap.
+
+    WikiText-2 in the released code of SparseGPT, Wanda, RIA and PermLLM, draw by draw.
+
+    Returns:
+        int64 `(samples, length)`.
+
+    Raises:
+        DataError: the text is not longer than a window.
+    """
+    order = random.Random(seed)
+    tokens = encode(tokenizer, " ".join(documents))
+    if len(tokens) <= length:
+        raise DataError(f"the calibration text has {len(tokens)} tokens, not more than calibration.length={length}")
+    starts = [order.randint(0, len(tokens) - length - 1) for _ in range(samples)]
+    return torch.stack([tokens[start : start + length] for start in starts])
+
+
+_WINDOWS: dict[str | None, Callable[..., Tensor]] = {
+    "disjoint": joined_windows,
+    "documents": document_windows,
+    "overlapping": overlapping_windows,
+}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

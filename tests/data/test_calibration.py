@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig
 from permllm.data import text
-from permllm.data.calibration import calibration_tokens, document_windows, encode, joined_windows
-from permllm.data.text import _articles, boolq_passages, builtin_text, perplexity_text, read_text_file
+from permllm.data.calibration import calibration_tokens, document_windows, encode, joined_windows, overlapping_windows
+from permllm.data.text import boolq_passages, builtin_text, perplexity_text, read_text_file
 from permllm.errors import DataError
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -44,17 +45,50 @@ def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
         joined_windows(TOKENIZER, ["x" * 99], samples=11, length=10, seed=0)
 
 
-def test_document_windows_take_only_documents_longer_than_the_window() -> None:
-    documents = ["short"] * 50 + ["a" * 100, "b" * 100, "c" * 100]
-    windows = document_windows(TOKENIZER, documents, samples=3, length=40, seed=0)
-    assert {TOKENIZER.decode(window)[0] for window in windows} == {"a", "b", "c"}
-    with pytest.raises(DataError, match=r"only 3 documents are longer than calibration\.length=40"):
-        document_windows(TOKENIZER, documents, samples=4, length=40, seed=0)
+def test_document_windows_are_drawn_as_in_the_released_code() -> None:
+    letters = "abcdefghij"
+    documents = ["short"] * 20 + [f"{letter}{letters}" * 20 for letter in letters]
+    windows = document_windows(TOKENIZER, documents, samples=30, length=40, seed=3)
+    assert windows.shape == (30, 40)
+    # Written out as SparseGPT and its descendants do, with the module's own generator.
+    random.seed(3)
+    for window in windows:
+        while True:
+            tokens = TOKENIZER(documents[random.randint(0, len(documents) - 1)])["input_ids"]
+            if len(tokens) > 40:
+                break
+        start = random.randint(0, len(tokens) - 40 - 1)
+        assert window.tolist() == tokens[start : start + 40]
+    with pytest.raises(DataError, match=r"none of the 5 documents is longer than calibration\.length=40 tokens"):
+        document_windows(TOKENIZER, ["short"] * 5, samples=4, length=40, seed=0)
 
 
-def test_wikitext_rows_become_articles() -> None:
-    rows = ["", " = One = \n", "text\n", " = = Section = = \n", "more\n", " = Two = \n", "end\n"]
-    assert _articles(rows)[1:] == [" = One = \ntext\n = = Section = = \nmore\n", " = Two = \nend\n"]
+def test_overlapping_windows_are_drawn_as_in_the_released_code() -> None:
+    documents = ["", " = Title = \n", "".join(chr(97 + index % 26) * (index % 7) for index in range(90)), "", "end"]
+    windows = overlapping_windows(TOKENIZER, documents, samples=40, length=50, seed=5)
+    tokens = TOKENIZER(" ".join(documents))["input_ids"]
+    random.seed(5)
+    starts = [random.randint(0, len(tokens) - 50 - 1) for _ in range(40)]
+    assert windows.tolist() == [tokens[start : start + 50] for start in starts]
+    assert min(b - a for a, b in itertools.pairwise(sorted(starts))) < 50
+    with pytest.raises(DataError, match=r"has 6 tokens, not more than calibration\.length=6"):
+        overlapping_windows(TOKENIZER, ["a", "bcd"], samples=1, length=6, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sampling"),
+    [("c4", "documents"), ("pile", "documents"), ("wikitext2", "overlapping"), ("builtin", "disjoint"), ("text", "disjoint")],
+)
+def test_windows_are_drawn_as_the_data_set_says_unless_the_settings_do(dataset: str, sampling: str) -> None:
+    assert CalibrationConfig(dataset).sampling == sampling
+    assert CalibrationConfig(dataset, sampling="overlapping").sampling == "overlapping"
+
+
+def test_the_chosen_sampling_is_the_one_that_draws(cache: Path) -> None:
+    drawn = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, length=64, sampling="overlapping"), seed=0)
+    assert torch.equal(drawn, overlapping_windows(TOKENIZER, [builtin_text()], 8, 64, seed=0))
+    disjoint = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, length=64), seed=0)
+    assert torch.equal(disjoint, joined_windows(TOKENIZER, [builtin_text()], 8, 64, seed=0))
 
 
 def test_text_files(tmp_path: Path) -> None:
