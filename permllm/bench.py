@@ -36,6 +36,7 @@ from permllm.results.environment import hardware, versions
 from permllm.results.files import write_json
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
+from permllm.timing import interleaved
 from permllm.verify import stated_pattern
 
 _LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
@@ -78,26 +79,6 @@ def without_gathers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, kept in hooks.items():
             module._forward_pre_hooks.update(kept)
-
-
-def clock(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
-    _synchronize(device)
-    started = time.perf_counter()
-    work()
-    _synchronize(device)
-    return time.perf_counter() - started
-
-
-def interleaved(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each, in turns, after one turn that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 1):
-        for name, work in works.items():
-            seconds = clock(work, device)
-            if repeat:
-                times[name].append(seconds)
-    return times
 
 
 @torch.no_grad()
@@ -298,11 +279,6 @@ def _holds_packed(file: Path) -> bool:
 
     with safe_open(file, framework="pt") as opened:
         return any(name.endswith(".weight_places") for name in opened.keys())  # noqa: SIM118
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _print(report: dict[str, Any]) -> None:

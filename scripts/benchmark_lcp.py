@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.permutation.assignment import harden
 from permllm.permutation.heuristic import assignment_scores
-from permllm.permutation.kernels import EAGER, compiled_kernels
+from permllm.permutation.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.permutation.lcp import LCP
 from permllm.permutation.losses import cosine_loss
 from permllm.permutation.problem import LearningProblem
@@ -44,6 +42,7 @@ from permllm.precision import COMPUTE_DTYPES, compute_dtype, products_in
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.results.environment import hardware, versions
 from permllm.sparsity import NMPattern
+from permllm.timing import clock
 
 ROOT = Path(__file__).parent.parent
 PATTERN = NMPattern(2, 4)
@@ -176,17 +175,6 @@ def problem_of(model: nn.Module, tokens: Tensor, target: Tensor) -> LearningProb
     return LearningProblem(model, groups, tokens, factors, target, PATTERN, seed=0)
 
 
-def clock(step: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
 def measure(shape: str, count: int, block_size: int, device: torch.device, repeats: int, products: str) -> dict[str, Any]:
     """One row: all variants in turn, `repeats` times after one warm-up, their products in the format `products`."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -200,8 +188,8 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
     plain = PlainStep(model, tokens, target.to(device))
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
     dense = DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
-    kernels = compiled_kernels(device.type) or EAGER
     compute = compute_dtype(products, dtype, device)
+    kernels = compiled_kernels(KernelUse(device.type, weights=dtype, products=compute)) or EAGER
     shared = shared_orders(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
     window = Window(0, 0, 0, 1, shared, shared, None, problem.target)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permllm.memory import to_device
 from permllm.permutation.sinkhorn import SinkhornStart, gradient_path, normalize
 
 
@@ -102,7 +103,8 @@ class BlockLogits(nn.Module):
         if width:
             for stack in self.logits:
                 uniform = torch.rand(stack.shape, generator=generator).clamp_(1e-7, 1 - 1e-7)
-                self._noise.append(uniform.log_().neg_().log_().mul_(-width).to(stack))
+                gumbel = uniform.log_().neg_().log_().mul_(-width).to(stack.dtype)
+                self._noise.append(to_device(gumbel, stack.device))
 
     def _effective(self) -> list[Tensor]:
         logits = list(self.logits)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from permllm.pruning.saliency import SaliencyFactors, saliency_t
-from permllm.sparsity import keep_largest, keep_largest_of, ranks_of
+from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
 
 log = logging.getLogger(__name__)
 
@@ -247,18 +247,57 @@ def _changes_with(foreign: Callable[[list[Tensor], float], Tensor]) -> Callable[
 EAGER = Kernels(_mask, _gradient, _exchange_by_places, _changes_with(_foreign_by_group), cpu_piece=1 << 17)
 
 
+@dataclass(frozen=True)
+class KernelUse:
+    """What kernels are wanted for.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        straight_through: which gradient (see `permllm.permutation.masked_linear`).
+        pattern: N:M.
+        weights, products: dtype of the weights, and of what is returned.
+        row: the saliency has row factors.
+    """
+
+    device_type: str
+    straight_through: str = "swap"
+    pattern: NMPattern = NMPattern(2, 4)  # noqa: RUF009 - frozen
+    weights: torch.dtype = torch.float32
+    products: torch.dtype = torch.float32
+    row: bool = False
+
+
 @cache
-def compiled_kernels(device_type: str) -> Kernels | None:
-    """The kernels compiled for `cpu` or `cuda`; None, with a warning, where this machine cannot (no compiler, for one)."""
+def compiled_kernels(use: KernelUse) -> Kernels | None:
+    """The kernels, compiled; None, with a warning, where this machine cannot (no compiler, for one).
+
+    What a step will use runs here once, on a small piece: at its first use a failure would come in the middle of backward.
+    """
     # Without fullgraph: where the recompile limit is reached, a call runs as it stands instead of raising.
     forms: tuple[Any, ...] = (_mask_by_places, _gradient_by_places, _exchange_by_places, _foreign)
     mask, gradient, exchange, foreign = (torch.compile(form, dynamic=True) for form in forms)
     kernels = Kernels(mask, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
-    probe = torch.ones(8, 2, device=device_type)
-    channels = torch.arange(8, device=device_type)
     try:
-        kernels.mask(probe, channels, 1, probe.t()[:1], None, 2, 4, torch.float32)
+        _try(kernels, use)
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
-        log.warning("learning runs without compiled kernels: %s", str(error).strip().splitlines()[0][:200])
+        log.warning("learning runs without compiled kernels: %s", (str(error).strip() or repr(error)).splitlines()[0][:200])
         return None
     return kernels
+
+
+def _try(kernels: Kernels, use: KernelUse) -> None:
+    n, m = use.pattern.n, use.pattern.m
+    size, rows, terms = 2 * m, 16, 2 if use.row else 1
+    options: dict[str, Any] = {"dtype": torch.float32, "device": use.device_type}
+    weight_t = torch.ones(2 * size, rows, **options | {"dtype": use.weights})
+    channels = torch.arange(2 * size, device=use.device_type)
+    row = torch.ones(terms, rows, **options) if use.row else None
+    piece = (weight_t, channels, 1, torch.ones(terms, 2 * size, **options), row)
+    grad = torch.ones(2 * size, rows, **options | {"dtype": use.products})
+    kernels.mask(*piece, n, m, use.products)
+    if use.straight_through == "swap":
+        kernels.changes(kernels.exchange(*piece, grad, n, m, use.products), size, n, m)
+    else:
+        kernels.gradient(*piece, grad, n, m, use.products, use.straight_through == "hard")
+    if use.device_type == "cuda":
+        torch.cuda.synchronize()  # what fails while it runs is seen here

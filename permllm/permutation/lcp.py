@@ -20,13 +20,14 @@ from permllm.models.decoder import LayerStream
 from permllm.models.families import decoder_layers, linear_at
 from permllm.permutation.blocks import BlockLogits
 from permllm.permutation.heuristic import search_order
-from permllm.permutation.kernels import EAGER, Kernels, compiled_kernels
+from permllm.permutation.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.permutation.losses import LOSSES
 from permllm.permutation.masked_linear import StraightThrough
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, expanded, shared_orders
 from permllm.permutation.sinkhorn import SinkhornStart
 from permllm.permutation.training import Training, Window, masked_linears, read_checkpoint
+from permllm.precision import product_dtype
 from permllm.pruning.statistics import NormOver
 from permllm.sparsity import permuted_nm_mask
 from permllm.validation import check_number, check_one_of, check_whole
@@ -191,8 +192,13 @@ class LCP:
             steps = self.rounds * self.passes * math.ceil(len(problem.tokens) / self.batch_size)
             groups = [group for order in learning for group in order.groups]
             wanted = steps * sum(group.channels * sum(group.rows) for group in groups) > _COMPILE_FROM
-        compiled = compiled_kernels(problem.device.type) if wanted else None
-        return compiled or EAGER
+        if not wanted:
+            return EAGER
+        path = problem.groups[0].members[0]
+        weight = linear_at(problem.model, path).weight
+        row = problem.factors[path].row is not None
+        use = KernelUse(weight.device.type, self.straight_through, problem.pattern, weight.dtype, product_dtype(weight), row)
+        return compiled_kernels(use) or EAGER
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""

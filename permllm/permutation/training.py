@@ -423,9 +423,9 @@ def masked_linears(
 
 
 def _kept_a_token(groups: list[ChannelGroup], hidden: int) -> int:
-    """Numbers that a decoder layer keeps for backward, a token: about 13 vectors of the residual stream and 4 of the MLP."""
+    """Numbers that a decoder layer keeps for backward, a token: about 11 vectors of the residual stream and 4 of the MLP."""
     inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)
-    return 13 * hidden + 4 * inner
+    return 11 * hidden + 4 * inner
 
 
 def _flips(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from permllm.bench import interleaved, sparse_tensor_cores
+from permllm.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import meta_model
 from permllm.sparsity import NMPattern, nm_mask
 from permllm.studies.base import StudyInputs
+from permllm.timing import interleaved
 from permllm.validation import check_whole
 
 _PATTERN = NMPattern(2, 4)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from permllm.permutation import kernels
-from permllm.permutation.kernels import EAGER, Kernels, compiled_kernels
+from permllm.permutation.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.sparsity import NMPattern, nm_mask
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Kernels:
-    found = compiled_kernels("cpu")
+    found = compiled_kernels(KernelUse("cpu"))
     if found is None:
         pytest.skip("no C++ compiler")
     return found
@@ -86,19 +86,31 @@ def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(compiled: Kernel
                 assert float(found[block, channel, index]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_without_a_compiler_there_is_a_warning_and_no_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("straight_through", "kernel"),
+    [("swap", "_mask_by_places"), ("swap", "_exchange_by_places"), ("swap", "_foreign"), ("soft", "_gradient_by_places")],
+)
+def test_a_kernel_that_cannot_be_compiled_is_a_warning_before_learning_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, straight_through: str, kernel: str
 ) -> None:
-    def broken(function: Any, **_: Any) -> Any:
-        def call(*_: Any) -> Any:
-            raise RuntimeError("no compiler found\nand a long story")
+    """One kernel alone fails, at its first call, as a compiler does: not only the mask's may be what it cannot do."""
 
-        return call
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler found\nand a long story")
 
-    monkeypatch.setattr(kernels.torch, "compile", broken)
+    monkeypatch.setattr(kernels.torch, "compile", lambda form, **_: broken if form.__name__ == kernel else form)
     compiled_kernels.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert compiled_kernels("cpu") is None
+        assert compiled_kernels(KernelUse("cpu", straight_through)) is None
     compiled_kernels.cache_clear()
-    assert "no compiler found" in caplog.text
+    assert "learning runs without compiled kernels: no compiler found" in caplog.text
     assert "story" not in caplog.text
+
+
+@pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
+def test_what_is_tried_is_what_a_step_uses(monkeypatch: pytest.MonkeyPatch, straight_through: str) -> None:
+    monkeypatch.setattr(kernels.torch, "compile", lambda form, **_: form)
+    compiled_kernels.cache_clear()
+    use = KernelUse("cpu", straight_through, NMPattern(4, 8), torch.bfloat16, torch.bfloat16, row=True)
+    assert compiled_kernels(use) is not None
+    compiled_kernels.cache_clear()

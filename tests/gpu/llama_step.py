@@ -1,0 +1,84 @@
+"""A step of LCP on layers of LLaMA-2-7B's size, on the simulated device without values: `python -m tests.gpu.llama_step`.
+
+Prints a JSON object: how often a step waits, what it keeps for backward, what the estimate of that is, and whether layers are
+recomputed on cards of two sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LAYERS, SAMPLES, LENGTH = 3, 4, 1024
+
+
+def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
+    """Everything that is counted."""
+    from tests.gpu import simulated
+
+    simulated.enable(package=str(Path(__file__).parent.parent.parent), data="meta")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from permllm.models.families import channel_groups
+    from permllm.permutation import training
+    from permllm.permutation.kernels import EAGER, KernelUse, compiled_kernels
+    from permllm.permutation.lcp import LCP
+    from permllm.permutation.problem import LearningProblem
+    from permllm.permutation.shared import shared_orders
+    from permllm.permutation.temperature import Linear
+    from permllm.pruning.saliency import SaliencyFactors
+    from permllm.sparsity import NMPattern
+
+    device = torch.device("cuda", 0)
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", num_hidden_layers=LAYERS, **shape), dtype=torch.bfloat16
+        )
+    model.eval().requires_grad_(False)
+    groups = channel_groups(model)
+    factors = {path: SaliencyFactors(1, torch.ones(1, group.channels)) for group in groups for path in group.members}
+    tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
+    target = torch.zeros(SAMPLES, LENGTH, 4096, dtype=torch.bfloat16)
+    problem = LearningProblem(model, groups, tokens, factors, target, NMPattern(2, 4), seed=0)
+    shared = shared_orders(groups, "free")
+    orders = {order.name: torch.arange(order.channels) for order in shared}
+    window = training.Window(0, 0, 0, LAYERS, shared, shared, None, target)
+    ledger = simulated.LEDGER
+
+    def step(kernels: Any, **settings: Any) -> dict[str, Any]:
+        lcp = LCP(block_size=64, temperature=Linear(), **settings)
+        logits = lcp.start_logits(problem, shared, orders, near=True)
+        with training.masked_linears(lcp, problem, window, kernels) as linears:
+            learning = training.Training(lcp, problem, shared, window, orders, logits, linears)
+            held: list[int] = []
+            forward = learning._loss
+
+            def watched(*arguments: Any) -> Any:
+                held.append(ledger.live)
+                loss = forward(*arguments)
+                held.append(ledger.live)
+                return loss
+
+            learning._loss = watched  # type: ignore[method-assign]
+            ledger.clear()
+            learning.step(torch.arange(SAMPLES), 0.5, after=torch.arange(SAMPLES))
+            waits = ledger.totals()["syncs"]
+            return {"kept": held[1] - held[0], "waits": waits, "recomputes": learning._recomputes}
+
+    compiled = compiled_kernels(KernelUse("cuda", weights=torch.bfloat16, products=torch.bfloat16))
+    assert compiled is not None
+    kept = training._kept_a_token(groups, 4096) * SAMPLES * LENGTH * 2 * LAYERS
+    found = {"estimate": kept, "layers": LAYERS}
+    found["compiled"] = step(compiled)
+    found["recomputed"] = step(compiled, activation_checkpointing=True)
+    found["eager"] = step(EAGER)
+    training.free_memory = lambda device: kept  # type: ignore[attr-defined]
+    found["small card"] = step(compiled)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

@@ -1,0 +1,71 @@
+"""On a machine with a GPU: the tiny pipeline there, Triton's kernels, packed weights. 2:4 products: `tests/test_bench.py`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from permllm import runner
+from permllm.config import read_config
+from permllm.export.checkpoint import Request, export_run
+from permllm.permutation.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.sparsity import NMPattern
+from tests.export.test_export import make_run, variant_model
+from tests.test_config import composed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = torch.device("cuda")
+
+
+def run(directory: Path, *overrides: str) -> list[float]:
+    """The loss of each pass of learning."""
+    settings = ("model=tiny", "logger=none", "permutation.compile=true", f"run_dir={directory}", *overrides)
+    assert runner.run(read_config(composed(*settings))) is not None
+    return [json.loads(line)["loss"] for line in (directory / "history.jsonl").read_text().splitlines()]
+
+
+def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        there = run(tmp_path / "cuda", "compute_dtype=float32")
+    assert "without compiled kernels" not in caplog.text
+    here = run(tmp_path / "cpu", "compute_dtype=float32", "model.device=cpu")
+    assert there == pytest.approx(here, rel=1e-2)
+    metrics = json.loads((tmp_path / "cuda" / "metrics.json").read_text())
+    hardware = json.loads((tmp_path / "cuda" / "environment.json").read_text())["hardware"]
+    assert hardware["device"] == "cuda:0"
+    assert hardware["gpu"]["name"] == torch.cuda.get_device_name(0)
+    assert metrics["sparsity"]["violations"] == 0
+    assert 0 < metrics["peak_memory_bytes"] < 1 << 30
+    for order in load_file(tmp_path / "cuda" / "permutations.safetensors").values():
+        assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_triton_made_are_the_eager_ones(dtype: torch.dtype) -> None:
+    compiled = compiled_kernels(KernelUse("cuda", "swap", NMPattern(2, 4), dtype, dtype))
+    assert compiled is not None
+    generator = torch.Generator().manual_seed(0)
+    weight_t, grad = (torch.randn(256, 96, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    channels, column = torch.randperm(256, generator=generator).to(DEVICE), torch.rand(1, 256, generator=generator).to(DEVICE)
+    piece = (weight_t, channels, 1, column, None)
+    torch.testing.assert_close(compiled.mask(*piece, 2, 4, dtype), EAGER.mask(*piece, 2, 4, dtype))
+    ours, theirs = (form.exchange(*piece, grad, 2, 4, dtype) for form in (compiled, EAGER))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(compiled.changes(ours, 64, 2, 4), EAGER.changes(theirs, 64, 2, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_weights_multiply_as_dense_ones(tmp_path: Path) -> None:
+    export_run(make_run(tmp_path, variant_model("llama"), "free"), Request("gathered", "packed"), tmp_path / "out")
+    tokens = torch.arange(1, 17)[None].to(DEVICE)
+    found = []
+    for kept in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", keep_packed=kept).to(DEVICE).eval()
+        found.append(model(input_ids=tokens).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

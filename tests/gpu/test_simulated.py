@@ -1,0 +1,88 @@
+"""The tiny pipeline and a step of LLaMA's size on a CUDA device that is simulated: what would crash there, and what waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.gpu.pipeline import JOBS, RESUMED
+
+pytestmark = pytest.mark.skipif(
+    torch.backends.cuda.is_built() or shutil.which("g++") is None,
+    reason="the simulated device needs a CPU build of torch and g++",
+)
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | environment
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of each job of the pipeline, run once in a process of its own."""
+    folder = tmp_path_factory.mktemp("simulated")
+    result = python("-m", "tests.gpu.pipeline", str(folder), PERMLLM_CACHE=str(folder / "cache"))
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_the_simulator_refuses_and_counts_what_it_promises() -> None:
+    result = python("-m", "tests.gpu.simulated", "--self-test")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("ok: ") == 12
+
+
+@pytest.mark.parametrize("name", [*JOBS, RESUMED])
+def test_a_job_ends_on_the_device_with_the_orders_and_masks_of_the_host(found: dict[str, Any], name: str) -> None:
+    job = found[name]
+    assert "error" not in job, job["error"]
+    assert job["device"] == "cuda:0"
+    assert job["same"] == [True, True]
+    assert job["peak"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name.startswith(("lcp", "bfloat16", "opt"))])
+def test_a_step_of_learning_waits_for_the_device_three_times_at_most(found: dict[str, Any], name: str) -> None:
+    job = found[name]
+    assert job["steps"] >= 6  # not of the run on the host, which comes after
+    assert job["waits"] <= 3, job["lines"]
+    assert job["pageable"] == []
+
+
+def test_a_run_through_the_command_line_chooses_the_device_by_itself(tmp_path: Path) -> None:
+    small = ("model=tiny", "permutation=none", "logger=none", "calibration.samples=2", "run_dir=run")
+    simulator = str(ROOT / "tests" / "gpu" / "simulated.py")
+    result = python(simulator, str(ROOT / "run.py"), *small, cwd=tmp_path, PERMLLM_CACHE=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["hardware"]["gpu"]["name"] == "simulated H100"
+
+
+@pytest.fixture(scope="module")
+def llama() -> dict[str, Any]:
+    result = python("-m", "tests.gpu.llama_step")
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "eager"])
+def test_a_step_of_the_size_of_llama_waits_three_times(llama: dict[str, Any], kernels: str) -> None:
+    assert llama[kernels]["waits"] <= 3
+
+
+def test_layers_are_recomputed_where_a_gpu_has_no_room_for_what_they_keep(llama: dict[str, Any]) -> None:
+    assert not llama["compiled"]["recomputes"]
+    assert llama["small card"]["recomputes"]
+    assert llama["small card"]["kept"] < llama["compiled"]["kept"] / 5
+    for kernels in ("compiled", "eager"):
+        assert 0.8 < llama[kernels]["kept"] / llama["estimate"] < 1.02
