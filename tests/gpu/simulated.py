@@ -639,6 +639,9 @@ def self_test() -> None:
         ".cpu() is one sync": (x.cpu, 1),
         "a list as an index is one sync": (lambda: x[:, [1]], 1),
         "matrix product and backward are none": (lambda: (x @ x).sum().backward(), 0),
+        "a copy from pinned memory is none": (lambda: torch.ones(2).pin_memory().to("cuda", non_blocking=True), 0),
+        "a copy to pinned memory is none": (lambda: torch.empty(4, 4, pin_memory=True).copy_(x.data, non_blocking=True), 0),
+        "one that is not pinned is one sync": (lambda: torch.ones(2).to("cuda", non_blocking=True), 1),
     }
     for what, (action, expected) in counted.items():
         LEDGER.clear()

@@ -40,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_simulator_refuses_and_counts_what_it_promises() -> None:
     result = python("-m", "tests.gpu.simulated", "--self-test")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("ok: ") == 12
+    assert result.stdout.count("ok: ") == 13
 
 
 @pytest.mark.parametrize("name", [*JOBS, RESUMED])

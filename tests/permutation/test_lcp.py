@@ -205,16 +205,24 @@ def test_checkpointing_activations_changes_nothing() -> None:
     assert all(torch.equal(with_it[name], without[name]) for name in with_it)
 
 
-def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_best(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama")
+    updates: list[int] = []
+    update = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: updates.append(passes[-1]) or update(self))
+    passes = [1]
 
     def break_layer(values: dict[str, float]) -> None:
+        passes.append(int(values["pass"]) + 1)
         if values["pass"] == 2:
             norm = decoder_layers(model)[1].input_layernorm
             norm.weight.data[0] = float("nan")
 
     with pytest.raises(TrainingError, match=r"pass 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
         lcp(passes=5).orders(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
+    assert set(updates) == {1, 2}  # the loss is read after backward, and still before the logits change
     kept = load_file(tmp_path / "best_so_far.safetensors")
     assert set(kept) == {group.name for group in channel_groups(model)}
     assert str(tmp_path) in str(caught.value)
