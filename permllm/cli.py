@@ -18,15 +18,17 @@ from omegaconf import DictConfig
 
 from permllm import parallel, sweep
 from permllm.config import read_config, register_resolvers
-from permllm.errors import DataError, InUseError, PermLLMError
+from permllm.errors import DataError, InUseError, PermLLMError, one_line
+from permllm.helping import assist
 from permllm.results.collect import collect
 from permllm.results.record import is_finished
 from permllm.results.summary import mean_accuracy, summarise
 from permllm.results.table import print_comparison, print_jobs
 from permllm.runner import run
 from permllm.sweep import Job
+from permllm.watch import CONTINUES, FAILED, INTERRUPTED
 
-_INTERRUPTED = "interrupted: the same command continues where it stopped"
+_INTERRUPTED = f"interrupted: {CONTINUES}"
 
 
 class Session:
@@ -39,25 +41,33 @@ class Session:
         """Run what Hydra made of the command line, and end it: the exit code."""
         try:
             main()
-        except KeyboardInterrupt:  # while jobs of other processes were waited for
-            print(_INTERRUPTED, file=sys.stderr)
+        except KeyboardInterrupt:  # between jobs, or while those of other processes were waited for
+            if parallel.rank() == 0:
+                print(_INTERRUPTED, file=sys.stderr)
             self.close()
+            parallel.stop(INTERRUPTED)
             return 130
         except SystemExit as stop:
             # Hydra refuses the command line, or a launcher gives up although some jobs have finished.
             if stop.code == 1:
                 self.close()
             raise
-        return self.close()
+        code = self.close()
+        parallel.stop()
+        return code
 
     def job(self, composed: DictConfig) -> float:
         """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs.
 
+        Under torchrun that holds for all processes, which go through the jobs together as the first one says
+        (`permllm.parallel`). Only where one of them fails alone in the middle of learning, all end.
+
         Returns:
-            What a search minimises (`objective`); infinite for a job that failed, which a sampler then avoids.
+            What a search minimises (`objective`), in all processes; infinite for a job that failed: a sampler then avoids it.
 
         Raises:
-            SystemExit: with code 130 where Ctrl-C stops it, after a table of what was done before.
+            SystemExit: with code 130 where Ctrl-C stops it, after a table of what was done before; with code 1 where the
+                processes have lost each other.
         """
         register_resolvers()  # a launcher's process has not read run.py
         transformers.logging.set_verbosity_error()
@@ -66,6 +76,33 @@ class Session:
             logging.getLogger(name).setLevel(logging.ERROR)
         if sweep.sweeping():
             sweep.share_cores()
+        parallel.start()
+        try:
+            if parallel.rank():
+                return self._assist(composed)
+            value = self._lead(composed)
+            if parallel.out_of_step():
+                self.close()
+                print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
+                raise SystemExit(1)
+            parallel.tell(parallel.OVER, value)
+            return value
+        except BaseException as error:
+            parallel.stop(INTERRUPTED if isinstance(error, SystemExit) and error.code == 130 else FAILED)
+            raise
+
+    def _assist(self, composed: DictConfig) -> float:
+        """A job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
+        try:
+            return assist(composed)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    def _lead(self, composed: DictConfig) -> float:
+        """A job in the only process, or in the first of several."""
         try:
             config = read_config(composed)
             skipped = not config.force and is_finished(config.directory())
@@ -84,26 +121,28 @@ class Session:
             if not sweep.sweeping():
                 self._failed = True
                 print(f"error: {error}", file=sys.stderr)
-            self._done("skipped", _one_line(error))
+            self._done("skipped", one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            text = _one_line(error)
+            text = one_line(error)
             self._done("failed", text)
             print(f"error: {text}", file=sys.stderr)
-            if parallel.world_size() > 1:
-                # The other processes wait for this one; torchrun ends them all.
-                raise SystemExit(1) from error
         except Exception as error:
             if not sweep.sweeping():
                 raise
             # An error of ours must be seen whole, and still not take the other jobs with it.
             traceback.print_exc()
-            self._done("failed", f"{type(error).__name__}: {_one_line(error)}")
+            self._done("failed", f"{type(error).__name__}: {one_line(error)}")
         return math.inf
 
     def close(self) -> int:
-        """Print the comparison where there is one to make, and what became of each job of several; the exit code."""
+        """Print the comparison where there is one to make, and what became of each job of several; the exit code.
+
+        Under torchrun the first process does that for all.
+        """
+        if parallel.rank():
+            return 0
         jobs = sweep.outcomes()
         if len(jobs) > 1:
             shared = set.intersection(*(set(job.overrides) for job in jobs))
@@ -132,9 +171,3 @@ def objective(metrics: dict[str, Any]) -> float:
         return float(values["value"])
     accuracy = mean_accuracy(metrics.get("zero_shot", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is not enough: lower permutation.batch_size or calibration.batch_size, or see plan=true"
-    return " ".join(str(error).split())

@@ -1,5 +1,7 @@
 """The errors that a person can cause and mend: each is one line that names what was wrong, the value, and what is valid."""
 
+import torch
+
 
 class PermLLMError(Exception):
     """Base of the errors that are reported as one line without a traceback."""
@@ -19,3 +21,10 @@ class DataError(PermLLMError):
 
 class TrainingError(PermLLMError):
     """Learning the permutations cannot go on, for example because the loss is not finite."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a person reads of an error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is not enough: lower permutation.batch_size or calibration.batch_size, or see plan=true"
+    return " ".join(str(error).split())

@@ -1,23 +1,63 @@
-"""Several processes under torchrun that learn the same logits, each from its share of every batch."""
+"""Several processes under torchrun: the first does the work of a job and keeps its record, the others help it to learn.
+
+What the first process decides about a job holds for all. The others decide nothing: in each job they do what they are told,
+until they are told that it is over.
+
+- `PREPARE`: the job learns; load its model. Never said where the first process skips the job, or fails before.
+- `LEARN`, with all that is learned from. Each process says whether it can (`gathered`); then all learn, or none does.
+- `OVER`, with what the job is worth to a search. Always said, so that no process can slide into another job.
+
+A failure in one process alone while all learn leaves the others in the middle of a step: the command then ends as a whole, and
+the same command continues. One that all meet at the same step, a `TrainingError`, fails the job like any other.
+"""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# While the first process evaluates the dense model, the others wait for it.
+from permllm.errors import TrainingError
+from permllm.watch import DONE, Watch
+
+PREPARE, LEARN, OVER = "prepare", "learn", "over"
+
+Value = TypeVar("Value")
+
+# The others wait while the first process evaluates. That one has died is seen at once all the same (`Watch`).
 _PATIENCE = timedelta(days=1)
+# Of a value that is sent, bytes at a time.
+_PIECE = 1 << 28
+
+
+class _State:
+    """Of this process: its watch over the others, and whether it left them in the middle of a step."""
+
+    watch: Watch | None = None
+    out_of_step = False
 
 
 def start() -> None:
     """Join the processes that torchrun started; nothing happens without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        _State.watch = Watch(rank(), world_size(), broadcast)
+
+
+def stop(how: bytes = DONE) -> None:
+    """Leave the other processes, which end in turn unless all is `DONE` (see `Watch`); nothing happens without torchrun."""
+    watch, _State.watch = _State.watch, None
+    if watch is not None:
+        watch.close(how)
+        if how == DONE:
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -35,6 +75,17 @@ def local_device() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_processes() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the one that this process's tensors are on where none is named."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def share(samples: Tensor) -> Tensor:
     """The part of a batch of indices that falls to this process; may be empty."""
     return samples[rank() :: world_size()]
@@ -43,14 +94,82 @@ def share(samples: Tensor) -> Tensor:
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, the same bits in all of them."""
     if world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        with _in_touch():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
 
-def agree(value: bool) -> bool:
-    """What the first process says."""
+def broadcast(value: Value, source: int = 0) -> Value:
+    """What one process has, in all of them.
+
+    Args:
+        value: plain values and tensors in dicts and lists, which arrive on the CPU; what the other processes give is not used.
+        source: rank of the process.
+    """
     if world_size() == 1:
         return value
-    said = torch.tensor([int(value)])
-    dist.broadcast(said, src=0)
-    return bool(said.item())
+    data = torch.empty(0, dtype=torch.uint8)
+    if rank() == source:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    size = torch.tensor(len(data))
+    with _in_touch():
+        dist.broadcast(size, src=source)
+        if rank() != source:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        for piece in data.split(_PIECE):
+            dist.broadcast(piece, src=source)
+    if rank() == source:
+        return value
+    received: Value = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+    return received
+
+
+def gathered(value: Value) -> list[Value]:
+    """What each process has, by rank, in all of them (see `broadcast`)."""
+    return [broadcast(value, source) for source in range(world_size())]
+
+
+def from_first(compute: Callable[[], Value]) -> Value:
+    """What the first process computes, in all of them (see `broadcast`)."""
+    return broadcast(compute()) if rank() == 0 else cast(Value, broadcast(None))
+
+
+def tell(word: str, value: Any = None) -> None:
+    """In the first process: say a word to the others, see above."""
+    broadcast([word, value])
+
+
+def told() -> tuple[str, Any]:
+    """In the others: the next word, and what belongs to it."""
+    word, value = cast(tuple[str, Any], broadcast(None))
+    return word, value
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Around what all processes do together, step by step; notes where this process alone leaves it by an error."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except BaseException:
+        _State.out_of_step = world_size() > 1
+        raise
+
+
+def out_of_step() -> bool:
+    """Whether the other processes are in the middle of a step that this one has left: they can be told nothing any more."""
+    return _State.out_of_step
+
+
+@contextmanager
+def _in_touch() -> Iterator[None]:
+    """Around communication, which fails where another process is gone; the watch says so, and ends this one."""
+    try:
+        yield
+    except RuntimeError:
+        if _State.watch is not None:
+            _State.watch.give_time()
+        raise

@@ -22,6 +22,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.export.checkpoint import Request, export_run
+from permllm.helping import call_helpers, check_shares
 from permllm.memory import keep_freed_memory, reset_peak_memory
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
@@ -58,12 +59,10 @@ log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
-    """Run one job.
-
-    Under torchrun the first process does the work and keeps the record; the others help it to learn.
+    """Run one job; under torchrun the part of the first process, which keeps the record (`permllm.helping` has the others').
 
     Returns:
-        The metrics and the run directory; None when only a plan was asked for, or for a helping process.
+        The metrics and the run directory; None when only a plan was asked for.
 
     Raises:
         PermLLMError: with one line for the person who started it.
@@ -73,28 +72,28 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     reconstruction: Reconstruction = instantiate(config.reconstruction)
     _check_statistics(config, permutation)
     request = _export_request(config, permutation, pruner.updates_weights or reconstruction.changes_weights)
-    parallel.start()
+    device = resolve_device(config.model.device)
+    if not config.plan:
+        parallel.use_device(device)
     if config.study and not config.plan:
-        return None if parallel.rank() else run_study(config, instantiate(config.study), pruner)
-    if resolve_device(config.model.device).type == "cpu":
+        return run_study(config, instantiate(config.study), pruner)
+    if device.type == "cpu":
         keep_freed_memory()
     if config.plan or config.model.source != "hub" or config.model.architecture:
         skeleton = meta_model(config.model)
         _check_groups(config, channel_groups(skeleton), permutation)
         if config.plan:
-            if parallel.rank() == 0:
-                print_plan(config, skeleton, pruner, permutation)
+            print_plan(config, skeleton, pruner, permutation)
             return None
-    if parallel.rank():
-        _help(config, pruner, permutation)
-        return None
 
     record = RunRecord(config.directory(), config, config.force)
     with record.opened():
         if record.finished:
-            parallel.agree(False)
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
+            if _learns(permutation, record):
+                check_shares(permutation.batch_size, config.calibration.samples)
+                parallel.tell(parallel.PREPARE)
             with open_logger(config, record.directory) as logger:
                 _stages(config, pruner, permutation, reconstruction, record, logger)
         if request is not None:
@@ -161,19 +160,9 @@ def _export(request: Request, record: RunRecord) -> None:
     record.save()
 
 
-def _help(config: RunConfig, pruner: Pruner, permutation: Any) -> None:
-    """A process beside the first: learns with it if it learns, and leaves no record."""
-    if not parallel.agree(False):
-        return
-    seed_everything(config.seed)
-    loaded = load_model(config.model, config.seed)
-    groups = channel_groups(loaded.model)
-    tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
-    products = compute_dtype(config.compute_dtype, loaded.model.dtype, loaded.model.device)
-    dense = _calibrate(config, loaded, groups, tokens, pruner, products)
-    problem = _problem(config, loaded, groups, tokens, dense)
-    with products_in(products, problem.device):
-        permutation.orders(problem)
+def _learns(permutation: Any, record: RunRecord) -> bool:
+    """Whether orders are still to be learned."""
+    return permutation.learned and "sparsity" not in record.metrics and not record.path(PERMUTATIONS).is_file()
 
 
 def _calibrate(
@@ -209,7 +198,6 @@ def _stages(
     logger: RunLogger,
 ) -> None:
     metrics = record.metrics
-    parallel.agree(permutation.learned and "sparsity" not in metrics and not record.path(PERMUTATIONS).is_file())
     seed_everything(config.seed)
     device = resolve_device(config.model.device)
     reset_peak_memory(device)
@@ -265,7 +253,7 @@ def _prune(
             problem.on_step = lambda step, values: logger.log(values, step)
             problem.on_pass = lambda values: _after_pass(values, record, logger)
             with products_in(products, device):
-                orders = _orders(permutation, problem, record)
+                orders = _orders(permutation, problem, record, loaded.identity, products)
 
         def order(name: str, saliency: Tensor, pattern: Any) -> Tensor:
             return orders[name]
@@ -299,13 +287,21 @@ def _after_pass(values: dict[str, Any], record: RunRecord, logger: RunLogger) ->
     logger.log_pass(values, len(record.path(HISTORY).read_text(encoding="utf-8").splitlines()))
 
 
-def _orders(permutation: Any, problem: LearningProblem, record: RunRecord) -> dict[str, Tensor]:
+def _orders(
+    permutation: Any, problem: LearningProblem, record: RunRecord, identity: str, products: torch.dtype
+) -> dict[str, Tensor]:
     if record.path(PERMUTATIONS).is_file():
         log.info("continuing %s with the orders that it found", record.directory)
         return load_file(record.path(PERMUTATIONS))
     if not record.path(CHECKPOINT).is_file():
         record.path(HISTORY).unlink(missing_ok=True)
-    orders: dict[str, Tensor] = permutation.orders(problem)
+    orders: dict[str, Tensor]
+    if permutation.learned:
+        call_helpers(problem, identity, products)
+        with parallel.in_step():
+            orders = permutation.orders(problem)
+    else:  # searched by the first process alone
+        orders = permutation.orders(problem)
     write_tensors(record.path(PERMUTATIONS), orders)
     return orders
 

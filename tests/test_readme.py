@@ -72,3 +72,12 @@ def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group
 def test_links_to_files_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists()
+
+
+def test_commands_for_several_processes_have_a_sample_of_each_batch_for_each() -> None:
+    commands = [line for line in README.splitlines() if line.startswith("torchrun ")]
+    assert commands
+    for command in commands:
+        found = re.match(r"torchrun --nproc-per-node (\d+) run\.py .*permutation\.batch_size=(\d+)", command)
+        assert found, command
+        assert int(found[2]) >= int(found[1])

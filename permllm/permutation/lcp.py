@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from permllm import parallel
 from permllm.errors import ConfigError
 from permllm.models.decoder import LayerStream
 from permllm.models.families import decoder_layers, linear_at
@@ -147,8 +148,9 @@ class LCP:
         """
         spans = self.spans(len(decoder_layers(problem.model)))
         shared = shared_orders(problem.groups, self.constraint)
-        orders = self.start_orders(problem, shared, spans[0][0])
-        state = read_checkpoint(problem)
+        # Another GPU, or a folder without the checkpoint, must not let a process learn from elsewhere than the others.
+        orders = parallel.from_first(lambda: self.start_orders(problem, shared, spans[0][0]))
+        state = parallel.from_first(lambda: read_checkpoint(problem))
         begin = 0 if state is None else state["window"]
         if state is not None:
             orders |= {name: order.cpu() for name, order in state["best"].items()}

@@ -41,7 +41,7 @@ class LocalPermutation(Protocol):
     """A permutation method that orders one channel group from its saliency alone: `local` is true.
 
     Where it is false, `orders(problem)` gives the orders of all groups by name from a `LearningProblem` instead. `learned`
-    says that it trains, in all processes of torchrun together.
+    says that it trains, in all processes of torchrun together, from `batch_size` samples a step.
     """
 
     learned: bool

@@ -1,0 +1,111 @@
+"""What the processes of torchrun beside the first do in a job, and how the first calls them (see `permllm.parallel`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from permllm import parallel
+from permllm.config import RunConfig, instantiate, read_config
+from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
+from permllm.memory import keep_freed_memory
+from permllm.models.families import channel_groups
+from permllm.models.loading import LoadedModel, load_model, resolve_device
+from permllm.permutation.problem import LearningProblem
+from permllm.precision import products_in
+from permllm.pruning.shared_calibration import packed_factors, unpacked_factors
+from permllm.seeding import seed_everything
+
+
+def assist(composed: DictConfig) -> float:
+    """Help the first process in one job: learn with it what it learns, as it says, and leave no record.
+
+    Returns:
+        What the job is worth to a search, as the first process found it.
+
+    Raises:
+        PermLLMError: this process alone cannot go on in the middle of learning.
+    """
+    config: RunConfig
+    loaded: LoadedModel | None = None
+    reason = ""  # why this process cannot learn
+    word, given = parallel.told()
+    while word != parallel.OVER:
+        if word == parallel.PREPARE:
+            try:
+                config = read_config(composed)
+                loaded = _prepared(config)
+            except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+                reason = one_line(error)
+        elif word == parallel.LEARN:
+            if loaded is not None and loaded.identity != given["model"]:
+                reason = f"its model is {loaded.identity}, and that of the first process {given['model']}"
+            if not any(parallel.gathered(reason)) and loaded is not None:
+                _learn(config, loaded, given)
+            loaded = None  # its memory is free while the first process goes on
+        word, given = parallel.told()
+    return float(given)
+
+
+def call_helpers(problem: LearningProblem, identity: str, products: torch.dtype) -> None:
+    """In the first process: have the others learn the same from now on; nothing happens without torchrun.
+
+    Args:
+        problem: what is learned from.
+        identity: of its model (`LoadedModel.identity`).
+        products: dtype of its matrix products.
+
+    Raises:
+        DataError: one of them cannot.
+    """
+    if parallel.world_size() == 1:
+        return
+    given = {"model": identity, "products": str(products).removeprefix("torch."), "tokens": problem.tokens}
+    parallel.tell(parallel.LEARN, given | {"factors": packed_factors(problem.factors), "target": problem.target})
+    for number, reason in enumerate(parallel.gathered("")):
+        if reason:
+            raise DataError(f"the process of rank {number} cannot learn: {reason}")
+
+
+def check_shares(batch_size: int, samples: int) -> None:
+    """Raise ConfigError where a process would never have a sample to learn from.
+
+    Args:
+        batch_size: `permutation.batch_size`.
+        samples: `calibration.samples`.
+    """
+    processes = parallel.world_size()
+    for name, value in (("permutation.batch_size", batch_size), ("calibration.samples", samples)):
+        if value < processes:
+            raise ConfigError(
+                f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"
+            )
+
+
+def _prepared(config: RunConfig) -> LoadedModel:
+    device = resolve_device(config.model.device)
+    parallel.use_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    seed_everything(config.seed)
+    return load_model(config.model, config.seed)
+
+
+def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> None:
+    problem = LearningProblem(
+        model=loaded.model,
+        groups=channel_groups(loaded.model),
+        tokens=given["tokens"],
+        factors=unpacked_factors(given["factors"]),
+        target=given["target"],
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+    )
+    try:
+        with parallel.in_step(), products_in(getattr(torch, given["products"]), problem.device):
+            instantiate(config.permutation).orders(problem)
+    except TrainingError:
+        pass  # the first process has met it at the same step, and says so
