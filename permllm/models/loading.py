@@ -57,13 +57,20 @@ class LoadedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` picks CUDA when there is one, under torchrun the process's own GPU, else the CPU.
+    """`auto` picks CUDA when there is one, else the CPU; `cuda` is, under torchrun, the process's own GPU.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or several processes would share it.
     """
+    own, processes = parallel.local_device(), parallel.local_processes()
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        if own >= torch.cuda.device_count():
+            raise ConfigError(f"{processes} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
+        return torch.device("cuda", own)
     if device == "auto":
-        return torch.device("cuda", parallel.local_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cpu")
+    if device.startswith("cuda:") and processes > 1:
+        raise ConfigError(f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own")
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
@@ -89,7 +96,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
     else:
-        model, tokenizer = _from_folder(folder, dtype)
+        model, tokenizer = _from_folder(folder, dtype, device)
         identity = folder_identity(config, folder)
     _check_architecture(config, model.config)
     # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
@@ -179,10 +186,12 @@ def _local_architecture(folder: Path) -> PreTrainedConfig:
         raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     family_named(_local_architecture(folder).model_type)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        # With a map each tensor goes from the file to the GPU, without the whole model in host memory, once for each process.
+        onto = {} if device.type == "cpu" else {"device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **onto)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokenizer, PreTrainedModel
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
-from permllm.models.loading import load_model, meta_model
+from permllm.models.loading import load_model, meta_model, resolve_device
 from tests.conftest import tiny_model
 
 
@@ -87,3 +87,42 @@ def test_random_weights_follow_the_seed() -> None:
     first, again, other = (load_model(config, seed).model.lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_weights_are_read_onto_the_device_and_not_moved_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = AutoModelForCausalLM.from_pretrained
+    found: list[torch.device] = []
+
+    def recorded(*arguments: object, **settings: object) -> PreTrainedModel:
+        model = read(*arguments, **settings)
+        found.append(model.device)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
+    # A device that every machine has, and that is not the host's memory.
+    loaded = load_model(ModelConfig(name="local", source="local", path=str(folder), device="meta", dtype="bfloat16"), seed=0)
+    assert found == [torch.device("meta")]
+    assert loaded.model.device == torch.device("meta")
+    assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for own in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", own)
+        assert resolve_device("auto") == resolve_device("cuda") == torch.device(f"cuda:{own}")
+    with pytest.raises(ConfigError, match=r"model\.device=cuda:1 is one GPU for 2 processes; model\.device=cuda gives each"):
+        resolve_device("cuda:1")
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="3 processes need as many GPUs, and this machine has 2"):
+        resolve_device("auto")
