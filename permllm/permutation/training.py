@@ -20,7 +20,7 @@ from permllm.errors import TrainingError
 from permllm.memory import free_memory, peak_memory, to_device
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.permutation.assignment import flatten, harden_flat
+from permllm.permutation.assignment import flatten, harden_together
 from permllm.permutation.batches import Batch, Batches
 from permllm.permutation.blocks import BlockLogits, count_logits
 from permllm.permutation.kernels import Kernels
@@ -252,7 +252,7 @@ class Training:
         )
         started = time.perf_counter()
         try:
-            hards = harden_flat(flat, shapes)
+            hards = harden_together(flat, shapes)
         except ValueError as error:
             raise TrainingError(self._failure(f"the soft permutation of {self._broken(temperature)} is not finite")) from error
         self.harden_seconds = time.perf_counter() - started
@@ -378,7 +378,7 @@ class Training:
         self.generator.set_state(state["generator"].cpu())
         self.done, self.best_loss = state["done"], state["best_loss"]
         self.best = {name: order.cpu() for name, order in state["best"].items()}
-        self.present = state["present"]
+        self.present = {name: order.to(self.device) for name, order in state["present"].items()}
         log.info("continuing after pass %d of %d", self.done, self.settings.passes)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from permllm.permutation.assignment import harden
+from permllm import parallel
+from permllm.permutation import assignment
+from permllm.permutation.assignment import flatten, harden, harden_together
 from permllm.permutation.sinkhorn import SinkhornStart, gradient_path, normalize, sinkhorn
 
 
@@ -83,3 +87,46 @@ def test_hard_permutation_of_a_permutation_is_itself() -> None:
     assert torch.equal(harden(matrix[None])[0], perm)
     weight = torch.randn(4, 16)
     torch.testing.assert_close(weight @ matrix, weight[:, perm])
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_processes_solve_each_a_share_of_the_blocks_and_all_get_what_one_would(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    softs = [plain(logits(blocks, size, 0.1), 1.0, 5) for blocks, size in ((9, 8), (1, 4), (1, 4), (1, 4), (12, 16))]
+    flat, shapes = flatten(softs, sum(soft.numel() for soft in softs))
+    solve, solved = assignment.linear_sum_assignment, [0] * processes
+    sent: list[Tensor] = []
+
+    def together(rank: int, values: Tensor) -> list[Tensor]:
+        def counted(costs: object) -> object:
+            solved[rank] += 1
+            return solve(costs)
+
+        monkeypatch.setattr(parallel, "rank", lambda: rank)
+        monkeypatch.setattr(assignment, "linear_sum_assignment", counted)
+        return harden_together(values, shapes)
+
+    monkeypatch.setattr(parallel, "world_size", lambda: processes)
+    monkeypatch.setattr(parallel, "add_up", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
+    for rank in range(processes):
+        together(rank, flat)
+    assert max(solved) <= math.ceil(24 / processes)
+    assert sum(solved) == 21  # all but the three small ones, which are settled without
+    total = torch.stack(sent).sum(0)
+    monkeypatch.setattr(parallel, "add_up", lambda tensors: [tensor.copy_(total) for tensor in tensors])
+    for rank in range(processes):
+        perms = together(rank, flat)
+        assert all(torch.equal(perm, harden(soft)) for perm, soft in zip(perms, softs, strict=True))
+    # A block that one of them cannot solve fails in all, at the same step.
+    sent.clear()
+    flat[-1] = torch.nan
+    monkeypatch.setattr(parallel, "add_up", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
+    for rank in range(processes):
+        with contextlib.suppress(ValueError):
+            together(rank, flat)
+    total = torch.stack(sent).sum(0)
+    monkeypatch.setattr(parallel, "add_up", lambda tensors: [tensor.copy_(total) for tensor in tensors])
+    for rank in range(processes):
+        with pytest.raises(ValueError, match="not finite"):
+            together(rank, flat)
