@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from permllm.export.transformers_classes import writer
 from permllm.results.table import result_rows
 
 _FORMS = {
@@ -39,7 +40,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     lines += [f"{model['name']} pruned to {summary['sparsity']} with PermLLM: {method}.", "", _FORMS[summary["form"]], ""]
     if summary["format"] == "packed" or summary["gathers"]:
         lines += [
-            "Load it with `permllm` installed and imported:",
+            f"Written by {writer()}. To load it, make a checkout of the project importable (`pip install -e .` in it) and "
+            "import `permllm` first:",
             "",
             "```python",
             "import permllm",

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import permllm
 from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
 from permllm.export.tensor_file import check_file
@@ -28,14 +29,23 @@ from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.sparsity import NMPattern
 
 METHOD = "permllm"
-HINT = "import permllm (pip install permllm) before loading this checkpoint"
+# No name to install: nobody vouches for what a package index has under it.
+_HINT = "make a checkout of the project importable and import permllm before loading this checkpoint"
 # What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward.
 _TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
 
 def model_type_of(dense_type: str) -> str:
-    """Model type of a gathered or packed model of a family; transformers quotes it when it does not know it."""
-    return f"{dense_type}, N:M sparse: {HINT}"
+    """Model type of a gathered or packed model of a family; transformers quotes it when it does not know it.
+
+    The same in all versions, so that any of them knows the checkpoints of the others.
+    """
+    return f"{dense_type}, N:M sparse, written by PermLLM (arXiv 2510.10136): {_HINT}"
+
+
+def writer() -> str:
+    """The project and version that writes checkpoints."""
+    return f"PermLLM {permllm.__version__} (arXiv 2510.10136)"
 
 
 def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConfig:
@@ -70,7 +80,7 @@ class _SparseConfig:
         inner = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         outer = {key: inner.pop(key) for key in ("model_type", "architectures", "transformers_version") if key in inner}
         inner.pop("keep_packed", None)
-        written = outer | dict.fromkeys(_TRIPWIRES, HINT) | {"dense_config": inner}
+        written = outer | dict.fromkeys(_TRIPWIRES, f"written by {writer()}: {_HINT}") | {"dense_config": inner}
         Path(json_file_path).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

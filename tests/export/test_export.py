@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 
+import permllm
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
@@ -265,8 +266,14 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert {"config.json", "generation_config.json", "tokenizer_config.json", "README.md", "model.safetensors"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == ByT5Tokenizer(extra_ids=0)("abc").input_ids
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in ("2:4", "import permllm", "library_name: transformers", "packed"):
+    for text in ("2:4", "import permllm", "library_name: transformers", "packed", "a checkout of the project importable"):
         assert text in card
+    config = (tmp_path / "out" / "config.json").read_text()
+    for written in (card, config):
+        assert f"ritten by PermLLM {permllm.__version__} (arXiv 2510.10136)" in written
+        # Whoever had the name on a package index would have the machines of everyone who follows the advice.
+        assert "install permllm" not in written
+    assert "checkout of the project importable" in config
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     assert not list(tmp_path.glob(".out*"))
