@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_model
 from tests.gpu.pipeline import JOBS, RESUMED
 
 pytestmark = pytest.mark.skipif(
@@ -60,11 +62,18 @@ def test_a_step_of_learning_waits_for_the_device_three_times_at_most(found: dict
     assert job["pageable"] == []
 
 
-def test_a_run_through_the_command_line_chooses_the_device_by_itself(tmp_path: Path) -> None:
-    small = ("model=tiny", "permutation=none", "logger=none", "calibration.samples=2", "run_dir=run")
+def test_a_run_through_the_command_line_chooses_the_device_by_itself_and_reads_its_model_onto_it(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path / "model")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    small = ("model=local", "model.path=model", "calibration=builtin", "evaluation=builtin", "calibration.samples=2")
     simulator = str(ROOT / "tests" / "gpu" / "simulated.py")
-    result = python(simulator, str(ROOT / "run.py"), *small, cwd=tmp_path, PERMLLM_CACHE=str(tmp_path / "cache"))
+    # The simulator sees the main thread alone, and transformers would read weights in others.
+    environment = {"PERMLLM_CACHE": str(tmp_path / "cache"), "HF_DEACTIVATE_ASYNC_LOAD": "1"}
+    command = (simulator, str(ROOT / "run.py"), *small, "permutation=none", "logger=none", "run_dir=run")
+    result = python(*command, cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr
+    # Weight by weight as they are read, and not by a model in host memory that moves.
+    assert re.search(r"host to device.* permllm/models/loading\.py:\d+ > core_model_loading\.py", result.stderr)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["hardware"]["gpu"]["name"] == "simulated H100"
 
 
