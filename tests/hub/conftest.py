@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -37,13 +36,3 @@ def environment(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         }
 
     return variables
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_variables_of_the_person() -> Iterator[None]:
-    """Where the clients keep things follows from HF_HOME alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
-            if name.startswith(("HF_", "HUGGING_FACE", "TRANSFORMERS_")):
-                patch.delenv(name)
-        yield

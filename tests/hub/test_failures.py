@@ -78,7 +78,8 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         "plan": job(PLANNED, "plan=true"),
         "model breaks": job(BROKEN, **copied("far", model_limit)),
         "model continues": job(BROKEN, **without(model_limit)),
-        "model in pieces": job(CUT),
+        # Clients of today put the pieces together within one command, older ones within several.
+        **{f"model in pieces, command {number}": job(CUT) for number in range(1, 5)},
         "text breaks": job(BROKEN, "calibration=c4", **copied("near", c4_limit)),
         "text continues": job(BROKEN, "calibration=c4", **without(c4_limit)),
         "text gated": job(BROKEN, "calibration=pile", **copied("mark", gates[0])),
@@ -127,7 +128,14 @@ def test_each_failure_is_one_line_of_its_own(story: Story, step: str, line: str)
 
 @pytest.mark.parametrize(
     "step",
-    ["gated, granted", "own architecture", "model continues", "model in pieces", "text continues", "task continues"],
+    [
+        "gated, granted",
+        "own architecture",
+        "model continues",
+        "model in pieces, command 4",
+        "text continues",
+        "task continues",
+    ],
 )
 def test_what_was_mended_runs(story: Story, step: str) -> None:
     assert (story.outcomes[step].code, story.outcomes[step].errors) == (0, "")
@@ -148,7 +156,7 @@ def test_downloads_are_resumed_not_begun_again(story: Story) -> None:
         ]
         for name in (BROKEN, CUT)
     }
-    # What breaks for good is asked for again from where it broke; what comes in pieces is put together.
+    # What broke is asked for from where it broke; what comes in pieces is put together.
     assert ranges[BROKEN][:2] == [None, "bytes=50000-"]
     assert ranges[CUT] == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
 
