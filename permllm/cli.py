@@ -76,10 +76,17 @@ class Session:
             logging.getLogger(name).setLevel(logging.ERROR)
         if sweep.sweeping():
             sweep.share_cores()
+            if parallel.several() and sweep.launched_elsewhere():
+                text = (
+                    "torchrun's processes go through the jobs of a sweep together, one after the other: hydra/launcher=basic"
+                )
+                self._done("failed", text)
+                print(f"error: {text}", file=sys.stderr)
+                return math.inf
         parallel.start()
         try:
             if parallel.rank():
-                return self._assist(composed)
+                return self._assist()
             value = self._lead(composed)
             if parallel.out_of_step():
                 self.close()
@@ -91,10 +98,11 @@ class Session:
             parallel.stop(INTERRUPTED if isinstance(error, SystemExit) and error.code == 130 else FAILED)
             raise
 
-    def _assist(self, composed: DictConfig) -> float:
+    def _assist(self) -> float:
         """A job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
+        logging.getLogger("permllm").setLevel(logging.WARNING)
         try:
-            return assist(composed)
+            return assist()
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from permllm import parallel
 from permllm.config import RunConfig, instantiate, read_config
@@ -19,8 +18,10 @@ from permllm.pruning.shared_calibration import packed_factors, unpacked_factors
 from permllm.seeding import seed_everything
 
 
-def assist(composed: DictConfig) -> float:
+def assist() -> float:
     """Help the first process in one job: learn with it what it learns, as it says, and leave no record.
+
+    What the job is, the settings too, comes from the first process.
 
     Returns:
         What the job is worth to a search, as the first process found it.
@@ -35,7 +36,7 @@ def assist(composed: DictConfig) -> float:
     while word != parallel.OVER:
         if word == parallel.PREPARE:
             try:
-                config = read_config(composed)
+                config = read_config(given)
                 loaded = _prepared(config)
             except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
                 reason = one_line(error)

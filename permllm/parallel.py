@@ -3,7 +3,7 @@
 What the first process decides about a job holds for all. The others decide nothing: in each job they do what they are told,
 until they are told that it is over.
 
-- `PREPARE`: the job learns; load its model. Never said where the first process skips the job, or fails before.
+- `PREPARE`, with the settings of the job: it learns; load its model. Not said where the first process skips or fails it.
 - `LEARN`, with all that is learned from. Each process says whether it can (`gathered`); then all learn, or none does.
 - `OVER`, with what the job is worth to a search. Always said, so that no process can slide into another job.
 
@@ -44,9 +44,14 @@ class _State:
     out_of_step = False
 
 
+def several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def start() -> None:
     """Join the processes that torchrun started; nothing happens without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if several() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         _State.watch = Watch(rank(), world_size(), broadcast)
 

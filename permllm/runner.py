@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         else:
             if _learns(permutation, record):
                 check_shares(permutation.batch_size, config.calibration.samples)
-                parallel.tell(parallel.PREPARE)
+                parallel.tell(parallel.PREPARE, asdict(config))
             with open_logger(config, record.directory) as logger:
                 _stages(config, pruner, permutation, reconstruction, record, logger)
         if request is not None:

@@ -107,6 +107,11 @@ def kept(folder: Path, since: float = 0.0) -> list[Job]:
     return jobs
 
 
+def launched_elsewhere() -> bool:
+    """Whether a launcher runs the jobs of the sweep in processes other than the one that was started."""
+    return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
+
+
 def share_cores() -> None:
     """Give this process its share of the cores where a launcher runs several jobs of one machine at a time."""
     launcher = HydraConfig.get().launcher
