@@ -76,7 +76,7 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
         (["pruner=none"], "Could not find 'pruner/none'"),
         (["modle=tiny"], "modle"),
         (["model=local"], "model.path"),
-        (["model=qwen2.5-0.5b", "logger=none"], "model Qwen/Qwen2.5-0.5B is not in the local hub cache"),
+        (["model=qwen2.5-0.5b", "logger=none"], "model Qwen/Qwen2.5-0.5B is not whole in the local hub cache"),
     ],
 )
 def test_bad_input_ends_with_code_1_and_no_traceback(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.data.calibration import calibration_tokens
+from permllm.data.text import text_digest
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import load_model
@@ -159,6 +160,7 @@ class SaliencyAndError:
         return {
             "what": "orders of one channel group: share of the saliency kept, squared output error over the squared output",
             "model": loaded.identity,
+            "text": text_digest(config.calibration.dataset, config.calibration.data_files, calibration=True),
             "group": group.name,
             "members": list(group.members),
             "pruner": config.pruner["name"],
