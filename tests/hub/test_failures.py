@@ -17,7 +17,7 @@ from tests.hub.server import GRANTED, KNOWN, Hub, Request
 from tests.hub.test_from_the_hub import SMALL
 
 GATED = "meta-llama/Llama-2-7b-hf"
-BROKEN, CUT, MOVING, PLANNED = "small/broken", "small/cut", "small/moving", "small/planned"
+BROKEN, CUT, MOVING, PLANNED, BARE = "small/broken", "small/cut", "small/moving", "small/planned", "small/bare"
 
 
 def job(model: str, *more: str, token: str = "", **steps: object) -> Job:
@@ -47,9 +47,17 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
     """One process, one failure after the other."""
     folder, before = tmp_path_factory.mktemp("failures"), len(hub.requests)
     models = hub.root / "models"
-    for name, family in ((GATED, "llama"), (BROKEN, "qwen2"), (CUT, "mistral"), (MOVING, "qwen2"), (PLANNED, "qwen3")):
+    for name, family in (
+        (GATED, "llama"),
+        (BROKEN, "qwen2"),
+        (CUT, "mistral"),
+        (MOVING, "qwen2"),
+        (PLANNED, "qwen3"),
+        (BARE, "opt"),
+    ):
         write_model(models / name, family)
     (models / GATED / ".gated").touch()
+    (models / BARE / "model.safetensors").unlink()
     (models / CUT / ".cut").write_text("30000")
     write_model(folder / "moved", "qwen2", seed=1)
     for name, text in (("far", "50000"), ("near", "100"), ("mark", "")):
@@ -73,6 +81,7 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         "missing, known": job("small/nothing", token=KNOWN),
         "wrong revision": job(MOVING, "model.revision=nowhere"),
         "refused token": job(MOVING, token="hf_expired"),
+        "no weights": job(BARE),
         "wrong architecture": job(MOVING, "model=qwen2.5-0.5b"),
         "own architecture": job(MOVING, "model=qwen2.5-0.5b", "~model.architecture"),
         "plan": job(PLANNED, "plan=true"),
@@ -106,6 +115,7 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         ("missing, known", "model small/nothing is not on the hub under this name"),
         ("wrong revision", f"model {MOVING} has no branch, tag or commit 'nowhere' on the hub"),
         ("refused token", f"model {MOVING}: the hub refuses the token as invalid or expired"),
+        ("no weights", f"model {BARE} at "),
         (
             "wrong architecture",
             "model.architecture.hidden_size=896, but the loaded model has 32; '~model.architecture' on the",
@@ -124,6 +134,7 @@ def test_each_failure_is_one_line_of_its_own(story: Story, step: str, line: str)
     assert outcome.errors.startswith(f"error: {line}")
     assert outcome.errors.count("\n") == 1
     assert ("the same command continues" in outcome.errors) == ("breaks" in step)
+    assert ("has no weights on the hub or in the local cache" in outcome.errors) == (step == "no weights")
 
 
 @pytest.mark.parametrize(
