@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,6 +34,8 @@ Value = TypeVar("Value")
 
 # The others wait while the first process evaluates. That one has died is seen at once all the same (`Watch`).
 _PATIENCE = timedelta(days=1)
+# Seconds, see `stop`.
+_LAST_TENSORS = 0.5
 # Of a value that is sent, bytes at a time.
 _PIECE = 1 << 28
 
@@ -62,6 +65,9 @@ def stop(how: bytes = DONE) -> None:
     if watch is not None:
         watch.close(how)
         if how == DONE:
+            # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7 holds while it waits
+            # for that thread to end: so the thread gets the time before.
+            time.sleep(_LAST_TENSORS)
             dist.destroy_process_group()
 
 

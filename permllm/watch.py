@@ -53,13 +53,16 @@ class Watch:
         self._peers = _accepted(world_size - 1, broadcast) if self._first else {0: _connected(rank, broadcast)}
         self._closing = threading.Event()
         self._ending = threading.Lock()
+        self._listeners: list[threading.Thread] = []
         for number, peer in self._peers.items():
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, seconds in _KEEPALIVE.items():
                 if hasattr(socket, option):
                     peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
-            threading.Thread(target=self._listen, args=(number, peer), daemon=True).start()
+            listener = threading.Thread(target=self._listen, args=(number, peer), daemon=True)
+            listener.start()
+            self._listeners.append(listener)
         # torchrun sends it to all others when a process has died. By default they would end before they have said anything.
         self._before = signal.signal(signal.SIGTERM, self._terminated)
 
@@ -72,6 +75,12 @@ class Watch:
         self._closing.set()
         signal.signal(signal.SIGTERM, self._before)
         self._say(word)
+        # No thread may be left in a call when the interpreter ends.
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+        for listener in self._listeners:
+            listener.join(_NEWS)
         for peer in self._peers.values():
             peer.close()
 
