@@ -2,12 +2,15 @@
 
 python scripts/paper_tables.py
 
+`experiments/peers` has ours beside the official implementations of the base pruners instead, from `peers.csv`.
+
 A folder's README is prose around a block between markers; the block holds our rows with the paper's beside them, and what the
 runs took. `scripts/keep_records.py` brings records there.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from collections.abc import Iterable
@@ -140,6 +143,33 @@ def published_table(rows: list[Published]) -> list[str]:
     return lines
 
 
+def peers_block() -> str:
+    """Our base pruners beside their official implementations, on each text."""
+    runs = collect([ROOT / "peers" / "records"]).runs
+    with open(ROOT / "peers" / "peers.csv", encoding="utf-8", newline="") as stream:
+        theirs = list(csv.DictReader(stream))
+    lines = ["", "    python run.py experiment=peers", ""]
+    lines += ["| method | text | official implementation | theirs | ours | difference | records |", "| --- " * 7 + "|"]
+    for peer in theirs:
+        which = "dense" if peer["method"] == "dense" else "sparse"
+        of_method = [run for run in runs if peer["method"] in ("dense", run.config["pruner"]["name"])]
+        # `wikitext2-test` is our `wikitext2`.
+        found = [
+            (run.metrics["config_hash"], result["value"])
+            for run in of_method
+            for name, result in run.metrics["perplexity"][which].items()
+            if peer["text"].startswith(name)
+        ]
+        (value,) = {value for _, value in found}
+        source = ", ".join(filter(None, (f"{peer['repository']} {peer['commit']}".strip(), peer["note"])))
+        records = ", ".join(f"`{name}`" for name, _ in found if which == "sparse")
+        cells = [peer["method"], f"{peer['text']}, {peer['windows']} windows of {peer['window']}", source, peer["perplexity"]]
+        difference = round(value / float(peer["perplexity"]) - 1, 3) + 0.0  # no minus before a zero
+        cells += [f"{value:.2f}", f"{difference:+.1%}", records]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_provenance(runs), ""])
+
+
 def index(folder: str) -> str:
     """The table of experiments/README.md and of the README, which calls that folder `experiments/`."""
     lines = [
@@ -259,6 +289,8 @@ def with_blocks() -> dict[Path, str]:
         file = ROOT / experiment.name / "README.md"
         if (ROOT / experiment.name / "records").is_dir():
             found[file] = with_block(file.read_text(encoding="utf-8"), BEGIN, END, block(experiment))
+    peers = ROOT / "peers" / "README.md"
+    found[peers] = with_block(peers.read_text(encoding="utf-8"), BEGIN, END, peers_block())
     for readme, begin, end in ((ROOT / "README.md", BEGIN, END), (ROOT.parent / "README.md", *IN_README)):
         text = index("" if readme.parent == ROOT else "experiments/")
         found[readme] = with_block(readme.read_text(encoding="utf-8"), begin, end, text)
