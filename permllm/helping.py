@@ -70,15 +70,17 @@ def call_helpers(problem: LearningProblem, identity: str, products: torch.dtype)
             raise DataError(f"the process of rank {number} cannot learn: {reason}")
 
 
-def check_shares(batch_size: int, samples: int) -> None:
-    """Raise ConfigError where a process would never have a sample to learn from.
+def check_shares(permutation: Any, samples: int) -> None:
+    """Raise ConfigError where one of several processes would never have a sample to learn from.
 
     Args:
-        batch_size: `permutation.batch_size`.
+        permutation: a method that learns from `batch_size` samples a step.
         samples: `calibration.samples`.
     """
     processes = parallel.world_size()
-    for name, value in (("permutation.batch_size", batch_size), ("calibration.samples", samples)):
+    if processes == 1:
+        return
+    for name, value in (("permutation.batch_size", permutation.batch_size), ("calibration.samples", samples)):
         if value < processes:
             raise ConfigError(
                 f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"

@@ -93,7 +93,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
             if _learns(permutation, record):
-                check_shares(permutation.batch_size, config.calibration.samples)
+                check_shares(permutation, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
             with open_logger(config, record.directory) as logger:
                 _stages(config, pruner, permutation, reconstruction, record, logger)
