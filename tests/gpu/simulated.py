@@ -1,12 +1,13 @@
 """A CUDA device that is not there: run a PyTorch program on it, and see what it would do to a real one.
 
-    python simgpu.py SCRIPT [ARGUMENTS...]          the script, with `torch.cuda` saying that there is an H100
-    python simgpu.py -m MODULE [ARGUMENTS...]       a module, `-m pytest tests/...` for one
-    python simgpu.py --self-test                    what it refuses and counts, on itself
+    python tests/gpu/simulated.py SCRIPT [ARGUMENTS...]      the script, with `torch.cuda` saying that there is an H100
+    python tests/gpu/simulated.py -m MODULE [ARGUMENTS...]   a module, `-m pytest tests/...` for one
+    python tests/gpu/simulated.py --self-test                what it refuses and counts, on itself
 
 Options stand before the script. `--within package.module:Class.method` books only what happens inside of that function and
 divides by its calls; `--json FILE` keeps the ledger; `--data meta` has shapes and no values, so that a 7B model costs nothing.
-In a program of your own: `import simgpu; simgpu.enable(package=".")` before torch is imported, and read `simgpu.LEDGER`.
+In a program of your own: `from tests.gpu import simulated; simulated.enable(package=".")` before torch is used, and read
+`simulated.LEDGER`.
 
 How: a `SimTensor` says `cuda:0`, has the CUDA, AutogradCUDA and AutocastCUDA dispatch keys, and keeps its data in `inner`, an
 ordinary tensor of the host. A dispatch mode sees every operator: it refuses what CUDA would refuse, computes on `inner`, and
@@ -105,7 +106,7 @@ def _load_backend() -> None:
     """A CPU build knows no CUDA device: `to` asks for a guard, the autograd engine for an accelerator. Before torch asks."""
     root = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     digest = hashlib.sha256((_BACKEND + str(root)).encode()).hexdigest()[:12]
-    library = Path(tempfile.gettempdir()) / f"simgpu-{os.getuid()}-{digest}.so"
+    library = Path(tempfile.gettempdir()) / f"simulated-cuda-{os.getuid()}-{digest}.so"
     if not library.is_file():
         source, scratch = library.with_suffix(f".{os.getpid()}.cpp"), library.with_suffix(f".{os.getpid()}")
         source.write_text(_BACKEND)
@@ -672,7 +673,7 @@ def main() -> None:
     if options.script is None:
         parser.error("a script or module is needed")
     folder = Path.cwd() if options.module else Path(options.script).resolve().parent
-    sys.modules["simgpu"] = sys.modules["__main__"]  # one ledger for a script that imports it
+    sys.modules["tests.gpu.simulated"] = sys.modules["__main__"]  # one ledger for a script that imports it
     sys.argv, sys.path[0] = [options.script, *options.arguments], str(folder)
     enable(options.package or str(folder), options.data, options.devices)
     if options.within:
