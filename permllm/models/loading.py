@@ -29,6 +29,7 @@ from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
 from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
 from permllm.errors import ConfigError, DataError
+from permllm.models.checkpoint import read_weights, transformers_reads
 from permllm.models.families import family_named
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
@@ -180,22 +181,18 @@ def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrai
 def _local_architecture(folder: Path) -> PreTrainedConfig:
     if not folder.is_dir():
         raise ConfigError(f"model.path={str(folder)!r} is not a folder: give one that transformers can load")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    with transformers_reads(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    family_named(_local_architecture(folder).model_type)
-    try:
-        # With a map each tensor goes from the file to the GPU, without the whole model in host memory, once for each process.
-        onto = {} if device.type == "cpu" else {"device_map": {"": device}}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **onto)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"transformers cannot load {folder}: {_first_line(error)}") from error
-    return model, tokenizer
+    config = _local_architecture(folder)
+    family_named(config.model_type)
+    if getattr(config, "quantization_config", None):
+        raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
+    model = read_weights(folder, dtype, device)
+    with transformers_reads(folder):
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _digest_of_files(folder: Path) -> str:
