@@ -370,7 +370,7 @@ def _check(config: RunConfig) -> None:
             f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
             f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
         )
-    check_whole("seed", config.seed, 0)
+    check_whole("seed", config.seed, 0, 2**32 - 1)  # what numpy takes
     check_one_of("calibration.dataset", config.calibration.dataset, CALIBRATION_DATASETS)
     if config.evaluation.perplexity.dataset is not None and not config.evaluation.perplexity.data_files:
         check_one_of("evaluation.perplexity.dataset", config.evaluation.perplexity.dataset, PERPLEXITY_DATASETS)

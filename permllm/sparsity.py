@@ -34,7 +34,7 @@ class NMPattern:
     @classmethod
     def parse(cls, text: object) -> NMPattern:
         """Read `"N:M"`. Raises ConfigError when `text` has another form."""
-        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(f"sparsity={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)")
         return cls(int(match[1]), int(match[2]))

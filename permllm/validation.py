@@ -9,10 +9,12 @@ from typing import Any
 from permllm.errors import ConfigError
 
 
-def check_whole(key: str, value: Any, least: int) -> None:
-    """Raise ConfigError unless `value` is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")
+def check_whole(key: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least `least`, and at most `most` where that is given."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bound = f" and at most {most}" if most is not None else ""
+        raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}{bound}")
 
 
 def check_number(key: str, value: Any, *, positive: bool) -> None:

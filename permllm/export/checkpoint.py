@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +99,12 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        scratch.mkdir()  # readable as the umask says, which tempfile does not heed
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
     try:
         summary = _write(record, request, source, scratch, started)
-        scratch.chmod(0o755)
         if target.is_dir():
             target.rmdir()
         scratch.rename(target)

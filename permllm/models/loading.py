@@ -74,7 +74,7 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own")
     try:
         resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        torch.ones(1, device=resolved).item()  # a device without values, such as meta, has none to give
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from error
     return resolved

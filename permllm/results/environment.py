@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -29,6 +30,8 @@ _PACKAGES = (
     "scipy",
 )
 
+_SECRET = re.compile(r"(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+
 
 def versions() -> dict[str, str]:
     """Versions of this project and of the libraries that results depend on."""
@@ -48,9 +51,15 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
         "git": git_commit(),
         "hardware": hardware(device),
         "seed": seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_secret, sys.argv[1:])]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _without_secret(word: str) -> str:
+    """A word of the command line; the value of a key that sounds like a secret is not kept."""
+    key, separator, _ = word.partition("=")
+    return f"{key}=***" if separator and _SECRET.search(key.rsplit(".", 1)[-1]) else word
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,24 @@ from permllm.errors import DataError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a scratch path in the same folder, then move it to `path`.
+    """Call `write` with a scratch path in the same folder, then move it to `path`. What is no file is written to as it is.
+
+    Who may read the file follows from the process's umask.
 
     Raises:
         DataError: there is no space, or the folder cannot be written; nothing half-written is left.
     """
-    scratch: str | None = None
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        if path.exists() and not path.is_file():  # a device, a pipe: it must not be replaced by a file
+            write(path)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        write(Path(scratch))
-        os.chmod(scratch, 0o644)
+        os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = scratch.stat().st_mode
+        write(scratch)
+        scratch.chmod(mode)  # safetensors makes a file of its own
         os.replace(scratch, path)
-        scratch = None
     except (OSError, RuntimeError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         # torch.save says "unexpected pos" when a write falls short.
@@ -40,8 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             raise DataError(f"no space left to write {path}") from error
         raise DataError(f"cannot write {path}: {error}") from error
     finally:
-        if scratch is not None and os.path.exists(scratch):
-            os.unlink(scratch)
+        scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
