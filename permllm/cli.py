@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from permllm import parallel, sweep
@@ -29,6 +31,8 @@ from permllm.sweep import Job
 from permllm.watch import CONTINUES, FAILED, INTERRUPTED
 
 _INTERRUPTED = f"interrupted: {CONTINUES}"
+# Groups that every job has an option of.
+_NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "export", "logger")
 
 
 class Session:
@@ -39,6 +43,11 @@ class Session:
 
     def of(self, main: Callable[[], Any]) -> int:
         """Run what Hydra made of the command line, and end it: the exit code."""
+        if group := _group_without_option(sys.argv[1:]):
+            print(
+                f"error: {group}=null: a job needs an option of this group; python run.py --help lists them", file=sys.stderr
+            )
+            return 1
         try:
             main()
         except KeyboardInterrupt:  # between jobs, or while those of other processes were waited for
@@ -171,6 +180,19 @@ class Session:
             except DataError as error:
                 # A full disk must not take the other jobs with it.
                 print(f"error: {error}", file=sys.stderr)
+
+
+def _group_without_option(words: list[str]) -> str | None:
+    """The group that a command line takes the option of, which ends in Hydra's own traceback; None where it takes none."""
+    try:
+        overrides = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])
+    except HydraException:
+        return None  # Hydra says so better
+    for override in overrides:
+        values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+        if override.key_or_group in _NEEDED and not override.is_delete() and None in values:
+            return override.key_or_group
+    return None
 
 
 def objective(metrics: dict[str, Any]) -> float:

@@ -17,6 +17,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.results.environment import environment
 from permllm.results.files import write_text
+from tests.conftest import run_command
 from tests.test_config import composed
 
 TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2")
@@ -33,6 +34,13 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
 def test_values_that_cannot_work_are_one_line(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         runner.run(read_config(composed(*TINY, override, f"runs_dir={tmp_path}")))
+
+
+@pytest.mark.parametrize("words", [("pruner=null",), ("-m", "permutation=none", "pruner=wanda,null")])
+def test_a_group_without_an_option_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    result = run_command(*words, "model=tiny", "logger=none", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: pruner=null: every job needs one of its options, which --help lists\n"
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
