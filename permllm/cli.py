@@ -44,9 +44,7 @@ class Session:
     def of(self, main: Callable[[], Any]) -> int:
         """Run what Hydra made of the command line, and end it: the exit code."""
         if group := _group_without_option(sys.argv[1:]):
-            print(
-                f"error: {group}=null: a job needs an option of this group; python run.py --help lists them", file=sys.stderr
-            )
+            print(f"error: {group}=null: every job needs one of its options, which --help lists", file=sys.stderr)
             return 1
         try:
             main()
