@@ -166,7 +166,9 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **option
     """
     started = time.perf_counter()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
     nn.Module.to(model, device=device)

@@ -121,7 +121,8 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
     logits = []
     for folder in (first, second):
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise DataError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
         if tokens is None:

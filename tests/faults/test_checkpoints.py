@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
+from permllm import bench
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.models.loading import load_model
+from permllm.verify import logits_difference
 from tests.conftest import tiny_model
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]
@@ -83,13 +86,21 @@ def test_what_transformers_leaves_aside_is_no_stranger(tmp_path: Path) -> None:
     assert load_model(checkpoint(tmp_path, lambda tensors, config: tensors.update(old)), seed=0).model is not None
 
 
-def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-    code = f"open({str(marker)!r}, 'w')\nclass Mine: pass\n"
+@pytest.mark.parametrize("known", [True, False], ids=["a known type", "a type of its own"])
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "ran"
     names = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine", "AutoTokenizer": ["code.Mine", None]}
-    config = checkpoint(tmp_path / "model", lambda tensors, config: config.update(auto_map=names))
-    (tmp_path / "model" / "code.py").write_text(code)
-    tokenizer = tmp_path / "model" / "tokenizer_config.json"
+    more = {"auto_map": names} | ({} if known else {"model_type": "mine"})
+    config = checkpoint(folder, lambda tensors, config: config.update(more))
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Mine: pass\n")
+    tokenizer = folder / "tokenizer_config.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"auto_map": names}))
-    load_model(config, seed=0)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a person in a hurry answers, where they are asked
+    for read in (
+        lambda: load_model(config, seed=0),
+        lambda: logits_difference(folder, folder),
+        lambda: bench.load(folder, torch.device("cpu"), None),
+    ):
+        with nullcontext() if known else pytest.raises(DataError, match="transformers cannot load"):
+            read()
     assert not marker.exists()
