@@ -27,16 +27,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         DataError: there is no space, or the folder cannot be written; nothing half-written is left.
     """
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    made = False
     try:
         if path.exists() and not path.is_file():  # a device, a pipe: it must not be replaced by a file
             write(path)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        made = True
         mode = scratch.stat().st_mode
         write(scratch)
         scratch.chmod(mode)  # safetensors makes a file of its own
         os.replace(scratch, path)
+        made = False
     except (OSError, RuntimeError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         # torch.save says "unexpected pos" when a write falls short.
@@ -44,7 +47,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             raise DataError(f"no space left to write {path}") from error
         raise DataError(f"cannot write {path}: {error}") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        if made:
+            scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

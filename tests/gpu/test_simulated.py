@@ -73,7 +73,7 @@ def test_a_run_through_the_command_line_chooses_the_device_by_itself_and_reads_i
     result = python(*command, cwd=tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     # Weight by weight as they are read, and not by a model in host memory that moves.
-    assert re.search(r"host to device.* permllm/models/loading\.py:\d+ > core_model_loading\.py", result.stderr)
+    assert re.search(r"host to device.* permllm/models/checkpoint\.py:\d+ > core_model_loading\.py", result.stderr)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["hardware"]["gpu"]["name"] == "simulated H100"
 
 
