@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -30,6 +29,7 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export import gathered_norm
 from permllm.export.transformers_classes import gathered_modules
 from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from permllm.models.checkpoint import transformers_reads
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import resolve_device
 from permllm.results.environment import hardware, versions
@@ -165,12 +165,10 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **option
         DataError: transformers cannot load it.
     """
     started = time.perf_counter()
-    try:
+    with transformers_reads(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
     nn.Module.to(model, device=device)
     return model.eval().requires_grad_(False), time.perf_counter() - started
 

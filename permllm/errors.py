@@ -23,6 +23,11 @@ class TrainingError(PermLLMError):
     """Learning the permutations cannot go on, for example because the loss is not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, or what kind of error it is where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(error: BaseException) -> str:
     """What a person reads of an error."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -27,6 +27,7 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.checkpoint import SUMMARY
 from permllm.export.packed import unpack
 from permllm.export.tensor_file import check_file
+from permllm.models.checkpoint import transformers_reads
 from permllm.models.families import FAMILIES
 from permllm.results.files import write_json
 from permllm.results.table import terminal
@@ -120,11 +121,10 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
     vocabulary = 0
     logits = []
     for folder in (first, second):
-        try:
-            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise DataError(f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+        with transformers_reads(folder):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            ).eval()
         if tokens is None:
             vocabulary = model.config.vocab_size
             tokens = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=generator)

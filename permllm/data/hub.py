@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from permllm.errors import DataError
+from permllm.errors import DataError, first_line
 
 # A connection that fails raises the errors of the HTTP library that huggingface_hub speaks through, httpx or httpx2 by its
 # version. They are no OSError; the hub's own errors derive from their base.
@@ -118,16 +118,12 @@ def _failure(what: str, revision: str | None, error: BaseException) -> str:
     if missing := first(RemoteEntryNotFoundError):
         return f"{what} on the hub lacks a file: {' '.join(str(missing).split())}"
     if answers:
-        return f"{what}: the hub answers {max(answers)}: {_first_line(error)}"
+        return f"{what}: the hub answers {max(answers)}: {first_line(error)}"
     broken = first(_HTTP_ERROR, ConnectionError, TimeoutError)
     if broken or first(LocalEntryNotFoundError):
-        reason = f"{type(broken).__name__}: {_first_line(broken)}" if broken else _first_line(error)
+        reason = f"{type(broken).__name__}: {first_line(broken)}" if broken else first_line(error)
         return (
             f"{what} is not whole in the local hub cache and the hub cannot be reached ({reason}): check the network, "
             "HF_ENDPOINT and HF_HOME; the same command continues"
         )
-    return f"{what} cannot be had from the hub or its local cache: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{what} cannot be had from the hub or its local cache: {first_line(error)}"

@@ -26,9 +26,15 @@ _NAMED = 3
 
 @contextmanager
 def transformers_reads(folder: Path) -> Iterator[None]:
-    """What transformers raises on a folder becomes one line. Raises DataError."""
+    """What transformers raises on a folder becomes one line; memory that is not enough is no fault of the folder's.
+
+    Raises:
+        DataError: with the line.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
         raise DataError(f"transformers cannot load {folder}: {reason}") from error

@@ -28,7 +28,7 @@ from permllm import parallel
 from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
 from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, first_line
 from permllm.models.checkpoint import read_weights, transformers_reads
 from permllm.models.families import family_named
 
@@ -238,10 +238,6 @@ def indexed_files(index: Path) -> list[str]:
         raise DataError(f"the index of weights {index} cannot be read: {error}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as an ordinary transformers folder, converted once from the GGUF file in the wheel."""
     folder = cache_directory() / "models" / f"smollm2-135m-{SMOLLM2.sha256[:12]}"
@@ -254,7 +250,7 @@ def _smollm2_folder() -> Path:
                 _convert_gguf(source, scratch)
                 os.replace(scratch, folder)
             except (OSError, SafetensorError) as error:
-                raise DataError(f"cannot write {folder} (is there space?): {_first_line(error)}") from error
+                raise DataError(f"cannot write {folder} (is there space?): {first_line(error)}") from error
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -158,7 +158,8 @@ class Training:
     def step(self, batch: Tensor, temperature: float, after: Tensor | None = None) -> tuple[float, int]:
         """One update of the logits from the samples at the indices `batch`.
 
-        The host waits for the device twice: for the soft permutations, and for the loss when backward is on its way.
+        The host waits for the device for the soft permutations, and for the loss when backward is on its way (and where the
+        model itself looks at its mask).
         Under torchrun each process computes its share of the batch, and all make the same update.
 
         Args:

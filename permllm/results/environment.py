@@ -30,7 +30,13 @@ _PACKAGES = (
     "scipy",
 )
 
-_SECRET = re.compile(r"(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_NAME = r"(?:key|token|secret|password|passwd|credentials?)"
+# The value of a key that sounds like a secret: of the whole word, or inside of braces. A switch such as add_bos_token is none.
+_VALUE = r"(?!(?:true|false|null)(?:[,}\s]|$))"
+_SECRETS = (
+    re.compile(rf"^([^={{]*{_NAME}=){_VALUE}.+$", re.IGNORECASE | re.DOTALL),
+    re.compile(rf"({_NAME}['\"]?\s*:\s*){_VALUE}[^,}}]+", re.IGNORECASE),
+)
 
 
 def versions() -> dict[str, str]:
@@ -58,8 +64,9 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
 
 def _without_secret(word: str) -> str:
     """A word of the command line; the value of a key that sounds like a secret is not kept."""
-    key, separator, _ = word.partition("=")
-    return f"{key}=***" if separator and _SECRET.search(key.rsplit(".", 1)[-1]) else word
+    for secret in _SECRETS:
+        word = secret.sub(r"\1***", word)
+    return word
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

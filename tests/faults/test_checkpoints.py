@@ -17,6 +17,7 @@ from transformers import ByT5Tokenizer
 from permllm import bench
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
+from permllm.models.checkpoint import transformers_reads
 from permllm.models.loading import load_model
 from permllm.verify import logits_difference
 from tests.conftest import tiny_model
@@ -84,6 +85,11 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path: Path, name: str) -> No
 def test_what_transformers_leaves_aside_is_no_stranger(tmp_path: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     assert load_model(checkpoint(tmp_path, lambda tensors, config: tensors.update(old)), seed=0).model is not None
+
+
+def test_a_gpu_that_is_too_small_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError), transformers_reads(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known type", "a type of its own"])

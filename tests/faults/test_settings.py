@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 import sys
 from pathlib import Path
@@ -45,12 +46,20 @@ def test_a_group_without_an_option_is_one_line(words: tuple[str, ...], tmp_path:
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run.py", "+hydra.job.env_set.WANDB_API_KEY=abc", "++env.HF_TOKEN=def", "+my_password=x=y", "permutation=lcp"]
-    monkeypatch.setattr(sys, "argv", [*words, "model.architecture.num_key_value_heads=2"])
+    words += ["+hydra.job.env_set={WANDB_API_KEY: abc, HOME: /h, 'HF_TOKEN':def}", "+password=a,b"]
+    kept = ["model.architecture.num_key_value_heads=2", "evaluation.zero_shot.add_bos_token=false", "sparsity=2:4"]
+    monkeypatch.setattr(sys, "argv", [*words, *kept])
     command = environment(0, torch.device("cpu"))["command"]
-    assert command == (
-        "run.py '+hydra.job.env_set.WANDB_API_KEY=***' '++env.HF_TOKEN=***' '+my_password=***' permutation=lcp "
-        "model.architecture.num_key_value_heads=2"
-    )
+    assert shlex.split(command) == [
+        "run.py",
+        "+hydra.job.env_set.WANDB_API_KEY=***",
+        "++env.HF_TOKEN=***",
+        "+my_password=***",
+        "permutation=lcp",
+        "+hydra.job.env_set={WANDB_API_KEY: ***, HOME: /h, 'HF_TOKEN':***}",
+        "+password=***",
+        *kept,
+    ]
 
 
 @pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755)])
