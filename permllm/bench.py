@@ -32,8 +32,8 @@ from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.models.checkpoint import transformers_reads
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import resolve_device
+from permllm.record.files import write_json
 from permllm.results.environment import hardware, versions
-from permllm.results.files import write_json
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
 from permllm.timing import interleaved

@@ -22,8 +22,8 @@ from torch import Tensor
 import permllm
 from permllm.data.wheels import cache_directory
 from permllm.errors import DataError
+from permllm.record.files import write_json, write_tensors
 from permllm.results.environment import versions
-from permllm.results.files import write_json, write_tensors
 
 log = logging.getLogger(__name__)
 

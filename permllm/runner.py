@@ -35,8 +35,8 @@ from permllm.precision import compute_dtype, products_in
 from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, prune
 from permllm.pruning.shared_calibration import shared_calibration
 from permllm.reconstruction.base import Reconstruction
+from permllm.record.files import write_json, write_tensors
 from permllm.results.environment import environment
-from permllm.results.files import write_json, write_tensors
 from permllm.results.loggers import RunLogger, open_logger
 from permllm.results.record import (
     BEST_SO_FAR,

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from permllm.results.files import write_json
+from permllm.record.files import write_json
 
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"

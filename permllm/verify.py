@@ -26,10 +26,10 @@ from transformers.utils.logging import disable_progress_bar
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export.checkpoint import SUMMARY
 from permllm.export.packed import unpack
-from permllm.export.tensor_file import check_file
 from permllm.models.checkpoint import transformers_reads
 from permllm.models.families import FAMILIES
-from permllm.results.files import write_json
+from permllm.record.files import write_json
+from permllm.record.tensor_file import check_file
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
 

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from permllm.config import register_resolvers
-from permllm.results.files import with_block
+from permllm.record.files import with_block
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "lcp_ablation"

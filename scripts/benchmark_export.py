@@ -24,8 +24,8 @@ from permllm.config import ModelConfig
 from permllm.models.families import channel_groups
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
+from permllm.record.files import write_json, write_tensors, write_text
 from permllm.results.environment import hardware, versions
-from permllm.results.files import write_json, write_tensors, write_text
 from permllm.results.record import write_masks
 from permllm.sparsity import NMPattern, permuted_nm_mask
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from permllm.results.files import with_block
+from permllm.record.files import with_block
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "export"

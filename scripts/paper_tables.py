@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from permllm.config import instantiate
+from permllm.record.files import with_block
 from permllm.results.collect import Run, collect
-from permllm.results.files import with_block
 from permllm.results.published import Comparison, Published, published
 from permllm.results.render import find_baseline, main_measure, render, shown
 from permllm.results.summary import Summary, summarise

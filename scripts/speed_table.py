@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from permllm.results.files import with_block
+from permllm.record.files import with_block
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "lcp_speed"

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from permllm.results.files import with_block
+from permllm.record.files import with_block
 from permllm.results.table import print_run
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from permllm.config import RunConfig, identity_of, instantiate, read_config
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
-from permllm.results.files import write_tensors
+from permllm.record.files import write_tensors
 from permllm.sweep import Job
 from tests.conftest import ROOT
 

@@ -268,7 +268,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     def full(*args: Any, **keywords: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("permllm.results.files.save_file", full)
+    monkeypatch.setattr("permllm.record.files.save_file", full)
     with pytest.raises(DataError, match="no space left to write"):
         run(tmp_path, "permutation=none")
     (directory,) = (tmp_path / "runs").iterdir()

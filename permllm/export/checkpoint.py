@@ -23,11 +23,11 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card
 from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
-from permllm.export.tensor_file import write_file
 from permllm.export.transformers_classes import METHOD, sparse_config
 from permllm.models.families import channel_groups
 from permllm.models.source import DenseSource, dense_source, parameter_names
-from permllm.results.files import write_json
+from permllm.record.files import write_json
+from permllm.record.tensor_file import write_file
 from permllm.results.record import CONFIG, MASKS, METRICS, PERMUTATIONS, WEIGHTS, mask_reader
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of

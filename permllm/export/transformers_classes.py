@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import permllm
 from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
-from permllm.export.tensor_file import check_file
 from permllm.models.families import FAMILIES, channel_groups, linear_at
+from permllm.record.tensor_file import check_file
 from permllm.sparsity import NMPattern
 
 METHOD = "permllm"

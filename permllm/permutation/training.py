@@ -28,7 +28,7 @@ from permllm.permutation.losses import loss_named
 from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded
-from permllm.results.files import write_tensors, write_torch
+from permllm.record.files import write_tensors, write_torch
 from permllm.results.record import BEST_SO_FAR, CHECKPOINT
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.record.files import write_text
 from permllm.results.collect import collect
-from permllm.results.files import write_text
 from permllm.results.page import page
 from permllm.results.plots import plot, plot_masks
 from permllm.results.published import Comparison, published

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from permllm import sweep
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
-from permllm.results.files import write_text
+from permllm.record.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.memory import peak_host_memory, peak_memory
 from permllm.models.families import linear_at
-from permllm.results.files import write_json, write_tensors, write_text
+from permllm.record.files import write_json, write_tensors, write_text
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from permllm.config import RunConfig
 from permllm.errors import ConfigError
 from permllm.models.loading import resolve_device
 from permllm.pruning.pipeline import Pruner
+from permllm.record.files import write_json
 from permllm.results.environment import environment
-from permllm.results.files import write_json
 from permllm.results.plots import load_pyplot, save_figure
 from permllm.results.record import ENVIRONMENT, RunRecord
 from permllm.seeding import seed_everything

@@ -19,11 +19,11 @@ import permllm
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
-from permllm.export.tensor_file import check_file, read_header
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
-from permllm.results.files import write_json, write_tensors, write_text
+from permllm.record.files import write_json, write_tensors, write_text
+from permllm.record.tensor_file import check_file, read_header
 from permllm.results.record import apply_record, write_masks
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
 from tests.conftest import FAMILY_SETTINGS, script, tiny_config

@@ -16,8 +16,8 @@ from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.record.files import write_text
 from permllm.results.environment import environment
-from permllm.results.files import write_text
 from tests.conftest import run_command
 from tests.test_config import composed
 

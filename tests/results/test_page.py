@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from permllm.record.files import write_tensors
 from permllm.results.collect import collect
-from permllm.results.files import write_tensors
 from permllm.results.page import curves, differences, page, page_data, row_labels, sort_keys
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, pictures
 from permllm.results.published import Comparison, published
