@@ -1,21 +1,32 @@
-"""Write files so that a reader sees the old content or the new, never a part."""
+"""Files that are written so that a reader sees the old content or the new, never a part, and read by a declared form.
+
+What another process has written may be anything. `read_json` and `read_yaml` take it apart by a schema of
+`permllm.record.schema`, and files of ours carry a checksum of their content beside it.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import secrets
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from permllm.errors import DataError
+from permllm.errors import DataError, first_line
+from permllm.record.schema import Schema, validated
+from permllm.record.tensor_file import CHECKSUM, write_file
+
+# What `write_atomically` writes to before it moves it, and what a process that was killed leaves.
+_SCRATCH = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -68,10 +79,68 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
 
 
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of the other keys' values, which `read_json` compares."""
+    content = {key: value for key, value in values.items() if key != CHECKSUM}
+    write_json(path, content | {CHECKSUM: _checksum(content)})
+
+
+def read_json(path: Path, schema: type[Schema]) -> Schema:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        schema: what it must hold; where it is an object with a checksum, that is compared first and left out of the result.
+
+    Raises:
+        DataError: it cannot be read, is no JSON, was changed after it was written, or a field is not as the schema says.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if isinstance(value, dict) and CHECKSUM in value:
+        stated = value.pop(CHECKSUM)
+        if stated != _checksum(value):
+            raise DataError(f"{path} is corrupt: its content is not what was written")
+    return validated(str(path), value, schema)
+
+
+def read_yaml(path: Path, schema: type[Schema]) -> Schema:
+    """What a YAML file holds, like `read_json`; it has no checksum of its own."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is not readable YAML: {first_line(error)}") from error
+    return validated(str(path), value, schema)
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether a JSON object that can be read carries the checksum of `write_record`; files of older versions do not."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and CHECKSUM in value
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda scratch: save_file(contiguous, scratch, metadata))
+    """Write tensors as safetensors, each with a checksum (`permllm.record.tensor_file`)."""
+    write_atomically(path, lambda scratch: write_file(scratch, tensors, lambda name: tensors[name], metadata))
+
+
+def scratch_of(path: Path) -> str | None:
+    """The name of the file that something is the scratch of (`write_atomically`), whoever wrote it; None for anything else."""
+    match = _SCRATCH.fullmatch(path.name)
+    return match["name"] if match else None
 
 
 def write_torch(path: Path, state: Any) -> None:

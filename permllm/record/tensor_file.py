@@ -7,6 +7,7 @@ place, then the bytes; its metadata carry a checksum of each tensor here, which 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 import zlib
@@ -15,11 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import DataError
+from permllm.record.schema import TensorEntry as Entry
+from permllm.record.schema import validated
 
-CHECKSUMS = "crc32"
+# In the metadata of a safetensors file, and in a JSON object of ours.
+CHECKSUM = "crc32"
+_LONGEST_HEADER = 100_000_000
 _TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -30,15 +37,27 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# Bits of a number in each format that there is; of others the places are not known.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 
-def write_file(file: Path, planned: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
+def write_file(
+    file: Path, planned: Mapping[str, Tensor], make: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file.
 
     Args:
         file: to write.
         planned: shape and dtype of each tensor, by name; may be on the meta device.
         make: the tensor, which is asked for once, and let go before the next.
+        metadata: texts that are kept beside the checksums.
     """
     # Wide types first, as the library does: then every tensor begins at a multiple of its type's size.
     names = sorted(planned, key=lambda name: (-planned[name].element_size(), name))
@@ -50,8 +69,8 @@ def write_file(file: Path, planned: Mapping[str, Tensor], make: Callable[[str], 
         entries[name] = {"dtype": _TYPES[planned[name].dtype], "shape": shape, "data_offsets": [start, end]}
 
     def header(checksums: dict[str, str]) -> bytes:
-        metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums)}
-        text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
+        kept = {"format": "pt", **(metadata or {}), CHECKSUM: json.dumps(checksums)}
+        text = json.dumps({"__metadata__": kept} | entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
@@ -69,53 +88,83 @@ def write_file(file: Path, planned: Mapping[str, Tensor], make: Callable[[str], 
         stream.write(header(checksums))  # as long as the first
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begins.
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """The header of a safetensors file.
+
+    Returns:
+        The entry of each tensor by name, in the order of their places; the metadata; and where the data begins.
 
     Raises:
-        DataError: it has none.
+        DataError: it has none, or its entries are no places in one piece, one after the other, in a file of this size.
     """
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < 100_000_000 else None
-        if isinstance(header, dict):
-            return header, 8 + length
-    except (OSError, ValueError, struct.error) as error:
+            header = json.loads(stream.read(length)) if length < _LONGEST_HEADER else None
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise DataError(f"{file} has no readable safetensors header: it is truncated or something else") from error
-    raise DataError(f"{file} has no readable safetensors header: it is truncated or something else")
+    if not isinstance(header, dict):
+        raise DataError(f"{file} has no readable safetensors header: it is truncated or something else")
+    metadata = validated(f"{file}: its metadata", header.pop("__metadata__", None) or {}, dict[str, str])
+    entries = validated(f"{file}: its header", header, dict[str, Entry])
+    ordered = dict(sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"]))
+    start, size, end = 8 + length, file.stat().st_size, 0
+    for name, entry in ordered.items():
+        first, last = entry["data_offsets"]
+        if start + last > size:
+            raise DataError(f"{file} is truncated: it ends before the end of {name}")
+        if first != end or (last - first) * 8 != math.prod(entry["shape"]) * _BITS.get(entry["dtype"], -1):
+            raise DataError(f"{file} is corrupt: {name} is not where its header says")
+        end = last
+    if size > start + end:
+        raise DataError(f"{file} is corrupt: {size - start - end} bytes follow its last tensor")
+    return ordered, metadata, start
 
 
-def check_file(file: Path) -> None:
+def check_file(file: Path) -> bool:
     """Raise DataError when a safetensors file is truncated or a tensor is not what was written; the message names the tensor.
 
-    Contents are compared only where the file has checksums, as ours do.
+    Returns:
+        Whether contents were compared too: only files of ours have checksums.
     """
-    header, start = read_header(file)
-    metadata = header.pop("__metadata__", None) or {}
-    size = file.stat().st_size
-    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-    for name, entry in entries:
-        if start + entry["data_offsets"][1] > size:
-            raise DataError(f"{file} is truncated: it ends before the end of {name}")
-    end = start + max((entry["data_offsets"][1] for _, entry in entries), default=0)
-    if size > end:
-        raise DataError(f"{file} is corrupt: {size - end} bytes follow its last tensor")
-    expected = json.loads(metadata.get(CHECKSUMS, "{}"))
-    if not expected:
-        return
+    entries, metadata, start = read_header(file)
+    if CHECKSUM not in metadata:
+        return False
+    try:
+        stated = json.loads(metadata[CHECKSUM])
+    except ValueError as error:
+        raise DataError(f"{file} is corrupt: its checksums cannot be read") from error
+    expected = validated(f"{file}: its checksums", stated, dict[str, str])
+    if expected.keys() != entries.keys():
+        raise DataError(f"{file} is corrupt: its checksums are of other tensors")
+    if start == file.stat().st_size:
+        return True
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         view = memoryview(data)
         try:
-            for name, entry in entries:
+            for name, entry in entries.items():
                 first, last = entry["data_offsets"]
                 part = view[start + first : start + last]
                 found = _hexadecimal(zlib.crc32(part))
                 part.release()
-                if name in expected and found != expected[name]:
+                if found != expected[name]:
                     raise DataError(f"{file} is corrupt: {name} is not what was written")
         finally:
             view.release()
+    return True
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name, on the CPU.
+
+    Raises:
+        DataError: it is missing, no safetensors file, or not as it was written (`check_file`).
+    """
+    check_file(file)
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _hexadecimal(number: int) -> str:

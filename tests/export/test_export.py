@@ -354,8 +354,7 @@ def test_corrupt_and_truncated_files_are_refused_with_the_name_of_the_tensor(whe
     export_run(run, Request("folded", "packed"), tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     data = bytearray(file.read_bytes())
-    header, start = read_header(file)
-    del header["__metadata__"]
+    header, _, start = read_header(file)
     name = {
         "places": "model.layers.1.mlp.up_proj.weight_places",
         "values": "model.layers.0.self_attn.k_proj.weight_values",
