@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from permllm.errors import DataError, first_line
-from permllm.record.schema import Schema, validated
+from permllm.record.schema import Object, Schema, validated
 from permllm.record.tensor_file import CHECKSUM, write_file
 
 # What `write_atomically` writes to before it moves it, and what a process that was killed leaves.
@@ -97,6 +97,7 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        _check_encodable(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
     except OSError as error:
@@ -109,14 +110,31 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
 
 
 def read_yaml(path: Path, schema: type[Schema]) -> Schema:
-    """What a YAML file holds, like `read_json`; it has no checksum of its own."""
+    """What a YAML file holds, like `read_json`: an object of what JSON has too, each part written out. It has no checksum."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _WrittenOut)
+        _check_encodable(value)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not readable YAML: {first_line(error)}") from error
+    # YAML has dates, sets and keys that are no texts as well, which no schema of ours has.
+    validated(str(path), value, Object)
     return validated(str(path), value, schema)
+
+
+class _WrittenOut(yaml.SafeLoader):
+    """Refuses references to other parts of the file, with which a few lines become any amount of memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it refers to another part of itself: *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+
+def _check_encodable(value: Any) -> None:
+    """Raise ValueError where a text holds half of a character, which an escape can make and nothing can print."""
+    json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
 
 
 def has_checksum(path: Path) -> bool:

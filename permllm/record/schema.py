@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
-from typing import Annotated, Any, NotRequired, TypeVar, cast
+from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -17,7 +17,7 @@ from permllm.sparsity import NMPattern
 
 Schema = TypeVar("Schema")
 
-# Of a value that is not valid, characters that are shown.
+# Of a value that is not valid, and of its place, characters that are shown.
 _SHOWN = 60
 
 
@@ -39,12 +39,15 @@ def validated(where: str, value: Any, schema: type[Schema]) -> Schema:
         _adapter(cast(Hashable, schema)).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        shown = repr(first["input"])
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        field = _cut(".".join(str(part) for part in first["loc"]))
+        shown = _cut(repr(first["input"]))
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise DataError(f"{where}: {f'{field}: ' if field else ''}{message}, and it is {shown}") from error
     return cast(Schema, value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 @cache
@@ -59,20 +62,25 @@ def _pattern(text: str) -> str:
         raise ValueError(str(error)) from error
 
 
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# What 64 bits hold, so that arithmetic with it cannot fail.
+_MOST = 2**63 - 1
+Whole = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
 # Not NaN, which is neither above nor below anything; a perplexity may be infinite.
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Object = dict[str, JsonValue]
 FileName = Annotated[str, Field(pattern=r"^[^/\\\\]+$")]
+# crc32 of a file's bytes.
+Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
 
 class Perplexity(TypedDict):
     """Of one text, in `metrics.json`."""
 
-    value: Amount
+    value: Annotated[float, Field(gt=0)]
     window: Positive
     tokens: Positive
 
@@ -96,6 +104,182 @@ class Sparsity(TypedDict):
     fraction: Share
     violations: Whole
     weights_changed: NotRequired[bool]
+
+
+class ExportSummary(TypedDict):
+    """`permllm.json` beside an exported model, and `export` in `metrics.json`; sizes in bytes."""
+
+    form: Literal["simulate", "folded", "gathered"]
+    format: Literal["dense", "packed"]
+    sparsity: Pattern
+    dtype: str
+    bytes: Positive
+    dense_bytes: Positive
+    pruned_layers_bytes: Positive
+    pruned_layers_dense_bytes: Positive
+    config_hash: str
+    gathers: Whole
+    seconds: Seconds
+
+
+class Protocol(TypedDict):
+    """How a run was calibrated and measured, in `metrics.json`: those groups of its settings."""
+
+    calibration: Object
+    evaluation: Object
+
+
+# By the name of a channel group; a mean is taken over them.
+_ByGroup = Annotated[dict[str, Amount], Field(min_length=1)]
+
+
+class RecordHead(TypedDict):
+    """What every version's `metrics.json` has: whether the rest can be read at all, and is complete."""
+
+    schema_version: int
+    status: str
+
+
+class _Metrics(RecordHead):
+    """What a stage adds is there once the stage is done."""
+
+    name: str
+    config_hash: str
+    seconds: dict[str, Seconds]
+    protocol: NotRequired[Protocol]
+    units: NotRequired[dict[str, str]]
+    files: NotRequired[dict[FileName, Checksum]]
+    model: NotRequired[str]
+    texts: NotRequired[dict[str, str]]
+    perplexity: NotRequired[dict[Literal["dense", "sparse"], dict[str, Perplexity]]]
+    zero_shot: NotRequired[dict[Literal["dense", "sparse"], dict[str, Accuracy]]]
+    compute_dtype: NotRequired[str]
+    retained_saliency: NotRequired[_ByGroup]
+    output_error: NotRequired[_ByGroup]
+    moved_channels: NotRequired[_ByGroup]
+    peak_memory_bytes: NotRequired[Whole]
+    peak_host_memory_bytes: NotRequired[Whole]
+    export: NotRequired[ExportSummary]
+    study: NotRequired[Object]
+
+
+class Metrics(_Metrics):
+    """`metrics.json`, in whatever state the run is."""
+
+    sparsity: NotRequired[Sparsity]
+
+
+class FinishedRun(_Metrics):
+    """`metrics.json` of a run that is finished; a study's has no `sparsity`."""
+
+    sparsity: Sparsity
+
+
+class Pass(TypedDict):
+    """A line of `history.jsonl`: what a pass of learning found. Early records lack what they did not have yet."""
+
+    loss: float
+    measured_loss: NotRequired[float | None]
+    temperature: NotRequired[float | None]
+    flips: NotRequired[float | None]
+    round: NotRequired[Positive]
+    first_layer: NotRequired[Whole]
+    last_layer: NotRequired[Whole]
+    step_seconds: NotRequired[Seconds]
+    peak_memory_bytes: NotRequired[Whole]
+
+
+class Commit(TypedDict):
+    """Of the checkout that computed something."""
+
+    commit: str
+    dirty: bool
+
+
+class Hardware(TypedDict):
+    """What something was computed on; memory in bytes."""
+
+    system: str
+    processor: str
+    cores: Positive | None
+    threads: Positive
+    memory_bytes: Whole
+    device: str
+    gpu: NotRequired[Object]
+
+
+class Environment(TypedDict):
+    """`environment.json`."""
+
+    versions: dict[str, str]
+    git: Commit | None
+    hardware: Hardware
+    seed: int
+    command: str
+    started: str
+
+
+class Option(TypedDict):
+    """The settings of a group: the option that was chosen, and what this option has, as plain values."""
+
+    name: str
+
+
+class ModelOption(Option):
+    """Group `model`."""
+
+    source: NotRequired[str]
+    dtype: NotRequired[str]
+    hub_name: NotRequired[str | None]
+    path: NotRequired[str | None]
+
+
+class CalibrationOption(TypedDict):
+    """Group `calibration`."""
+
+    dataset: str
+    samples: NotRequired[Positive]
+    length: NotRequired[Positive]
+
+
+class Limited(TypedDict):
+    """How much of a text or of a task's items an evaluation takes; None is all."""
+
+    limit: NotRequired[Positive | None]
+
+
+class EvaluationOption(TypedDict):
+    """Group `evaluation`."""
+
+    perplexity: Limited
+    zero_shot: Limited
+
+
+class Settings(TypedDict):
+    """`config.yaml`: the settings of a job, resolved. Early records lack the groups that came later."""
+
+    name: str
+    model: ModelOption
+    pruner: Option
+    permutation: Option
+    sparsity: Pattern
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    block_size: NotRequired[Positive]
+    calibration: NotRequired[CalibrationOption]
+    evaluation: NotRequired[EvaluationOption]
+    reconstruction: NotRequired[Option]
+    temperature: NotRequired[Option]
+    study: NotRequired[Object]
+    inputs: NotRequired[dict[str, str | None]]
+
+
+class SweepJob(TypedDict):
+    """What became of a job of a sweep, in the sweep's folder."""
+
+    overrides: list[str]
+    outcome: Literal["ran", "skipped", "failed"]
+    reason: str
+    directory: str | None
 
 
 class TensorEntry(TypedDict):
