@@ -94,8 +94,8 @@ EXPERIMENTS = [
 def summary_of(experiment: Experiment) -> tuple[Summary, list[Run]]:
     """The kept runs of an experiment, with the measures that its table shows."""
     collection = collect([ROOT / experiment.name / "records"])
-    if collection.notes():
-        raise SystemExit(f"{experiment.name}: {'; '.join(collection.notes())}")
+    if collection.left_out():
+        raise SystemExit(f"{experiment.name}: {'; '.join(collection.left_out())}")
     return _narrowed(experiment, collection.runs), collection.runs
 
 

@@ -95,13 +95,12 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     Raises:
         DataError: it cannot be read, is no JSON, was changed after it was written, or a field is not as the schema says.
     """
+    content = _content(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode())
         _check_encodable(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if isinstance(value, dict) and CHECKSUM in value:
         stated = value.pop(CHECKSUM)
         if stated != _checksum(value):
@@ -109,18 +108,46 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     return validated(str(path), value, schema)
 
 
+def read_json_lines(path: Path, schema: type[Schema]) -> list[Schema]:
+    """The lines of a file that are JSON as the schema says; others are left out, such as a last one that was cut short.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    found = []
+    for line in _content(path).splitlines():
+        try:
+            found.append(validated(str(path), json.loads(line), schema))
+        except (ValueError, RecursionError, DataError):
+            continue
+    return found
+
+
 def read_yaml(path: Path, schema: type[Schema]) -> Schema:
     """What a YAML file holds, like `read_json`: an object of what JSON has too, each part written out. It has no checksum."""
+    content = _content(path)
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _WrittenOut)
+        value = yaml.load(content.decode(), _WrittenOut)
         _check_encodable(value)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not readable YAML: {first_line(error)}") from error
     # YAML has dates, sets and keys that are no texts as well, which no schema of ours has.
     validated(str(path), value, Object)
     return validated(str(path), value, schema)
+
+
+def file_checksum(path: Path) -> str:
+    """crc32 of a file's bytes. Raises DataError where it cannot be read."""
+    return f"{zlib.crc32(_content(path)):08x}"
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path} cannot be read: it is no file")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # the latter of a name that no file can have
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 class _WrittenOut(yaml.SafeLoader):

@@ -69,10 +69,12 @@ Positive = Annotated[int, Field(ge=1, le=_MOST)]
 # Not NaN, which is neither above nor below anything; a perplexity may be infinite.
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Of any job; sums of them are finite.
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Object = dict[str, JsonValue]
 FileName = Annotated[str, Field(pattern=r"^[^/\\\\]+$")]
+PathName = Annotated[str, Field(pattern=r"^[^\0]+$")]
 # crc32 of a file's bytes.
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
@@ -90,7 +92,7 @@ class Accuracy(TypedDict):
 
     acc: Share | None
     acc_norm: Share | None
-    stderr: Amount | None
+    stderr: Share | None
     n: Positive | None
     limited: bool
     split: str | None
@@ -129,6 +131,15 @@ class Protocol(TypedDict):
     evaluation: Object
 
 
+def _of_both(found: dict[_Which, dict[str, Result]]) -> dict[_Which, dict[str, Result]]:
+    if found.keys() != {"dense", "sparse"} or found["dense"].keys() != found["sparse"].keys():
+        raise ValueError("the dense and the sparse model must have the same results")
+    return found
+
+
+_Which = Literal["dense", "sparse"]
+Result = TypeVar("Result")
+_Compared = Annotated[dict[_Which, dict[str, Result]], AfterValidator(_of_both)]
 # By the name of a channel group; a mean is taken over them.
 _ByGroup = Annotated[dict[str, Amount], Field(min_length=1)]
 
@@ -141,7 +152,7 @@ class RecordHead(TypedDict):
 
 
 class _Metrics(RecordHead):
-    """What a stage adds is there once the stage is done."""
+    """What a run has in every state; of what a stage adds, a run that is killed in it has not."""
 
     name: str
     config_hash: str
@@ -151,13 +162,8 @@ class _Metrics(RecordHead):
     files: NotRequired[dict[FileName, Checksum]]
     model: NotRequired[str]
     texts: NotRequired[dict[str, str]]
-    perplexity: NotRequired[dict[Literal["dense", "sparse"], dict[str, Perplexity]]]
-    zero_shot: NotRequired[dict[Literal["dense", "sparse"], dict[str, Accuracy]]]
     compute_dtype: NotRequired[str]
-    retained_saliency: NotRequired[_ByGroup]
-    output_error: NotRequired[_ByGroup]
     moved_channels: NotRequired[_ByGroup]
-    peak_memory_bytes: NotRequired[Whole]
     peak_host_memory_bytes: NotRequired[Whole]
     export: NotRequired[ExportSummary]
     study: NotRequired[Object]
@@ -166,13 +172,23 @@ class _Metrics(RecordHead):
 class Metrics(_Metrics):
     """`metrics.json`, in whatever state the run is."""
 
+    perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
+    zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
+    peak_memory_bytes: NotRequired[Whole]
     sparsity: NotRequired[Sparsity]
+    retained_saliency: NotRequired[_ByGroup]
+    output_error: NotRequired[_ByGroup]
 
 
 class FinishedRun(_Metrics):
-    """`metrics.json` of a run that is finished; a study's has no `sparsity`."""
+    """`metrics.json` of a run that is finished and pruned something, as a study does not."""
 
+    perplexity: NotRequired[_Compared[Perplexity]]
+    zero_shot: NotRequired[_Compared[Accuracy]]
+    peak_memory_bytes: Whole
     sparsity: Sparsity
+    retained_saliency: _ByGroup
+    output_error: _ByGroup
 
 
 class Pass(TypedDict):
@@ -278,8 +294,8 @@ class SweepJob(TypedDict):
 
     overrides: list[str]
     outcome: Literal["ran", "skipped", "failed"]
-    reason: str
-    directory: str | None
+    reason: NotRequired[str]
+    directory: NotRequired[PathName | None]
 
 
 class TensorEntry(TypedDict):

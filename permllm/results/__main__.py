@@ -35,6 +35,8 @@ def main() -> int:
         if not collection.runs:
             raise ConfigError("no finished run is among them")
         summary = summarise(collection.runs)
+        for note in summary.notes:
+            print(f"note: {note}", file=sys.stderr)
         paper = None
         if options.paper:
             models = sorted({run.config["model"]["name"] for run in collection.runs})

@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from permllm.config import identity_of
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
+from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_yaml
+from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Settings, validated
 from permllm.results.record import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCHEMA_VERSION
 from permllm.sweep import kept
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run, as `permllm.record.schema` describes its files.
 
     Attributes:
         directory: where it lies.
-        config: resolved.
-        metrics: as in `metrics.json`.
-        environment: as in `environment.json`; empty where there is none.
-        history: one entry a pass of learning.
+        config: resolved (`Settings`).
+        metrics: as in `metrics.json` (`FinishedRun`).
+        environment: as in `environment.json` (`Environment`); empty where there is none.
+        history: one entry a pass of learning (`Pass`).
     """
 
     directory: Path
@@ -43,16 +43,23 @@ class Collection:
         runs: finished, each identity once.
         duplicates: runs of an identity that is there already, and the directory of the first.
         skipped: what looked like a run and is none, and why.
+        older: how many of the runs are older than checksums.
     """
 
     runs: list[Run] = field(default_factory=list)
     duplicates: list[tuple[Path, Path]] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    older: int = 0
 
-    def notes(self) -> list[str]:
-        """What a reader of the runs must know about the rest."""
+    def left_out(self) -> list[str]:
+        """A line for each of the rest."""
         notes = [f"{path} has the same identity as {first} and is not counted again" for path, first in self.duplicates]
         return notes + [f"skipped {path}: {reason}" for path, reason in self.skipped]
+
+    def notes(self) -> list[str]:
+        """What a reader of the runs must know about them and the rest."""
+        number = f"{self.older} record{' is' if self.older == 1 else 's are'}"
+        return self.left_out() + [f"{number} older than checksums: checked by their form alone"] * bool(self.older)
 
 
 def collect(directories: Iterable[Path]) -> Collection:
@@ -77,8 +84,8 @@ def collect(directories: Iterable[Path]) -> Collection:
     for file in files:
         try:
             run = _read(file.parent)
-        except ValueError as error:
-            found.skipped.append((file, str(error)))
+        except DataError as error:
+            found.skipped.append((file.parent, str(error).replace(f"{file.parent}/", "")))
             continue
         identity = json.dumps(identity_of(run.config), sort_keys=True)
         if identity in first:
@@ -86,47 +93,27 @@ def collect(directories: Iterable[Path]) -> Collection:
         else:
             first[identity] = run.directory
             found.runs.append(run)
+            found.older += not has_checksum(file)
     return found
 
 
 def _read(directory: Path) -> Run:
-    metrics = _json(directory / METRICS)
-    if metrics.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}: not a run of ours")
-    if metrics.get("status") != "finished":
-        raise ValueError(f"not finished (status {metrics.get('status')!r}); the same command continues it")
+    file = directory / METRICS
+    metrics = read_json(file, RecordHead)
+    version, status = metrics["schema_version"], metrics["status"]
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: not a run of ours")
+    if status != "finished":
+        raise DataError(f"not finished (status {status!r}); the same command continues it")
     if "study" in metrics:
-        raise ValueError("a study, not a run: what it found stands in it, under `study`")
-    for key in ("name", "config_hash", "seconds", "sparsity"):
-        if key not in metrics:
-            raise ValueError(f"{key} is missing")
-    try:
-        config = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{CONFIG} beside it cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict) or "permutation" not in config:
-        raise ValueError(f"{CONFIG} beside it is not the config of a run")
-    environment = _json(directory / ENVIRONMENT) if (directory / ENVIRONMENT).is_file() else {}
-    return Run(directory, config, metrics, environment, _history(directory / HISTORY))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def _history(file: Path) -> list[dict[str, Any]]:
-    """The lines that can be read; the last one may have been cut short."""
-    entries = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                continue
-    return entries
+        raise DataError("a study, not a run: what it found stands in it, under `study`")
+    finished: dict[str, Any] = dict(validated(str(file), metrics, FinishedRun))
+    for name, stated in finished.get("files", {}).items():
+        if file_checksum(directory / name) != stated:
+            raise DataError(f"{directory / name} is corrupt: it is not what the run left")
+    config = read_yaml(directory / CONFIG, Settings)
+    environment: dict[str, Any] = {}
+    if (directory / ENVIRONMENT).exists():
+        environment = dict(read_json(directory / ENVIRONMENT, Environment))
+    history = read_json_lines(directory / HISTORY, Pass) if (directory / HISTORY).exists() else []
+    return Run(directory, dict(config), finished, environment, [dict(entry) for entry in history])

@@ -81,7 +81,7 @@ def page_data(
             "runs": [
                 {"row": number, "differs": differs} | _run(run) for (number, run), differs in zip(runs, differing, strict=True)
             ],
-            "notes": [*collection.notes(), *([paper.note] if paper and paper.note else [])],
+            "notes": [*collection.notes(), *summary.notes, *([paper.note] if paper and paper.note else [])],
         }
     )
 
@@ -138,19 +138,17 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """What can be drawn of a history, one value an entry; None where the entry has none."""
     found = {}
     for key in _CURVES:
-        values = [entry.get(key) if isinstance(entry, dict) else None for entry in history]
-        numbers = [float(value) if isinstance(value, int | float) else None for value in values]
-        if any(value is not None for value in numbers):
-            found[key] = numbers
+        values = [entry.get(key) for entry in history]
+        if any(value is not None for value in values):
+            found[key] = values
     return found
 
 
 def _run(run: Run) -> dict[str, Any]:
     alone = summarise([run])
     environment = run.environment
-    versions = environment.get("versions")
     where = dotted({key: value for key, value in environment.items() if key != "versions"})
-    peaks = {key: value for key, value in run.metrics.items() if key.endswith("memory_bytes")}
+    peaks = {key: run.metrics[key] for key in ("peak_memory_bytes", "peak_host_memory_bytes") if key in run.metrics}
     return {
         "name": run.metrics["name"],
         "hash": run.metrics["config_hash"],
@@ -163,7 +161,7 @@ def _run(run: Run) -> dict[str, Any]:
         ],
         "seconds": run.metrics["seconds"],
         "environment": [(_plain(key), _size_or_text(key, value)) for key, value in (where | peaks).items()],
-        "versions": [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else [],
+        "versions": [f"{name} {version}" for name, version in environment.get("versions", {}).items()],
         "curves": curves(run.history),
     } | pictures(run.directory)
 
@@ -172,20 +170,20 @@ def warnings(run: Run) -> list[str]:
     """What a reader must know before trusting a run's numbers."""
     found = []
     metrics, environment = run.metrics, run.environment
-    if violations := metrics["sparsity"].get("violations"):
+    if violations := metrics["sparsity"]["violations"]:
         found.append(f"{violations} groups of M hold more than N nonzeros")
-    evaluation = run.config.get("evaluation") or {}
-    windows = (evaluation.get("perplexity") or {}).get("limit")
+    evaluation = run.config.get("evaluation", {})
+    windows = evaluation.get("perplexity", {}).get("limit")
     if windows is not None and metrics.get("perplexity"):
         found.append(f"limited: perplexity on the first {windows} windows only")
-    items = (evaluation.get("zero_shot") or {}).get("limit")
+    items = evaluation.get("zero_shot", {}).get("limit")
     if items is not None and metrics.get("zero_shot"):
         found.append(f"limited: accuracy on the first {items} items of each task only")
     if not environment:
         found.append(f"no {ENVIRONMENT}: what it was computed with is not known")
     elif not environment.get("git"):
         found.append("computed outside a checkout: its commit is not known")
-    elif environment["git"].get("dirty"):
+    elif environment["git"]["dirty"]:
         found.append("computed in a checkout with changes that its commit does not have")
     return found
 
@@ -198,7 +196,7 @@ def _column(summary: Summary, name: str, header: list[str]) -> dict[str, Any]:
 
 
 def _measure(measure: Measure) -> dict[str, Any]:
-    return {"mean": measure.mean, "error": measure.deviation or measure.stderr or 0.0, "text": shown(measure)}
+    return {"mean": measure.mean, "error": measure.error, "text": shown(measure)}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,21 @@ def plot(summary: Summary, file: Path) -> None:
     numeric = numeric_setting(summary)
     axis = axes[0][0]
     if numeric is not None:
-        points = sorted((float(row.labels[numeric]), row.measures[name]) for row in rows)
+        points = sorted(((float(row.labels[numeric]), row.measures[name]) for row in rows), key=lambda point: point[0])
         measures = [measure for _, measure in points]
-        axis.errorbar([x for x, _ in points], [measure.mean for measure in measures], _errors(measures), marker="o", capsize=3)
+        axis.errorbar(
+            [x for x, _ in points], [_drawn(measure) for measure in measures], _errors(measures), marker="o", capsize=3
+        )
         axis.set_xlabel(numeric)
         axis.set_ylabel(name)
     else:
         _bars(axis, [labels[id(row)] for row in rows], [row.measures[name] for row in rows], name)
     if name in summary.dense:
         mark = axis.axhline if numeric is not None else axis.axvline
-        mark(summary.dense[name].mean, linestyle="--", color="grey", label="dense")
+        mark(_drawn(summary.dense[name]), linestyle="--", color="grey", label="dense")
         axis.legend()
     for label, curve in learned:
+        curve = [loss if math.isfinite(loss) else math.nan for loss in curve]
         axes[0][1].plot(range(1, len(curve) + 1), curve, marker="o", label=label)
     if learned:
         axes[0][1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -104,6 +108,7 @@ def load_pyplot(option: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{option} needs matplotlib: pip install -e '.[plot]'") from error
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a record's texts are no formulas
     from matplotlib import pyplot
 
     return pyplot
@@ -111,8 +116,8 @@ def load_pyplot(option: str) -> Any:
 
 def save_figure(figure: Any, option: str, file: Path) -> None:
     """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
-    figure.tight_layout()
     try:
+        figure.tight_layout()
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option} {file}: {str(error).splitlines()[0]}") from error
@@ -126,24 +131,29 @@ def numeric_setting(summary: Summary) -> str | None:
         return None
     (name,) = summary.settings
     try:
-        for row in summary.rows:
-            float(row.labels[name])
+        return name if all(math.isfinite(float(row.labels[name])) for row in summary.rows) else None
     except ValueError:
         return None
-    return name
 
 
 def losses(row: Row) -> list[float]:
     """Mean loss of each pass of a row's first run."""
-    return [entry["loss"] for entry in row.runs[0].history if isinstance(entry.get("loss"), int | float)]
+    return [entry["loss"] for entry in row.runs[0].history]
 
 
 def _bars(axis: Any, labels: list[str], measures: list[Measure], name: str) -> None:
-    axis.barh(labels, [measure.mean for measure in measures], xerr=_errors(measures), capsize=3)
+    # By place, not by name: two rows may have the same.
+    axis.barh(range(len(labels)), [_drawn(measure) for measure in measures], xerr=_errors(measures), capsize=3)
+    axis.set_yticks(range(len(labels)), labels)
     axis.set_xlabel(name)
     axis.invert_yaxis()
 
 
+def _drawn(measure: Measure) -> float:
+    """The mean; nothing, which is what a picture has of NaN, where that is infinite."""
+    return measure.mean if math.isfinite(measure.mean) else math.nan
+
+
 def _errors(measures: list[Measure]) -> list[float] | None:
-    errors = [measure.deviation or measure.stderr or 0.0 for measure in measures]
+    errors = [measure.error for measure in measures]
     return errors if any(errors) else None

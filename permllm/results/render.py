@@ -12,6 +12,12 @@ from permllm.results.published import Comparison
 from permllm.results.summary import Measure, Row, Summary
 
 FORMATS = ("md", "csv", "latex", "json")
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "±": r"$\pm$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
 
 
 def render(summary: Summary, format: str, baseline: Row | None = None, paper: Comparison | None = None) -> str:
@@ -32,7 +38,8 @@ def render(summary: Summary, format: str, baseline: Row | None = None, paper: Co
         return stream.getvalue()
     if format == "latex":
         return _latex(header, body, len(summary.settings))
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
+    rows = ([cell.replace("|", r"\|") for cell in row] for row in (header, ["---"] * len(header), *body))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -164,9 +171,7 @@ def _latex(header: list[str], body: list[list[str]], settings: int) -> str:
 
 
 def _escape(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde{}")
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +52,20 @@ class Measure:
     @property
     def mean(self) -> float:
         """Over the seeds."""
-        return statistics.fmean(self.values)
+        return _mean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds; None for a single one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        """Standard deviation over the seeds; None for a single one, not a number where a value is infinite."""
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
+
+    @property
+    def error(self) -> float:
+        """What a picture shows around the mean: the deviation, or the standard error; zero where there is none."""
+        error = self.deviation or self.stderr or 0.0
+        return error if math.isfinite(error) else 0.0
 
 
 @dataclass
@@ -83,12 +92,14 @@ class Summary:
         measures: names of the columns of numbers.
         rows: in the order of their settings.
         dense: the dense model's measures, where all rows share them.
+        notes: what a reader must know of it.
     """
 
     settings: list[str]
     measures: list[str]
     rows: list[Row]
     dense: dict[str, Measure]
+    notes: list[str] = field(default_factory=list)
 
 
 def summarise(runs: list[Run]) -> Summary:
@@ -105,13 +116,17 @@ def summarise(runs: list[Run]) -> Summary:
         Row(_labels(values, settings), {}, [runs[i] for i in indices])
         for values, indices in zip(groups, members.values(), strict=True)
     ]
+    notes = []
     for row in rows:
-        row.measures = _measures(row.runs, "sparse")
+        row.measures, missing = _shared_measures(row.runs)
+        if missing:
+            where = ", ".join(str(run.directory) for run in row.runs)
+            notes.append(f"{', '.join(missing)}: left out of a row of {len(row.runs)} seeds, of which some lack it ({where})")
     ordered = sorted(rows, key=lambda row: [_sortable(row.labels[name]) for name in settings])
     names = list(dict.fromkeys(name for row in ordered for name in row.measures))
-    dense = [_measures(row.runs[:1], "dense") for row in ordered]
-    shared = {name: value for name, value in dense[0].items() if all(other.get(name) == value for other in dense)}
-    return Summary(settings, names, ordered, shared)
+    dense = [_measures(row.runs[0], "dense") for row in ordered]
+    shared = {key[0]: value for key, value in dense[0].items() if all(other.get(key) == value for other in dense)}
+    return Summary(settings, names, ordered, shared, notes)
 
 
 def row_labels(summary: Summary) -> list[str]:
@@ -172,9 +187,9 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if any(key == repeated or key.startswith(f"{repeated}.") for repeated in _REPEATED):
             continue
-        kept[key.removesuffix(".name")] = value
+        kept[plain(key.removesuffix(".name"))] = value
     inputs = config.get("inputs") or {}
-    return kept | {f"{key} (digest)": str(digest)[:8] for key, digest in inputs.items() if digest}
+    return kept | {f"{plain(key)} (digest)": digest[:8] for key, digest in inputs.items() if digest}
 
 
 def _varying(groups: list[dict[str, Any]]) -> list[str]:
@@ -196,32 +211,53 @@ def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:
     return {name: setting_text(values[name]) if name in values else "" for name in settings}
 
 
-def _measures(runs: list[Run], which: str) -> dict[str, Measure]:
-    found: dict[str, Measure] = {}
-    metrics = [run.metrics for run in runs]
-    for text, values in metrics[0].get("perplexity", {}).get(which, {}).items():
-        all_of = [entry["perplexity"][which][text]["value"] for entry in metrics]
-        found[f"{text} perplexity (window {values['window']})"] = Measure(all_of, "perplexity")
-    tasks = metrics[0].get("zero_shot", {}).get(which, {})
-    for task, values in tasks.items():
-        if values["acc"] is None:
+def _shared_measures(runs: list[Run]) -> tuple[dict[str, Measure], list[str]]:
+    """The measures of the sparse model that all runs of a row have, over their seeds, and the names of what some lack."""
+    each = [_measures(run, "sparse") for run in runs]
+    found, missing = {}, []
+    for key in dict.fromkeys(key for measures in each for key in measures):
+        name, _ = key
+        if any(key not in measures for measures in each):
+            missing.append(name)
             continue
-        all_of = [entry["zero_shot"][which][task]["acc"] for entry in metrics]
-        stderr = values["stderr"] if len(runs) == 1 else None
-        found[f"{task} acc"] = Measure(all_of, "accuracy", stderr, values["limited"])
+        of_seeds = [measures[key] for measures in each]
+        stderr = of_seeds[0].stderr if len(runs) == 1 else None  # a deviation over seeds says more
+        values = [value for measure in of_seeds for value in measure.values]
+        found[name] = Measure(values, of_seeds[0].kind, stderr, any(measure.limited for measure in of_seeds))
+    return found, list(dict.fromkeys(missing))
+
+
+def _measures(run: Run, which: str) -> dict[tuple[str, tuple[str, ...]], Measure]:
+    """Of one run, by name and what it is a mean of."""
+    metrics = run.metrics
+    found: dict[tuple[str, tuple[str, ...]], Measure] = {}
+    for text, values in metrics.get("perplexity", {}).get(which, {}).items():
+        name = f"{plain(text)} perplexity (window {values['window']})"
+        found[name, ()] = Measure([values["value"]], "perplexity")
+    tasks = metrics.get("zero_shot", {}).get(which, {})
+    for task, values in tasks.items():
+        if values["acc"] is not None:
+            found[f"{plain(task)} acc", ()] = Measure([values["acc"]], "accuracy", values["stderr"], values["limited"])
     counted = counted_tasks(tasks)
     if len(counted) > 1:
-        means = [mean_accuracy(entry["zero_shot"][which]) for entry in metrics]
-        stderr = mean_error(tasks) if len(runs) == 1 else None  # a deviation over seeds says more
-        found["average acc"] = Measure(means, "accuracy", stderr, any(tasks[task]["limited"] for task in counted))
+        limited = any(tasks[task]["limited"] for task in counted)
+        found["average acc", tuple(counted)] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited)
     if which == "sparse":
         for key, name, kind in (("retained_saliency", "saliency kept", "share"), ("output_error", "output error", "error")):
-            if key in metrics[0]:
-                found[name] = Measure([statistics.fmean(entry[key].values()) for entry in metrics], kind)
+            if key in metrics:
+                found[name, ()] = Measure([_mean(metrics[key].values())], kind)
         # Loading, calibration and the dense model's evaluation may be what an earlier job left.
-        seconds = [entry["seconds"].get("permute", 0.0) + entry["seconds"].get("prune", 0.0) for entry in metrics]
-        found["seconds"] = Measure(seconds, "seconds")
+        seconds = metrics["seconds"].get("permute", 0.0) + metrics["seconds"].get("prune", 0.0)
+        found["seconds", ()] = Measure([seconds], "seconds")
     return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    try:
+        return statistics.fmean(numbers)
+    except OverflowError:
+        return math.inf
 
 
 def setting_text(value: Any) -> str:
@@ -230,7 +266,13 @@ def setting_text(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list):
         return ", ".join(map(setting_text, value))
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    word = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return plain(word)
+
+
+def plain(text: str) -> str:
+    """A text of a record without what would break a line, or steer a terminal."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _sortable(text: str) -> tuple[int, float, str]:

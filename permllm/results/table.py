@@ -24,12 +24,12 @@ def terminal() -> Console:
 def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
     """Table of one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
     console = console or terminal()
-    table = Table(title=metrics["name"], title_justify="left")
+    table = Table(title=escape(metrics["name"]), title_justify="left")
     table.add_column("")
     table.add_column("dense", justify="right")
     table.add_column("sparse", justify="right")
     for label, dense, sparse in result_rows(metrics):
-        table.add_row(label, dense, sparse)
+        table.add_row(escape(label), dense, sparse)
     console.print(table)
     sparsity = metrics["sparsity"]
     console.print(

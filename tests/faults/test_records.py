@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import math
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from permllm import runner
 from permllm.config import read_config
 from permllm.errors import DataError
 from permllm.record import files
-from permllm.record.files import read_json, read_yaml
+from permllm.record.files import file_checksum, read_json, read_yaml, write_record
 from permllm.record.schema import Environment, FinishedRun, Metrics, Pass, Settings, validated
+from permllm.results.__main__ import main as results_main
+from permllm.results.render import FORMATS
 from tests.conftest import ROOT
+from tests.results.test_results import make_run
 from tests.test_config import composed
 
 RECORDS = sorted(file.parent for file in (ROOT / "experiments").rglob("metrics.json"))
@@ -102,3 +114,204 @@ def test_garbage_in_place_of_settings_is_one_line(tmp_path: Path, text: str, mes
     assert str(raised.value).startswith(str(file))
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+# Of each of three records the files with what a reader of the table uses; the long parts are cut.
+TRIPLE = [
+    {
+        "metrics.json": {
+            key: dict(list(value.items())[:2]) if key in ("retained_saliency", "output_error", "moved_channels") else value
+            for key, value in json.loads((record / "metrics.json").read_text()).items()
+        },
+        "config.yaml": yaml.safe_load((record / "config.yaml").read_text()),
+        "environment.json": json.loads((record / "environment.json").read_text()),
+        "history.jsonl": [json.loads(line) for line in _lines(record / "history.jsonl")],
+    }
+    for record in sorted((ROOT / "experiments" / "quickstart").iterdir())
+    if record.is_dir()
+]
+FILES = sorted(TRIPLE[0])
+MARKUP = "</script><b>|$\\frac{[/red]\n\x1b[31m\u2028"
+STRANGE: list[Any] = [None, True, 0, -1, 1.5, math.nan, math.inf, -math.inf, 10**400, 1e308, 5e-324]
+STRANGE += ["", "x", "nan", "1e999", "२:४", MARKUP, "\ud800", [], [1, "a", [2]], {}, {"a": {"b": [1]}}, {"value": "x"}, [[[]]]]
+IN_YAML: list[Any] = [*STRANGE, date(2026, 1, 1), {1, 2}, {1: 2}, (1, 2), b"x"]
+KEYS = ["\ud800", MARKUP, "x_bytes", "x (limited)", "1", ""]
+MODES = [
+    *(("--format", name) for name in FORMATS),
+    ("--baseline", "permutation=none"),
+    ("--paper", "table1", "--html", "{}/page.html"),
+    ("--paper", "2", "--baseline", "permutation=heuristic"),
+]
+
+
+def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of each part of a nested value; the empty one first."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [before, *(place for key, part in parts for place in places(part, (*before, key)))]
+
+
+@st.composite
+def changed_files(draw: st.DrawFn) -> tuple[int, str, Any]:
+    """Which record, which of its files, and what that holds now: one place has another value, another key, or is gone."""
+    number = draw(st.integers(0, 2))
+    name = draw(st.sampled_from(FILES))
+    content = copy.deepcopy(TRIPLE[number][name])
+    strange = draw(st.sampled_from(IN_YAML if name == "config.yaml" else STRANGE))
+    place = draw(st.sampled_from(places(content)))
+    if not place:
+        return number, name, strange
+    parent = content
+    for key in place[:-1]:
+        parent = parent[key]
+    what = draw(st.sampled_from(["value", "value", "value", "gone", "key", "added"]))
+    if what == "value" or isinstance(parent, list):
+        parent[place[-1]] = strange
+    elif what == "added":
+        parent[draw(st.sampled_from(KEYS))] = strange
+    else:
+        value = parent.pop(place[-1])
+        if what == "key":
+            parent[draw(st.sampled_from(KEYS))] = value
+    return number, name, content
+
+
+def write_record_file(file: Path, content: Any) -> None:
+    if file.name == "history.jsonl":
+        entries = content if isinstance(content, list) else [content]
+        file.write_text("\n".join(map(json.dumps, entries)))
+    else:
+        file.write_text(yaml.dump(content) if file.suffix == ".yaml" else json.dumps(content))
+
+
+def write_triple(folder: Path) -> None:
+    for number, record in enumerate(TRIPLE):
+        (folder / f"run{number}").mkdir(parents=True, exist_ok=True)
+        for name, content in record.items():
+            write_record_file(folder / f"run{number}" / name, content)
+
+
+@pytest.fixture(scope="module")
+def triple(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triple")
+    write_triple(folder)
+    return folder
+
+
+def results(folder: Path, *options: str) -> tuple[int, str, list[str]]:
+    """`python -m permllm.results` here: exit code, output and the lines of what it says beside; raises what it raises."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["results", str(folder), *(option.format(folder) for option in options)])
+        code = results_main()
+        texts = []
+        for stream in (out, err):
+            stream.flush()
+            texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    return code, texts[0], texts[1].splitlines()
+
+
+def check_shown(folder: Path, number: int, *options: str) -> None:
+    """All that a table of three records may do where one of them was changed."""
+    code, out, said = results(folder, *options)
+    skipped = [line for line in said if line.startswith(f"note: skipped {folder / f'run{number}'}: ")]
+    assert all(line.startswith(("note: ", "error: ")) for line in said), said
+    assert all(len(line) < 800 for line in said), said
+    if code == 1:  # the row that was to be the baseline has another name now, or none
+        assert said[-1].startswith(("error: --baseline", "error: --paper")), said
+        assert not out
+        return
+    rows = json.loads(results(folder, "--format", "json")[1])
+    runs = {Path(run).name: row for row in rows for run in row["runs"]}
+    assert set(runs) == {"run0", "run1", "run2"} - ({f"run{number}"} if skipped else set())
+    for other in {0, 1, 2} - {number}:
+        perplexity = TRIPLE[other]["metrics.json"]["perplexity"]["sparse"]["boolq-passages"]["value"]
+        assert runs[f"run{other}"]["measures"]["boolq-passages perplexity (window 256)"]["mean"] == perplexity
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(change=changed_files(), mode=st.sampled_from(MODES))
+def test_a_record_that_is_not_as_it_should_be_is_skipped_and_all_others_are_shown(
+    triple: Path, change: tuple[int, str, Any], mode: tuple[str, ...]
+) -> None:
+    number, name, content = change
+    file = triple / f"run{number}" / name
+    try:
+        write_record_file(file, content)
+        check_shown(triple, number, *mode)
+    finally:
+        write_record_file(file, TRIPLE[number][name])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(change=changed_files())
+def test_a_picture_is_drawn_of_what_is_left(triple: Path, change: tuple[int, str, Any]) -> None:
+    number, name, content = change
+    file = triple / f"run{number}" / name
+    try:
+        write_record_file(file, content)
+        check_shown(triple, number, "--plot", "{}/plot.png")
+    finally:
+        write_record_file(file, TRIPLE[number][name])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff", "x: &a [1]\ny: [*a, *a]\n", "? !!set {a}\n: b", "<<: {a: 1}"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_garbage_takes_no_other_record_with_it(tmp_path: Path, name: str, text: str) -> None:
+    write_triple(tmp_path)
+    (tmp_path / "run1" / name).write_bytes(text.encode("latin-1"))
+    check_shown(tmp_path, 1, "--html", "{}/page.html")
+
+
+def test_numbers_and_texts_at_the_edge_are_shown(triple: Path) -> None:
+    file = triple / "run1" / "metrics.json"
+    metrics = copy.deepcopy(TRIPLE[1]["metrics.json"])
+    metrics["perplexity"]["sparse"]["boolq-passages"]["value"] = math.inf
+    metrics["output_error"] = {"a": 1e308, "b": 1e308}
+    for tasks in metrics["zero_shot"].values():
+        tasks[MARKUP] = tasks.pop("rte")
+    metrics["name"] = MARKUP
+    try:
+        write_record_file(file, metrics)
+        for options in (("--format", "md"), ("--plot", "{}/plot.png"), ("--html", "{}/page.html"), ("--format", "latex")):
+            code, out, said = results(triple, *options)
+            assert (code, len(said)) == (0, 1)
+            assert "inf" in out
+            assert "\x1b" not in out
+            assert "\u2028" not in out
+        assert len(results(triple, "--format", "md")[1].splitlines()) == 6
+    finally:
+        write_record_file(file, TRIPLE[1]["metrics.json"])
+
+
+def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
+    for seed in range(3):
+        make_run(tmp_path / f"run{seed}", 20.0 + seed, seed=seed, acc=0.5)
+    file = tmp_path / "run1" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    del metrics["zero_shot"]
+    write_record_file(file, metrics)
+    code, out, said = results(tmp_path, "--format", "csv")
+    assert code == 0
+    assert "21.00 ± 1.00" in out
+    assert "rte" not in out
+    assert said[-1].startswith("note: rte acc: left out of a row of 3 seeds, of which some lack it")
+
+
+def test_records_are_compared_with_their_checksums_and_older_ones_are_counted(tmp_path: Path) -> None:
+    write_triple(tmp_path)
+    for number in range(2):
+        folder = tmp_path / f"run{number}"
+        files = {name: file_checksum(folder / name) for name in ("config.yaml", "environment.json")}
+        write_record(folder / "metrics.json", TRIPLE[number]["metrics.json"] | {"files": files})
+    assert results(tmp_path)[2] == ["note: 1 record is older than checksums: checked by their form alone"]
+    file = tmp_path / "run0" / "config.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+    assert "config.yaml is corrupt: it is not what the run left" in results(tmp_path)[2][0]
+    file = tmp_path / "run1" / "metrics.json"
+    file.write_text(file.read_text().replace('"violations": 0', '"violations": 1'))
+    assert "metrics.json is corrupt: its content is not what was written" in results(tmp_path)[2][1]
+    assert [line.split()[1] for line in results(tmp_path)[2]] == ["skipped", "skipped", "1"]

@@ -19,6 +19,7 @@ import torch
 
 from permllm.record.files import write_tensors
 from permllm.results.collect import collect
+from permllm.results.environment import environment
 from permllm.results.page import curves, differences, page, page_data, row_labels, sort_keys
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, pictures
 from permllm.results.published import Comparison, published
@@ -204,7 +205,7 @@ def test_the_table_is_that_of_the_other_formats(tmp_path: Path) -> None:
     assert data["dense"] == dense
     assert [row["cells"] for row in data["rows"]] == body
     assert [row["baseline"] for row in data["rows"]] == [False, True]
-    assert data["notes"] == [paper.note]
+    assert data["notes"] == [*collection.notes(), paper.note]
     assert [run["row"] for run in data["runs"]] == [0, 0, 1]
     assert data["rows"][0]["measures"][PERPLEXITY] == pytest.approx({"mean": 20.5, "error": 0.5**0.5, "text": "20.50 ± 0.71"})
     assert data["rows"][0]["keys"][header.index(PERPLEXITY)] == 20.5
@@ -230,27 +231,32 @@ def test_rows_are_named_by_what_is_unusual_in_them() -> None:
 
 
 def test_curves_have_gaps_where_a_pass_has_no_number() -> None:
-    history: list[Any] = [{"loss": 1.5, "measured_loss": None, "flips": "x"}, {"loss": float("nan"), "measured_loss": 1}, []]
+    history: list[Any] = [{"loss": 1.5, "measured_loss": None, "flips": None}, {"loss": float("nan"), "measured_loss": 1.0}]
     found = curves(history)
     assert set(found) == {"loss", "measured_loss"}
-    assert found["measured_loss"] == [None, 1.0, None]
+    assert found["measured_loss"] == [None, 1.0]
 
 
 def test_notes_warnings_and_numbers_that_are_not_finite_reach_the_page(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", float("nan"), evaluation={"perplexity": {"limit": 32}, "zero_shot": {"limit": 8}}, acc=0.5)
+    make_run(tmp_path / "a", 20.0, evaluation={"perplexity": {"limit": 32}, "zero_shot": {"limit": 8}}, acc=0.5)
     other = make_run(tmp_path / "b", float("inf"), block_size=128)
-    (other / "environment.json").write_text(json.dumps({"git": {"commit": "c0ffee", "dirty": True}, "hardware": {"cores": 2}}))
+    computed = environment(0, torch.device("cpu")) | {"git": {"commit": "c0ffee", "dirty": True}}
+    (other / "environment.json").write_text(json.dumps(computed))
     shutil.copytree(other, tmp_path / "copy")
     data = data_of(tmp_path)
     json.dumps(data, allow_nan=False)
-    assert data["notes"] == [f"{tmp_path / 'copy'} has the same identity as {other} and is not counted again"]
+    assert data["notes"] == [
+        f"{tmp_path / 'copy'} has the same identity as {other} and is not counted again",
+        "2 records are older than checksums: checked by their form alone",
+    ]
     assert data["runs"][0]["warnings"] == [
         "limited: perplexity on the first 32 windows only",
         "limited: accuracy on the first 8 items of each task only",
         "no environment.json: what it was computed with is not known",
     ]
     assert data["runs"][1]["warnings"] == ["computed in a checkout with changes that its commit does not have"]
-    assert data["runs"][1]["environment"] == [["commit", "c0ffee"], ["dirty", "true"], ["cores", "2"]]
+    assert data["runs"][1]["environment"][:2] == [["commit", "c0ffee"], ["dirty", "true"]]
+    assert ["cores", str(computed["hardware"]["cores"])] in data["runs"][1]["environment"]
     assert "inf" in data["rows"][1]["cells"]
     assert data["rows"][1]["measures"][PERPLEXITY]["mean"] is None
 
@@ -366,7 +372,7 @@ def ablation_like(folder: Path) -> Path:
 
 def test_a_header_sorts_up_and_down_with_mouse_and_keyboard(browser: Any, tmp_path: Path) -> None:
     runs = ablation_like(tmp_path / "runs")
-    make_run(runs / "nan", float("nan"), permutation="lcp", block_size=512, acc=0.5)
+    make_run(runs / "inf", float("inf"), permutation="lcp", block_size=512, acc=0.5)
     with Opened(browser, write_page(tmp_path / "page.html", runs)) as page:
         button = sort_button(page, PERPLEXITY)
         header = button.locator("xpath=..")
@@ -375,10 +381,10 @@ def test_a_header_sorts_up_and_down_with_mouse_and_keyboard(browser: Any, tmp_pa
         assert header.get_attribute("aria-sort") == "ascending"
         up = column(page, PERPLEXITY)
         # As numbers: 102.00 is the largest, though the smallest as text; what is no number comes last.
-        assert up == ["42.00", "44.00", "48.00", "72.00", "74.00", "78.00", "102.00", "104.00", "108.00", "nan"]
+        assert up == ["42.00", "44.00", "48.00", "72.00", "74.00", "78.00", "102.00", "104.00", "108.00", "inf"]
         page.keyboard.press("Enter")  # the focus stayed on the header
         assert header.get_attribute("aria-sort") == "descending"
-        assert column(page, PERPLEXITY) == [*reversed(up[:-1]), "nan"]
+        assert column(page, PERPLEXITY) == [*reversed(up[:-1]), "inf"]
         sort_button(page, "permutation").focus()
         page.keyboard.press("Space")
         assert header.get_attribute("aria-sort") == "none"

@@ -60,13 +60,14 @@ def make_run(
         "name": config["name"],
         "config_hash": "0",
         "seconds": {"permute": 5.0, "evaluate sparse": 100.0},
-        "sparsity": {},
+        "peak_memory_bytes": 1,
+        "sparsity": {"pattern": "2:4", "fraction": 0.5, "violations": 0},
         "perplexity": {"dense": dense, "sparse": text},
         "retained_saliency": {"a": 0.5, "b": 0.7},
         "output_error": {"a": 0.1, "b": 0.2},
     }
     if acc is not None:
-        one = {"acc": acc, "stderr": 0.05, "n": 32, "limited": True}
+        one = {"acc": acc, "acc_norm": None, "stderr": 0.05, "n": 32, "limited": True, "split": None}
         metrics["zero_shot"] = {"dense": {"rte": one | {"acc": 0.6}}, "sparse": {"rte": one}}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config | changed))
@@ -315,17 +316,18 @@ def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_
     found = collect([tmp_path, tmp_path / "a"])
     assert [run.directory for run in found.runs] == [first]
     assert found.duplicates == [(tmp_path / "copy", first)]
-    reasons = {path.parent.name: reason for path, reason in found.skipped}
+    reasons = {path.name: reason for path, reason in found.skipped}
     assert set(reasons) == {*broken, "no config"}
     for name, text in [
-        ("text", "not readable as JSON"),
-        ("list", "not a JSON object"),
-        ("foreign", "schema_version"),
+        ("text", "metrics.json is not readable JSON"),
+        ("list", "metrics.json: input should be a valid dictionary"),
+        ("foreign", "metrics.json: schema_version: field required"),
         ("running", "not finished"),
-        ("no config", "config.yaml beside it"),
+        ("no config", "config.yaml cannot be read: No such file"),
     ]:
         assert text in reasons[name]
-    assert len(found.notes()) == 6
+    assert len(found.left_out()) == 6
+    assert found.notes() == [*found.left_out(), "1 record is older than checksums: checked by their form alone"]
     # The last line of the history was cut short.
     assert [entry["loss"] for entry in found.runs[0].history] == [1.5, 1.2]
 
