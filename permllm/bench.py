@@ -29,7 +29,15 @@ from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export import gathered_norm
 from permllm.export.transformers_classes import gathered_modules
 from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
-from permllm.models.checkpoint import transformers_reads
+from permllm.models.checkpoint import (
+    check_checkpoint,
+    check_runs,
+    check_values,
+    tensor_places,
+    transformers_reads,
+    vocabulary_of,
+    weight_files,
+)
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import resolve_device
 from permllm.record.files import write_json
@@ -98,9 +106,10 @@ def speed(
         A row a variant and batch size; `prefill_bytes` is what the first prefill takes beside the weights.
     """
     device = next(iter(variants.values())).device
+    known = min(200, *map(vocabulary_of, variants.values()))
     rows = []
     for batch in batch_sizes:
-        tokens = torch.randint(1, 200, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+        tokens = torch.randint(known, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
         works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
         peaks = {}
         for name, model in variants.items():
@@ -162,15 +171,19 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **option
     """A checkpoint on a device, and the seconds of loading.
 
     Raises:
-        DataError: transformers cannot load it.
+        DataError: its files are not what its config says, or transformers cannot load or run it.
     """
+    check_checkpoint(folder)
     started = time.perf_counter()
     with transformers_reads(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **options
         )
     nn.Module.to(model, device=device)
-    return model.eval().requires_grad_(False), time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    check_values(folder, model)
+    check_runs(folder, model)
+    return model.eval().requires_grad_(False), seconds
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +193,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         keep_freed_memory()
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, seconds = load(options.folder, device, dtype)
-    packed = any(path.name.endswith(".safetensors") and _holds_packed(path) for path in options.folder.iterdir())
+    files = weight_files(options.folder)
+    packed = files[0].suffix == ".safetensors" and any(name.endswith(".weight_places") for name in tensor_places(files))
     variants = {"as stored": model}
     sizes = {"as stored": _size(options.folder)}
     loading = {"as stored": seconds}
@@ -271,14 +285,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _holds_packed(file: Path) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return any(name.endswith(".weight_places") for name in opened.keys())  # noqa: SIM118
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _print(report: dict[str, Any]) -> None:

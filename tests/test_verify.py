@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
@@ -64,18 +66,37 @@ def test_other_patterns_are_read_from_our_exports_and_can_be_asked_for(tmp_path:
     assert not verify(tmp_path / "dense-form", NMPattern(2, 4)).passed
 
 
-def test_foreign_checkpoints_minus_zeros_and_what_is_not_finite(tmp_path: Path) -> None:
-    weight = torch.tensor([[1.0, 2.0, 0.0, -0.0], [0.0, float("nan"), 3.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
-    save_file(
-        {"blocks.0.proj.weight": weight, "embed.weight": torch.ones(8, 4), "norm.weight": torch.ones(4)},
-        tmp_path / "a.safetensors",
-    )
-    report = verify(tmp_path)
-    (layer,) = report.layers
-    assert (layer.name, layer.violations, layer.negative_zeros, layer.nan) == ("blocks.0.proj.weight", 1, 1, 1)
-    save_file({"blocks.0.proj.weight": torch.ones(2, 6)}, tmp_path / "a.safetensors")
-    assert verify(tmp_path).layers[0].violations is None
-    assert not verify(tmp_path).passed
+def foreign(folder: Path, tensors: dict[str, Tensor], config: PreTrainedConfig) -> Path:
+    """A checkpoint as another tool writes it: without checksums, and without anything of ours beside it."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_another_tools_checkpoints_of_families_that_we_do_not_know(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name.endswith("weight") and tensor.dim() == 2 and not name.startswith("embed"):
+            tensor[:, 2:] = 0.0
+    report = verify(foreign(tmp_path / "good", tensors, model.config))
+    assert report.passed
+    assert not report.checksums
+    assert len(report.layers) == 4
+    name = "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
+    tensors[name] = torch.tensor([[1.0, 2, 0, -0.0], [0, float("nan"), 3, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+    report = verify(foreign(tmp_path / "bad", tensors, model.config))
+    (layer,) = [layer for layer in report.layers if layer.name == name]
+    assert (layer.violations, layer.negative_zeros, layer.nan) == (1, 1, 1)
+    assert [problem.removeprefix(f"{name} ") for problem in report.problems] == [
+        "holds values that are not finite",
+        "has 1 groups of 4 with more than 2 nonzeros",
+        "holds 1 zeros as -0.0",
+    ]
+    assert verify(tmp_path / "good", NMPattern(2, 6)).layers[0].violations is None
+    assert not verify(tmp_path / "good", NMPattern(2, 6)).passed
 
 
 def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+import yaml
 
 from permllm.export.transformers_classes import writer
 from permllm.results.table import result_rows
@@ -16,6 +19,21 @@ _FORMS = {
     "neighbouring weight can give them in it.",
 }
 
+# What Markdown, and HTML inside of it, may take for markup.
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>()#!|~&$]")
+
+
+def _text(words: object) -> str:
+    """Words of others as one line of plain text."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(str(words).split()))
+
+
+def _code(words: object) -> str:
+    """Words of others as one line of code, in more backticks than it holds one after the other."""
+    line = " ".join(str(words).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
 
 def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any], summary: dict[str, Any]) -> str:
     """Markdown with the metadata block that the hub reads.
@@ -27,17 +45,19 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
         summary: of the export.
     """
     model = config["model"]
-    base = model["hub_name"] if model["source"] == "hub" else None
+    base = {"base_model": model["hub_name"]} if model["source"] == "hub" else {}
+    tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | base | tags
     method = f"{config['pruner']['name']}, channel order: {config['permutation']['name']}"
     if config["permutation"].get("constraint", "free") != "free":
         method += f" ({config['permutation']['constraint']})"
     if config["reconstruction"]["name"] != "none":
         method += f", weights: {config['reconstruction']['name']}"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {base}"] if base else []
-    lines += ["tags:", "- sparse", f"- '{summary['sparsity']}'", "- permllm", "---", ""]
-    lines += [f"# {model['name']}, {summary['sparsity']} sparse", ""]
-    lines += [f"{model['name']} pruned to {summary['sparsity']} with PermLLM: {method}.", "", _FORMS[summary["form"]], ""]
+    name = _text(model["name"])
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
+    lines += [f"# {name}, {summary['sparsity']} sparse", ""]
+    lines += [f"This is {name}, pruned to {summary['sparsity']} with PermLLM: {_text(method)}.", ""]
+    lines += [_FORMS[summary["form"]], ""]
     if summary["format"] == "packed" or summary["gathers"]:
         lines += [
             f"Written by {writer()}. To load it, make a checkout of the project importable (`pip install -e .` in it) and "
@@ -51,17 +71,17 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
             "```",
             "",
         ]
-    rows = [f"| {name} | {dense} | {sparse} |" for name, dense, sparse in result_rows(metrics)]
+    rows = [f"| {' | '.join(map(_text, row))} |" for row in result_rows(metrics)]
     lines += ["| measure | dense | sparse |", "| --- | --- | --- |", *rows, ""]
     share = summary["pruned_layers_bytes"] / summary["pruned_layers_dense_bytes"]
     lines += [
         f"Weights: {summary['bytes'] / 1e6:.1f} MB ({summary['dtype']}, {summary['format']}); "
         f"the pruned layers take {share:.2%} of their dense size.",
         "",
-        f"- command: `{environment.get('command', 'not recorded')}`",
-        f"- seed: {config['seed']}",
-        f"- run: `{metrics['name']}-{metrics['config_hash']}`",
+        f"- command: {_code(environment.get('command', 'not recorded'))}",
+        f"- seed: {_text(config['seed'])}",
+        f"- run: {_code(metrics['name'] + '-' + metrics['config_hash'])}",
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    versions = ", ".join(_text(f"{name} {version}") for name, version in environment.get("versions", {}).items())
     lines += [f"- versions: {versions}"] if versions else []
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -24,16 +25,19 @@ from permllm.export.card import model_card
 from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
 from permllm.export.transformers_classes import METHOD, sparse_config
+from permllm.models.checkpoint import all_finite, weight_files
 from permllm.models.families import channel_groups
 from permllm.models.source import DenseSource, dense_source, parameter_names
-from permllm.record.files import write_json
-from permllm.record.tensor_file import write_file
+from permllm.record.files import read_json, scratch_of, write_json, write_record
+from permllm.record.schema import ExportSummary
+from permllm.record.tensor_file import read_header, write_file
 from permllm.results.record import CONFIG, MASKS, METRICS, PERMUTATIONS, WEIGHTS, mask_reader
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of
 
 FORMATS = ("dense", "packed")
 SUMMARY = "permllm.json"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        scratch.mkdir()  # readable as the umask says, which tempfile does not heed
+        _clear_left_over(target)
+        scratch, lock = _new_scratch(target)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
     try:
@@ -108,11 +112,48 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
         if target.is_dir():
             target.rmdir()
         scratch.rename(target)
+        (target / _LOCK).unlink()  # not before: what has no lock is left over
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()
     return summary
+
+
+def present_export(folder: Path) -> ExportSummary | None:
+    """The summary of an exported model, where a folder holds one whose files are all there and as long as they must be."""
+    try:
+        summary = read_json(folder / SUMMARY, ExportSummary)
+        entries = [entry for file in weight_files(folder) for entry in read_header(file)[0].values()]
+    except DataError:
+        return None
+    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
+    return summary if size == summary["bytes"] else None
+
+
+def _new_scratch(target: Path) -> tuple[Path, FileLock]:
+    """A folder beside the target to write into, and the lock in it, held, that says that somebody does."""
+    while True:
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        scratch.mkdir()  # readable as the umask says, which tempfile does not heed
+        lock = FileLock(scratch / _LOCK)
+        lock.acquire()
+        if (scratch / _LOCK).exists():
+            return scratch, lock
+        lock.release()  # another export took it for left over before it was locked
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear_left_over(target: Path) -> None:
+    """Remove what exports to the same target that were killed have left: what nobody holds the lock of."""
+    for folder in list(target.parent.iterdir()):
+        if scratch_of(folder) == target.name and folder.is_dir():
+            try:
+                with FileLock(folder / _LOCK, timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except Timeout:
+                continue
 
 
 class _Record:
@@ -204,7 +245,7 @@ def _write(record: _Record, request: Request, source: DenseSource, folder: Path,
         "gathers": len(stored.gathers),
         "seconds": time.perf_counter() - started,
     }
-    write_json(folder / SUMMARY, summary)
+    write_record(folder / SUMMARY, summary)
     (folder / "README.md").write_text(model_card(record.config, record.metrics, record.environment, summary), encoding="utf-8")
     return summary
 
@@ -221,7 +262,7 @@ def _stored(
     if path is not None:
         tensor = record.prune(path, tensor)
     cast = tensor.to(dtype)
-    if not all(bool(bound.isfinite()) for bound in cast.aminmax()):  # without the temporaries of isfinite
+    if not all_finite(cast):
         raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype")
     # Adding +0.0 turns -0.0, which some sparse kernels break on, into +0.0, and changes nothing else.
     return stored.apply(name, cast + 0.0 if path is not None else cast)

@@ -66,6 +66,12 @@ def unpack(values: Tensor, packed: Tensor, pattern: NMPattern) -> Tensor:
     Raises:
         DataError: the places are not those of a packed weight.
     """
+    shape = tuple(values.shape)
+    valid = len(shape) == 2 and shape[1] > 0 and shape[1] % pattern.n == 0 and values.is_floating_point()
+    if not valid or packed.dtype != torch.uint8 or packed.shape != (shape[0], math.ceil(shape[1] * bits_of(pattern) / 8)):
+        raise DataError(
+            f"values {shape} in {values.dtype} and places {tuple(packed.shape)} in {packed.dtype} are no {pattern} weight"
+        )
     rows = _rows_at_a_time(values.shape[1] // pattern.n * pattern.m)
     parts = zip(values.split(rows), packed.split(rows), strict=True)
     return torch.cat([_unpack_rows(part, places, pattern) for part, places in parts])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,13 +25,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import permllm
 from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
+from permllm.models.checkpoint import META, check_checkpoint, check_values
 from permllm.models.families import FAMILIES, channel_groups, linear_at
-from permllm.record.tensor_file import check_file
 from permllm.sparsity import NMPattern
 
 METHOD = "permllm"
 # No name to install: nobody vouches for what a package index has under it.
 _HINT = "make a checkout of the project importable and import permllm before loading this checkpoint"
+# Of what `from_pretrained` takes: where on the hub a checkpoint is, and how it may be had.
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward.
 _TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
@@ -85,13 +88,39 @@ class _SparseConfig:
 
 
 class _SparseModel:
-    """Mixed into the model class of a family: gathers its activations."""
+    """Mixed into the model class of a family: gathers its activations, and is never loaded from files that lack something."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        attached: set[str] = set()
         for path in config.gathers:
-            module = self.get_submodule(path)  # type: ignore[attr-defined]
-            attach_gather(module, _width_of(self, path))  # type: ignore[arg-type]
+            channels = _width_of(self, path)  # type: ignore[arg-type]
+            if path in attached:
+                raise DataError(f"gathers names {path} twice: its input would be gathered twice")
+            attached.add(path)
+            attach_gather(self.get_submodule(path), channels)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            DataError: the files lack a tensor, hold one too many or of another shape or kind, are not as they were written, or
+                hold values that are not finite or orders that are no permutations; the tensor is named.
+        """
+        # Without values nothing is computed: what the files lack is then in the report that the caller can ask for.
+        without_values = kwargs.get("device_map") == META
+        if pretrained_model_name_or_path is not None and not without_values:
+            folder = Path(pretrained_model_name_or_path)
+            if not folder.is_dir():
+                hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
+                patterns = ["*.json", "*.safetensors"]
+                folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+            check_checkpoint(folder / kwargs.get("subfolder", ""))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_values(pretrained_model_name_or_path, model)
+        return loaded
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -182,8 +211,6 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for file in kwargs.get("checkpoint_files") or []:
-            check_file(Path(file))
         assert isinstance(self.quantization_config, PackedConfig)
         pattern = NMPattern.parse(self.quantization_config.sparsity)
         for path in _pruned(model):
@@ -192,18 +219,22 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # A model that is not unpacked is checked too: wrong places must not wait for the first forward.
+        keep_packed = model.config.keep_packed
         for path, packed in [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]:
+            if packed.weight_places.is_meta:  # where there are no values
+                keep_packed = True
+                continue
             try:
                 weight = packed.dense_weight()
             except DataError as error:
                 raise DataError(f"{path}.weight: {error}") from error
-            if not model.config.keep_packed:
+            if not keep_packed:
                 with torch.device("meta"):
                     linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
                 linear.weight = nn.Parameter(weight, requires_grad=False)
                 linear.bias = packed.bias
                 _replace(model, path, linear)
-        if not model.config.keep_packed:
+        if not keep_packed:
             self.remove_quantization_config(model)
         return model
 

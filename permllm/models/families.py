@@ -157,7 +157,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """All channel groups of a model, layer by layer; works on the meta device.
 
     Raises:
-        ConfigError: the model type is unknown, or a module of the family's table is missing or not linear.
+        ConfigError: the model type is unknown, a module of the family's table is missing or not linear, or there is nothing
+            to prune: no layer, or a linear without inputs or outputs.
     """
     family = family_of(model)
     groups = []
@@ -166,6 +167,11 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
         for table in family.groups:
             members = tuple(prefix + member for member in table.members)
             linears = [linear_at(model, path) for path in members]
+            for path, linear in zip(members, linears, strict=True):
+                if not linear.in_features or not linear.out_features:
+                    raise ConfigError(
+                        f"{path} has {linear.in_features} inputs, {linear.out_features} outputs: nothing to prune"
+                    )
             groups.append(
                 ChannelGroup(
                     name=prefix + table.name,
@@ -177,6 +183,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
                     heads=_heads(model) if table.by_head else (1, 1),
                 )
             )
+    if not groups:
+        raise ConfigError("the model has no decoder layers: nothing to prune")
     return groups
 
 

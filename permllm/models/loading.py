@@ -29,16 +29,20 @@ from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
 from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.models.checkpoint import read_weights, transformers_reads
+from permllm.models.checkpoint import (
+    WEIGHTS,
+    check_runs,
+    check_values,
+    indexed_files,
+    read_config,
+    read_weights,
+    transformers_reads,
+    vocabulary_of,
+)
 from permllm.models.families import family_named
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-# Kinds of weights, the first that is there is taken: index of several files, single file.
-_WEIGHTS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -103,6 +107,9 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
     nn.Module.to(model, device=device)
     model.eval().requires_grad_(False)
+    what = config.path or config.hub_name or config.name
+    _check_vocabulary(what, model, tokenizer)
+    check_runs(what, model)
     return LoadedModel(model, tokenizer, identity)
 
 
@@ -123,7 +130,7 @@ def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedMod
         folder = hub_snapshot(_hub_name(config), config.revision, ["config.json"])
     architecture = _architecture(config) if folder is None else _local_architecture(folder)
     family_named(architecture.model_type)
-    with torch.device("meta"):
+    with transformers_reads(folder or config.name), torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
 
 
@@ -157,7 +164,8 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
     settings = dict(config.architecture)
     family_named(str(settings.get("model_type")))
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with transformers_reads(f"the architecture of model={config.name}"):
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
@@ -173,7 +181,10 @@ def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
 def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_architecture(config), dtype=dtype)
+        architecture = _architecture(config)
+        with transformers_reads(config.name):
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    check_values(config.name, model)
     identity = f"random:{json.dumps(config.architecture, sort_keys=True)}:{seed}:{config.dtype}"
     return model, ByT5Tokenizer(extra_ids=0), identity
 
@@ -181,8 +192,7 @@ def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrai
 def _local_architecture(folder: Path) -> PreTrainedConfig:
     if not folder.is_dir():
         raise ConfigError(f"model.path={str(folder)!r} is not a folder: give one that transformers can load")
-    with transformers_reads(folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return read_config(folder)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -193,6 +203,13 @@ def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
     model = read_weights(folder, dtype, device)
     with transformers_reads(folder):
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _check_vocabulary(what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Added tokens may lie beyond the model's, which a text without them does not reach.
+    known = vocabulary_of(model)
+    if tokenizer.vocab_size > known:
+        raise DataError(f"{what}: its tokenizer knows {tokenizer.vocab_size} tokens, and the model {known}")
 
 
 def _digest_of_files(folder: Path) -> str:
@@ -219,23 +236,15 @@ def _hub_folder(config: ModelConfig) -> Path:
     architecture = _local_architecture(folder)
     family_named(architecture.model_type)
     _check_architecture(config, architecture)  # before gigabytes are downloaded
-    for index, single in _WEIGHTS:
+    for index, single in WEIGHTS:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         hub_snapshot(name, folder.name, files)
         if all((folder / file).is_file() for file in files):
             return folder
-    kinds = ", ".join(single for _, single in _WEIGHTS)
+    kinds = ", ".join(single for _, single in WEIGHTS)
     raise DataError(
         f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, or an index of several"
     )
-
-
-def indexed_files(index: Path) -> list[str]:
-    """The files of weights that an index names."""
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the index of weights {index} cannot be read: {error}") from error
 
 
 def _smollm2_folder() -> Path:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
-from permllm.errors import DataError
-from permllm.models.loading import dense_folder, folder_identity, indexed_files, load_model, meta_model
+from permllm.models.checkpoint import check_checkpoint, tensor_places, transformers_reads, weight_files
+from permllm.models.loading import dense_folder, folder_identity, load_model, meta_model
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -62,7 +62,7 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     tensor; any other (and a random model) is loaded as a whole.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: it cannot be had, or its files hold another model than its config says.
     """
     folder = dense_folder(config)
     if folder is not None:
@@ -88,24 +88,15 @@ def parameter_names(model: PreTrainedModel) -> list[str]:
 
 
 def _files(folder: Path, wanted: set[str]) -> TensorReader | None:
-    index = folder / "model.safetensors.index.json"
-    where: dict[str, Path] = {}
-    try:
-        if index.is_file():
-            files = indexed_files(index)
-        else:
-            files = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-        for name in files:
-            with safe_open(folder / name, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), folder / name)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"the files of {folder} cannot be read: {error}") from error
-    if not wanted <= set(where):
+    check_checkpoint(folder)
+    files = weight_files(folder)
+    where = tensor_places(files) if files[0].suffix == ".safetensors" else {}
+    if not wanted <= where.keys():
         return None
 
     def read(name: str) -> Tensor:
         # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
-        with safe_open(where[name], framework="pt") as file:
+        with safe_open(where[name][0], framework="pt") as file:
             return file.get_tensor(name)
 
     return read
@@ -119,5 +110,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _generation(skeleton: PreTrainedModel, folder: Path) -> GenerationConfig:
     if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        with transformers_reads(folder):
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
     return GenerationConfig.from_model_config(skeleton.config)

@@ -312,7 +312,21 @@ class TensorIndex(TypedDict):
     weight_map: Annotated[dict[str, FileName], Field(min_length=1)]
 
 
+# Not a kernel of the hub, nor what transformers may take one for: it would be a stranger's code.
+_Attention = Literal["eager", "sdpa"] | None
+
+
 class ModelSettings(TypedDict):
-    """A transformers `config.json`, of which transformers itself checks the rest."""
+    """A transformers `config.json`, of which transformers itself checks the rest.
+
+    What takes the longer to build the larger it is has a limit.
+    """
 
     model_type: str
+    num_hidden_layers: NotRequired[Annotated[int, Field(ge=1, le=1000)]]
+    num_labels: NotRequired[Annotated[int, Field(ge=0, le=100_000)]]
+    attn_implementation: NotRequired[_Attention]
+    _attn_implementation: NotRequired[_Attention]
+    transformers_weights: NotRequired[None]
+    quantization_config: NotRequired[Object | None]
+    gathers: NotRequired[list[str]]

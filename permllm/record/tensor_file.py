@@ -27,7 +27,8 @@ from permllm.record.schema import validated
 # In the metadata of a safetensors file, and in a JSON object of ours.
 CHECKSUM = "crc32"
 _LONGEST_HEADER = 100_000_000
-_TYPES = {
+# What a header calls the formats that are written.
+TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -66,7 +67,7 @@ def write_file(
     for name in names:
         start, end = end, end + planned[name].numel() * planned[name].element_size()
         shape = list(planned[name].shape)
-        entries[name] = {"dtype": _TYPES[planned[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": TYPES[planned[name].dtype], "shape": shape, "data_offsets": [start, end]}
 
     def header(checksums: dict[str, str]) -> bytes:
         kept = {"format": "pt", **(metadata or {}), CHECKSUM: json.dumps(checksums)}

@@ -53,7 +53,7 @@ def test_rotary_frequencies_stay_in_float32(folder: Path) -> None:
 def test_a_truncated_weight_file_is_one_line(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(DataError, match="transformers cannot load"):
+    with pytest.raises(DataError, match="truncated or something else"):
         load_model(local(folder), seed=0)
 
 
@@ -73,7 +73,7 @@ def test_folders_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         load_model(local(tmp_path / "nothing"), seed=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="transformers cannot load"):
+    with pytest.raises(DataError, match=r"config\.json cannot be read"):
         load_model(local(tmp_path / "empty"), seed=0)
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
         tmp_path / "bert"
@@ -90,9 +90,8 @@ def test_random_weights_follow_the_seed() -> None:
     assert not torch.equal(first, other)
 
 
-def test_weights_are_read_onto_the_device_and_not_moved_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_read_onto_the_device_and_not_moved_there(folder: Path) -> None:
     # A device that every machine has, and that is not the host's memory; what is there has no values to check.
-    monkeypatch.setattr(checkpoint, "_check_finite", lambda folder, model: None)
     model = checkpoint.read_weights(folder, torch.bfloat16, torch.device("meta"))
     assert model.device == torch.device("meta")
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
