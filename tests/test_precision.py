@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from permllm import precision
+from permllm.models.head import Head
 from permllm.permutation.blocks import BlockLogits, split_blocks
 from permllm.permutation.losses import head_divergence
 from permllm.permutation.masked_linear import PermutedMaskedLinear
@@ -77,10 +78,10 @@ def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
     model = tiny_model("llama")
     target = torch.randn(2, 5, 32)
     output = (target + 0.3 * torch.randn(2, 5, 32)).requires_grad_()
-    exact = head_divergence(model, output, target)
+    exact = head_divergence(Head(model), output, target)
     (exact_grad,) = torch.autograd.grad(exact, output)
     with products_in(torch.bfloat16, CPU):
-        rounded = head_divergence(model, output, target)
+        rounded = head_divergence(Head(model), output, target)
         (grad,) = torch.autograd.grad(rounded, output)
     assert rounded.dtype == grad.dtype == torch.float32
     assert rounded != exact

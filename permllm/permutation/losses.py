@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.models.families import after_layers
+from permllm.models.head import Head
 from permllm.precision import product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
@@ -25,7 +25,8 @@ def loss_named(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor
         model: whose final norm and head `kl` goes through.
     """
     if name == "kl":
-        return lambda output, target: head_divergence(model, output, target)
+        head = Head(model)
+        return lambda output, target: head_divergence(head, output, target)
     return {"cosine": cosine_loss, "mse": mean_square_loss}[name]
 
 
@@ -41,17 +42,19 @@ def mean_square_loss(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
-def head_divergence(model: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
     """`KL(dense || sparse)` of the next-token distributions, mean over tokens, in float32 or wider.
 
     Args:
-        model: its modules after the decoder layers and its head are applied to both.
+        head: of the model; applied to both.
         output, target: of the last decoder layer, `(batch, tokens, hidden)`.
     """
     with torch.no_grad():
-        dense = after_layers(model, target).flatten(0, -2)
-    sparse = after_layers(model, output).flatten(0, -2)
-    return _HeadDivergence.apply(sparse, dense, model.get_output_embeddings().weight)  # type: ignore[operator]
+        dense = head.reads(target).flatten(0, -2)
+    sparse = head.reads(output).flatten(0, -2)
+    if head.plain:
+        return _HeadDivergence.apply(sparse, dense, head.weight)
+    return _OwnHeadDivergence.apply(sparse, dense, head)
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -71,6 +74,33 @@ class _HeadDivergence(torch.autograd.Function):
             total += log_p.sub_(log_q).mul_(p).sum()
             if grad is not None:
                 grad[part] = log_q.exp_().sub_(p).div_(len(sparse)).to(dtype) @ weight
+        ctx.save_for_backward(*([] if grad is None else [grad]))
+        return total / len(sparse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None
+
+
+class _OwnHeadDivergence(torch.autograd.Function):
+    """The same of a head that is more than a product: each chunk goes through the model's own forward and back at once."""
+
+    @staticmethod
+    def forward(ctx: Any, sparse: Tensor, dense: Tensor, head: Head) -> Tensor:
+        total = _wide(sparse.new_zeros(()))
+        grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
+        for first in range(0, len(sparse), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            log_p = _wide(head.logits(dense[part])).log_softmax(-1)
+            states = sparse[part].detach().requires_grad_()
+            with torch.set_grad_enabled(grad is not None):
+                log_q = _wide(head.logits(states)).log_softmax(-1)
+                divergence = (log_p.exp() * (log_p - log_q)).sum()
+            total += divergence.detach()
+            if grad is not None:
+                (of_part,) = torch.autograd.grad(divergence, states)
+                grad[part] = of_part.div_(len(sparse))
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return total / len(sparse)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ WANDB_ID = ".wandb-id"
 _NOT_IN_A_NAME = ("experiment", "hparams_search", "logger", "runs_dir", "run_dir", "force")
 # Where a pass belongs, not what it found.
 _WITHOUT_CHART = ("pass/pass", "pass/round", "pass/first_layer", "pass/last_layer")
+# Of ours, and what W&B makes itself.
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # W&B refuses longer ones.
 _LONGEST_NAME = 128
 _LONGEST_TAG = 64
@@ -148,7 +151,10 @@ def _wandb_id(config: RunConfig, directory: Path) -> str:
     """The id that a continued run had before, so that its curves go on; a new one for a new run, and for force=true."""
     file = directory / WANDB_ID
     if file.is_file() and not config.force:
-        return file.read_text(encoding="utf-8").strip()
+        known = file.read_bytes().decode("ascii", errors="replace").strip()
+        if _ID.fullmatch(known):
+            return known
+        log.warning("%s holds no id of a W&B run: this run goes on in a new one", file)
     # Not the hash alone: a run that was deleted here and is run again is another one.
     run_id = f"{config.hash()}-{secrets.token_hex(4)}"
     write_text(file, run_id + "\n")

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import stat
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from permllm import runner
 from permllm.config import read_config
+from permllm.data.text import read_text_file
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.record.files import write_text
 from permllm.results.environment import environment
+from permllm.results.loggers import WANDB_ID, _wandb_id
 from tests.conftest import run_command
 from tests.test_config import composed
 
@@ -35,6 +40,101 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
 def test_values_that_cannot_work_are_one_line(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         runner.run(read_config(composed(*TINY, override, f"runs_dir={tmp_path}")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["permutation.block_size=16"], r"permutation\.block_size=16 is not block_size, .* set block_size=16$"),
+        (["permutation.block_size=30", "plan=true"], "set block_size=30$"),
+        (["permutation.temperature=null"], "set temperature=OPTION or temperature.KEY=VALUE$"),
+        (["++permutation.temperature.start=2", "plan=true"], "set temperature=OPTION or temperature.KEY=VALUE$"),
+        (["logger=wandb", "logger.project=a/b"], r"logger\.project='a/b': W&B allows none of / \\ # \? % :"),
+        (["logger=wandb", f"logger.project={'a' * 129}"], "W&B allows 128 characters, and it has 129"),
+    ],
+)
+def test_values_that_another_setting_or_a_service_does_not_allow_are_refused_first(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(composed(*overrides))
+
+
+def test_what_repeats_a_setting_follows_it() -> None:
+    config = read_config(composed("block_size=16", "temperature=cosine", "logger.project=a-b"))
+    assert config.permutation["block_size"] == 16
+    assert config.permutation["temperature"]["name"] == "cosine"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a/b\n", b"x" * 1000, b"two words\n", "\uff41".encode()])
+def test_a_broken_id_of_a_wandb_run_is_replaced_with_a_word(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_config(composed("model=tiny"))
+    (tmp_path / WANDB_ID).write_bytes(content)
+    made = _wandb_id(config, tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{10}-[0-9a-f]{8}", made)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / WANDB_ID} holds no id of a W&B run: this run goes on in a new one"
+    ]
+    caplog.clear()
+    assert _wandb_id(config, tmp_path) == made
+    assert not caplog.records
+
+
+BROKEN_TEXTS: dict[str, tuple[bytes, str]] = {
+    "latin.txt": ("é".encode("latin-1"), "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+    "empty.jsonl": (b"", "holds no text"),
+    "blank.jsonl": (b'{"text": ""}\n{"text": null}\n', "holds no text"),
+    "cut.jsonl": (b'{"text": "a"}\n{"te', "cannot be read: Unterminated string"),
+    "number.jsonl": (b'{"text": "a"}\n\n{"text": 5}\n', "row 2: its `text` is no string but int"),
+    "list.json": (b'[{"text": "a"}, {"text": ["b"]}]', "row 2: its `text` is no string but list"),
+    "strings.json": (b'["a", "b"]', "row 1 is no object with a `text`"),
+    "scalar.json": (b"5", "row 1 is no object with a `text`"),
+    "half.jsonl": (b'{"text": "a\\ud800"}', "row 1: its `text` holds half of a character"),
+    "deep.json": (b"[" * 100_000, "cannot be read: maximum recursion depth"),
+    "other.jsonl": (b'{"body": "a", "title": "b"}', "no column `text`; its columns are body, title"),
+    "binary.jsonl": (bytes(range(256)), "cannot be read: 'utf-8' codec"),
+    "garbage.parquet": (b"PAR1garbagePAR1", "cannot be read: "),
+    "empty.parquet": (b"", "cannot be read: "),
+    "x.pdf": (b"x", "the ending '.pdf' is not known"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN_TEXTS))
+def test_a_text_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
+    content, message = BROKEN_TEXTS[name]
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        read_text_file(str(file))
+    assert str(raised.value).startswith(f"text file {file}")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_texts_that_are_no_strings_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    for values, message in ([[1, 2], "row 1: its `text` is no string but int"], [[b"x"], "no string but bytes"]):
+        parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=message):
+            read_text_file(str(tmp_path / "a.parquet"))
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), file)
+    assert read_text_file(str(file)) == ["one", "two"]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    file.write_bytes(content[:-20])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_text_file(str(file))
+
+
+def test_what_is_no_file_is_not_read_as_a_text(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    for name in ("folder.txt", "pipe.txt", "device.txt"):
+        with pytest.raises(DataError, match="is no file"):
+            read_text_file(str(tmp_path / name))
+    with pytest.raises(DataError, match="does not exist"):
+        read_text_file("a\0b.txt")
 
 
 @pytest.mark.parametrize("words", [("pruner=null",), ("-m", "permutation=none", "pruner=wanda,null")])

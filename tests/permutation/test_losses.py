@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from permllm.models.families import FAMILIES, after_layers, decoder_layers
+from permllm.models.families import _LLAMA, FAMILIES, Family, GroupTable, after_layers, decoder_layers
+from permllm.models.head import Head
 from permllm.permutation import losses
 from permllm.permutation.losses import cosine_loss, head_divergence, mean_square_loss
 from tests.conftest import tiny_model
@@ -42,11 +46,11 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(monkeypatch:
     q = model.lm_head(model.model.norm(reference)).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     expected.backward()
-    found = head_divergence(model, output, target)
+    found = head_divergence(Head(model), output, target)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
-    assert float(head_divergence(model, target, target)) == pytest.approx(0.0, abs=1e-12)
+    assert float(head_divergence(Head(model), target, target)) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -62,3 +66,90 @@ def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> N
         handle.remove()
         found = model.get_output_embeddings()(after_layers(model, seen[0]))
     torch.testing.assert_close(found, expected)
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 259,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_PHI = Family("model.layers", (GroupTable("mlp.fc1", ("mlp.fc1",), "mlp"),), ("model.final_layernorm",), (), (), ())
+# Families that the project does not prune, for what their heads do beside the product.
+HEADS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "gemma2": (_LLAMA, {"final_logit_softcapping": 3.0}),
+    "cohere": (_LLAMA, {"logit_scale": 0.0625}),
+    "granite": (_LLAMA, {"logits_scaling": 1.001}),
+    "phi": (_PHI, {}),
+}
+
+
+def model_of(model_type: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    family, own = HEADS.get(model_type, (_LLAMA, {}))
+    monkeypatch.setitem(FAMILIES, model_type, family)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(_SIZES | own | settings))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("model_type", sorted(HEADS))
+def test_the_divergence_goes_through_whatever_the_models_own_head_does(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK", 4)
+    model = model_of(model_type, {}, monkeypatch)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 259, (2, 9), generator=generator)
+    seen: list[torch.Tensor] = []
+    handle = decoder_layers(model)[-1].register_forward_hook(
+        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    p = model(input_ids=tokens).logits.log_softmax(-1)
+    handle.remove()
+    target = seen[0]
+    output = (target + torch.randn(target.shape, dtype=torch.float64, generator=generator)).requires_grad_()
+    reference = output.detach().clone().requires_grad_()
+    # The model from its tokens to its logits, its last layer answering with the other output.
+    handle = decoder_layers(model)[-1].register_forward_hook(
+        lambda _, __, given: (reference, *given[1:]) if isinstance(given, tuple) else reference
+    )
+    q = model(input_ids=tokens).logits.log_softmax(-1)
+    handle.remove()
+    expected = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / tokens.numel()
+    expected.backward()
+
+    head = Head(model)
+    assert not head.plain
+    found = head_divergence(head, output, target)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
+    torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
+    with torch.no_grad():
+        assert float(head_divergence(head, output, target)) == pytest.approx(float(expected.detach()), rel=1e-10)
+        torch.testing.assert_close(model(input_ids=tokens).logits.log_softmax(-1), p)  # the model is as it was
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_are_a_product_are_found_out_without_a_random_number(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype=dtype)
+    before = torch.get_rng_state()
+    assert Head(model).plain
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("model_type", "neutral"), [("gemma2", None), ("cohere", 1.0), ("granite", 1.0)])
+def test_a_setting_that_does_nothing_leaves_a_head_plain(
+    model_type: str, neutral: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (setting,) = HEADS[model_type][1]
+    assert Head(model_of(model_type, {setting: neutral}, monkeypatch)).plain

@@ -1,0 +1,91 @@
+"""What a model makes of the last hidden states: its logits, by whatever its own forward does to them.
+
+Most heads are a product with a matrix. Some add a bias, scale the logits or cap them (Phi, Cohere, Granite, Gemma 2), each
+family in its own `forward` by a setting of its own name. So the forward is asked: a head that gives the product is plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from permllm.models.families import after_layers, family_of
+
+# Tokens of the vocabulary, and hidden states, that a head is compared with the plain product on.
+_ROWS, _STATES = 64, 8
+# Largest logits of the comparison: where any cap shows, and where none of them does yet.
+_SIZES = (1e-2, 1.0, 1e4)
+
+
+class Head:
+    """Norm and head of a causal language model.
+
+    Args:
+        model: of a known family.
+
+    Attributes:
+        weight: `(vocabulary, hidden)`.
+        plain: whether the logits are the product with the weight and nothing else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._module: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        # The module that holds the layers, norms what they give, and is all that the forward asks before the head.
+        self._body = model.get_submodule(family_of(model).layers.rpartition(".")[0])
+        self.weight: Tensor = self._module.weight  # type: ignore[assignment]
+        self.plain = self._is_plain()
+
+    def reads(self, output: Tensor) -> Tensor:
+        """What the head reads, given the output `(..., hidden)` of the last decoder layer: the norm, for the most part."""
+        return after_layers(self._model, output)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The model's own logits `(tokens, vocabulary)` of states `(tokens, hidden)` that the head reads."""
+        with self._answering(states):
+            return self._forward(len(states))
+
+    def _forward(self, tokens: int, replaced: dict[str, Tensor] | None = None) -> Tensor:
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.weight.device)
+        output = functional_call(self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False})
+        logits: Tensor = output.logits
+        return logits[0]
+
+    @contextmanager
+    def _answering(self, states: Tensor) -> Iterator[None]:
+        """The body answers with these states, whatever it is asked."""
+        before = vars(self._body).get("forward")
+        answer = BaseModelOutputWithPast(last_hidden_state=states[None])  # type: ignore[arg-type]
+        self._body.forward = lambda *_, **__: answer
+        try:
+            yield
+        finally:
+            del self._body.forward
+            if before is not None:
+                self._body.forward = before
+
+    @torch.no_grad()
+    def _is_plain(self) -> bool:
+        zero = torch.zeros(1, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        if self.logits(zero).any():  # a bias
+            return False
+        # A part of the vocabulary in float64, so that no rounding, of the weights' format or of products, hides a difference.
+        name = next(name for name, module in self._model.named_modules() if module is self._module)
+        part = {f"{name}.{key}": value[:_ROWS].double() for key, value in self._module.named_parameters()}
+        weight = part[f"{name}.weight"]
+        states = torch.randn(_STATES, weight.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        states = states.to(weight.device)
+        product = states @ weight.t()
+        largest = product.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        for size in _SIZES:
+            with self._answering(states * (size / largest)):
+                found = self._forward(_STATES, part).double()
+            # Logits may be given in float32.
+            if not torch.allclose(found, product * (size / largest), rtol=1e-5, atol=1e-6 * size):
+                return False
+        return True
