@@ -1,7 +1,8 @@
 """Results that several jobs need are computed once: kept in the cache directory under a digest of what they follow from.
 
 A lock for each digest lets jobs that run at the same time, in any processes that share the folder, wait for the first of them
-instead of computing the same. Kept files are never changed; deleting the folder costs time and nothing else.
+instead of computing the same. Kept files are never changed, and one that was is computed again; deleting the folder costs time
+and nothing else.
 """
 
 from __future__ import annotations
@@ -14,50 +15,86 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from filelock import FileLock, Timeout
 from torch import Tensor
+from typing_extensions import TypedDict
 
 import permllm
 from permllm.data.wheels import cache_directory
 from permllm.errors import DataError
-from permllm.record.files import write_json, write_tensors
+from permllm.record.files import has_checksum, read_json, scratch_of, write_record, write_tensors
+from permllm.record.schema import Object, Schema, validated
+from permllm.record.tensor_file import CHECKSUM, read_header, read_tensors
 from permllm.results.environment import versions
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+_IDENTITY = "identity"
 # Folders of the package whose code decides what is kept.
 _CODE = ("data", "evaluation", "models", "pruning")
 
 
-def cached_values(kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+class _Kept(TypedDict):
+    """A file of `cached_values`."""
+
+    identity: Object
+    result: Object
+
+
+def cached_values(
+    kind: str, identity: Mapping[str, Any], schema: type[Schema], compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """Plain values that follow from `identity` and the present software versions.
 
     Args:
         kind: folder in the cache directory.
         identity: plain values that the result depends on: model, protocol, digest of the text.
-        compute: called where nothing is kept yet, or what is kept cannot be read.
+        schema: of the result.
+        compute: called where nothing is kept yet, or what is kept is not what was written.
     """
+    text = json.dumps(dict(identity), sort_keys=True)
 
     def write(file: Path, result: dict[str, Any]) -> None:
-        write_json(file, {"identity": dict(identity), "versions": versions(), "result": result})
+        write_record(file, {"identity": dict(identity), "versions": versions(), "result": result})
 
     def read(file: Path) -> dict[str, Any]:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["result"])
+        kept = read_json(file, _Kept)
+        if kept["identity"] != json.loads(text) or not has_checksum(file):
+            raise DataError(f"{file} is of something else, or of an older version")
+        validated(str(file), kept["result"], schema)
+        return dict(kept["result"])
 
     return _cached(_file(kind, identity, ".json"), compute, read, write)
 
 
 def cached_tensors(kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """`cached_values` for tensors by name, kept exactly, on the CPU."""
+    text = json.dumps(dict(identity), sort_keys=True)
 
     def write(file: Path, tensors: dict[str, Tensor]) -> None:
-        write_tensors(file, tensors, {"identity": json.dumps(dict(identity), sort_keys=True)})
+        write_tensors(file, tensors, {_IDENTITY: text})
 
-    return _cached(_file(kind, identity, ".safetensors"), compute, load_file, write)
+    def read(file: Path) -> dict[str, Tensor]:
+        _, metadata, _ = read_header(file)
+        if metadata.get(_IDENTITY) != text or CHECKSUM not in metadata:
+            raise DataError(f"{file} is of something else, or of an older version")
+        return read_tensors(file)
+
+    return _cached(_file(kind, identity, ".safetensors"), compute, read, write)
+
+
+def clear_cache() -> None:
+    """Remove what processes that were killed were writing into the cache: a target can be as large as a model."""
+    for scratch in cache_directory().glob("*/.*"):
+        name = scratch_of(scratch)
+        if name and scratch.is_file():
+            try:
+                with FileLock((scratch.parent / name).with_suffix(".lock"), timeout=0):
+                    scratch.unlink(missing_ok=True)
+            except Timeout:
+                continue  # a living one is writing it
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -89,7 +126,8 @@ def _cached(
         if file.is_file():
             try:
                 return read(file)
-            except (OSError, ValueError, KeyError, SafetensorError):
+            except DataError as error:
+                log.warning("%s: computing it again", error)
                 file.unlink(missing_ok=True)
         result = compute()
         try:

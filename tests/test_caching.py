@@ -23,6 +23,7 @@ from permllm.pruning.shared_calibration import packed_factors, shared_calibratio
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.statistics import NormOver
 from permllm.pruning.wanda import Wanda
+from permllm.record.schema import Object
 from tests.conftest import tiny_model
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -32,6 +33,7 @@ WORK = """
 import sys, time
 from pathlib import Path
 from permllm.caching import cached_values
+from permllm.record.schema import Object
 
 def compute():
     with open(sys.argv[1], "a") as stream:
@@ -39,7 +41,7 @@ def compute():
     time.sleep(1)
     return {"value": 1.5}
 
-assert cached_values("kind", {"a": 1}, compute) == {"value": 1.5}
+assert cached_values("kind", {"a": 1}, Object, compute) == {"value": 1.5}
 """
 
 
@@ -64,16 +66,16 @@ def test_values_and_tensors_come_back_as_they_were_and_anything_else_is_computed
     for file in (cache / "kind").glob("*.safetensors"):
         file.write_bytes(b"broken")
     assert cached_tensors("kind", {"a": 1}, lambda: {"a": torch.ones(1)}) == {"a": torch.ones(1)}
-    assert cached_values("kind", {"a": 1}, lambda: {"x": [1, None]}) == {"x": [1, None]}
-    assert cached_values("kind", {"a": 1}, lambda: {"x": 0}) == {"x": [1, None]}
+    assert cached_values("kind", {"a": 1}, Object, lambda: {"x": [1, None]}) == {"x": [1, None]}
+    assert cached_values("kind", {"a": 1}, Object, lambda: {"x": 0}) == {"x": [1, None]}
 
 
 def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def full(*_: object) -> None:
         raise DataError("no space left to write it")
 
-    monkeypatch.setattr("permllm.caching.write_json", full)
-    assert cached_values("kind", {"a": 1}, lambda: {"x": 1}) == {"x": 1}
+    monkeypatch.setattr("permllm.caching.write_record", full)
+    assert cached_values("kind", {"a": 1}, Object, lambda: {"x": 1}) == {"x": 1}
     assert "no space left" in caplog.text
 
 

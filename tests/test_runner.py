@@ -17,7 +17,10 @@ from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
-from permllm.results.record import RunRecord, apply_record, read_masks, write_masks
+from permllm.record.files import read_json
+from permllm.record.run_tensors import read_masks, write_masks
+from permllm.record.schema import Environment, Metrics
+from permllm.results.record import RunRecord, apply_record
 from permllm.sparsity import violations
 from tests.test_config import composed
 
@@ -34,7 +37,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     cache: Path, tmp_path: Path, pruner: str, permutation: str
 ) -> None:
     metrics, directory = run(tmp_path, f"pruner={pruner}", f"permutation={permutation}")
-    assert json.loads((directory / "metrics.json").read_text()) == metrics
+    assert read_json(directory / "metrics.json", Metrics) == metrics
     assert metrics["schema_version"] == 1
     for which in ("dense", "sparse"):
         assert set(metrics["perplexity"][which]["builtin"]) == {"value", "window", "tokens"}
@@ -72,7 +75,7 @@ def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
     assert [line["pass"] for line in lines] == list(range(1, 6))
     learned = {"loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
     assert set(lines[0]) == learned | {"pass", "round", "first_layer", "last_layer"}
-    environment = json.loads((directory / "environment.json").read_text())
+    environment = read_json(directory / "environment.json", Environment)
     assert {"versions", "git", "hardware", "seed", "command", "started"} == set(environment)
     assert yaml.safe_load((directory / "config.yaml").read_text())["sparsity"] == "2:4"
 
@@ -132,7 +135,7 @@ def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) ->
     )
     orders, expected = (load_file(d / "permutations.safetensors") for d in (other_directory, directory))
     assert all(torch.equal(orders[name], expected[name]) for name in expected)
-    with pytest.raises(ConfigError, match="is not a permutation of 16 channels"):
+    with pytest.raises(ConfigError, match="is of 32 channels, not 16"):
         run(
             tmp_path, "permutation=from_file", f"permutation.path={directory}", "model.architecture.hidden_size=16",
             "model.architecture.num_attention_heads=2",
@@ -164,7 +167,7 @@ def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
     metrics, _ = run(tmp_path, f"sparsity='{sparsity}'", "permutation.passes=1")
     n, m = map(int, sparsity.split(":"))
     assert metrics["sparsity"] | {"weights_changed": None} == {
-        "pattern": sparsity, "fraction": 1 - n / m, "violations": 0, "weights_changed": None,
+        "pattern": sparsity, "fraction": 1 - n / m, "violations": 0, "weights_changed": None, "weights_kept": False,
     }  # fmt: skip
 
 
@@ -268,7 +271,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     def full(*args: Any, **keywords: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("permllm.record.files.save_file", full)
+    monkeypatch.setattr("permllm.record.files.write_file", full)
     with pytest.raises(DataError, match="no space left to write"):
         run(tmp_path, "permutation=none")
     (directory,) = (tmp_path / "runs").iterdir()

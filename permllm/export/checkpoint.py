@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import time
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -26,12 +22,12 @@ from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
 from permllm.export.transformers_classes import METHOD, sparse_config
 from permllm.models.checkpoint import all_finite, weight_files
-from permllm.models.families import channel_groups
+from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.source import DenseSource, dense_source, parameter_names
-from permllm.record.files import read_json, scratch_of, write_json, write_record
-from permllm.record.schema import ExportSummary
+from permllm.record.files import read_json, read_yaml, scratch_of, write_json, write_record
+from permllm.record.schema import Environment, ExportSummary, Metrics, Settings
 from permllm.record.tensor_file import read_header, write_file
-from permllm.results.record import CONFIG, MASKS, METRICS, PERMUTATIONS, WEIGHTS, mask_reader
+from permllm.results.record import CONFIG, ENVIRONMENT, METRICS, Pruned
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of
 
@@ -160,44 +156,32 @@ class _Record:
     """What an export needs of a run directory; masks and changed weights one at a time."""
 
     def __init__(self, directory: Path) -> None:
-        try:
-            self.metrics: dict[str, Any] = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-            self.config: dict[str, Any] = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-            environment = directory / "environment.json"
-            self.environment: dict[str, Any] = (
-                json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {}
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{directory} is not a run directory: {error}") from error
-        if self.metrics.get("status", "finished") != "finished":
+        if not (directory / METRICS).is_file():
+            raise ConfigError(f"{directory} is not a run directory: it has no {METRICS}")
+        self.metrics: dict[str, Any] = dict(read_json(directory / METRICS, Metrics))
+        self.config: dict[str, Any] = dict(read_yaml(directory / CONFIG, Settings))
+        environment = directory / ENVIRONMENT
+        self.environment: dict[str, Any] = dict(read_json(environment, Environment)) if environment.is_file() else {}
+        if self.metrics["status"] != "finished":
             raise ConfigError(
                 f"{directory} is not finished (status {self.metrics['status']!r}); the same command continues it"
             )
-        if "sparsity" not in self.metrics or not (directory / PERMUTATIONS).is_file():
-            raise ConfigError(f"{directory} holds no pruned model yet: it stopped before, or its tensors were removed")
+        if "sparsity" not in self.metrics:
+            raise ConfigError(f"{directory} holds no pruned model")
         self.pattern = NMPattern.parse(self.config["sparsity"])
-        try:
-            self.orders = load_file(directory / PERMUTATIONS)
-            self._masks = mask_reader(directory / MASKS)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise DataError(f"{directory}: its orders or masks cannot be read: {error}") from error
-        self._weights = directory / WEIGHTS
-        if self.metrics["sparsity"].get("weights_changed") and not self._weights.is_file():
-            raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
+        self._directory = directory
 
-    def prune(self, path: str, dense: Tensor) -> Tensor:
-        """The pruned weight of a linear, original channel order."""
-        if self._weights.is_file():
-            with safe_open(self._weights, framework="pt") as file:
-                dense = file.get_tensor(path)
-        return torch.where(self._masks(path), dense, 0.0)
+    def pruned(self, groups: list[ChannelGroup]) -> Pruned:
+        """The orders and weights, for a model of these channel groups."""
+        return Pruned(self._directory, self.metrics, groups, self.pattern)
 
 
 def _write(record: _Record, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
     skeleton = source.skeleton
     groups = channel_groups(skeleton)
     pruned = {f"{path}.weight": path for group in groups for path in group.members}
-    stored = stored_order(request.form, skeleton, groups, record.orders)
+    kept = record.pruned(groups)
+    stored = stored_order(request.form, skeleton, groups, kept.orders)
     dtype = getattr(torch, request.dtype or record.config["model"]["dtype"])
     packed = record.pattern if request.format == "packed" else None
 
@@ -223,11 +207,11 @@ def _write(record: _Record, request: Request, source: DenseSource, folder: Path,
         if name.endswith(".input_order"):
             return stored.gathers[name.removesuffix(".input_order")].to(torch.int32)
         if name in shapes:
-            return _stored(record, source, stored, name, pruned.get(name), dtype)
+            return _stored(record, kept, source, stored, name, pruned.get(name), dtype)
         if name not in held:
             assert packed is not None
             base = name.removesuffix("_values").removesuffix("_places")
-            values, places = pack(_stored(record, source, stored, base, pruned[base], dtype), packed)
+            values, places = pack(_stored(record, kept, source, stored, base, pruned[base], dtype), packed)
             held.update({f"{base}_values": values, f"{base}_places": places})
         return held.pop(name)
 
@@ -251,7 +235,13 @@ def _write(record: _Record, request: Request, source: DenseSource, folder: Path,
 
 
 def _stored(
-    record: _Record, source: DenseSource, stored: StoredOrder, name: str, path: str | None, dtype: torch.dtype
+    record: _Record,
+    kept: Pruned,
+    source: DenseSource,
+    stored: StoredOrder,
+    name: str,
+    path: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """One tensor as the checkpoint holds it."""
     tensor = source.read(name)
@@ -260,7 +250,7 @@ def _stored(
     # The masks belong to the weights in the run's dtype.
     tensor = tensor.to(getattr(torch, record.config["model"]["dtype"]))
     if path is not None:
-        tensor = record.prune(path, tensor)
+        tensor = kept.weight(path, tensor)
     cast = tensor.to(dtype)
     if not all_finite(cast):
         raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype")

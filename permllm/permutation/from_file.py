@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.shared import foldable
+from permllm.record.run_tensors import read_orders
 from permllm.sparsity import NMPattern
 
 
@@ -22,6 +20,9 @@ class FromFile:
 
     Args:
         path: the file, or a run directory that holds one.
+
+    Raises:
+        DataError: the file cannot be read, was changed, or holds something else than permutations.
     """
 
     path: str
@@ -36,10 +37,7 @@ class FromFile:
         file = Path(self.path)
         if file.is_dir():
             file = file / "permutations.safetensors"
-        try:
-            self._orders = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"permutation.path={self.path}: no readable permutations file ({error})") from error
+        self._orders = read_orders(file)
 
     def check_foldable(self, groups: list[ChannelGroup]) -> None:
         """Raise ConfigError unless the stored orders fold into the neighbouring weights."""
@@ -53,7 +51,7 @@ class FromFile:
         """The stored order of one channel group, int64 `(C_in,)`.
 
         Raises:
-            ConfigError: the file has no such group, or not a permutation of its channels.
+            ConfigError: the file has no such group, or one of another width.
         """
         return self._order(group, saliency.shape[1])
 
@@ -61,8 +59,6 @@ class FromFile:
         perm = self._orders.get(group)
         if perm is None:
             raise ConfigError(f"permutation.path={self.path}: no order for {group}; is it from another model?")
-        if perm.shape != (channels,) or not torch.equal(perm.sort().values, torch.arange(channels)):
-            raise ConfigError(
-                f"permutation.path={self.path}: the order of {group} is not a permutation of {channels} channels"
-            )
+        if len(perm) != channels:
+            raise ConfigError(f"permutation.path={self.path}: the order of {group} is of {len(perm)} channels, not {channels}")
         return perm

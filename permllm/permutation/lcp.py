@@ -151,6 +151,8 @@ class LCP:
         # Another GPU, or a folder without the checkpoint, must not let a process learn from elsewhere than the others.
         orders = parallel.from_first(lambda: self.start_orders(problem, shared, spans[0][0]))
         state = parallel.from_first(lambda: read_checkpoint(problem))
+        problem.on_resume([] if state is None else state["passes"])
+        passes = [] if state is None else list(state["passes"])
         begin = 0 if state is None else state["window"]
         if state is not None:
             orders |= {name: order.cpu() for name, order in state["best"].items()}
@@ -169,7 +171,8 @@ class LCP:
             logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or round_ > 0)
             kernels = self.kernels(problem, learning)
             with masked_linears(self, problem, window, kernels) as linears:
-                training = Training(self, problem, shared, window, orders, logits, linears, best_loss if round_ else math.inf)
+                start_loss = best_loss if round_ else math.inf
+                training = Training(self, problem, shared, window, orders, logits, linears, start_loss, passes)
                 if state is not None and number == begin:
                     training.restore(state)
                 orders = training.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,11 @@ class LearningProblem:
         seed: of the initial logits and the order of samples.
         calibration_batch_size: samples a forward where nothing is learned.
         directory: where the checkpoint goes; None keeps none.
+        run: digest of the settings; a checkpoint of another run is not continued.
         on_step: called after each step with loss, temperature, flips and seconds.
         on_pass: called after each pass with the same and the memory.
+        on_resume: called before learning, with what `on_pass` was given for each pass that is done; with nothing where
+            there is no checkpoint, or none that can be continued.
     """
 
     model: nn.Module
@@ -41,8 +45,10 @@ class LearningProblem:
     seed: int
     calibration_batch_size: int = 8
     directory: Path | None = None
+    run: str = ""
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
-    on_pass: Callable[[dict[str, float | None]], None] = lambda values: None
+    on_pass: Callable[[dict[str, Any]], None] = lambda values: None
+    on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None
 
     @property
     def device(self) -> torch.device:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
 from permllm import parallel
-from permllm.errors import TrainingError
+from permllm.errors import DataError, TrainingError
 from permllm.memory import free_memory, peak_memory, to_device
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
@@ -28,7 +30,9 @@ from permllm.permutation.losses import loss_named
 from permllm.permutation.masked_linear import PermutedMaskedLinear
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded
-from permllm.record.files import write_tensors, write_torch
+from permllm.record.files import read_torch, write_torch
+from permllm.record.run_tensors import check_order, write_orders
+from permllm.record.schema import Object, Positive, Whole
 from permllm.results.record import BEST_SO_FAR, CHECKPOINT
 
 if TYPE_CHECKING:
@@ -85,6 +89,7 @@ class Training:
         logits: by order that learns.
         linears: masked linears by channel group of the window.
         best_loss: measured loss of the orders at the start, where it is known.
+        passes: what each pass that is done found, over all windows; grows.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Training:
         logits: dict[str, BlockLogits],
         linears: dict[str, list[PermutedMaskedLinear]],
         best_loss: float = math.inf,
+        passes: list[dict[str, Any]] | None = None,
     ) -> None:
         self.settings = settings
         self.problem = problem
@@ -120,6 +126,7 @@ class Training:
         self.done = 0
         self.harden_seconds = 0.0  # of the latest step
         self.best_loss = best_loss
+        self.passes = [] if passes is None else passes
         self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
         self.fixed = {order.name: orders[order.name].to(self.device) for order in window.shared if order.name not in logits}
         self.hard: dict[str, Tensor] = {}
@@ -223,21 +230,21 @@ class Training:
         if measured is not None:
             self.best_loss = min(self.best_loss, measured)
         self.done = number + 1
+        values = {
+            "pass": number + 1,
+            "round": self.window.round + 1,
+            "first_layer": self.window.first,
+            "last_layer": self.window.stop - 1,
+            "loss": sum(losses) / len(losses),
+            "measured_loss": measured,
+            "temperature": temperature,
+            "flips": float(_flips(before, self.present)) / channels,
+            "step_seconds": seconds / len(losses),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        self.passes.append(values)
         self._save()
-        self.problem.on_pass(
-            {
-                "pass": number + 1,
-                "round": self.window.round + 1,
-                "first_layer": self.window.first,
-                "last_layer": self.window.stop - 1,
-                "loss": sum(losses) / len(losses),
-                "measured_loss": measured,
-                "temperature": temperature,
-                "flips": float(_flips(before, self.present)) / channels,
-                "step_seconds": seconds / len(losses),
-                "peak_memory_bytes": peak_memory(self.device),
-            }
-        )
+        self.problem.on_pass(values)
 
     def _perturb(self, width: float) -> None:
         if self.settings.gumbel:
@@ -351,16 +358,18 @@ class Training:
         if self.problem.directory:
             file = self.problem.directory / BEST_SO_FAR
             if parallel.rank() == 0:
-                write_tensors(file, expanded(self.shared, self.best))
+                write_orders(file, expanded(self.shared, self.best))
             text += f"; the best order so far is in {file} (permutation=from_file permutation.path={file})"
         return text
 
     def _save(self) -> None:
         if self.problem.directory is None or parallel.rank():
             return
-        state = {
+        state: Checkpoint = {
+            "run": self.problem.run,
             "window": self.window.number,
             "done": self.done,
+            "passes": self.passes,
             "logits": self.logits.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -371,8 +380,15 @@ class Training:
         }
         write_torch(self.problem.directory / CHECKPOINT, state)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same window (see `read_checkpoint`)."""
+    def restore(self, state: Checkpoint) -> None:
+        """Continue from a checkpoint of the same window (see `read_checkpoint`).
+
+        Raises:
+            DataError: its logits are others.
+        """
+        mine, its = (_shapes(part) for part in (self.logits.state_dict(), state["logits"]))
+        if mine != its:
+            raise DataError(f"{self.problem.directory}/{CHECKPOINT} has logits of other shapes: remove it to learn anew")
         self.logits.load_state_dict(state["logits"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -383,12 +399,37 @@ class Training:
         log.info("continuing after pass %d of %d", self.done, self.settings.passes)
 
 
-def read_checkpoint(problem: LearningProblem) -> dict[str, Any] | None:
-    """The state after the latest pass of an interrupted run; None where there is none."""
+class Checkpoint(TypedDict):
+    """What `lcp_checkpoint.pt` holds: a training after a pass (see `Training`)."""
+
+    run: str
+    window: Whole
+    done: Positive
+    passes: list[Object]
+    logits: dict[str, InstanceOf[Tensor]]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    generator: InstanceOf[Tensor]
+    best_loss: float
+    best: dict[str, InstanceOf[Tensor]]
+    present: dict[str, InstanceOf[Tensor]]
+
+
+def read_checkpoint(problem: LearningProblem) -> Checkpoint | None:
+    """The state after the latest pass of an interrupted run; None where there is none, or none that can be continued."""
     file = problem.directory / CHECKPOINT if problem.directory else None
     if file is None or not file.is_file():
         return None
-    state: dict[str, Any] = torch.load(file, map_location=problem.device, weights_only=True)
+    try:
+        state = read_torch(file, Checkpoint, problem.device)
+        if state["run"] != problem.run:
+            raise DataError(f"{file} is of another run")
+        for name, order in state["best"].items():
+            check_order(f"{file}: the order {name}", order)
+    except DataError as error:
+        log.warning("%s: learning begins anew", error)
+        file.unlink()
+        return None
     return state
 
 
@@ -432,3 +473,7 @@ def _kept_a_token(groups: list[ChannelGroup], hidden: int) -> int:
 def _flips(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:
     """Number of channels whose position differs, a scalar on the device."""
     return (torch.cat(list(before.values())) != torch.cat([after[name] for name in before])).sum()
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -186,6 +187,31 @@ def scratch_of(path: Path) -> str | None:
     """The name of the file that something is the scratch of (`write_atomically`), whoever wrote it; None for anything else."""
     match = _SCRATCH.fullmatch(path.name)
     return match["name"] if match else None
+
+
+def read_torch(path: Path, schema: type[Schema], device: torch.device) -> Schema:
+    """What `write_torch` wrote, nothing unpickled but tensors and plain values.
+
+    Args:
+        path: of the file.
+        schema: what it must hold.
+        device: where its tensors go.
+
+    Raises:
+        DataError: it was changed, is cut short or something else, or a field is not as the schema says.
+    """
+    try:
+        # torch leaves the checksums of its archive alone.
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+        state = None if changed else torch.load(path, map_location=device, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library makes of a file that is something else
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+    if changed:
+        raise DataError(f"{path} is corrupt: {changed} is not what was written")
+    return validated(str(path), state, schema)
 
 
 def write_torch(path: Path, state: Any) -> None:

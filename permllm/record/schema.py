@@ -40,6 +40,8 @@ def validated(where: str, value: Any, schema: type[Schema]) -> Schema:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = _cut(".".join(str(part) for part in first["loc"]))
+        if first["type"] == "missing":
+            raise DataError(f"{where}: {field} is missing") from error
         shown = _cut(repr(first["input"]))
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise DataError(f"{where}: {f'{field}: ' if field else ''}{message}, and it is {shown}") from error
@@ -106,6 +108,7 @@ class Sparsity(TypedDict):
     fraction: Share
     violations: Whole
     weights_changed: NotRequired[bool]
+    weights_kept: NotRequired[bool]
 
 
 class ExportSummary(TypedDict):

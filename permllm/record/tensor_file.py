@@ -102,6 +102,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)) if length < _LONGEST_HEADER else None
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist") from error
     except (OSError, ValueError, RecursionError, struct.error) as error:
         raise DataError(f"{file} has no readable safetensors header: it is truncated or something else") from error
     if not isinstance(header, dict):

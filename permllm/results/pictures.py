@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from permllm.results.record import MASKS, PERMUTATIONS, mask_reader
+from permllm.record.run_tensors import mask_reader
+from permllm.results.record import MASKS, PERMUTATIONS
 
 NOT_KEPT = "not kept with this record"
 # A prime, so that the points of a channel count that is a power of two do not all have the same place in their group of M.

@@ -6,24 +6,26 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.memory import peak_host_memory, peak_memory
-from permllm.models.families import linear_at
-from permllm.record.files import write_json, write_tensors, write_text
+from permllm.models.families import ChannelGroup, channel_groups, linear_at
+from permllm.record.files import read_json, read_yaml, scratch_of, write_record, write_text
+from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader
+from permllm.record.schema import Metrics, Object, validated
+from permllm.record.tensor_file import read_header
+from permllm.sparsity import NMPattern
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,13 @@ ENVIRONMENT = "environment.json"
 CHECKPOINT = "lcp_checkpoint.pt"
 BEST_SO_FAR = "best_so_far.safetensors"
 EXPORT = "export"
+WRITTEN_EXPORT = "export.new"
+# Needed while orders are learned, and to continue.
+_WHILE_LEARNING = (CHECKPOINT, BEST_SO_FAR)
+# Files without a checksum of their own: metrics.json states them once the run is finished.
+_STATED = (CONFIG, HISTORY, ENVIRONMENT)
+# What pruning adds to the metrics.
+_OF_PRUNING = ("sparsity", "retained_saliency", "output_error", "moved_channels", "compute_dtype")
 
 _UNITS = {
     "perplexity": "exp(nats per token)",
@@ -98,6 +107,7 @@ class RunRecord:
                     for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
                         (self.directory / name).unlink(missing_ok=True)
                     shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
+                self._clear()
                 self.metrics = self._read_metrics() or {
                     "schema_version": SCHEMA_VERSION,
                     "status": "running",
@@ -107,7 +117,10 @@ class RunRecord:
                     "units": _UNITS,
                     "seconds": {},
                 }
-                if not self.finished:
+                if self.finished:
+                    for name in _WHILE_LEARNING:
+                        (self.directory / name).unlink(missing_ok=True)
+                else:
                     write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
                 yield
         except Timeout as error:
@@ -120,8 +133,62 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Every stage is done."""
-        return self.metrics["status"] == "finished"
+        """Every stage is done, and what it left is there."""
+        return _finished(self.directory, self.metrics)
+
+    @property
+    def begun(self) -> bool:
+        """An earlier process has left orders or a pruned model."""
+        return self.pruned or self.path(PERMUTATIONS).is_file()
+
+    @property
+    def pruned(self) -> bool:
+        """The model was pruned; what is left is its evaluation."""
+        return "sparsity" in self.metrics
+
+    def finish(self) -> None:
+        """Every stage is done: what only an interrupted run needs goes, and what is kept is stated with its checksums."""
+        self.metrics["status"] = "finished"
+        self.metrics["files"] = {name: file_digest(self.directory / name) for name in _STATED if self.path(name).is_file()}
+        self.save()
+        for name in _WHILE_LEARNING:
+            self.path(name).unlink(missing_ok=True)
+
+    def forget_what_is_broken(self, groups: list[ChannelGroup], pattern: NMPattern) -> None:
+        """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
+
+        Args:
+            groups: of the model, all layers.
+            pattern: N:M.
+        """
+        if self.pruned:
+            try:
+                kept = Pruned(self.directory, self.metrics, groups, pattern)
+                for group in groups:
+                    for path in group.members:
+                        kept.check(path)
+            except DataError as error:
+                log.warning("%s: pruning again", error)
+                self._forget_pruning()
+        orders = self.path(PERMUTATIONS)
+        if not self.pruned and orders.is_file():
+            try:
+                read_orders(orders, {group.name: group.channels for group in groups})
+            except DataError as error:
+                log.warning("%s: finding the orders again", error)
+                orders.unlink()
+                self.metrics["seconds"].pop("permute", None)
+
+    def _forget_pruning(self) -> None:
+        self.metrics["status"] = "running"
+        for key in (*_OF_PRUNING, "export", "files"):
+            self.metrics.pop(key, None)
+        for key in ("perplexity", "zero_shot"):
+            self.metrics.get(key, {}).pop("sparse", None)
+        for stage in ("prune", "evaluate sparse"):
+            self.metrics["seconds"].pop(stage, None)
+        for name in (MASKS, WEIGHTS):
+            self.path(name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         """A file of the record."""
@@ -129,7 +196,7 @@ class RunRecord:
 
     def save(self) -> None:
         """Write `metrics.json`."""
-        write_json(self.directory / METRICS, self.metrics)
+        write_record(self.directory / METRICS, self.metrics)
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
@@ -148,24 +215,47 @@ class RunRecord:
         with open(self.directory / HISTORY, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(dict(values)) + "\n")
 
+    def restart_history(self, passes: list[dict[str, Any]]) -> int:
+        """Have `history.jsonl` hold these lines and no others, at the start of learning or of what is left of it.
+
+        Returns:
+            How many of them it held: those that follow were lost when the run was killed.
+        """
+        file = self.path(HISTORY)
+        lines = [json.dumps(values) for values in passes]
+        present = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        held = sum(1 for line, other in zip(lines, present, strict=False) if line == other)
+        if not lines:
+            file.unlink(missing_ok=True)
+        elif present != lines:
+            write_text(file, "\n".join(lines) + "\n")
+        return held
+
+    def _clear(self) -> None:
+        """Remove what processes that were killed were writing; this one holds the directory."""
+        for entry in self.directory.iterdir():
+            if entry.is_file() and scratch_of(entry):
+                entry.unlink(missing_ok=True)
+        shutil.rmtree(self.path(WRITTEN_EXPORT), ignore_errors=True)
+
     def _read_metrics(self) -> dict[str, Any] | None:
         file = self.directory / METRICS
         if not file.is_file():
             return None
         try:
-            metrics = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = read_json(file, Object)
+            if found.get("schema_version") != SCHEMA_VERSION:
+                raise ConfigError(f"{file} has schema_version {found.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+            return dict(validated(str(file), found, Metrics))
+        except DataError as error:
             # Files are written whole, so that something else must have broken it; what else is there is used again.
-            log.warning("%s is not readable JSON (%s): this run is done again", file, error)
+            log.warning("%s: this run is done again", error)
             return None
-        if metrics.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(f"{file} has schema_version {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-        return metrics
 
     def _check_config(self, identity: dict[str, Any]) -> None:
         file = self.directory / CONFIG
         if file.is_file():
-            present = identity_of(yaml.safe_load(file.read_text(encoding="utf-8")))
+            present = identity_of(read_yaml(file, Object))
             if present != identity:
                 keys = ", ".join(sorted(_differing(present, identity))[:5])
                 raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
@@ -174,12 +264,31 @@ class RunRecord:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether a directory holds a finished run."""
+    """Whether a directory holds a finished run, with all that it left."""
     try:
-        metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _finished(directory, read_json(directory / METRICS, Metrics))
+    except DataError:
         return False
-    return isinstance(metrics, dict) and metrics.get("status") == "finished"
+
+
+def file_digest(file: Path) -> str:
+    """crc32 of a file's bytes, as `metrics.json` states it."""
+    return f"{zlib.crc32(file.read_bytes()):08x}"
+
+
+def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:
+    if metrics["status"] != "finished":
+        return False
+    sparsity = metrics.get("sparsity")
+    if sparsity is None:  # a study leaves no tensors
+        return True
+    try:
+        # Whole by their sizes: their contents are compared when they are used.
+        for name in (PERMUTATIONS, MASKS, *([WEIGHTS] if sparsity.get("weights_kept") else [])):
+            read_header(directory / name)
+    except DataError:
+        return False
+    return True
 
 
 def _differing(first: Any, second: Any, prefix: str = "") -> list[str]:
@@ -191,44 +300,50 @@ def _differing(first: Any, second: Any, prefix: str = "") -> list[str]:
     return [] if first == second else [prefix or "everything"]
 
 
-def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks with one bit a weight.
+class Pruned:
+    """What a run that has pruned its model left, checked against the model: its orders, and its weights one at a time.
 
     Args:
-        path: safetensors file; each tensor is uint8, the mask in row-major order, eight weights a byte, the first in the
-            highest bit; the shape stands in the metadata.
-        masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
+        directory: of the run.
+        metrics: of the run.
+        groups: of the model, all layers; it may be on the meta device.
+        pattern: N:M.
+
+    Raises:
+        DataError: orders, masks or changed weights are missing, were changed, or are of another model.
     """
-    packed = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    write_tensors(path, packed, {"shapes": json.dumps(shapes)})
 
+    def __init__(self, directory: Path, metrics: Mapping[str, Any], groups: list[ChannelGroup], pattern: NMPattern) -> None:
+        shapes = {
+            path: (rows, group.channels) for group in groups for path, rows in zip(group.members, group.rows, strict=True)
+        }
+        self.orders = read_orders(directory / PERMUTATIONS, {group.name: group.channels for group in groups})
+        self._order_of = {path: self.orders[group.name] for group in groups for path in group.members}
+        self._file, self._pattern = directory / MASKS, pattern
+        self._mask = mask_reader(self._file, shapes)
+        self._weight = None
+        weights = directory / WEIGHTS
+        if metrics["sparsity"].get("weights_changed", weights.is_file()):
+            if not weights.is_file():
+                raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
+            self._weight = weight_reader(weights, shapes)
 
-def mask_reader(path: Path) -> Callable[[str], Tensor]:
-    """Reads one mask of `write_masks` at a time, bool `(C_out, C_in)` by linear."""
-    with safe_open(path, framework="pt") as file:
-        shapes = json.loads((file.metadata() or {})["shapes"])
+    def check(self, path: str) -> None:
+        """Raise DataError unless the mask of a linear is N:M in the order of its channels, and its weight finite."""
+        check_mask(self._file, path, self._mask(path), self._order_of[path], self._pattern)
+        if self._weight is not None:
+            self._weight(path)
 
-    def read(name: str) -> Tensor:
-        rows, channels = shapes[name]
-        with safe_open(path, framework="pt") as file:
-            bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * channels)
-        return torch.from_numpy(bits.astype(bool)).view(rows, channels)
+    def weight(self, path: str, dense: Tensor) -> Tensor:
+        """The pruned weight of a linear, original channel order, where `dense` is.
 
-    return read
-
-
-def mask_names(path: Path) -> list[str]:
-    """The linears of `write_masks`, layer by layer as they were written or, where the file sorts them, by name."""
-    with safe_open(path, framework="pt") as file:
-        return list(json.loads((file.metadata() or {})["shapes"]))
-
-
-def read_masks(path: Path) -> dict[str, Tensor]:
-    """The masks of `write_masks`, bool `(C_out, C_in)` by linear."""
-    read = mask_reader(path)
-    with safe_open(path, framework="pt") as file:
-        return {name: read(name) for name in file.keys()}  # noqa: SIM118
+        Raises:
+            DataError: as `check`.
+        """
+        mask = self._mask(path)
+        check_mask(self._file, path, mask, self._order_of[path], self._pattern)
+        new = dense if self._weight is None else self._weight(path)
+        return torch.where(mask.to(dense.device), new.to(dense), 0.0)
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
@@ -240,16 +355,17 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         directory: of a run that has been pruned.
 
     Raises:
-        DataError: the record belongs to another model, or the pruner changed weights that were not kept
+        DataError: the record belongs to another model, is not whole, or the pruner changed weights that were not kept
             (`save_weights=false`).
     """
-    metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    metrics = read_json(directory / METRICS, Metrics)
+    if "model" not in metrics or "sparsity" not in metrics:
+        raise DataError(f"{directory} holds no pruned model")
     if metrics["model"] != identity:
         raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
-    weights = load_file(directory / WEIGHTS) if (directory / WEIGHTS).is_file() else {}
-    if metrics["sparsity"].get("weights_changed") and not weights:
-        raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
-    for path, mask in read_masks(directory / MASKS).items():
-        weight = linear_at(model, path).weight
-        new = weights.get(path, weight.data)
-        weight.data = torch.where(mask.to(weight.device), new.to(weight), 0.0)
+    groups = channel_groups(model)
+    kept = Pruned(directory, metrics, groups, NMPattern.parse(metrics["sparsity"]["pattern"]))
+    for group in groups:
+        for path in group.members:
+            weight = linear_at(model, path).weight
+            weight.data = kept.weight(path, weight.data)

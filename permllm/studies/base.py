@@ -13,7 +13,7 @@ from permllm.config import RunConfig
 from permllm.errors import ConfigError
 from permllm.models.loading import resolve_device
 from permllm.pruning.pipeline import Pruner
-from permllm.record.files import write_json
+from permllm.record.files import write_record
 from permllm.results.environment import environment
 from permllm.results.plots import load_pyplot, save_figure
 from permllm.results.record import ENVIRONMENT, RunRecord
@@ -65,11 +65,10 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
         else:
             device = resolve_device(config.model.device)
             seed_everything(config.seed)
-            write_json(record.path(ENVIRONMENT), environment(config.seed, device))
+            write_record(record.path(ENVIRONMENT), environment(config.seed, device))
             with record.stage("measure", device):
                 record.metrics["study"] = study.measure(StudyInputs(config, pruner, device))
-            record.metrics["status"] = "finished"
-            record.save()
+            record.finish()
         results = record.metrics["study"]
         print("\n".join(study.lines(results)))
         if picture(study, results, record.path(PICTURE)):

@@ -22,9 +22,10 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
-from permllm.record.files import write_json, write_tensors, write_text
+from permllm.record.files import write_record, write_tensors, write_text
+from permllm.record.run_tensors import write_masks
 from permllm.record.tensor_file import check_file, read_header
-from permllm.results.record import apply_record, write_masks
+from permllm.results.record import apply_record
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
 from tests.conftest import FAMILY_SETTINGS, script, tiny_config
 from tests.permutation.test_shared import random_order
@@ -74,6 +75,7 @@ def make_run(
         run / "config.yaml",
         json.dumps(
             {
+                "name": "x",
                 "model": settings | {"hub_name": None},
                 "seed": 0,
                 "sparsity": str(pattern),
@@ -83,7 +85,9 @@ def make_run(
             }
         ),
     )
-    write_json(run / "metrics.json", {"model": identity, "sparsity": {}, "name": "x", "config_hash": "0", "seconds": {}})
+    sparsity = {"pattern": str(pattern), "fraction": pattern.n / pattern.m, "violations": 0}
+    finished = {"schema_version": 1, "status": "finished", "name": "x", "config_hash": "0", "seconds": {}}
+    write_record(run / "metrics.json", finished | {"model": identity, "sparsity": sparsity})
     write_tensors(run / "permutations.safetensors", orders)
     write_masks(run / "masks.safetensors", masks)
     return run
@@ -254,7 +258,7 @@ def test_a_checkpoint_in_another_layout_is_loaded_as_a_whole(tmp_path: Path) -> 
     config = ModelConfig("local", "local", path=str(tmp_path / "dense"), device="cpu")
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["model"] = folder_identity(config, tmp_path / "dense")
-    write_json(run / "metrics.json", metrics)
+    write_record(run / "metrics.json", metrics)
     export_run(run, Request("folded"), tmp_path / "out")
     assert relative(logits(load(tmp_path / "out")), logits(reference(variant_model("opt"), run))) < 1e-4
 

@@ -16,10 +16,10 @@ import yaml
 from rich.console import Console
 
 from permllm.errors import ConfigError
+from permllm.record.run_tensors import write_masks
 from permllm.results.collect import collect
 from permllm.results.plots import numeric_setting, plot, plot_masks
 from permllm.results.published import Comparison, published
-from permllm.results.record import write_masks
 from permllm.results.render import cells, find_baseline, render
 from permllm.results.summary import Row, summarise
 from permllm.results.table import print_comparison
