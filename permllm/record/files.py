@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from permllm.errors import DataError, first_line
-from permllm.record.schema import Object, Schema, validated
+from permllm.record.schema import FileList, Object, Schema, validated
 from permllm.record.tensor_file import CHECKSUM, write_file
+
+# The list of a folder's files, among them.
+_LIST = "checksums.json"
+# Bytes that are read at a time.
+_PART = 1 << 20
+log = logging.getLogger(__name__)
 
 # What `write_atomically` writes to before it moves it, and what a process that was killed leaves.
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}")
@@ -139,7 +147,39 @@ def read_yaml(path: Path, schema: type[Schema]) -> Schema:
 
 def file_checksum(path: Path) -> str:
     """crc32 of a file's bytes. Raises DataError where it cannot be read."""
-    return f"{zlib.crc32(_content(path)):08x}"
+    found = 0
+    try:
+        with open(path, "rb") as stream:
+            while part := stream.read(_PART):
+                found = zlib.crc32(part, found)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return f"{found:08x}"
+
+
+def write_list(folder: Path) -> None:
+    """Write a list of the files in a folder, with their checksums, for `as_listed`."""
+    files = {file.name: file_checksum(file) for file in sorted(folder.iterdir())}
+    write_record(folder / _LIST, {"files": files})
+
+
+def as_listed(folder: Path) -> bool:
+    """Whether a folder holds the files that `write_list` found, as they were; one without a list is older than this."""
+    if not (folder / _LIST).is_file():
+        say_older(folder)
+        return True
+    try:
+        stated = read_json(folder / _LIST, FileList)["files"]
+        names = {file.name for file in folder.iterdir()} - {_LIST}
+        return names == stated.keys() and all(file_checksum(folder / name) == stated[name] for name in names)
+    except DataError:
+        return False
+
+
+@cache
+def say_older(folder: Path) -> None:
+    """Say once that a folder's files have no checksums to be compared with."""
+    log.info("%s is older than checksums: its files are used as they are; without it, it is made anew", folder)
 
 
 def _content(path: Path) -> bytes:

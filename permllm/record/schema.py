@@ -292,6 +292,12 @@ class Settings(TypedDict):
     inputs: NotRequired[dict[str, str | None]]
 
 
+class FileList(TypedDict):
+    """`checksums.json`: of the files beside it."""
+
+    files: dict[FileName, Checksum]
+
+
 class SweepJob(TypedDict):
     """What became of a job of a sweep, in the sweep's folder."""
 

