@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export import gathered_norm
@@ -330,6 +330,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     disable_progress_bar()
+    set_verbosity_error()
     if not options.folder.is_dir():
         print(f"error: {options.folder} is not a folder", file=sys.stderr)
         return 1

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from transformers.utils.logging import set_verbosity_error
+
 from permllm.config import DTYPES
 from permllm.errors import PermLLMError
 from permllm.export.checkpoint import FORMATS, Request, export_run
@@ -23,6 +25,7 @@ def main() -> int:
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)")
     parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved since the run")
     options = parser.parse_args()
+    set_verbosity_error()  # what its warnings are about is an error here
     request = Request(options.form, options.format, options.dtype, options.shard_gb)
     try:
         summary = export_run(options.run, request, options.to, options.dense)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -45,7 +46,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
         summary: of the export.
     """
     model = config["model"]
-    base = {"base_model": model["hub_name"]} if model["source"] == "hub" else {}
+    base = {"base_model": " ".join(model["hub_name"].split())} if model["source"] == "hub" else {}
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | base | tags
     method = f"{config['pruner']['name']}, channel order: {config['permutation']['name']}"
@@ -54,7 +55,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     if config["reconstruction"]["name"] != "none":
         method += f", weights: {config['reconstruction']['name']}"
     name = _text(model["name"])
-    lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False, width=math.inf).rstrip(), "---", ""]
     lines += [f"# {name}, {summary['sparsity']} sparse", ""]
     lines += [f"This is {name}, pruned to {summary['sparsity']} with PermLLM: {_text(method)}.", ""]
     lines += [_FORMS[summary["form"]], ""]

@@ -138,6 +138,9 @@ def skeleton_of(folder: Path) -> tuple[PreTrainedModel, Differences]:
     """
     settings = _settings(folder)
     weight_files(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        read_json(generation, Object)
     with transformers_reads(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

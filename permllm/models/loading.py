@@ -203,14 +203,17 @@ def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
         raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
     model = read_weights(folder, dtype, device)
     with transformers_reads(folder):
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("The first words show what no file of it does.")
+    return model, tokenizer
 
 
 def _check_vocabulary(what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     # Added tokens may lie beyond the model's, which a text without them does not reach.
-    known = vocabulary_of(model)
-    if tokenizer.vocab_size > known:
-        raise DataError(f"{what}: its tokenizer knows {tokenizer.vocab_size} tokens, and the model {known}")
+    own = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    needed, known = max(own, default=-1) + 1, vocabulary_of(model)
+    if needed > known:
+        raise DataError(f"{what}: its tokenizer has tokens up to {needed - 1}, and the model knows {known} from 0 on")
 
 
 def _digest_of_files(folder: Path) -> str:

@@ -333,6 +333,8 @@ class ModelSettings(TypedDict):
 
     model_type: str
     num_hidden_layers: NotRequired[Annotated[int, Field(ge=1, le=1000)]]
+    hidden_size: NotRequired[Annotated[int, Field(ge=1, le=1_000_000)]]
+    head_dim: NotRequired[Annotated[int, Field(ge=1, le=1_000_000)] | None]
     num_labels: NotRequired[Annotated[int, Field(ge=0, le=100_000)]]
     attn_implementation: NotRequired[_Attention]
     _attn_implementation: NotRequired[_Attention]
