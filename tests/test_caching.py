@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,36 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
     ):
         with pytest.raises(AssertionError, match="computed again"):
             changed()
+
+
+def test_the_saliency_of_a_pruner_from_outside_follows_its_helpers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "my_pruner.py").write_text(
+        "from dataclasses import dataclass\nfrom my_helper import scaled\nfrom permllm.pruning.wanda import Wanda\n"
+        "@dataclass(frozen=True)\nclass Mine(Wanda):\n"
+        "    def factors(self, weight, statistics):\n        return scaled(super().factors(weight, statistics))\n"
+    )
+    loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
+    groups = channel_groups(loaded.model)
+    sums = []
+    for scale in (1, 2):
+        (tmp_path / "my_helper.py").write_text(
+            "from dataclasses import replace\ndef scaled(factors):\n"
+            f"    return replace(factors, column={scale} * factors.column)\n"
+        )
+        # As in a new process.
+        for name in ("my_pruner", "my_helper"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        pruner = importlib.import_module("my_pruner").Mine()
+        found = shared_calibration(loaded, groups, TOKENS, pruner, {"_target_": "my_pruner.Mine"}, 2, torch.float32)
+        sums.append(sum(float(factors.column.sum()) for factors in found.factors.values()))
+    assert sums[1] == pytest.approx(2 * sums[0])
+    assert not (cache / "saliency").exists()
+    assert len(list((cache / "target").glob("*.safetensors"))) == 1
 
 
 def test_factors_are_kept_exactly() -> None:

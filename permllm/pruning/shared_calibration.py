@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +30,8 @@ def shared_calibration(
 ) -> DenseCalibration:
     """`calibrate_dense`, or what an earlier job kept of it.
 
-    The target follows from model and text alone, so that jobs with another pruner do not keep it a second time.
+    The target follows from model and text alone, so that jobs with another pruner do not keep it a second time. The saliency of
+    a pruner that is not of this package is not kept.
 
     Args:
         loaded: the dense model.
@@ -58,12 +57,15 @@ def shared_calibration(
             found.append(calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over))
         return found[0]
 
-    # A pruner of someone's own lies outside the package, whose code is part of every key.
-    code = hashlib.sha256(inspect.getsource(type(pruner)).encode()).hexdigest()
-    of_pruner = {"pruner": dict(pruner_settings), "code": code, "norm_over": norm_over}
-    factors = cached_tensors("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
+    if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        of_pruner = {"pruner": dict(pruner_settings), "norm_over": norm_over}
+        kept = cached_tensors("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
+        factors: Mapping[str, SaliencyFactors] = unpacked_factors(kept)
+    else:
+        # The package's code is part of every key. That of someone's own pruner may call code that lies anywhere.
+        factors = calibrated().factors
     target = cached_tensors("target", identity, lambda: {_TARGET: calibrated().target})
-    return DenseCalibration(unpacked_factors(factors), target[_TARGET])
+    return DenseCalibration(factors, target[_TARGET])
 
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
