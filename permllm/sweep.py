@@ -16,7 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from permllm.record.files import write_json
+from permllm.errors import DataError
+from permllm.record.files import read_json, write_json
+from permllm.record.schema import SweepJob
 
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
@@ -97,9 +99,10 @@ def kept(folder: Path, since: float = 0.0) -> list[Job]:
     jobs = []
     for file in sorted((folder / _JOBS).glob("*.json")):
         try:
-            job = Job(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            found = read_json(file, SweepJob)
+        except DataError:
             continue
+        job = Job(found["overrides"], found["outcome"], found.get("reason", ""), found.get("directory"))
         if job.directory is not None:
             job.directory = os.path.normpath(folder / job.directory)
         if file.stat().st_mtime >= since:

@@ -30,8 +30,8 @@ def shared_calibration(
 ) -> DenseCalibration:
     """`calibrate_dense`, or what an earlier job kept of it.
 
-    The target follows from model and text alone, so that jobs with another pruner do not keep it a second time. The saliency of
-    a pruner that is not of this package is not kept.
+    The target follows from model and text alone, so that jobs with another pruner do not keep it a second time. The saliency
+    of a pruner that is not of this package is not kept.
 
     Args:
         loaded: the dense model.
@@ -60,7 +60,7 @@ def shared_calibration(
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_over": norm_over}
         kept = cached_tensors("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
-        factors: Mapping[str, SaliencyFactors] = unpacked_factors(kept)
+        factors = unpacked_factors(kept)
     else:
         # The package's code is part of every key. That of someone's own pruner may call code that lies anywhere.
         factors = calibrated().factors

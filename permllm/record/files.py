@@ -28,12 +28,14 @@ from permllm.errors import DataError, first_line
 from permllm.record.schema import FileList, Object, Schema, validated
 from permllm.record.tensor_file import CHECKSUM, write_file
 
-# The list of a folder's files, among them.
-_LIST = "checksums.json"
-# Bytes that are read at a time.
-_PART = 1 << 20
 log = logging.getLogger(__name__)
 
+# The list of a folder's files, among them.
+_LIST = "checksums.json"
+# Bits of a whole number.
+_LONGEST_NUMBER = 64
+# Bytes that are read at a time.
+_PART = 1 << 20
 # What `write_atomically` writes to before it moves it, and what a process that was killed leaves.
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}")
 
@@ -106,8 +108,7 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     """
     content = _content(path)
     try:
-        value = json.loads(content.decode())
-        _check_encodable(value)
+        value = _parsed(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
     if isinstance(value, dict) and CHECKSUM in value:
@@ -126,7 +127,7 @@ def read_json_lines(path: Path, schema: type[Schema]) -> list[Schema]:
     found = []
     for line in _content(path).splitlines():
         try:
-            found.append(validated(str(path), json.loads(line), schema))
+            found.append(validated(str(path), _parsed(line), schema))
         except (ValueError, RecursionError, DataError):
             continue
     return found
@@ -198,6 +199,19 @@ class _WrittenOut(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"it refers to another part of itself: *{self.peek_event().anchor}")
         return super().compose_node(parent, index)
+
+
+def _parsed(text: bytes) -> Any:
+    value = json.loads(text.decode(), parse_int=_whole)
+    _check_encodable(value)
+    return value
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if number.bit_length() > _LONGEST_NUMBER:  # no float either
+        raise ValueError(f"it holds a whole number of {len(digits)} digits")
+    return number
 
 
 def _check_encodable(value: Any) -> None:

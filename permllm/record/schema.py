@@ -75,8 +75,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Object = dict[str, JsonValue]
-FileName = Annotated[str, Field(pattern=r"^[^/\\\\]+$")]
-PathName = Annotated[str, Field(pattern=r"^[^\0]+$")]
+FileName = Annotated[str, Field(pattern=r"^[^/\\\\\x00]+$")]
+PathName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 # crc32 of a file's bytes.
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from permllm.record.run_tensors import mask_reader
+from permllm.errors import DataError
+from permllm.record.run_tensors import mask_names, mask_reader, read_orders
 from permllm.results.record import MASKS, PERMUTATIONS
 
 NOT_KEPT = "not kept with this record"
@@ -41,31 +41,27 @@ def _pictures(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[
         return NOT_KEPT
     try:
         return read(file)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        return f"{file.name} cannot be read: {' '.join(str(error).split())}"
+    except DataError as error:
+        return str(error).replace(f"{file.parent}/", "")
 
 
 def _orders(file: Path) -> list[dict[str, Any]]:
     found = []
-    with safe_open(file, framework="np") as tensors:
-        for name in _of_three_layers(tensors.keys()):
-            order = tensors.get_tensor(name)
-            if order.ndim != 1:
-                raise ValueError(f"{name} is no vector")
-            channels = len(order)
-            count = min(channels, POINTS)
-            points = order[np.arange(count) * channels // count]
-            moved = float((order != np.arange(channels)).mean())
-            found.append({"name": name, "channels": channels, "moved": moved, "points": points.tolist()})
+    orders = read_orders(file)
+    for name in _of_three_layers(orders):
+        order = orders[name].numpy()
+        channels = len(order)
+        count = min(channels, POINTS)
+        points = order[np.arange(count) * channels // count]
+        moved = float((order != np.arange(channels)).mean())
+        found.append({"name": name, "channels": channels, "moved": moved, "points": points.tolist()})
     return found
 
 
 def _crops(file: Path) -> list[dict[str, Any]]:
-    with safe_open(file, framework="np") as tensors:
-        names = _of_three_layers(tensors.keys())
     read = mask_reader(file)
     found = []
-    for name in names:
+    for name in _of_three_layers(mask_names(file)):
         mask = read(name).numpy()
         crop = mask[:CROP, :CROP]
         bits = base64.b64encode(np.packbits(crop).tobytes()).decode()

@@ -76,8 +76,8 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
     found = []
     for row, title in zip(summary.rows, row_labels(summary), strict=True):
         masks = row.runs[0].directory / MASKS
-        if masks.is_file():
-            names = mask_names(masks)
+        names = mask_names(masks) if masks.is_file() else []
+        if names:
             chosen = linear or _first_of_the_middle_layer(names)
             if chosen not in names:
                 raise ConfigError(f"--linear {chosen}: {row.runs[0].directory} has no such mask; it has {names[0]}, ...")

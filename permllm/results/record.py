@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,9 @@ from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.memory import peak_host_memory, peak_memory
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
-from permllm.record.files import read_json, read_yaml, scratch_of, write_record, write_text
+from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
 from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader
-from permllm.record.schema import Metrics, Object, validated
+from permllm.record.schema import FinishedRun, Metrics, Object, validated
 from permllm.record.tensor_file import read_header
 from permllm.sparsity import NMPattern
 
@@ -149,7 +148,7 @@ class RunRecord:
     def finish(self) -> None:
         """Every stage is done: what only an interrupted run needs goes, and what is kept is stated with its checksums."""
         self.metrics["status"] = "finished"
-        self.metrics["files"] = {name: file_digest(self.directory / name) for name in _STATED if self.path(name).is_file()}
+        self.metrics["files"] = {name: file_checksum(self.directory / name) for name in _STATED if self.path(name).is_file()}
         self.save()
         for name in _WHILE_LEARNING:
             self.path(name).unlink(missing_ok=True)
@@ -246,7 +245,8 @@ class RunRecord:
             found = read_json(file, Object)
             if found.get("schema_version") != SCHEMA_VERSION:
                 raise ConfigError(f"{file} has schema_version {found.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-            return dict(validated(str(file), found, Metrics))
+            finished = found.get("status") == "finished" and "study" not in found
+            return dict(validated(str(file), found, FinishedRun if finished else Metrics))
         except DataError as error:
             # Files are written whole, so that something else must have broken it; what else is there is used again.
             log.warning("%s: this run is done again", error)
@@ -269,11 +269,6 @@ def is_finished(directory: Path) -> bool:
         return _finished(directory, read_json(directory / METRICS, Metrics))
     except DataError:
         return False
-
-
-def file_digest(file: Path) -> str:
-    """crc32 of a file's bytes, as `metrics.json` states it."""
-    return f"{zlib.crc32(file.read_bytes()):08x}"
 
 
 def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:

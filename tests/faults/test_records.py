@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import struct
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
@@ -264,6 +265,40 @@ def test_a_file_of_garbage_takes_no_other_record_with_it(tmp_path: Path, name: s
     write_triple(tmp_path)
     (tmp_path / "run1" / name).write_bytes(text.encode("latin-1"))
     check_shown(tmp_path, 1, "--html", "{}/page.html")
+
+
+@pytest.mark.parametrize("name", ["masks.safetensors", "permutations.safetensors"])
+def test_tensors_of_garbage_cost_a_picture_and_nothing_else(tmp_path: Path, name: str) -> None:
+    write_triple(tmp_path)
+    for number, content in enumerate((b"", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 60) + b"{}")):
+        (tmp_path / f"run{number}" / name).write_bytes(content)
+    code, out, said = results(tmp_path, "--html", "{}/page.html")
+    assert (code, len(said), len(out.splitlines())) == (0, 1, 6)
+    assert (tmp_path / "page.html").read_text().count(f"{name} has no readable safetensors header") == 2
+    code, _, said = results(tmp_path, "--masks", "{}/masks.png")
+    assert code == 1
+    assert said[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"overrides": 5, "outcome": "ran"}',
+        '{"overrides": [5], "outcome": "ran"}',
+        '{"overrides": [], "outcome": "flew"}',
+        '{"overrides": [], "outcome": "ran", "directory": "a\\u0000b"}',
+        '{"overrides": [], "outcome": "ran", "directory": 5}',
+        '{"overrides": [], "outcome": "failed", "reason": ["x"]}',
+        "{" * 100_000,
+    ],
+)
+def test_an_outcome_of_a_sweep_that_is_garbage_is_left_out(tmp_path: Path, text: str) -> None:
+    write_triple(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "0000.json").write_text(text)
+    code, out, _ = results(tmp_path)
+    assert (code, len(out.splitlines())) == (0, 6)
 
 
 def test_numbers_and_texts_at_the_edge_are_shown(triple: Path) -> None:

@@ -185,10 +185,16 @@ def test_files_that_are_not_there_or_broken_are_said_in_one_line(tmp_path: Path)
     (tmp_path / PERMUTATIONS).write_bytes(b"no tensors")
     write_tensors(tmp_path / MASKS, {"model.layers.0.mlp.down_proj": torch.zeros(8, dtype=torch.uint8)})
     found = pictures(tmp_path)
-    assert found["permutations"].startswith(f"{PERMUTATIONS} cannot be read: ")
-    assert found["masks"].startswith(f"{MASKS} cannot be read: ")
-    write_tensors(tmp_path / PERMUTATIONS, {"a.0.b": torch.zeros(2, 2, dtype=torch.int64)})
-    assert pictures(tmp_path)["permutations"] == f"{PERMUTATIONS} cannot be read: a.0.b is no vector"
+    assert found["permutations"].startswith(f"{PERMUTATIONS} has no readable safetensors header")
+    assert found["masks"].startswith(f"{MASKS}: the shapes of its masks: ")
+    for order in (torch.zeros(2, 2, dtype=torch.int64), torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), torch.ones(1)):
+        write_tensors(tmp_path / PERMUTATIONS, {"a.0.b": order})
+        assert pictures(tmp_path)["permutations"] == f"{PERMUTATIONS}: the order of a.0.b is no permutation of its channels"
+    write_orders_and_masks(tmp_path)
+    content = bytearray((tmp_path / MASKS).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / MASKS).write_bytes(content)
+    assert re.fullmatch(rf"{MASKS} is corrupt: .* is not what was written", pictures(tmp_path)["masks"])
 
 
 def test_the_table_is_that_of_the_other_formats(tmp_path: Path) -> None:
