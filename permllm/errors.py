@@ -33,3 +33,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is not enough: lower permutation.batch_size or calibration.batch_size, or see plan=true"
     return " ".join(str(error).split())
+
+
+def printable(name: str) -> str:
+    """A name from a file of others as it can be shown: no line of its own, nothing that a terminal obeys."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)

@@ -22,13 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.errors import ConfigError, DataError, PermLLMError, printable
 from permllm.export.checkpoint import SUMMARY
 from permllm.export.packed import unpack
 from permllm.models.checkpoint import (
     ORDER,
     all_finite,
-    is_order,
     odd_formats,
     read_weights,
     skeleton_of,
@@ -38,6 +37,7 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import FAMILIES, decoder_layers
 from permllm.record.files import read_json, write_json
+from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
 from permllm.record.tensor_file import check_file
 from permllm.results.table import terminal
@@ -235,8 +235,7 @@ def _examine(name: str, places: Places, pattern: NMPattern, suffixes: tuple[str,
         return []  # they are read with their values
     tensor = _read(name, places)
     if name.endswith(ORDER):
-        if not is_order(tensor, tensor.numel()):
-            raise DataError(f"{name} is not a permutation of {tensor.numel()} channels")
+        check_order(name, tensor)
         return []
     base = name.removesuffix("_values")
     sparse = f".{base}".endswith(suffixes or ".weight") and (suffixes or not any(word in name for word in _NOT_LINEAR))
@@ -279,7 +278,7 @@ def _print(folder: Path, report: Report) -> None:
     for layer in report.layers:
         counted = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
         cells = [counted, str(layer.negative_zeros), str(layer.nan)]
-        table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
+        table.add_row(escape(printable(layer.name)), f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
     console.print(table)
     weights = sum(math.prod(layer.shape) for layer in report.layers)
     zeros = sum(layer.zeros * math.prod(layer.shape) for layer in report.layers) / max(weights, 1)
@@ -299,7 +298,7 @@ def _print(folder: Path, report: Report) -> None:
     more = len(report.problems) - _SHOWN
     console.print(f"FAILED: this is not a {report.pattern} checkpoint:")
     for problem in report.problems[:_SHOWN]:
-        console.print(f"- {escape(problem)}")
+        console.print(f"- {escape(printable(problem))}")
     if more > 0:
         console.print(f"- and {more} more")
 

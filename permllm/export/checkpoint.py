@@ -253,6 +253,8 @@ def _stored(
         tensor = kept.weight(path, tensor)
     cast = tensor.to(dtype)
     if not all_finite(cast):
+        if not all_finite(tensor):
+            raise DataError(f"{name} holds values that are not finite")
         raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype")
     # Adding +0.0 turns -0.0, which some sparse kernels break on, into +0.0, and changes nothing else.
     return stored.apply(name, cast + 0.0 if path is not None else cast)

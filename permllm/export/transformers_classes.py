@@ -215,9 +215,14 @@ class PackedQuantizer(HfQuantizer):
         pattern = NMPattern.parse(self.quantization_config.sparsity)
         for path in _pruned(model):
             _replace(model, path, PackedLinear(linear_at(model, path), pattern))
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Not every transformers 5 compares the shapes of what it takes for quantised.
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self._shapes[name]:
+                raise DataError(f"the checkpoint has in another shape than its config asks for {name}")
         # A model that is not unpacked is checked too: wrong places must not wait for the first forward.
         keep_packed = model.config.keep_packed
         for path, packed in [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from permllm.errors import DataError, PermLLMError
+from permllm.errors import DataError, PermLLMError, printable
 from permllm.record.files import read_json
+from permllm.record.run_tensors import check_order
 from permllm.record.schema import ModelSettings, Object, TensorEntry, TensorIndex, validated
 from permllm.record.tensor_file import TYPES, check_file, read_header
 
@@ -125,7 +126,7 @@ def tensor_places(files: Iterable[Path]) -> dict[str, tuple[Path, TensorEntry]]:
     for file in files:
         for name, entry in read_header(file)[0].items():
             if name in places:
-                raise DataError(f"{file} and {places[name][0].name} both hold {name}")
+                raise DataError(f"{file} and {places[name][0].name} both hold {printable(name)}")
             places[name] = (file, entry)
     return places
 
@@ -212,8 +213,7 @@ def check_values(what: object, model: nn.Module) -> None:
         if tensor.is_meta or not tensor.numel():
             continue
         if name.endswith(ORDER):
-            if not is_order(tensor, tensor.numel()):
-                raise DataError(f"{what}: {name} is not a permutation of {tensor.numel()} channels")
+            check_order(f"{what}: {name}", tensor)
         elif tensor.is_floating_point() and not all_finite(tensor):
             raise DataError(f"{what}: {name} holds values that are not finite")
 
@@ -221,15 +221,6 @@ def check_values(what: object, model: nn.Module) -> None:
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor, not empty, holds neither NaN nor infinities; without the temporaries of `isfinite`."""
     return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # the bounds of what holds a NaN are NaN
-
-
-def is_order(order: Tensor, channels: int) -> bool:
-    """Whether a tensor is a permutation of `channels` numbers, int32 or int64."""
-    return (
-        order.dtype in (torch.int32, torch.int64)
-        and order.shape == (channels,)
-        and torch.equal(order.sort().values, torch.arange(channels, dtype=order.dtype, device=order.device))
-    )
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -305,4 +296,4 @@ def _formats(folder: Path) -> dict[str, str]:
 
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(printable, names[:_NAMED])) + (f" and {more} more" if more > 0 else "")

@@ -29,7 +29,7 @@ from permllm.export import checkpoint
 from permllm.export.card import model_card
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.record.tensor_file import read_header
-from permllm.verify import verify
+from permllm.verify import main, verify
 from tests.export.test_export import logits, make_run, variant_model
 
 Tensors = dict[str, Tensor]
@@ -109,9 +109,9 @@ PLAIN: dict[str, tuple[Change, str]] = {
 }
 ORDERS: dict[str, tuple[Change, str]] = {
     "an order is missing": (gone(ORDER), f"lacks {ORDER}"),
-    "an order names a channel twice": (put(ORDER, 0), f"{ORDER} is not a permutation of 32"),
-    "an order is out of range": (put(ORDER, 32), f"{ORDER} is not a permutation of 32"),
-    "an order is negative": (put(ORDER, -1), f"{ORDER} is not a permutation of 32"),
+    "an order names a channel twice": (put(ORDER, 0), f"{ORDER} is no permutation"),
+    "an order is out of range": (put(ORDER, 32), f"{ORDER} is no permutation"),
+    "an order is negative": (put(ORDER, -1), f"{ORDER} is no permutation"),
     "an order is too short": (become(ORDER, lambda order: order[:-1]), f"another shape .* {ORDER}"),
     "an order is too long": (become(ORDER, lambda order: torch.arange(33, dtype=torch.int32)), f"another shape .* {ORDER}"),
     "an order is a matrix": (become(ORDER, lambda order: order[None]), f"another shape .* {ORDER}"),
@@ -281,6 +281,44 @@ def test_an_order_taken_out_of_files_and_config_is_missed_by_permllm_json(export
     )
 
 
+def test_a_checkpoint_without_a_config_proves_nothing(exports: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exports / "folded-dense", tmp_path / "x")
+    (folder / "config.json").unlink()
+    assert "config.json cannot be read" in verdict(folder)
+
+
+def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(folder: Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["verify", str(folder), "--json", str(tmp_path / "report.json")])
+        code = main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    code, said, _ = command(exports / "folded-dense")
+    assert (code, "contents compared with their checksums" in said, said.splitlines()[-1]) == (0, True, "passed")
+    code, said, _ = command(rewritten(exports / "folded-dense", tmp_path / "theirs", lambda *_: None))
+    assert (code, "contents without checksums" in said, said.splitlines()[-1]) == (0, True, "passed")
+    assert json.loads((tmp_path / "report.json").read_text())["checksums"] is False
+
+    def strangers(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors.update({f"x\npassed\x1b[2K.{number}": torch.zeros(1) for number in range(30)})
+
+    code, said, _ = command(rewritten(exports / "folded-dense", tmp_path / "strange", strangers))
+    assert code == 1
+    assert "- it has, although its config asks for none, x\\npassed\\x1b[2K.0" in said
+    assert "passed" not in said.splitlines()
+    assert said.splitlines()[-1] == "- and 10 more"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["passed"], len(report["problems"])) == (False, 30)
+    (tmp_path / "strange" / "config.json").write_text("[]")
+    code, said, wrong = command(tmp_path / "strange")
+    assert (code, said, len(wrong.splitlines()), wrong.startswith("error: ")) == (2, "", 1, True)
+
+
 CONTENTS = [
     "",
     "[]",
@@ -343,15 +381,24 @@ def test_a_difference_that_is_not_finite_fails(exports: Path, tmp_path: Path) ->
 
 def test_a_dense_model_that_is_not_whole_is_not_exported(exports: Path, tmp_path: Path) -> None:
     run = shutil.copytree(exports / "folded" / "run", tmp_path / "run")
-    for change, message in ((gone(UP), f"lacks {UP}"), (put(NORM, NAN), "")):
-        dense = tmp_path / f"dense{message}".replace(" ", "")
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics.pop("crc32", None)
+    changes = (
+        (gone(UP), f"lacks {UP}"),
+        (become(UP, lambda weight: weight[:8]), f"another shape .* {UP}"),
+        (put(NORM, NAN), f"{NORM} holds values that are not finite"),
+    )
+    for number, (change, message) in enumerate(changes):
+        dense = tmp_path / str(number)
         dense.mkdir()
         tensors = load_file(exports / "folded" / "dense" / "model.safetensors")
         change(tensors, {})
         save_file(tensors, dense / "model.safetensors", {"format": "pt"})
         shutil.copyfile(exports / "folded" / "dense" / "config.json", dense / "config.json")
-        with pytest.raises(DataError):
+        (run / "metrics.json").write_text(json.dumps(metrics | {"model": "a hub's"}))
+        with pytest.raises(DataError, match=message):
             export_run(run, Request("folded"), tmp_path / "out", dense)
+        assert not list(tmp_path.glob("*out*"))
 
 
 def test_what_a_killed_export_left_is_cleared_and_what_is_written_is_not(exports: Path, tmp_path: Path) -> None:
