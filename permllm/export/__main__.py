@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers.utils.logging import set_verbosity_error
 
 from permllm.config import DTYPES
-from permllm.errors import PermLLMError
 from permllm.export.checkpoint import FORMATS, Request, export_run
 from permllm.export.stored_order import FORMS
+from permllm.tool import run_tool
 
 
 def main() -> int:
@@ -26,12 +26,12 @@ def main() -> int:
     parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved since the run")
     options = parser.parse_args()
     set_verbosity_error()  # what its warnings are about is an error here
+    return run_tool(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     request = Request(options.form, options.format, options.dtype, options.shard_gb)
-    try:
-        summary = export_run(options.run, request, options.to, options.dense)
-    except PermLLMError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    summary = export_run(options.run, request, options.to, options.dense)
     share = summary["pruned_layers_bytes"] / summary["pruned_layers_dense_bytes"]
     print(
         f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['format']}, {summary['dtype']}), "

@@ -99,7 +99,7 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_left_over(target)
+        clear_left_over(target)
         scratch, lock = _new_scratch(target)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
@@ -141,7 +141,7 @@ def _new_scratch(target: Path) -> tuple[Path, FileLock]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _clear_left_over(target: Path) -> None:
+def clear_left_over(target: Path) -> None:
     """Remove what exports to the same target that were killed have left: what nobody holds the lock of."""
     for folder in list(target.parent.iterdir()):
         if scratch_of(folder) == target.name and folder.is_dir():

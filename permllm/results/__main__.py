@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.page import page
@@ -14,6 +14,7 @@ from permllm.results.plots import plot, plot_masks
 from permllm.results.published import Comparison, published
 from permllm.results.render import FORMATS, find_baseline, render
 from permllm.results.summary import summarise
+from permllm.tool import run_tool
 
 
 def main() -> int:
@@ -28,35 +29,35 @@ def main() -> int:
     parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
     options = parser.parse_args()
-    try:
-        collection = collect(options.directories)
-        for note in collection.notes():
-            print(f"note: {note}", file=sys.stderr)
-        if not collection.runs:
-            raise ConfigError("no finished run is among them")
-        summary = summarise(collection.runs)
-        for note in summary.notes:
-            print(f"note: {note}", file=sys.stderr)
-        paper = None
-        if options.paper:
-            models = sorted({run.config["model"]["name"] for run in collection.runs})
-            paper = Comparison(published(options.paper), models)
-        baseline = find_baseline(summary, options.baseline) if options.baseline else None
-        sys.stdout.write(render(summary, options.format, baseline, paper))
-        if paper and paper.note:
-            print(f"note: {paper.note}", file=sys.stderr)
-        if options.plot:
-            plot(summary, options.plot)
-        if options.masks:
-            plot_masks(summary, options.masks, options.linear)
-        if options.html:
-            try:
-                write_text(options.html, page(collection, summary, baseline, paper))
-            except DataError as error:
-                raise ConfigError(f"--html: {error}") from error
-    except PermLLMError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    return run_tool(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    collection = collect(options.directories)
+    for note in collection.notes():
+        print(f"note: {note}", file=sys.stderr)
+    if not collection.runs:
+        raise ConfigError("no finished run is among them")
+    summary = summarise(collection.runs)
+    for note in summary.notes:
+        print(f"note: {note}", file=sys.stderr)
+    paper = None
+    if options.paper:
+        models = sorted({run.config["model"]["name"] for run in collection.runs})
+        paper = Comparison(published(options.paper), models)
+    baseline = find_baseline(summary, options.baseline) if options.baseline else None
+    sys.stdout.write(render(summary, options.format, baseline, paper))
+    if paper and paper.note:
+        print(f"note: {paper.note}", file=sys.stderr)
+    if options.plot:
+        plot(summary, options.plot)
+    if options.masks:
+        plot_masks(summary, options.masks, options.linear)
+    if options.html:
+        try:
+            write_text(options.html, page(collection, summary, baseline, paper))
+        except DataError as error:
+            raise ConfigError(f"--html: {error}") from error
     return 0
 
 

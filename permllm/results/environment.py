@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _SECRETS = (
 )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of this project and of the libraries that results depend on."""
     found = {"permllm": permllm.__version__, "python": platform.python_version()}

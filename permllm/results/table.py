@@ -13,12 +13,19 @@ from rich.table import Table
 
 from permllm.results.render import heading, shown
 from permllm.results.summary import Summary, counted_tasks, mean_accuracy, mean_error, row_labels
+from permllm.tool import silence
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has left, as `head` does: what is left goes nowhere, and the work goes on."""
+        silence()
 
 
 def terminal() -> Console:
     """Console for tables: the width of the terminal, or wide enough for any table when the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = _Terminal()
+    return console if console.is_terminal else _Terminal(width=200)
 
 
 def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:

@@ -1,0 +1,43 @@
+"""How a command ends: an error that a person can mend is one line, and so is an output that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from permllm.errors import PermLLMError, one_line
+from permllm.interruption import exit_code, what_happened
+
+
+def run_tool(work: Callable[[], int], failed: int = 1) -> int:
+    """Do the work of a command.
+
+    Args:
+        work: prints its result, and returns the exit code.
+        failed: exit code of an error.
+
+    Returns:
+        The exit code; 141, as a shell says it, where whoever read the output has left, as `head` does.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        print(what_happened(error), file=sys.stderr)
+        return exit_code(error)
+    except BrokenPipeError:
+        silence()
+        return 141
+    except (PermLLMError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        silence()
+        return failed
+
+
+def silence() -> None:
+    """Let what is still to be printed go nowhere; the interpreter, too, writes at its end what it holds back."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

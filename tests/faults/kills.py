@@ -1,0 +1,149 @@
+"""A job is killed before and after all that it moves, removes or appends to; the same command must end with the same result.
+
+`python kills.py FOLDER` prints as JSON how many places there were, and the first difference of those where there was one. Each
+job is a fork of this process, so that what is imported once serves all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from permllm import runner
+from permllm.config import RunConfig, read_config, register_resolvers
+from permllm.results.record import RunRecord
+from tests.test_config import composed
+
+WORDS = (
+    "model=tiny",
+    "logger=none",
+    "pruner=sparsegpt",
+    "permutation=lcp",
+    "permutation.passes=2",
+    "permutation.batch_size=2",
+    "permutation.compile=false",
+    "calibration.samples=4",
+    "calibration.length=16",
+    "calibration.batch_size=4",
+    "evaluation.perplexity.limit=1",
+    "export=gathered",
+)
+KILLED = 9
+
+
+class Places:
+    """Counts the places, and ends the process at one of them."""
+
+    def __init__(self, last: int | None) -> None:
+        self.seen = 0
+        self._last = last
+
+    def around(self, owner: Any, name: str) -> None:
+        """Before and after each call of a function are two places."""
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self._here()
+            result = original(*arguments, **named)
+            self._here()
+            return result
+
+        setattr(owner, name, counted)
+
+    def _here(self) -> None:
+        if self.seen == self._last:
+            os._exit(KILLED)
+        self.seen += 1
+
+
+def job(config: RunConfig, folder: Path, last: int | None) -> int:
+    """Run the job in a folder of its own, its cache too; the number of places. Does not return where it is killed."""
+    os.environ["PERMLLM_CACHE"] = str(folder / "cache")
+    config.run_dir = str(folder / "run")
+    places = Places(last)
+    for owner, name in (
+        (os, "replace"),
+        (Path, "unlink"),
+        (Path, "rename"),
+        (shutil, "rmtree"),
+        (RunRecord, "append_history"),
+    ):
+        places.around(owner, name)
+    runner.run(config)
+    return places.seen
+
+
+def forked(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Exit code and result of some work in a fork of this process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        with os.fdopen(writer, "w") as stream:
+            json.dump(work(), stream)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), json.loads(text) if text else None
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that must not depend on where a job was killed: numbers, files, and that nothing else is left."""
+    run = folder / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    found = {key: metrics[key] for key in ("status", "perplexity", "sparsity", "retained_saliency", "output_error")}
+    for key in ("seconds", "crc32"):
+        metrics["export"].pop(key, None)
+    found["export"] = metrics["export"]
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    found["history"] = [
+        {key: value for key, value in line.items() if key not in ("step_seconds", "peak_memory_bytes")} for line in lines
+    ]
+    for file in (*run.glob("*.safetensors"), run / "export" / "model.safetensors"):
+        found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    found["files"] = sorted(str(file.relative_to(run)) for file in run.rglob("*"))
+    found["cache"] = sorted(file.name for file in (folder / "cache").rglob(".*"))
+    return found
+
+
+def wrong_at(config: RunConfig, folder: Path, place: int, expected: dict[str, Any]) -> str | None:
+    """What differs after a job was killed at a place and run again."""
+    codes = [forked(partial(job, config, folder, last))[0] for last in (place, None)]
+    if codes != [KILLED, 0]:
+        return f"place {place}: exit codes {codes}"
+    found = outcome(folder)
+    shutil.rmtree(folder)
+    for key, value in expected.items():
+        if found.get(key) != value:
+            return f"place {place}: {key} is {found.get(key)}, not {value}"
+    return None
+
+
+def main() -> None:
+    """Kill at every place, and report."""
+    folder = Path(sys.argv[1])
+    register_resolvers()
+    config = read_config(composed(*WORDS))
+    code, places = forked(partial(job, config, folder / "whole", None))
+    assert code == 0
+    expected = outcome(folder / "whole")
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        work = [(config, folder / str(place), place, expected) for place in range(places)]
+        wrong = [text for text in pool.starmap(wrong_at, work, chunksize=1) if text]
+    print(json.dumps({"places": places, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main()
