@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from permllm.errors import DataError
-from permllm.record.files import read_json, write_json
+from permllm.record.files import read_json, write_record
 from permllm.record.schema import SweepJob
 
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
@@ -86,7 +86,7 @@ def keep(job: Job) -> None:
     if job.directory is not None:
         # From the sweep's folder, so that all of it can be moved, and read from anywhere.
         values["directory"] = os.path.relpath(job.directory, folder)
-    write_json(folder / _JOBS / f"{hydra.job.num:04d}.json", values)
+    write_record(folder / _JOBS / f"{hydra.job.num:04d}.json", values)
 
 
 def kept(folder: Path, since: float = 0.0) -> list[Job]:
