@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from permllm.export.stored_order import FORMS, StoredOrder, stored_order
 from permllm.export.transformers_classes import METHOD, sparse_config
 from permllm.models.checkpoint import all_finite, weight_files
 from permllm.models.families import ChannelGroup, channel_groups
+from permllm.models.loading import hub_commit
 from permllm.models.source import DenseSource, dense_source, parameter_names
 from permllm.record.files import read_json, read_yaml, scratch_of, write_json, write_record
-from permllm.record.schema import Environment, ExportSummary, Metrics, Settings
+from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
 from permllm.record.tensor_file import read_header, write_file
 from permllm.results.record import CONFIG, ENVIRONMENT, METRICS, Pruned
 from permllm.sparsity import NMPattern
@@ -85,12 +86,10 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already and not empty; choose another folder")
     record = _Record(directory)
-    model = ModelConfig(**record.config["model"])
+    model = ModelConfig(**(record.model | ({"source": "local", "path": str(dense)} if dense is not None else {})))
     if model.source == "hub":
         # The commit that was pruned, whatever the branch holds by now.
-        model.revision = record.metrics["model"].split(":")[2]
-    if dense is not None:
-        model = ModelConfig(**(record.config["model"] | {"source": "local", "path": str(dense)}))
+        model.revision = hub_commit(record.metrics["model"])
     source = dense_source(model, record.config["seed"])
     # A model that moved can be told from another one only where the run found it in a folder too.
     comparable = dense is None or record.metrics["model"].startswith("local:")
@@ -166,8 +165,11 @@ class _Record:
             raise ConfigError(
                 f"{directory} is not finished (status {self.metrics['status']!r}); the same command continues it"
             )
-        if "sparsity" not in self.metrics:
+        if "sparsity" not in self.metrics or "model" not in self.metrics:
             raise ConfigError(f"{directory} holds no pruned model")
+        stated = validated(f"{directory / CONFIG}: model", self.config["model"], PrunedModel)
+        known = [field.name for field in fields(ModelConfig)]
+        self.model: dict[str, Any] = {name: value for name, value in stated.items() if name in known}
         self.pattern = NMPattern.parse(self.config["sparsity"])
         self._directory = directory
 

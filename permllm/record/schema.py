@@ -253,6 +253,19 @@ class ModelOption(Option):
     path: NotRequired[str | None]
 
 
+class PrunedModel(TypedDict):
+    """Group `model` of a run whose dense model is to be read again."""
+
+    name: str
+    source: Literal["wheel", "hub", "local", "random"]
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    hub_name: NotRequired[str | None]
+    path: NotRequired[str | None]
+    revision: NotRequired[str | None]
+    device: NotRequired[str]
+    architecture: NotRequired[Object]
+
+
 class CalibrationOption(TypedDict):
     """Group `calibration`."""
 
