@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +161,14 @@ def folder_identity(config: ModelConfig, folder: Path) -> str:
     else:
         identity = _digest_of_files(folder)
     return f"{identity}:{config.dtype}"
+
+
+def hub_commit(identity: str) -> str:
+    """The commit in the identity of a model of the hub. Raises DataError where there is none."""
+    match = re.fullmatch(r"hub:[^:]+:([^:]+):[a-z0-9]+", identity)
+    if match is None:
+        raise DataError(f"{identity!r} does not name a commit of a model on the hub")
+    return match[1]
 
 
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
