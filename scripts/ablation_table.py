@@ -8,7 +8,6 @@ settings that `python run.py` has now.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from permllm.config import register_resolvers
-from permllm.record.files import with_block
+from permllm.record.files import read_json, read_json_lines, read_yaml, with_block
+from permllm.record.schema import Environment, FinishedRun, Pass, Settings
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "lcp_ablation"
@@ -70,10 +69,10 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The record in a folder."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    metrics = _json(folder / "metrics.json")
+    config = dict(read_yaml(folder / "config.yaml", Settings))
+    metrics = dict(read_json(folder / "metrics.json", FinishedRun))
     config["compute_dtype"] = metrics.get("compute_dtype", BEFORE["compute_dtype"])
-    processor = str(_json(folder / "environment.json")["hardware"]["processor"])
+    processor = read_json(folder / "environment.json", Environment)["hardware"]["processor"]
     return Run(
         options={group: config.get(group, {}).get("name", "none") for group in GROUPS},
         settings=_settings(config),
@@ -151,7 +150,7 @@ def _final_loss(folder: Path) -> float | None:
     history = folder / "history.jsonl"
     if not history.is_file():
         return None
-    measured = [json.loads(line)["measured_loss"] for line in history.read_text(encoding="utf-8").splitlines()]
+    measured = [entry["measured_loss"] for entry in read_json_lines(history, Pass)]
     return min(loss for loss in measured if loss is not None)
 
 
@@ -166,10 +165,6 @@ def _mean(values: Iterable[float]) -> float:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def with_tables(document: str) -> str:

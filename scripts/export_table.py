@@ -5,16 +5,14 @@ python scripts/export_table.py
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from permllm.record.files import with_block
+from permllm.record.files import read_json, read_yaml, with_block
+from permllm.record.schema import FinishedRun, Object, Settings
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "export"
@@ -26,8 +24,8 @@ def orders() -> list[str]:
     found: dict[tuple[str, str], list[float]] = {}
     dense = 0.0
     for file in sorted(RUNS.glob("*/metrics.json")):
-        config = yaml.safe_load((file.parent / "config.yaml").read_text(encoding="utf-8"))
-        metrics = _json(file)
+        config = dict(read_yaml(file.parent / "config.yaml", Settings))
+        metrics = dict(read_json(file, FinishedRun))
         if not _default(config, metrics):
             continue
         permutation = config["permutation"]
@@ -170,7 +168,7 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return dict(read_json(file, Object))
 
 
 def main() -> None:

@@ -11,17 +11,15 @@ runs took. `scripts/keep_records.py` brings records there.
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from permllm.config import instantiate
-from permllm.record.files import with_block
+from permllm.record.files import read_json, read_yaml, with_block
+from permllm.record.schema import Environment, Metrics, Settings
 from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
 from permllm.results.render import find_baseline, main_measure, render, shown
@@ -232,7 +230,7 @@ def _runtimes() -> str:
 def _study_block(experiment: Experiment, folder: Path) -> str:
     metrics = _study(experiment)
     (directory,) = (file.parent for file in (folder / "records").glob("*/metrics.json"))
-    environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+    environment = dict(read_json(directory / "environment.json", Environment))
     lines = ["", f"    {experiment.typed}", "", *_instance(experiment).lines(metrics["study"]), ""]
     if (directory / "figure.png").is_file():
         lines += [f"![{experiment.claim}](records/{directory.name}/figure.png)", ""]
@@ -244,12 +242,12 @@ def _study_block(experiment: Experiment, folder: Path) -> str:
 
 def _study(experiment: Experiment) -> dict[str, Any]:
     (file,) = (ROOT / experiment.name / "records").glob("*/metrics.json")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return dict(read_json(file, Metrics))
 
 
 def _instance(experiment: Experiment) -> Any:
     (file,) = (ROOT / experiment.name / "records").glob("*/config.yaml")
-    return instantiate(yaml.safe_load(file.read_text(encoding="utf-8"))["study"])
+    return instantiate(read_yaml(file, Settings)["study"])
 
 
 def _name(labels: dict[str, str]) -> str:

@@ -14,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from permllm.config import EvaluationConfig
 from permllm.evaluation.perplexity import perplexity_windows
+from permllm.record.files import read_json, read_yaml
+from permllm.record.schema import FinishedRun, Settings
 
 CHILD = """
 import json, math, sys
@@ -49,8 +51,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     checkpoint = options.checkpoint or options.run / "export"
-    config = yaml.safe_load((options.run / "config.yaml").read_text(encoding="utf-8"))
-    metrics = json.loads((options.run / "metrics.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = dict(read_yaml(options.run / "config.yaml", Settings))
+    metrics = read_json(options.run / "metrics.json", FinishedRun)
     settings = OmegaConf.merge(OmegaConf.structured(EvaluationConfig), config["evaluation"])
     text = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), settings.perplexity)
     with tempfile.TemporaryDirectory() as folder:

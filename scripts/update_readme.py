@@ -6,13 +6,13 @@ python scripts/update_readme.py
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from permllm.record.files import with_block
+from permllm.record.files import read_json, with_block
+from permllm.record.schema import Environment, FinishedRun
 from permllm.results.table import print_run
 
 ROOT = Path(__file__).parent.parent
@@ -22,11 +22,11 @@ BEGIN, END = "<!-- result -->\n", "<!-- /result -->"
 
 def result_block() -> str:
     """The text between the markers: the table of the default run, and the three permutations side by side."""
-    records = {json.loads(file.read_text(encoding="utf-8"))["name"]: file.parent for file in RECORDS.glob("*/metrics.json")}
+    records = {_metrics(file.parent)["name"]: file.parent for file in RECORDS.glob("*/metrics.json")}
     default = next(folder for name, folder in records.items() if "-lcp-" in name)
     output = io.StringIO()
     print_run(_metrics(default), Path("runs") / default.name, Console(file=output, width=110))
-    environment = json.loads((default / "environment.json").read_text(encoding="utf-8"))
+    environment = read_json(default / "environment.json", Environment)
     hardware, versions = environment["hardware"], environment["versions"]
     printed = "\n".join(line.rstrip() for line in output.getvalue().splitlines())
     lines = ["```", printed, "```", ""]
@@ -55,7 +55,7 @@ def with_results(readme: str) -> str:
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    return dict(read_json(folder / "metrics.json", FinishedRun))
 
 
 def main() -> None:

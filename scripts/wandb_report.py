@@ -27,6 +27,7 @@ import wandb
 
 from permllm.config import identity_of
 from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.record.schema import FinishedRun, Object, Settings, validated
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, Published, published
 from permllm.results.record import SCHEMA_VERSION
@@ -171,21 +172,21 @@ def as_run(logged: Logged) -> Run:
     """A logged run as the tables take them.
 
     Raises:
-        ValueError: it is not finished, or was not logged by this framework; the message says which.
+        DataError: it is not finished, or was not logged by this framework; the message says which.
     """
     metrics = _nested(logged.summary)
     if logged.state != "finished" or metrics.get("status") != "finished":
-        raise ValueError(f"not finished ({logged.state})")
+        raise DataError(f"not finished ({logged.state})")
     if metrics.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"schema_version is {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+        raise DataError(f"schema_version is {metrics.get('schema_version')!r}, expected {SCHEMA_VERSION}")
     config = {key: value for key, value in logged.config.items() if key not in _ADDED and not key.startswith("_")}
-    if "permutation" not in config or "seconds" not in metrics:
-        raise ValueError("its settings or its final values are missing")
     # What is None is not logged.
-    for tasks in metrics.get("zero_shot", {}).values():
+    for tasks in validated("final values: zero_shot", metrics.get("zero_shot", {}), dict[str, dict[str, Object]]).values():
         for values in tasks.values():
             for key in ("acc", "acc_norm", "stderr", "n", "split"):
                 values.setdefault(key, None)
+    validated("final values", metrics, FinishedRun)
+    validated("settings", validated("settings", config, Object), Settings)
     passes = [row for row in logged.history if "lcp/pass" in row]
     # A pass that was done again counts once.
     history = {row["lcp/pass"]: {key[5:]: value for key, value in row.items() if key.startswith("pass/")} for row in passes}
@@ -204,6 +205,8 @@ def _nested(summary: dict[str, Any]) -> dict[str, Any]:
         place = metrics
         for folder in folders:
             place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise DataError(f"final values: {name} lies below a value")
         place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
     return metrics
 
@@ -219,7 +222,7 @@ def tables(logged: list[Logged], paper: list[Published]) -> tuple[list[Table], l
     for entry in logged:
         try:
             run = as_run(entry)
-        except ValueError as error:
+        except DataError as error:
             notes.append(f"skipped {entry.name} ({entry.id}): {error}")
             continue
         identity = json.dumps(identity_of(run.config), sort_keys=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -346,15 +347,26 @@ def online_run(number: int, *, state: str = "finished", group: str = "table6-1a2
         "lcp/loss": {"min": 0.1},
         "pass/loss": {"min": 0.2},
         "seconds/permute": 5.0,
+        "name": "x",
+        "config_hash": str(number),
+        "peak_memory_bytes": 1,
+        "sparsity/pattern": "2:4",
+        "sparsity/fraction": 0.5,
+        "sparsity/violations": 0,
+        "retained_saliency/mean": 0.6,
+        "output_error/mean": 0.1,
         "perplexity/dense/wikitext2/value": 5.0,
         "perplexity/dense/wikitext2/window": 2048,
+        "perplexity/dense/wikitext2/tokens": 100,
+        "perplexity/sparse/wikitext2/tokens": 100,
         "perplexity/sparse/wikitext2/value": changed.get("perplexity", 9.5),
         "perplexity/sparse/wikitext2/window": 2048,
         "zero_shot/sparse/rte/acc": 0.5,
-        "zero_shot/sparse/rte/n": 10,
-        "zero_shot/sparse/rte/limited": False,
-        "zero_shot/sparse/perplexity_task/limited": False,
+        "zero_shot/dense/rte/acc": 0.7,
     }
+    for which in ("dense", "sparse"):
+        summary[f"zero_shot/{which}/rte/n"] = 10
+        summary |= {f"zero_shot/{which}/{task}/limited": False for task in ("rte", "perplexity_task")}
     return SimpleNamespace(
         id=f"id{number}", name=f"run {number}", group=group, state=state, config=config, summary_metrics=summary
     )
@@ -379,7 +391,7 @@ def test_runs_of_the_api_become_a_table_beside_the_papers(tool: ModuleType) -> N
     runs = [
         online_run(1, seed=0, perplexity=9.4),
         online_run(2, seed=1, perplexity=9.8),
-        online_run(3, block_size=32, perplexity=float("nan")),
+        online_run(3, block_size=32, perplexity=float("inf")),
         online_run(4, block_size=32, perplexity=9.0),
         online_run(5, state="crashed", block_size=128),
         online_run(6, group="table1-00000000", block_size=128),
@@ -421,8 +433,36 @@ def test_what_goes_wrong_at_wandb_is_one_error(tool: ModuleType) -> None:
         tool.tables(tool.read_api(FakeApi([online_run(1, state="failed")]), "x", ["*"]), published("6"))
     other = online_run(1)
     other.summary_metrics["schema_version"] = 7
-    with pytest.raises(ValueError, match="schema_version is 7"):
+    with pytest.raises(DataError, match="schema_version is 7"):
         tool.as_run(tool.read_api(FakeApi([other]), "x", ["*"])[0])
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        (
+            "summary_metrics",
+            "perplexity/sparse/wikitext2/value",
+            "x",
+            "final values: perplexity.sparse.wikitext2.value: input",
+        ),
+        ("summary_metrics", "zero_shot/sparse/rte", 5, "final values: zero_shot/sparse/rte/.* lies below a value"),
+        ("summary_metrics", "zero_shot", [], "final values: .* lies below a value"),
+        ("summary_metrics", "seconds/permute", None, "final values: seconds.permute: input should be a valid number"),
+        ("config", "permutation", None, "settings: permutation: input should be a valid dictionary"),
+        ("config", "model", {"name": 5}, "settings: model.name: input should be a valid string"),
+        ("config", "calibration", {"dataset": {1}}, "settings: calibration.*not a valid JSON value"),
+    ],
+)
+def test_a_logged_run_of_another_form_is_a_note_and_the_others_are_a_table(
+    tool: ModuleType, part: str, name: str, value: Any, message: str
+) -> None:
+    runs = [online_run(1), online_run(2, block_size=32)]
+    values = getattr(runs[1], part)
+    setattr(runs[1], part, {name: value} | {key: kept for key, kept in values.items() if key != name})
+    (table,), notes = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("6"))
+    assert table.ids == ["id1"]
+    assert re.fullmatch(rf"skipped run 2 \(id2\): {message}.*", notes[0])
 
 
 def test_numbers_that_json_has_not_are_read(tool: ModuleType) -> None:
