@@ -177,7 +177,8 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
     odd = odd_formats(_formats(folder), model)
     if odd:
         first = next(iter(odd.values()))
-        raise DataError(f"{folder} holds {_listed(list(odd))} as {first}: quantised models cannot be pruned")
+        what = "weights must be floating-point numbers (quantised models cannot be pruned), orders whole ones"
+        raise DataError(f"{folder} holds {_listed(list(odd))} as {first}: {what}")
     return model
 
 
@@ -242,14 +243,13 @@ def check_runs(what: object, model: PreTrainedModel) -> None:
         raise DataError(f"{what}: its logits are not finite")
 
 
-def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any) -> PreTrainedModel:
+def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model of a folder.
 
     Args:
         folder: with a config.json and weights.
-        dtype: of the weights; None is that of the files.
+        dtype: of the weights.
         device: where they are read to.
-        options: for transformers.
 
     Raises:
         DataError: `check_checkpoint` or `check_values` refuses it; the tensor is named.
@@ -259,7 +259,7 @@ def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, 
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with transformers_reads(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **onto, **options
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **onto
         )
     check_values(folder, model)
     return model
