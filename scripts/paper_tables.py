@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from permllm.config import instantiate
-from permllm.record.files import read_json, read_yaml, with_block
-from permllm.record.schema import Environment, Metrics, Settings
+from permllm.record.files import read_json, with_block
+from permllm.record.schema import Environment, Metrics
 from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
 from permllm.results.render import find_baseline, main_measure, render, shown
 from permllm.results.summary import Summary, summarise
+from permllm.studies.base import Study
+from permllm.studies.layer_runtime import LayerRuntime
+from permllm.studies.saliency_and_error import SaliencyAndError
 
 ROOT = Path(__file__).parent.parent / "experiments"
 BEGIN, END = "<!-- generated -->\n", "<!-- /generated -->"
@@ -87,6 +89,9 @@ EXPERIMENTS = [
     Experiment("table8", "The order of the methods is the same at 4:8", "pruner=wanda,permutation=none"),
     Experiment("figure1", "More saliency kept is not less loss"),
 ]
+
+# Those that are no table of runs. Their class is not taken from a record.
+STUDIES: dict[str, Study] = {"table3": LayerRuntime(), "figure1": SaliencyAndError()}
 
 
 def summary_of(experiment: Experiment) -> tuple[Summary, list[Run]]:
@@ -190,7 +195,7 @@ def _results(experiment: Experiment) -> tuple[str, str, float]:
     if not experiment.baseline:
         metrics = _study(experiment)
         seconds = sum(metrics["seconds"].values())
-        study, lines = metrics["study"], _instance(experiment).lines(metrics["study"])
+        study, lines = metrics["study"], STUDIES[experiment.name].lines(metrics["study"])
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
         ours = "; ".join(f"{row[0]}: {', '.join(cell for cell in row[1:] if cell)}" for row in rows[1:])
         if "products" in study:
@@ -231,7 +236,7 @@ def _study_block(experiment: Experiment, folder: Path) -> str:
     metrics = _study(experiment)
     (directory,) = (file.parent for file in (folder / "records").glob("*/metrics.json"))
     environment = dict(read_json(directory / "environment.json", Environment))
-    lines = ["", f"    {experiment.typed}", "", *_instance(experiment).lines(metrics["study"]), ""]
+    lines = ["", f"    {experiment.typed}", "", *STUDIES[experiment.name].lines(metrics["study"]), ""]
     if (directory / "figure.png").is_file():
         lines += [f"![{experiment.claim}](records/{directory.name}/figure.png)", ""]
     lines += [_machine([environment]), ""]
@@ -243,11 +248,6 @@ def _study_block(experiment: Experiment, folder: Path) -> str:
 def _study(experiment: Experiment) -> dict[str, Any]:
     (file,) = (ROOT / experiment.name / "records").glob("*/metrics.json")
     return dict(read_json(file, Metrics))
-
-
-def _instance(experiment: Experiment) -> Any:
-    (file,) = (ROOT / experiment.name / "records").glob("*/config.yaml")
-    return instantiate(read_yaml(file, Settings)["study"])
 
 
 def _name(labels: dict[str, str]) -> str:
