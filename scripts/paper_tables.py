@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from permllm.record.files import read_json, with_block
-from permllm.record.schema import Environment, Metrics
+from permllm.record.schema import Environment, Metrics, validated
 from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
 from permllm.results.render import find_baseline, main_measure, render, shown
@@ -247,7 +247,9 @@ def _study_block(experiment: Experiment, folder: Path) -> str:
 
 def _study(experiment: Experiment) -> dict[str, Any]:
     (file,) = (ROOT / experiment.name / "records").glob("*/metrics.json")
-    return dict(read_json(file, Metrics))
+    metrics = dict(read_json(file, Metrics))
+    validated(str(file), metrics.get("study"), STUDIES[experiment.name].form)
+    return metrics
 
 
 def _name(labels: dict[str, str]) -> str:

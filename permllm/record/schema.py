@@ -71,6 +71,7 @@ Positive = Annotated[int, Field(ge=1, le=_MOST)]
 # Not NaN, which is neither above nor below anything; a perplexity may be infinite.
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Of any job; sums of them are finite.
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
@@ -192,6 +193,61 @@ class FinishedRun(_Metrics):
     sparsity: Sparsity
     retained_saliency: _ByGroup
     output_error: _ByGroup
+
+
+_Time = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Product = TypedDict("Product", {"row": str, "dense": _Time, "2:4": NotRequired[_Time]})
+
+
+class ChannelPermutation(TypedDict):
+    """Milliseconds of reordering so many channels, two ways."""
+
+    channels: Positive
+    gather: _Time
+    matrix: _Time
+
+
+class LayerRuntimes(TypedDict):
+    """What `permllm.studies.layer_runtime` finds, in milliseconds."""
+
+    what: str
+    model: str
+    dtype: str
+    tokens: Positive
+    sparse_tensor_cores: bool
+    products: list[Product]
+    permutations: list[ChannelPermutation]
+
+
+class MeasuredOrder(TypedDict):
+    """A channel order by both measures, and how it was found."""
+
+    order: Literal[
+        "none",
+        "random",
+        "shuffled heuristic",
+        "raising saliency",
+        "lowering error",
+        "lowering error from the heuristic",
+        "heuristic",
+    ]
+    retained_saliency: _Finite
+    output_error: _Finite
+
+
+def _with_references(points: list[MeasuredOrder]) -> list[MeasuredOrder]:
+    if not {"none", "heuristic"} <= {point["order"] for point in points}:
+        raise ValueError("the orders none and heuristic must be among them")
+    return points
+
+
+class MeasuredOrders(TypedDict):
+    """What `permllm.studies.saliency_and_error` finds."""
+
+    group: str
+    pruner: str
+    sparsity: Pattern
+    points: Annotated[list[MeasuredOrder], AfterValidator(_with_references)]
 
 
 class Pass(TypedDict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -14,9 +14,10 @@ from permllm.errors import ConfigError
 from permllm.models.loading import resolve_device
 from permllm.pruning.pipeline import Pruner
 from permllm.record.files import write_record
+from permllm.record.schema import validated
 from permllm.results.environment import environment
 from permllm.results.plots import load_pyplot, save_figure
-from permllm.results.record import ENVIRONMENT, RunRecord
+from permllm.results.record import ENVIRONMENT, METRICS, RunRecord
 from permllm.seeding import seed_everything
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,13 @@ class StudyInputs:
 
 
 class Study(Protocol):
-    """Measures, and shows what it measured."""
+    """Measures, and shows what it measured.
+
+    Attributes:
+        form: of the results, as in `permllm.record.schema`: those of a record are compared with it.
+    """
+
+    form: ClassVar[type]
 
     def measure(self, inputs: StudyInputs) -> dict[str, Any]:
         """The results, as plain values."""
@@ -69,7 +76,7 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
             with record.stage("measure", device):
                 record.metrics["study"] = study.measure(StudyInputs(config, pruner, device))
             record.finish()
-        results = record.metrics["study"]
+        results: dict[str, Any] = dict(validated(f"{record.path(METRICS)}: study", record.metrics.get("study"), study.form))
         print("\n".join(study.lines(results)))
         if picture(study, results, record.path(PICTURE)):
             print(f"picture   {record.path(PICTURE)}")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.sparse import to_sparse_semi_structured
 from permllm.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import meta_model
+from permllm.record.schema import LayerRuntimes
 from permllm.sparsity import NMPattern, nm_mask
 from permllm.studies.base import StudyInputs
 from permllm.timing import interleaved
@@ -36,6 +37,7 @@ class LayerRuntime:
 
     tokens: int = 2048
     repeats: int = 9
+    form: ClassVar[type] = LayerRuntimes
 
     def __post_init__(self) -> None:
         check_whole("study.tokens", self.tokens, 1)

@@ -6,7 +6,7 @@ PermLLM, figure 1: the order that keeps the most saliency is not the one with th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from permllm.permutation.heuristic import heuristic_order
 from permllm.precision import compute_dtype
 from permllm.pruning.pipeline import layer_statistics
 from permllm.pruning.saliency import saliency
+from permllm.record.schema import MeasuredOrders
 from permllm.sparsity import NMPattern, check_divides, nm_mask, permuted_nm_mask, retained_saliency
 from permllm.studies.base import StudyInputs
 from permllm.validation import check_whole
@@ -132,6 +133,7 @@ class SaliencyAndError:
     random: int = 200
     swaps: int = 4000
     trace: int = 60
+    form: ClassVar[type] = MeasuredOrders
 
     def __post_init__(self) -> None:
         for name in ("random", "swaps", "trace"):

@@ -27,7 +27,7 @@ from permllm.record.files import file_checksum, read_json, read_yaml, write_reco
 from permllm.record.schema import Environment, FinishedRun, Metrics, Pass, Settings, validated
 from permllm.results.__main__ import main as results_main
 from permllm.results.render import FORMATS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script
 from tests.results.test_results import make_run
 from tests.test_config import composed
 
@@ -301,6 +301,31 @@ def test_an_outcome_of_a_sweep_that_is_garbage_is_left_out(tmp_path: Path, text:
     (tmp_path / "jobs" / "0000.json").write_text(text)
     code, out, _ = results(tmp_path)
     assert (code, len(out.splitlines())) == (0, 6)
+
+
+STUDIED = [(experiment, script("paper_tables").STUDIES[experiment]) for experiment in ("table3", "figure1")]
+
+
+@pytest.mark.parametrize(("experiment", "study"), STUDIED)
+def test_results_of_a_study_that_were_changed_are_one_line(experiment: str, study: Any) -> None:
+    (file,) = (ROOT / "experiments" / experiment / "records").glob("*/metrics.json")
+    results = json.loads(file.read_text())["study"]
+    assert study.lines(validated("study", results, study.form))
+    refused = 0
+    for place in places(results)[1:80]:
+        for strange in (None, "x", -1, math.nan, [], {}):
+            changed = copy.deepcopy(results)
+            parent = changed
+            for key in place[:-1]:
+                parent = parent[key]
+            parent[place[-1]] = strange
+            try:
+                validated("study", changed, study.form)
+            except DataError:
+                refused += 1
+            else:
+                assert study.lines(changed)
+    assert refused > 50
 
 
 def test_numbers_and_texts_at_the_edge_are_shown(triple: Path) -> None:
