@@ -37,6 +37,8 @@ class FromFile:
         file = Path(self.path)
         if file.is_dir():
             file = file / "permutations.safetensors"
+        if not file.is_file():
+            raise ConfigError(f"permutation.path={self.path}: no such file, or a run without orders")
         self._orders = read_orders(file)
 
     def check_foldable(self, groups: list[ChannelGroup]) -> None:
