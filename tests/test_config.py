@@ -224,7 +224,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["seed=-1"], "seed=-1: expected a whole number of at least 0"),
         (["calibration.data_files=x.txt"], "needs calibration=text"),
         (["model=local", "model.path=nowhere"], "model.path='nowhere' is not a folder"),
-        (["model=local", "model.path=."], "transformers cannot load"),
+        (["model=local", "model.path=."], "config.json cannot be read"),
         (["model.architecture.model_type=gpt2"], "model type 'gpt2' is not known; known are: llama"),
         (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder"),
     ],
