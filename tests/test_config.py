@@ -212,7 +212,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["evaluation.zero_shot.tasks=[marsqa]"], "lm-eval does not know marsqa"),
         (["+permutation.nonsense=1"], "nonsense"),
         (["permutation.init=zeros"], "permutation.init='zeros' is not valid; valid are: heuristic, random"),
-        (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file, or a run without orders"),
+        (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
         (["permutation=from_file"], "permutation.path must be given"),
         (["permutation.norm_over=rows"], "permutation.norm_over='rows' is not valid; valid are: tokens, samples"),
         (["permutation.temperature_every=epoch"], "permutation.temperature_every='epoch' is not valid; valid are: step, pass"),
