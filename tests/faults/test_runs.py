@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +257,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_no_line_of_the_history_is_lost(learning: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     folder = tmp_path / "run"
     shutil.copytree(learning / "second", folder)
     assert len(history(folder)) == 1
@@ -396,9 +398,9 @@ def test_orders_of_a_file_are_checked_where_they_are_read(pruned: dict[str, Path
         shutil.copyfile(pruned["wanda"] / "finished" / ORDERS, file)
         change(file)
         with pytest.raises((DataError, ConfigError), match=name) as caught:
-            run(tmp_path / "run", *SMALL[:-1], "permutation=from_file", f"permutation.path='{file}'")
+            run(tmp_path / f"run of {name}", *SMALL[:-1], "permutation=from_file", f"permutation.path='{file}'")
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "run" / MASKS).exists()
+        assert not (tmp_path / f"run of {name}" / MASKS).exists()
 
 
 def test_what_a_killed_process_was_writing_is_cleared(pruned: dict[str, Path], cache: Path, tmp_path: Path) -> None:
