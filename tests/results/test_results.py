@@ -321,7 +321,7 @@ def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_
     for name, text in [
         ("text", "metrics.json is not readable JSON"),
         ("list", "metrics.json: input should be a valid dictionary"),
-        ("foreign", "metrics.json: schema_version: field required"),
+        ("foreign", "metrics.json: schema_version is missing"),
         ("running", "not finished"),
         ("no config", "config.yaml cannot be read: No such file"),
     ]:
