@@ -18,18 +18,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from permllm import parallel, sweep
 from permllm.config import read_config, register_resolvers
 from permllm.errors import DataError, InUseError, PermLLMError, one_line
 from permllm.helping import assist
-from permllm.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, what_happened
+from permllm.record import sweep
+from permllm.record.store import is_finished
+from permllm.record.sweep import Job
 from permllm.results.collect import collect
-from permllm.results.record import is_finished
 from permllm.results.summary import mean_accuracy, summarise
 from permllm.results.table import print_comparison, print_jobs
 from permllm.runner import run
-from permllm.sweep import Job
-from permllm.watch import FAILED, INTERRUPTED
+from permllm.runtime import parallel
+from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, what_happened
+from permllm.runtime.watch import FAILED, INTERRUPTED
 
 # Groups that every job has an option of.
 _NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "export", "logger")
@@ -68,7 +69,7 @@ class Session:
         """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs.
 
         Under torchrun that holds for all processes, which go through the jobs together as the first one says
-        (`permllm.parallel`). Only where one of them fails alone in the middle of learning, all end.
+        (`permllm.runtime.parallel`). Only where one of them fails alone in the middle of learning, all end.
 
         Returns:
             What a search minimises (`objective`), in all processes; infinite for a job that failed: a sampler then avoids it.

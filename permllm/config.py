@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError
-from permllm.precision import COMPUTE_DTYPES
+from permllm.runtime.precision import COMPUTE_DTYPES
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of, check_whole
 
@@ -206,7 +206,7 @@ class RunConfig:
         seed: of calibration windows, initial logits and batch order.
         sparsity: N:M as a string.
         block_size: channels that LCP permutes among themselves.
-        compute_dtype: of matrix products up to the evaluation: `auto`, `float32` or `bfloat16` (see `permllm.precision`).
+        compute_dtype: of matrix products before the evaluation: `auto`, `float32` or `bfloat16` (`permllm.runtime.precision`).
         runs_dir: where run directories are made.
         run_dir: the run directory itself, instead of `runs_dir/name-hash`.
         force: run again although a finished result is there.

@@ -1,4 +1,4 @@
-"""What the processes of torchrun beside the first do in a job, and how the first calls them (see `permllm.parallel`)."""
+"""What the processes of torchrun beside the first do in a job, and how the first calls them (`permllm.runtime.parallel`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from permllm import parallel
+from permllm.calibration.shared import packed_factors, unpacked_factors
 from permllm.config import RunConfig, instantiate, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
-from permllm.memory import keep_freed_memory
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel, load_model, resolve_device
 from permllm.permutation.problem import LearningProblem
-from permllm.precision import products_in
-from permllm.pruning.shared_calibration import packed_factors, unpacked_factors
-from permllm.seeding import seed_everything
+from permllm.runtime import parallel
+from permllm.runtime.memory import keep_freed_memory
+from permllm.runtime.precision import products_in
+from permllm.runtime.seeding import seed_everything
 
 
 def assist() -> float:

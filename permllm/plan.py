@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
-from permllm.permutation.blocks import count_logits
+from permllm.permutation.lcp.blocks import count_logits
 from permllm.permutation.shared import SharedOrder, shared_orders
-from permllm.pruning.pipeline import Pruner
+from permllm.pipeline import Pruner
 from permllm.results.table import terminal
 
 

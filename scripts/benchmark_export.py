@@ -24,9 +24,9 @@ from permllm.config import ModelConfig
 from permllm.models.families import channel_groups
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
+from permllm.record.environment import hardware, versions
 from permllm.record.files import write_json, write_record, write_tensors, write_text
 from permllm.record.run_tensors import write_masks
-from permllm.results.environment import hardware, versions
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
 SHAPE = {
@@ -43,7 +43,7 @@ import json, sys
 from pathlib import Path
 import torch
 from permllm.export.checkpoint import Request, export_run
-from permllm.memory import peak_host_memory, reset_peak_memory
+from permllm.runtime.memory import peak_host_memory, reset_peak_memory
 reset_peak_memory(torch.device("cpu"))
 before = peak_host_memory()
 folder, form, format, shard = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])

@@ -25,24 +25,24 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import read_config, register_resolvers
-from permllm.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
-from permllm.permutation.assignment import harden
+from permllm.models.losses import cosine_loss
 from permllm.permutation.heuristic import assignment_scores
-from permllm.permutation.kernels import EAGER, KernelUse, compiled_kernels
-from permllm.permutation.lcp import LCP
-from permllm.permutation.losses import cosine_loss
+from permllm.permutation.lcp.assignment import harden
+from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.permutation.lcp.method import LCP
+from permllm.permutation.lcp.temperature import Linear
+from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
-from permllm.permutation.temperature import Linear
-from permllm.permutation.training import Training, Window, masked_linears
-from permllm.precision import COMPUTE_DTYPES, compute_dtype, products_in
-from permllm.pruning.saliency import SaliencyFactors, saliency
-from permllm.results.environment import hardware, versions
+from permllm.record.environment import hardware, versions
+from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from permllm.runtime.precision import COMPUTE_DTYPES, compute_dtype, products_in
+from permllm.runtime.timing import clock
 from permllm.sparsity import NMPattern
-from permllm.timing import clock
 
 ROOT = Path(__file__).parent.parent
 PATTERN = NMPattern(2, 4)

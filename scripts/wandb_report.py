@@ -28,9 +28,9 @@ import wandb
 from permllm.config import identity_of
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.record.schema import FinishedRun, Object, Settings, validated
+from permllm.record.store import SCHEMA_VERSION
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, Published, published
-from permllm.results.record import SCHEMA_VERSION
 from permllm.results.render import FORMATS, render
 from permllm.results.summary import Summary, summarise
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from permllm.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
 from permllm.errors import DataError
 from permllm.export import gathered_norm
+from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
 from permllm.export.checkpoint import Request, export_run
 from permllm.models.families import channel_groups, linear_at
 from tests.export.test_export import logits, make_run, variant_model

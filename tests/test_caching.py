@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from permllm.caching import cached_tensors, cached_values
+from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
+from permllm.calibration.statistics import NormOver
 from permllm.config import CalibrationConfig
 from permllm.data import calibration
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
@@ -20,10 +21,9 @@ from permllm.errors import DataError
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel
 from permllm.pruning.ria import RIA
-from permllm.pruning.shared_calibration import packed_factors, shared_calibration, unpacked_factors
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.statistics import NormOver
 from permllm.pruning.wanda import Wanda
+from permllm.record.caching import cached_tensors, cached_values
 from permllm.record.schema import Object
 from tests.conftest import tiny_model
 
@@ -33,7 +33,7 @@ TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(
 WORK = """
 import sys, time
 from pathlib import Path
-from permllm.caching import cached_values
+from permllm.record.caching import cached_values
 from permllm.record.schema import Object
 
 def compute():
@@ -75,7 +75,7 @@ def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise DataError("no space left to write it")
 
-    monkeypatch.setattr("permllm.caching.write_record", full)
+    monkeypatch.setattr("permllm.record.caching.write_record", full)
     assert cached_values("kind", {"a": 1}, Object, lambda: {"x": 1}) == {"x": 1}
     assert "no space left" in caplog.text
 
@@ -92,7 +92,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
     share(RIA(), "ria")
     assert len(list((cache / "target").glob("*.safetensors"))) == 1
     assert len(list((cache / "saliency").glob("*.safetensors"))) == 2
-    monkeypatch.setattr("permllm.pruning.shared_calibration.calibrate_dense", lambda *_: refuse())
+    monkeypatch.setattr("permllm.calibration.shared.calibrate_dense", lambda *_: refuse())
     again = share(Wanda(), "wanda")
     assert torch.equal(again.target, first.target)  # type: ignore[attr-defined]
     for path, factors in first.factors.items():  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
 from permllm.record.files import write_tensors
-from permllm.sweep import Job
+from permllm.record.sweep import Job
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -276,9 +276,9 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     with pytest.raises(ZeroDivisionError):
         Session().job(composed("model=tiny", "logger=none"))
     jobs: list[Job] = []
-    monkeypatch.setattr("permllm.sweep.sweeping", lambda: True)
-    monkeypatch.setattr("permllm.sweep.share_cores", lambda: None)
-    monkeypatch.setattr("permllm.sweep.keep", jobs.append)
+    monkeypatch.setattr("permllm.record.sweep.sweeping", lambda: True)
+    monkeypatch.setattr("permllm.record.sweep.share_cores", lambda: None)
+    monkeypatch.setattr("permllm.record.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.
     assert [session.job(composed("model=tiny", "logger=none")) for _ in range(2)] == [math.inf, math.inf]

@@ -20,7 +20,7 @@ from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel, load_model
 from permllm.permutation.identity import Identity
-from permllm.pruning.pipeline import prune
+from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity import NMPattern
 from tests.conftest import run_command, tiny_model

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from permllm import parallel, runner
+from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.results.record import RunRecord
-from permllm.sweep import kept
+from permllm.record.store import RunRecord
+from permllm.record.sweep import kept
+from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed
 
@@ -35,7 +36,7 @@ OVERRIDES = (
 APART = f"""
 import os, pathlib, runpy, sys
 from permllm.errors import DataError
-from permllm.permutation import training
+from permllm.permutation.lcp.method import training
 own = pathlib.Path("rank" + os.environ["RANK"])
 own.mkdir(exist_ok=True)
 os.chdir(own)

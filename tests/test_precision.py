@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from permllm import precision
+from permllm.calibration.saliency import SaliencyFactors
 from permllm.models.head import Head
-from permllm.permutation.blocks import BlockLogits, split_blocks
-from permllm.permutation.losses import head_divergence
-from permllm.permutation.masked_linear import PermutedMaskedLinear
-from permllm.precision import compute_dtype, products_in
-from permllm.pruning.saliency import SaliencyFactors
+from permllm.models.losses import head_divergence
+from permllm.permutation.lcp.blocks import BlockLogits, split_blocks
+from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
+from permllm.runtime import precision
+from permllm.runtime.precision import compute_dtype, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
 

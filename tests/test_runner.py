@@ -20,7 +20,7 @@ from permllm.models.loading import load_model
 from permllm.record.files import read_json
 from permllm.record.run_tensors import read_masks, write_masks
 from permllm.record.schema import Environment, Metrics
-from permllm.results.record import RunRecord, apply_record
+from permllm.record.store import RunRecord, apply_record
 from permllm.sparsity import violations
 from tests.test_config import composed
 
@@ -119,7 +119,7 @@ def test_an_unfinished_run_continues_and_does_not_learn_twice(
     monkeypatch.setattr(runner, stage, real)
     (directory,) = (tmp_path / "runs").iterdir()
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
-    monkeypatch.setattr("permllm.permutation.lcp.Training.run", lambda self: pytest.fail("learned again"))
+    monkeypatch.setattr("permllm.permutation.lcp.method.Training.run", lambda self: pytest.fail("learned again"))
     metrics, directory = run(tmp_path)
     assert metrics["status"] == "finished"
     assert metrics["perplexity"] == whole["perplexity"]

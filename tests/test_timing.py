@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permllm import timing
+from permllm.runtime import timing
 
 
 def test_what_is_short_is_called_until_it_can_be_seen() -> None:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.export.verify import verify
 from permllm.sparsity import NMPattern
-from permllm.verify import verify
 from tests.conftest import run_module
 from tests.export.test_export import make_run, variant_model
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from permllm.caching import cached_tensors
 from permllm.config import CalibrationConfig
 from permllm.data.text import calibration_documents, perplexity_text, text_digest
 from permllm.errors import DataError
+from permllm.record.caching import cached_tensors
 
 _TOKENS = "tokens"
 

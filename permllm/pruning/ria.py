@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permllm.pruning.saliency import SaliencyFactors
-from permllm.pruning.statistics import InputStatistics
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.statistics import InputStatistics
 from permllm.validation import check_number
 
 

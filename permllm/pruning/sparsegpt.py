@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.statistics import InputStatistics
 from permllm.errors import TrainingError
-from permllm.pruning.saliency import SaliencyFactors
-from permllm.pruning.statistics import InputStatistics
 from permllm.sparsity import NMPattern, check_divides, keep_largest
 from permllm.validation import check_number
 

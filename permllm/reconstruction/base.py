@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from permllm.pruning.statistics import InputStatistics
+from permllm.calibration.statistics import InputStatistics
 from permllm.sparsity import NMPattern
 
 

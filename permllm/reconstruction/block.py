@@ -9,7 +9,7 @@ from torch import Tensor
 
 from permllm.errors import TrainingError
 from permllm.models.decoder import run_layer
-from permllm.permutation.losses import mean_square_loss
+from permllm.models.losses import mean_square_loss
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer
 from permllm.reconstruction.masked_adam import MaskedAdam
 from permllm.validation import check_number, check_whole

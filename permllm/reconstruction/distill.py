@@ -14,7 +14,7 @@ from permllm.errors import TrainingError
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import decoder_layers
 from permllm.models.head import Head
-from permllm.permutation.losses import head_divergence
+from permllm.models.losses import head_divergence
 from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
 from permllm.reconstruction.masked_adam import MaskedAdam
 from permllm.validation import check_number, check_whole

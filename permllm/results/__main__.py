@@ -14,7 +14,7 @@ from permllm.results.plots import plot, plot_masks
 from permllm.results.published import Comparison, published
 from permllm.results.render import FORMATS, find_baseline, render
 from permllm.results.summary import summarise
-from permllm.tool import run_tool
+from permllm.runtime.tool import run_tool
 
 
 def main() -> int:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from permllm.config import identity_of
+from permllm.record.store import ENVIRONMENT
 from permllm.results.collect import Collection, Run
 from permllm.results.pictures import pictures
 from permllm.results.plots import numeric_setting
 from permllm.results.published import Comparison
-from permllm.results.record import ENVIRONMENT
 from permllm.results.render import cells, main_measure, shown
 from permllm.results.summary import Measure, Row, Summary, dotted, row_labels, setting_text, summarise
 

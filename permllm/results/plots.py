@@ -8,8 +8,8 @@ from typing import Any
 
 from permllm.errors import ConfigError
 from permllm.record.run_tensors import mask_names, mask_reader
+from permllm.record.store import MASKS
 from permllm.results.pictures import by_layer
-from permllm.results.record import MASKS
 from permllm.results.render import main_measure
 from permllm.results.summary import Measure, Row, Summary, row_labels
 

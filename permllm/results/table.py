@@ -13,7 +13,7 @@ from rich.table import Table
 
 from permllm.results.render import heading, shown
 from permllm.results.summary import Summary, counted_tasks, mean_accuracy, mean_error, row_labels
-from permllm.tool import silence
+from permllm.runtime.tool import silence
 
 
 class _Terminal(Console):

@@ -12,13 +12,13 @@ import torch
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
 from permllm.models.loading import resolve_device
-from permllm.pruning.pipeline import Pruner
+from permllm.pipeline import Pruner
+from permllm.record.environment import environment
 from permllm.record.files import write_record
 from permllm.record.schema import validated
-from permllm.results.environment import environment
+from permllm.record.store import ENVIRONMENT, METRICS, RunRecord
 from permllm.results.plots import load_pyplot, save_figure
-from permllm.results.record import ENVIRONMENT, METRICS, RunRecord
-from permllm.seeding import seed_everything
+from permllm.runtime.seeding import seed_everything
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from permllm.bench import sparse_tensor_cores
+from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import meta_model
 from permllm.record.schema import LayerRuntimes
+from permllm.runtime.timing import interleaved
 from permllm.sparsity import NMPattern, nm_mask
 from permllm.studies.base import StudyInputs
-from permllm.timing import interleaved
 from permllm.validation import check_whole
 
 _PATTERN = NMPattern(2, 4)

@@ -19,7 +19,7 @@ from typing import Any
 
 from permllm import runner
 from permllm.config import RunConfig, read_config, register_resolvers
-from permllm.results.record import RunRecord
+from permllm.record.store import RunRecord
 from tests.test_config import composed
 
 WORDS = (

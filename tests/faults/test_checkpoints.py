@@ -18,13 +18,13 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from permllm import bench
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
+from permllm.export import bench
+from permllm.export.verify import logits_difference
 from permllm.models.checkpoint import transformers_reads
 from permllm.models.families import channel_groups
 from permllm.models.loading import load_model, meta_model
-from permllm.verify import logits_difference
 from tests.conftest import tiny_config, tiny_model
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]

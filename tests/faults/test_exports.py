@@ -23,13 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from permllm import bench
 from permllm.errors import ConfigError, DataError, PermLLMError
-from permllm.export import checkpoint
+from permllm.export import bench, checkpoint
 from permllm.export.card import model_card
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
+from permllm.export.verify import main, verify
 from permllm.record.tensor_file import read_header
-from permllm.verify import main, verify
 from tests.export.test_export import logits, make_run, variant_model
 
 Tensors = dict[str, Tensor]

@@ -20,7 +20,7 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.record.files import read_json, write_json
 from permllm.record.run_tensors import read_masks, write_masks, write_orders
 from permllm.record.schema import Metrics
-from permllm.results.record import is_finished
+from permllm.record.store import is_finished
 from tests.test_config import composed
 
 SMALL = (

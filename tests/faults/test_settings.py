@@ -20,9 +20,9 @@ from permllm.config import read_config
 from permllm.data.text import read_text_file
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.record.environment import environment
 from permllm.record.files import write_text
-from permllm.results.environment import environment
-from permllm.results.loggers import WANDB_ID, _wandb_id
+from permllm.record.loggers import WANDB_ID, _wandb_id
 from tests.conftest import run_command
 from tests.test_config import composed
 

@@ -15,12 +15,13 @@ from typing import Any, TextIO
 
 import pytest
 
-from permllm import runner, verify
+from permllm import runner
 from permllm.config import read_config
+from permllm.export import verify
 from permllm.export.checkpoint import Request, export_run
-from permllm.interruption import Terminated, exit_code, scheduler_signals
 from permllm.results import __main__ as results
 from permllm.results.table import print_run
+from permllm.runtime.interruption import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
 

@@ -74,11 +74,11 @@ def main(folder: Path) -> dict[str, Any]:
 
     from permllm import runner
     from permllm.config import read_config, register_resolvers
-    from permllm.permutation.training import Training
+    from permllm.permutation.lcp.training import Training
     from tests.test_config import composed
 
     register_resolvers()
-    simulated.within("permllm.permutation.training:Training.step")
+    simulated.within("permllm.permutation.lcp.training:Training.step")
     ledger = simulated.LEDGER
 
     def run(name: str, overrides: tuple[str, ...], device: str) -> Path:

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.export.verify import verify
 from permllm.record.files import write_record
 from permllm.sparsity import NMPattern
-from permllm.verify import verify
 from tests.conftest import run_command
 from tests.hub.jobs import Job, Outcome, run_jobs
 from tests.hub.repositories import MODELS

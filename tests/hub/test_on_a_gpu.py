@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from permllm.verify import verify
+from permllm.export.verify import verify
 from tests.conftest import ROOT
 from tests.gpu.test_simulated import pytestmark, python
 from tests.hub.repositories import MODELS

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from permllm.permutation import kernels
-from permllm.permutation.kernels import EAGER, Kernels, KernelUse, compiled_kernels
-from permllm.pruning.saliency import SaliencyFactors, saliency
+from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.permutation.lcp.kernels import EAGER, Kernels, KernelUse, compiled_kernels
+from permllm.permutation.lcp.method import kernels
 from permllm.sparsity import NMPattern, nm_mask
 
 

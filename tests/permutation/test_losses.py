@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from permllm.models import losses
 from permllm.models.families import _LLAMA, FAMILIES, Family, GroupTable, after_layers, decoder_layers
 from permllm.models.head import Head
-from permllm.permutation import losses
-from permllm.permutation.losses import cosine_loss, head_divergence, mean_square_loss
+from permllm.models.losses import cosine_loss, head_divergence, mean_square_loss
 from tests.conftest import tiny_model
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.assignment import harden
-from permllm.permutation.blocks import BlockLogits, split_blocks
-from permllm.permutation.masked_linear import PermutedMaskedLinear
-from permllm.permutation.sinkhorn import sinkhorn
-from permllm.pruning.saliency import SaliencyFactors
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.permutation.lcp.assignment import harden
+from permllm.permutation.lcp.blocks import BlockLogits, split_blocks
+from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
+from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.sparsity import NMPattern
 
 Variant = Literal["hard", "soft"]

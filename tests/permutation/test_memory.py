@@ -20,12 +20,12 @@ CHILD = f"""
 import json, sys
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from permllm.memory import peak_host_memory, reset_peak_memory
+from permllm.runtime.memory import peak_host_memory, reset_peak_memory
 from permllm.models.families import channel_groups
-from permllm.permutation.lcp import LCP
+from permllm.permutation.lcp.method import LCP
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.temperature import Linear
-from permllm.pruning.saliency import SaliencyFactors
+from permllm.permutation.lcp.temperature import Linear
+from permllm.calibration.saliency import SaliencyFactors
 from permllm.sparsity import NMPattern
 
 window = json.loads(sys.argv[1])

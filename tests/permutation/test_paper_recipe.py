@@ -14,12 +14,12 @@ from permllm import runner
 from permllm.config import RunConfig, instantiate
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
-from permllm.permutation.kernels import EAGER
-from permllm.permutation.lcp import LCP
+from permllm.permutation.lcp.kernels import EAGER
+from permllm.permutation.lcp.method import LCP
+from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
-from permllm.permutation.training import Training, Window, masked_linears
-from permllm.pruning.pipeline import prune
+from permllm.pipeline import prune
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, tokens
 from tests.test_config import config

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm import parallel
-from permllm.permutation import assignment
-from permllm.permutation.assignment import flatten, harden, harden_together
-from permllm.permutation.sinkhorn import SinkhornStart, gradient_path, normalize, sinkhorn
+from permllm.permutation.lcp.assignment import flatten, harden, harden_together
+from permllm.permutation.lcp.method import assignment
+from permllm.permutation.lcp.sinkhorn import SinkhornStart, gradient_path, normalize, sinkhorn
+from permllm.runtime import parallel
 
 
 def plain(logits: Tensor, temperature: float, iterations: int, start: str = "exponential") -> Tensor:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.calibration.saliency import saliency
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
-from permllm.permutation.lcp import LCP
+from permllm.permutation.lcp.method import LCP
+from permllm.permutation.lcp.temperature import Linear
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.temperature import Linear
+from permllm.pipeline import Pruner, calibrate_dense, prune
 from permllm.pruning.magnitude import Magnitude
-from permllm.pruning.pipeline import Pruner, calibrate_dense, prune
 from permllm.pruning.ria import RIA
-from permllm.pruning.saliency import saliency
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity import NMPattern, permuted_nm_mask
@@ -143,7 +143,7 @@ def test_smaller_sparsity_has_smaller_error_everywhere() -> None:
 
 
 def test_a_gram_matrix_is_not_kept_where_it_is_not_needed(tmp_path: Path) -> None:
-    from permllm.pruning.statistics import InputStatistics
+    from permllm.calibration.statistics import InputStatistics
 
     with pytest.raises(RuntimeError, match="without the Gram matrix"):
         _ = InputStatistics(4, "cpu").gram

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.calibration.saliency import saliency, saliency_t
+from permllm.calibration.statistics import InputStatistics
 from permllm.errors import ConfigError
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
-from permllm.pruning.saliency import saliency, saliency_t
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.statistics import InputStatistics
 from permllm.pruning.wanda import Wanda
 
 ROWS, CHANNELS, TOKENS = 5, 12, 40

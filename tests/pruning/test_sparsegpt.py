@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.pruning.saliency import saliency
+from permllm.calibration.saliency import saliency
+from permllm.calibration.statistics import InputStatistics
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.statistics import InputStatistics
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
 
 PATTERN = NMPattern(2, 4)

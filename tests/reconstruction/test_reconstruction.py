@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.calibration.statistics import InputStatistics
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.models.losses import mean_square_loss
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.losses import mean_square_loss
+from permllm.pipeline import PrunedModel, prune
 from permllm.pruning.magnitude import Magnitude
-from permllm.pruning.pipeline import PrunedModel, prune
-from permllm.pruning.statistics import InputStatistics
 from permllm.pruning.wanda import Wanda
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.block import Block

@@ -19,8 +19,8 @@ import pytest
 from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
+from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, open_logger, wandb_group, wandb_name
 from permllm.results.collect import Run, collect
-from permllm.results.loggers import WANDB_ID, RunLogger, _WandB, open_logger, wandb_group, wandb_name
 from permllm.results.published import published
 from tests.conftest import ROOT, run_command, run_module, script
 from tests.test_config import composed
@@ -242,11 +242,11 @@ def test_the_group_is_what_was_asked_for_or_the_sweep(monkeypatch: pytest.Monkey
 
 def test_a_name_leaves_out_what_says_nothing_about_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["experiment=table6", "+logger.group=x", "logger=wandb", "runs_dir=a", "run_dir=b", "++force=true"]
-    monkeypatch.setattr("permllm.sweep.overrides", lambda: [*words, "block_size=32", "~x"])
+    monkeypatch.setattr("permllm.record.sweep.overrides", lambda: [*words, "block_size=32", "~x"])
     assert wandb_name(Path("runs/y")) == "block_size=32 ~x"
-    monkeypatch.setattr("permllm.sweep.overrides", lambda: words)
+    monkeypatch.setattr("permllm.record.sweep.overrides", lambda: words)
     assert wandb_name(Path("runs/y")) == "y"
-    monkeypatch.setattr("permllm.sweep.overrides", lambda: ["model.path=" + "a" * 200])
+    monkeypatch.setattr("permllm.record.sweep.overrides", lambda: ["model.path=" + "a" * 200])
     assert len(wandb_name(Path("runs/y"))) == 128
 
 

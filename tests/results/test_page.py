@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from permllm.record.environment import environment
 from permllm.record.files import write_tensors
 from permllm.record.run_tensors import write_masks
+from permllm.record.store import MASKS, PERMUTATIONS
 from permllm.results.collect import collect
-from permllm.results.environment import environment
 from permllm.results.page import curves, differences, page, page_data, row_labels, sort_keys
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, pictures
 from permllm.results.published import Comparison, published
-from permllm.results.record import MASKS, PERMUTATIONS
 from permllm.results.render import cells, find_baseline
 from permllm.results.summary import summarise
 from permllm.sparsity import NMPattern, permuted_nm_mask

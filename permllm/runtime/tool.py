@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from permllm.errors import PermLLMError, one_line
-from permllm.interruption import exit_code, what_happened
+from permllm.runtime.interruption import exit_code, what_happened
 
 
 def run_tool(work: Callable[[], int], failed: int = 1) -> int:

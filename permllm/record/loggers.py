@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from permllm import sweep
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
+from permllm.record import sweep
 from permllm.record.files import write_text
 
 log = logging.getLogger(__name__)

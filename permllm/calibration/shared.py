@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.caching import cached_tensors, digest_of
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.statistics import NormOver
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
-from permllm.pruning.pipeline import DenseCalibration, Pruner, calibrate_dense
-from permllm.pruning.saliency import SaliencyFactors
-from permllm.pruning.statistics import NormOver
+from permllm.pipeline import DenseCalibration, Pruner, calibrate_dense
+from permllm.record.caching import cached_tensors, digest_of
 
 _TARGET = "target"
 

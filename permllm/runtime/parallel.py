@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from permllm.errors import TrainingError
-from permllm.watch import DONE, Watch
+from permllm.runtime.watch import DONE, Watch
 
 PREPARE, LEARN, OVER = "prepare", "learn", "over"
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.calibration.statistics import InputStatistics, NormOver
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.precision import products_in
-from permllm.pruning.saliency import SaliencyFactors, saliency
-from permllm.pruning.statistics import InputStatistics, NormOver
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
+from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
 
 

@@ -22,10 +22,10 @@ from typing_extensions import TypedDict
 import permllm
 from permllm.data.wheels import cache_directory
 from permllm.errors import DataError
+from permllm.record.environment import versions
 from permllm.record.files import has_checksum, read_json, scratch_of, write_record, write_tensors
 from permllm.record.schema import Object, Schema, validated
 from permllm.record.tensor_file import CHECKSUM, read_header, read_tensors
-from permllm.results.environment import versions
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 _IDENTITY = "identity"
 # Folders of the package whose code decides what is kept.
-_CODE = ("data", "evaluation", "models", "pruning")
+_CODE = ("calibration", "data", "evaluation", "models", "pruning")
 
 
 class _Kept(TypedDict):
@@ -108,7 +108,13 @@ def code_digest() -> str:
     """sha256 of the code that kept results come from: what an older checkout computed is not taken for what this one would."""
     package = Path(permllm.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted([package / "precision.py", *(file for folder in _CODE for file in (package / folder).rglob("*.py"))]):
+    for file in sorted(
+        [
+            package / "pipeline.py",
+            package / "runtime" / "precision.py",
+            *(file for folder in _CODE for file in (package / folder).rglob("*.py")),
+        ]
+    ):
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 

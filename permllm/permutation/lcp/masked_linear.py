@@ -23,7 +23,7 @@ and for c's own group it is the same with c itself as the member whose place is 
 used. The comparisons are R C B / M, a pass over memory that a compiler fuses.
 
 All products, those of blocks too, are made in one format: that of the weights, or autocast's inside of
-`permllm.precision.products_in`. Saliencies and masks come from the weights as they are.
+`permllm.runtime.precision.products_in`. Saliencies and masks come from the weights as they are.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.blocks import BlockStack
-from permllm.permutation.kernels import EAGER, Kernels
-from permllm.precision import product_dtype
-from permllm.pruning.saliency import SaliencyFactors
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.permutation.lcp.blocks import BlockStack
+from permllm.permutation.lcp.kernels import EAGER, Kernels
+from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern
 
 StraightThrough = Literal["swap", "hard", "soft"]
@@ -164,7 +164,7 @@ class PermutedMaskedLinear(nn.Module):
             stored column by column (`weight.t()` contiguous), because channels are gathered.
         factors: saliency factors of the layer in original channel order.
         pattern: N:M.
-        stacks: how the channels split into blocks (see `permllm.permutation.blocks`).
+        stacks: how the channels split into blocks (see `permllm.permutation.lcp.blocks`).
         straight_through: `swap`, or `hard` or `soft`, which mask stands in the second gradient term.
         kernels: of the elementwise work, eager or compiled.
 

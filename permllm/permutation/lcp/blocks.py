@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.memory import to_device
-from permllm.permutation.sinkhorn import SinkhornStart, gradient_path, normalize
+from permllm.permutation.lcp.sinkhorn import SinkhornStart, gradient_path, normalize
+from permllm.runtime.memory import to_device
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class BlockLogits(nn.Module):
     def normalized(
         self, temperature: float, iterations: int, start: SinkhornStart = "exponential"
     ) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Soft permutations, not differentiable, and their potentials, a stack each (see `permllm.permutation.sinkhorn`)."""
+        """Soft permutations, not differentiable, and their potentials, a stack each (see `sinkhorn.py`)."""
         pairs = [normalize(stack, temperature, iterations, start) for stack in self._effective()]
         return [soft for soft, _ in pairs], [potentials for _, potentials in pairs]
 

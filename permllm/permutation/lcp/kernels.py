@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from permllm.pruning.saliency import SaliencyFactors, saliency_t
+from permllm.calibration.saliency import SaliencyFactors, saliency_t
 from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class KernelUse:
 
     Attributes:
         device_type: `cpu` or `cuda`.
-        straight_through: which gradient (see `permllm.permutation.masked_linear`).
+        straight_through: which gradient (see `permllm.permutation.lcp.masked_linear`).
         pattern: N:M.
         weights, products: dtype of the weights, and of what is returned.
         row: the saliency has row factors.

@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from permllm import parallel
-from permllm.memory import to_host
+from permllm.runtime import parallel
+from permllm.runtime.memory import to_host
 
 # With fewer blocks than this, about 0.05 ms each at B = 64, a thread costs more than it saves.
 _BLOCKS_A_THREAD = 128

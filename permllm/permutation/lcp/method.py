@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from permllm import parallel
+from permllm.calibration.statistics import NormOver
 from permllm.errors import ConfigError
 from permllm.models.decoder import LayerStream
 from permllm.models.families import decoder_layers, linear_at
-from permllm.permutation.blocks import BlockLogits
+from permllm.models.losses import LOSSES
 from permllm.permutation.heuristic import search_order
-from permllm.permutation.kernels import EAGER, Kernels, KernelUse, compiled_kernels
-from permllm.permutation.losses import LOSSES
-from permllm.permutation.masked_linear import StraightThrough
+from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.kernels import EAGER, Kernels, KernelUse, compiled_kernels
+from permllm.permutation.lcp.masked_linear import StraightThrough
+from permllm.permutation.lcp.sinkhorn import SinkhornStart
+from permllm.permutation.lcp.training import Training, Window, masked_linears, read_checkpoint
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, expanded, shared_orders
-from permllm.permutation.sinkhorn import SinkhornStart
-from permllm.permutation.training import Training, Window, masked_linears, read_checkpoint
-from permllm.precision import product_dtype
-from permllm.pruning.statistics import NormOver
+from permllm.runtime import parallel
+from permllm.runtime.precision import product_dtype
 from permllm.sparsity import permuted_nm_mask
 from permllm.validation import check_number, check_one_of, check_whole
 
@@ -68,7 +68,7 @@ class LCP:
             `mse` of it. None is `kl` where the whole model learns together, else `cosine`.
         window: what learns together: `model`, a number of consecutive decoder layers, or `layer`. Windows learn in turn, each
             on the inputs that the pruned layers before give it, against its own dense output.
-        straight_through: `swap`, `hard` or `soft`, see `permllm.permutation.masked_linear`.
+        straight_through: `swap`, `hard` or `soft`, see `permllm.permutation.lcp.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic order; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.

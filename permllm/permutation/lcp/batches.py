@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from permllm.memory import to_device
+from permllm.runtime.memory import to_device
 
 
 class Batch(NamedTuple):

@@ -17,26 +17,26 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
-from permllm import parallel
 from permllm.errors import DataError, TrainingError
-from permllm.memory import free_memory, peak_memory, to_device
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.permutation.assignment import flatten, harden_together
-from permllm.permutation.batches import Batch, Batches
-from permllm.permutation.blocks import BlockLogits, count_logits
-from permllm.permutation.kernels import Kernels
-from permllm.permutation.losses import loss_named
-from permllm.permutation.masked_linear import PermutedMaskedLinear
+from permllm.models.losses import loss_named
+from permllm.permutation.lcp.assignment import flatten, harden_together
+from permllm.permutation.lcp.batches import Batch, Batches
+from permllm.permutation.lcp.blocks import BlockLogits, count_logits
+from permllm.permutation.lcp.kernels import Kernels
+from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded
 from permllm.record.files import read_torch, write_torch
 from permllm.record.run_tensors import check_order, write_orders
 from permllm.record.schema import Object, Positive, Whole
-from permllm.results.record import BEST_SO_FAR, CHECKPOINT
+from permllm.record.store import BEST_SO_FAR, CHECKPOINT
+from permllm.runtime import parallel
+from permllm.runtime.memory import free_memory, peak_memory, to_device
 
 if TYPE_CHECKING:
-    from permllm.permutation.lcp import LCP
+    from permllm.permutation.lcp.method import LCP
 
 log = logging.getLogger(__name__)
 

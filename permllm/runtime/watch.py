@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from permllm.interruption import CONTINUES, Terminated
+from permllm.runtime.interruption import CONTINUES, Terminated
 
 # How a process ends: its work is done; it failed and has said why; it was interrupted, as all processes of a command are.
 DONE, FAILED, INTERRUPTED = b".", b"!", b"^"

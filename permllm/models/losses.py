@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.head import Head
-from permllm.precision import product_dtype
+from permllm.runtime.precision import product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
 

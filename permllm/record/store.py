@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.memory import peak_host_memory, peak_memory
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
 from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader
 from permllm.record.schema import FinishedRun, Metrics, Object, validated
 from permllm.record.tensor_file import read_header
+from permllm.runtime.memory import peak_host_memory, peak_memory
 from permllm.sparsity import NMPattern
 
 log = logging.getLogger(__name__)

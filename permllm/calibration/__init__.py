@@ -1,0 +1,1 @@
+"""What the dense model tells: statistics of its linears' inputs, saliency, the target of learning; kept between jobs."""

@@ -1,0 +1,349 @@
+"""`python -m permllm.bench DIR` measures a checkpoint: prefill and decoding, the cost of its gathers, loading, sizes.
+
+With `--against DENSE` the dense model is measured beside it, interleaved. On a GPU with sparse tensor cores every pruned
+linear of a 2:4 model in half precision runs on them; elsewhere a sparse matrix product has no faster kernel than a dense one,
+which the output says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from permllm.errors import ConfigError, DataError
+from permllm.export import gathered_norm
+from permllm.export.transformers_classes import gathered_modules
+from permllm.export.verify import stated_pattern
+from permllm.models.checkpoint import (
+    check_checkpoint,
+    check_runs,
+    check_values,
+    tensor_places,
+    transformers_reads,
+    vocabulary_of,
+    weight_files,
+)
+from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.models.loading import resolve_device
+from permllm.record.environment import hardware, versions
+from permllm.record.files import write_json
+from permllm.results.table import terminal
+from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from permllm.runtime.timing import interleaved
+from permllm.runtime.tool import run_tool
+from permllm.sparsity import NMPattern, violations
+
+_LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
+
+
+def sparse_tensor_cores(device: torch.device) -> bool:
+    """Whether the device multiplies 2:4 sparse matrices natively: an NVIDIA GPU from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def use_sparse_tensor_cores(model: nn.Module) -> int:
+    """Give every pruned linear that can take it a semi-structured weight; the number of them.
+
+    Raises:
+        DataError: a weight is not 2:4 in stored order.
+    """
+    from torch.sparse import to_sparse_semi_structured
+
+    converted = 0
+    for group in channel_groups(model):
+        for path in group.members:
+            linear = linear_at(model, path)
+            if violations(linear.weight, torch.arange(group.channels, device=linear.weight.device), NMPattern(2, 4)):
+                raise DataError(f"{path}.weight is not 2:4 in stored order")
+            rows, channels = linear.weight.shape
+            if rows % 32 == 0 and channels % 64 == 0:
+                linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight.detach()), requires_grad=False)
+                converted += 1
+    return converted
+
+
+@contextmanager
+def without_gathers(model: nn.Module) -> Iterator[None]:
+    """The model as if its orders were free of cost; it computes something else then, in the same shapes."""
+    hooks = {module: dict(module._forward_pre_hooks) for module in gathered_modules(model).values()}
+    for module in hooks:
+        module._forward_pre_hooks.clear()
+    try:
+        yield
+    finally:
+        for module, kept in hooks.items():
+            module._forward_pre_hooks.update(kept)
+
+
+@torch.no_grad()
+def speed(
+    variants: dict[str, PreTrainedModel], batch_sizes: list[int], prompt: int, new_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Prefill and decoding of each variant at each batch size, interleaved.
+
+    Args:
+        variants: models by name; one with gathers is measured without them too.
+        batch_sizes: sequences at a time.
+        prompt: tokens of each sequence.
+        new_tokens: tokens decoded one by one after the prompt.
+        repeats: of each measurement; medians are given.
+
+    Returns:
+        A row a variant and batch size; `prefill_bytes` is what the first prefill takes beside the weights.
+    """
+    device = next(iter(variants.values())).device
+    known = min(200, *map(vocabulary_of, variants.values()))
+    rows = []
+    for batch in batch_sizes:
+        tokens = torch.randint(known, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+        works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+        peaks = {}
+        for name, model in variants.items():
+            works[name] = (_prefill(model, tokens), _decode(model, tokens, new_tokens))
+            reset_peak_memory(device)
+            before = peak_memory(device)
+            works[name][0]()
+            peaks[name] = peak_memory(device) - before
+            if gathered_modules(model):
+                works[f"{name}, gathers left out"] = tuple(_bare(model, work) for work in works[name])  # type: ignore[assignment]
+        prefill = interleaved({name: pair[0] for name, pair in works.items()}, repeats, device)
+        decode = interleaved({name: pair[1] for name, pair in works.items()}, repeats, device)
+        for name in works:
+            rows.append(
+                {
+                    "variant": name,
+                    "batch": batch,
+                    "prefill_tokens_a_second": batch * prompt / statistics.median(prefill[name]),
+                    "prefill_spread": _spread(prefill[name]),
+                    "decode_tokens_a_second": batch * new_tokens / statistics.median(decode[name]),
+                    "decode_spread": _spread(decode[name]),
+                    "prefill_bytes": peaks.get(name),
+                }
+            )
+    return rows
+
+
+@torch.no_grad()
+def layers(model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """The first decoder layer, group by group: products dense and sparse, and the gather before them (the paper's table 3).
+
+    Args:
+        model: whose linears are dense.
+        sparse: the same with semi-structured weights; None where there are no sparse tensor cores.
+        tokens: rows of the activations.
+        repeats: of each measurement.
+    """
+    device, dtype = model.device, model.dtype
+    rows = []
+    for group in (group for group in channel_groups(model) if group.layer == 0):
+        x = torch.randn(tokens, group.channels, device=device).to(dtype)
+        order = torch.randperm(group.channels).to(device, torch.int32)
+        weight = torch.ones(group.channels, device=device, dtype=dtype)
+        works: dict[str, Callable[[], Any]] = {"dense_s": _products(model, group.members, x)}
+        if sparse is not None:
+            works["sparse_s"] = _products(sparse, group.members, x)
+        works["gather_s"] = partial(x.index_select, -1, order)
+        works["norm_s"] = partial(nn.functional.rms_norm, x, (group.channels,), weight, 1e-6)
+        works["norm_and_gather_s"] = partial(gathered_norm.reference, x, weight, order, 1e-6)
+        if device.type == "cuda" and gathered_norm.available():
+            works["gathered_norm_s"] = partial(gathered_norm.gathered_rms_norm, x, weight, order, 1e-6)
+        found = interleaved(works, repeats, device)
+        row = {name: statistics.median(found[name]) if name in found else None for name in _LAYER_COLUMNS}
+        rows.append({"group": group.table.name, "channels": group.channels, "rows": sum(group.rows), "tokens": tokens} | row)
+    return rows
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **options: Any) -> tuple[PreTrainedModel, float]:
+    """A checkpoint on a device, and the seconds of loading.
+
+    Raises:
+        DataError: its files are not what its config says, or transformers cannot load or run it.
+    """
+    check_checkpoint(folder)
+    started = time.perf_counter()
+    with transformers_reads(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **options
+        )
+    nn.Module.to(model, device=device)
+    seconds = time.perf_counter() - started
+    check_values(folder, model)
+    check_runs(folder, model)
+    return model.eval().requires_grad_(False), seconds
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that can be measured here, as plain values."""
+    device = resolve_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model, seconds = load(options.folder, device, dtype)
+    files = weight_files(options.folder)
+    packed = files[0].suffix == ".safetensors" and any(name.endswith(".weight_places") for name in tensor_places(files))
+    variants = {"as stored": model}
+    sizes = {"as stored": _size(options.folder)}
+    loading = {"as stored": seconds}
+    note = "no sparse tensor cores here: sparse products run as dense ones"
+    sparse = None
+    if sparse_tensor_cores(device) and stated_pattern(options.folder) == NMPattern(2, 4) and model.dtype.itemsize == 2:
+        sparse, _ = load(options.folder, device, dtype)
+        try:
+            note = f"{use_sparse_tensor_cores(sparse)} linears on sparse tensor cores"
+            variants["sparse tensor cores"] = sparse
+        except DataError as error:
+            sparse, note = None, f"not on sparse tensor cores: {error}"
+    if packed:
+        kept, seconds = load(options.folder, device, dtype, keep_packed=True)
+        variants["kept packed"] = kept
+        loading["kept packed"] = seconds
+    if options.against:
+        dense, seconds = load(options.against, device, dtype or model.dtype)
+        if len(decoder_layers(dense)) != len(decoder_layers(model)):
+            raise ConfigError(f"{options.against} has another number of layers than {options.folder}")
+        variants = {"dense": dense} | variants
+        loading["dense"], sizes["dense"] = seconds, _size(options.against)
+    return {
+        "checkpoint": options.folder.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "note": note,
+        "gathers": len(gathered_modules(model)),
+        "file_bytes": sizes,
+        "weight_bytes": {name: _weight_bytes(variant) for name, variant in variants.items()},
+        "loading_s": loading,
+        "speed": speed(variants, options.batch_sizes, options.prompt, options.new_tokens, options.repeats),
+        "layers": layers(model, sparse, options.layer_tokens, options.repeats),
+        "prompt": options.prompt,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+
+
+def _prefill(model: PreTrainedModel, tokens: Tensor) -> Callable[[], Any]:
+    # Logits of the last token alone, as generation asks for.
+    return lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+
+
+def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable[[], Any]:
+    cache = DynamicCache(config=model.config)
+    # What transformers calls it: cache since 5.24, past_key_values before.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
+
+    def work() -> None:
+        token = tokens[:, -1:]
+        for _ in range(new_tokens):
+            token = model(input_ids=token, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
+        cache.crop(-new_tokens)
+
+    return work
+
+
+def _bare(model: PreTrainedModel, work: Callable[[], Any]) -> Callable[[], Any]:
+    def bare() -> None:
+        with without_gathers(model):
+            work()
+
+    return bare
+
+
+def _products(model: nn.Module, members: tuple[str, ...], x: Tensor) -> Callable[[], Any]:
+    linears = [linear_at(model, path) for path in members]
+    # Not by calling the modules: a gather that hangs on one is timed by itself.
+    return lambda: [nn.functional.linear(x, linear.weight, linear.bias) for linear in linears]
+
+
+def _spread(times: list[float]) -> float:
+    """Largest less smallest, as a share of the median."""
+    return (max(times) - min(times)) / statistics.median(times)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    # Tied parameters come once; a semi-structured one has no storage of its own to tell it by.
+    return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _bytes(tensor: Tensor) -> int:
+    parts = [part for part in (getattr(tensor, name, None) for name in ("packed", "meta")) if isinstance(part, Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts or [tensor])
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = terminal()
+    table = Table(
+        title=f"{escape(report['checkpoint'])}, {report['dtype']}, prompt of {report['prompt']} tokens", title_justify="left"
+    )
+    for heading in ("variant", "batch", "prefill, tokens/s", "decode, tokens/s", "prefill, memory"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in report["speed"]:
+        peak = f"{row['prefill_bytes'] / 1e6:.0f} MB" if row["prefill_bytes"] is not None else ""
+        prefill, decode = f"{row['prefill_tokens_a_second']:.1f}", f"{row['decode_tokens_a_second']:.1f}"
+        table.add_row(row["variant"], str(row["batch"]), prefill, decode, peak)
+    console.print(table)
+    columns = [name for name in _LAYER_COLUMNS if report["layers"][0][name] is not None]
+    table = Table(title=f"first decoder layer at {report['layers'][0]['tokens']} tokens, ms", title_justify="left")
+    for heading in ("group", "size", *[name.removesuffix("_s").replace("_", " ") for name in columns]):
+        table.add_column(heading, justify="left" if heading == "group" else "right")
+    for row in report["layers"]:
+        cells = [f"{row[name] * 1e3:.3f}" for name in columns]
+        table.add_row(row["group"], f"{row['rows']} x {row['channels']}", *cells)
+    console.print(table)
+    for name, size in report["file_bytes"].items():
+        console.print(f"{name}: {size / 1e6:.1f} MB on disk")
+    for name, seconds in report["loading_s"].items():
+        console.print(f"{name}: loaded in {seconds:.2f} s, weights of {report['weight_bytes'][name] / 1e6:.1f} MB in memory")
+    console.print(f"{report['gathers']} gathers; {report['note']}")
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m permllm.bench", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
+    parser.add_argument("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
+    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of the products that are timed one by one")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    disable_progress_bar()
+    set_verbosity_error()
+    return run_tool(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.folder.is_dir():
+        raise ConfigError(f"{options.folder} is not a folder")
+    report = measure(options)
+    _print(report)
+    if options.json:
+        write_json(options.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""`python -m permllm.verify DIR` proves that a checkpoint is N:M sparse as it is stored, and whole.
+
+Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
+hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
+linear N:M. With `--against DENSE` also the difference of the logits from another model's: of a folded model from its
+`simulate` form none, from the dense model what pruning costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from permllm.errors import ConfigError, DataError, printable
+from permllm.export.checkpoint import SUMMARY
+from permllm.export.packed import unpack
+from permllm.models.checkpoint import (
+    ORDER,
+    all_finite,
+    odd_formats,
+    read_weights,
+    skeleton_of,
+    tensor_places,
+    transformers_reads,
+    weight_files,
+)
+from permllm.models.families import FAMILIES, decoder_layers
+from permllm.record.files import read_json, write_json
+from permllm.record.run_tensors import check_order
+from permllm.record.schema import ExportSummary, TensorEntry
+from permllm.record.tensor_file import check_file
+from permllm.results.table import terminal
+from permllm.runtime.tool import run_tool
+from permllm.sparsity import NMPattern, violations
+
+# Without a family that we know: two-dimensional weights that are never pruned.
+_NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "project_in", "project_out")
+_SEQUENCES, _LENGTH = 4, 64
+_SHOWN = 20
+
+Places = dict[str, tuple[Path, TensorEntry]]
+
+
+@dataclass
+class LayerReport:
+    """What one weight is.
+
+    Attributes:
+        name: of the tensor.
+        shape: `(C_out, C_in)`.
+        zeros: share of zeros.
+        violations: groups of M with more than N nonzeros, in stored order; None where M does not divide C_in.
+        negative_zeros: entries that are -0.0.
+        nan: entries that are not finite.
+        packed: stored as values and places.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+    violations: int | None
+    negative_zeros: int
+    nan: int
+    packed: bool
+
+    def problems(self, pattern: NMPattern) -> list[str]:
+        """What is wrong with it, a line each."""
+        found = [f"{self.name} holds values that are not finite"] if self.nan else []
+        if self.violations is None:
+            found.append(f"{self.name} has {self.shape[1]} inputs, which M = {pattern.m} does not divide")
+        elif self.violations:
+            found.append(f"{self.name} has {self.violations} groups of {pattern.m} with more than {pattern.n} nonzeros")
+        if self.negative_zeros:
+            found.append(f"{self.name} holds {self.negative_zeros} zeros as -0.0")
+        return found
+
+
+@dataclass
+class Report:
+    """What a checkpoint is.
+
+    Attributes:
+        pattern: N:M that was asked for.
+        layers: every weight that should be sparse.
+        bytes: of all files with weights.
+        checksums: whether all of these hold checksums, and contents were compared with them; only files of ours do.
+        problems: everything that is wrong, a line each.
+        difference: of the logits from another model's; None where none was asked for.
+    """
+
+    pattern: str
+    layers: list[LayerReport]
+    bytes: int
+    checksums: bool
+    problems: list[str]
+    difference: dict[str, float] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """The files hold what the config asks for, all finite, N:M everywhere, no -0.0."""
+        return not self.problems
+
+
+def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None = None) -> Report:
+    """Examine a checkpoint.
+
+    Args:
+        folder: a config.json and safetensors files.
+        pattern: N:M; None takes the one that our exports state, else 2:4.
+        against: another checkpoint, whose logits are compared.
+
+    Raises:
+        DataError: the config or the files are missing, truncated, corrupt, or not what they should be.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    files = weight_files(folder)
+    if files[0].suffix != ".safetensors":
+        raise DataError(f"{folder} has no safetensors files: {files[0].name} cannot be verified")
+    checksums = [check_file(file) for file in files]
+    places = tensor_places(files)
+    pattern = pattern or stated_pattern(folder)
+    skeleton, differences = skeleton_of(folder)
+    problems = [f"it {what} {name}" for what, names in differences.each() for name in names]
+    odd = odd_formats({name: entry["dtype"] for name, (_, entry) in places.items()}, skeleton)
+    problems += [f"{name} is {found}" for name, found in odd.items()]
+    problems += _against_summary(folder, places, skeleton)
+    suffixes, expected = _linears(skeleton)
+    layers: list[LayerReport] = []
+    for name in sorted(places.keys() - odd.keys()):
+        try:
+            layers += _examine(name, places, pattern, suffixes)
+        except DataError as error:
+            problems.append(str(error))
+    if not layers or expected not in (None, len(layers)):
+        problems.append(f"{len(layers)} weights of linears could be examined, of {expected or 'any'}")
+    comparable = not problems
+    problems += [problem for layer in layers for problem in layer.problems(pattern)]
+    report = Report(str(pattern), layers, sum(file.stat().st_size for file in files), all(checksums), problems)
+    if against is not None and comparable:
+        report.difference = logits_difference(folder, against)
+        if not all(math.isfinite(value) for value in report.difference.values()):
+            problems.append(f"the difference of its logits from those of {against} is not finite")
+    return report
+
+
+def logits_difference(first: Path, second: Path) -> dict[str, float]:
+    """How much the logits of two checkpoints differ on random tokens, in float32.
+
+    Returns:
+        `largest` and `relative`, the norm of the difference over that of the second's; `kl`, nats a token, from the second's
+        distribution to the first's; `agreement`, share of tokens with the same most likely successor.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens: Tensor | None = None
+    vocabulary = 0
+    logits = []
+    for folder in (first, second):
+        model = read_weights(folder, torch.float32, torch.device("cpu")).eval()
+        if tokens is None:
+            vocabulary = model.config.vocab_size
+            tokens = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=generator)
+        elif model.config.vocab_size != vocabulary:
+            raise ConfigError(f"{first} and {second} have vocabularies of {vocabulary} and {model.config.vocab_size} tokens")
+        with transformers_reads(folder), torch.no_grad():
+            logits.append(model(input_ids=tokens).logits.double())
+    ours, theirs = logits
+    return {
+        "largest": float((ours - theirs).abs().max()),
+        "relative": float((ours - theirs).norm() / theirs.norm()),
+        "kl": float(
+            torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
+            .sum(-1)
+            .mean()
+        ),
+        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+    }
+
+
+def stated_pattern(folder: Path) -> NMPattern:
+    """N:M as an export of ours states it; 2:4 where nothing does."""
+    summary = _summary(folder)
+    return NMPattern.parse(summary["sparsity"]) if summary else NMPattern(2, 4)
+
+
+def _summary(folder: Path) -> ExportSummary | None:
+    file = folder / SUMMARY
+    return read_json(file, ExportSummary) if file.is_file() else None
+
+
+def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) -> list[str]:
+    """In what a checkpoint is not the one that its `permllm.json` is of."""
+    summary = _summary(folder)
+    if summary is None:
+        return []
+    entries = [entry for _, entry in places.values()]
+    found: dict[str, object] = {
+        "gathers": len(getattr(skeleton.config, "gathers", [])),
+        "format": "packed" if any(name.endswith(".weight_places") for name in places) else "dense",
+        "bytes": sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries),
+    }
+    return [
+        f"{SUMMARY} says {key}={summary[key]}, and the checkpoint has {value}"  # type: ignore[literal-required]
+        for key, value in found.items()
+        if summary[key] != value  # type: ignore[literal-required]
+    ]
+
+
+def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...] | None, int | None]:
+    """How the names of the weights end that should be sparse, and how many there are; None of a family that we do not know."""
+    family = FAMILIES.get(getattr(skeleton.config, "dense_type", skeleton.config.model_type))
+    if family is None:
+        return None, None
+    members = [member for group in family.groups for member in group.members]
+    return tuple(f".{member}.weight" for member in members), len(members) * len(decoder_layers(skeleton))
+
+
+def _examine(name: str, places: Places, pattern: NMPattern, suffixes: tuple[str, ...] | None) -> list[LayerReport]:
+    """Look at a tensor; a report where it should be sparse.
+
+    Raises:
+        DataError: it is not finite, no permutation, or not packed as it must be.
+    """
+    if name.endswith(".weight_places"):
+        return []  # they are read with their values
+    tensor = _read(name, places)
+    if name.endswith(ORDER):
+        check_order(name, tensor)
+        return []
+    base = name.removesuffix("_values")
+    sparse = f".{base}".endswith(suffixes or ".weight") and (suffixes or not any(word in name for word in _NOT_LINEAR))
+    if base != name and f"{base}_places" in places:
+        try:
+            tensor = unpack(tensor, _read(f"{base}_places", places), pattern)
+        except DataError as error:
+            raise DataError(f"{base}: {error}") from error
+    if not sparse or tensor.dim() != 2 or not tensor.numel():
+        if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
+            raise DataError(f"{name} holds values that are not finite")
+        return []
+    zero = tensor == 0
+    rows, channels = tensor.shape
+    divides = channels % pattern.m == 0
+    return [
+        LayerReport(
+            name=base,
+            shape=(rows, channels),
+            zeros=float(zero.double().mean()),
+            violations=violations(tensor, torch.arange(channels), pattern) if divides else None,
+            negative_zeros=int((zero & tensor.signbit()).sum()),
+            nan=int((~tensor.isfinite()).sum()),
+            packed=base != name,
+        )
+    ]
+
+
+def _read(name: str, places: Places) -> Tensor:
+    # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
+    with safe_open(places[name][0], framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _print(folder: Path, report: Report) -> None:
+    console = terminal()
+    table = Table(title=f"{escape(str(folder))}: {report.pattern} in stored order", title_justify="left")
+    for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
+        table.add_column(heading, justify="left" if heading == "weight" else "right")
+    for layer in report.layers:
+        counted = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
+        cells = [counted, str(layer.negative_zeros), str(layer.nan)]
+        table.add_row(escape(printable(layer.name)), f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
+    console.print(table)
+    weights = sum(math.prod(layer.shape) for layer in report.layers)
+    zeros = sum(layer.zeros * math.prod(layer.shape) for layer in report.layers) / max(weights, 1)
+    bad = sum(layer.violations or 0 for layer in report.layers)
+    console.print(f"{len(report.layers)} weights, {zeros:.2%} zeros, {bad} violations, {report.bytes / 1e6:.1f} MB on disk")
+    if report.difference is not None:
+        found = report.difference
+        console.print(
+            f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, KL {found['kl']:.2e} nats, "
+            f"the same next token at {found['agreement']:.2%}"
+        )
+    without = "without checksums: what was changed after it was written is not found"
+    console.print(f"contents {'compared with their checksums' if report.checksums else without}")
+    if report.passed:
+        console.print("passed")
+        return
+    more = len(report.problems) - _SHOWN
+    console.print(f"FAILED: this is not a {report.pattern} checkpoint:")
+    for problem in report.problems[:_SHOWN]:
+        console.print(f"- {escape(printable(problem))}")
+    if more > 0:
+        console.print(f"- and {more} more")
+
+
+def main() -> int:
+    """The exit code: 0 where the checkpoint is whole and N:M, 1 where it is not, 2 where it cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m permllm.verify", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
+    parser.add_argument("--pattern", help="N:M (default: what an export of ours states, else 2:4)")
+    parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    options = parser.parse_args()
+    disable_progress_bar()
+    set_verbosity_error()  # what its warnings are about is in the report
+    return run_tool(lambda: _run(options), failed=2)
+
+
+def _run(options: argparse.Namespace) -> int:
+    report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
+    _print(options.folder, report)
+    if options.json:
+        write_json(options.json, asdict(report) | {"passed": report.passed})
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Learnable channel permutation (PermLLM): its logits, Sinkhorn normalisation, masked linears, training."""
