@@ -22,10 +22,11 @@ from permllm.config import read_config, register_resolvers
 from permllm.errors import DataError, InUseError, PermLLMError, one_line
 from permllm.helping import assist
 from permllm.record import sweep
+from permllm.record.figures import mean_accuracy
 from permllm.record.store import is_finished
 from permllm.record.sweep import Job
 from permllm.results.collect import collect
-from permllm.results.summary import mean_accuracy, summarise
+from permllm.results.summary import summarise
 from permllm.results.table import print_comparison, print_jobs
 from permllm.runner import run
 from permllm.runtime import parallel

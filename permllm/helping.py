@@ -10,9 +10,10 @@ from permllm.calibration.shared import packed_factors, unpacked_factors
 from permllm.config import RunConfig, instantiate, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
 from permllm.models.families import channel_groups
-from permllm.models.loading import LoadedModel, load_model, resolve_device
+from permllm.models.loading import LoadedModel, load_model
 from permllm.permutation.problem import LearningProblem
 from permllm.runtime import parallel
+from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory
 from permllm.runtime.precision import products_in
 from permllm.runtime.seeding import seed_everything

@@ -10,31 +10,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from permllm.calibration.dense import Pruner, by_layer, collecting, member_factors
 from permllm.calibration.saliency import SaliencyFactors, saliency
-from permllm.calibration.statistics import InputStatistics, NormOver
+from permllm.calibration.statistics import InputStatistics
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
-
-
-class Pruner(Protocol):
-    """A base pruner.
-
-    Attributes:
-        needs_gram: the statistics must hold `X^T X`.
-        updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask
-            and corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
-    """
-
-    needs_gram: bool
-    updates_weights: bool
-
-    def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Saliency factors of `weight (C_out, C_in)`."""
 
 
 class LocalPermutation(Protocol):
@@ -49,19 +33,6 @@ class LocalPermutation(Protocol):
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""
-
-
-@dataclass
-class DenseCalibration:
-    """What one pass of the calibration text through the dense model leaves.
-
-    Attributes:
-        factors: saliency factors of every linear, by module path, on the CPU.
-        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host; what LCP is trained to match.
-    """
-
-    factors: dict[str, SaliencyFactors]
-    target: Tensor
 
 
 @dataclass
@@ -86,65 +57,6 @@ class PrunedModel:
     output_error: dict[str, float] = field(default_factory=dict)
     violations: int = 0
     permute_seconds: float = 0.0
-
-
-def calibrate_dense(
-    model: nn.Module,
-    groups: list[ChannelGroup],
-    tokens: Tensor,
-    pruner: Pruner,
-    batch_size: int,
-    compute_dtype: torch.dtype | None = None,
-    norm_over: NormOver = "tokens",
-) -> DenseCalibration:
-    """Saliency factors of every layer from the inputs that the dense model gives it.
-
-    Args:
-        model: dense, of a known family.
-        groups: of the model, all layers.
-        tokens: int64 `(samples, length)`.
-        pruner: whose statistics are needed; a Gram matrix exists for one layer at a time.
-        batch_size: samples a forward.
-        compute_dtype: of the model's matrix products; None is that of its weights.
-        norm_over: what the mean square of the inputs is a mean over; `samples` makes norms larger by the root of the length.
-    """
-    stream = LayerStream(model, tokens, batch_size, compute_dtype)
-    norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
-    factors: dict[str, SaliencyFactors] = {}
-    for index, members in _by_layer(groups, "calibrate"):
-        with _collecting(model, members, pruner.needs_gram, norm_tokens) as statistics:
-            stream.advance(index)
-        for group in members:
-            for path, found in _member_factors(model, group, pruner, statistics[group.name]).items():
-                factors[path] = found.to("cpu")
-    return DenseCalibration(factors, stream.states())
-
-
-def layer_statistics(
-    model: nn.Module,
-    groups: list[ChannelGroup],
-    tokens: Tensor,
-    gram: bool,
-    batch_size: int,
-    compute_dtype: torch.dtype | None = None,
-) -> dict[str, InputStatistics]:
-    """What the groups of one decoder layer read in the dense model, by their names.
-
-    Args:
-        model: dense, of a known family.
-        groups: of one layer, at least one.
-        tokens: int64 `(samples, length)`.
-        gram: also take the Gram matrices.
-        batch_size: samples a forward.
-        compute_dtype: of the model's matrix products; None is that of its weights.
-    """
-    stream = LayerStream(model, tokens, batch_size, compute_dtype)
-    for index in range(groups[0].layer):
-        stream.advance(index)
-    with _collecting(model, groups, gram) as statistics:
-        for _ in stream.forward(groups[0].layer):
-            pass
-    return statistics
 
 
 def prune(
@@ -180,10 +92,10 @@ def prune(
     gram = pruner.needs_gram or reconstruction.needs_gram
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
     result = PrunedModel()
-    for index, members in _by_layer(groups, "prune"):
+    for index, members in by_layer(groups, "prune"):
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
-            with _collecting(model, members, gram) as statistics:
+            with collecting(model, members, gram) as statistics:
                 for _ in pruned.forward(index):
                     pass
         weights: dict[str, Tensor] = {}
@@ -191,7 +103,7 @@ def prune(
             found = (
                 {path: factors[path] for path in group.members}
                 if factors is not None
-                else _member_factors(model, group, pruner, statistics[group.name])
+                else member_factors(model, group, pruner, statistics[group.name])
             )
             _prune_group(
                 model, group, pruner, reconstruction, pattern, order, found, statistics.get(group.name), weights, result
@@ -251,38 +163,6 @@ def _prune_group(
         result.masks[path] = mask.cpu()
         kept.append(mask)
     result.retained[group.name] = retained_saliency(torch.cat(list(scores.values())), torch.cat(kept))
-
-
-def _member_factors(
-    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
-) -> dict[str, SaliencyFactors]:
-    return {path: pruner.factors(linear_at(model, path).weight, statistics) for path in group.members}
-
-
-def _by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
-    layers: dict[int, list[ChannelGroup]] = {}
-    for group in groups:
-        layers.setdefault(group.layer, []).append(group)
-    yield from tqdm(sorted(layers.items()), desc=label, unit="layer")
-
-
-@contextmanager
-def _collecting(
-    model: nn.Module, groups: list[ChannelGroup], gram: bool, norm_tokens: int = 1
-) -> Iterator[dict[str, InputStatistics]]:
-    """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
-    statistics = {}
-    handles = []
-    for group in groups:
-        linear = linear_at(model, group.members[0])
-        sums = InputStatistics(group.channels, linear.weight.device, gram, norm_tokens)
-        statistics[group.name] = sums
-        handles.append(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
-    try:
-        yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

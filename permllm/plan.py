@@ -9,12 +9,12 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from permllm.calibration.dense import Pruner
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
-from permllm.permutation.lcp.blocks import count_logits
 from permllm.permutation.shared import SharedOrder, shared_orders
-from permllm.pipeline import Pruner
-from permllm.results.table import terminal
+from permllm.permutation.stacks import count_logits
+from permllm.runtime.terminal import terminal
 
 
 def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from permllm.calibration.dense import DenseCalibration, Pruner
 from permllm.calibration.shared import shared_calibration
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens, tokenizer_digest
@@ -21,34 +22,27 @@ from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
+from permllm.export.rebuild import apply_record
 from permllm.helping import call_helpers, check_shares
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
-from permllm.models.loading import LoadedModel, load_model, meta_model, resolve_device
+from permllm.models.loading import LoadedModel, load_model, meta_model
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import check_segments, shared_orders
-from permllm.pipeline import DenseCalibration, PrunedModel, Pruner, prune
+from permllm.pipeline import PrunedModel, prune
 from permllm.plan import print_plan
 from permllm.reconstruction.base import Reconstruction
 from permllm.record.caching import cached_values, clear_cache, digest_of
 from permllm.record.environment import environment
 from permllm.record.files import write_record, write_tensors
 from permllm.record.loggers import RunLogger, open_logger
+from permllm.record.names import CHECKPOINT, ENVIRONMENT, EXPORT, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
 from permllm.record.run_tensors import read_orders, write_masks, write_orders
 from permllm.record.schema import Accuracy, Perplexity
-from permllm.record.store import (
-    CHECKPOINT,
-    ENVIRONMENT,
-    EXPORT,
-    MASKS,
-    PERMUTATIONS,
-    WEIGHTS,
-    WRITTEN_EXPORT,
-    RunRecord,
-    apply_record,
-)
+from permllm.record.store import RunRecord
 from permllm.results.table import print_run
 from permllm.runtime import parallel
+from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.seeding import seed_everything

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from permllm.config import register_resolvers
-from permllm.data.wheels import cache_directory
+from permllm.record.cache_folder import cache_directory
 
 ROOT = Path(__file__).parent.parent
 

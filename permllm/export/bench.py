@@ -39,11 +39,11 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import channel_groups, decoder_layers, linear_at
-from permllm.models.loading import resolve_device
 from permllm.record.environment import hardware, versions
 from permllm.record.files import write_json
-from permllm.results.table import terminal
+from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from permllm.runtime.terminal import terminal
 from permllm.runtime.timing import interleaved
 from permllm.runtime.tool import run_tool
 from permllm.sparsity import NMPattern, violations

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from permllm.export.transformers_classes import writer
-from permllm.results.table import result_rows
+from permllm.record.figures import result_rows
 
 _FORMS = {
     "simulate": "The channels are in the dense model's order. The weights are N:M in the order of the run, not as they are "

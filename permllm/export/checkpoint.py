@@ -26,8 +26,9 @@ from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import hub_commit
 from permllm.models.source import DenseSource, dense_source, parameter_names
 from permllm.record.files import read_json, read_yaml, scratch_of, write_json, write_record
+from permllm.record.names import CONFIG, ENVIRONMENT, METRICS
+from permllm.record.pruned import Pruned
 from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
-from permllm.record.store import CONFIG, ENVIRONMENT, METRICS, Pruned
 from permllm.record.tensor_file import read_header, write_file
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of

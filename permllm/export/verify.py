@@ -40,7 +40,7 @@ from permllm.record.files import read_json, write_json
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
 from permllm.record.tensor_file import check_file
-from permllm.results.table import terminal
+from permllm.runtime.terminal import terminal
 from permllm.runtime.tool import run_tool
 from permllm.sparsity import NMPattern, violations
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
-from permllm.data.wheels import SMOLLM2, cache_directory, replace_folder, scratch_folder, wheel_file
+from permllm.data.wheels import SMOLLM2, replace_folder, scratch_folder, wheel_file
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.models.checkpoint import (
     WEIGHTS,
@@ -38,8 +38,9 @@ from permllm.models.checkpoint import (
     vocabulary_of,
 )
 from permllm.models.families import family_named
+from permllm.record.cache_folder import cache_directory
 from permllm.record.files import as_listed, write_list
-from permllm.runtime import parallel
+from permllm.runtime.devices import resolve_device
 
 log = logging.getLogger(__name__)
 
@@ -61,29 +62,6 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     identity: str
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` picks CUDA when there is one, else the CPU; `cuda` is, under torchrun, the process's own GPU.
-
-    Raises:
-        ConfigError: the device is not there, or several processes would share it.
-    """
-    own, processes = parallel.local_device(), parallel.local_processes()
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        if own >= torch.cuda.device_count():
-            raise ConfigError(f"{processes} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
-        return torch.device("cuda", own)
-    if device == "auto":
-        return torch.device("cpu")
-    if device.startswith("cuda:") and processes > 1:
-        raise ConfigError(f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own")
-    try:
-        resolved = torch.device(device)
-        torch.ones(1, device=resolved).item()  # a device without values, such as meta, has none to give
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from error
-    return resolved
 
 
 def load_model(config: ModelConfig, seed: int) -> LoadedModel:

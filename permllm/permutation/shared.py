@@ -19,7 +19,7 @@ from torch import Tensor
 
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
-from permllm.permutation.lcp.blocks import BlockStack, split_blocks
+from permllm.permutation.stacks import BlockStack, split_blocks
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of
 

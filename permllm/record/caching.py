@@ -20,8 +20,8 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 import permllm
-from permllm.data.wheels import cache_directory
 from permllm.errors import DataError
+from permllm.record.cache_folder import cache_directory
 from permllm.record.environment import versions
 from permllm.record.files import has_checksum, read_json, scratch_of, write_record, write_tensors
 from permllm.record.schema import Object, Schema, validated

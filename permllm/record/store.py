@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,25 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
 
 from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
-from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader
+from permllm.record.names import (
+    BEST_SO_FAR,
+    CHECKPOINT,
+    CONFIG,
+    ENVIRONMENT,
+    EXPORT,
+    HISTORY,
+    MASKS,
+    METRICS,
+    PERMUTATIONS,
+    WEIGHTS,
+    WRITTEN_EXPORT,
+)
+from permllm.record.pruned import Group, Pruned
+from permllm.record.run_tensors import read_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, validated
 from permllm.record.tensor_file import read_header
 from permllm.runtime.memory import peak_host_memory, peak_memory
@@ -30,17 +42,6 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
-CONFIG = "config.yaml"
-METRICS = "metrics.json"
-HISTORY = "history.jsonl"
-PERMUTATIONS = "permutations.safetensors"
-MASKS = "masks.safetensors"
-WEIGHTS = "weights.safetensors"
-ENVIRONMENT = "environment.json"
-CHECKPOINT = "lcp_checkpoint.pt"
-BEST_SO_FAR = "best_so_far.safetensors"
-EXPORT = "export"
-WRITTEN_EXPORT = "export.new"
 # Needed while orders are learned, and to continue.
 _WHILE_LEARNING = (CHECKPOINT, BEST_SO_FAR)
 # Files without a checksum of their own: metrics.json states them once the run is finished.
@@ -153,7 +154,7 @@ class RunRecord:
         for name in _WHILE_LEARNING:
             self.path(name).unlink(missing_ok=True)
 
-    def forget_what_is_broken(self, groups: list[ChannelGroup], pattern: NMPattern) -> None:
+    def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern) -> None:
         """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
 
         Args:
@@ -293,74 +294,3 @@ def _differing(first: Any, second: Any, prefix: str = "") -> list[str]:
             keys += _differing(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else str(key))
         return keys
     return [] if first == second else [prefix or "everything"]
-
-
-class Pruned:
-    """What a run that has pruned its model left, checked against the model: its orders, and its weights one at a time.
-
-    Args:
-        directory: of the run.
-        metrics: of the run.
-        groups: of the model, all layers; it may be on the meta device.
-        pattern: N:M.
-
-    Raises:
-        DataError: orders, masks or changed weights are missing, were changed, or are of another model.
-    """
-
-    def __init__(self, directory: Path, metrics: Mapping[str, Any], groups: list[ChannelGroup], pattern: NMPattern) -> None:
-        shapes = {
-            path: (rows, group.channels) for group in groups for path, rows in zip(group.members, group.rows, strict=True)
-        }
-        self.orders = read_orders(directory / PERMUTATIONS, {group.name: group.channels for group in groups})
-        self._order_of = {path: self.orders[group.name] for group in groups for path in group.members}
-        self._file, self._pattern = directory / MASKS, pattern
-        self._mask = mask_reader(self._file, shapes)
-        self._weight = None
-        weights = directory / WEIGHTS
-        if metrics["sparsity"].get("weights_changed", weights.is_file()):
-            if not weights.is_file():
-                raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
-            self._weight = weight_reader(weights, shapes)
-
-    def check(self, path: str) -> None:
-        """Raise DataError unless the mask of a linear is N:M in the order of its channels, and its weight finite."""
-        check_mask(self._file, path, self._mask(path), self._order_of[path], self._pattern)
-        if self._weight is not None:
-            self._weight(path)
-
-    def weight(self, path: str, dense: Tensor) -> Tensor:
-        """The pruned weight of a linear, original channel order, where `dense` is.
-
-        Raises:
-            DataError: as `check`.
-        """
-        mask = self._mask(path)
-        check_mask(self._file, path, mask, self._order_of[path], self._pattern)
-        new = dense if self._weight is None else self._weight(path)
-        return torch.where(mask.to(dense.device), new.to(dense), 0.0)
-
-
-def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
-    """Turn the dense model into the pruned one of a run, in place.
-
-    Args:
-        model: the dense model that the run started from.
-        identity: of that model (`LoadedModel.identity`).
-        directory: of a run that has been pruned.
-
-    Raises:
-        DataError: the record belongs to another model, is not whole, or the pruner changed weights that were not kept
-            (`save_weights=false`).
-    """
-    metrics = read_json(directory / METRICS, Metrics)
-    if "model" not in metrics or "sparsity" not in metrics:
-        raise DataError(f"{directory} holds no pruned model")
-    if metrics["model"] != identity:
-        raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
-    groups = channel_groups(model)
-    kept = Pruned(directory, metrics, groups, NMPattern.parse(metrics["sparsity"]["pattern"]))
-    for group in groups:
-        for path in group.members:
-            weight = linear_at(model, path).weight
-            weight.data = kept.weight(path, weight.data)

@@ -11,8 +11,9 @@ from typing import Any
 from permllm.config import identity_of
 from permllm.errors import ConfigError, DataError
 from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_yaml
+from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS
 from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Settings, validated
-from permllm.record.store import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCHEMA_VERSION
+from permllm.record.store import SCHEMA_VERSION
 from permllm.record.sweep import kept
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from permllm.config import identity_of
-from permllm.record.store import ENVIRONMENT
+from permllm.record.names import ENVIRONMENT
 from permllm.results.collect import Collection, Run
 from permllm.results.pictures import pictures
 from permllm.results.plots import numeric_setting

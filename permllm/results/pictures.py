@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from permllm.errors import DataError
+from permllm.record.names import MASKS, PERMUTATIONS
 from permllm.record.run_tensors import mask_names, mask_reader, read_orders
-from permllm.record.store import MASKS, PERMUTATIONS
 
 NOT_KEPT = "not kept with this record"
 # A prime, so that the points of a channel count that is a power of two do not all have the same place in their group of M.

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
+from permllm.record.names import MASKS
 from permllm.record.run_tensors import mask_names, mask_reader
-from permllm.record.store import MASKS
 from permllm.results.pictures import by_layer
 from permllm.results.render import main_measure
 from permllm.results.summary import Measure, Row, Summary, row_labels
+from permllm.runtime.plotting import load_pyplot, save_figure
 
 
 def plot(summary: Summary, file: Path) -> None:
@@ -100,30 +101,6 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
 def _first_of_the_middle_layer(names: list[str]) -> str:
     layers = by_layer(names)
     return layers[sorted(layers)[len(layers) // 2]][0]
-
-
-def load_pyplot(option: str) -> Any:
-    """Matplotlib's pyplot without a screen. Raises ConfigError, naming the option that asked for it, where it is missing."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(f"{option} needs matplotlib: pip install -e '.[plot]'") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a record's texts are no formulas
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure: Any, option: str, file: Path) -> None:
-    """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
-    try:
-        figure.tight_layout()
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option} {file}: {str(error).splitlines()[0]}") from error
-    finally:
-        load_pyplot(option).close(figure)
 
 
 def numeric_setting(summary: Summary) -> str | None:

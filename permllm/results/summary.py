@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from permllm.config import identity_of
+from permllm.record.figures import counted_tasks, mean_accuracy, mean_error
 from permllm.results.collect import Run
 
 # Settings that only repeat others or name files, whose digests stand beside them.
@@ -148,26 +149,6 @@ def row_labels(summary: Summary) -> list[str]:
                 parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
         labels.append(", ".join(filter(None, parts)) or row.runs[0].metrics["name"])
     return labels
-
-
-def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    """The tasks of a zero-shot result that a mean is taken over.
-
-    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
-    """
-    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
-
-
-def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
-    """Over the counted tasks of a zero-shot result; not a number where there is none."""
-    counted = counted_tasks(tasks)
-    return statistics.fmean(tasks[name]["acc"] for name in counted) if counted else math.nan
-
-
-def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
-    """Standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
-    errors = [tasks[name]["stderr"] for name in counted_tasks(tasks)]
-    return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,21 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from permllm.record.figures import result_rows
 from permllm.results.render import heading, shown
-from permllm.results.summary import Summary, counted_tasks, mean_accuracy, mean_error, row_labels
-from permllm.runtime.tool import silence
-
-
-class _Terminal(Console):
-    def on_broken_pipe(self) -> None:
-        """Whoever read the output has left, as `head` does: what is left goes nowhere, and the work goes on."""
-        silence()
-
-
-def terminal() -> Console:
-    """Console for tables: the width of the terminal, or wide enough for any table when the output goes to a file."""
-    console = _Terminal()
-    return console if console.is_terminal else _Terminal(width=200)
+from permllm.results.summary import Summary, row_labels
+from permllm.runtime.terminal import terminal
 
 
 def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
@@ -77,33 +66,6 @@ def print_jobs(jobs: Sequence[tuple[str, str, str]], console: Console | None = N
     console.print(table)
     counts = Counter(outcome for _, outcome, _ in jobs)
     console.print(", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ran", "skipped", "failed") if counts[outcome]))
-
-
-def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Every measure of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
-    rows = []
-    dense, sparse = metrics.get("perplexity", {}).get("dense", {}), metrics.get("perplexity", {}).get("sparse", {})
-    for name, values in dense.items():
-        label = f"{name} perplexity (window {values['window']})"
-        rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
-    dense, sparse = metrics.get("zero_shot", {}).get("dense", {}), metrics.get("zero_shot", {}).get("sparse", {})
-    for name, values in dense.items():
-        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
-        label = f"{name} acc{items}"
-        rows.append((label, _accuracy(values), _accuracy(sparse[name])))
-    counted = counted_tasks(dense)
-    if len(counted) > 1:
-        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
-        before, after = ({"acc": mean_accuracy(part), "stderr": mean_error(part)} for part in (dense, sparse))
-        rows.append((f"average acc{limited}", _accuracy(before), _accuracy(after)))
-    return rows
-
-
-def _accuracy(values: dict[str, Any]) -> str:
-    if values["acc"] is None:
-        return "-"
-    error = "" if values["stderr"] is None else f" ± {values['stderr']:.1%}"
-    return f"{values['acc']:.1%}{error}"
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -9,15 +9,16 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from permllm.calibration.dense import Pruner
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
-from permllm.models.loading import resolve_device
-from permllm.pipeline import Pruner
 from permllm.record.environment import environment
 from permllm.record.files import write_record
+from permllm.record.names import ENVIRONMENT, METRICS
 from permllm.record.schema import validated
-from permllm.record.store import ENVIRONMENT, METRICS, RunRecord
-from permllm.results.plots import load_pyplot, save_figure
+from permllm.record.store import RunRecord
+from permllm.runtime.devices import resolve_device
+from permllm.runtime.plotting import load_pyplot, save_figure
 from permllm.runtime.seeding import seed_everything
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from permllm.calibration.dense import layer_statistics
 from permllm.calibration.saliency import saliency
 from permllm.data.calibration import calibration_tokens
 from permllm.data.text import text_digest
@@ -18,7 +19,6 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import load_model
 from permllm.permutation.heuristic import heuristic_order
-from permllm.pipeline import layer_statistics
 from permllm.record.schema import MeasuredOrders
 from permllm.runtime.precision import compute_dtype
 from permllm.sparsity import NMPattern, check_divides, nm_mask, permuted_nm_mask, retained_saliency

@@ -19,12 +19,12 @@ import permllm
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
 from permllm.record.files import write_record, write_tensors, write_text
 from permllm.record.run_tensors import write_masks
-from permllm.record.store import apply_record
 from permllm.record.tensor_file import check_file, read_header
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
 from tests.conftest import FAMILY_SETTINGS, script, tiny_config

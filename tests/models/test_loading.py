@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokeni
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.models import checkpoint
-from permllm.models.loading import load_model, meta_model, resolve_device
+from permllm.models.loading import load_model, meta_model
+from permllm.runtime.devices import resolve_device
 from tests.conftest import tiny_model
 
 

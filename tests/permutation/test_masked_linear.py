@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.blocks import BlockLogits, split_blocks
+from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
 from permllm.permutation.lcp.sinkhorn import sinkhorn
+from permllm.permutation.stacks import split_blocks
 from permllm.sparsity import NMPattern
 
 Variant = Literal["hard", "soft"]

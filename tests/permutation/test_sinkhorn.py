@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.permutation.lcp import assignment
 from permllm.permutation.lcp.assignment import flatten, harden, harden_together
-from permllm.permutation.lcp.method import assignment
 from permllm.permutation.lcp.sinkhorn import SinkhornStart, gradient_path, normalize, sinkhorn
 from permllm.runtime import parallel
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.calibration.dense import Pruner, calibrate_dense
 from permllm.calibration.saliency import saliency
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
@@ -17,7 +18,7 @@ from permllm.permutation.identity import Identity
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.temperature import Linear
 from permllm.permutation.problem import LearningProblem
-from permllm.pipeline import Pruner, calibrate_dense, prune
+from permllm.pipeline import prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT

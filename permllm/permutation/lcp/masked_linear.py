@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.permutation.lcp.blocks import BlockStack
 from permllm.permutation.lcp.kernels import EAGER, Kernels
+from permllm.permutation.stacks import BlockStack
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern
 

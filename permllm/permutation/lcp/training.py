@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import InstanceOf
@@ -23,20 +23,19 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.losses import loss_named
 from permllm.permutation.lcp.assignment import flatten, harden_together
 from permllm.permutation.lcp.batches import Batch, Batches
-from permllm.permutation.lcp.blocks import BlockLogits, count_logits
+from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.kernels import Kernels
 from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
+from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded
+from permllm.permutation.stacks import count_logits
 from permllm.record.files import read_torch, write_torch
+from permllm.record.names import BEST_SO_FAR, CHECKPOINT
 from permllm.record.run_tensors import check_order, write_orders
 from permllm.record.schema import Object, Positive, Whole
-from permllm.record.store import BEST_SO_FAR, CHECKPOINT
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory, to_device
-
-if TYPE_CHECKING:
-    from permllm.permutation.lcp.method import LCP
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class Training:
 
     def __init__(
         self,
-        settings: LCP,
+        settings: LCPSettings,
         problem: LearningProblem,
         shared: list[SharedOrder],
         window: Window,
@@ -435,7 +434,7 @@ def read_checkpoint(problem: LearningProblem) -> Checkpoint | None:
 
 @contextmanager
 def masked_linears(
-    settings: LCP, problem: LearningProblem, window: Window, kernels: Kernels
+    settings: LCPSettings, problem: LearningProblem, window: Window, kernels: Kernels
 ) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
     """Put a masked linear in the place of every linear of the window, and the linears back at the end; by channel group.
 

@@ -1,0 +1,139 @@
+"""What one pass of the calibration text through the dense model tells of its linears, and the pruners that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.statistics import InputStatistics, NormOver
+from permllm.models.decoder import LayerStream
+from permllm.models.families import ChannelGroup, linear_at
+
+
+class Pruner(Protocol):
+    """A base pruner.
+
+    Attributes:
+        needs_gram: the statistics must hold `X^T X`.
+        updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask
+            and corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
+    """
+
+    needs_gram: bool
+    updates_weights: bool
+
+    def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        """Saliency factors of `weight (C_out, C_in)`."""
+
+
+@dataclass
+class DenseCalibration:
+    """What one pass of the calibration text through the dense model leaves.
+
+    Attributes:
+        factors: saliency factors of every linear, by module path, on the CPU.
+        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host; what LCP is trained to match.
+    """
+
+    factors: dict[str, SaliencyFactors]
+    target: Tensor
+
+
+def calibrate_dense(
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    pruner: Pruner,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
+    norm_over: NormOver = "tokens",
+) -> DenseCalibration:
+    """Saliency factors of every layer from the inputs that the dense model gives it.
+
+    Args:
+        model: dense, of a known family.
+        groups: of the model, all layers.
+        tokens: int64 `(samples, length)`.
+        pruner: whose statistics are needed; a Gram matrix exists for one layer at a time.
+        batch_size: samples a forward.
+        compute_dtype: of the model's matrix products; None is that of its weights.
+        norm_over: what the mean square of the inputs is a mean over; `samples` makes norms larger by the root of the length.
+    """
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
+    factors: dict[str, SaliencyFactors] = {}
+    for index, members in by_layer(groups, "calibrate"):
+        with collecting(model, members, pruner.needs_gram, norm_tokens) as statistics:
+            stream.advance(index)
+        for group in members:
+            for path, found in member_factors(model, group, pruner, statistics[group.name]).items():
+                factors[path] = found.to("cpu")
+    return DenseCalibration(factors, stream.states())
+
+
+def layer_statistics(
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    gram: bool,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, InputStatistics]:
+    """What the groups of one decoder layer read in the dense model, by their names.
+
+    Args:
+        model: dense, of a known family.
+        groups: of one layer, at least one.
+        tokens: int64 `(samples, length)`.
+        gram: also take the Gram matrices.
+        batch_size: samples a forward.
+        compute_dtype: of the model's matrix products; None is that of its weights.
+    """
+    stream = LayerStream(model, tokens, batch_size, compute_dtype)
+    for index in range(groups[0].layer):
+        stream.advance(index)
+    with collecting(model, groups, gram) as statistics:
+        for _ in stream.forward(groups[0].layer):
+            pass
+    return statistics
+
+
+def member_factors(
+    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
+) -> dict[str, SaliencyFactors]:
+    """Saliency factors of the linears of a group, by path, from what they read."""
+    return {path: pruner.factors(linear_at(model, path).weight, statistics) for path in group.members}
+
+
+def by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
+    """The groups of each decoder layer, layer by layer, with a bar of progress."""
+    layers: dict[int, list[ChannelGroup]] = {}
+    for group in groups:
+        layers.setdefault(group.layer, []).append(group)
+    yield from tqdm(sorted(layers.items()), desc=label, unit="layer")
+
+
+@contextmanager
+def collecting(
+    model: nn.Module, groups: list[ChannelGroup], gram: bool, norm_tokens: int = 1
+) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
+    statistics = {}
+    handles = []
+    for group in groups:
+        linear = linear_at(model, group.members[0])
+        sums = InputStatistics(group.channels, linear.weight.device, gram, norm_tokens)
+        statistics[group.name] = sums
+        handles.append(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,40 @@
+"""The pruned model of a run, from the dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from permllm.errors import DataError
+from permllm.models.families import channel_groups, linear_at
+from permllm.record.files import read_json
+from permllm.record.names import METRICS
+from permllm.record.pruned import Pruned
+from permllm.record.schema import Metrics
+from permllm.sparsity import NMPattern
+
+
+def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
+    """Turn the dense model into the pruned one of a run, in place.
+
+    Args:
+        model: the dense model that the run started from.
+        identity: of that model (`LoadedModel.identity`).
+        directory: of a run that has been pruned.
+
+    Raises:
+        DataError: the record belongs to another model, is not whole, or the pruner changed weights that were not kept
+            (`save_weights=false`).
+    """
+    metrics = read_json(directory / METRICS, Metrics)
+    if "model" not in metrics or "sparsity" not in metrics:
+        raise DataError(f"{directory} holds no pruned model")
+    if metrics["model"] != identity:
+        raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
+    groups = channel_groups(model)
+    kept = Pruned(directory, metrics, groups, NMPattern.parse(metrics["sparsity"]["pattern"]))
+    for group in groups:
+        for path in group.members:
+            weight = linear_at(model, path).weight
+            weight.data = kept.weight(path, weight.data)

@@ -1,0 +1,54 @@
+"""The figures of one finished run, as they are shown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+
+def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Every measure of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
+    rows = []
+    dense, sparse = metrics.get("perplexity", {}).get("dense", {}), metrics.get("perplexity", {}).get("sparse", {})
+    for name, values in dense.items():
+        label = f"{name} perplexity (window {values['window']})"
+        rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
+    dense, sparse = metrics.get("zero_shot", {}).get("dense", {}), metrics.get("zero_shot", {}).get("sparse", {})
+    for name, values in dense.items():
+        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
+        label = f"{name} acc{items}"
+        rows.append((label, _accuracy(values), _accuracy(sparse[name])))
+    counted = counted_tasks(dense)
+    if len(counted) > 1:
+        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
+        before, after = ({"acc": mean_accuracy(part), "stderr": mean_error(part)} for part in (dense, sparse))
+        rows.append((f"average acc{limited}", _accuracy(before), _accuracy(after)))
+    return rows
+
+
+def _accuracy(values: dict[str, Any]) -> str:
+    if values["acc"] is None:
+        return "-"
+    error = "" if values["stderr"] is None else f" ± {values['stderr']:.1%}"
+    return f"{values['acc']:.1%}{error}"
+
+
+def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """The tasks of a zero-shot result that a mean is taken over.
+
+    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
+    """
+    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
+
+
+def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
+    """Over the counted tasks of a zero-shot result; not a number where there is none."""
+    counted = counted_tasks(tasks)
+    return statistics.fmean(tasks[name]["acc"] for name in counted) if counted else math.nan
+
+
+def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
+    """Standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
+    errors = [tasks[name]["stderr"] for name in counted_tasks(tasks)]
+    return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)

@@ -1,0 +1,13 @@
+"""The files of a run directory."""
+
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+HISTORY = "history.jsonl"
+PERMUTATIONS = "permutations.safetensors"
+MASKS = "masks.safetensors"
+WEIGHTS = "weights.safetensors"
+ENVIRONMENT = "environment.json"
+CHECKPOINT = "lcp_checkpoint.pt"
+BEST_SO_FAR = "best_so_far.safetensors"
+EXPORT = "export"
+WRITTEN_EXPORT = "export.new"

@@ -1,0 +1,81 @@
+"""What a run that has pruned its model left, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from permllm.errors import DataError
+from permllm.record.names import MASKS, PERMUTATIONS, WEIGHTS
+from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader
+from permllm.sparsity import NMPattern
+
+
+class Group(Protocol):
+    """Linears that share an order: what of a model's channel group its tensors are compared with."""
+
+    @property
+    def name(self) -> str:
+        """Of the group."""
+
+    @property
+    def channels(self) -> int:
+        """C_in."""
+
+    @property
+    def members(self) -> Sequence[str]:
+        """Paths of the linears."""
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """C_out of each."""
+
+
+class Pruned:
+    """What a run that has pruned its model left, checked against the model: its orders, and its weights one at a time.
+
+    Args:
+        directory: of the run.
+        metrics: of the run.
+        groups: of the model, all layers; it may be on the meta device.
+        pattern: N:M.
+
+    Raises:
+        DataError: orders, masks or changed weights are missing, were changed, or are of another model.
+    """
+
+    def __init__(self, directory: Path, metrics: Mapping[str, Any], groups: Sequence[Group], pattern: NMPattern) -> None:
+        shapes = {
+            path: (rows, group.channels) for group in groups for path, rows in zip(group.members, group.rows, strict=True)
+        }
+        self.orders = read_orders(directory / PERMUTATIONS, {group.name: group.channels for group in groups})
+        self._order_of = {path: self.orders[group.name] for group in groups for path in group.members}
+        self._file, self._pattern = directory / MASKS, pattern
+        self._mask = mask_reader(self._file, shapes)
+        self._weight = None
+        weights = directory / WEIGHTS
+        if metrics["sparsity"].get("weights_changed", weights.is_file()):
+            if not weights.is_file():
+                raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
+            self._weight = weight_reader(weights, shapes)
+
+    def check(self, path: str) -> None:
+        """Raise DataError unless the mask of a linear is N:M in the order of its channels, and its weight finite."""
+        check_mask(self._file, path, self._mask(path), self._order_of[path], self._pattern)
+        if self._weight is not None:
+            self._weight(path)
+
+    def weight(self, path: str, dense: Tensor) -> Tensor:
+        """The pruned weight of a linear, original channel order, where `dense` is.
+
+        Raises:
+            DataError: as `check`.
+        """
+        mask = self._mask(path)
+        check_mask(self._file, path, mask, self._order_of[path], self._pattern)
+        new = dense if self._weight is None else self._weight(path)
+        return torch.where(mask.to(dense.device), new.to(dense), 0.0)

@@ -1,0 +1,32 @@
+"""Matplotlib, where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from permllm.errors import ConfigError
+
+
+def load_pyplot(option: str) -> Any:
+    """Matplotlib's pyplot without a screen. Raises ConfigError, naming the option that asked for it, where it is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(f"{option} needs matplotlib: pip install -e '.[plot]'") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a record's texts are no formulas
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure: Any, option: str, file: Path) -> None:
+    """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
+    try:
+        figure.tight_layout()
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {file}: {str(error).splitlines()[0]}") from error
+    finally:
+        load_pyplot(option).close(figure)
