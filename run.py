@@ -1,25 +1,17 @@
 """The one entry: `python run.py` prunes the default model; `python run.py --help` lists the groups."""
 
-import os
-import signal
 import sys
 
+from permllm.runtime.interruption import starting
 
-def _interrupted(*_: object) -> None:
-    os.write(2, b"interrupted: nothing had begun\n")
-    os._exit(130)
+if __name__ == "__main__":
+    starting()
 
+import hydra
+from omegaconf import DictConfig
 
-# Importing takes seconds, in which Ctrl-C would show what is being imported.
-EARLY = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if EARLY:
-    signal.signal(signal.SIGINT, _interrupted)
-
-import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
-
-from permllm.cli import Session  # noqa: E402
-from permllm.config import register_resolvers  # noqa: E402
+from permllm.cli import Session
+from permllm.config import register_resolvers
 
 SESSION = Session()
 register_resolvers()
@@ -32,6 +24,4 @@ def main(composed: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    if EARLY:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(SESSION.of(main))

@@ -1,10 +1,32 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
-Importing it lets transformers load gathered and packed checkpoints (`permllm.export`).
+`permllm.load(DIR)` opens a checkpoint that an export wrote. `import permllm.export` lets transformers load gathered and packed
+ones by itself. Importing `permllm` alone costs nothing.
 """
 
-from permllm.export.transformers_classes import register
+from __future__ import annotations
 
-__version__ = "0.1.0"
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-register()
+from permllm.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["__version__", "load"]
+
+
+def load(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint in any of the forms of an export, dense or packed, in evaluation mode.
+
+    Args:
+        folder: of the checkpoint.
+        options: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or `keep_packed=True`.
+
+    Raises:
+        DataError: it is not whole; the tensor is named.
+    """
+    from permllm.export.opening import opened
+
+    return opened(Path(folder), **options)

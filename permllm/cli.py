@@ -30,7 +30,7 @@ from permllm.results.summary import summarise
 from permllm.results.table import print_comparison, print_jobs
 from permllm.runner import run
 from permllm.runtime import parallel
-from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, what_happened
+from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
 from permllm.runtime.watch import FAILED, INTERRUPTED
 
 # Groups that every job has an option of.
@@ -45,6 +45,7 @@ class Session:
 
     def of(self, main: Callable[[], Any]) -> int:
         """Run what Hydra made of the command line, and end it: the exit code."""
+        started()
         if group := _group_without_option(sys.argv[1:]):
             print(f"error: {group}=null: every job needs one of its options, which --help lists", file=sys.stderr)
             return 1

@@ -34,13 +34,13 @@ from permllm.plan import print_plan
 from permllm.reconstruction.base import Reconstruction
 from permllm.record.caching import cached_values, clear_cache, digest_of
 from permllm.record.environment import environment
+from permllm.record.figures import print_run
 from permllm.record.files import write_record, write_tensors
 from permllm.record.loggers import RunLogger, open_logger
 from permllm.record.names import CHECKPOINT, ENVIRONMENT, EXPORT, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
 from permllm.record.run_tensors import read_orders, write_masks, write_orders
 from permllm.record.schema import Accuracy, Perplexity
 from permllm.record.store import RunRecord
-from permllm.results.table import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory

@@ -2,7 +2,11 @@
 
 import sys
 
-from permllm.export.verify import main
+from permllm.runtime.interruption import starting
 
 if __name__ == "__main__":
+    starting()
+
+    from permllm.export.verify import main
+
     sys.exit(main())

@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from permllm.record.figures import print_run
 from permllm.record.files import read_json, with_block
 from permllm.record.schema import Environment, FinishedRun
-from permllm.results.table import print_run
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "experiments" / "quickstart"

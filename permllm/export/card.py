@@ -62,10 +62,10 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     if summary["format"] == "packed" or summary["gathers"]:
         lines += [
             f"Written by {writer()}. To load it, make a checkout of the project importable (`pip install -e .` in it) and "
-            "import `permllm` first:",
+            "import `permllm.export` first:",
             "",
             "```python",
-            "import permllm",
+            "import permllm.export",
             "from transformers import AutoModelForCausalLM",
             "",
             'model = AutoModelForCausalLM.from_pretrained("DIR")',

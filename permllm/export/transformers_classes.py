@@ -1,4 +1,4 @@
-"""What transformers needs to load gathered and packed checkpoints. `import permllm` registers it.
+"""What transformers needs to load gathered and packed checkpoints. `import permllm.export` registers it.
 
 A checkpoint in one of these forms must never load as a plain model with wrong logits. Its config.json therefore carries a
 model type of its own and, where a plain config has its width, a text that says what to import; the dense model's config
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,35 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import permllm
 from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
 from permllm.models.checkpoint import META, check_checkpoint, check_values
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.sparsity import NMPattern
+from permllm.version import __version__
 
 METHOD = "permllm"
 # No name to install: nobody vouches for what a package index has under it.
-_HINT = "make a checkout of the project importable and import permllm before loading this checkpoint"
+_HINT = "make a checkout of the project importable and import permllm.export before loading this checkpoint"
+# Of checkpoints that earlier versions wrote.
+_EARLIER_HINTS = ("make a checkout of the project importable and import permllm before loading this checkpoint",)
 # Of what `from_pretrained` takes: where on the hub a checkpoint is, and how it may be had.
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward.
 _TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
 
-def model_type_of(dense_type: str) -> str:
+def model_type_of(dense_type: str, hint: str = _HINT) -> str:
     """Model type of a gathered or packed model of a family; transformers quotes it when it does not know it.
 
-    The same in all versions, so that any of them knows the checkpoints of the others.
+    The same in all versions but for the hint, so that any of them knows the checkpoints of those before.
     """
-    return f"{dense_type}, N:M sparse, written by PermLLM (arXiv 2510.10136): {_HINT}"
+    return f"{dense_type}, N:M sparse, written by PermLLM (arXiv 2510.10136): {hint}"
 
 
 def writer() -> str:
     """The project and version that writes checkpoints."""
-    return f"PermLLM {permllm.__version__} (arXiv 2510.10136)"
+    return f"PermLLM {__version__} (arXiv 2510.10136)"
 
 
 def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConfig:
@@ -259,8 +262,8 @@ def _pruned(model: nn.Module) -> list[str]:
 
 def register() -> None:
     """Make gathered and packed models of all families known to transformers."""
-    for dense_type in FAMILIES:
-        label = model_type_of(dense_type)
+    for dense_type, hint in product(FAMILIES, (_HINT, *_EARLIER_HINTS)):
+        label = model_type_of(dense_type, hint)
         if label in CONFIG_MAPPING:
             continue
         dense_config: Any = CONFIG_MAPPING[dense_type]

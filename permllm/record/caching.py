@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from typing_extensions import TypedDict
 
-import permllm
 from permllm.errors import DataError
 from permllm.record.cache_folder import cache_directory
 from permllm.record.environment import versions
@@ -106,7 +105,7 @@ def digest_of(tensor: Tensor) -> str:
 @cache
 def code_digest() -> str:
     """sha256 of the code that kept results come from: what an older checkout computed is not taken for what this one would."""
-    package = Path(permllm.__file__).parent
+    package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for file in sorted(
         [

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-import permllm
+from permllm.version import __version__
 
 _PACKAGES = (
     "torch",
@@ -43,7 +43,7 @@ _SECRETS = (
 @cache
 def versions() -> dict[str, str]:
     """Versions of this project and of the libraries that results depend on."""
-    found = {"permllm": permllm.__version__, "python": platform.python_version()}
+    found = {"permllm": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -89,7 +89,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def git_commit() -> dict[str, Any] | None:
     """Commit of the checkout that the package lies in, and whether it has changes; None outside a checkout."""
-    folder = Path(permllm.__file__).parent
+    folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -4,7 +4,35 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from permllm.runtime.terminal import terminal
+
+
+def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
+    """Table of one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
+    console = console or terminal()
+    table = Table(title=escape(metrics["name"]), title_justify="left")
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("sparse", justify="right")
+    for label, dense, sparse in result_rows(metrics):
+        table.add_row(escape(label), dense, sparse)
+    console.print(table)
+    sparsity = metrics["sparsity"]
+    console.print(
+        f"sparsity  {sparsity['pattern']} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
+        f"{_mean(metrics['retained_saliency']):.2%} of the saliency kept)"
+    )
+    stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in metrics["seconds"].items())
+    console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")
+    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak")
+    console.print(f"files     {directory}", soft_wrap=True)
 
 
 def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -52,3 +80,13 @@ def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
     """Standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
     errors = [tasks[name]["stderr"] for name in counted_tasks(tasks)]
     return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,23 @@ class Terminated(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def starting() -> None:
+    """Until `started`, Ctrl-C is one line: imports take seconds, and would show what was being imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _interrupted_early)
+
+
+def started() -> None:
+    """From here on Ctrl-C is a `KeyboardInterrupt` again."""
+    if signal.getsignal(signal.SIGINT) is _interrupted_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupted_early(*_: Any) -> None:
+    os.write(2, b"interrupted: nothing had begun\n")
+    os._exit(128 + signal.SIGINT)
 
 
 def exit_code(error: KeyboardInterrupt) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from permllm.errors import PermLLMError, one_line
-from permllm.runtime.interruption import exit_code, what_happened
+from permllm.runtime.interruption import exit_code, started, what_happened
 
 
 def run_tool(work: Callable[[], int], failed: int = 1) -> int:
@@ -20,6 +20,7 @@ def run_tool(work: Callable[[], int], failed: int = 1) -> int:
     Returns:
         The exit code; 141, as a shell says it, where whoever read the output has left, as `head` does.
     """
+    started()
     try:
         code = work()
         sys.stdout.flush()

@@ -270,7 +270,13 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert {"config.json", "generation_config.json", "tokenizer_config.json", "README.md", "model.safetensors"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == ByT5Tokenizer(extra_ids=0)("abc").input_ids
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in ("2:4", "import permllm", "library_name: transformers", "packed", "a checkout of the project importable"):
+    for text in (
+        "2:4",
+        "import permllm.export",
+        "library_name: transformers",
+        "packed",
+        "a checkout of the project importable",
+    ):
         assert text in card
     config = (tmp_path / "out" / "config.json").read_text()
     for written in (card, config):
@@ -291,7 +297,7 @@ for cls in (AutoModelForCausalLM, LlamaForCausalLM):
         cls.from_pretrained(sys.argv[1])
         print("LOADED")
     except Exception as error:
-        print("REFUSED" if "import permllm" in str(error) else repr(error))
+        print("REFUSED" if "import permllm.export" in str(error) else repr(error))
 assert "permllm" not in sys.modules
 """
 

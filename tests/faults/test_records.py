@@ -25,7 +25,7 @@ from permllm.errors import DataError
 from permllm.record import files
 from permllm.record.files import file_checksum, read_json, read_yaml, write_record
 from permllm.record.schema import Environment, FinishedRun, Metrics, Pass, Settings, validated
-from permllm.results.__main__ import main as results_main
+from permllm.results.command import main as results_main
 from permllm.results.render import FORMATS
 from tests.conftest import ROOT, script
 from tests.results.test_results import make_run

@@ -19,8 +19,8 @@ from permllm import runner
 from permllm.config import read_config
 from permllm.export import verify
 from permllm.export.checkpoint import Request, export_run
-from permllm.results import __main__ as results
-from permllm.results.table import print_run
+from permllm.record.figures import print_run
+from permllm.results import command as results
 from permllm.runtime.interruption import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed

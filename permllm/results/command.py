@@ -1,0 +1,61 @@
+"""`python -m permllm.results DIR...` makes one table of all runs below some directories."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from permllm.errors import ConfigError, DataError
+from permllm.record.files import write_text
+from permllm.results.collect import collect
+from permllm.results.page import page
+from permllm.results.plots import plot, plot_masks
+from permllm.results.published import Comparison, published
+from permllm.results.render import FORMATS, find_baseline, render
+from permllm.results.summary import summarise
+from permllm.runtime.tool import run_tool
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m permllm.results", description=__doc__)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs, or directories that hold some")
+    parser.add_argument("--format", choices=FORMATS, default="md")
+    parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
+    parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
+    parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
+    parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
+    options = parser.parse_args()
+    return run_tool(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    collection = collect(options.directories)
+    for note in collection.notes():
+        print(f"note: {note}", file=sys.stderr)
+    if not collection.runs:
+        raise ConfigError("no finished run is among them")
+    summary = summarise(collection.runs)
+    for note in summary.notes:
+        print(f"note: {note}", file=sys.stderr)
+    paper = None
+    if options.paper:
+        models = sorted({run.config["model"]["name"] for run in collection.runs})
+        paper = Comparison(published(options.paper), models)
+    baseline = find_baseline(summary, options.baseline) if options.baseline else None
+    sys.stdout.write(render(summary, options.format, baseline, paper))
+    if paper and paper.note:
+        print(f"note: {paper.note}", file=sys.stderr)
+    if options.plot:
+        plot(summary, options.plot)
+    if options.masks:
+        plot_masks(summary, options.masks, options.linear)
+    if options.html:
+        try:
+            write_text(options.html, page(collection, summary, baseline, paper))
+        except DataError as error:
+            raise ConfigError(f"--html: {error}") from error
+    return 0
