@@ -16,8 +16,8 @@ from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
 from permllm.permutation.lcp.method import LCP
-from permllm.permutation.lcp.temperature import Linear
 from permllm.permutation.problem import LearningProblem
+from permllm.permutation.temperature import Linear
 from permllm.pipeline import prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
