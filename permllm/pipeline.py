@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +46,6 @@ class PrunedModel:
         output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model, W' before anything larger
             than a linear is reconstructed.
         violations: groups of M in permuted order with more than N nonzeros, over all layers.
-        permute_seconds: part of the time that went into finding orders.
     """
 
     orders: dict[str, Tensor] = field(default_factory=dict)
@@ -56,7 +54,6 @@ class PrunedModel:
     moved: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     violations: int = 0
-    permute_seconds: float = 0.0
 
 
 def prune(
@@ -146,9 +143,7 @@ def _prune_group(
 ) -> None:
     dense = {path: linear_at(model, path).weight for path in group.members}
     scores = {path: saliency(weight, factors[path].to(weight.device)) for path, weight in dense.items()}
-    started = time.perf_counter()
     perm = order(group.name, torch.cat(list(scores.values())), pattern)
-    result.permute_seconds += time.perf_counter() - started
     result.orders[group.name] = perm.cpu()
     result.moved[group.name] = float((perm.cpu() != torch.arange(group.channels)).float().mean())
     kept = []

@@ -34,6 +34,8 @@ ROOMS = (
     "plan",
     "studies",
     "helping",
+    "job",
+    "ordering",
     "runner",
     "results",
     "cli",

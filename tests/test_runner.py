@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
+from permllm.evaluation import measure
 from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
@@ -155,8 +156,8 @@ def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Pat
 def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, "permutation=none")
     calls: list[str] = []
-    real = runner.perplexity
-    monkeypatch.setattr(runner, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
+    real = measure.perplexity
+    monkeypatch.setattr(measure, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
     run(tmp_path, "permutation=heuristic")
     assert calls == ["sparse perplexity"]
     run(tmp_path, "permutation=heuristic", "evaluation.perplexity.window=32")

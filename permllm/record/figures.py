@@ -90,3 +90,17 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def flat_figures(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metrics as one level, keys joined by slashes; single groups are summarised by their mean."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key in ("retained_saliency", "output_error", "moved_channels"):
+            flat[f"{name}/mean"] = _mean(value)
+        elif isinstance(value, dict) and key not in ("protocol", "units"):
+            flat |= flat_figures(value, f"{name}/")
+        elif isinstance(value, int | float | str):
+            flat[name] = value
+    return flat

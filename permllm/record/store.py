@@ -87,6 +87,8 @@ class RunRecord:
         self.metrics: dict[str, Any] = {}
         self._config = config
         self._force = force
+        self._stages: list[str] = []
+        self._since = 0.0
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -200,15 +202,29 @@ class RunRecord:
 
     @contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted."""
-        started = time.perf_counter()
+        """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted.
+
+        A stage inside of another one takes its seconds out of that one's, and leaves the saving to it.
+        """
+        self._lap()
+        self._stages.append(name)
         try:
             yield
         finally:
-            self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - started
+            self._lap()
+            self._stages.pop()
             for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
                 self.metrics[key] = max(peak, self.metrics.get(key, 0))
-            self.save()
+            if not self._stages:
+                self.save()
+
+    def _lap(self) -> None:
+        """Count the seconds since the last lap for the innermost stage that runs."""
+        now = time.perf_counter()
+        if self._stages:
+            seconds = self.metrics["seconds"]
+            seconds[self._stages[-1]] = seconds.get(self._stages[-1], 0.0) + now - self._since
+        self._since = now
 
     def append_history(self, values: Mapping[str, Any]) -> None:
         """Add one line to `history.jsonl` and flush it."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm import runner
 from permllm.config import ZeroShotConfig, read_config
+from permllm.evaluation import measure
 from permllm.evaluation import zero_shot as module
 from permllm.evaluation.zero_shot import zero_shot
 from tests.hub.repositories import write_model
@@ -55,7 +56,7 @@ def test_a_kept_dense_accuracy_follows_from_the_setting(cache: Path, tmp_path: P
         measured.append(config.add_bos_token)
         return {"rte": {"acc": 0.5, "acc_norm": None, "stderr": 0.1, "n": 2, "split": "validation", "limited": True}}
 
-    monkeypatch.setattr(runner, "zero_shot", counted)
+    monkeypatch.setattr(measure, "zero_shot", counted)
     chosen = ["model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", "evaluation.zero_shot.tasks=[rte]"]
     for permutation, value in (("none", "null"), ("heuristic", "null"), ("none", "false"), ("heuristic", "false")):
         setting = f"evaluation.zero_shot.add_bos_token={value}"

@@ -7,15 +7,17 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from permllm import runner
+from permllm import ordering, runner
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
+from permllm.evaluation import measure
 from permllm.export.checkpoint import Request, export_run
 from permllm.record.files import read_json, write_json
 from permllm.record.run_tensors import read_masks, write_masks, write_orders
@@ -46,9 +48,9 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return result[0]
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, function: str, when: Callable[..., bool] = lambda *_: True) -> Any:
-    """A job that is interrupted where it calls a function of the runner."""
-    original = getattr(runner, function)
+def interrupted(module: ModuleType, function: str, when: Callable[..., bool] = lambda *_: True) -> pytest.MonkeyPatch:
+    """A job that is interrupted where a module calls a function."""
+    original = getattr(module, function)
 
     def stop(*arguments: Any, **named: Any) -> Any:
         if when(*arguments):
@@ -56,7 +58,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, function: str, when: Callable[.
         return original(*arguments, **named)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(runner, function, stop)
+    patch.setattr(module, function, stop)
     return patch
 
 
@@ -147,7 +149,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for pruner in ("wanda", "sparsegpt"):
         folder = tmp_path_factory.mktemp(pruner)
-        patch = interrupted(pytest.MonkeyPatch(), "perplexity", lambda *arguments: "sparse" in arguments[-1])
+        patch = interrupted(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])
         with pytest.raises(KeyboardInterrupt):
             run(folder / "interrupted", *SMALL, f"pruner={pruner}")
         patch.undo()
@@ -216,7 +218,7 @@ def test_a_finished_run_that_kept_no_weights_stays_finished_and_one_that_was_int
     cache: Path, tmp_path: Path
 ) -> None:
     words = (*SMALL, "pruner=sparsegpt", "save_weights=false")
-    patch = interrupted(pytest.MonkeyPatch(), "perplexity", lambda *arguments: "sparse" in arguments[-1])
+    patch = interrupted(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", *words)
     patch.undo()
@@ -232,18 +234,18 @@ def learning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run interrupted after its second pass of three (`second`), with its orders alone (`orders`), and `finished`."""
     folder = tmp_path_factory.mktemp("learning")
     patch = pytest.MonkeyPatch()
-    original = runner._Passes.add
+    original = ordering._Passes.add
 
     def add(self: Any, values: dict[str, Any]) -> None:
         if values["pass"] == 2:
             raise KeyboardInterrupt  # after the checkpoint, before the line of the history
         original(self, values)
 
-    patch.setattr(runner._Passes, "add", add)
+    patch.setattr(ordering._Passes, "add", add)
     with pytest.raises(KeyboardInterrupt):
         run(folder / "second", *LEARNED)
     patch.undo()
-    patch = interrupted(pytest.MonkeyPatch(), "prune")
+    patch = interrupted(runner, "prune")
     with pytest.raises(KeyboardInterrupt):
         run(folder / "orders", *LEARNED)
     patch.undo()

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
-from permllm import runner
+from permllm import ordering
 from permllm.config import RunConfig, instantiate
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
@@ -32,8 +32,8 @@ BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
 def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     """What the runner gives the method to learn from."""
     loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
-    dense = runner._calibrate(settings, loaded, groups, tokens(), instantiate(settings.pruner), model.dtype)
-    return runner._problem(settings, loaded, groups, tokens(), dense)
+    dense = ordering.calibrate(settings, loaded, groups, tokens(), instantiate(settings.pruner), model.dtype)
+    return ordering.learning_problem(settings, loaded, groups, tokens(), dense)
 
 
 def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:

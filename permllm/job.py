@@ -1,0 +1,117 @@
+"""A job: the methods that its settings name, made and checked before anything is computed, and what its stages work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from permllm.calibration.dense import Pruner
+from permllm.config import RunConfig, instantiate
+from permllm.errors import ConfigError
+from permllm.export.checkpoint import Request
+from permllm.models.families import ChannelGroup
+from permllm.models.loading import LoadedModel
+from permllm.permutation.from_file import FromFile
+from permllm.permutation.shared import check_segments, shared_orders
+from permllm.reconstruction.base import Reconstruction
+from permllm.record.loggers import RunLogger
+from permllm.record.store import RunRecord
+from permllm.sparsity import check_divides
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What a job prunes with.
+
+    Attributes:
+        pruner: the base pruner.
+        permutation: finds the order of each channel group.
+        reconstruction: changes the kept weights.
+    """
+
+    pruner: Pruner
+    permutation: Any
+    reconstruction: Reconstruction
+
+    @property
+    def change_weights(self) -> bool:
+        """Whether the kept weights become others than the dense model's."""
+        return self.pruner.updates_weights or self.reconstruction.changes_weights
+
+
+@dataclass
+class Job:
+    """What the stages of a job work on.
+
+    Attributes:
+        config: of the job.
+        methods: that it prunes with.
+        record: that it keeps.
+        logger: where its numbers stream to.
+        loaded: the model, dense until it is pruned.
+        groups: its channel groups, all layers.
+        products: dtype of matrix products before the evaluation.
+    """
+
+    config: RunConfig
+    methods: Methods
+    record: RunRecord
+    logger: RunLogger
+    loaded: LoadedModel
+    groups: list[ChannelGroup]
+    products: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.loaded.model.device
+
+
+def methods_of(config: RunConfig) -> Methods:
+    """The methods that the settings name.
+
+    Raises:
+        ConfigError: one cannot be made, or the masks would be made from other statistics than those that their order is
+            learned with.
+    """
+    methods = Methods(instantiate(config.pruner), instantiate(config.permutation), instantiate(config.reconstruction))
+    statistics = config.calibration.statistics
+    if methods.permutation.learned and statistics != "dense":
+        raise ConfigError(
+            f"calibration.statistics={statistics} is not valid with permutation={config.permutation['name']}, whose order is "
+            "learned with dense statistics and keeps them"
+        )
+    return methods
+
+
+def check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:
+    """Raise ConfigError where M does not divide what must hold whole groups of M, or given orders do not fold as asked."""
+    for group in groups:
+        check_divides(config.pattern, group.channels, group.name)
+    if not permutation.local:
+        check_segments(shared_orders(groups, permutation.constraint), config.pattern)
+    if config.export.form == "folded" and isinstance(permutation, FromFile):
+        permutation.check_foldable(groups)
+
+
+def export_request(config: RunConfig, methods: Methods) -> Request | None:
+    """What to export; None for nothing.
+
+    Raises:
+        ConfigError: it cannot be had from this run.
+    """
+    export = config.export
+    if export.form == "none":
+        return None
+    request = Request(export.form, export.format, export.dtype, export.shard_gb)
+    request.check()
+    if methods.change_weights and not config.save_weights:
+        raise ConfigError(f"export={export.form} needs the changed weights, and save_weights=false does not keep them")
+    if export.form == "folded" and getattr(methods.permutation, "constraint", "free") == "free":
+        raise ConfigError(
+            "export=folded cannot fold free permutations into the neighbouring weights: set permutation.constraint=foldable, "
+            "or export=gathered, which keeps any order"
+        )
+    return request

@@ -1,0 +1,122 @@
+"""Where the order of each channel group comes from: found group by group, searched or learned for all of them, or kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permllm.calibration.dense import DenseCalibration, Pruner
+from permllm.calibration.shared import shared_calibration
+from permllm.config import RunConfig
+from permllm.helping import call_helpers
+from permllm.job import Job
+from permllm.models.families import ChannelGroup
+from permllm.models.loading import LoadedModel
+from permllm.permutation.problem import LearningProblem
+from permllm.record.loggers import RunLogger
+from permllm.record.names import CHECKPOINT, PERMUTATIONS
+from permllm.record.run_tensors import read_orders, write_orders
+from permllm.record.store import RunRecord
+from permllm.runtime import parallel
+from permllm.runtime.precision import products_in
+from permllm.sparsity import NMPattern
+
+log = logging.getLogger(__name__)
+
+Order = Callable[[str, Tensor, NMPattern], Tensor]
+
+
+def calibrate(
+    config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, pruner: Pruner, products: torch.dtype
+) -> DenseCalibration:
+    """What the dense model tells, as the settings ask for it."""
+    norm_over = config.permutation.get("norm_over", "tokens")
+    batch_size = config.calibration.batch_size
+    return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)
+
+
+def learning_problem(
+    config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, dense: DenseCalibration
+) -> LearningProblem:
+    """What a method is given that orders all groups from the whole model."""
+    return LearningProblem(
+        model=loaded.model,
+        groups=groups,
+        tokens=tokens,
+        factors=dense.factors,
+        target=dense.target,
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+        directory=config.directory(),
+        run=config.hash(),
+    )
+
+
+def order_of(job: Job, tokens: Tensor, dense: DenseCalibration | None) -> Order:
+    """What gives the order of a channel group, int64 `(C_in,)`, for its name and saliency: each when it is pruned, or all now.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        tokens: int64 `(samples, length)`.
+        dense: what the dense model tells; needed where the method orders all groups together.
+    """
+    permutation, record = job.methods.permutation, job.record
+    if permutation.local:
+
+        def order(name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+            with record.stage("permute", job.device):
+                found: Tensor = permutation.order(name, saliency, pattern)
+                return found
+
+        return order
+    assert dense is not None
+    with record.stage("permute", job.device):
+        problem = learning_problem(job.config, job.loaded, job.groups, tokens, dense)
+        problem.on_step = lambda step, values: job.logger.log(values, step)
+        passes = _Passes(record, job.logger)
+        problem.on_pass, problem.on_resume = passes.add, passes.resume
+        with products_in(job.products, job.device):
+            orders = _all_orders(job, problem)
+    return lambda name, saliency, pattern: orders[name]
+
+
+def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
+    file = job.record.path(PERMUTATIONS)
+    if file.is_file():
+        log.info("continuing %s with the orders that it found", job.record.directory)
+        return read_orders(file, {group.name: group.channels for group in job.groups})
+    if not job.record.path(CHECKPOINT).is_file():
+        job.record.restart_history([])
+    orders: dict[str, Tensor]
+    if job.methods.permutation.learned:
+        call_helpers(problem, job.loaded.identity, job.products)
+        with parallel.in_step():
+            orders = job.methods.permutation.orders(problem)
+    else:  # searched by the first process alone
+        orders = job.methods.permutation.orders(problem)
+    write_orders(file, orders)
+    return orders
+
+
+class _Passes:
+    """The passes of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
+
+    def __init__(self, record: RunRecord, logger: RunLogger) -> None:
+        self._record, self._logger = record, logger
+        self._done = 0
+
+    def resume(self, passes: list[dict[str, Any]]) -> None:
+        held = self._record.restart_history(passes)
+        for number, values in enumerate(passes[held:], held + 1):
+            self._logger.log_pass(values, number)
+        self._done = len(passes)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self._done += 1
+        self._record.append_history(values)
+        self._logger.log_pass(values, self._done)
