@@ -125,7 +125,7 @@ class Session:
         """A job in the only process, or in the first of several."""
         try:
             config = read_config(composed)
-            skipped = not config.force and is_finished(config.directory())
+            skipped = not config.force and is_finished(config.directory)
             result = run(config)
             if result is None:
                 return math.inf

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from permllm.errors import ConfigError, PermLLMError
+from permllm.errors import ConfigError, PermLLMError, first_line
 from permllm.runtime.precision import COMPUTE_DTYPES
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of, check_whole
@@ -244,10 +245,8 @@ class RunConfig:
         """`sparsity`, read."""
         return NMPattern.parse(self.sparsity)
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that make a result, as plain values."""
-        return identity_of(self.resolved())
-
+    # What a job is is asked many times, and follows from files that take time to read: once.
+    @cached_property
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with a digest of each file that they name (`inputs`)."""
         files = {
@@ -258,14 +257,21 @@ class RunConfig:
         }
         return asdict(self) | {"inputs": {key: _digest(Path(path)) for key, path in files.items() if path}}
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a result, as plain values."""
+        return identity_of(self.resolved)
+
+    @cached_property
     def hash(self) -> str:
-        """Hexadecimal digest of `identity()`."""
-        text = json.dumps(self.identity(), sort_keys=True)
+        """Hexadecimal digest of `identity`."""
+        text = json.dumps(self.identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
+    @cached_property
     def directory(self) -> Path:
         """The run directory: `run_dir`, or `runs_dir/name-hash`."""
-        return Path(self.run_dir) if self.run_dir else Path(self.runs_dir) / f"{self.name}-{self.hash()}"
+        return Path(self.run_dir) if self.run_dir else Path(self.runs_dir) / f"{self.name}-{self.hash}"
 
 
 def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -312,10 +318,10 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         if isinstance(error, InterpolationToMissingValueError):  # another key refers to the one that is missing
-            key = str(error).splitlines()[0].rsplit(" ", 1)[-1]
+            key = first_line(error).rsplit(" ", 1)[-1]
         if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
             raise ConfigError(f"{key} must be given") from error
-        reason = (getattr(error, "msg", None) or str(error)).strip().splitlines()[0]
+        reason = first_line(ConfigError(error.msg) if getattr(error, "msg", None) else error)
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
     assert isinstance(config, RunConfig)
     _check(config)
@@ -340,7 +346,7 @@ def instantiate(settings: Mapping[str, Any]) -> Any:
             if isinstance(cause, PermLLMError):
                 raise cause from error
             cause = cause.__cause__
-        raise ConfigError(f"{settings.get('_target_')}: {str(error.__cause__ or error).splitlines()[0]}") from error
+        raise ConfigError(f"{settings.get('_target_')}: {first_line(error.__cause__ or error)}") from error
 
 
 def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:

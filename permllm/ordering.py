@@ -52,8 +52,8 @@ def learning_problem(
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
-        directory=config.directory(),
-        run=config.hash(),
+        directory=config.directory,
+        run=config.hash,
     )
 
 

@@ -67,7 +67,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             print_plan(config, skeleton, methods.pruner, methods.permutation)
             return None
 
-    record = RunRecord(config.directory(), config, config.force)
+    record = RunRecord(config.directory, config, config.force)
     with record.opened():
         clear_left_over(record.path(WRITTEN_EXPORT))
         if record.finished:

@@ -127,18 +127,18 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
 
 
 def test_identity_leaves_out_what_does_not_change_a_result() -> None:
-    base = config("model=tiny").hash()
-    assert config("model=tiny", "logger=none", "force=true", "runs_dir=elsewhere").hash() == base
-    assert config("model=tiny", "seed=1").hash() != base
-    assert config("model=tiny", "permutation.passes=4").hash() != base
+    base = config("model=tiny").hash
+    assert config("model=tiny", "logger=none", "force=true", "runs_dir=elsewhere").hash == base
+    assert config("model=tiny", "seed=1").hash != base
+    assert config("model=tiny", "permutation.passes=4").hash != base
 
 
 def test_settings_that_came_later_move_no_run_directory() -> None:
     kept = {path.name for path in (ROOT / "experiments" / "quickstart").iterdir()}
-    assert {Path(config(f"permutation={name}").directory()).name for name in ("none", "heuristic", "lcp")} == kept
-    base = config("model=tiny").hash()
+    assert {Path(config(f"permutation={name}").directory).name for name in ("none", "heuristic", "lcp")} == kept
+    base = config("model=tiny").hash
     for changed in ("norm_over=samples", "temperature_every=pass", "sinkhorn_start=softmax"):
-        assert config("model=tiny", f"permutation.{changed}").hash() != base
+        assert config("model=tiny", f"permutation.{changed}").hash != base
 
 
 @pytest.mark.parametrize(
@@ -158,22 +158,22 @@ def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_
 
     base = config("model=tiny")
     value = "null" if earlier is None else earlier
-    assert config("model=tiny", f"{key}={value}").hash() == base.hash()
-    assert config("model=tiny", f"{key}={later}").hash() != base.hash()
+    assert config("model=tiny", f"{key}={value}").hash == base.hash
+    assert config("model=tiny", f"{key}={later}").hash != base.hash
     # Settings as a run of then wrote them are those of the same run.
-    assert identity_of(without(base.resolved())) == base.identity()
+    assert identity_of(without(base.resolved)) == base.identity
 
 
 def test_runs_keep_the_directories_that_they_had() -> None:
-    assert config("model=tiny").directory().name == "tiny-wanda-lcp-2x4-816f47dd5e"
-    assert config().directory().name == "smollm2-135m-wanda-lcp-2x4-dcd3b206f6"
+    assert config("model=tiny").directory.name == "tiny-wanda-lcp-2x4-816f47dd5e"
+    assert config().directory.name == "smollm2-135m-wanda-lcp-2x4-dcd3b206f6"
 
 
 def test_texts_whose_windows_are_drawn_anew_make_other_runs_however_they_are_chosen() -> None:
     for dataset in ("c4", "wikitext2", "pile"):
         settings = config("model=tiny", f"calibration.dataset={dataset}")
-        assert settings.identity()["calibration"]["sampling"] != "disjoint"
-        assert config("model=tiny", f"calibration={dataset}").identity()["calibration"]["sampling"] != "disjoint"
+        assert settings.identity["calibration"]["sampling"] != "disjoint"
+        assert config("model=tiny", f"calibration={dataset}").identity["calibration"]["sampling"] != "disjoint"
 
 
 def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:

@@ -41,7 +41,7 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
     rows = [row for row in published(table) if row.method != "dense"]
     missing = {(row.model, row.method, row.setting) for row in rows}
     for config in jobs(f"experiment={table}"):
-        row = Row({}, {}, [Run(Path(), config.resolved(), {}, {}, [])])
+        row = Row({}, {}, [Run(Path(), config.resolved, {}, {}, [])])
         paper = Comparison(published(table), config.model.name)
         assert paper.same_model
         measure = "hellaswag acc" if table == "table2" else "wikitext2 perplexity (window 2048)"
@@ -131,7 +131,7 @@ def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
         return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}".lstrip(".")).items()}
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        default, cpu = (flat(read_config(compose("config", overrides=words)).identity()) for words in ([], ["budget=cpu"]))
+        default, cpu = (flat(read_config(compose("config", overrides=words)).identity) for words in ([], ["budget=cpu"]))
     differing = {key for key in default if default[key] != cpu[key]}
     assert differing == {"permutation.passes"}
 

@@ -16,6 +16,7 @@ ROOMS = (
     "version",
     "errors",
     "validation",
+    "nested",
     "sparsity",
     "runtime",
     "config",

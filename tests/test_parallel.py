@@ -157,7 +157,7 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
 def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_processes(tmp_path: Path, alone: Path) -> None:
     def record(*overrides: str) -> RunRecord:
         config = read_config(composed(*OVERRIDES, *overrides))
-        return RunRecord(tmp_path / "rank0" / config.directory(), config)
+        return RunRecord(tmp_path / "rank0" / config.directory, config)
 
     stray, busy, other = record("permutation.margin=1e300", "seed=1"), record("seed=1"), record("seed=2")
     stray.directory.mkdir(parents=True)

@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from permllm.nested import flatten
 from permllm.runtime.terminal import terminal
+
+_BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
 
 
 def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
@@ -92,15 +95,11 @@ def _duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
-def flat_figures(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested metrics as one level, keys joined by slashes; single groups are summarised by their mean."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key in ("retained_saliency", "output_error", "moved_channels"):
-            flat[f"{name}/mean"] = _mean(value)
-        elif isinstance(value, dict) and key not in ("protocol", "units"):
-            flat |= flat_figures(value, f"{name}/")
-        elif isinstance(value, int | float | str):
-            flat[name] = value
-    return flat
+def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run as one level, keys joined by slashes; channel groups are summarised by their mean."""
+    shown = {
+        key: {"mean": _mean(value)} if key in _BY_GROUP else value
+        for key, value in metrics.items()
+        if key not in ("protocol", "units")
+    }
+    return {name: value for name, value in flatten(shown, "/").items() if isinstance(value, int | float | str)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from permllm.config import RunConfig
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, first_line
 from permllm.record import sweep
 from permllm.record.files import write_text
 
@@ -129,7 +129,7 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         except ImportError as error:
             raise ConfigError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
         with SummaryWriter(str(directory / "tensorboard")) as writer:
-            writer.add_text("config", f"```\n{config.identity()}\n```")
+            writer.add_text("config", f"```\n{config.identity}\n```")
             yield _TensorBoard(writer)
     else:
         yield _Nowhere()
@@ -156,7 +156,7 @@ def _wandb_id(config: RunConfig, directory: Path) -> str:
             return known
         log.warning("%s holds no id of a W&B run: this run goes on in a new one", file)
     # Not the hash alone: a run that was deleted here and is run again is another one.
-    run_id = f"{config.hash()}-{secrets.token_hex(4)}"
+    run_id = f"{config.hash}-{secrets.token_hex(4)}"
     write_text(file, run_id + "\n")
     return run_id
 
@@ -192,7 +192,7 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
             name=wandb_name(directory),
             tags=[str(tag)[:_LONGEST_TAG] for tag in tags if tag],
             job_type="learn" if "passes" in config.permutation else "prune",
-            config=config.identity() | {"run_directory": str(directory), "config_hash": config.hash()},
+            config=config.identity | {"run_directory": str(directory), "config_hash": config.hash},
             id=run_id,
             # Offline, each attempt leaves a folder of its own with this id, and says in it that it resumes the run.
             # `wandb sync` sends the folders of one id as one run, in the order of their time.
@@ -206,7 +206,7 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         run = start(mode)
     except wandb.errors.Error as error:
         # A server that is down or refuses must not cost a run its result; `wandb sync` can send it later.
-        log.warning("W&B cannot be reached (%s): this run is kept offline", str(error).splitlines()[0])
+        log.warning("W&B cannot be reached (%s): this run is kept offline", first_line(error))
         run = start("offline")
     failed = True
     try:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from permllm.config import RunConfig, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
+from permllm.nested import flatten
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
 from permllm.record.names import (
     BEST_SO_FAR,
@@ -101,7 +102,7 @@ class RunRecord:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"the run directory {self.directory} cannot be made: {error.strerror}") from error
-        resolved = json.loads(json.dumps(self._config.resolved()))
+        resolved = json.loads(json.dumps(self._config.resolved))
         self._check_config(identity_of(resolved))
         try:
             with FileLock(self.directory / ".lock", timeout=0):
@@ -114,7 +115,7 @@ class RunRecord:
                     "schema_version": SCHEMA_VERSION,
                     "status": "running",
                     "name": self._config.name,
-                    "config_hash": self._config.hash(),
+                    "config_hash": self._config.hash,
                     "protocol": {"calibration": resolved["calibration"], "evaluation": resolved["evaluation"]},
                     "units": _UNITS,
                     "seconds": {},
@@ -131,7 +132,7 @@ class RunRecord:
     @property
     def config(self) -> dict[str, Any]:
         """Of the run, resolved."""
-        return self._config.resolved()
+        return self._config.resolved
 
     @property
     def finished(self) -> bool:
@@ -274,7 +275,8 @@ class RunRecord:
         if file.is_file():
             present = identity_of(read_yaml(file, Object))
             if present != identity:
-                keys = ", ".join(sorted(_differing(present, identity))[:5])
+                here, asked = flatten(present), flatten(identity)
+                keys = ", ".join(sorted(key for key in {**here, **asked} if here.get(key) != asked.get(key))[:5])
                 raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
         elif any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
             raise ConfigError(f"run_dir={self.directory} is not empty and holds no config.yaml; choose another one")
@@ -301,12 +303,3 @@ def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:
     except DataError:
         return False
     return True
-
-
-def _differing(first: Any, second: Any, prefix: str = "") -> list[str]:
-    if isinstance(first, dict) and isinstance(second, dict):
-        keys = []
-        for key in {**first, **second}:
-            keys += _differing(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return keys
-    return [] if first == second else [prefix or "everything"]

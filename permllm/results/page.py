@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from permllm.config import identity_of
+from permllm.nested import flatten
 from permllm.record.names import ENVIRONMENT
 from permllm.results.collect import Collection, Run
 from permllm.results.pictures import pictures
 from permllm.results.plots import numeric_setting
 from permllm.results.published import Comparison
 from permllm.results.render import cells, main_measure, shown
-from permllm.results.summary import Measure, Row, Summary, dotted, row_labels, setting_text, summarise
+from permllm.results.summary import Measure, Row, Summary, row_labels, setting_text, summarise
 
 NOT_SET = "not set"
 _CURVES = ("loss", "measured_loss", "temperature", "flips")
@@ -147,7 +148,7 @@ def curves(history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 def _run(run: Run) -> dict[str, Any]:
     alone = summarise([run])
     environment = run.environment
-    where = dotted({key: value for key, value in environment.items() if key != "versions"})
+    where = flatten({key: value for key, value in environment.items() if key != "versions"})
     peaks = {key: run.metrics[key] for key in ("peak_memory_bytes", "peak_host_memory_bytes") if key in run.metrics}
     return {
         "name": run.metrics["name"],
@@ -203,7 +204,7 @@ def _flat(config: dict[str, Any]) -> dict[str, str]:
     """Dotted settings that make a result, as texts, each once."""
     flat = {
         key: setting_text(value)
-        for key, value in dotted(identity_of(config)).items()
+        for key, value in flatten(identity_of(config)).items()
         if key != "name" and key.split(".")[-1] != "_target_"
     }
     # A group that takes a setting from the top has it too, under its own name.

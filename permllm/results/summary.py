@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from permllm.config import identity_of
+from permllm.nested import flatten
 from permllm.record.figures import counted_tasks, mean_accuracy, mean_error
 from permllm.results.collect import Run
 
@@ -151,17 +152,9 @@ def row_labels(summary: Summary) -> list[str]:
     return labels
 
 
-def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as one level, keys joined by dots; what is empty goes."""
-    flat: dict[str, Any] = {}
-    for key, part in values.items():
-        flat |= dotted(part, f"{prefix}{key}.") if isinstance(part, dict) else {f"{prefix}{key}": part}
-    return flat
-
-
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that make a result, dotted; a group's `name` stands under the group's own."""
-    flat = dotted(identity_of(config))
+    flat = flatten(identity_of(config))
     kept = {}
     for key, value in flat.items():
         if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, first_line
 
 
 def load_pyplot(option: str) -> Any:
@@ -27,6 +27,6 @@ def save_figure(figure: Any, option: str, file: Path) -> None:
         figure.tight_layout()
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{option} {file}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{option} {file}: {first_line(error)}") from error
     finally:
         load_pyplot(option).close(figure)

@@ -66,7 +66,7 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
     Returns:
         The metrics, with the results under `study`, and the directory.
     """
-    record = RunRecord(config.directory(), config, config.force)
+    record = RunRecord(config.directory, config, config.force)
     with record.opened():
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)

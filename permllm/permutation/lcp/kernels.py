@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors, saliency_t
+from permllm.errors import first_line
 from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
 
 log = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
     try:
         _try(kernels, use)
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
-        log.warning("learning runs without compiled kernels: %s", (str(error).strip() or repr(error)).splitlines()[0][:200])
+        log.warning("learning runs without compiled kernels: %s", first_line(error)[:200])
         return None
     return kernels
 

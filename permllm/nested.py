@@ -1,0 +1,15 @@
+"""Settings and metrics are nested; tables and messages want them flat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level, keys joined by the separator; what is empty goes."""
+    flat: dict[str, Any] = {}
+    for key, part in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(part, separator, f"{name}{separator}") if isinstance(part, Mapping) else {name: part}
+    return flat
