@@ -302,6 +302,27 @@ assert "permllm" not in sys.modules
 """
 
 
+@pytest.mark.parametrize("format", ["dense", "packed"])
+def test_one_call_opens_what_an_export_wrote(format: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    export_run(run, Request("gathered", format), tmp_path / "out")
+    code = f"import permllm; print(type(permllm.load({str(tmp_path / 'out')!r}, dtype='float32')).__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "SparseLlamaForCausalLM\n"
+    assert torch.equal(logits(permllm.load(tmp_path / "out")), logits(load(tmp_path / "out")))
+
+
+def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    export_run(run, Request("gathered"), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    text = file.read_text()
+    assert "import permllm.export before" in text
+    expected = logits(load(tmp_path / "out"))
+    file.write_text(text.replace("import permllm.export before", "import permllm before"))
+    assert torch.equal(logits(load(tmp_path / "out")), expected)
+
+
 @pytest.mark.parametrize(("form", "format"), [("gathered", "dense"), ("folded", "packed")])
 def test_without_permllm_it_says_what_to_import_and_never_loads(form: str, format: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free" if form == "gathered" else "foldable")

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: the tiny pipeline there, Triton's kernels, packed weights. 2:4 products: `tests/export/test_bench.py`."""
+"""On a machine with a GPU: the tiny pipeline there, Triton's kernels, packed weights; 2:4: `tests/export/test_bench.py`."""
 
 from __future__ import annotations
 
