@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,11 +14,12 @@ from permllm.export.checkpoint import Request
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.permutation.from_file import FromFile
-from permllm.permutation.shared import check_segments, shared_orders
+from permllm.permutation.shared import Constraint, check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction
 from permllm.record.loggers import RunLogger
 from permllm.record.store import RunRecord
 from permllm.sparsity import check_divides
+from permllm.validation import check_contract, check_one_of, check_whole
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def methods_of(config: RunConfig) -> Methods:
     """The methods that the settings name.
 
     Raises:
-        ConfigError: one cannot be made, or the masks would be made from other statistics than those that their order is
-            learned with.
+        ConfigError: one cannot be made or lacks what it will be asked for, or the masks would be made from other statistics
+            than those that their order is learned with.
     """
     methods = Methods(instantiate(config.pruner), instantiate(config.permutation), instantiate(config.reconstruction))
+    _check_contracts(config, methods)
     statistics = config.calibration.statistics
     if methods.permutation.learned and statistics != "dense":
         raise ConfigError(
@@ -84,6 +86,25 @@ def methods_of(config: RunConfig) -> Methods:
             "learned with dense statistics and keeps them"
         )
     return methods
+
+
+def _check_contracts(config: RunConfig, methods: Methods) -> None:
+    """Raise ConfigError where a method lacks what its protocol says: hours later would be late."""
+    pruner, permutation = methods.pruner, methods.permutation
+    key = f"pruner={config.pruner.get('name')}"
+    check_contract(key, pruner, ("needs_gram", "updates_weights"), ("factors",))
+    check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
+    key = f"permutation={config.permutation.get('name')}"
+    check_contract(key, permutation, ("learned", "local"), ())
+    check_contract(key, permutation, (), ("order",) if permutation.local else ("orders",))
+    if permutation.learned:
+        check_contract(key, permutation, (), ("orders", "plan"))
+        check_whole(f"{key}: batch_size", getattr(permutation, "batch_size", None), 1)
+    constraint = getattr(permutation, "constraint", "missing")
+    if constraint is not None or not permutation.local:  # a file's is known once the groups are
+        check_one_of(f"{key}: constraint", constraint, get_args(Constraint))
+    key = f"reconstruction={config.reconstruction.get('name')}"
+    check_contract(key, methods.reconstruction, ("changes_weights", "needs_gram"), ("linear", "layer", "network"))
 
 
 def check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:
@@ -109,7 +130,7 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     request.check()
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs the changed weights, and save_weights=false does not keep them")
-    if export.form == "folded" and getattr(methods.permutation, "constraint", "free") == "free":
+    if export.form == "folded" and methods.permutation.constraint == "free":
         raise ConfigError(
             "export=folded cannot fold free permutations into the neighbouring weights: set permutation.constraint=foldable, "
             "or export=gathered, which keeps any order"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,6 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
-
-
-class LocalPermutation(Protocol):
-    """A permutation method that orders one channel group from its saliency alone: `local` is true.
-
-    Where it is false, `orders(problem)` gives the orders of all groups by name from a `LearningProblem` instead. `learned`
-    says that it trains, in all processes of torchrun together, from `batch_size` samples a step.
-    """
-
-    learned: bool
-    local: bool
-
-    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""
 
 
 @dataclass

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from permllm.calibration.dense import Pruner
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
-from permllm.permutation.shared import SharedOrder, shared_orders
-from permllm.permutation.stacks import count_logits
+from permllm.permutation.contract import LearningPlan
 from permllm.runtime.terminal import terminal
 
 
@@ -24,58 +23,43 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
         config: of the run.
         model: on the meta device.
         pruner: the base pruner.
-        permutation: the permutation method.
+        permutation: the permutation method; one that is learned says what it will learn.
     """
     console = terminal()
     groups = channel_groups(model)
     layers = len(decoder_layers(model))
-    spans: list[tuple[int, int]] = permutation.spans(layers) if permutation.learned else []
+    plan: LearningPlan | None = permutation.plan(groups, layers) if permutation.learned else None
     table = Table(title=f"{config.model.name}: channel groups of each of the {layers} decoder layers", title_justify="left")
     for heading in ("group", "members", "channels", "rows", "blocks", "logits"):
         table.add_column(heading, justify="left" if heading in ("group", "members") else "right")
     prefix = f"{family_of(model).layers}.0."
-    shared = shared_orders(groups, getattr(permutation, "constraint", "free"))
-    order_of = {group.name: order for order in shared for group in order.groups}
     for group in groups:
         if group.layer:
             break
-        order = order_of[group.name]
-        stacks = order.stacks(config.block_size)
-        repeated = len(order.groups) > 1 or order.repeats > 1
-        blocks = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
         table.add_row(
             group.name.removeprefix(prefix),
             ", ".join(member.rsplit(".", 1)[-1] for member in group.members),
             str(group.channels),
             " + ".join(map(str, group.rows)),
-            blocks if permutation.learned else "-",
-            str(count_logits(stacks)) + (f", shared as {_sharing(order)}" if repeated else "") if permutation.learned else "-",
+            plan.blocks[group.name] if plan else "-",
+            plan.sizes[group.name] if plan else "-",
         )
     console.print(table)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(group.channels * sum(group.rows) for group in groups)
-    learning = [order for first, stop in spans for order in permutation.learning(shared, first, stop)]
-    logits = sum(count_logits(order.stacks(config.block_size)) for order in learning)
-    scales = len(learning) if getattr(permutation, "init", None) == "random" else 0
     console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
-    console.print(f"logits                 {logits}")
-    for order in shared:
-        if spans and order not in learning and len(order.groups) > 1:
-            console.print(f"{order.name} stays where it starts: it learns only with window=model and all layers")
-    if spans:
-        console.print(f"windows                {len(spans)}, of at most {max(stop - first for first, stop in spans)} layers")
-    console.print(f"learnable parameters   {logits + scales}")
-    console.print("memory (estimates, of the largest window):" if len(spans) > 1 else "memory (estimates):")
-    depth = max((stop - first for first, stop in spans), default=0)
-    of_window = logits * depth // (layers - spans[0][0]) if spans else 0
+    console.print(f"logits                 {plan.logits if plan else 0}")
+    for name in plan.stays if plan else []:
+        console.print(f"{name} stays where it starts: it learns only with window=model and all layers")
+    windows = plan.windows if plan else []
+    depth = max((stop - first for first, stop in windows), default=0)
+    if windows:
+        console.print(f"windows                {len(windows)}, of at most {depth} layers")
+    console.print(f"learnable parameters   {plan.parameters if plan else 0}")
+    console.print("memory (estimates, of the largest window):" if len(windows) > 1 else "memory (estimates):")
+    of_window = plan.logits * depth // (layers - windows[0][0]) if plan and windows else 0
     for stage, size in _memory(config, model, groups, pruner, permutation, parameters, of_window, depth).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
-
-
-def _sharing(order: SharedOrder) -> str:
-    if len(order.groups) > 1:
-        return order.name
-    return f"{order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"
 
 
 def _memory(

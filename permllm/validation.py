@@ -29,3 +29,21 @@ def check_one_of(key: str, value: Any, valid: Iterable[str]) -> None:
     options = list(valid)
     if value not in options:
         raise ConfigError(f"{key}={value!r} is not valid; valid are: {', '.join(options)}")
+
+
+def check_contract(key: str, thing: object, flags: Iterable[str], calls: Iterable[str]) -> None:
+    """Raise ConfigError unless an object has what it is asked for later: attributes that are true or false, and methods.
+
+    Args:
+        key: the setting that named it.
+        thing: the object.
+        flags: names of the attributes.
+        calls: names of the methods.
+    """
+    kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    for name in flags:
+        if not isinstance(getattr(thing, name, None), bool):
+            raise ConfigError(f"{key}: {kind} needs an attribute `{name}` that is true or false")
+    for name in calls:
+        if not callable(getattr(thing, name, None)):
+            raise ConfigError(f"{key}: {kind} needs a method `{name}`")

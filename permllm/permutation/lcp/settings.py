@@ -8,10 +8,13 @@ from typing import get_args
 
 from permllm.calibration.statistics import NormOver
 from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup
 from permllm.models.losses import LOSSES
+from permllm.permutation.contract import LearningPlan
 from permllm.permutation.lcp.masked_linear import StraightThrough
 from permllm.permutation.lcp.sinkhorn import SinkhornStart
-from permllm.permutation.shared import Constraint, SharedOrder, check_constraint
+from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, shared_orders
+from permllm.permutation.stacks import count_logits
 from permllm.validation import check_number, check_one_of, check_whole
 
 
@@ -114,6 +117,23 @@ class LCPSettings:
         if self.last_layers is not None:
             check_whole("permutation.last_layers", self.last_layers, 1)
 
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """What learns on a model of these channel groups and so many decoder layers."""
+        shared = shared_orders(groups, self.constraint)
+        spans = self.spans(layers)
+        learning = [order for first, stop in spans for order in self.learning(shared, first, stop)]
+        blocks, sizes = {}, {}
+        for order in shared:
+            stacks = order.stacks(self.block_size)
+            repeated = len(order.groups) > 1 or order.repeats > 1
+            for group in order.groups:
+                blocks[group.name] = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
+                sizes[group.name] = str(count_logits(stacks)) + (f", shared as {_sharing(order)}" if repeated else "")
+        logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
+        scales = len(learning) if self.init == "random" else 0
+        stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
+        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
+
     @staticmethod
     def learning(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
         """The orders that learn in the window of the layers from `first` to before `stop`: those it holds all groups of."""
@@ -124,3 +144,9 @@ class LCPSettings:
         first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
         size = self.window if isinstance(self.window, int) else {"model": layers, "layer": 1}[self.window]
         return [(start, min(start + size, layers)) for start in range(first, layers, size)]
+
+
+def _sharing(order: SharedOrder) -> str:
+    if len(order.groups) > 1:
+        return order.name
+    return f"{order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"

@@ -1,0 +1,76 @@
+"""What a permutation method is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from permllm.models.families import ChannelGroup
+from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import Constraint
+from permllm.sparsity import NMPattern
+
+
+class Permutation(Protocol):
+    """What every method has.
+
+    Attributes:
+        learned: it trains (`LearnedPermutation`).
+        local: it orders one channel group from its saliency alone (`LocalPermutation`); otherwise all of them together
+            (`JointPermutation`).
+        constraint: that its orders keep (see `permllm.permutation.shared`); None where that is not known before.
+    """
+
+    learned: bool
+    local: bool
+    constraint: Constraint | None
+
+
+class LocalPermutation(Permutation, Protocol):
+    """Orders one channel group at a time."""
+
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""
+
+
+class JointPermutation(Permutation, Protocol):
+    """Orders all channel groups from the whole dense model."""
+
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """int64 `(C_in,)` on the CPU by group."""
+
+
+class LearnedPermutation(JointPermutation, Protocol):
+    """Trains, in all processes of torchrun together.
+
+    Attributes:
+        batch_size: samples a step.
+    """
+
+    batch_size: int
+
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """What it will learn on a model of these groups and so many decoder layers."""
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """What a learned method will do, for `plan=true`.
+
+    Attributes:
+        windows: first decoder layer and the one after the last of what learns together, one after the other.
+        blocks: by channel group, how its channels are cut, for a person.
+        sizes: by channel group, how many parameters its order has, for a person.
+        logits: parameters that belong to channels.
+        parameters: all that learn.
+        stays: names of the orders that do not learn.
+    """
+
+    windows: list[tuple[int, int]]
+    blocks: dict[str, str]
+    sizes: dict[str, str]
+    logits: int
+    parameters: int
+    stays: list[str]
