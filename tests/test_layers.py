@@ -21,6 +21,7 @@ ROOMS = (
     "runtime",
     "config",
     "record",
+    "cache",
     "data",
     "models",
     "calibration",

@@ -16,6 +16,7 @@ from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_tensors, digest_of
 
 _TARGET = "target"
+_CODE = ("permllm.calibration.dense", "permllm.models.loading")
 
 
 def shared_calibration(
@@ -59,12 +60,13 @@ def shared_calibration(
 
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_over": norm_over}
-        kept = cached_tensors("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
+        code = (*_CODE, type(pruner).__module__)
+        kept = cached_tensors("saliency", identity | of_pruner, code, lambda: packed_factors(calibrated().factors))
         factors = unpacked_factors(kept)
     else:
-        # The package's code is part of every key. That of someone's own pruner may call code that lies anywhere.
+        # The code of this package's pruners is part of the key. That of someone's own may call code that lies anywhere.
         factors = calibrated().factors
-    target = cached_tensors("target", identity, lambda: {_TARGET: calibrated().target})
+    target = cached_tensors("target", identity, _CODE, lambda: {_TARGET: calibrated().target})
     return DenseCalibration(factors, target[_TARGET])
 
 

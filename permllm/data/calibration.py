@@ -37,7 +37,7 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
     identity = {"text": text_digest(config.dataset, config.data_files, calibration=True), "dataset": config.dataset}
     identity |= {"sampling": str(config.sampling), "tokenizer": tokenizer_digest(tokenizer), "use": "calibration"}
     sizes = {"samples": config.samples, "length": config.length, "seed": seed}
-    return cached_tensors("tokens", identity | sizes, windows)[_TOKENS]
+    return cached_tensors("tokens", identity | sizes, (__name__,), windows)[_TOKENS]
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase, dataset: str | None, data_files: str | None) -> tuple[str, Tensor]:
@@ -53,7 +53,7 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase, dataset: str | None, data_fil
     identity = {"text": text_digest(dataset, data_files, calibration=False), "dataset": None if data_files else dataset}
     identity |= {"tokenizer": tokenizer_digest(tokenizer), "use": "perplexity"}
     name = Path(data_files).stem if data_files else str(dataset)
-    return name, cached_tensors("tokens", identity, encoded)[_TOKENS]
+    return name, cached_tensors("tokens", identity, (__name__,), encoded)[_TOKENS]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

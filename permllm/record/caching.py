@@ -2,7 +2,7 @@
 
 A lock for each digest lets jobs that run at the same time, in any processes that share the folder, wait for the first of them
 instead of computing the same. Kept files are never changed, and one that was is computed again; deleting the folder costs time
-and nothing else.
+and nothing else. `python -m permllm.cache` lists and clears them, and PERMLLM_CACHE_GB bounds them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from functools import cache
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from permllm.errors import DataError
-from permllm.record.cache_folder import cache_directory
+from permllm.record.cache_folder import cache_bound, cache_directory
+from permllm.record.code import code_digest
 from permllm.record.environment import versions
 from permllm.record.files import has_checksum, read_json, scratch_of, write_record, write_tensors
 from permllm.record.schema import Object, Schema, validated
@@ -31,8 +32,9 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 _IDENTITY = "identity"
-# Folders of the package whose code decides what is kept.
-_CODE = ("calibration", "data", "evaluation", "models", "pruning")
+# Folders of the cache that are no kept results.
+_NOT_KEPT = ("wheels", "models")
+_SUFFIXES = (".json", ".safetensors")
 
 
 class _Kept(TypedDict):
@@ -43,13 +45,18 @@ class _Kept(TypedDict):
 
 
 def cached_values(
-    kind: str, identity: Mapping[str, Any], schema: type[Schema], compute: Callable[[], dict[str, Any]]
+    kind: str,
+    identity: Mapping[str, Any],
+    code: tuple[str, ...],
+    schema: type[Schema],
+    compute: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """Plain values that follow from `identity` and the present software versions.
 
     Args:
         kind: folder in the cache directory.
         identity: plain values that the result depends on: model, protocol, digest of the text.
+        code: names of the modules that compute it (see `permllm.record.code`).
         schema: of the result.
         compute: called where nothing is kept yet, or what is kept is not what was written.
     """
@@ -65,10 +72,12 @@ def cached_values(
         validated(str(file), kept["result"], schema)
         return dict(kept["result"])
 
-    return _cached(_file(kind, identity, ".json"), compute, read, write)
+    return _cached(_file(kind, identity, code, ".json"), compute, read, write)
 
 
-def cached_tensors(kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def cached_tensors(
+    kind: str, identity: Mapping[str, Any], code: tuple[str, ...], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """`cached_values` for tensors by name, kept exactly, on the CPU."""
     text = json.dumps(dict(identity), sort_keys=True)
 
@@ -81,7 +90,7 @@ def cached_tensors(kind: str, identity: Mapping[str, Any], compute: Callable[[],
             raise DataError(f"{file} is of something else, or of an older version")
         return read_tensors(file)
 
-    return _cached(_file(kind, identity, ".safetensors"), compute, read, write)
+    return _cached(_file(kind, identity, code, ".safetensors"), compute, read, write)
 
 
 def clear_cache() -> None:
@@ -102,24 +111,50 @@ def digest_of(tensor: Tensor) -> str:
     return hashlib.sha256(head + tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-@cache
-def code_digest() -> str:
-    """sha256 of the code that kept results come from: what an older checkout computed is not taken for what this one would."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for file in sorted(
-        [
-            package / "pipeline.py",
-            package / "runtime" / "precision.py",
-            *(file for folder in _CODE for file in (package / folder).rglob("*.py")),
-        ]
-    ):
-        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()
+def kept_files() -> dict[str, list[Path]]:
+    """The kept results, by kind, those first that were longest not used."""
+    found: dict[str, list[Path]] = {}
+    for file in cache_directory().glob("*/[!.]*"):
+        if file.suffix in _SUFFIXES and file.parent.name not in _NOT_KEPT:
+            found.setdefault(file.parent.name, []).append(file)
+    return {kind: sorted(files, key=_last_use) for kind, files in sorted(found.items())}
 
 
-def _file(kind: str, identity: Mapping[str, Any], suffix: str) -> Path:
-    key = json.dumps({"identity": dict(identity), "versions": versions(), "code": code_digest()}, sort_keys=True)
+def forget(files: Iterable[Path]) -> int:
+    """Remove kept results that no process is at work on; the bytes that are free then."""
+    freed = 0
+    for file in files:
+        try:
+            with FileLock(file.with_suffix(".lock"), timeout=0):
+                freed += file.stat().st_size
+                file.unlink()
+        except (Timeout, FileNotFoundError):
+            continue
+    return freed
+
+
+def _trim(kept: Path) -> None:
+    """Forget what was longest not used where the results take more than PERMLLM_CACHE_GB, in 10^9 bytes."""
+    bound = cache_bound()
+    if bound is None:
+        return
+    files = sorted((file for found in kept_files().values() for file in found if file != kept), key=_last_use)
+    over = sum(file.stat().st_size for file in (*files, kept)) - bound
+    for file in files:
+        if over <= 0:
+            break
+        over -= forget([file])
+
+
+def _last_use(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _file(kind: str, identity: Mapping[str, Any], code: tuple[str, ...], suffix: str) -> Path:
+    key = json.dumps({"identity": dict(identity), "versions": versions(), "code": code_digest(*code)}, sort_keys=True)
     return cache_directory() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
 
 
@@ -130,7 +165,9 @@ def _cached(
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():
             try:
-                return read(file)
+                value = read(file)
+                os.utime(file)
+                return value
             except DataError as error:
                 log.warning("%s: computing it again", error)
                 file.unlink(missing_ok=True)
@@ -140,4 +177,6 @@ def _cached(
         except DataError as error:
             # A full disk must not cost a job what it has just computed.
             log.warning("not kept for other jobs: %s", error)
+        else:
+            _trim(file)
         return result

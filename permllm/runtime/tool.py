@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -39,6 +41,8 @@ def run_tool(work: Callable[[], int], failed: int = 1) -> int:
 
 def silence() -> None:
     """Let what is still to be printed go nowhere; the interpreter, too, writes at its end what it holds back."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    with contextlib.suppress(io.UnsupportedOperation):  # an output that is no file of the system has nothing to fail
+        output = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)

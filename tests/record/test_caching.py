@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +13,26 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
+import permllm
+from permllm import cache as cache_command
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
 from permllm.calibration.statistics import NormOver
 from permllm.config import CalibrationConfig
 from permllm.data import calibration
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.data.text import text_digest
-from permllm.errors import DataError
+from permllm.errors import ConfigError, DataError
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
+from permllm.record import code
 from permllm.record.caching import cached_tensors, cached_values
 from permllm.record.schema import Object
 from tests.conftest import tiny_model
 
+CODE = ("permllm.sparsity",)
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +48,7 @@ def compute():
     time.sleep(1)
     return {"value": 1.5}
 
-assert cached_values("kind", {"a": 1}, Object, compute) == {"value": 1.5}
+assert cached_values("kind", {"a": 1}, ("permllm.sparsity",), Object, compute) == {"value": 1.5}
 """
 
 
@@ -58,17 +64,17 @@ def test_processes_at_the_same_time_compute_once(cache: Path, tmp_path: Path) ->
 
 def test_values_and_tensors_come_back_as_they_were_and_anything_else_is_computed(cache: Path) -> None:
     tensors = {"a": torch.randn(3, dtype=torch.float64), "b": torch.tensor([1, 2]), "c": torch.randn(2, 2).bfloat16()}
-    assert cached_tensors("kind", {"a": 1}, lambda: tensors) is tensors
-    found = cached_tensors("kind", {"a": 1}, refuse)
+    assert cached_tensors("kind", {"a": 1}, CODE, lambda: tensors) is tensors
+    found = cached_tensors("kind", {"a": 1}, CODE, refuse)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
     with pytest.raises(AssertionError):
-        cached_tensors("kind", {"a": 2}, refuse)
+        cached_tensors("kind", {"a": 2}, CODE, refuse)
     for file in (cache / "kind").glob("*.safetensors"):
         file.write_bytes(b"broken")
-    assert cached_tensors("kind", {"a": 1}, lambda: {"a": torch.ones(1)}) == {"a": torch.ones(1)}
-    assert cached_values("kind", {"a": 1}, Object, lambda: {"x": [1, None]}) == {"x": [1, None]}
-    assert cached_values("kind", {"a": 1}, Object, lambda: {"x": 0}) == {"x": [1, None]}
+    assert cached_tensors("kind", {"a": 1}, CODE, lambda: {"a": torch.ones(1)}) == {"a": torch.ones(1)}
+    assert cached_values("kind", {"a": 1}, CODE, Object, lambda: {"x": [1, None]}) == {"x": [1, None]}
+    assert cached_values("kind", {"a": 1}, CODE, Object, lambda: {"x": 0}) == {"x": [1, None]}
 
 
 def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -76,7 +82,7 @@ def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatc
         raise DataError("no space left to write it")
 
     monkeypatch.setattr("permllm.record.caching.write_record", full)
-    assert cached_values("kind", {"a": 1}, Object, lambda: {"x": 1}) == {"x": 1}
+    assert cached_values("kind", {"a": 1}, CODE, Object, lambda: {"x": 1}) == {"x": 1}
     assert "no space left" in caplog.text
 
 
@@ -187,3 +193,77 @@ def test_digests_tell_texts_and_tokenizers_apart(tmp_path: Path) -> None:
     assert len({*digests, text_digest("builtin", None, calibration=True)}) == 3
     with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
         text_digest(None, str(tmp_path / "nowhere.txt"), calibration=True)
+
+
+def test_a_key_follows_from_the_code_that_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "permllm"
+    shutil.copytree(Path(permllm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code, "_PACKAGE", package)
+    modules = {
+        "perplexity": ("permllm.evaluation.perplexity", "permllm.models.loading"),
+        "target": ("permllm.calibration.dense", "permllm.models.loading"),
+        "saliency of ria": ("permllm.calibration.dense", "permllm.pruning.ria"),
+        "saliency of sparsegpt": ("permllm.calibration.dense", "permllm.pruning.sparsegpt"),
+    }
+
+    def digests() -> dict[str, str]:
+        code.code_digest.cache_clear()
+        return {name: code.code_digest(*found) for name, found in modules.items()}
+
+    before = digests()
+    for file, changed in {
+        "pruning/ria.py": {"saliency of ria"},
+        "calibration/statistics.py": {"target", "saliency of ria", "saliency of sparsegpt"},
+        "evaluation/perplexity.py": {"perplexity"},
+        "data/text.py": {"perplexity"},
+        "runtime/precision.py": {"target", "saliency of ria", "saliency of sparsegpt"},
+        "models/families.py": set(modules),
+        "permutation/shared.py": set(),
+        "record/store.py": set(),
+    }.items():
+        text = (package / file).read_text()
+        (package / file).write_text(text + "# changed\n")
+        found = digests()
+        assert {name for name in modules if found[name] != before[name]} == changed, file
+        (package / file).write_text(text)
+    code.code_digest.cache_clear()
+
+
+def test_what_was_longest_not_used_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(number: int) -> bool:
+        """Whether it had to be computed."""
+        calls = []
+        cached_tensors("kind", {"a": number}, CODE, lambda: calls.append(1) or {"x": torch.zeros(25_000)})
+        return bool(calls)
+
+    for number in range(3):
+        assert keep(number)
+        for file in (cache / "kind").glob("*.safetensors"):
+            os.utime(file, (file.stat().st_mtime - 100,) * 2)
+    assert not keep(0)  # the oldest, and now the latest that was used
+    monkeypatch.setenv("PERMLLM_CACHE_GB", "0.00035")  # three of 100 kB
+    assert keep(3)
+    assert [keep(number) for number in (0, 2, 3)] == [False, False, False]
+    assert keep(1)
+    monkeypatch.setenv("PERMLLM_CACHE_GB", "many")
+    with pytest.raises(ConfigError, match="PERMLLM_CACHE_GB=many"):
+        keep(9)
+
+
+def test_the_cache_is_listed_and_cleared(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("one", "two"):
+        cached_tensors(kind, {"a": 1}, CODE, lambda: {"x": torch.zeros(25_000)})
+    (cache / "wheels").mkdir()
+    (cache / "wheels" / "x.json").write_text("{}")
+    for words, found in ((["one", "--clear"], ["one"]), ([], ["two"]), (["--clear"], ["two"]), ([], [])):
+        monkeypatch.setattr("sys.argv", ["cache", *words])
+        assert cache_command.main() == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == str(cache)
+        assert [line.split()[0] for line in lines[1:]] == found
+    assert (cache / "wheels" / "x.json").exists()
+    monkeypatch.setattr("sys.argv", ["cache", "three"])
+    assert cache_command.main() == 1
+    assert capsys.readouterr().err == "error: three: nothing of that kind is kept; there are: none\n"

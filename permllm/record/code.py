@@ -1,0 +1,56 @@
+"""The code that a result follows from: what an older checkout computed is not taken for what this one would."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent.parent
+_NAME = _PACKAGE.name
+# Rooms that carry values and make none; of what a process is, the precision of its products decides.
+_PLUMBING = ("version", "errors", "validation", "nested", "runtime", "config", "record")
+_DECIDES = (f"{_NAME}.runtime.precision",)
+
+
+@cache
+def code_digest(*modules: str) -> str:
+    """sha256 of the source of modules of this package and of all that they import of it, without what only carries values.
+
+    Args:
+        modules: full names.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(_reached(modules)):
+        digest.update(name.encode() + _file(name).read_bytes())
+    return digest.hexdigest()
+
+
+def _reached(modules: tuple[str, ...]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [other for other in _imports(name) if _makes_values(other)]
+    return found
+
+
+def _makes_values(name: str) -> bool:
+    return name in _DECIDES or name.split(".")[1] not in _PLUMBING
+
+
+def _imports(module: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(_file(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == _NAME:
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                if name != _NAME and _file(name).is_file():
+                    yield name
+
+
+def _file(module: str) -> Path:
+    path = _PACKAGE.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
