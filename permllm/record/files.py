@@ -92,7 +92,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object with a checksum of the other keys' values, which `read_json` compares."""
-    content = {key: value for key, value in values.items() if key != CHECKSUM}
+    # As a reader will have it, in whom keys are texts.
+    content = json.loads(json.dumps({key: value for key, value in values.items() if key != CHECKSUM}))
     write_json(path, content | {CHECKSUM: _checksum(content)})
 
 

@@ -24,7 +24,7 @@ from permllm.config import read_config
 from permllm.errors import DataError
 from permllm.record import files
 from permllm.record.files import file_checksum, read_json, read_yaml, write_record
-from permllm.record.schema import Environment, FinishedRun, Metrics, Pass, Settings, validated
+from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Settings, validated
 from permllm.results.command import main as results_main
 from permllm.results.render import FORMATS
 from tests.conftest import ROOT, script
@@ -377,3 +377,8 @@ def test_records_are_compared_with_their_checksums_and_older_ones_are_counted(tm
     file.write_text(file.read_text().replace('"violations": 0', '"violations": 1'))
     assert "metrics.json is corrupt: its content is not what was written" in results(tmp_path)[2][1]
     assert [line.split()[1] for line in results(tmp_path)[2]] == ["skipped", "skipped", "1"]
+
+
+def test_a_checksum_is_of_what_a_reader_has(tmp_path: Path) -> None:
+    write_record(tmp_path / "x.json", {"layers": {9: (1, 2), 10: float("inf")}, "name": "ä"})
+    assert read_json(tmp_path / "x.json", Object) == {"layers": {"9": [1, 2], "10": float("inf")}, "name": "ä"}
