@@ -23,8 +23,9 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
 
     from permllm.calibration.saliency import SaliencyFactors
     from permllm.models.families import channel_groups
+    from permllm.permutation.lcp import training
     from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
-    from permllm.permutation.lcp.method import LCP, training
+    from permllm.permutation.lcp.method import LCP
     from permllm.permutation.problem import LearningProblem
     from permllm.permutation.shared import shared_orders
     from permllm.permutation.temperature import Linear
