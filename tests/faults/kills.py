@@ -6,6 +6,7 @@ job is a fork of this process, so that what is imported once serves all of them.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from typing import Any
 
 from permllm import runner
 from permllm.config import RunConfig, read_config, register_resolvers
+from permllm.record import environment
 from permllm.record.store import RunRecord
 from tests.test_config import composed
 
@@ -30,7 +32,7 @@ WORDS = (
     "permutation.passes=2",
     "permutation.batch_size=2",
     "permutation.compile=false",
-    "calibration.samples=4",
+    "calibration.samples=2",
     "calibration.length=16",
     "calibration.batch_size=4",
     "evaluation.perplexity.limit=1",
@@ -46,14 +48,15 @@ class Places:
         self.seen = 0
         self._last = last
 
-    def around(self, owner: Any, name: str) -> None:
-        """Before and after each call of a function are two places."""
+    def around(self, owner: Any, name: str, after: bool) -> None:
+        """Before each call of a function is a place, and after it."""
         original: Callable[..., Any] = getattr(owner, name)
 
         def counted(*arguments: Any, **named: Any) -> Any:
             self._here()
             result = original(*arguments, **named)
-            self._here()
+            if after:
+                self._here()
             return result
 
         setattr(owner, name, counted)
@@ -69,14 +72,14 @@ def job(config: RunConfig, folder: Path, last: int | None) -> int:
     os.environ["PERMLLM_CACHE"] = str(folder / "cache")
     config.run_dir = str(folder / "run")
     places = Places(last)
-    for owner, name in (
-        (os, "replace"),
-        (Path, "unlink"),
-        (Path, "rename"),
-        (shutil, "rmtree"),
-        (RunRecord, "append_history"),
+    for owner, name, after in (
+        (os, "replace", True),
+        (Path, "rename", True),
+        (RunRecord, "append_history", True),
+        (Path, "unlink", False),  # what is left after is what is there before the next
+        (shutil, "rmtree", False),
     ):
-        places.around(owner, name)
+        places.around(owner, name, after)
     runner.run(config)
     return places.seen
 
@@ -135,7 +138,10 @@ def main() -> None:
     """Kill at every place, and report."""
     folder = Path(sys.argv[1])
     register_resolvers()
+    environment.git_commit = lambda: None  # a process of its own for each job
     config = read_config(composed(*WORDS))
+    gc.collect()
+    gc.freeze()  # or each fork copies what the collector touches
     code, places = forked(partial(job, config, folder / "whole", None))
     assert code == 0
     expected = outcome(folder / "whole")

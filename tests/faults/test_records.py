@@ -235,7 +235,7 @@ def check_shown(folder: Path, number: int, *options: str) -> None:
         assert runs[f"run{other}"]["measures"]["boolq-passages perplexity (window 256)"]["mean"] == perplexity
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(change=changed_files(), mode=st.sampled_from(MODES))
 def test_a_record_that_is_not_as_it_should_be_is_skipped_and_all_others_are_shown(
     triple: Path, change: tuple[int, str, Any], mode: tuple[str, ...]

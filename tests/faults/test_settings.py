@@ -15,7 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from permllm import runner
+from permllm import cli, runner
 from permllm.config import read_config
 from permllm.data.text import read_text_file
 from permllm.errors import ConfigError, DataError
@@ -23,7 +23,6 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.record.environment import environment
 from permllm.record.files import write_text
 from permllm.record.loggers import WANDB_ID, _wandb_id
-from tests.conftest import run_command
 from tests.test_config import composed
 
 TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2")
@@ -138,10 +137,12 @@ def test_what_is_no_file_is_not_read_as_a_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("pruner=null",), ("-m", "permutation=none", "pruner=wanda,null")])
-def test_a_group_without_an_option_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
-    result = run_command(*words, "model=tiny", "logger=none", cwd=tmp_path)
-    assert result.returncode == 1
-    assert result.stderr == "error: pruner=null: every job needs one of its options, which --help lists\n"
+def test_a_group_without_an_option_is_one_line(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *words, "model=tiny", "logger=none"])
+    assert cli.Session().of(lambda: pytest.fail("composed")) == 1
+    assert capsys.readouterr().err == "error: pruner=null: every job needs one of its options, which --help lists\n"
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

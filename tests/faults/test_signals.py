@@ -121,13 +121,10 @@ def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: P
 
 
 def test_an_early_interruption_is_one_line(tmp_path: Path) -> None:
-    processes = []
-    for delay in (0.7, 1.5):
-        process = started(tmp_path, *QUICK)
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        processes.append(process)
+    processes = [started(tmp_path, *QUICK) for _ in range(2)]
     for process in processes:
+        time.sleep(0.8)
+        process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=100)
         assert (process.returncode, out) == (130, "")
         assert len(error.splitlines()) == 1
