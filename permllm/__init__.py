@@ -27,6 +27,9 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         DataError: it is not whole; the tensor is named.
     """
-    from permllm.export.opening import opened
+    import torch
 
-    return opened(Path(folder), **options)
+    import permllm.export  # noqa: F401 - makes its classes known to transformers
+    from permllm.models.checkpoint import read_weights
+
+    return read_weights(Path(folder), options.pop("dtype", None), torch.device("cpu"), **options).eval()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -343,7 +342,3 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         write_json(options.json, report)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

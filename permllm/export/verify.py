@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -323,7 +322,3 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         write_json(options.json, asdict(report) | {"passed": report.passed})
     return 0 if report.passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

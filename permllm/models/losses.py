@@ -52,28 +52,28 @@ def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
-    if head.plain:
-        return _HeadDivergence.apply(sparse, dense, head.weight)
-    return _OwnHeadDivergence.apply(sparse, dense, head)
+    chunk = _plain_chunk(head.weight, product_dtype(sparse)) if head.plain else _own_chunk(head)
+    return _HeadDivergence.apply(sparse, dense, chunk)
+
+
+# The divergence of some tokens, `sparse` and `dense (tokens, hidden)`, a sum, and its gradient over the number of all tokens;
+# None for the number asks for no gradient.
+_Chunk = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor | None]]
 
 
 class _HeadDivergence(torch.autograd.Function):
     """The head is frozen and the loss is a mean, so the gradient is known in forward, chunk by chunk: no logits are kept."""
 
     @staticmethod
-    def forward(ctx: Any, sparse: Tensor, dense: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Chunk) -> Tensor:
         total = _wide(sparse.new_zeros(()))
         grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
-        dtype = product_dtype(sparse)
-        sparse, dense, weight = sparse.to(dtype), dense.to(dtype), weight.to(dtype)
         for first in range(0, len(sparse), _CHUNK):
             part = slice(first, first + _CHUNK)
-            log_p = _wide(dense[part] @ weight.t()).log_softmax(-1)
-            log_q = _wide(sparse[part] @ weight.t()).log_softmax(-1)
-            p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum()
-            if grad is not None:
-                grad[part] = log_q.exp_().sub_(p).div_(len(sparse)).to(dtype) @ weight
+            divergence, of_part = chunk(sparse[part], dense[part], None if grad is None else len(sparse))
+            total += divergence
+            if grad is not None and of_part is not None:
+                grad[part] = of_part
         ctx.save_for_backward(*([] if grad is None else [grad]))
         return total / len(sparse)
 
@@ -83,31 +83,37 @@ class _HeadDivergence(torch.autograd.Function):
         return grad * grads[0].to(grad.dtype), None, None
 
 
-class _OwnHeadDivergence(torch.autograd.Function):
-    """The same of a head that is more than a product: each chunk goes through the model's own forward and back at once."""
+def _plain_chunk(weight: Tensor, dtype: torch.dtype) -> _Chunk:
+    """Of a head that is a product with its weight `(vocabulary, hidden)`, in a dtype: the gradient has a closed form."""
+    weight = weight.to(dtype)
 
-    @staticmethod
-    def forward(ctx: Any, sparse: Tensor, dense: Tensor, head: Head) -> Tensor:
-        total = _wide(sparse.new_zeros(()))
-        grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
-        for first in range(0, len(sparse), _CHUNK):
-            part = slice(first, first + _CHUNK)
-            log_p = _wide(head.logits(dense[part])).log_softmax(-1)
-            states = sparse[part].detach().requires_grad_()
-            with torch.set_grad_enabled(grad is not None):
-                log_q = _wide(head.logits(states)).log_softmax(-1)
-                divergence = (log_p.exp() * (log_p - log_q)).sum()
-            total += divergence.detach()
-            if grad is not None:
-                (of_part,) = torch.autograd.grad(divergence, states)
-                grad[part] = of_part.div_(len(sparse))
-        ctx.save_for_backward(*([] if grad is None else [grad]))
-        return total / len(sparse)
+    def chunk(sparse: Tensor, dense: Tensor, tokens: int | None) -> tuple[Tensor, Tensor | None]:
+        log_p = _wide(dense.to(dtype) @ weight.t()).log_softmax(-1)
+        log_q = _wide(sparse.to(dtype) @ weight.t()).log_softmax(-1)
+        p = log_p.exp()
+        divergence = log_p.sub_(log_q).mul_(p).sum()
+        if tokens is None:
+            return divergence, None
+        return divergence, log_q.exp_().sub_(p).div_(tokens).to(dtype) @ weight
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None
+    return chunk
+
+
+def _own_chunk(head: Head) -> _Chunk:
+    """Of a head that is more than a product: through the model's own forward and back at once."""
+
+    def chunk(sparse: Tensor, dense: Tensor, tokens: int | None) -> tuple[Tensor, Tensor | None]:
+        log_p = _wide(head.logits(dense)).log_softmax(-1)
+        states = sparse.detach().requires_grad_()
+        with torch.set_grad_enabled(tokens is not None):
+            log_q = _wide(head.logits(states)).log_softmax(-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum()
+        if tokens is None:
+            return divergence, None
+        (grad,) = torch.autograd.grad(divergence, states)
+        return divergence.detach(), grad.div_(tokens)
+
+    return chunk
 
 
 def _wide(values: Tensor) -> Tensor:

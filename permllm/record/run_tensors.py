@@ -27,7 +27,7 @@ from permllm.sparsity import NMPattern, violations
 _SHAPES = "shapes"
 _Shapes = dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]]
 
-MaskReader = Callable[[str], Tensor]
+TensorReader = Callable[[str], Tensor]
 
 
 def write_orders(path: Path, orders: Mapping[str, Tensor]) -> None:
@@ -81,7 +81,7 @@ def mask_names(path: Path) -> list[str]:
     return list(_shapes(path))
 
 
-def mask_reader(path: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> MaskReader:
+def mask_reader(path: Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> TensorReader:
     """Reads one mask of `write_masks` at a time, bool `(C_out, C_in)` by linear.
 
     Args:
@@ -131,7 +131,7 @@ def check_mask(path: Path, name: str, mask: Tensor, order: Tensor, pattern: NMPa
         raise DataError(f"{path}: the mask of {name} is not {pattern} in the order of its channels")
 
 
-def weight_reader(path: Path, shapes: Mapping[str, tuple[int, int]]) -> MaskReader:
+def weight_reader(path: Path, shapes: Mapping[str, tuple[int, int]]) -> TensorReader:
     """Reads one changed weight at a time, `(C_out, C_in)` by linear, in the dtype of the run.
 
     Args:
