@@ -48,20 +48,6 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATISTICS = ("dense", "sequential")
 SAMPLINGS = ("disjoint", "documents", "overlapping")
 LOGGERS = ("wandb", "tensorboard", "none")
-CALIBRATION_DATASETS = (
-    "c4",
-    "wikitext2",
-    "pile",
-    "pile-10k",
-    "boolq-passages",
-    "sciq-support",
-    "law-questions",
-    "builtin",
-    "text",
-)
-# How the papers' code draws windows of its texts; all others are joined and cut into windows that do not overlap.
-_SAMPLING = {"c4": "documents", "pile": "documents", "pile-10k": "documents", "wikitext2": "overlapping"}
-PERPLEXITY_DATASETS = ("wikitext2", "c4", "boolq-passages", "builtin")
 
 
 @dataclass
@@ -94,7 +80,7 @@ class CalibrationConfig:
     """Group `calibration`.
 
     Attributes:
-        dataset: one of CALIBRATION_DATASETS; `text` with `data_files`.
+        dataset: a text of `permllm.data.texts` by its name, someone's own by the dotted name of its module, or `text`.
         data_files: a txt, json lines or parquet file (`dataset=text`).
         samples: number of windows.
         length: tokens in a window.
@@ -104,7 +90,7 @@ class CalibrationConfig:
             with masks of the former. SparseGPT's update always sees the latter.
         sampling: of windows: `disjoint`, all documents joined by a blank line and cut; `documents`, each a random piece of a
             random document that is longer, drawn with replacement; `overlapping`, at random places of all documents joined by
-            a space. None is what the papers' code does with the data set, else `disjoint`; it never stays None.
+            a space. Each YAML says how the papers' code draws from its text. None is `disjoint`, and never stays None.
     """
 
     dataset: str
@@ -117,7 +103,7 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         if self.sampling is None:
-            self.sampling = _SAMPLING.get(self.dataset, "disjoint")
+            self.sampling = "disjoint"
 
 
 @dataclass
@@ -125,7 +111,7 @@ class PerplexityConfig:
     """`evaluation.perplexity`.
 
     Attributes:
-        dataset: `wikitext2`, `c4`, `boolq-passages` (the half that calibration never sees) or `builtin`; None skips it.
+        dataset: a text as in `calibration`, of which it is another part where there are two; None skips it.
         data_files: a txt, json lines or parquet file; takes precedence over `dataset`, and its stem names the result.
         window: tokens in a window; each predicts window - 1 tokens.
         limit: only the first so many windows; None is all.
@@ -389,13 +375,6 @@ def _check(config: RunConfig) -> None:
             f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
         )
     check_whole("seed", config.seed, 0, 2**32 - 1)  # what numpy takes
-    check_one_of("calibration.dataset", config.calibration.dataset, CALIBRATION_DATASETS)
-    if config.evaluation.perplexity.dataset is not None and not config.evaluation.perplexity.data_files:
-        check_one_of("evaluation.perplexity.dataset", config.evaluation.perplexity.dataset, PERPLEXITY_DATASETS)
-    if config.calibration.data_files and config.calibration.dataset != "text":
-        raise ConfigError(f"calibration.data_files={config.calibration.data_files!r} needs calibration=text")
-    if config.calibration.dataset == "text" and not config.calibration.data_files:
-        raise ConfigError("calibration=text needs calibration.data_files=PATH, a txt, json lines or parquet file")
     if config.model.source == "local" and not config.model.path:
         raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
     if "/" in config.name:

@@ -9,6 +9,7 @@ import torch
 
 from permllm.calibration.dense import Pruner
 from permllm.config import RunConfig, instantiate
+from permllm.data.named import check_texts
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
 from permllm.models.families import ChannelGroup
@@ -74,9 +75,10 @@ def methods_of(config: RunConfig) -> Methods:
     """The methods that the settings name.
 
     Raises:
-        ConfigError: one cannot be made or lacks what it will be asked for, or the masks would be made from other statistics
-            than those that their order is learned with.
+        ConfigError: one, or a text, cannot be made or lacks what it will be asked for, or the masks would be made from other
+            statistics than those that their order is learned with.
     """
+    check_texts(config.calibration, config.evaluation.perplexity)
     methods = Methods(instantiate(config.pruner), instantiate(config.permutation), instantiate(config.reconstruction))
     _check_contracts(config, methods)
     statistics = config.calibration.statistics

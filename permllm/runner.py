@@ -12,7 +12,7 @@ import torch
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
-from permllm.data.text import text_digest
+from permllm.data.named import calibration_text
 from permllm.errors import DataError
 from permllm.evaluation.measure import evaluate
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
@@ -124,9 +124,8 @@ def _prune(job: Job) -> None:
     dense = None
     with job.record.stage("calibrate", job.device):
         tokens = calibration_tokens(job.loaded.tokenizer, calibration, config.seed)
-        job.record.metrics.setdefault("texts", {})["calibration"] = text_digest(
-            calibration.dataset, calibration.data_files, calibration=True
-        )
+        digest = calibration_text(calibration).text.digest(calibration=True)
+        job.record.metrics.setdefault("texts", {})["calibration"] = digest
         if not job.methods.permutation.local or calibration.statistics == "dense":
             dense = calibrate(config, job.loaded, job.groups, tokens, job.methods.pruner, job.products)
     order = order_of(job, tokens, dense)

@@ -54,6 +54,8 @@ def main() -> None:
     config: dict[str, Any] = dict(read_yaml(options.run / "config.yaml", Settings))
     metrics = read_json(options.run / "metrics.json", FinishedRun)
     settings = OmegaConf.merge(OmegaConf.structured(EvaluationConfig), config["evaluation"])
+    if "." in (settings.perplexity.dataset or ""):  # a record names no module that is then run
+        parser.error(f"{options.run}: its text {settings.perplexity.dataset} is not one of permllm.data.texts")
     text = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), settings.perplexity)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "windows.safetensors"

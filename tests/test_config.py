@@ -169,11 +169,17 @@ def test_runs_keep_the_directories_that_they_had() -> None:
     assert config().directory.name == "smollm2-135m-wanda-lcp-2x4-dcd3b206f6"
 
 
-def test_texts_whose_windows_are_drawn_anew_make_other_runs_however_they_are_chosen() -> None:
-    for dataset in ("c4", "wikitext2", "pile"):
-        settings = config("model=tiny", f"calibration.dataset={dataset}")
-        assert settings.identity["calibration"]["sampling"] != "disjoint"
-        assert config("model=tiny", f"calibration={dataset}").identity["calibration"]["sampling"] != "disjoint"
+@pytest.mark.parametrize(
+    ("option", "sampling"),
+    [("c4", "documents"), ("pile", "documents"), ("pile-10k", "documents"), ("wikitext2", "overlapping")],
+)
+def test_an_option_of_calibration_says_how_the_papers_code_draws_windows(option: str, sampling: str) -> None:
+    chosen = config("model=tiny", f"calibration={option}")
+    assert chosen.identity["calibration"]["sampling"] == sampling
+    # By its name alone a text is drawn from as the chosen option says.
+    named = config("model=tiny", f"calibration.dataset={option}")
+    assert named.calibration.sampling == "disjoint"
+    assert config("model=tiny", f"calibration={option}", "calibration.sampling=null").calibration.sampling == "disjoint"
 
 
 def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
@@ -198,7 +204,13 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["seed=x"], "seed"),
         (["model.device=toaster"], "model.device='toaster'"),
         (["model.dtype=int4"], "model.dtype='int4' is not valid; valid are: float32"),
-        (["calibration.dataset=mars"], "calibration.dataset='mars' is not valid; valid are: c4"),
+        (
+            ["calibration.dataset=mars", "plan=true"],
+            "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, pile, pile-10k, "
+            "sciq-support, wikitext2, text",
+        ),
+        (["calibration.dataset=pile_10k"], "calibration.dataset='pile_10k' is not valid"),
+        (["calibration.dataset=base", "study=saliency_and_error"], "calibration.dataset='base' is not valid"),
         (
             ["calibration.sampling=often"],
             "calibration.sampling='often' is not valid; valid are: disjoint, documents, overlapping",
@@ -207,7 +219,10 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["calibration.samples=100000"], "but calibration.samples=100000 of calibration.length=64 need 6400000"),
         (["calibration=text"], "calibration=text needs calibration.data_files=PATH"),
         (["calibration=text", "calibration.data_files=nowhere.txt"], "text file nowhere.txt does not exist"),
-        (["evaluation.perplexity.dataset=mars"], "evaluation.perplexity.dataset='mars' is not valid; valid are: wikitext2"),
+        (
+            ["evaluation.perplexity.dataset=pile"],
+            "evaluation.perplexity.dataset='pile' is not valid; valid are: boolq-passages, builtin, c4, wikitext2",
+        ),
         (["evaluation.perplexity.window=1000000"], "fewer than one evaluation.perplexity.window"),
         (["evaluation.zero_shot.tasks=[marsqa]"], "lm-eval does not know marsqa"),
         (["+permutation.nonsense=1"], "nonsense"),

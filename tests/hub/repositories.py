@@ -20,7 +20,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from permllm.data.text import builtin_text
+from permllm.data.texts.builtin import TEXT as BUILTIN
 from tests.conftest import tiny_config
 
 VOCABULARY = 400
@@ -38,7 +38,7 @@ _SPACE = "▁"
 def write_repositories(root: Path) -> None:
     """Write them all."""
     order = random.Random(0)
-    paragraphs = [line for line in builtin_text().splitlines() if line]
+    paragraphs = [line for line in BUILTIN.evaluation().splitlines() if line]
     sentences = [sentence for line in paragraphs for sentence in line.split(". ") if sentence]
     for family, name in MODELS.items():
         write_model(root / "models" / name, family)
@@ -154,7 +154,7 @@ def _byte_bpe(special: list[str]) -> Tokenizer:
 
 
 def _train(tokenizer: Tokenizer, trainer: Any) -> None:
-    tokenizer.train_from_iterator([builtin_text()], trainer)
+    tokenizer.train_from_iterator([BUILTIN.evaluation()], trainer)
 
 
 def _write_opt_as_on_the_hub(folder: Path) -> None:

@@ -17,10 +17,11 @@ import permllm
 from permllm import cache as cache_command
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
 from permllm.calibration.statistics import NormOver
-from permllm.config import CalibrationConfig
-from permllm.data import calibration
+from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
-from permllm.data.text import text_digest
+from permllm.data.named import perplexity_text
+from permllm.data.text_file import TextFile
+from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel
@@ -165,16 +166,16 @@ def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
     file.write_text("some words of text, " * 50)
     settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, length=20)
     tokens = calibration_tokens(TOKENIZER, settings, seed=0)
-    name, whole = all_tokens(TOKENIZER, None, str(file))
-    assert (name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
+    named = perplexity_text(PerplexityConfig(None, window=20, data_files=str(file)))
+    whole = all_tokens(TOKENIZER, named)
+    assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
 
     def unread(*_: object) -> list[str]:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(calibration, "calibration_documents", unread)
-    monkeypatch.setattr(calibration, "perplexity_text", unread)
+    monkeypatch.setattr("permllm.data.text_file.read_text_file", unread)
     assert torch.equal(calibration_tokens(TOKENIZER, settings, seed=0), tokens)
-    assert torch.equal(all_tokens(TOKENIZER, None, str(file))[1], whole)
+    assert torch.equal(all_tokens(TOKENIZER, named), whole)
     with pytest.raises(AssertionError, match="read again"):
         calibration_tokens(TOKENIZER, settings, seed=1)
     with pytest.raises(AssertionError, match="read again"):
@@ -189,10 +190,10 @@ def test_digests_tell_texts_and_tokenizers_apart(tmp_path: Path) -> None:
     assert tokenizer_digest(TOKENIZER) != tokenizer_digest(ByT5Tokenizer(extra_ids=3))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.json").write_text("a")
-    digests = {text_digest(None, str(tmp_path / name), calibration=True) for name in ("a.txt", "a.json")}
-    assert len({*digests, text_digest("builtin", None, calibration=True)}) == 3
+    digests = {TextFile(str(tmp_path / name)).digest(calibration=True) for name in ("a.txt", "a.json")}
+    assert len({*digests, BUILTIN.digest(calibration=True)}) == 3
     with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
-        text_digest(None, str(tmp_path / "nowhere.txt"), calibration=True)
+        TextFile(str(tmp_path / "nowhere.txt")).digest(calibration=True)
 
 
 def test_a_key_follows_from_the_code_that_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -200,6 +201,8 @@ def test_a_key_follows_from_the_code_that_computes(monkeypatch: pytest.MonkeyPat
     shutil.copytree(Path(permllm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(code, "_PACKAGE", package)
     modules = {
+        "tokens of c4": ("permllm.data.calibration", "permllm.data.texts.c4"),
+        "tokens of boolq": ("permllm.data.calibration", "permllm.data.texts.boolq_passages"),
         "perplexity": ("permllm.evaluation.perplexity", "permllm.models.loading"),
         "target": ("permllm.calibration.dense", "permllm.models.loading"),
         "saliency of ria": ("permllm.calibration.dense", "permllm.pruning.ria"),
@@ -215,9 +218,11 @@ def test_a_key_follows_from_the_code_that_computes(monkeypatch: pytest.MonkeyPat
         "pruning/ria.py": {"saliency of ria"},
         "calibration/statistics.py": {"target", "saliency of ria", "saliency of sparsegpt"},
         "evaluation/perplexity.py": {"perplexity"},
-        "data/text.py": {"perplexity"},
+        "data/text_file.py": {"tokens of c4", "tokens of boolq", "perplexity"},
+        "data/texts/base.py": {"tokens of c4", "tokens of boolq", "perplexity"},
+        "data/texts/c4.py": {"tokens of c4"},  # of other tokens, perplexity has another key
         "runtime/precision.py": {"target", "saliency of ria", "saliency of sparsegpt"},
-        "models/families.py": set(modules),
+        "models/families.py": {"perplexity", "target", "saliency of ria", "saliency of sparsegpt"},
         "permutation/shared.py": set(),
         "record/store.py": set(),
     }.items():

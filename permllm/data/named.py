@@ -1,0 +1,105 @@
+"""The text that settings name: of this package, of a module of someone's own, or a file."""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from permllm.config import CalibrationConfig, PerplexityConfig
+from permllm.data import texts
+from permllm.data.text_file import TextFile
+from permllm.data.texts.base import Text
+from permllm.errors import ConfigError, first_line
+from permllm.validation import check_contract, check_one_of, check_whole
+
+_FILE = "text"
+_NO_TEXT = "base"
+_USES = {"calibrates": "calibration", "evaluates": "evaluation"}
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text and what is known of it by its name.
+
+    Attributes:
+        name: of what is measured on it.
+        text: the text.
+        code: names of the modules that read it (see `permllm.record.code`), beside those that every text has; None where they
+            are not of this package: their code may call code that lies anywhere.
+    """
+
+    name: str
+    text: Text
+    code: tuple[str, ...] | None
+
+
+def calibration_text(config: CalibrationConfig) -> NamedText:
+    """What is calibrated on.
+
+    Raises:
+        ConfigError: the name is no text's, or its text is not to calibrate on.
+    """
+    if config.dataset == _FILE:
+        if not config.data_files:
+            raise ConfigError("calibration=text needs calibration.data_files=PATH, a txt, json lines or parquet file")
+        return _of_file(config.data_files)
+    if config.data_files:
+        raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
+    return _of_module("calibration.dataset", config.dataset, "calibrates", (_FILE,))
+
+
+def perplexity_text(config: PerplexityConfig) -> NamedText:
+    """What perplexity is measured on.
+
+    Raises:
+        ConfigError: the name is no text's, or its text is not to be evaluated on.
+    """
+    if config.data_files:
+        return _of_file(config.data_files)
+    return _of_module("evaluation.perplexity.dataset", str(config.dataset), "evaluates")
+
+
+def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
+    """Raise ConfigError where either names no text that is for its use; no text is read."""
+    calibration_text(calibration)
+    if perplexity.data_files or perplexity.dataset is not None:
+        perplexity_text(perplexity)
+
+
+def _of_file(path: str) -> NamedText:
+    return NamedText(Path(path).stem, TextFile(path), ())
+
+
+def _of_module(key: str, name: str, use: Literal["calibrates", "evaluates"], others: tuple[str, ...] = ()) -> NamedText:
+    if "." in name:
+        module = name
+    else:
+        known = [found.name for found in pkgutil.iter_modules(texts.__path__) if found.name != _NO_TEXT]
+        usable = [one.replace("_", "-") for one in known if getattr(_loaded(key, f"{texts.__name__}.{one}"), use)]
+        check_one_of(key, name, (*usable, *others))
+        module = f"{texts.__name__}.{name.replace('-', '_')}"
+    text = _loaded(key, module)
+    if not getattr(text, use):
+        raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    return NamedText(name.rpartition(".")[2], text, (module,) if ours else None)
+
+
+def _loaded(key: str, module: str) -> Text:
+    """The `TEXT` of a module, with all that it will be asked for: hours later would be late."""
+    key = f"{key}={module}"
+    try:
+        text: Text | None = getattr(import_module(module), "TEXT", None)
+    except Exception as error:  # a module of someone else's may raise anything
+        raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
+    if text is None or isinstance(text, type):
+        raise ConfigError(f"{key}: the module needs a TEXT, an object as permllm.data.texts.base.Text says")
+    check_contract(key, text, _USES, ("digest",))
+    check_contract(key, text, (), (method for flag, method in _USES.items() if getattr(text, flag)))
+    limit = getattr(text, "max_windows", "missing")
+    if limit is not None:
+        check_whole(f"{key}: max_windows", limit, 1)
+    return text

