@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TQDM_DISABLE"] = "1"  # progress bars would drown the report of a failure
-
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from permllm.config import register_resolvers
-from permllm.record.cache_folder import cache_directory
+from tests import commands
+from tests.commands import ROOT, SECONDS
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:  # the process that hands tests out reads this file too, and needs neither
+    import torch
+    from transformers import PreTrainedModel
+
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# Before anything is imported that reads them; what a test starts has them too.
+os.environ["TQDM_DISABLE"] = "1"  # progress bars would drown the report of a failure
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for each core
 
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 2},
@@ -46,8 +50,12 @@ def tiny_config(family: str) -> dict[str, object]:
     return settings | FAMILY_SETTINGS[family]
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model of `tiny_config`, with biases that are not zero."""
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A random model of `tiny_config`, in float32 unless it is said, with biases that are not zero."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = dtype or torch.float32
     settings = tiny_config(family)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
@@ -59,14 +67,39 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return model.eval().requires_grad_(False)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Where nothing else is said, whole folders have as many workers as cores, at most 8; files, and what talks, have none."""
+    options = config.option
+    together = not options.usepdb and options.capture != "no" and all(map(os.path.isdir, config.args))
+    if getattr(options, "numprocesses", 0) is None and together and not WORKER:  # which has none of its own
+        options.numprocesses, options.dist = min(8, len(os.sched_getaffinity(0))), "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that use what is made once for several of them go to one worker, which makes it."""
+    if not WORKER:
+        return
+    for item in items:
+        found = item._fixtureinfo.name2fixturedefs.items()  # type: ignore[attr-defined]
+        wide = [made.baseid for name, (*_, made) in found if made.baseid and made.scope != "function" and name[0] != "_"]
+        if wide:
+            item.add_marker(pytest.mark.xdist_group(min(wide, key=len)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _resolvers() -> None:
+    from permllm.config import register_resolvers
+
     register_resolvers()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache directory of this session alone, but for what is downloaded: kept results would hide what the code now does."""
+    from permllm.record.cache_folder import cache_directory
+
     downloads, private = cache_directory(), tmp_path_factory.mktemp("cache")
     for name in ("wheels", "models"):
         (downloads / name).mkdir(exist_ok=True)
@@ -76,10 +109,21 @@ def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _commands_end() -> Iterator[None]:
+    yield
+    commands.close()
+
+
 @pytest.fixture(autouse=True)
 def _quiet_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def downloads(_fresh_results: None) -> None:
+    """For tests that use what is downloaded: one worker alone may do that."""
 
 
 @pytest.fixture
@@ -89,25 +133,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def run_command(*overrides: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python run.py OVERRIDES` as a person would type it, with `cwd` as the working directory."""
+def run_command(*overrides: str, cwd: Path, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python run.py OVERRIDES` as a person would type it, with `cwd` as the working directory.
+
+    Args:
+        fresh: in an interpreter of its own, for what is read where something is imported; else in a fork (`tests.commands`).
+    """
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     variables |= {"PERMLLM_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides],
-        cwd=cwd,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return run_python(str(ROOT / "run.py"), *overrides, cwd=cwd, environment=variables, fresh=fresh)
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ARGUMENTS`."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return run_python("-m", module, *arguments)
+
+
+def run_python(
+    *words: str, cwd: Path | None = None, environment: dict[str, str] | None = None, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`python WORDS`: a script, or a module after `-m`."""
+    cwd, environment = cwd or Path.cwd(), environment or dict(os.environ)
+    if not fresh:
+        return commands.command(list(words), cwd, environment)
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
 
 
 def script(name: str) -> ModuleType:

@@ -26,6 +26,8 @@ from permllm.record.cache_folder import cache_directory
 from permllm.sparsity import NMPattern
 from tests.conftest import run_command, tiny_model
 
+pytestmark = pytest.mark.usefixtures("downloads")
+
 
 def need(wheel: Wheel) -> None:
     try:
@@ -101,7 +103,9 @@ def test_learned_order_beats_the_heuristic_which_beats_none_at_the_default_budge
             "logger=none",
             f"run_dir={permutation}",
             cwd=tmp_path,
+            fresh=True,
             PERMLLM_CACHE=str(cache_directory()),
+            OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))),  # as it is typed, and not a worker's one
         )
         assert result.returncode == 0, result.stderr[-2000:]
         metrics = json.loads((tmp_path / permutation / "metrics.json").read_text())

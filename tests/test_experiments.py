@@ -110,6 +110,7 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
             assert config.permutation["passes"] == 2
 
 
+@pytest.mark.usefixtures("downloads")
 @pytest.mark.parametrize("table", ["table5", "table7"])
 def test_a_table_runs(table: str, tmp_path: Path) -> None:
     small = ["calibration.samples=8", "calibration.length=32", "logger=none", "permutation.select_from=1"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from permllm.export import gathered_norm
 from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
 from permllm.export.checkpoint import Request, export_run
 from permllm.models.families import channel_groups, linear_at
+from tests.conftest import run_module
 from tests.export.test_export import logits, make_run, variant_model
 
 CUDA = torch.device("cuda")
@@ -25,10 +24,8 @@ def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
     export_run(run, Request("gathered", "packed"), tmp_path / "out")
     small = ["--prompt", "8", "--new-tokens", "2", "--batch-sizes", "1", "2", "--repeats", "1", "--layer-tokens", "16"]
-    command = [sys.executable, "-m", "permllm.bench", str(tmp_path / "out"), "--against", str(tmp_path / "dense"), *small]
-    result = subprocess.run(
-        [*command, "--device", "cpu", "--json", str(tmp_path / "bench.json")], capture_output=True, text=True, check=False
-    )
+    words = [str(tmp_path / "out"), "--against", str(tmp_path / "dense"), *small, "--device", "cpu"]
+    result = run_module("permllm.bench", *words, "--json", str(tmp_path / "bench.json"))
     assert result.returncode == 0, result.stderr
     assert "no sparse tensor cores here" in result.stdout
     report = json.loads((tmp_path / "bench.json").read_text())
@@ -40,9 +37,7 @@ def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
     assert report["file_bytes"]["as stored"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert [row["channels"] for row in report["layers"]] == [32, 32, 32, 64]
     assert report["layers"][0]["sparse_s"] is None
-    bad = subprocess.run(
-        [sys.executable, "-m", "permllm.bench", str(tmp_path / "no")], capture_output=True, text=True, check=False
-    )
+    bad = run_module("permllm.bench", str(tmp_path / "no"))
     assert (bad.returncode, bad.stderr) == (1, f"error: {tmp_path / 'no'} is not a folder\n")
 
 

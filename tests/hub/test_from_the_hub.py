@@ -258,7 +258,8 @@ def test_a_record_of_a_commit_that_the_hub_does_not_have_says_so(
 def test_as_it_is_typed_no_request_is_told_of(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     case = Case("qwen3", "wikitext2", "wikitext2", ("evaluation.zero_shot.tasks=[]", "permutation=none"))
     before = len(hub.requests)
-    result = run_command(*case.job().overrides, cwd=tmp_path, **environment("typed") | {"PERMLLM_CACHE": str(tmp_path)})
+    variables = environment("typed") | {"PERMLLM_CACHE": str(tmp_path)}
+    result = run_command(*case.job().overrides, cwd=tmp_path, fresh=True, **variables)
     assert result.returncode == 0, result.stderr
     assert len(hub.requests) > before + 10
     assert "HTTP" not in result.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, open_logger, wandb_group, wandb_name
 from permllm.results.collect import Run, collect
 from permllm.results.published import published
-from tests.conftest import ROOT, run_command, run_module, script
+from tests.conftest import ROOT, run_command, run_module, run_python, script
 from tests.test_config import composed
 
 SWEEP = ("-m", "model=tiny", "block_size=16,32", "seed=0,1", "calibration.samples=4", "logger=wandb", "force=false")
@@ -31,9 +30,9 @@ STEP_VALUES = {"loss", "temperature", "flips", "seconds"}
 
 def records(file: Path) -> list[dict[str, Any]]:
     """What a run wrote, as wandb's own command prints it."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(file), "--json"]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    return [json.loads(line) for line in printed.splitlines()]
+    printed = run_module("wandb", "leet", "inspect", str(file), "--json")
+    assert printed.returncode == 0, printed.stderr
+    return [json.loads(line) for line in printed.stdout.splitlines()]
 
 
 def rows(of_run: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,8 +152,7 @@ def test_final_values_are_those_of_the_metrics(sweep: Path, logged: dict[str, li
 
 
 def test_a_summary_can_be_read_in_the_terminal(sweep: Path) -> None:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", str(sweep / "wandb"), "--summary", "--json"]
-    latest = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    latest = json.loads(run_module("wandb", "leet", "inspect", str(sweep / "wandb"), "--summary", "--json").stdout)
     assert latest["state"] == "finished"
     assert latest["summary"]["perplexity/sparse/builtin/value"] > 1
 
@@ -262,9 +260,8 @@ def test_tensorboard_gets_the_passes(cache: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_offline_runs_is_that_of_the_run_directories(sweep: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "wandb_report.py"), "--offline", str(sweep)]
-    command += ["--table", "table6", "--group", "sweep-*"]
-    ours = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    words = ("--offline", str(sweep), "--table", "table6", "--group", "sweep-*")
+    ours = run_python(str(ROOT / "scripts" / "wandb_report.py"), *words)
     assert ours.returncode == 0, ours.stderr
     assert "The paper's numbers are those of llama-2-7b" in ours.stderr
     theirs = run_module("permllm.results", str(sweep), "--paper", "table6")
