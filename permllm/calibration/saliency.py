@@ -1,11 +1,14 @@
 """Saliency in factored form, so that it can be recomputed anywhere from the weight and a few vectors.
 
-Every base pruner's saliency of a weight is `|w|^power` times a small sum of (column vector x row vector):
+The saliency of a weight is `|w|^power` times a small sum of (column vector x row vector):
 
     S[i, j] = |W[i, j]|^power * sum_k row[k, i] * column[k, j]
 
 Magnitude, Wanda and SparseGPT need one term with row = 1, RIA needs two. LCP never stores a saliency: it permutes the
-column vectors with the channels and recomputes.
+column vectors with the channels and recomputes. What is no such sum, as soon as gradients have a say in it (GBLM), is a dense
+score, which has a factor for each weight and as many bytes as float32 weights:
+
+    S[i, j] = |W[i, j]|^power * score[i, j]
 """
 
 from __future__ import annotations
@@ -22,13 +25,23 @@ class SaliencyFactors:
 
     Attributes:
         power: exponent of `|W|`, 1 or 2.
-        column: `(K, C_in)`, float32 or float64, nonnegative.
-        row: `(K, C_out)`, like `column`; None stands for ones (and K = 1).
+        column: `(K, C_in)`, float32 or float64, nonnegative; a dense score is `(C_out, C_in)`.
+        row: `(K, C_out)`, like `column`; None stands for ones (and K = 1), or belongs to a dense score.
     """
 
     power: int
     column: Tensor
     row: Tensor | None = None
+
+    @classmethod
+    def of_each_weight(cls, score: Tensor, power: int = 1) -> SaliencyFactors:
+        """A dense score `(C_out, C_in)`, float32 or float64, nonnegative: the saliency is `|W|^power * score`."""
+        return cls(power, score)
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is a factor for each weight instead of vectors."""
+        return self.row is None and len(self.column) > 1
 
     def permuted(self, perm: Tensor) -> SaliencyFactors:
         """The factors of `W[:, perm]`; `perm` int64 `(C,)` may be any selection of channels."""
@@ -57,5 +70,5 @@ def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
     if factors.power == 2:
         magnitude = magnitude.square_()
     if factors.row is None:
-        return magnitude.mul_(factors.column[0].unsqueeze(1))
+        return magnitude.mul_(factors.column.t())
     return magnitude.mul_(torch.einsum("kj,ki->ji", factors.column, factors.row))

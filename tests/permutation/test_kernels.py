@@ -50,14 +50,16 @@ def test_compiled_and_eager_agree(
 
 
 @pytest.mark.parametrize("form", ["eager", "compiled"])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8)])
-def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(compiled: Kernels, form: str, n: int, m: int) -> None:
+@pytest.mark.parametrize(("n", "m", "dense"), [(2, 4, False), (2, 4, True), (1, 4, False), (3, 4, False), (4, 8, False)])
+def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
+    compiled: Kernels, form: str, n: int, m: int, dense: bool
+) -> None:
     kernels = EAGER if form == "eager" else compiled
     dtype = torch.float64 if form == "eager" else torch.float32
     rows, size, blocks = 6, 3 * m, 2
     generator = torch.Generator().manual_seed(n + m)
     weight_t = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
-    column = torch.rand(1, size * blocks, generator=generator, dtype=dtype) + 0.5
+    column = torch.rand(rows if dense else 1, size * blocks, generator=generator, dtype=dtype) + 0.5
     grad = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
     order = torch.randperm(size * blocks, generator=generator)
     exchange = kernels.exchange(weight_t, order, 1, column[:, order], None, grad, n, m, dtype)
@@ -108,9 +110,10 @@ def test_a_kernel_that_cannot_be_compiled_is_a_warning_before_learning_and_no_er
 
 
 @pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
-def test_what_is_tried_is_what_a_step_uses(monkeypatch: pytest.MonkeyPatch, straight_through: str) -> None:
+@pytest.mark.parametrize("form", ["row", "dense"])
+def test_what_is_tried_is_what_a_step_uses(monkeypatch: pytest.MonkeyPatch, straight_through: str, form: str) -> None:
     monkeypatch.setattr(kernels.torch, "compile", lambda form, **_: form)
     compiled_kernels.cache_clear()
-    use = KernelUse("cpu", straight_through, NMPattern(4, 8), torch.bfloat16, torch.bfloat16, row=True)
+    use = KernelUse("cpu", straight_through, NMPattern(4, 8), torch.bfloat16, torch.bfloat16, **{form: True})
     assert compiled_kernels(use) is not None
     compiled_kernels.cache_clear()

@@ -57,10 +57,10 @@ def dense_output(
 @pytest.mark.parametrize("variant", ["hard", "soft"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
 @pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("two_terms", [False, True])
+@pytest.mark.parametrize("form", ["one term", "two terms", "dense"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_output_mask_and_gradients_equal_the_dense_formula(
-    variant: Variant, n: int, m: int, power: int, two_terms: bool, bias: bool
+    variant: Variant, n: int, m: int, power: int, form: str, bias: bool
 ) -> None:
     rows, channels, block_size = 10, 40, 16  # two blocks of 16 and one of 8
     generator = torch.Generator().manual_seed(n * m + power)
@@ -68,12 +68,13 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     with torch.no_grad():
         for parameter in linear.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    terms = 2 if two_terms else 1
+    terms = {"one term": 1, "two terms": 2, "dense": rows}[form]
     factors = SaliencyFactors(
         power,
         torch.rand(terms, channels, generator=generator, dtype=torch.float64) + 0.5,
-        torch.rand(terms, rows, generator=generator, dtype=torch.float64) + 0.5 if two_terms else None,
+        torch.rand(terms, rows, generator=generator, dtype=torch.float64) + 0.5 if form == "two terms" else None,
     )
+    assert factors.dense == (form == "dense")
     base = torch.randperm(channels, generator=generator)
     start = [
         torch.randn(stack.count, stack.size, stack.size, generator=generator, dtype=torch.float64)
@@ -97,8 +98,8 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     soft_matrix = dense_permutation(base, [sinkhorn(stack, 0.7, 3) for stack in reference])
     hard_matrix = torch.zeros(channels, channels, dtype=torch.float64)
     hard_matrix[perm, torch.arange(channels)] = 1.0
-    row = torch.ones(1, rows, dtype=torch.float64) if factors.row is None else factors.row
-    saliency = linear.weight.abs() ** power * (row.T @ factors.column)
+    factor = factors.column if factors.row is None else factors.row.T @ factors.column  # of one term: for all rows
+    saliency = linear.weight.abs() ** power * factor
     expected, mask = dense_output(
         reference_x, linear.weight, linear.bias, saliency, soft_matrix, hard_matrix, NMPattern(n, m), variant
     )
@@ -114,7 +115,8 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     assert torch.equal(mask != 0, mask > 0.5)
 
 
-def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group(dense: bool) -> None:
     """Against the definition: a linear loss after each exchange, and Sinkhorn by itself."""
     rows, channels, size, pattern = 5, 24, 16, NMPattern(2, 4)  # a block of 16 and one of 8
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +130,8 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     x = torch.randn(9, channels, generator=generator, dtype=torch.float64)
     grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
     logits = BlockLogits(base, split_blocks(channels, size), [stack.clone() for stack in start])
-    module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, channels).double()), pattern, logits.stacks, "swap")
+    factor = torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
+    module = PermutedMaskedLinear(linear, SaliencyFactors(1, factor), pattern, logits.stacks, "swap")
     soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     order = logits.order(hard)
@@ -136,7 +139,7 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     module(x).backward(grad)
 
     slope = (grad.T @ x) * linear.weight  # of the loss by each entry of the mask
-    score = linear.weight.abs()
+    score = linear.weight.abs() * factor
 
     def loss(members: list[int]) -> float:
         kept = score[:, members].topk(min(pattern.n, len(members)), dim=1).indices

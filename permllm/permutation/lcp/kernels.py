@@ -56,7 +56,7 @@ class Kernels:
     Arguments of each:
 
     weight_t `(C_in, C_out)`, channels int64 `(k,)`: the piece is `w = weight_t[channels]`, whole groups of M.
-    power, column `(K, k)`, row `(K, C_out)` or None: the saliency factors of the piece.
+    power, column `(K, k)`, row `(K, C_out)` or None: the saliency factors of the piece; `(C_out, k)` of a dense score.
     n, m: the pattern.
     dtype: of what is returned; saliencies and masks are made in the dtype of the saliency.
 
@@ -258,6 +258,7 @@ class KernelUse:
         pattern: N:M.
         weights, products: dtype of the weights, and of what is returned.
         row: the saliency has row factors.
+        dense: it has a factor for each weight.
     """
 
     device_type: str
@@ -266,6 +267,7 @@ class KernelUse:
     weights: torch.dtype = torch.float32
     products: torch.dtype = torch.float32
     row: bool = False
+    dense: bool = False
 
 
 @cache
@@ -293,7 +295,8 @@ def _try(kernels: Kernels, use: KernelUse) -> None:
     weight_t = torch.ones(2 * size, rows, **options | {"dtype": use.weights})
     channels = torch.arange(2 * size, device=use.device_type)
     row = torch.ones(terms, rows, **options) if use.row else None
-    piece = (weight_t, channels, 1, torch.ones(terms, 2 * size, **options), row)
+    column = torch.ones(2 * size, rows, **options).t() if use.dense else torch.ones(terms, 2 * size, **options)
+    piece = (weight_t, channels, 1, column, row)
     grad = torch.ones(2 * size, rows, **options | {"dtype": use.products})
     kernels.mask(*piece, n, m, use.products)
     if use.straight_through == "swap":

@@ -29,6 +29,7 @@ All products, those of blocks too, are made in one format: that of the weights, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -134,7 +135,8 @@ class _Layout:
         straight_through: StraightThrough,
         kernels: Kernels,
     ) -> None:
-        self.factors = factors
+        # Like the weight: what belongs to a channel in a row, for the channels are gathered.
+        self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
         self.pattern = pattern
         self.stacks = stacks
         self.straight_through: StraightThrough = straight_through
@@ -142,7 +144,9 @@ class _Layout:
 
     def factors_of(self, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
         """Saliency factors of some channels, as the kernels take them."""
-        return self.factors.power, self.factors.column.index_select(1, channels), self.factors.row
+        column = self.factors.column
+        chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
+        return self.factors.power, chosen, self.factors.row
 
 
 def _masked_weight_t(weight: Tensor, layout: _Layout, perm: Tensor, dtype: torch.dtype) -> Tensor:

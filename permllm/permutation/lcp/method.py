@@ -88,8 +88,16 @@ class LCP(LCPSettings):
             return EAGER
         path = problem.groups[0].members[0]
         weight = linear_at(problem.model, path).weight
-        row = problem.factors[path].row is not None
-        use = KernelUse(weight.device.type, self.straight_through, problem.pattern, weight.dtype, product_dtype(weight), row)
+        factors = problem.factors[path]
+        use = KernelUse(
+            weight.device.type,
+            self.straight_through,
+            problem.pattern,
+            weight.dtype,
+            product_dtype(weight),
+            row=factors.row is not None,
+            dense=factors.dense,
+        )
         return compiled_kernels(use) or EAGER
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
