@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import isabstract
 from typing import Any, get_args
 
 import torch
 
 from permllm.calibration.dense import Pruner
+from permllm.calibration.statistics.base import Statistic
 from permllm.config import RunConfig, instantiate
 from permllm.data.named import check_texts
 from permllm.errors import ConfigError
@@ -94,7 +96,8 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     """Raise ConfigError where a method lacks what its protocol says: hours later would be late."""
     pruner, permutation = methods.pruner, methods.permutation
     key = f"pruner={config.pruner.get('name')}"
-    check_contract(key, pruner, ("needs_gram", "updates_weights"), ("factors",))
+    check_contract(key, pruner, ("updates_weights",), ("factors",))
+    _check_statistics(key, pruner)
     check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
     key = f"permutation={config.permutation.get('name')}"
     check_contract(key, permutation, ("learned", "local"), ())
@@ -106,7 +109,17 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     if constraint is not None or not permutation.local:  # a file's is known once the groups are
         check_one_of(f"{key}: constraint", constraint, get_args(Constraint))
     key = f"reconstruction={config.reconstruction.get('name')}"
-    check_contract(key, methods.reconstruction, ("changes_weights", "needs_gram"), ("linear", "layer", "network"))
+    check_contract(key, methods.reconstruction, ("changes_weights",), ("linear", "layer", "network"))
+    _check_statistics(key, methods.reconstruction)
+
+
+def _check_statistics(key: str, method: object) -> None:
+    kinds = getattr(method, "statistics", None)
+    if not isinstance(kinds, tuple) or not all(
+        isinstance(kind, type) and issubclass(kind, Statistic) and not isabstract(kind) for kind in kinds
+    ):
+        kind = f"{type(method).__module__}.{type(method).__qualname__}"
+        raise ConfigError(f"{key}: {kind} needs an attribute `statistics`, a tuple of classes of statistics")
 
 
 def check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.dense import Pruner, by_layer, collecting, member_factors
+from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.saliency import SaliencyFactors, saliency
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
@@ -70,15 +71,16 @@ def prune(
     """
     reconstruction = reconstruction or NoReconstruction()
     compute_dtype = compute_dtype or next(model.parameters()).dtype
+    asked = (*(pruner.statistics if factors is None or pruner.updates_weights else ()), *reconstruction.statistics)
+    gradients = weight_gradients(model, [path for group in groups for path in group.members], asked, tokens, compute_dtype)
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
-    gram = pruner.needs_gram or reconstruction.needs_gram
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
     result = PrunedModel()
     for index, members in by_layer(groups, "prune"):
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
-            with collecting(model, members, gram) as statistics:
+            with collecting(model, members, asked) as statistics:
                 for _ in pruned.forward(index):
                     pass
         weights: dict[str, Tensor] = {}
@@ -86,11 +88,12 @@ def prune(
             found = (
                 {path: factors[path] for path in group.members}
                 if factors is not None
-                else member_factors(model, group, pruner, statistics[group.name])
+                else member_factors(model, group, pruner, statistics[group.name], gradients)
             )
-            _prune_group(
-                model, group, pruner, reconstruction, pattern, order, found, statistics.get(group.name), weights, result
-            )
+            read = statistics.get(group.name)
+            _prune_group(model, group, pruner, reconstruction, pattern, order, found, read, gradients, weights, result)
+            for path in group.members:
+                gradients.pop(path, None)
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():
@@ -124,6 +127,7 @@ def _prune_group(
     order: Callable[[str, Tensor, NMPattern], Tensor],
     factors: dict[str, SaliencyFactors],
     statistics: InputStatistics | None,
+    gradients: Gradients,
     weights: dict[str, Tensor],
     result: PrunedModel,
 ) -> None:
@@ -135,12 +139,13 @@ def _prune_group(
     kept = []
     for path, weight in dense.items():
         perm = perm.to(weight.device)
+        mine = None if statistics is None else statistics.of_linear(gradients.get(path, ()))
         if pruner.updates_weights:
-            new, mask = pruner.update(weight, statistics, perm, pattern)  # type: ignore[attr-defined]
+            new, mask = pruner.update(weight, mine, perm, pattern)  # type: ignore[attr-defined]
         else:
             mask = permuted_nm_mask(scores[path], perm, pattern)
             new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
-        weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, statistics))
+        weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, mine))
         result.masks[path] = mask.cpu()
         kept.append(mask)
     result.retained[group.name] = retained_saliency(torch.cat(list(scores.values())), torch.cat(kept))

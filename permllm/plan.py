@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
+from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
 from permllm.permutation.contract import LearningPlan
@@ -79,20 +80,30 @@ def _memory(
     weights = parameters * item
     states = config.calibration.samples * config.calibration.length * hidden * item
     forward = config.calibration.batch_size * config.calibration.length * (6 * hidden + 2 * widest) * item
-    gram = 5 * 4 * max(group.channels for group in groups) ** 2 if pruner.needs_gram else 0
+    channels = max(group.channels for group in groups)
+    sums = sum(kind.memory(channels) for kind in input_kinds(pruner.statistics))
+    pruned = sum(group.channels * sum(group.rows) for group in groups)
+    # A float32 number a weight and statistic; a saliency that follows from them, a dense score, takes their place.
+    of_gradients = 4 * pruned * len(gradient_kinds(pruner.statistics))
+    scores = 4 * pruned if of_gradients else 0
     vocabulary = model.config.vocab_size
     logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.window) * vocabulary * item
     stages = {
         "weights": float(weights),
         "evaluate": weights + logits_batch + 4 * config.evaluation.perplexity.window * vocabulary,
         # Two streams of states and the learning target; masks are kept as bool until they are written.
-        "on host, beside it": float(3 * states + sum(group.channels * sum(group.rows) for group in groups)),
-        "calibrate": float(weights + forward + gram),
+        "on host, beside it": float(3 * states + pruned + of_gradients),
+        "calibrate": float(weights + forward + sums),
     }
+    if of_gradients:
+        # One sample: the states between the layers, one layer's internals, the logits, and one gradient.
+        between = config.calibration.length * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
+        stages["gradients"] = weights + between + config.calibration.length * vocabulary * (item + 12) + largest * item
     if permutation.learned:
         batch_states = permutation.batch_size * config.calibration.length * hidden * item
         layer_states = permutation.batch_size * config.calibration.length * (8 * hidden + 4 * widest) * item
         # Logits, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
         stages["learn"] = weights + 16 * logits + batch_states * depth + layer_states + 3 * largest * item
-    stages["prune"] = weights + forward + gram + 4 * 3 * largest
+        stages["learn"] += scores * depth / len(decoder_layers(model))
+    stages["prune"] = weights + forward + sums + 4 * 3 * largest
     return {name: math.ceil(size) for name, size in stages.items()}

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from permllm import job, runner
+from permllm.calibration.statistics.base import InputStatistic
+from permllm.calibration.statistics.norm import Norm
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from tests.test_config import composed
@@ -16,7 +18,7 @@ from tests.test_config import composed
 
 @dataclass
 class Pruner:
-    needs_gram = False
+    statistics = ()
     updates_weights = False
 
     def factors(self, weight: Any, statistics: Any) -> Any:
@@ -50,7 +52,7 @@ class Learned:
 @dataclass
 class Reconstruction:
     changes_weights = False
-    needs_gram = False
+    statistics = ()
 
     def linear(self, pruned: Any) -> Any:
         raise AssertionError("asked")
@@ -58,9 +60,9 @@ class Reconstruction:
     layer = network = linear
 
 
-OF_A_RECONSTRUCTION = ("changes_weights", "needs_gram", "linear", "layer", "network")
+OF_A_RECONSTRUCTION = ("changes_weights", "statistics", "linear", "layer", "network")
 CASES: list[tuple[type, str, str]] = [
-    *((Pruner, name, "pruner=wanda") for name in ("needs_gram", "updates_weights", "factors")),
+    *((Pruner, name, "pruner=wanda") for name in ("statistics", "updates_weights", "factors")),
     *((Local, name, "permutation=none") for name in ("learned", "local", "constraint", "order")),
     *((Learned, name, "permutation=none") for name in ("orders", "plan", "batch_size", "constraint")),
     *((Reconstruction, name, "reconstruction=none") for name in OF_A_RECONSTRUCTION),
@@ -91,6 +93,18 @@ def test_what_a_method_lacks_is_named(
         runner.run(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_statistic_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unfinished(InputStatistic):
+        """Without `update`."""
+
+    for wrong in ((int,), (Norm(4, "cpu", 1),), (Norm, Unfinished), [Norm]):
+        monkeypatch.setattr(Pruner, "statistics", wrong)
+        put(Pruner(), "pruner=wanda", monkeypatch)
+        with pytest.raises(ConfigError, match=r"^pruner=wanda: .* needs an attribute `statistics`"):
+            job.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

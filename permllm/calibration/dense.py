@@ -1,8 +1,8 @@
-"""What one pass of the calibration text through the dense model tells of its linears, and the pruners that ask for it."""
+"""What the calibration text tells of the dense model's linears, and the pruners that ask for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics import InputStatistics, NormOver
+from permllm.calibration.statistics.base import InputStatistics, NormOver, Statistic, Statistics
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
 
@@ -21,21 +22,24 @@ class Pruner(Protocol):
     """A base pruner.
 
     Attributes:
-        needs_gram: the statistics must hold `X^T X`.
+        statistics: what it asks of the calibration text (`permllm.calibration.statistics`).
         updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask
             and corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
     """
 
-    needs_gram: bool
     updates_weights: bool
 
+    @property
+    def statistics(self) -> Statistics:
+        """Classes of statistics; a class attribute will do."""
+
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Saliency factors of `weight (C_out, C_in)`."""
+        """Saliency factors of `weight (C_out, C_in)`, from the statistics that it names."""
 
 
 @dataclass
 class DenseCalibration:
-    """What one pass of the calibration text through the dense model leaves.
+    """What the calibration text leaves of the dense model.
 
     Attributes:
         factors: saliency factors of every linear, by module path, on the CPU.
@@ -61,20 +65,23 @@ def calibrate_dense(
         model: dense, of a known family.
         groups: of the model, all layers.
         tokens: int64 `(samples, length)`.
-        pruner: whose statistics are needed; a Gram matrix exists for one layer at a time.
+        pruner: whose statistics are needed; those of inputs exist for one layer at a time, those of gradients for all.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
         norm_over: what the mean square of the inputs is a mean over; `samples` makes norms larger by the root of the length.
     """
+    paths = [path for group in groups for path in group.members]
+    gradients = weight_gradients(model, paths, pruner.statistics, tokens, compute_dtype)
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
     factors: dict[str, SaliencyFactors] = {}
     for index, members in by_layer(groups, "calibrate"):
-        with collecting(model, members, pruner.needs_gram, norm_tokens) as statistics:
+        with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
             stream.advance(index)
         for group in members:
-            for path, found in member_factors(model, group, pruner, statistics[group.name]).items():
+            for path, found in member_factors(model, group, pruner, statistics[group.name], gradients).items():
                 factors[path] = found.to("cpu")
+                gradients.pop(path, None)
     return DenseCalibration(factors, stream.states())
 
 
@@ -82,7 +89,7 @@ def layer_statistics(
     model: nn.Module,
     groups: list[ChannelGroup],
     tokens: Tensor,
-    gram: bool,
+    kinds: Iterable[type[Statistic]],
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
 ) -> dict[str, InputStatistics]:
@@ -92,24 +99,27 @@ def layer_statistics(
         model: dense, of a known family.
         groups: of one layer, at least one.
         tokens: int64 `(samples, length)`.
-        gram: also take the Gram matrices.
+        kinds: statistics of inputs.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
     """
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     for index in range(groups[0].layer):
         stream.advance(index)
-    with collecting(model, groups, gram) as statistics:
+    with collecting(model, groups, kinds) as statistics:
         for _ in stream.forward(groups[0].layer):
             pass
     return statistics
 
 
 def member_factors(
-    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
+    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics, gradients: Gradients
 ) -> dict[str, SaliencyFactors]:
-    """Saliency factors of the linears of a group, by path, from what they read."""
-    return {path: pruner.factors(linear_at(model, path).weight, statistics) for path in group.members}
+    """Saliency factors of the linears of a group, by path, from what they read and the gradients of their weights."""
+    return {
+        path: pruner.factors(linear_at(model, path).weight, statistics.of_linear(gradients.get(path, ())))
+        for path in group.members
+    }
 
 
 def by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
@@ -122,14 +132,14 @@ def by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list
 
 @contextmanager
 def collecting(
-    model: nn.Module, groups: list[ChannelGroup], gram: bool, norm_tokens: int = 1
+    model: nn.Module, groups: list[ChannelGroup], kinds: Iterable[type[Statistic]], norm_tokens: int = 1
 ) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     statistics = {}
     handles = []
     for group in groups:
         linear = linear_at(model, group.members[0])
-        sums = InputStatistics(group.channels, linear.weight.device, gram, norm_tokens)
+        sums = InputStatistics(group.channels, linear.weight.device, kinds, norm_tokens)
         statistics[group.name] = sums
         handles.append(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from permllm.calibration.dense import DenseCalibration, Pruner, calibrate_dense
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics import NormOver
+from permllm.calibration.statistics.base import NormOver
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_tensors, digest_of

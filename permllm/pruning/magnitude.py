@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics, Statistics
 
 
 @dataclass(frozen=True)
 class Magnitude:
     """`S = |W|`."""
 
-    needs_gram = False
+    statistics: ClassVar[Statistics] = ()
     updates_weights = False
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:

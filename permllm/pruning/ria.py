@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics, Statistics
+from permllm.calibration.statistics.norm import Norm
 from permllm.validation import check_number
 
 
@@ -21,7 +23,7 @@ class RIA:
     """
 
     exponent: float = 0.5
-    needs_gram = False
+    statistics: ClassVar[Statistics] = (Norm,)
     updates_weights = False
 
     def __post_init__(self) -> None:
@@ -31,7 +33,7 @@ class RIA:
         """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         smallest = torch.finfo(torch.float32).tiny
-        activation = statistics.norm.pow(self.exponent)
+        activation = statistics[Norm].value.pow(self.exponent)
         column_sum = magnitude.sum(0).clamp_min(smallest)
         row_sum = magnitude.sum(1).clamp_min(smallest)
         return SaliencyFactors(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics, Statistics
+from permllm.calibration.statistics.gram import Gram
 from permllm.errors import TrainingError
 from permllm.sparsity import NMPattern, check_divides, keep_largest
 from permllm.validation import check_number
@@ -25,7 +27,7 @@ class SparseGPT:
     """
 
     damping: float = 0.01
-    needs_gram = True
+    statistics: ClassVar[Statistics] = (Gram,)
     updates_weights = True
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
     """`(X^T X + lambda I)^-1`, with a mean over tokens instead of a sum; computed once for all members of a group."""
 
     def compute() -> Tensor:
-        hessian = statistics.gram / max(statistics.tokens, 1)
+        hessian = statistics[Gram].value / max(statistics.tokens, 1)
         mean = hessian.diagonal().mean()
         hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
         return torch.cholesky_inverse(_cholesky(hessian))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.sparsity import NMPattern
 
 
@@ -22,7 +22,8 @@ class PrunedLinear:
         mask: bool, same shape, original channel order.
         perm: int64 `(C_in,)`.
         pattern: N:M, which the mask obeys in permuted order.
-        statistics: of the inputs that the pruned layers before give; None unless `needs_statistics`.
+        statistics: those that the reconstruction names, of the inputs that the pruned layers before give; None where no
+            weight changes.
     """
 
     dense: Tensor
@@ -78,11 +79,14 @@ class Reconstruction(Protocol):
 
     Attributes:
         changes_weights: false only where it does nothing.
-        needs_gram: `statistics` must hold `X^T X`.
+        statistics: what it asks of the calibration text (`permllm.calibration.statistics`).
     """
 
     changes_weights: bool
-    needs_gram: bool
+
+    @property
+    def statistics(self) -> Statistics:
+        """Classes of statistics; a class attribute will do."""
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The new weight of a linear, zero outside of the mask."""
@@ -98,7 +102,7 @@ class NoReconstruction:
     """The kept weights stay as the pruner left them."""
 
     changes_weights = False
-    needs_gram = False
+    statistics: ClassVar[Statistics] = ()
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The weight as it is."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from permllm.calibration.statistics.base import Statistics
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.reconstruction.base import NoReconstruction, PrunedLinear
 from permllm.validation import check_number
@@ -22,7 +24,7 @@ class OBS(NoReconstruction):
 
     damping: float = 0.01
     changes_weights = True
-    needs_gram = True
+    statistics: ClassVar[Statistics] = SparseGPT.statistics
 
     def __post_init__(self) -> None:
         check_number("reconstruction.damping", self.damping, positive=True)

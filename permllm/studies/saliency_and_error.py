@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from permllm.calibration.dense import layer_statistics
+from permllm.calibration.dense import layer_statistics, member_factors
+from permllm.calibration.gradients import weight_gradients
 from permllm.calibration.saliency import saliency
+from permllm.calibration.statistics.gram import Gram
 from permllm.data.calibration import calibration_tokens
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
@@ -147,12 +149,15 @@ class SaliencyAndError:
         check_divides(config.pattern, group.channels, group.name)
         tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
         products = compute_dtype(config.compute_dtype, loaded.model.dtype, inputs.device)
-        statistics = layer_statistics(loaded.model, [group], tokens, True, config.calibration.batch_size, products)[group.name]
-        weights = [linear_at(loaded.model, path).weight for path in group.members]
+        asked = (*inputs.pruner.statistics, Gram)
+        gradients = weight_gradients(loaded.model, group.members, asked, tokens, products)
+        read = layer_statistics(loaded.model, [group], tokens, asked, config.calibration.batch_size, products)[group.name]
+        factors = member_factors(loaded.model, group, inputs.pruner, read, gradients)
+        weights = {path: linear_at(loaded.model, path).weight for path in group.members}
         layer = Layer(
-            weight=torch.cat(weights).float(),
-            saliency=torch.cat([saliency(weight, inputs.pruner.factors(weight, statistics)) for weight in weights]),
-            gram=statistics.gram / statistics.tokens,
+            weight=torch.cat(list(weights.values())).float(),
+            saliency=torch.cat([saliency(weight, factors[path]) for path, weight in weights.items()]),
+            gram=read[Gram].value / read.tokens,
             pattern=config.pattern,
         )
         points = [

@@ -43,6 +43,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "lcp foldable, folded": ("permutation.constraint=foldable", "export=folded"),
     "lcp-paper": ("permutation=lcp-paper", "permutation.passes=2", "permutation.batch_size=1"),
     "lcp under sparsegpt": ("pruner=sparsegpt",),
+    "lcp under gblm, folded": ("pruner=gblm", "permutation.constraint=foldable", "export=folded"),
     "from_file": ("permutation=from_file", "permutation.path={lcp, gathered}"),
     "obs": ("permutation=heuristic", "reconstruction=obs"),
     "block": ("permutation=heuristic", "reconstruction=block"),

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.calibration.saliency import saliency, saliency_t
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.saliency import SaliencyFactors, saliency, saliency_t
+from permllm.calibration.statistics.base import InputStatistics
+from permllm.calibration.statistics.gram import Gram
+from permllm.calibration.statistics.norm import Norm
 from permllm.errors import ConfigError
+from permllm.pruning.gblm import GBLM
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
@@ -32,7 +35,7 @@ def inputs() -> Tensor:
 
 @pytest.fixture
 def statistics(inputs: Tensor) -> InputStatistics:
-    sums = InputStatistics(CHANNELS, "cpu", gram=True)
+    sums = InputStatistics(CHANNELS, "cpu", (Norm, Gram))
     sums.update(inputs[:1])
     sums.update(inputs[1:])
     return sums
@@ -82,11 +85,24 @@ def test_sparsegpt(weight: Tensor, inputs: Tensor, statistics: InputStatistics) 
 
 @pytest.mark.parametrize("flattened", [False, True])
 def test_the_norm_of_the_released_code_divides_by_samples(inputs: Tensor, flattened: bool) -> None:
-    sums = InputStatistics(CHANNELS, "cpu", norm_tokens=inputs.shape[1])
+    sums = InputStatistics(CHANNELS, "cpu", (Norm,), norm_tokens=inputs.shape[1])
     for part in (inputs[:1], inputs[1:]):
         sums.update(part.flatten(0, 1) if flattened else part)
     expected = (inputs.double().square().sum((0, 1)) / len(inputs)).sqrt()
-    torch.testing.assert_close(sums.norm.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums[Norm].value.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_dense_score_is_a_factor_for_each_weight(weight: Tensor) -> None:
+    score = torch.rand(ROWS, CHANNELS, generator=torch.Generator().manual_seed(3))
+    perm = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(2))
+    for power in (1, 2):
+        factors = SaliencyFactors.of_each_weight(score, power)
+        assert factors.dense
+        expected = table(lambda i, j, power=power: abs(float(weight[i, j])) ** power * float(score[i, j]))
+        for found in (saliency(weight, factors), saliency_t(weight.t(), factors).t(), saliency(weight, factors.scaled(2)) / 2):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+        found = saliency(weight[:, perm], factors.permuted(perm))
+        torch.testing.assert_close(found.double(), expected[:, perm], rtol=1e-6, atol=0)
 
 
 def test_factors_can_be_permuted_scaled_and_transposed(weight: Tensor, statistics: InputStatistics) -> None:
@@ -104,3 +120,5 @@ def test_values_that_cannot_work_are_refused() -> None:
         RIA(-1)
     with pytest.raises(ConfigError, match=r"pruner\.damping=0"):
         SparseGPT(0)
+    with pytest.raises(ConfigError, match=r"pruner\.alpha=-1"):
+        GBLM(-1)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.saliency import saliency
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics
+from permllm.calibration.statistics.gram import Gram
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
 
@@ -18,7 +19,7 @@ def problem(channels: int = 32, rows: int = 16) -> tuple[Tensor, Tensor, InputSt
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(channels, channels, generator=generator) / channels**0.5
     inputs = torch.randn(200, channels, generator=generator) @ mix + 0.1 * torch.randn(200, channels, generator=generator)
-    statistics = InputStatistics(channels, "cpu", gram=True)
+    statistics = InputStatistics(channels, "cpu", (Gram,))
     statistics.update(inputs)
     return torch.randn(rows, channels, generator=generator), inputs, statistics
 
@@ -65,7 +66,7 @@ def test_update_beats_no_update_on_the_layers_output_and_keeps_n_m_in_permuted_o
 def test_columns_are_visited_in_the_permuted_order() -> None:
     weight, inputs, statistics = problem()
     perm = torch.randperm(32, generator=torch.Generator().manual_seed(4))
-    permuted_statistics = InputStatistics(32, "cpu", gram=True)
+    permuted_statistics = InputStatistics(32, "cpu", (Gram,))
     permuted_statistics.update(inputs[:, perm])
     updated, mask = SparseGPT().update(weight, statistics, perm, PATTERN)
     expected, expected_mask = SparseGPT().update(weight[:, perm], permuted_statistics, torch.arange(32), PATTERN)
@@ -76,7 +77,7 @@ def test_columns_are_visited_in_the_permuted_order() -> None:
 def test_channels_that_are_never_active_do_no_harm() -> None:
     weight, inputs, _ = problem()
     inputs[:, 3] = 0
-    statistics = InputStatistics(32, "cpu", gram=True)
+    statistics = InputStatistics(32, "cpu", (Gram,))
     statistics.update(inputs)
     updated, mask = SparseGPT().update(weight, statistics, torch.arange(32), PATTERN)
     assert updated.isfinite().all()
@@ -85,6 +86,6 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     diagonal = inputs.double().square().mean(0)
     assert float(column[3]) == pytest.approx(0.01 * float(diagonal.mean()), rel=1e-4)
     assert column.argmin() == 3
-    small = InputStatistics(32, "cpu", gram=True)
+    small = InputStatistics(32, "cpu", (Gram,))
     small.update(inputs * 0.01)
     assert torch.equal(SparseGPT().update(weight, small, torch.arange(32), PATTERN)[1], mask)

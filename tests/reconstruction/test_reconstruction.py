@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.calibration.statistics import InputStatistics
+from permllm.calibration.statistics.base import InputStatistics
+from permllm.calibration.statistics.gram import Gram
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
@@ -64,7 +65,7 @@ def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optim
     x = torch.randn(400, 64, generator=generator) + torch.randn(400, 32, generator=generator).repeat_interleave(2, 1)
     x = x[:, torch.randperm(64, generator=generator)]
     weight = torch.randn(6, 64, generator=generator)
-    statistics = InputStatistics(64, "cpu", gram=True)
+    statistics = InputStatistics(64, "cpu", (Gram,))
     statistics.update(x)
     perm = torch.randperm(64, generator=generator)
     mask = permuted_nm_mask(weight.abs(), perm, NMPattern(2, 4))

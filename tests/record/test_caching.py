@@ -15,8 +15,9 @@ from transformers import ByT5Tokenizer
 
 import permllm
 from permllm import cache as cache_command
+from permllm.calibration.dense import Pruner
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
-from permllm.calibration.statistics import NormOver
+from permllm.calibration.statistics.base import NormOver
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.data.named import perplexity_text
@@ -25,6 +26,7 @@ from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel
+from permllm.pruning.gblm import GBLM
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
@@ -145,17 +147,19 @@ def test_the_saliency_of_a_pruner_from_outside_follows_its_helpers(
     assert len(list((cache / "target").glob("*.safetensors"))) == 1
 
 
-def test_factors_are_kept_exactly() -> None:
+@pytest.mark.parametrize("pruner", [RIA(), GBLM()], ids=["vectors", "dense"])
+def test_factors_are_kept_exactly(pruner: Pruner) -> None:
     model = tiny_model("llama")
     loaded = LoadedModel(model, TOKENIZER, "other")
-    factors = shared_calibration(loaded, channel_groups(model), TOKENS, RIA(), {"name": "r"}, 2, torch.float32).factors
+    settings = {"name": repr(pruner)}
+    factors = shared_calibration(loaded, channel_groups(model), TOKENS, pruner, settings, 2, torch.float32).factors
     found = unpacked_factors(packed_factors(factors))
     assert found.keys() == factors.keys()
     for path, values in factors.items():
         row, expected = found[path].row, values.row
-        assert row is not None
-        assert expected is not None
-        assert torch.equal(row, expected)
+        assert values.dense == (row is None) == (expected is None)
+        assert row is None or expected is None or torch.equal(row, expected)
+        assert torch.equal(found[path].column, values.column)
         assert found[path].power == values.power
 
 
@@ -216,7 +220,8 @@ def test_a_key_follows_from_the_code_that_computes(monkeypatch: pytest.MonkeyPat
     before = digests()
     for file, changed in {
         "pruning/ria.py": {"saliency of ria"},
-        "calibration/statistics.py": {"target", "saliency of ria", "saliency of sparsegpt"},
+        "calibration/statistics/base.py": {"target", "saliency of ria", "saliency of sparsegpt"},
+        "calibration/statistics/norm.py": {"saliency of ria"},
         "evaluation/perplexity.py": {"perplexity"},
         "data/text_file.py": {"tokens of c4", "tokens of boolq", "perplexity"},
         "data/texts/base.py": {"tokens of c4", "tokens of boolq", "perplexity"},

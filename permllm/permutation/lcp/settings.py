@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
-from permllm.calibration.statistics import NormOver
+from permllm.calibration.statistics.base import NormOver
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.models.losses import LOSSES
