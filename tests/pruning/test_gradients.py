@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
 from permllm import runner
 from permllm.calibration.dense import calibrate_dense
@@ -18,16 +20,21 @@ from permllm.calibration.saliency import saliency
 from permllm.calibration.statistics.base import InputStatistic, InputStatistics, NormOver
 from permllm.calibration.statistics.gradient_square import GradientSquare
 from permllm.config import read_config
+from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError, TrainingError
+from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
+from permllm.models.loading import load_model
 from permllm.permutation.identity import Identity
 from permllm.pipeline import prune
 from permllm.pruning.gblm import GBLM
 from permllm.pruning.wanda import Wanda
+from permllm.record.names import EXPORT, MASKS, PERMUTATIONS, WEIGHTS
+from permllm.record.run_tensors import read_masks
 from permllm.sparsity import permuted_nm_mask
 from tests.conftest import tiny_config, tiny_model
 from tests.pruning.test_pipeline import PATTERN, tokens
-from tests.test_config import composed
+from tests.test_config import composed, config
 
 
 def paths_of(model: nn.Module) -> list[str]:
@@ -143,6 +150,41 @@ def test_what_has_no_gradient_is_refused_by_name() -> None:
     linear_at(model, path).weight.data[0, 0] = math.inf
     with pytest.raises(TrainingError, match=f"gradient of the calibration loss for {path} is not finite in torch.float32"):
         weight_gradients(model, paths_of(model), (GradientSquare,), tokens())
+
+
+ORDERS: dict[str, tuple[str, ...]] = {
+    "heuristic-foldable": ("permutation=heuristic", "permutation.constraint=foldable", "export=folded"),
+    "swap": ("export=gathered",),
+    "hard": ("permutation.straight_through=hard", "permutation.loss=cosine", "permutation.normalize_saliency=false"),
+    "soft-foldable": ("permutation.straight_through=soft", "permutation.constraint=foldable", "export=folded"),
+    "from-file": ("permutation=from_file", "permutation.path={swap}"),
+}
+
+
+def test_masks_are_those_of_the_dense_score_whatever_orders_the_channels(cache: Path, tmp_path: Path) -> None:
+    model = load_model(config("model=tiny").model, seed=0).model
+    moved = {}
+    for name, overrides in ORDERS.items():
+        words = ["model=tiny", "pruner=gblm", "logger=none", "block_size=8", "compute_dtype=float32", *overrides]
+        if not any(word.startswith("permutation=") for word in words):
+            words += ["permutation.passes=1", "permutation.learning_rate=0.05", "calibration.samples=6"]
+        settings = config(*(word.replace("{swap}", f"{tmp_path}/swap") for word in words), f"run_dir={tmp_path}/{name}")
+        result = runner.run(settings)
+        assert result is not None
+        metrics, directory = result
+        assert not (directory / WEIGHTS).exists()
+        assert metrics["sparsity"]["violations"] == 0
+        moved[name] = sum(metrics["moved_channels"].values())
+        windows = calibration_tokens(ByT5Tokenizer(extra_ids=0), settings.calibration, seed=0)
+        factors = calibrate_dense(model, channel_groups(model), windows, GBLM(), settings.calibration.batch_size).factors
+        orders, masks = load_file(directory / PERMUTATIONS), read_masks(directory / MASKS)
+        for group in channel_groups(model):
+            for path in group.members:
+                score = saliency(linear_at(model, path).weight, factors[path])
+                assert torch.equal(masks[path], permuted_nm_mask(score, orders[group.name], PATTERN))
+        if settings.export.form != "none":
+            assert verify(directory / EXPORT).passed
+    assert all(moved.values())
 
 
 def test_the_plan_tells_what_gradients_take(capsys: pytest.CaptureFixture[str]) -> None:
