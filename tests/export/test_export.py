@@ -289,27 +289,14 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".out*"))
 
 
-WITHOUT_PERMLLM = """
-import sys
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-for cls in (AutoModelForCausalLM, LlamaForCausalLM):
-    try:
-        cls.from_pretrained(sys.argv[1])
-        print("LOADED")
-    except Exception as error:
-        print("REFUSED" if "import permllm.export" in str(error) else repr(error))
-assert "permllm" not in sys.modules
-"""
-
-
-@pytest.mark.parametrize("format", ["dense", "packed"])
-def test_one_call_opens_what_an_export_wrote(format: str, tmp_path: Path) -> None:
+def test_one_call_opens_what_an_export_wrote(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered", format), tmp_path / "out")
-    code = f"import permllm; print(type(permllm.load({str(tmp_path / 'out')!r}, dtype='float32')).__name__)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "SparseLlamaForCausalLM\n"
-    assert torch.equal(logits(permllm.load(tmp_path / "out")), logits(load(tmp_path / "out")))
+    folders = [tmp_path / format for format in ("dense-form", "packed-form")]
+    for folder, format in zip(folders, ("dense", "packed"), strict=True):
+        export_run(run, Request("gathered", format), folder)
+        assert torch.equal(logits(permllm.load(folder)), logits(load(folder)))
+    code = "import sys, permllm\nfor folder in sys.argv[1:]: print(type(permllm.load(folder, dtype='float32')).__name__)"
+    assert _python(code, *folders).stdout == "SparseLlamaForCausalLM\n" * 2
 
 
 def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
@@ -323,19 +310,30 @@ def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")), expected)
 
 
-@pytest.mark.parametrize(("form", "format"), [("gathered", "dense"), ("folded", "packed")])
-def test_without_permllm_it_says_what_to_import_and_never_loads(form: str, format: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free" if form == "gathered" else "foldable")
-    export_run(run, Request(form, format), tmp_path / "out")
-    result = _python(WITHOUT_PERMLLM, tmp_path / "out")
-    assert result.stdout.split() == ["REFUSED", "REFUSED"], result.stdout + result.stderr
+WITHOUT_PERMLLM = """
+import sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+for folder in sys.argv[1:]:
+    for cls in (AutoModelForCausalLM, LlamaForCausalLM):
+        try:
+            cls.from_pretrained(folder)
+            print("LOADED")
+        except Exception as error:
+            print("REFUSED" if "import permllm.export" in str(error) else repr(error))
+assert "permllm" not in sys.modules
+"""
 
 
-def test_a_folded_model_needs_nothing_of_ours(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    export_run(run, Request("folded"), tmp_path / "out")
-    result = _python(WITHOUT_PERMLLM, tmp_path / "out")
-    assert result.stdout.split() == ["LOADED", "LOADED"], result.stdout + result.stderr
+def test_without_permllm_ours_say_what_to_import_and_a_folded_model_needs_nothing(
+    tmp_path: Path,
+) -> None:
+    forms = (("gathered", "dense"), ("folded", "packed"), ("folded", "dense"))
+    for form, format in forms:
+        run = make_run(tmp_path / form / format, variant_model("llama"), "free" if form == "gathered" else "foldable")
+        export_run(run, Request(form, format), run.parent / "out")
+    result = _python(WITHOUT_PERMLLM, *(tmp_path / form / format / "out" for form, format in forms))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["REFUSED"] * 4 + ["LOADED"] * 2, result.stdout
 
 
 def _python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,7 @@
-"""Compiled and eager kernels are the same mathematics, ties and all."""
+"""Compiled and eager kernels are the same mathematics, ties and all.
+
+What is compiled runs here on every pattern as it stands, and compiled on some: a compiler takes seconds for each.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,43 @@ def compiled() -> Kernels:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(scope="module")
+def by_places() -> Kernels:
+    """What `compiled` is made of."""
+    compiled_kernels.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.torch, "compile", lambda form, **_: form)
+        found = compiled_kernels(KernelUse("cpu"))
+    compiled_kernels.cache_clear()
+    assert found is not None
+    return found
+
+
+# N, M, power of the magnitude, factors of rows, the hard gradient.
+CASES = [(2, 4, 1, False, True), (2, 4, 1, False, False), (1, 4, 2, False, True), (4, 8, 1, True, False)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_places_and_eager_agree(by_places: Kernels, case: tuple[int, int, int, bool, bool], dtype: torch.dtype) -> None:
+    check_mask_and_gradient(by_places, *case, dtype)
+
+
 @pytest.mark.parametrize(
-    ("n", "m", "power", "with_row", "hard"),
-    [(2, 4, 1, False, True), (2, 4, 1, False, False), (1, 4, 2, False, True), (4, 8, 1, True, False)],
+    ("case", "dtype"),
+    [
+        (CASES[0], torch.bfloat16),
+        ((3, 4, 2, True, False), torch.float32),
+        pytest.param(CASES[3], torch.float32, marks=pytest.mark.slow),
+    ],
 )
-def test_compiled_and_eager_agree(
-    compiled: Kernels, n: int, m: int, power: int, with_row: bool, hard: bool, dtype: torch.dtype
+def test_compiled_and_eager_agree(compiled: Kernels, case: tuple[int, int, int, bool, bool], dtype: torch.dtype) -> None:
+    check_mask_and_gradient(compiled, *case, dtype)
+
+
+def check_mask_and_gradient(
+    kernels: Kernels, n: int, m: int, power: int, with_row: bool, hard: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(n * m + power)
     # Few distinct values: the groups are full of ties.
@@ -41,21 +74,26 @@ def test_compiled_and_eager_agree(
     piece: tuple[Any, ...] = (weight_t, channels, power, column, row)
     score = saliency(weight_t[channels].t(), SaliencyFactors(power, column, row))
     expected = (weight_t[channels].t() * nm_mask(score, NMPattern(n, m))).t()
-    for form in (EAGER, compiled):
+    for form in (EAGER, kernels):
         torch.testing.assert_close(form.mask(*piece, n, m, dtype), expected.to(dtype))
-    ours, theirs = (form.gradient(*piece, grad, n, m, dtype, hard) for form in (compiled, EAGER))
+    ours, theirs = (form.gradient(*piece, grad, n, m, dtype, hard) for form in (kernels, EAGER))
     torch.testing.assert_close(ours[0], expected.to(dtype))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("form", ["eager", "compiled"])
 @pytest.mark.parametrize(("n", "m", "dense"), [(2, 4, False), (2, 4, True), (1, 4, False), (3, 4, False), (4, 8, False)])
-def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
-    compiled: Kernels, form: str, n: int, m: int, dense: bool
-) -> None:
-    kernels = EAGER if form == "eager" else compiled
-    dtype = torch.float64 if form == "eager" else torch.float32
+def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(by_places: Kernels, n: int, m: int, dense: bool) -> None:
+    check_changes(EAGER, torch.float64, n, m, dense)
+    check_changes(by_places, torch.float64, n, m, dense)
+
+
+@pytest.mark.parametrize(("m", "dense"), [(4, False), (4, True), pytest.param(8, False, marks=pytest.mark.slow)])
+def test_compiled_changes_are_those_too(compiled: Kernels, m: int, dense: bool) -> None:
+    check_changes(compiled, torch.float32, m // 2, m, dense)
+
+
+def check_changes(kernels: Kernels, dtype: torch.dtype, n: int, m: int, dense: bool) -> None:
     rows, size, blocks = 6, 3 * m, 2
     generator = torch.Generator().manual_seed(n + m)
     weight_t = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
