@@ -48,7 +48,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "obs": ("permutation=heuristic", "reconstruction=obs"),
     "block": ("permutation=heuristic", "reconstruction=block"),
     "distill": ("permutation=heuristic", "reconstruction=distill"),
-    "bfloat16": ("permutation.compile=true", "model.dtype=bfloat16"),
+    "bfloat16": ("permutation.compile=true", "model.dtype=bfloat16", "calibration.samples=3"),
     "opt": (*OPT, "permutation.compile=true"),
 }
 # Stopped after the first of its passes, and continued.
@@ -58,7 +58,7 @@ SMALL = (
     "model.dtype=float64",  # so that what is summed in another order does not choose another mask
     "logger=none",
     "block_size=8",
-    "calibration.samples=3",
+    "calibration.samples=2",
     "calibration.length=8",
     "evaluation.perplexity.limit=2",
 )

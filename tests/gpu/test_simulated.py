@@ -57,7 +57,7 @@ def test_a_job_ends_on_the_device_with_the_orders_and_masks_of_the_host(found: d
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith(("lcp", "bfloat16", "opt"))])
 def test_a_step_of_learning_waits_for_the_device_three_times_at_most(found: dict[str, Any], name: str) -> None:
     job = found[name]
-    assert job["steps"] >= 6  # not of the run on the host, which comes after
+    assert job["steps"] >= 4  # not of the run on the host, which comes after
     assert job["waits"] <= 3, job["lines"]
     assert job["pageable"] == []
 

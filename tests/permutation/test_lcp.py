@@ -49,14 +49,14 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight
     settings = lcp(
         init=init,
         straight_through=straight_through,
-        passes=40,
+        passes=16,
         learning_rate=0.02,
         block_size=32,
         batch_size=3,
-        select_from=40,
+        select_from=16,
     )
     orders = settings.orders(learning)
-    assert len(measured) == 40
+    assert len(measured) == 16
     # The order that is returned is the one that was measured to be the best, not merely the last.
     assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
     start = lcp(init=init, learning_rate=1e-9, margin=1.0, passes=1).orders(learning)
@@ -108,12 +108,12 @@ def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) ->
 @pytest.mark.parametrize("window", [1, "layer"])
 def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int | str) -> None:
     seen: list[dict[str, float]] = []
-    settings = {"window": window, "init": "random", "passes": 30, "select_from": 30, "learning_rate": 0.05, "block_size": 32}
+    settings = {"window": window, "init": "random", "passes": 10, "select_from": 10, "learning_rate": 0.05, "block_size": 32}
     learning = problem(tiny_model("llama"), Wanda(), on_pass=seen.append)
     orders = lcp(**settings).orders(learning)
-    assert [values["first_layer"] for values in seen] == [0] * 30 + [1] * 30
+    assert [values["first_layer"] for values in seen] == [0] * 10 + [1] * 10
     # The last window's measured loss is that of the whole model, really pruned.
-    assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in seen[30:]), rel=1e-4)
+    assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in seen[10:]), rel=1e-4)
     # The first window's is that of the model with only its first layer pruned, after that layer.
     model = tiny_model("llama")
     dense = LayerStream(model, tokens(), 4)
@@ -122,7 +122,7 @@ def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int
     sparse = LayerStream(model, tokens(), 4)
     sparse.advance(0)
     first = float(cosine_loss(sparse.states(), dense.states()))
-    assert first == pytest.approx(min(values["measured_loss"] for values in seen[:30]), rel=1e-4)
+    assert first == pytest.approx(min(values["measured_loss"] for values in seen[:10]), rel=1e-4)
 
 
 def test_a_window_larger_than_the_model_is_the_model() -> None:
@@ -169,7 +169,7 @@ def test_other_losses_learn_too(loss: str) -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"loss": loss, "block_size": 32, "batch_size": 3}
-    lcp(passes=40, learning_rate=0.02, select_from=40, **settings).orders(learning)
+    lcp(passes=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     start: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: start.append(values["measured_loss"]))
     lcp(passes=1, learning_rate=1e-9, margin=1.0, **settings).orders(learning)
@@ -357,7 +357,7 @@ def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"constraint": "foldable", "init": "random", "block_size": 16}
-    orders = lcp(passes=30, learning_rate=0.02, select_from=30, **settings).orders(learning)
+    orders = lcp(passes=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     shared = foldable(learning.groups, orders)  # raises where one does not
     assert not torch.equal(shared[RESIDUAL], torch.arange(32))  # the order of the whole model has learned too
     assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
