@@ -37,7 +37,7 @@ from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
-from permllm.permutation.temperature import Linear
+from permllm.permutation.lcp.temperature import Linear
 from permllm.record.environment import hardware, versions
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import COMPUTE_DTYPES, compute_dtype, products_in

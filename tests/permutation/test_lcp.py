@@ -23,7 +23,7 @@ from permllm.permutation.lcp.kernels import EAGER
 from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.shared import RESIDUAL, SharedOrder, foldable, shared_orders
 from permllm.permutation.stacks import split_blocks
-from permllm.permutation.temperature import Constant, Cosine, Exponential, Linear
+from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from tests.conftest import tiny_model

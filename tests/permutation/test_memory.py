@@ -24,7 +24,7 @@ from permllm.runtime.memory import peak_host_memory, reset_peak_memory
 from permllm.models.families import channel_groups
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.temperature import Linear
+from permllm.permutation.lcp.temperature import Linear
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.sparsity import NMPattern
 

@@ -19,7 +19,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.temperature import Linear
+from permllm.permutation.lcp.temperature import Linear
 from permllm.pipeline import prune
 from permllm.pruning.gblm import GBLM
 from permllm.pruning.magnitude import Magnitude
