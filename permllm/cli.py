@@ -23,7 +23,7 @@ from permllm.errors import DataError, InUseError, PermLLMError, one_line
 from permllm.helping import assist
 from permllm.record import sweep
 from permllm.record.figures import mean_accuracy
-from permllm.record.store import is_finished
+from permllm.record.store import is_finished, run_directory
 from permllm.record.sweep import Job
 from permllm.results.collect import collect
 from permllm.results.summary import summarise
@@ -124,8 +124,8 @@ class Session:
     def _lead(self, composed: DictConfig) -> float:
         """A job in the only process, or in the first of several."""
         try:
-            config = read_config(composed)
-            skipped = not config.force and is_finished(config.directory)
+            config = read_config(sweep.place_record(composed))
+            skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
             result = run(config)
             if result is None:
                 return math.inf

@@ -20,25 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError, first_line
+from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
 from permllm.runtime.precision import COMPUTE_DTYPES
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of, check_whole
 
-# Settings that do not change a result; the identity of a run leaves them out.
-_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget")
-# Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
-# leaves them out, so that no run directory changes its name.
-_ADDED_LATER: dict[str, Any] = {
-    "study": {},
-    "permutation.norm_over": "tokens",
-    "permutation.temperature_every": "step",
-    "permutation.sinkhorn_start": "exponential",
-    "calibration.sampling": "disjoint",
-    "evaluation.zero_shot.add_bos_token": None,
-}
-
-# What a permutation has from the top, which plans and tables read there; and how it is set.
-_REPEATED = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
+# How what a permutation takes from the top is set.
+_SET_AT_THE_TOP = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
 # What W&B refuses in the name of a project.
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
@@ -245,38 +233,18 @@ class RunConfig:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The settings that make a result, as plain values."""
+        """The settings that make a pruned model, as plain values."""
         return identity_of(self.resolved)
 
     @cached_property
     def hash(self) -> str:
         """Hexadecimal digest of `identity`."""
-        text = json.dumps(self.identity, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return digest_of(self.identity)
 
     @cached_property
-    def directory(self) -> Path:
-        """The run directory: `run_dir`, or `runs_dir/name-hash`."""
-        return Path(self.run_dir) if self.run_dir else Path(self.runs_dir) / f"{self.name}-{self.hash}"
-
-
-def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The part of resolved settings that makes a result."""
-    identity = {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
-    for path, before in _ADDED_LATER.items():
-        identity = _without(identity, path.split("."), before)
-    return identity
-
-
-def _without(settings: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """The settings without the one at `path`, where it has this value."""
-    key, *below = path
-    present = settings.get(key)
-    if below and isinstance(present, dict):
-        return settings | {key: _without(present, below, value)}
-    if not below and present == value:
-        return {name: kept for name, kept in settings.items() if name != key}
-    return settings
+    def evaluation_identity(self) -> dict[str, Any]:
+        """How a model is evaluated, as plain values."""
+        return evaluation_of(self.resolved)
 
 
 def _digest(path: Path) -> str | None:
@@ -335,6 +303,12 @@ def instantiate(settings: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{settings.get('_target_')}: {first_line(error.__cause__ or error)}") from error
 
 
+def instantiate_permutation(config: RunConfig) -> Any:
+    """The permutation method, with what it uses of the settings at the top (`uses`) as arguments; errors as `instantiate`."""
+    settings = {key: value for key, value in config.permutation.items() if key != "uses"}
+    return instantiate(settings | {key: getattr(config, key) for key in config.permutation.get("uses") or []})
+
+
 def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_labels(value) if isinstance(value, Mapping) else value
@@ -365,11 +339,14 @@ def _check(config: RunConfig) -> None:
         check_whole("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
     check_whole("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
     check_whole("block_size", config.block_size, 1)
-    for key, valid in _REPEATED.items():
+    uses = config.permutation.get("uses") or []
+    for key in uses if isinstance(uses, list) else [uses]:
+        check_one_of("permutation.uses", key, FROM_THE_TOP)
+    for key, valid in _SET_AT_THE_TOP.items():
         value = config.permutation.get(key)
         if key in config.permutation and value != getattr(config, key):
             raise ConfigError(f"permutation.{key}={value!r} is not {key}, which it repeats: set {valid.format(value)}")
-    if "block_size" in config.permutation and config.block_size % pattern.m:
+    if "block_size" in (*uses, *config.permutation) and config.block_size % pattern.m:
         raise ConfigError(
             f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
             f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from permllm.calibration.shared import packed_factors, unpacked_factors
-from permllm.config import RunConfig, instantiate, read_config
+from permllm.config import RunConfig, instantiate_permutation, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel, load_model
@@ -110,6 +110,6 @@ def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> Non
     )
     try:
         with parallel.in_step(), products_in(getattr(torch, given["products"]), problem.device):
-            instantiate(config.permutation).orders(problem)
+            instantiate_permutation(config).orders(problem)
     except TrainingError:
         pass  # the first process has met it at the same step, and says so

@@ -10,8 +10,8 @@ import torch
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import Statistic
-from permllm.config import RunConfig, instantiate
-from permllm.data.named import check_texts
+from permllm.config import RunConfig, instantiate, instantiate_permutation
+from permllm.data.named import calibration_text, check_texts
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
 from permllm.models.families import ChannelGroup
@@ -19,10 +19,14 @@ from permllm.models.loading import LoadedModel
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.shared import Constraint, check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction
+from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.store import RunRecord
 from permllm.sparsity import check_divides
 from permllm.validation import check_contract, check_one_of, check_whole
+
+# What a pruned model follows from, beside its methods.
+_MAKES_RESULTS = ("permllm.calibration.shared", "permllm.data.calibration", "permllm.models.loading", "permllm.pipeline")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def methods_of(config: RunConfig) -> Methods:
             statistics than those that their order is learned with.
     """
     check_texts(config.calibration, config.evaluation.perplexity)
-    methods = Methods(instantiate(config.pruner), instantiate(config.permutation), instantiate(config.reconstruction))
+    methods = Methods(instantiate(config.pruner), instantiate_permutation(config), instantiate(config.reconstruction))
     _check_contracts(config, methods)
     statistics = config.calibration.statistics
     if methods.permutation.learned and statistics != "dense":
@@ -120,6 +124,13 @@ def _check_statistics(key: str, method: object) -> None:
     ):
         kind = f"{type(method).__module__}.{type(method).__qualname__}"
         raise ConfigError(f"{key}: {kind} needs an attribute `statistics`, a tuple of classes of statistics")
+
+
+def code_of(config: RunConfig, methods: Methods) -> str:
+    """Digest of the modules that a pruned model follows from: those of its text and its methods, and all that they import."""
+    of_text = calibration_text(config.calibration).code or ()
+    of_methods = [type(part).__module__ for part in (methods.pruner, methods.permutation, methods.reconstruction)]
+    return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)
 
 
 def check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:

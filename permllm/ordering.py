@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +41,14 @@ def calibrate(
 
 
 def learning_problem(
-    config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, dense: DenseCalibration
+    config: RunConfig,
+    loaded: LoadedModel,
+    groups: list[ChannelGroup],
+    tokens: Tensor,
+    dense: DenseCalibration,
+    directory: Path | None = None,
 ) -> LearningProblem:
-    """What a method is given that orders all groups from the whole model."""
+    """What a method is given that orders all groups from the whole model; its checkpoint goes into the directory."""
     return LearningProblem(
         model=loaded.model,
         groups=groups,
@@ -52,7 +58,7 @@ def learning_problem(
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
-        directory=config.directory,
+        directory=directory,
         run=config.hash,
     )
 
@@ -76,7 +82,7 @@ def order_of(job: Job, tokens: Tensor, dense: DenseCalibration | None) -> Order:
         return order
     assert dense is not None
     with record.stage("permute", job.device):
-        problem = learning_problem(job.config, job.loaded, job.groups, tokens, dense)
+        problem = learning_problem(job.config, job.loaded, job.groups, tokens, dense, record.directory)
         problem.on_step = lambda step, values: job.logger.log(values, step)
         passes = _Passes(record, job.logger)
         problem.on_pass, problem.on_resume = passes.add, passes.resume

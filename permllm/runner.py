@@ -18,7 +18,7 @@ from permllm.evaluation.measure import evaluate
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.helping import check_shares
-from permllm.job import Job, Methods, check_groups, export_request, methods_of
+from permllm.job import Job, Methods, check_groups, code_of, export_request, methods_of
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model, meta_model
 from permllm.ordering import calibrate, order_of
@@ -31,7 +31,7 @@ from permllm.record.files import write_record, write_tensors
 from permllm.record.loggers import RunLogger, open_logger
 from permllm.record.names import ENVIRONMENT, EXPORT, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
 from permllm.record.run_tensors import write_masks, write_orders
-from permllm.record.store import RunRecord
+from permllm.record.store import RunRecord, run_directory
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
@@ -67,9 +67,10 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             print_plan(config, skeleton, methods.pruner, methods.permutation)
             return None
 
-    record = RunRecord(config.directory, config, config.force)
+    record = RunRecord(run_directory(config), config, config.force)
     with record.opened():
         clear_left_over(record.path(WRITTEN_EXPORT))
+        record.note_code(code_of(config, methods))
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
@@ -90,7 +91,8 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
     seed_everything(config.seed)
     reset_peak_memory(device)
     clear_cache()
-    write_record(record.path(ENVIRONMENT), environment(config.seed, device))
+    if not record.other_evaluations:  # of what is pruned, which is pruned already where they are
+        write_record(record.path(ENVIRONMENT), environment(config.seed, device))
     with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
         if record.metrics.setdefault("model", loaded.identity) != loaded.identity:
@@ -114,8 +116,9 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
 
 
 def _evaluate(job: Job, which: str) -> None:
-    with job.record.stage(f"evaluate {which}", job.device):
-        evaluate(job.loaded, job.config.evaluation, which, job.record.metrics, job.record.save)
+    record = job.record
+    with record.stage(f"evaluate {which}", job.device):
+        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, record.other_evaluations)
 
 
 def _prune(job: Job) -> None:

@@ -34,10 +34,10 @@ from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.permutation.lcp.method import LCP
+from permllm.permutation.lcp.temperature import Linear
 from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
-from permllm.permutation.lcp.temperature import Linear
 from permllm.record.environment import hardware, versions
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import COMPUTE_DTYPES, compute_dtype, products_in

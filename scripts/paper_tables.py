@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from permllm.record import evaluations
 from permllm.record.files import read_json, with_block
 from permllm.record.schema import Environment, Metrics, validated
 from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
-from permllm.results.render import find_baseline, main_measure, render, shown
+from permllm.results.render import find_baseline, heading, main_measure, render, shown
 from permllm.results.summary import Summary, summarise
 from permllm.studies.base import Study
 from permllm.studies.layer_runtime import LayerRuntime
@@ -158,9 +159,10 @@ def peers_block() -> str:
         of_method = [run for run in runs if peer["method"] in ("dense", run.config["pruner"]["name"])]
         # `wikitext2-test` is our `wikitext2`.
         found = [
-            (run.metrics["config_hash"], result["value"])
+            (entry.get("config_hash", run.metrics["config_hash"]), result["value"])
             for run in of_method
-            for name, result in run.metrics["perplexity"][which].items()
+            for entry in evaluations.all_of(run.metrics, run.config)
+            for name, result in entry["perplexity"][which].items()
             if peer["text"].startswith(name)
         ]
         (value,) = {value for _, value in found}
@@ -204,7 +206,7 @@ def _results(experiment: Experiment) -> tuple[str, str, float]:
     summary, runs = summary_of(experiment)
     name = "average acc" if experiment.accuracies else main_measure(summary)
     assert name is not None
-    limited = " (limited)" if any(row.measures[name].limited for row in summary.rows) else ""
+    limited = heading(summary, name).removeprefix(name)
     paper = Comparison(published(experiment.name), runs[0].config["model"]["name"])
     ours = "; ".join(f"{_name(row.labels)}: {shown(row.measures[name])}" for row in summary.rows)
     values = [(row, paper.value(row, name)) for row in summary.rows]

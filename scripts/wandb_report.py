@@ -25,8 +25,8 @@ from typing import Any
 
 import wandb
 
-from permllm.config import identity_of
 from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.identity import identity_of
 from permllm.record.schema import FinishedRun, Object, Settings, validated
 from permllm.record.store import SCHEMA_VERSION
 from permllm.results.collect import Run

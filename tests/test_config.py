@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from permllm.cli import Session
-from permllm.config import RunConfig, identity_of, instantiate, read_config
+from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
+from permllm.identity import digest_of, identity_of
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
 from permllm.record.files import write_tensors
+from permllm.record.store import run_directory
 from permllm.record.sweep import Job
 from tests.conftest import ROOT
 
@@ -81,7 +84,7 @@ def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) ->
         overrides.append(f"permutation.path={tmp_path}")
     settings = config(*overrides)
     instantiate(settings.pruner)
-    instantiate(settings.permutation)
+    instantiate_permutation(settings)
     instantiate(settings.temperature)
 
 
@@ -106,7 +109,7 @@ def test_the_defaults_are_those_of_the_readme() -> None:
     assert settings.pruner["name"] == "wanda"
     assert settings.sparsity == "2:4"
     assert settings.permutation["name"] == "lcp"
-    assert settings.block_size == settings.permutation["block_size"] == 64
+    assert settings.block_size == instantiate_permutation(settings).block_size == 64
     assert settings.temperature["name"] == "linear"
     assert settings.calibration.dataset == settings.evaluation.perplexity.dataset == "boolq-passages"
     assert settings.logger.name == "wandb"
@@ -139,24 +142,77 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
     assert parameters / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
-def test_identity_leaves_out_what_does_not_change_a_result() -> None:
+def test_identity_leaves_out_what_does_not_change_a_pruned_model() -> None:
     base = config("model=tiny").hash
     assert config("model=tiny", "logger=none", "force=true", "runs_dir=elsewhere").hash == base
     assert config("model=tiny", "seed=1").hash != base
     assert config("model=tiny", "permutation.passes=4").hash != base
+    assert config("model=tiny", "evaluation.zero_shot.tasks=[piqa]", "evaluation.perplexity.window=32").hash == base
 
 
-def test_settings_that_came_later_move_no_run_directory() -> None:
-    kept = {path.name for path in (ROOT / "experiments" / "quickstart").iterdir()}
-    assert {Path(config(f"permutation={name}").directory).name for name in ("none", "heuristic", "lcp")} == kept
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp", "lcp-paper"])
+def test_what_a_method_does_not_use_is_no_part_of_the_identity(permutation: str) -> None:
+    learned = permutation.startswith("lcp")
+    base = config("model=tiny", f"permutation={permutation}")
+    for other in ("block_size=32", "temperature=cosine", "temperature.end=0.2"):
+        assert (config("model=tiny", f"permutation={permutation}", other).hash != base.hash) == learned
+    assert ("block_size" in base.identity) == learned
+
+
+def test_where_a_class_of_the_package_lies_is_no_part_of_the_identity_and_a_class_of_somebody_else_is() -> None:
+    base = config("model=tiny").hash
+    assert config("model=tiny", "pruner._target_=permllm.pruning.wanda.Wanda").hash == base
+    assert config("model=tiny", "pruner._target_=mine.Wanda").hash != base
+    assert config("model=tiny", "temperature._target_=permllm.permutation.temperature.Linear").hash == base
+
+
+def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    text, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_text("one")
+    other.write_text("two")
+    base = config("model=tiny").evaluation_identity
+    batches = ["evaluation.perplexity.batch_tokens=1", "evaluation.zero_shot.batch_size=1"]
+    assert config("model=tiny", *batches).evaluation_identity == base
+    changed = [
+        config("model=tiny", *overrides).evaluation_identity
+        for overrides in (
+            ["evaluation.perplexity.window=32"],
+            ["evaluation.perplexity.limit=1"],
+            ["evaluation.perplexity.dataset=boolq-passages"],
+            ["evaluation.perplexity.dataset=null"],
+            ["evaluation.zero_shot.tasks=[rte]"],
+            ["evaluation.zero_shot.tasks=[rte]", "evaluation.zero_shot.limit=2"],
+            ["evaluation.zero_shot.tasks=[rte]", "evaluation.zero_shot.add_bos_token=false"],
+            [f"evaluation.perplexity.data_files={text}"],
+            [f"evaluation.perplexity.data_files={other}"],
+        )
+    ]
+    digests = [digest_of(evaluation) for evaluation in (base, *changed)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_settings_that_came_later_make_other_runs_where_they_differ() -> None:
     base = config("model=tiny").hash
     for changed in ("norm_over=samples", "temperature_every=pass", "sinkhorn_start=softmax"):
         assert config("model=tiny", f"permutation.{changed}").hash != base
 
 
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
+def test_a_run_of_an_earlier_version_is_found_under_the_name_that_it_had(permutation: str, tmp_path: Path) -> None:
+    earlier = next((ROOT / "experiments" / "quickstart").glob(f"smollm2-135m-wanda-{permutation}-2x4-*"))
+    settings = config(f"permutation={permutation}", f"runs_dir={tmp_path}")
+    named = run_directory(settings)
+    assert named.name == f"smollm2-135m-wanda-{permutation}-2x4-{settings.hash}"
+    shutil.copytree(earlier, tmp_path / earlier.name)
+    assert run_directory(settings) == tmp_path / earlier.name
+    assert run_directory(config(f"permutation={permutation}", f"runs_dir={tmp_path}", "seed=1")).name != earlier.name
+    named.mkdir()
+    assert run_directory(settings) == named
+
+
 @pytest.mark.parametrize(
     ("key", "earlier", "later"),
-    [("calibration.sampling", "disjoint", "documents"), ("evaluation.zero_shot.add_bos_token", None, False)],
+    [("calibration.sampling", "disjoint", "documents"), ("permutation.norm_over", "tokens", "samples")],
 )
 def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_was_done_before(
     key: str, earlier: Any, later: Any
@@ -178,8 +234,8 @@ def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_
 
 
 def test_runs_keep_the_directories_that_they_had() -> None:
-    assert config("model=tiny").directory.name == "tiny-wanda-lcp-2x4-816f47dd5e"
-    assert config().directory.name == "smollm2-135m-wanda-lcp-2x4-dcd3b206f6"
+    assert run_directory(config("model=tiny")).name == "tiny-wanda-lcp-2x4-e21d62efaccd"
+    assert run_directory(config()).name == "smollm2-135m-wanda-lcp-2x4-e7d0b1e017c3"
 
 
 @pytest.mark.parametrize(

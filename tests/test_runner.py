@@ -183,9 +183,21 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     assert set(metrics["perplexity"]["sparse"]) == {"mine"}
 
 
-def test_another_content_of_a_named_file_is_another_run(cache: Path, tmp_path: Path) -> None:
+def test_another_content_of_a_named_file_is_evaluated_anew(cache: Path, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     arguments = ["permutation=none", f"evaluation.perplexity.data_files={text}"]
+    text.write_text(BUILTIN.evaluation())
+    first, _ = run(tmp_path, *arguments)
+    text.write_text(BUILTIN.evaluation().upper())
+    second, _ = run(tmp_path, *arguments)
+    assert first["perplexity"] != second["perplexity"]
+    assert [entry["perplexity"] for entry in second["other_evaluations"]] == [first["perplexity"]]
+
+
+def test_another_content_of_a_calibration_file_is_another_run(cache: Path, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    small = ["calibration.samples=2", "calibration.length=32"]
+    arguments = ["permutation=none", "calibration=text", f"calibration.data_files={text}", *small]
     text.write_text(BUILTIN.evaluation())
     _, first = run(tmp_path, *arguments)
     text.write_text(BUILTIN.evaluation().upper())

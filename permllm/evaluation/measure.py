@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from permllm.config import EvaluationConfig, ZeroShotConfig
@@ -19,28 +20,59 @@ _LOADING = ("permllm.models.loading",)
 
 
 def evaluate(
-    loaded: LoadedModel, settings: EvaluationConfig, which: str, metrics: dict[str, Any], save: Callable[[], None]
+    loaded: LoadedModel,
+    settings: EvaluationConfig,
+    which: str,
+    found: dict[str, Any],
+    save: Callable[[], None],
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Measure the model as it now is; what the metrics hold already is kept.
+    """Measure the model as it now is; what is there already is kept.
 
     Args:
         loaded: the model; its identity is the dense one's.
         settings: what to measure.
         which: `dense`, whose results follow from the identity and are shared between jobs, or `sparse`.
-        metrics: of the run; `perplexity`, `zero_shot` and `texts` are added to.
-        save: keeps the metrics, between one measure and the next.
+        found: the record of this evaluation; `perplexity`, `zero_shot` and `texts` are added to.
+        save: keeps the record, between one measure and the next.
+        others: records of other evaluations of the same models, whose results are taken where the measure is the same.
     """
     if settings.perplexity.dataset or settings.perplexity.data_files:
-        found = metrics.setdefault("perplexity", {}).setdefault(which, {})
-        if not found:
-            found.update(_perplexity(loaded, settings, which))
-            text = perplexity_text(settings.perplexity).text
-            metrics.setdefault("texts", {})["perplexity"] = text.digest(calibration=False)
+        results = found.setdefault("perplexity", {}).setdefault(which, {})
+        if not results:
+            text = perplexity_text(settings.perplexity).text.digest(calibration=False)
+            results.update(_same_text(found, others, which, text) or _perplexity(loaded, settings, which))
+            found.setdefault("texts", {})["perplexity"] = text
             save()
     if settings.zero_shot.tasks:
-        found = metrics.setdefault("zero_shot", {}).setdefault(which, {})
-        if not found:
-            found.update(_accuracies(loaded, settings.zero_shot, which))
+        results = found.setdefault("zero_shot", {}).setdefault(which, {})
+        if not results:
+            known = _same_tasks(found, others, which)
+            left = [task for task in settings.zero_shot.tasks if task not in known]
+            results.update(known)
+            if left:
+                results.update(_accuracies(loaded, replace(settings.zero_shot, tasks=left), which))
+
+
+def _same_text(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], which: str, text: str) -> dict[str, Any] | None:
+    for other in others:
+        same = other["evaluation"].get("perplexity") == found["evaluation"]["perplexity"]
+        if same and other.get("texts", {}).get("perplexity") == text:
+            return dict(other["perplexity"][which])
+    return None
+
+
+def _same_tasks(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], which: str) -> dict[str, Any]:
+    """Accuracies by task of those that are asked for and were measured in the same way."""
+    known: dict[str, Any] = {}
+    asked = found["evaluation"]["zero_shot"]
+    for other in others:
+        how = other["evaluation"].get("zero_shot")
+        if how and how | {"tasks": asked["tasks"]} == asked:
+            # An lm-eval group leaves results of several names.
+            shared = set(how["tasks"]) & set(asked["tasks"])
+            known |= {task: values for task, values in other["zero_shot"][which].items() if task in shared and values["n"]}
+    return known
 
 
 def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, which: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,20 +12,24 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent.parent
 _NAME = _PACKAGE.name
 # Rooms that carry values and make none; of what a process is, the precision of its products decides.
-_PLUMBING = ("version", "errors", "validation", "nested", "runtime", "config", "record")
+_PLUMBING = ("version", "errors", "validation", "nested", "identity", "runtime", "config", "record")
 _DECIDES = (f"{_NAME}.runtime.precision",)
 
 
 @cache
 def code_digest(*modules: str) -> str:
-    """sha256 of the source of modules of this package and of all that they import of it, without what only carries values.
+    """sha256 of the source of modules and of all that they import of this package, without what only carries values.
 
     Args:
-        modules: full names.
+        modules: full names; of one that is not of this package, which is imported already, its own source alone counts.
     """
     digest = hashlib.sha256()
-    for name in sorted(_reached(modules)):
+    ours = tuple(name for name in modules if name.partition(".")[0] == _NAME)
+    for name in sorted(_reached(ours)):
         digest.update(name.encode() + _file(name).read_bytes())
+    for name in sorted(set(modules) - set(ours)):
+        source = getattr(sys.modules.get(name), "__file__", None)
+        digest.update(name.encode() + (Path(source).read_bytes() if source else b""))
     return digest.hexdigest()
 
 

@@ -129,10 +129,15 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         except ImportError as error:
             raise ConfigError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
         with SummaryWriter(str(directory / "tensorboard")) as writer:
-            writer.add_text("config", f"```\n{config.identity}\n```")
+            writer.add_text("config", f"```\n{described(config)}\n```")
             yield _TensorBoard(writer)
     else:
         yield _Nowhere()
+
+
+def described(config: RunConfig) -> dict[str, Any]:
+    """What makes a run's results, its evaluation too."""
+    return config.identity | {"evaluation": config.resolved["evaluation"]}
 
 
 def wandb_group(config: RunConfig) -> str | None:
@@ -192,7 +197,7 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
             name=wandb_name(directory),
             tags=[str(tag)[:_LONGEST_TAG] for tag in tags if tag],
             job_type="learn" if "passes" in config.permutation else "prune",
-            config=config.identity | {"run_directory": str(directory), "config_hash": config.hash},
+            config=described(config) | {"run_directory": str(directory), "config_hash": config.hash},
             id=run_id,
             # Offline, each attempt leaves a folder of its own with this id, and says in it that it resumes the run.
             # `wandb sync` sends the folders of one id as one run, in the order of their time.

@@ -135,6 +135,25 @@ class Protocol(TypedDict):
     evaluation: Object
 
 
+class Evaluated(TypedDict):
+    """How a model was evaluated, in `metrics.json` (`permllm.identity.evaluation_of`)."""
+
+    perplexity: NotRequired[Object]
+    zero_shot: NotRequired[Object]
+
+
+class OtherEvaluation(TypedDict):
+    """Another evaluation of the same pruned model, in `metrics.json`."""
+
+    evaluation: Evaluated
+    evaluation_hash: str
+    finished: bool
+    protocol: NotRequired[Object]
+    texts: NotRequired[dict[str, str]]
+    perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
+    zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
+
+
 def _of_both(found: dict[_Which, dict[str, Result]]) -> dict[_Which, dict[str, Result]]:
     if found.keys() != {"dense", "sparse"} or found["dense"].keys() != found["sparse"].keys():
         raise ValueError("the dense and the sparse model must have the same results")
@@ -171,6 +190,10 @@ class _Metrics(RecordHead):
     peak_host_memory_bytes: NotRequired[Whole]
     export: NotRequired[ExportSummary]
     study: NotRequired[Object]
+    evaluation: NotRequired[Evaluated]
+    evaluation_hash: NotRequired[str]
+    other_evaluations: NotRequired[list[OtherEvaluation]]
+    code: NotRequired[list[str]]
 
 
 class Metrics(_Metrics):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import shutil
@@ -15,9 +16,11 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from permllm.config import RunConfig, identity_of
+from permllm.config import RunConfig
 from permllm.errors import ConfigError, DataError, InUseError
+from permllm.identity import EARLIER_DIGITS, digest_of, identity_of
 from permllm.nested import flatten
+from permllm.record import evaluations
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
 from permllm.record.names import (
     BEST_SO_FAR,
@@ -34,7 +37,7 @@ from permllm.record.names import (
 )
 from permllm.record.pruned import Group, Pruned
 from permllm.record.run_tensors import read_orders
-from permllm.record.schema import FinishedRun, Metrics, Object, validated
+from permllm.record.schema import FinishedRun, Metrics, Object, Settings, validated
 from permllm.record.tensor_file import read_header
 from permllm.runtime.memory import peak_host_memory, peak_memory
 from permllm.sparsity import NMPattern
@@ -71,6 +74,26 @@ _UNITS = {
 }
 
 
+def run_directory(config: RunConfig) -> Path:
+    """Where the record of a job is: `run_dir`, or `runs_dir/name-digest`, or where an earlier version put the same run."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    directory = Path(config.runs_dir) / f"{config.name}-{config.hash}"
+    if directory.exists():
+        return directory
+    found = []
+    digest = "[0-9a-f]" * EARLIER_DIGITS
+    for file in Path(config.runs_dir).glob(f"{glob.escape(config.name)}-{digest}/{CONFIG}"):
+        try:
+            present = read_yaml(file, Settings)
+        except DataError:
+            continue
+        if identity_of(present) == config.identity:
+            # It made a run of each evaluation.
+            found.append((evaluations.present({}, present) != config.evaluation_identity, file.parent))
+    return min(found)[1] if found else directory
+
+
 class RunRecord:
     """A run directory that is being written. `metrics` is saved after each stage, in one move.
 
@@ -79,6 +102,11 @@ class RunRecord:
         config: of the run; a directory that holds another config is refused.
         force: discard an earlier result of this run.
 
+    Attributes:
+        metrics: what `metrics.json` holds.
+        evaluation: where the results of the evaluation that the config asks for belong: `metrics`, or the entry of another
+            evaluation of a run that is finished (`permllm.record.evaluations`).
+
     Raises:
         ConfigError: the directory holds another config, or files but no config.
     """
@@ -86,6 +114,7 @@ class RunRecord:
     def __init__(self, directory: Path, config: RunConfig, force: bool = False) -> None:
         self.directory = directory
         self.metrics: dict[str, Any] = {}
+        self.evaluation = self.metrics
         self._config = config
         self._force = force
         self._stages: list[str] = []
@@ -104,30 +133,63 @@ class RunRecord:
             raise DataError(f"the run directory {self.directory} cannot be made: {error.strerror}") from error
         resolved = json.loads(json.dumps(self._config.resolved))
         self._check_config(identity_of(resolved))
+        asked = evaluations.head(self._config.evaluation_identity, resolved["evaluation"])
+        with self._locked(f".lock-{asked['evaluation_hash']}", 0), self._locked(".lock", -1):
+            if self._force:
+                for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
+                    (self.directory / name).unlink(missing_ok=True)
+                shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
+            self._clear()
+            self.metrics = self._read_metrics() or {
+                "schema_version": SCHEMA_VERSION,
+                "status": "running",
+                "name": self._config.name,
+                "config_hash": self._config.hash,
+                "units": _UNITS,
+                "seconds": {},
+            }
+            self._ask_for(asked)
+            if _finished(self.directory, self.metrics):
+                for name in _WHILE_LEARNING:
+                    (self.directory / name).unlink(missing_ok=True)
+            else:
+                write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
+            yield
+
+    @contextmanager
+    def _locked(self, name: str, timeout: float) -> Iterator[None]:
+        """Hold the directory: a process that does the same is refused, one that evaluates in another way waits."""
         try:
-            with FileLock(self.directory / ".lock", timeout=0):
-                if self._force:
-                    for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
-                        (self.directory / name).unlink(missing_ok=True)
-                    shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
-                self._clear()
-                self.metrics = self._read_metrics() or {
-                    "schema_version": SCHEMA_VERSION,
-                    "status": "running",
-                    "name": self._config.name,
-                    "config_hash": self._config.hash,
-                    "protocol": {"calibration": resolved["calibration"], "evaluation": resolved["evaluation"]},
-                    "units": _UNITS,
-                    "seconds": {},
-                }
-                if self.finished:
-                    for name in _WHILE_LEARNING:
-                        (self.directory / name).unlink(missing_ok=True)
-                else:
-                    write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
+            with FileLock(self.directory / name, timeout=timeout):
                 yield
         except Timeout as error:
             raise InUseError(f"{self.directory} is in use by another process") from error
+
+    def _ask_for(self, asked: dict[str, Any]) -> None:
+        """Find the evaluation that is asked for, or begin it."""
+        self.evaluation = self.metrics
+        calibration = {"calibration": self.config["calibration"]}
+        if self._config.study:  # which does not evaluate
+            self.metrics.setdefault("protocol", calibration | asked["protocol"])
+            return
+        file = self.directory / CONFIG
+        held = evaluations.present(self.metrics, read_yaml(file, Object) if file.is_file() else {})
+        if not _finished(self.directory, self.metrics):
+            if held != asked["evaluation"]:
+                evaluations.forget(self.metrics)
+            self.metrics |= asked | {"protocol": calibration | asked["protocol"]}
+            return
+        if "evaluation" not in self.metrics:  # of an earlier version
+            self.metrics |= {"evaluation": held, "evaluation_hash": digest_of(held)}
+        if held != asked["evaluation"]:
+            self.evaluation = evaluations.entry_for(self.metrics, asked)
+            if self.evaluation["finished"]:
+                self._bring_forward()
+                self.save()
+
+    def _bring_forward(self) -> None:
+        evaluations.bring_forward(self.metrics, self.evaluation)
+        self.evaluation = self.metrics
 
     @property
     def config(self) -> dict[str, Any]:
@@ -136,8 +198,26 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Every stage is done, and what it left is there."""
-        return _finished(self.directory, self.metrics)
+        """Every stage is done, the evaluation that is asked for too, and what they left is there."""
+        return self.evaluation is self.metrics and _finished(self.directory, self.metrics)
+
+    @property
+    def other_evaluations(self) -> list[dict[str, Any]]:
+        """Finished evaluations of the same models in other ways, whose results may be those that are asked for too."""
+        return [] if self.evaluation is self.metrics else [self.metrics, *evaluations.others(self.metrics)]
+
+    def note_code(self, digest: str) -> None:
+        """Say so, in one line, where another version of the code made what is there; note the present one.
+
+        Args:
+            digest: of the modules that make the result (`permllm.record.code`).
+        """
+        code = self.metrics.setdefault("code", [] if self.begun or self.path(CHECKPOINT).is_file() else [digest])
+        if code and code != [digest]:
+            goes_on = "" if self.pruned else " and goes on with this one"
+            log.warning("%s was made by another version of the code%s; force=true runs it again", self.directory, goes_on)
+        if not self.pruned and digest not in code:
+            code.append(digest)
 
     @property
     def begun(self) -> bool:
@@ -151,6 +231,8 @@ class RunRecord:
 
     def finish(self) -> None:
         """Every stage is done: what only an interrupted run needs goes, and what is kept is stated with its checksums."""
+        if self.evaluation is not self.metrics:
+            self._bring_forward()
         self.metrics["status"] = "finished"
         self.metrics["files"] = {name: file_checksum(self.directory / name) for name in _STATED if self.path(name).is_file()}
         self.save()
@@ -171,6 +253,8 @@ class RunRecord:
                     for path in group.members:
                         kept.check(path)
             except DataError as error:
+                if self.evaluation is not self.metrics:  # a finished run, whose results stay
+                    raise DataError(f"{error}: it cannot be evaluated in another way; force=true runs it again") from error
                 log.warning("%s: pruning again", error)
                 self._forget_pruning()
         orders = self.path(PERMUTATIONS)
@@ -282,10 +366,21 @@ class RunRecord:
             raise ConfigError(f"run_dir={self.directory} is not empty and holds no config.yaml; choose another one")
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether a directory holds a finished run, with all that it left."""
+def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
+    """Whether a directory holds a finished run, with all that it left.
+
+    Args:
+        directory: of the run.
+        evaluation: that it must hold (`permllm.identity.evaluation_of`); None asks for none.
+    """
     try:
-        return _finished(directory, read_json(directory / METRICS, Metrics))
+        metrics = read_json(directory / METRICS, Metrics)
+        if not _finished(directory, metrics):
+            return False
+        if evaluation is None or "study" in metrics:
+            return True
+        held = [evaluations.present(metrics, read_yaml(directory / CONFIG, Object))]
+        return evaluation in [*held, *(entry["evaluation"] for entry in evaluations.others(metrics))]
     except DataError:
         return False
 

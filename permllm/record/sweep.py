@@ -14,7 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from permllm.errors import DataError
 from permllm.record.files import read_json, write_record
@@ -25,6 +25,8 @@ VARIABLE = "PERMLLM_SWEEP"
 # What does not make a sweep another one.
 _LEFT_OUT = ("force", "plan", "logger", "runs_dir", "hydra.launcher", "hydra/launcher")
 _JOBS = "jobs"
+# What conf/config.yaml has for hydra.run.dir and hydra.sweep.subdir, and below runs_dir for hydra.sweep.dir.
+_HERE, _SWEEPS = ".", "sweeps"
 # Of the sweep that this process started.
 _STARTED: list[tuple[Path, float]] = []
 
@@ -76,6 +78,24 @@ def sweeping() -> bool:
 def overrides() -> list[str]:
     """What was typed for this job; nothing outside of Hydra."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def place_record(composed: DictConfig) -> DictConfig:
+    """The settings of a job with the record where `hydra.run.dir` or `hydra.sweep.dir` says, where these were given.
+
+    `run_dir` and `runs_dir` are what Hydra's users know as these two: a run directory of its own, and the folder of several.
+    """
+    if not HydraConfig.initialized() or composed.run_dir is not None:
+        return composed
+    hydra = HydraConfig.get()
+    if not sweeping():
+        given = {} if hydra.run.dir == _HERE else {"run_dir": hydra.run.dir}
+    elif hydra.sweep.subdir != _HERE:
+        given = {"run_dir": str(Path(hydra.sweep.dir) / hydra.sweep.subdir)}
+    else:
+        usual = Path(composed.runs_dir) / _SWEEPS
+        given = {} if Path(hydra.sweep.dir).parent == usual else {"runs_dir": hydra.sweep.dir}
+    return OmegaConf.merge(composed, given)  # type: ignore[return-value]
 
 
 def keep(job: Job) -> None:

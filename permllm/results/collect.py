@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from permllm.config import identity_of
 from permllm.errors import ConfigError, DataError
+from permllm.identity import identity_of
+from permllm.record import evaluations
 from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_yaml
 from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS
 from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Settings, validated
@@ -41,8 +42,8 @@ class Collection:
     """What lies below some directories.
 
     Attributes:
-        runs: finished, each identity once.
-        duplicates: runs of an identity that is there already, and the directory of the first.
+        runs: finished, each identity once, with the evaluations of all runs of that identity.
+        duplicates: runs of an identity that is there already, evaluated in the same way, and the directory of the first.
         skipped: what looked like a run and is none, and why.
         older: how many of the runs are older than checksums.
     """
@@ -81,7 +82,7 @@ def collect(directories: Iterable[Path]) -> Collection:
         raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     found = Collection()
     found.skipped += [(directory, f"{' '.join(job.overrides)}: {job.reason}") for directory, job in jobs if not job.directory]
-    first: dict[str, Path] = {}
+    first: dict[str, Run] = {}
     for file in files:
         try:
             run = _read(file.parent)
@@ -89,13 +90,24 @@ def collect(directories: Iterable[Path]) -> Collection:
             found.skipped.append((file.parent, str(error).replace(f"{file.parent}/", "")))
             continue
         identity = json.dumps(identity_of(run.config), sort_keys=True)
-        if identity in first:
-            found.duplicates.append((run.directory, first[identity]))
-        else:
-            first[identity] = run.directory
+        there = first.setdefault(identity, run)
+        if there is run:
             found.runs.append(run)
             found.older += not has_checksum(file)
+        elif not _merged(there, run):
+            found.duplicates.append((run.directory, there.directory))
     return found
+
+
+def _merged(there: Run, run: Run) -> bool:
+    """Whether a run of the same pruned model was evaluated in another way, which is one run's now and was another's once."""
+    same = all(there.metrics[key] == run.metrics[key] for key in ("sparsity", "retained_saliency", "output_error"))
+    if not same or not evaluations.merge(there.metrics, there.config, evaluations.all_of(run.metrics, run.config)):
+        return False
+    for stage, seconds in run.metrics["seconds"].items():
+        if stage.startswith("evaluate"):
+            there.metrics["seconds"][stage] = there.metrics["seconds"].get(stage, 0.0) + seconds
+    return True
 
 
 def _read(directory: Path) -> Run:

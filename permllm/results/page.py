@@ -11,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from permllm.config import identity_of
+from permllm.identity import FROM_THE_TOP, identity_of
 from permllm.nested import flatten
+from permllm.record import evaluations
 from permllm.record.names import ENVIRONMENT
 from permllm.results.collect import Collection, Run
 from permllm.results.pictures import pictures
@@ -129,10 +130,16 @@ def differences(configs: list[dict[str, Any]]) -> list[list[tuple[str, str, str]
             [
                 (name, values.get(name, NOT_SET), value)
                 for name, value in usual.items()
-                if values.get(name, NOT_SET) != value and (name in values or name.split(".")[0] not in other_group)
+                if values.get(name, NOT_SET) != value and (name in values or _group(name) not in other_group)
             ]
         )
     return found
+
+
+def _group(name: str) -> str:
+    """The group whose option decides whether a run has this setting."""
+    first = name.split(".", maxsplit=1)[0]
+    return "permutation" if first in FROM_THE_TOP else first
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
@@ -173,13 +180,14 @@ def warnings(run: Run) -> list[str]:
     metrics, environment = run.metrics, run.environment
     if violations := metrics["sparsity"]["violations"]:
         found.append(f"{violations} groups of M hold more than N nonzeros")
-    evaluation = run.config.get("evaluation", {})
-    windows = evaluation.get("perplexity", {}).get("limit")
-    if windows is not None and metrics.get("perplexity"):
-        found.append(f"limited: perplexity on the first {windows} windows only")
-    items = evaluation.get("zero_shot", {}).get("limit")
-    if items is not None and metrics.get("zero_shot"):
-        found.append(f"limited: accuracy on the first {items} items of each task only")
+    for entry in evaluations.all_of(metrics, run.config):
+        windows = entry["evaluation"].get("perplexity", {}).get("limit")
+        if windows is not None and entry.get("perplexity"):
+            found.append(f"limited: perplexity on the first {windows} windows only")
+        items = entry["evaluation"].get("zero_shot", {}).get("limit")
+        if items is not None and entry.get("zero_shot"):
+            found.append(f"limited: accuracy on the first {items} items of each task only")
+    found = list(dict.fromkeys(found))
     if not environment:
         found.append(f"no {ENVIRONMENT}: what it was computed with is not known")
     elif not environment.get("git"):
@@ -207,13 +215,7 @@ def _flat(config: dict[str, Any]) -> dict[str, str]:
         for key, value in flatten(identity_of(config)).items()
         if key != "name" and key.split(".")[-1] != "_target_"
     }
-    # A group that takes a setting from the top has it too, under its own name.
-    return {key: value[:12] if key.startswith("inputs.") else value for key, value in flat.items() if not _repeats(key, flat)}
-
-
-def _repeats(key: str, flat: dict[str, str]) -> bool:
-    top = key.partition(".")[2]
-    return bool(top) and key.startswith("permutation.") and flat.get(top) == flat[key]
+    return {key: value[:12] if key.startswith("inputs.") else value for key, value in flat.items()}
 
 
 def _plain(key: str) -> str:

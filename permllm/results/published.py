@@ -110,7 +110,8 @@ class Comparison:
         config = row.runs[0].config
         method = _METHODS.get((config["pruner"]["name"], _permutation(config["permutation"]["name"])))
         metric = self._metric(measure)
-        if method is None or metric is None or not self._as_in_the_paper(config, metric):
+        limited = row.measures[measure].limited if measure in row.measures else False
+        if method is None or metric is None or not self._as_in_the_paper(config) or (limited and not self._stand_in):
             return None
         for setting in (*self._settings_of(config), ""):
             model = self._stand_in or config["model"]["name"]
@@ -127,7 +128,7 @@ class Comparison:
                 return value / 100 if name.endswith("_acc") else value
         return None
 
-    def _as_in_the_paper(self, config: dict[str, Any], metric: str) -> bool:
+    def _as_in_the_paper(self, config: dict[str, Any]) -> bool:
         """Whether nothing that this table does not vary is other than in the paper."""
         if config.get("reconstruction", {"name": "none"})["name"] != "none":
             return False
@@ -139,9 +140,7 @@ class Comparison:
             matters = not self._stand_in if name == "calibration" else learned
             if name not in self._varied and matters and _setting(config, name) != usual:
                 return False
-        part = "zero_shot" if metric.endswith("_acc") else "perplexity"
-        limit = config.get("evaluation", {}).get(part, {}).get("limit")
-        return limit is None or bool(self._stand_in)
+        return True
 
     def _settings_of(self, config: dict[str, Any]) -> list[str]:
         values = {name: _setting(config, name) for name in self._varied}

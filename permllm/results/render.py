@@ -98,7 +98,8 @@ def main_measure(summary: Summary) -> str | None:
         if kind == "perplexity":
             return name
     accuracies = [name for name, kind in kinds.items() if kind == "accuracy"]
-    return "average acc" if "average acc" in accuracies else accuracies[0] if accuracies else None
+    averages = [name for name in accuracies if name.startswith("average acc")]
+    return next(iter([*averages, *accuracies]), None)
 
 
 def find_baseline(summary: Summary, text: str) -> Row:
@@ -153,7 +154,10 @@ def _unit(kind: str) -> str:
 
 def heading(summary: Summary, name: str) -> str:
     """A measure's name, with a word where some row's value is of a part of the items."""
-    limited = any(row.measures[name].limited for row in summary.rows if name in row.measures)
+    # That a perplexity is of the first windows alone stands with the run.
+    limited = _kind(summary, name) == "accuracy" and any(
+        row.measures[name].limited for row in summary.rows if name in row.measures
+    )
     return f"{name} (limited)" if limited else name
 
 

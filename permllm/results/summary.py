@@ -6,19 +6,19 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from permllm.config import identity_of
+from permllm.identity import identity_of
 from permllm.nested import flatten
+from permllm.record import evaluations
 from permllm.record.figures import counted_tasks, mean_accuracy, mean_error
 from permllm.results.collect import Run
 
 # Settings that only repeat others or name files, whose digests stand beside them.
 _LEFT_OUT = ("name", "seed", "inputs", "save_weights")
 _LEFT_OUT_BELOW = ("_target_", "path", "data_files", "architecture", "device", "hub_name", "source", "revision")
-_REPEATED = ("permutation.block_size", "permutation.temperature", "protocol")
 # What a reader looks for first.
 _FIRST = (
     "model",
@@ -119,15 +119,17 @@ def summarise(runs: list[Run]) -> Summary:
         for values, indices in zip(groups, members.values(), strict=True)
     ]
     notes = []
+    each = {id(run): {which: _measures(run, which) for which in ("dense", "sparse")} for run in runs}
+    named = _names(key for found in each.values() for measures in found.values() for key in measures)
     for row in rows:
-        row.measures, missing = _shared_measures(row.runs)
+        row.measures, missing = _shared_measures([each[id(run)]["sparse"] for run in row.runs], named)
         if missing:
             where = ", ".join(str(run.directory) for run in row.runs)
             notes.append(f"{', '.join(missing)}: left out of a row of {len(row.runs)} seeds, of which some lack it ({where})")
     ordered = sorted(rows, key=lambda row: [_sortable(row.labels[name]) for name in settings])
     names = list(dict.fromkeys(name for row in ordered for name in row.measures))
-    dense = [_measures(row.runs[0], "dense") for row in ordered]
-    shared = {key[0]: value for key, value in dense[0].items() if all(other.get(key) == value for other in dense)}
+    dense = [each[id(row.runs[0])]["dense"] for row in ordered]
+    shared = {named[key]: value for key, value in dense[0].items() if all(other.get(key) == value for other in dense)}
     return Summary(settings, names, ordered, shared, notes)
 
 
@@ -135,8 +137,8 @@ def row_labels(summary: Summary) -> list[str]:
     """A short name for each row: all settings where these are few, else the method and what is unusual in it."""
     labels = []
     few = len(summary.settings) <= 3
-    # How it was measured comes last: it is what a name that is cut short can spare.
-    settings = sorted(summary.settings, key=lambda name: name.startswith(("calibration.", "evaluation.")))
+    # How it was calibrated comes last: it is what a name that is cut short can spare.
+    settings = sorted(summary.settings, key=lambda name: name.startswith("calibration."))
     for row in summary.rows:
         parts = []
         for name in settings:
@@ -158,8 +160,6 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     kept = {}
     for key, value in flat.items():
         if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
-            continue
-        if any(key == repeated or key.startswith(f"{repeated}.") for repeated in _REPEATED):
             continue
         kept[plain(key.removesuffix(".name"))] = value
     inputs = config.get("inputs") or {}
@@ -185,37 +185,44 @@ def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:
     return {name: setting_text(values[name]) if name in values else "" for name in settings}
 
 
-def _shared_measures(runs: list[Run]) -> tuple[dict[str, Measure], list[str]]:
-    """The measures of the sparse model that all runs of a row have, over their seeds, and the names of what some lack."""
-    each = [_measures(run, "sparse") for run in runs]
+# A measure's name, and facts of how it was measured, which its column names where two of that name differ in them.
+_Key = tuple[str, tuple[str, ...]]
+
+
+def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
+    """The column of each measure."""
+    of_name: dict[str, list[tuple[str, ...]]] = {}
+    for name, facts in dict.fromkeys(keys):
+        of_name.setdefault(name, []).append(facts)
+    named = {}
+    for name, every in of_name.items():
+        differs = [len(set(values)) > 1 for values in zip(*every, strict=True)]
+        for facts in every:
+            said = [fact for fact, differing in zip(facts, differs, strict=True) if differing]
+            named[name, facts] = ", ".join([name, *said])
+    return named
+
+
+def _shared_measures(each: list[dict[_Key, Measure]], named: dict[_Key, str]) -> tuple[dict[str, Measure], list[str]]:
+    """The measures that all runs of a row have, over their seeds, and the names of what some lack."""
     found, missing = {}, []
     for key in dict.fromkeys(key for measures in each for key in measures):
-        name, _ = key
         if any(key not in measures for measures in each):
-            missing.append(name)
+            missing.append(named[key])
             continue
         of_seeds = [measures[key] for measures in each]
-        stderr = of_seeds[0].stderr if len(runs) == 1 else None  # a deviation over seeds says more
+        stderr = of_seeds[0].stderr if len(each) == 1 else None  # a deviation over seeds says more
         values = [value for measure in of_seeds for value in measure.values]
-        found[name] = Measure(values, of_seeds[0].kind, stderr, any(measure.limited for measure in of_seeds))
-    return found, list(dict.fromkeys(missing))
+        found[named[key]] = Measure(values, of_seeds[0].kind, stderr, any(measure.limited for measure in of_seeds))
+    return found, missing
 
 
-def _measures(run: Run, which: str) -> dict[tuple[str, tuple[str, ...]], Measure]:
-    """Of one run, by name and what it is a mean of."""
+def _measures(run: Run, which: str) -> dict[_Key, Measure]:
+    """Of one run, in all ways that it was evaluated in."""
     metrics = run.metrics
-    found: dict[tuple[str, tuple[str, ...]], Measure] = {}
-    for text, values in metrics.get("perplexity", {}).get(which, {}).items():
-        name = f"{plain(text)} perplexity (window {values['window']})"
-        found[name, ()] = Measure([values["value"]], "perplexity")
-    tasks = metrics.get("zero_shot", {}).get(which, {})
-    for task, values in tasks.items():
-        if values["acc"] is not None:
-            found[f"{plain(task)} acc", ()] = Measure([values["acc"]], "accuracy", values["stderr"], values["limited"])
-    counted = counted_tasks(tasks)
-    if len(counted) > 1:
-        limited = any(tasks[task]["limited"] for task in counted)
-        found["average acc", tuple(counted)] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited)
+    found: dict[_Key, Measure] = {}
+    for entry in evaluations.all_of(metrics, run.config):
+        found = _evaluated(entry, which) | found
     if which == "sparse":
         for key, name, kind in (("retained_saliency", "saliency kept", "share"), ("output_error", "output error", "error")):
             if key in metrics:
@@ -223,6 +230,31 @@ def _measures(run: Run, which: str) -> dict[tuple[str, tuple[str, ...]], Measure
         # Loading, calibration and the dense model's evaluation may be what an earlier job left.
         seconds = metrics["seconds"].get("permute", 0.0) + metrics["seconds"].get("prune", 0.0)
         found["seconds", ()] = Measure([seconds], "seconds")
+    return found
+
+
+def _evaluated(entry: Mapping[str, Any], which: str) -> dict[_Key, Measure]:
+    """Of one evaluation."""
+    found: dict[_Key, Measure] = {}
+    facts: tuple[str, ...]
+    how = entry["evaluation"]
+    text_digest = entry.get("texts", {}).get("perplexity", "")
+    for text, values in entry.get("perplexity", {}).get(which, {}).items():
+        window = values["window"]
+        facts = (f"{values['tokens'] // max(1, window - 1)} windows", f"text {plain(text_digest)[:8]}")
+        limited = how.get("perplexity", {}).get("limit") is not None
+        found[f"{plain(text)} perplexity (window {window})", facts] = Measure([values["value"]], "perplexity", None, limited)
+    tasks = entry.get("zero_shot", {}).get(which, {})
+    bos = f"add_bos_token={setting_text(how.get('zero_shot', {}).get('add_bos_token'))}"
+    for task, values in tasks.items():
+        if values["acc"] is not None:
+            facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", bos)
+            found[f"{plain(task)} acc", facts] = Measure([values["acc"]], "accuracy", values["stderr"], values["limited"])
+    counted = counted_tasks(tasks)
+    if len(counted) > 1:
+        limited = any(tasks[task]["limited"] for task in counted)
+        facts = (f"of {plain(', '.join(counted))}", f"{sum(tasks[task]['n'] for task in counted)} items", bos)
+        found["average acc", facts] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited)
     return found
 
 

@@ -16,7 +16,7 @@ from permllm.record.environment import environment
 from permllm.record.files import write_record
 from permllm.record.names import ENVIRONMENT, METRICS
 from permllm.record.schema import validated
-from permllm.record.store import RunRecord
+from permllm.record.store import RunRecord, run_directory
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.plotting import load_pyplot, save_figure
 from permllm.runtime.seeding import seed_everything
@@ -66,7 +66,7 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
     Returns:
         The metrics, with the results under `study`, and the directory.
     """
-    record = RunRecord(config.directory, config, config.force)
+    record = RunRecord(run_directory(config), config, config.force)
     with record.opened():
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)

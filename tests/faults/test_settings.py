@@ -16,10 +16,11 @@ import torch
 from pyarrow import parquet
 
 from permllm import cli, runner
-from permllm.config import read_config
+from permllm.config import instantiate_permutation, read_config
 from permllm.data.text_file import read_text_file
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.permutation.heuristic import Heuristic
 from permllm.record.environment import environment
 from permllm.record.files import write_text
 from permllm.record.loggers import WANDB_ID, _wandb_id
@@ -44,10 +45,14 @@ def test_values_that_cannot_work_are_one_line(override: str, message: str, tmp_p
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["permutation.block_size=16"], r"permutation\.block_size=16 is not block_size, .* set block_size=16$"),
-        (["permutation.block_size=30", "plan=true"], "set block_size=30$"),
-        (["permutation.temperature=null"], "set temperature=OPTION or temperature.KEY=VALUE$"),
-        (["++permutation.temperature.start=2", "plan=true"], "set temperature=OPTION or temperature.KEY=VALUE$"),
+        (["+permutation.block_size=16"], r"permutation\.block_size=16 is not block_size, .* set block_size=16$"),
+        (["+permutation.block_size=30", "plan=true"], "set block_size=30$"),
+        (["+permutation.temperature=null"], "set temperature=OPTION or temperature.KEY=VALUE$"),
+        (["+permutation.temperature={start: 2}", "plan=true"], "set temperature=OPTION or temperature.KEY=VALUE$"),
+        (
+            ["+permutation.uses=[seed]", "permutation=none"],
+            "permutation.uses='seed' is not valid",
+        ),
         (["logger=wandb", "logger.project=a/b"], r"logger\.project='a/b': W&B allows none of / \\ # \? % :"),
         (["logger=wandb", f"logger.project={'a' * 129}"], "W&B allows 128 characters, and it has 129"),
     ],
@@ -57,10 +62,10 @@ def test_values_that_another_setting_or_a_service_does_not_allow_are_refused_fir
         read_config(composed(*overrides))
 
 
-def test_what_repeats_a_setting_follows_it() -> None:
-    config = read_config(composed("block_size=16", "temperature=cosine", "logger.project=a-b"))
-    assert config.permutation["block_size"] == 16
-    assert config.permutation["temperature"]["name"] == "cosine"
+def test_a_method_is_given_the_settings_at_the_top_that_it_uses() -> None:
+    method = instantiate_permutation(read_config(composed("block_size=16", "temperature=cosine", "logger.project=a-b")))
+    assert (method.block_size, type(method.temperature).__name__) == (16, "Cosine")
+    assert instantiate_permutation(read_config(composed("block_size=16", "permutation=heuristic"))) == Heuristic("free")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a/b\n", b"x" * 1000, b"two words\n", "\uff41".encode()])
@@ -70,7 +75,7 @@ def test_a_broken_id_of_a_wandb_run_is_replaced_with_a_word(
     config = read_config(composed("model=tiny"))
     (tmp_path / WANDB_ID).write_bytes(content)
     made = _wandb_id(config, tmp_path)
-    assert re.fullmatch(r"[0-9a-f]{10}-[0-9a-f]{8}", made)
+    assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}", made)
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / WANDB_ID} holds no id of a W&B run: this run goes on in a new one"
     ]

@@ -26,9 +26,9 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
     from permllm.permutation.lcp import training
     from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
     from permllm.permutation.lcp.method import LCP
+    from permllm.permutation.lcp.temperature import Linear
     from permllm.permutation.problem import LearningProblem
     from permllm.permutation.shared import shared_orders
-    from permllm.permutation.lcp.temperature import Linear
     from permllm.sparsity import NMPattern
 
     device = torch.device("cuda", 0)

@@ -20,10 +20,10 @@ from permllm.permutation.lcp import method as lcp_module
 from permllm.permutation.lcp import training as training_module
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.kernels import EAGER
+from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.shared import RESIDUAL, SharedOrder, foldable, shared_orders
 from permllm.permutation.stacks import split_blocks
-from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from tests.conftest import tiny_model
@@ -290,7 +290,7 @@ def test_schedules() -> None:
     assert [Linear(1.0, 0.1)(p) for p in progress] == pytest.approx([1.0, 0.775, 0.55, 0.1])
     assert [Cosine(1.0, 0.0001)(p) for p in progress] == pytest.approx([1.0, 0.8536, 0.50005, 0.0001], abs=1e-4)
     assert [Exponential(1.0, 0.01)(p) for p in progress] == pytest.approx([1.0, 0.3162, 0.1, 0.01], abs=1e-4)
-    assert [Constant(0.3, 0.1)(p) for p in progress] == [0.3] * 4
+    assert [Constant(0.3)(p) for p in progress] == [0.3] * 4
     with pytest.raises(ConfigError, match=r"temperature\.end=0"):
         Linear(1.0, 0)
 

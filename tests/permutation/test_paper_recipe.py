@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
 from permllm import ordering
-from permllm.config import RunConfig, instantiate
+from permllm.config import RunConfig, instantiate, instantiate_permutation
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.permutation.lcp.kernels import EAGER
@@ -110,7 +110,7 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
 def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, pruner: str, iterations: int) -> None:
     overrides = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.passes={PASSES}", f"block_size={BLOCK}"]
     settings = config("model=tiny", f"pruner={pruner}", "permutation=lcp-paper", *overrides, "permutation.batch_size=3")
-    method: LCP = instantiate(settings.permutation)
+    method: LCP = instantiate_permutation(settings)
     model = tiny_model("llama", dtype=torch.float64)
     problem = learning(model, settings)
     shared = shared_orders(problem.groups, "free")
@@ -168,7 +168,7 @@ def test_the_temperature_changes_once_a_pass_and_never_ends(cache: Path) -> None
     problem = learning(tiny_model("llama"), settings)
     problem.directory = None
     problem.on_step = lambda _, values: seen.append(values["temperature"])
-    instantiate(settings.permutation).orders(problem)
+    instantiate_permutation(settings).orders(problem)
     assert seen == pytest.approx([1.0, 1.0, 0.775, 0.775, 0.55, 0.55, 0.325, 0.325])
 
 

@@ -18,8 +18,8 @@ from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
 from permllm.permutation.lcp.method import LCP
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.lcp.temperature import Linear
+from permllm.permutation.problem import LearningProblem
 from permllm.pipeline import prune
 from permllm.pruning.gblm import GBLM
 from permllm.pruning.magnitude import Magnitude

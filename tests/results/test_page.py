@@ -104,7 +104,14 @@ def test_the_difference_of_a_config_is_against_the_usual_value() -> None:
         "name": "a",
         "seed": 0,
         "logger": {"name": "wandb"},
-        "permutation": {"name": "lcp", "_target_": "x", "margin": 0.05, "loss": None, "temperature": {"end": 0.1}},
+        "permutation": {
+            "name": "lcp",
+            "_target_": "x",
+            "block_size": 64,
+            "margin": 0.05,
+            "loss": None,
+            "temperature": {"end": 0.1},
+        },
         "temperature": {"end": 0.1},
         "block_size": 64,
     }
@@ -114,7 +121,6 @@ def test_the_difference_of_a_config_is_against_the_usual_value() -> None:
         **lcp,
         "name": "d",
         "temperature": {"end": 0.03},
-        "permutation": {**lcp["permutation"], "temperature": {"end": 0.03}},
     }
     first, second, third, fourth = differences([lcp, none, large, cold])
     assert first == []
@@ -126,14 +132,14 @@ def test_the_difference_of_a_config_is_against_the_usual_value() -> None:
 
 def test_without_a_usual_value_the_first_run_is_the_measure() -> None:
     configs = [
-        {"block_size": 32, "reconstruction": {"name": "none"}},
-        {"block_size": 64},
-        {"block_size": 128, "compile": True},
+        {"seed": 32, "reconstruction": {"name": "none"}},
+        {"seed": 64},
+        {"seed": 128, "compile": True},
     ]
     assert differences(configs) == [
         [("reconstruction.name", "none", "not set")],
-        [("block_size", "64", "32")],
-        [("block_size", "128", "32"), ("compile", "true", "not set")],
+        [("seed", "64", "32")],
+        [("seed", "128", "32"), ("compile", "true", "not set")],
     ]
 
 

@@ -21,7 +21,7 @@ from permllm.results.collect import collect
 from permllm.results.plots import numeric_setting, plot, plot_masks
 from permllm.results.published import Comparison, published
 from permllm.results.render import cells, find_baseline, render
-from permllm.results.summary import Row, summarise
+from permllm.results.summary import summarise
 from permllm.results.table import print_comparison
 from tests.conftest import ROOT, run_module
 
@@ -211,8 +211,9 @@ def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it(tmp_path: Path)
     (made,) = collect([make_run(tmp_path / "a", 9.5, model="llama-2-7b")]).runs
     for name, changed in changes.items():
         run = replace(made, config=made.config | changed)
-        found[name] = paper.value(Row({}, {}, [run]), "wikitext2 perplexity (window 2048)")
-        assert paper.value(Row({}, {}, [run]), "wikitext2 perplexity (window 256)") is None
+        (row,) = summarise([run]).rows
+        found[name] = paper.value(row, "wikitext2 perplexity (window 2048)")
+        assert paper.value(row, "wikitext2 perplexity (window 256)") is None
     expected = next(row.value for row in published("1") if (row.model, row.method) == ("llama-2-7b", "permllm-wanda"))
     assert found == {name: expected if name == "same" else None for name in changes}
 

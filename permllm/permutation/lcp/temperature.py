@@ -46,8 +46,13 @@ class Exponential(_Range):
 
 
 @dataclass(frozen=True)
-class Constant(_Range):
-    """`start` throughout; `end` is not used."""
+class Constant:
+    """`start` throughout."""
+
+    start: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_number("temperature.start", self.start, positive=True)
 
     def __call__(self, progress: float) -> float:
         """Temperature at `progress` in [0, 1]."""

@@ -1,0 +1,113 @@
+"""What a result follows from: the settings that make a pruned model, those that say how it is evaluated, and their digests.
+
+Works on settings as plain values, those of a record too, which an earlier version may have written: the same pruned model has
+the same identity in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Settings that do not change a pruned model; its identity leaves them out.
+_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation")
+# Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
+# leaves them out, so that no run directory changes its name.
+_ADDED_LATER: dict[str, Any] = {
+    "study": {},
+    "permutation.norm_over": "tokens",
+    "permutation.temperature_every": "step",
+    "permutation.sinkhorn_start": "exponential",
+    "calibration.sampling": "disjoint",
+}
+
+# Settings at the top that a permutation takes as arguments where its `uses` names them.
+FROM_THE_TOP = ("block_size", "temperature")
+# The file whose text perplexity is measured on, among the digests of files (`inputs`).
+_EVALUATED_FILE = "evaluation.perplexity.data_files"
+
+_DIGITS = 12
+# Of the digests of earlier versions, which counted the evaluation and the names of classes as well.
+EARLIER_DIGITS = 10
+
+
+def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of resolved settings that makes a pruned model, or what a study measures.
+
+    Neither the names of this package's classes, which may move, nor what the permutation does not use are part of it.
+    """
+    identity = {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
+    if "inputs" in identity:
+        identity["inputs"] = {key: digest for key, digest in (identity["inputs"] or {}).items() if key != _EVALUATED_FILE}
+    identity["permutation"], used = _split(identity.get("permutation") or {})
+    for key in FROM_THE_TOP:
+        if key not in used:
+            identity.pop(key, None)
+    # Earlier versions gave the constant temperature an end.
+    temperature = identity.get("temperature")
+    if isinstance(temperature, Mapping) and temperature.get("name") == "constant":
+        identity["temperature"] = {key: value for key, value in temperature.items() if key != "end"}
+    identity = _without_classes(identity)
+    for path, before in _ADDED_LATER.items():
+        identity = _without(identity, path.split("."), before)
+    return identity
+
+
+def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of resolved settings that says how a model is evaluated: `perplexity` and `zero_shot`, as far as asked for.
+
+    Sizes of batches are not part of it, nor is where a file lies, but its name, which names the result, and its digest.
+    """
+    settings = resolved.get("evaluation") or {}
+    text, tasks = dict(settings.get("perplexity") or {}), dict(settings.get("zero_shot") or {})
+    digest = (resolved.get("inputs") or {}).get(_EVALUATED_FILE)
+    file = text.pop("data_files", None)
+    text.pop("batch_tokens", None)
+    tasks.pop("batch_size", None)
+    if tasks.get("add_bos_token", "absent") is None:  # came later
+        tasks.pop("add_bos_token")
+    if file:
+        text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
+    found = {}
+    if text and (file or text.get("dataset", "of an early record") is not None):
+        found["perplexity"] = text
+    if tasks and tasks.get("tasks", "of an early record"):
+        found["zero_shot"] = tasks
+    return found
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Hexadecimal digest of settings."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+
+def _split(permutation: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a permutation that are its own, and the names of those that it takes from the top."""
+    own = dict(permutation)
+    # Earlier versions repeated them in the group.
+    repeated = [key for key in FROM_THE_TOP if key in own]
+    used = [*(own.pop("uses", None) or []), *repeated]
+    for key in repeated:
+        own.pop(key)
+    return own, used
+
+
+def _without_classes(value: Any) -> Any:
+    """The settings without the names of this package's classes; those of somebody else's say what they are."""
+    if not isinstance(value, Mapping):
+        return value
+    ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
+    return {key: _without_classes(part) for key, part in value.items() if not (key == "_target_" and ours)}
+
+
+def _without(settings: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """The settings without the one at `path`, where it has this value."""
+    key, *below = path
+    present = settings.get(key)
+    if below and isinstance(present, dict):
+        return settings | {key: _without(present, below, value)}
+    if not below and present == value:
+        return {name: kept for name, kept in settings.items() if name != key}
+    return settings

@@ -1,0 +1,92 @@
+"""A pruned model may be evaluated in several ways, and its record holds all of them.
+
+The one that was asked for last stands at the top of `metrics.json`: how it was made under `evaluation`
+(`permllm.identity.evaluation_of`), its results under `perplexity` and `zero_shot`, the digest of its text in `texts`, its
+settings in `protocol`. The others have the same keys in their entries of `other_evaluations`, and `finished`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from permllm.identity import digest_of, evaluation_of
+
+_OTHERS, _FINISHED = "other_evaluations", "finished"
+_OWN = ("evaluation", "evaluation_hash", "perplexity", "zero_shot")
+# Of keys that stand for calibration too, the part that is the evaluation's.
+_SHARED = {"texts": "perplexity", "protocol": "evaluation"}
+
+
+def head(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of an evaluation begins with.
+
+    Args:
+        evaluation: how it is made.
+        settings: the group `evaluation`, resolved.
+    """
+    how = dict(evaluation)
+    return {"evaluation": how, "evaluation_hash": digest_of(how), "protocol": {"evaluation": dict(settings)}}
+
+
+def present(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the evaluation at the top was made; records of earlier versions say it in their config alone."""
+    found = metrics.get("evaluation")
+    return evaluation_of(config) if found is None else dict(found)
+
+
+def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of all other evaluations that are finished."""
+    return [entry for entry in metrics.get(_OTHERS, []) if entry[_FINISHED]]
+
+
+def all_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries of all evaluations of a finished run, the one at the top first."""
+    return [{**metrics, "evaluation": present(metrics, config)}, *others(metrics)]
+
+
+def merge(metrics: dict[str, Any], config: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> bool:
+    """Add evaluations from another record of the same pruned model that this one does not hold; whether there were any.
+
+    Each keeps the `config_hash` of the record that it is from.
+    """
+    held = [entry["evaluation"] for entry in all_of(metrics, config)]
+    new = [dict(entry) for entry in entries if entry["evaluation"] not in held]
+    source = {"config_hash": entries[0]["config_hash"], _FINISHED: True}
+    metrics[_OTHERS] = [*metrics.get(_OTHERS, []), *(_taken(entry) | source for entry in new)]
+    return bool(new)
+
+
+def entry_for(metrics: dict[str, Any], begun: dict[str, Any]) -> dict[str, Any]:
+    """The entry of another evaluation than the one at the top, which begins as `begun` where there is none yet."""
+    entries: list[dict[str, Any]] = metrics.setdefault(_OTHERS, [])
+    for entry in entries:
+        if entry["evaluation"] == begun["evaluation"]:
+            return entry
+    entries.append(begun | {_FINISHED: False})
+    return entries[-1]
+
+
+def forget(metrics: dict[str, Any]) -> None:
+    """Remove all results: those at the top, of which how they are to be made stays, and the other evaluations."""
+    for key in ("perplexity", "zero_shot", _OTHERS):
+        metrics.pop(key, None)
+    metrics.get("texts", {}).pop("perplexity", None)
+
+
+def bring_forward(metrics: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Have an evaluation that is finished now change places with the one at the top."""
+    top = _taken(metrics)
+    metrics[_OTHERS] = [top | {_FINISHED: True}, *(other for other in metrics[_OTHERS] if other is not entry)]
+    for key, value in _taken(entry).items():
+        metrics[key] = metrics.get(key, {}) | value if key in _SHARED else value
+
+
+def _taken(values: dict[str, Any]) -> dict[str, Any]:
+    """What is an evaluation's, taken out of what else stands there."""
+    taken = {key: values.pop(key) for key in _OWN if key in values}
+    for key, part in _SHARED.items():
+        if part in values.get(key, {}):
+            taken[key] = {part: values[key][part]}
+            values[key] = {other: value for other, value in values[key].items() if other != part}
+    return taken

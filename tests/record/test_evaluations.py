@@ -1,0 +1,271 @@
+"""A pruned model is evaluated in another way without being pruned again, and its record holds every way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permllm import runner
+from permllm.config import RunConfig, read_config
+from permllm.errors import DataError, InUseError
+from permllm.evaluation import measure
+from permllm.identity import digest_of
+from permllm.record import store
+from permllm.record.files import read_json
+from permllm.record.schema import FinishedRun
+from permllm.record.store import is_finished, run_directory
+from permllm.results.collect import collect
+from permllm.results.summary import summarise
+from tests.conftest import ROOT
+from tests.test_config import composed
+
+SMALL = ("calibration.samples=4", "calibration.length=16")
+OTHER = ("evaluation.perplexity.window=32", "evaluation.perplexity.limit=3")
+MADE = ("permutations.safetensors", "masks.safetensors", "config.yaml", "environment.json", "history.jsonl")
+
+
+def settings(folder: Path, *overrides: str) -> RunConfig:
+    return read_config(composed("model=tiny", "logger=none", f"runs_dir={folder}/runs", *SMALL, *overrides))
+
+
+def run(folder: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
+    result = runner.run(settings(folder, *overrides))
+    assert result is not None
+    return result
+
+
+def refuse(*_: Any) -> None:
+    raise AssertionError("pruned again")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is measured from now on; nothing is pruned."""
+    calls: list[str] = []
+
+    def accuracies(model: Any, tokenizer: Any, config: Any) -> dict[str, Any]:
+        calls.extend(config.tasks)
+        one = {"acc_norm": None, "stderr": 0.1, "n": 2, "limited": True, "split": "test", "data": None}
+        return {task: one | {"acc": len(task) / 20} for task in config.tasks}
+
+    real = measure.perplexity
+    monkeypatch.setattr(measure, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
+    monkeypatch.setattr(measure, "zero_shot", accuracies)
+    return calls
+
+
+def test_another_evaluation_of_a_finished_run_only_evaluates(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, directory = run(tmp_path)
+    made = {name: (directory / name).read_bytes() for name in MADE}
+    monkeypatch.setattr(runner, "_prune", refuse)
+    calls = counted(monkeypatch)
+
+    second, there = run(tmp_path, *OTHER)
+    assert there == directory
+    assert {name: (directory / name).read_bytes() for name in MADE} == made
+    assert second["evaluation"]["perplexity"] == {"dataset": "builtin", "window": 32, "limit": 3}
+    assert second["protocol"]["evaluation"]["perplexity"]["window"] == 32
+    assert second["protocol"]["calibration"] == first["protocol"]["calibration"]
+    assert second["perplexity"]["sparse"]["builtin"]["tokens"] == 3 * 31
+    assert [entry["perplexity"] for entry in second["other_evaluations"]] == [first["perplexity"]]
+    assert [entry["evaluation_hash"] for entry in second["other_evaluations"]] == [first["evaluation_hash"]]
+    assert second["seconds"]["prune"] == first["seconds"]["prune"]
+    assert calls == ["dense perplexity", "sparse perplexity"]
+
+    # Both are there now, and the one that is asked for is at the top.
+    again, _ = run(tmp_path)
+    assert calls == ["dense perplexity", "sparse perplexity"]
+    assert (again["perplexity"], again["protocol"]) == (first["perplexity"], first["protocol"])
+    assert read_json(directory / "metrics.json", FinishedRun) == again
+
+
+def test_tasks_that_were_measured_in_the_same_way_are_not_measured_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "evaluation.zero_shot.tasks"
+    calls = counted(monkeypatch)
+    run(tmp_path, f"{tasks}=[rte,piqa]")
+    assert calls == ["dense perplexity", "rte", "piqa", "sparse perplexity", "rte", "piqa"]
+    monkeypatch.setattr(runner, "_prune", refuse)
+    calls.clear()
+    metrics, _ = run(tmp_path, f"{tasks}=[piqa,sciq]")
+    assert calls == ["sciq", "sciq"]
+    assert metrics["zero_shot"]["sparse"].keys() == metrics["zero_shot"]["dense"].keys() == {"piqa", "sciq"}
+    calls.clear()
+    run(tmp_path, f"{tasks}=[piqa,sciq]", "evaluation.zero_shot.limit=7")
+    assert calls == ["piqa", "sciq", "piqa", "sciq"]
+
+
+def test_an_evaluation_that_is_killed_leaves_the_run_as_it_was_and_goes_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, directory = run(tmp_path)
+    real = measure.perplexity
+
+    def killed(*args: Any) -> Any:
+        if args[3].startswith("sparse"):
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(measure, "perplexity", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *OTHER)
+    (found,) = collect([tmp_path / "runs"]).runs
+    assert found.metrics["perplexity"] == first["perplexity"]
+    assert len(summarise([found]).rows[0].measures) == 4
+    assert is_finished(directory, settings(tmp_path).evaluation_identity)
+    assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
+    calls: list[str] = []
+    monkeypatch.setattr(measure, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
+    monkeypatch.setattr(runner, "_prune", refuse)
+    metrics, _ = run(tmp_path, *OTHER)
+    assert calls == ["sparse perplexity"]
+    assert metrics["perplexity"]["sparse"]["builtin"]["window"] == 32
+    assert is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_evaluation_that_is_asked_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    real = runner.evaluate
+    monkeypatch.setattr(runner, "evaluate", lambda *args: killed() if args[2] == "sparse" else real(*args))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(runner, "evaluate", real)
+    monkeypatch.setattr(runner, "_prune", refuse)
+    metrics, _ = run(tmp_path, *OTHER)
+    for which in ("dense", "sparse"):
+        assert metrics["perplexity"][which]["builtin"]["window"] == 32
+    assert "other_evaluations" not in metrics
+
+
+@pytest.mark.parametrize("broken", ["masks", "weights"])
+def test_a_finished_run_that_cannot_be_rebuilt_keeps_its_results(cache: Path, tmp_path: Path, broken: str) -> None:
+    kept = ["pruner=sparsegpt", "permutation=none", *(["save_weights=false"] if broken == "weights" else [])]
+    first, directory = run(tmp_path, *kept)
+    if broken == "masks":
+        content = bytearray((directory / "masks.safetensors").read_bytes())
+        content[-1] ^= 255
+        (directory / "masks.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match="it cannot be evaluated in another way; force=true runs it again"):
+        run(tmp_path, *kept, *OTHER)
+    again, _ = run(tmp_path, *kept)
+    assert again["perplexity"] == first["perplexity"]
+
+
+def test_a_table_has_a_column_for_each_way_of_measuring(cache: Path, tmp_path: Path) -> None:
+    for permutation in ("none", "heuristic"):
+        run(tmp_path, f"permutation={permutation}")
+        run(tmp_path, f"permutation={permutation}", "evaluation.perplexity.limit=2")
+    summary = summarise(collect([tmp_path / "runs"]).runs)
+    assert summary.settings == ["permutation"]
+    assert len(summary.rows) == 2
+    names = [name for name in summary.measures if "perplexity" in name]
+    assert len(names) == 2
+    assert "builtin perplexity (window 64), 2 windows" in names
+    assert set(names) <= summary.dense.keys()
+
+
+def test_runs_of_an_earlier_version_that_differ_in_their_evaluation_are_one(tmp_path: Path) -> None:
+    records = ROOT / "experiments" / "peers" / "records"
+    collection = collect([records])
+    assert len(list(records.iterdir())) == 2 * len(collection.runs)
+    assert not collection.duplicates
+    summary = summarise(collection.runs)
+    assert sum("perplexity" in name for name in summary.measures) == 2
+    for row in summary.rows:
+        assert set(summary.measures) == row.measures.keys()
+    # Without having been pruned alike they are not.
+    first, second = sorted(records.glob("*-ria-*"))
+    for source in (first, second):
+        shutil.copytree(source, tmp_path / source.name)
+    metrics = json.loads((second / "metrics.json").read_text())
+    metrics["retained_saliency"] |= dict.fromkeys(list(metrics["retained_saliency"])[:1], 0.125)
+    (tmp_path / second.name / "metrics.json").write_text(json.dumps(metrics))
+    assert [path.name for path, _ in collect([tmp_path]).duplicates] == [second.name]
+
+
+def test_a_finished_run_of_an_earlier_version_is_evaluated_where_it_is(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, directory = run(tmp_path)
+    earlier = directory.with_name(directory.name.rpartition("-")[0] + "-0123456789")
+    directory.rename(earlier)
+    metrics = json.loads((earlier / "metrics.json").read_text())
+    for key in ("evaluation", "evaluation_hash", "code", "crc32", "files"):
+        del metrics[key]
+    (earlier / "metrics.json").write_text(json.dumps(metrics))
+    assert run_directory(settings(tmp_path)) == earlier
+    monkeypatch.setattr(runner, "_prune", refuse)
+    assert run(tmp_path)[0]["perplexity"] == first["perplexity"]
+    second, there = run(tmp_path, *OTHER)
+    assert there == earlier
+    assert [entry["perplexity"] for entry in second["other_evaluations"]] == [first["perplexity"]]
+
+
+def test_a_process_that_evaluates_in_another_way_waits_and_one_that_does_the_same_is_refused(tmp_path: Path) -> None:
+    config, another = settings(tmp_path), settings(tmp_path, *OTHER)
+    holder = store.RunRecord(run_directory(config), config)
+    entered: list[float] = []
+
+    def other() -> None:
+        with store.RunRecord(run_directory(config), another).opened():
+            entered.append(time.monotonic())
+
+    with holder.opened():
+        with pytest.raises(InUseError), store.RunRecord(run_directory(config), settings(tmp_path)).opened():
+            pytest.fail("entered")
+        thread = threading.Thread(target=other)
+        thread.start()
+        while not (holder.directory / f".lock-{digest_of(another.evaluation_identity)}").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)  # it tries twenty times a second
+        assert not entered
+        left = time.monotonic()
+    thread.join(60)
+    assert entered
+    assert entered[0] >= left
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_other_code_made_is_said_to_be_in_one_line(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, interrupted: bool
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def said() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if "version of the code" in record.getMessage()]
+        caplog.clear()
+        return found
+
+    prune: Callable[..., Any] = runner.prune
+    if interrupted:
+        monkeypatch.setattr(runner, "prune", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+        monkeypatch.setattr(runner, "prune", prune)
+    else:
+        run(tmp_path)
+    directory = run_directory(settings(tmp_path))
+    assert not said()
+    monkeypatch.setattr(runner, "code_of", lambda config, methods: "other")
+    metrics, _ = run(tmp_path)
+    goes_on = " and goes on with this one" if interrupted else ""
+    assert said() == [f"{directory} was made by another version of the code{goes_on}; force=true runs it again"]
+    assert ("other" in metrics["code"]) == interrupted
+    metrics, _ = run(tmp_path, "force=true")
+    assert metrics["code"] == ["other"]
+    run(tmp_path)
+    assert not said()
