@@ -51,6 +51,35 @@ def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
     assert "is not a multiple of M" in again.stdout[again.stdout.index("jobs") :]
 
 
+def test_hydras_directories_are_those_of_the_record(tmp_path: Path) -> None:
+    quick = ["model=tiny", "logger=none", "permutation=none"]
+    assert run_command(*quick, "hydra.run.dir=one/run", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "one" / "run" / "metrics.json").read_text())["status"] == "finished"
+    several = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=many", cwd=tmp_path)
+    assert several.returncode == 0, several.stderr
+    assert len(list((tmp_path / "many").glob("tiny-wanda-none-2x4-*/metrics.json"))) == 2
+    named = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=named", "hydra.sweep.subdir=${hydra:job.num}", cwd=tmp_path)
+    assert named.returncode == 0, named.stderr
+    assert sorted(path.parent.name for path in (tmp_path / "named").glob("*/metrics.json")) == ["0", "1"]
+    assert not (tmp_path / "runs").exists()
+    table = run_module("permllm.results", str(tmp_path / "many"))
+    assert "builtin perplexity" in table.stdout
+
+
+def test_what_a_method_does_not_use_makes_no_second_run(tmp_path: Path) -> None:
+    quick = ["model=tiny", "logger=none", "permutation=heuristic"]
+    result = run_command("-m", *quick, "block_size=16,32", "temperature=linear,cosine", cwd=tmp_path)
+    assert "1 ran, 3 skipped" in result.stdout
+    again = run_command(*quick, "evaluation.perplexity.window=32", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "(window 32)" in again.stdout
+    assert "is finished already" not in again.stderr
+    only_run(tmp_path)
+    table = run_module("permllm.results", str(tmp_path / "runs"))
+    for window in (32, 64):
+        assert f"builtin perplexity (window {window})" in table.stdout
+
+
 def test_quickstart_compares_three_permutations_in_one_table(tmp_path: Path) -> None:
     result = run_command("experiment=quickstart", "model=tiny", "logger=none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
