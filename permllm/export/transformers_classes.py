@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
 from permllm.models.checkpoint import META, check_checkpoint, check_values
-from permllm.models.families import FAMILIES, channel_groups, linear_at
+from permllm.models.families import channel_groups, family_names, linear_at
 from permllm.sparsity import NMPattern
 from permllm.version import __version__
 
@@ -262,9 +262,9 @@ def _pruned(model: nn.Module) -> list[str]:
 
 def register() -> None:
     """Make gathered and packed models of all families known to transformers."""
-    for dense_type, hint in product(FAMILIES, (_HINT, *_EARLIER_HINTS)):
+    for dense_type, hint in product(family_names(), (_HINT, *_EARLIER_HINTS)):
         label = model_type_of(dense_type, hint)
-        if label in CONFIG_MAPPING:
+        if label in CONFIG_MAPPING or dense_type not in CONFIG_MAPPING:  # a package's may be for another transformers
             continue
         dense_config: Any = CONFIG_MAPPING[dense_type]
         dense_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

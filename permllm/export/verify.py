@@ -34,7 +34,7 @@ from permllm.models.checkpoint import (
     transformers_reads,
     weight_files,
 )
-from permllm.models.families import FAMILIES, decoder_layers
+from permllm.models.families import decoder_layers, family_named, family_names
 from permllm.record.files import read_json, write_json
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
@@ -218,9 +218,10 @@ def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) ->
 
 def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...] | None, int | None]:
     """How the names of the weights end that should be sparse, and how many there are; None of a family that we do not know."""
-    family = FAMILIES.get(getattr(skeleton.config, "dense_type", skeleton.config.model_type))
-    if family is None:
+    model_type = getattr(skeleton.config, "dense_type", skeleton.config.model_type)
+    if model_type not in family_names():
         return None, None
+    family = family_named(model_type)
     members = [member for group in family.groups for member in group.members]
     return tuple(f".{member}.weight" for member in members), len(members) * len(decoder_layers(skeleton))
 

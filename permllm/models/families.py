@@ -1,15 +1,21 @@
 """What a model family is: where its decoder layers are, which linears of a layer share a channel order, and what absorbs it.
 
-A family is a short table, keyed by `config.model_type`. To add one, add a table (CONTRIBUTING.md, "A model family").
+A family is a short table, keyed by `config.model_type`. To add one, add a table; an installed package adds its own by an entry
+point (CONTRIBUTING.md, "A model family").
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 
 from torch import Tensor, nn
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, first_line
+
+# Of a package's families, by model type.
+_ENTRY_POINTS = "permllm.families"
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,33 @@ def family_of(model: nn.Module) -> Family:
 
 
 def family_named(model_type: str) -> Family:
-    """The family of a model type. Raises ConfigError with the known types when it is not one of them."""
-    if model_type not in FAMILIES:
-        raise ConfigError(f"model type {model_type!r} is not known; known are: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    """The family of a model type.
+
+    Raises:
+        ConfigError: it is none of the known types, which the message lists, or the entry point of a package gives no family.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type not in family_names():
+        raise ConfigError(f"model type {model_type!r} is not known; known are: {', '.join(family_names())}")
+    return _from_a_package(model_type)
+
+
+def family_names() -> list[str]:
+    """The model types of this package and of those that are installed."""
+    return sorted({*FAMILIES, *entry_points(group=_ENTRY_POINTS).names})
+
+
+@cache
+def _from_a_package(model_type: str) -> Family:
+    (entry, *_) = entry_points(group=_ENTRY_POINTS, name=model_type)
+    try:
+        family = entry.load()
+    except Exception as error:  # a module of someone else's may raise anything
+        raise ConfigError(f"the family {model_type} cannot be imported from {entry.value}: {first_line(error)}") from error
+    if not isinstance(family, Family):
+        raise ConfigError(f"the family {model_type} of {entry.value} is no permllm.models.families.Family")
+    return family
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -10,9 +10,9 @@ from functools import cache
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, is_typeddict
 
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, first_line
 from permllm.sparsity import NMPattern
 
 Schema = TypeVar("Schema")
@@ -46,6 +46,16 @@ def validated(where: str, value: Any, schema: type[Schema]) -> Schema:
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise DataError(f"{where}: {f'{field}: ' if field else ''}{message}, and it is {shown}") from error
     return cast(Schema, value)
+
+
+def check_form(where: str, schema: Any) -> None:
+    """Raise ConfigError unless a schema is a TypedDict that values can be compared with; one line that begins with `where`."""
+    if not is_typeddict(schema):
+        raise ConfigError(f"{where}: it must be a TypedDict, and is {schema!r}")
+    try:
+        _adapter(schema)
+    except Exception as error:  # pydantic's are of several classes
+        raise ConfigError(f"{where}: {first_line(error)}") from error
 
 
 def _cut(text: str) -> str:

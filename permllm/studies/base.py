@@ -15,11 +15,12 @@ from permllm.errors import ConfigError
 from permllm.record.environment import environment
 from permllm.record.files import write_record
 from permllm.record.names import ENVIRONMENT, METRICS
-from permllm.record.schema import validated
+from permllm.record.schema import check_form, validated
 from permllm.record.store import RunRecord, run_directory
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.plotting import load_pyplot, save_figure
 from permllm.runtime.seeding import seed_everything
+from permllm.validation import check_contract
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,13 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
 
     Returns:
         The metrics, with the results under `study`, and the directory.
+
+    Raises:
+        ConfigError: the study lacks what it will be asked for.
     """
+    key = f"study={config.study.get('_target_')}"
+    check_contract(key, study, (), ("measure", "lines", "draw"))
+    check_form(f"{key}: form", getattr(study, "form", None))
     record = RunRecord(run_directory(config), config, config.force)
     with record.opened():
         if record.finished:

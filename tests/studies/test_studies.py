@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from permllm.config import read_config
 from permllm.errors import ConfigError
+from permllm.pruning import Wanda
+from permllm.record.schema import LayerRuntimes
 from permllm.sparsity import NMPattern
+from permllm.studies.base import run_study
 from permllm.studies.saliency_and_error import Layer, SaliencyAndError, swaps
 from tests.conftest import run_command
+from tests.test_config import composed
 
 PATTERN = NMPattern(2, 4)
 
@@ -98,3 +106,25 @@ def test_table_3_needs_no_weights(tmp_path: Path) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"study\.swaps=0"):
         SaliencyAndError(swaps=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"form": None}, r"form: it must be a TypedDict, and is None$"),
+        ({"form": TypedDict("Wrong", {"found": torch.Tensor})}, r"form: Unable to generate pydantic-core schema"),
+        ({"lines": None}, r"needs a method `lines`$"),
+    ],
+)
+def test_a_study_that_lacks_what_it_will_be_asked_for_is_refused_before_it_measures(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    def measure(*_: Any) -> None:
+        pytest.fail("measured")
+
+    whole = {"form": LayerRuntimes, "measure": measure, "lines": str, "draw": str}
+    study: Any = SimpleNamespace(**whole | changed)
+    config = read_config(composed("model=tiny", "study=layer_runtime", f"runs_dir={tmp_path}"))
+    with pytest.raises(ConfigError, match=message):
+        run_study(config, study, Wanda())
+    assert not any(tmp_path.iterdir())
