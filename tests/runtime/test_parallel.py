@@ -81,8 +81,8 @@ def finished(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int,
     return process.returncode, out, err
 
 
-def history(cwd: Path) -> list[dict[str, float]]:
-    file = cwd / "run" / "history.jsonl"
+def history(run: Path) -> list[dict[str, float]]:
+    file = run / "history.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
@@ -95,24 +95,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check_equal(mine: Path, other: Path) -> None:
+def check_equal(single: Path, double: Path) -> None:
     """The orders and the losses of two runs."""
-    single, double = (load_file(folder / "run" / "permutations.safetensors") for folder in (mine, other))
-    assert all(torch.equal(single[name], double[name]) for name in single)
-    assert any(not torch.equal(order.sort().values, order) for order in single.values())
-    assert len(history(other)) == 20
-    for left, right in zip(history(mine), history(other), strict=True):
+    alone, together = (load_file(run / "permutations.safetensors") for run in (single, double))
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+    assert any(not torch.equal(order.sort().values, order) for order in alone.values())
+    assert len(history(double)) == 20
+    for left, right in zip(history(single), history(double), strict=True):
         assert abs(left["loss"] - right["loss"]) < 1e-12
         if left["pass"] > 14:
             assert abs(left["measured_loss"] - right["measured_loss"]) < 1e-12
-
-
-def test_two_processes_learn_what_one_does_and_one_keeps_the_record(tmp_path: Path, alone: Path) -> None:
-    code, out, err = finished(torchrun(tmp_path, *OVERRIDES, "run_dir=run"))
-    assert code == 0, err
-    check_equal(alone, tmp_path / "rank0")
-    assert out.count("files ") == 1
-    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == ["pid"]
 
 
 def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_command_continues(
@@ -124,7 +116,7 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
     def killed(rank: int, passes: int) -> str:
         process = torchrun(tmp_path, *command)
         give_up = time.monotonic() + 300
-        while len(history(tmp_path / "rank0")) < passes:
+        while len(history(tmp_path / "rank0" / "run")) < passes:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < give_up
             time.sleep(0.01)
@@ -135,7 +127,7 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
 
     err = killed(1, passes=2)
     assert err.count(f"the process of rank 1 died (killed, crashed, or lost with its machine): {continues}") == 1
-    done = len(history(tmp_path / "rank0"))
+    done = len(history(tmp_path / "rank0" / "run"))
     assert 2 <= done < 20
     err = killed(0, passes=done + 2)
     assert err.count(f"the process of rank 0 died (killed, crashed, or lost with its machine): {continues}") == 1
@@ -147,14 +139,16 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
     assert "error: no space left to write lcp_checkpoint.pt\n" in err
     assert f"the other processes are in the middle of a step and end too: {continues}" in err
     assert "died" not in err
-    assert len(history(tmp_path / "rank0")) < 20
-    code, _, err = finished(torchrun(tmp_path, *command))
+    assert len(history(tmp_path / "rank0" / "run")) < 20
+    code, out, err = finished(torchrun(tmp_path, *command))
     assert code == 0, err
+    assert out.count("files ") == 1
+    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == ["pid"]  # one keeps the record
     orders = [load_file(folder / "run" / "permutations.safetensors") for folder in (alone, tmp_path / "rank0")]
     assert all(torch.equal(orders[0][name], orders[1][name]) for name in orders[0])
 
 
-def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_processes(tmp_path: Path, alone: Path) -> None:
+def test_two_processes_learn_what_one_does_and_what_becomes_of_a_job_holds_for_both(tmp_path: Path, alone: Path) -> None:
     def record(*overrides: str) -> RunRecord:
         config = read_config(composed(*OVERRIDES, *overrides))
         return RunRecord(tmp_path / "rank0" / config.directory, config)
@@ -182,8 +176,7 @@ def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_processes(tmp_path: Path
     assert [job.outcome for job in jobs] == ["failed"] * 4 + ["skipped", "failed", "ran", "skipped"]
     assert all(reason in jobs[number].reason for number, reason in reasons.items())
     assert "is finished already" in err
-    expected, found = (load_file(run / "permutations.safetensors") for run in (alone / "run", Path(str(jobs[6].directory))))
-    assert all(torch.equal(order, found[name]) for name, order in expected.items())
+    check_equal(alone / "run", Path(str(jobs[6].directory)))
     assert out.count("1 ran, 2 skipped, 5 failed") == out.count("outcome") == 1
     assert not list((tmp_path / "rank1").rglob("jobs"))
     assert not list((tmp_path / "rank1").rglob("metrics.json"))
