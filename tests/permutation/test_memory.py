@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-LAYERS, HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 16, 512, 1408, 8, 512
-SAMPLES, LENGTH, BATCH, BLOCK = 4, 256, 2, 64
+LAYERS, HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 8, 512, 1408, 8, 512
+SAMPLES, LENGTH, BATCH, BLOCK = 4, 128, 2, 64
 
 CHILD = f"""
 import json, sys
@@ -53,7 +53,7 @@ print(json.dumps(peak_host_memory() - before))
 def test_learning_stays_within_its_memory(window: str | int) -> None:
     result = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(window)],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"},
         capture_output=True,
         text=True,
         timeout=600,
