@@ -134,7 +134,7 @@ class RunRecord:
         resolved = json.loads(json.dumps(self._config.resolved))
         self._check_config(identity_of(resolved))
         asked = evaluations.head(self._config.evaluation_identity, resolved["evaluation"])
-        with self._locked(f".lock-{asked['evaluation_hash']}", 0), self._locked(".lock", -1):
+        with self._locked(asked["evaluation_hash"]):
             if self._force:
                 for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
                     (self.directory / name).unlink(missing_ok=True)
@@ -157,11 +157,24 @@ class RunRecord:
             yield
 
     @contextmanager
-    def _locked(self, name: str, timeout: float) -> Iterator[None]:
-        """Hold the directory: a process that does the same is refused, one that evaluates in another way waits."""
+    def _locked(self, evaluation: str) -> Iterator[None]:
+        """Hold the directory: a process that evaluates in the same way is refused, one that does in another way waits.
+
+        Args:
+            evaluation: digest of how this one does.
+        """
         try:
-            with FileLock(self.directory / name, timeout=timeout):
-                yield
+            with FileLock(self.directory / f".lock-{evaluation}", timeout=0):
+                whole = FileLock(self.directory / ".lock")
+                try:
+                    whole.acquire(timeout=0)
+                except Timeout:
+                    log.info("%s: waiting for a process that evaluates this run in another way", self.directory)
+                    whole.acquire()
+                try:
+                    yield
+                finally:
+                    whole.release()
         except Timeout as error:
             raise InUseError(f"{self.directory} is in use by another process") from error
 

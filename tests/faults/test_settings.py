@@ -178,7 +178,7 @@ def test_the_umask_is_kept(tmp_path: Path, cache: Path, umask: int, file_mode: i
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == folder_mode
     for file in (*(tmp_path / "run").iterdir(), *(tmp_path / "model").iterdir()):
-        assert file.name == ".lock" or stat.S_IMODE(file.stat().st_mode) == file_mode, file
+        assert file.name.startswith(".lock") or stat.S_IMODE(file.stat().st_mode) == file_mode, file
 
 
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def test_a_plan_keeps_what_is_known_of_a_sweep_and_a_run_in_use_is_skipped(tmp_p
     assert [outcome for _, outcome in outcomes(tmp_path)] == ["ran", "ran"]
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     busy = Path(kept(folder)[0].directory or "")
-    with FileLock(busy / ".lock"):
+    (lock,) = busy.glob(".lock-*")
+    with FileLock(lock):
         again = run_command(*command, "force=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "1 ran, 1 skipped" in again.stdout
