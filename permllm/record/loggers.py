@@ -136,8 +136,8 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
 
 
 def described(config: RunConfig) -> dict[str, Any]:
-    """What makes a run's results, its evaluation too."""
-    return config.identity | {"evaluation": config.resolved["evaluation"]}
+    """The settings that make a run's results, so that a reader finds the identity in them."""
+    return config.identity | {key: config.resolved[key] for key in ("permutation", "evaluation")}
 
 
 def wandb_group(config: RunConfig) -> str | None:

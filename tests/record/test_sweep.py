@@ -83,10 +83,10 @@ def test_a_plan_keeps_what_is_known_of_a_sweep_and_a_run_in_use_is_skipped(tmp_p
 
 
 def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
-    command = ["-m", *TINY, "permutation=none", "block_size=16,30,32", "sparsity=2:4,2:5"]
+    command = ["-m", *TINY, "permutation=none", "pruner=magnitude,wanda,ria", "sparsity=2:4,2:5"]
     first = run_command(*command, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", cwd=tmp_path)
     assert first.returncode == 1
-    # Without LCP the block size is of no matter; 5 divides no number of channels.
+    # 5 divides no number of channels.
     assert "3 ran, 3 failed" in first.stdout
     assert "does not divide" in " ".join(first.stdout.split())
     assert outcomes(tmp_path) == [(r"sparsity=2\:4", "ran"), (r"sparsity=2\:5", "failed")] * 3
