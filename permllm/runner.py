@@ -70,7 +70,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     record = RunRecord(run_directory(config), config, config.force)
     with record.opened():
         clear_left_over(record.path(WRITTEN_EXPORT))
-        record.note_code(code_of(config, methods))
+        record.compare_code(code_of(config, methods))
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
@@ -124,6 +124,7 @@ def _evaluate(job: Job, which: str) -> None:
 def _prune(job: Job) -> None:
     """Calibrate, find the orders, prune: the model is sparse afterwards, and the record holds what rebuilds it."""
     config, calibration = job.config, job.config.calibration
+    job.record.note_code(code_of(config, job.methods))
     dense = None
     with job.record.stage("calibrate", job.device):
         tokens = calibration_tokens(job.loaded.tokenizer, calibration, config.seed)

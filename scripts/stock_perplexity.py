@@ -53,7 +53,9 @@ def main() -> None:
     checkpoint = options.checkpoint or options.run / "export"
     config: dict[str, Any] = dict(read_yaml(options.run / "config.yaml", Settings))
     metrics = read_json(options.run / "metrics.json", FinishedRun)
-    settings = OmegaConf.merge(OmegaConf.structured(EvaluationConfig), config["evaluation"])
+    # The evaluation whose results stand at the top; early records say it in their config alone.
+    evaluation = metrics.get("protocol", {}).get("evaluation", config["evaluation"])
+    settings = OmegaConf.merge(OmegaConf.structured(EvaluationConfig), evaluation)
     if "." in (settings.perplexity.dataset or ""):  # a record names no module that is then run
         parser.error(f"{options.run}: its text {settings.perplexity.dataset} is not one of permllm.data.texts")
     text = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), settings.perplexity)

@@ -219,18 +219,19 @@ class RunRecord:
         """Finished evaluations of the same models in other ways, whose results may be those that are asked for too."""
         return [] if self.evaluation is self.metrics else [self.metrics, *evaluations.others(self.metrics)]
 
-    def note_code(self, digest: str) -> None:
-        """Say so, in one line, where another version of the code made what is there; note the present one.
+    def compare_code(self, digest: str) -> None:
+        """Say so, in one line, where another version of the code made what is there.
 
         Args:
             digest: of the modules that make the result (`permllm.record.code`).
         """
-        code = self.metrics.setdefault("code", [] if self.begun or self.path(CHECKPOINT).is_file() else [digest])
-        if code and code != [digest]:
+        if self.metrics.get("code", [digest]) != [digest]:
             goes_on = "" if self.pruned else " and goes on with this one"
             log.warning("%s was made by another version of the code%s; force=true runs it again", self.directory, goes_on)
-        if not self.pruned and digest not in code:
-            code.append(digest)
+
+    def note_code(self, digest: str) -> None:
+        """Add a digest to those of the code that makes what is there."""
+        self.metrics["code"] = list(dict.fromkeys([*self.metrics.get("code", []), digest]))
 
     @property
     def begun(self) -> bool:
