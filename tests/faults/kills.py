@@ -1,7 +1,8 @@
 """A job is killed before and after all that it moves, removes or appends to; the same command must end with the same result.
 
-`python kills.py FOLDER` prints as JSON how many places there were, and the first difference of those where there was one. Each
-job is a fork of this process, so that what is imported once serves all of them.
+What a kill leaves is the folder as it is at that place: one run makes a copy at each. `python kills.py FOLDER` prints as JSON
+how many places there were, and the first difference of those where there was one. Each job is a fork of this process, so that
+what is imported once serves all of them.
 """
 
 from __future__ import annotations
@@ -38,15 +39,14 @@ WORDS = (
     "evaluation.perplexity.limit=1",
     "export=gathered",
 )
-KILLED = 9
 
 
 class Places:
-    """Counts the places, and ends the process at one of them."""
+    """Copies a folder at each place: a process that is killed there leaves it so."""
 
-    def __init__(self, last: int | None) -> None:
+    def __init__(self, folder: Path, copies: Path) -> None:
         self.seen = 0
-        self._last = last
+        self._folder, self._copies = folder, copies
 
     def around(self, owner: Any, name: str, after: bool) -> None:
         """Before each call of a function is a place, and after it."""
@@ -62,16 +62,20 @@ class Places:
         setattr(owner, name, counted)
 
     def _here(self) -> None:
-        if self.seen == self._last:
-            os._exit(KILLED)
+        shutil.copytree(self._folder, self._copies / str(self.seen))
         self.seen += 1
 
 
-def job(config: RunConfig, folder: Path, last: int | None) -> int:
-    """Run the job in a folder of its own, its cache too; the number of places. Does not return where it is killed."""
+def job(config: RunConfig, folder: Path) -> None:
+    """Run the job in a folder of its own, its cache too."""
     os.environ["PERMLLM_CACHE"] = str(folder / "cache")
     config.run_dir = str(folder / "run")
-    places = Places(last)
+    runner.run(config)
+
+
+def copied(config: RunConfig, folder: Path, copies: Path) -> int:
+    """The job with a copy of its folder at each place; the number of places."""
+    places = Places(folder, copies)
     for owner, name, after in (
         (os, "replace", True),
         (Path, "rename", True),
@@ -80,7 +84,7 @@ def job(config: RunConfig, folder: Path, last: int | None) -> int:
         (shutil, "rmtree", False),
     ):
         places.around(owner, name, after)
-    runner.run(config)
+    job(config, folder)
     return places.seen
 
 
@@ -121,32 +125,33 @@ def outcome(folder: Path) -> dict[str, Any]:
     return found
 
 
-def wrong_at(config: RunConfig, folder: Path, place: int, expected: dict[str, Any]) -> str | None:
-    """What differs after a job was killed at a place and run again."""
-    codes = [forked(partial(job, config, folder, last))[0] for last in (place, None)]
-    if codes != [KILLED, 0]:
-        return f"place {place}: exit codes {codes}"
+def wrong_at(config: RunConfig, folder: Path, expected: dict[str, Any]) -> str | None:
+    """What differs after the job was run again on what a killed one left in a folder."""
+    code, _ = forked(partial(job, config, folder))
+    if code:
+        return f"place {folder.name}: exit code {code}"
     found = outcome(folder)
     shutil.rmtree(folder)
     for key, value in expected.items():
         if found.get(key) != value:
-            return f"place {place}: {key} is {found.get(key)}, not {value}"
+            return f"place {folder.name}: {key} is {found.get(key)}, not {value}"
     return None
 
 
 def main() -> None:
-    """Kill at every place, and report."""
+    """Run again from every place, and report."""
     folder = Path(sys.argv[1])
     register_resolvers()
     environment.git_commit = lambda: None  # a process of its own for each job
     config = read_config(composed(*WORDS))
     gc.collect()
     gc.freeze()  # or each fork copies what the collector touches
-    code, places = forked(partial(job, config, folder / "whole", None))
+    (folder / "whole").mkdir()
+    code, places = forked(partial(copied, config, folder / "whole", folder / "killed"))
     assert code == 0
     expected = outcome(folder / "whole")
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        work = [(config, folder / str(place), place, expected) for place in range(places)]
+        work = [(config, folder / "killed" / str(place), expected) for place in range(places)]
         wrong = [text for text in pool.starmap(wrong_at, work, chunksize=1) if text]
     print(json.dumps({"places": places, "wrong": wrong}))
 
