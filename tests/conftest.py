@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,16 +78,30 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.numprocesses, options.dist = min(8, len(os.sched_getaffinity(0))), "loadgroup"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that use what is made once for several of them go to one worker, which makes it."""
-    if not WORKER:
-        return
-    for item in items:
-        found = item._fixtureinfo.name2fixturedefs.items()  # type: ignore[attr-defined]
-        wide = [made.baseid for name, (*_, made) in found if made.baseid and made.scope != "function" and name[0] != "_"]
-        if wide:
-            item.add_marker(pytest.mark.xdist_group(min(wide, key=len)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Workers get a file at a time where it, or its folder, makes something once for several tests, and else a test."""
+    if config.option.dist != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return together(nodeid.partition("::")[0]) or nodeid
+
+    return Scheduling(config, log)
+
+
+@functools.cache
+def together(file: str) -> str | None:
+    """What the tests of a file share a worker for: their folder, the file, or the downloads; None where they share nothing."""
+    path = ROOT / file
+    folder, text = path.with_name("conftest.py"), path.read_text(encoding="utf-8")
+    if 'usefixtures("downloads")' in text:
+        return "downloads"
+    if folder != Path(__file__) and folder.is_file():
+        return str(folder)
+    return file if re.search(r'scope="(module|session)"', text) else None
 
 
 @pytest.fixture(autouse=True, scope="session")
