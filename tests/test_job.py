@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from permllm import job, runner
+from permllm import config, job, runner
 from permllm.calibration.statistics.base import InputStatistic
 from permllm.calibration.statistics.norm import Norm
 from permllm.config import read_config
@@ -79,7 +79,8 @@ def put(method: object, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         mine = settings["name"] == name and f"permllm.{PACKAGES[group]}." in settings["_target_"]
         return method if mine else real(settings)
 
-    monkeypatch.setattr(job, "instantiate", made)
+    for module in (job, config):  # which makes a permutation
+        monkeypatch.setattr(module, "instantiate", made)
 
 
 @pytest.mark.parametrize(("kind", "name", "key"), CASES)

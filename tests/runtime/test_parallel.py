@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.record.store import RunRecord
+from permllm.record.store import RunRecord, run_directory
 from permllm.record.sweep import kept
 from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
@@ -151,7 +151,7 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
 def test_two_processes_learn_what_one_does_and_what_becomes_of_a_job_holds_for_both(tmp_path: Path, alone: Path) -> None:
     def record(*overrides: str) -> RunRecord:
         config = read_config(composed(*OVERRIDES, *overrides))
-        return RunRecord(tmp_path / "rank0" / config.directory, config)
+        return RunRecord(tmp_path / "rank0" / run_directory(config), config)
 
     stray, busy, other = record("permutation.margin=1e300", "seed=1"), record("seed=1"), record("seed=2")
     stray.directory.mkdir(parents=True)
