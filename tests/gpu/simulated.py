@@ -1,7 +1,7 @@
 """A CUDA device that is not there: run a PyTorch program on it, and see what it would do to a real one.
 
     python tests/gpu/simulated.py SCRIPT [ARGUMENTS...]      the script, with `torch.cuda` saying that there is an H100
-    python tests/gpu/simulated.py -m MODULE [ARGUMENTS...]   a module, `-m pytest tests/...` for one
+    python tests/gpu/simulated.py -m MODULE [ARGUMENTS...]   a module, `-m pytest -n 0 tests/...` for one
     python tests/gpu/simulated.py --self-test                what it refuses and counts, on itself
 
 Options stand before the script. `--within package.module:Class.method` books only what happens inside of that function and
