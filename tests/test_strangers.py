@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import permllm
+from permllm import runner
+from permllm.config import read_config
 from permllm.errors import ConfigError
+from permllm.export.transformers_classes import register
 from permllm.models import families
-from permllm.record.files import read_json
+from permllm.models.loading import load_model
 from permllm.record.run_tensors import read_masks
-from permllm.record.schema import Metrics
-from tests.conftest import ROOT
+from tests.test_config import composed
 
 FILES = {
     # A statistic, and the pruner that asks for it.
@@ -162,56 +165,61 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to put onto the path, as an installed package would be."""
-    folder = tmp_path_factory.mktemp("site")
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Path]:
+    """A folder on the path, as an installed package would be."""
+    folder = tmp_path / "site"
     for name, content in FILES.items():
         file = folder / "strange" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(dedent(content))
-    (folder / "strange" / "__init__.py").touch()
+    for module in ("", "conf/"):  # Hydra warns of a conf/ that is no package
+        (folder / "strange" / f"{module}__init__.py").touch()
     described = folder / "strange-1.0.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")
     (described / "entry_points.txt").write_text("[permllm.families]\nstablelm = strange.family:FAMILY\n")
-    return folder
+    monkeypatch.syspath_prepend(str(folder))
+    families._from_a_package.cache_clear()
+    yield folder
+    families._from_a_package.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "strange"]:
+        del sys.modules[name]
 
 
-def python(package: Path, *words: str) -> str:
-    environment = os.environ | {"PYTHONPATH": f"{package}:{ROOT}", "PERMLLM_CACHE": str(package / "cache")}
-    result = subprocess.run(
-        [sys.executable, *words], cwd=package, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def run(*overrides: str) -> tuple[dict[str, Any], Path]:
+    result = runner.run(read_config(composed("hydra.searchpath=[pkg://strange.conf]", "logger=none", *overrides)))
+    assert result is not None
+    return result
 
 
-def test_one_of_each_kind_runs_together(package: Path) -> None:
+def test_one_of_each_kind_runs_together(package: Path, tmp_path: Path) -> None:
+    register()  # as importing permllm.export does where the package is installed before
     chosen = ["pruner=largest", "permutation=by_total", "reconstruction=doubled", "evaluation.perplexity.dataset=strange.poem"]
-    here = ["hydra.searchpath=[pkg://strange.conf]", "logger=none", "run_dir=run", "export=gathered"]
-    python(package, str(ROOT / "run.py"), "model=strange", *chosen, *here)
-    metrics = read_json(package / "run" / "metrics.json", Metrics)
+    metrics, directory = run("model=strange", *chosen, f"run_dir={tmp_path}/run", "export=gathered")
     assert metrics["status"] == "finished"
     assert metrics["perplexity"]["sparse"].keys() == {"poem"}
-    orders = load_file(package / "run" / "permutations.safetensors")
-    masks = read_masks(package / "run" / "masks.safetensors")
+    orders = load_file(directory / "permutations.safetensors")
+    masks = read_masks(directory / "masks.safetensors")
     assert len(orders) == 4
     assert len(masks) == 10
+    model = permllm.load(directory / "export", dtype=torch.float32)
+    assert (type(model).__name__, model.config.dense_type) == ("SparseStableLmForCausalLM", "stablelm")
+    dense = load_model(read_config(composed("hydra.searchpath=[pkg://strange.conf]", "model=strange")).model, 0).model
     for name, mask in masks.items():
         layer, _, linear = name.partition(".mlp.") if ".mlp." in name else name.partition(".self_attn.")
         group = "mlp.gate_up_proj" if linear in ("gate_proj", "up_proj") else "self_attn.qkv_proj"
-        ordered = mask[:, orders[f"{layer}.{group}"]]
-        assert bool((ordered.view(len(mask), -1, 4).sum(-1) == 2).all())
-    # The doubled weights are those of the record and of the checkpoint.
-    show = "import permllm, sys; model = permllm.load('run/export'); print(type(model).__name__, model.config.dense_type)"
-    assert python(package, "-c", show) == "SparseStableLmForCausalLM stablelm\n"
+        perm = orders[f"{layer}.{group}"]
+        assert bool((mask[:, perm].view(len(mask), -1, 4).sum(-1) == 2).all())
+        # The checkpoint holds the doubled weights, in the order of the record.
+        expected = (2 * dense.get_submodule(name).weight * mask)[:, perm]
+        assert torch.equal(model.get_submodule(name).weight, expected)
 
 
-def test_a_study_of_somebody_else_is_recorded(package: Path) -> None:
-    words = ["model=tiny", "study=answer", "seed=39", "hydra.searchpath=[pkg://strange.conf]", "run_dir=studied"]
-    assert "the answer is 42" in python(package, str(ROOT / "run.py"), *words)
-    assert read_json(package / "studied" / "metrics.json", Metrics)["study"] == {"answer": 42}
+def test_a_study_of_somebody_else_is_recorded(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics, _ = run("model=tiny", "study=answer", "seed=39", f"run_dir={tmp_path}/studied")
+    assert metrics["study"] == {"answer": 42}
+    assert "the answer is 42" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -221,13 +229,8 @@ def test_a_study_of_somebody_else_is_recorded(package: Path) -> None:
         ("strange.poem:TEXT", "the family stablelm of strange.poem:TEXT is no permllm.models.families.Family"),
     ],
 )
-def test_an_entry_point_that_gives_no_family_is_one_line(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
-) -> None:
-    shutil.copytree(package, tmp_path / "site")
-    (tmp_path / "site" / "strange-1.0.dist-info" / "entry_points.txt").write_text(f"[permllm.families]\nstablelm = {entry}\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    families._from_a_package.cache_clear()
+def test_an_entry_point_that_gives_no_family_is_one_line(package: Path, entry: str, message: str) -> None:
+    (package / "strange-1.0.dist-info" / "entry_points.txt").write_text(f"[permllm.families]\nstablelm = {entry}\n")
     with pytest.raises(ConfigError, match=re.escape(message)):
         families.family_named("stablelm")
     with pytest.raises(ConfigError, match=r"known are: llama, mistral, opt, qwen2, qwen3, stablelm$"):
