@@ -100,7 +100,8 @@ def check_changes(kernels: Kernels, dtype: torch.dtype, n: int, m: int, dense: b
     column = torch.rand(rows if dense else 1, size * blocks, generator=generator, dtype=dtype) + 0.5
     grad = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
     order = torch.randperm(size * blocks, generator=generator)
-    exchange = kernels.exchange(weight_t, order, 1, column[:, order], None, grad, n, m, dtype)
+    # A dense score lies as a masked linear has it, a channel a row.
+    exchange = kernels.exchange(weight_t, order, 1, column.t()[order].t(), None, grad, n, m, dtype)
     found = kernels.changes(exchange, size, n, m)
     score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()
     groups = torch.arange(size * blocks).view(-1, m).tolist()
