@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from permllm.config import RunConfig
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.identity import EARLIER_DIGITS, digest_of, identity_of
+from permllm.identity import EARLIER_DIGITS, digest_of, evaluation_of, identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
@@ -90,7 +90,7 @@ def run_directory(config: RunConfig) -> Path:
             continue
         if identity_of(present) == config.identity:
             # It made a run of each evaluation.
-            found.append((evaluations.present({}, present) != config.evaluation_identity, file.parent))
+            found.append((evaluation_of(present) != config.evaluation_identity, file.parent))
     return min(found)[1] if found else directory
 
 
@@ -185,8 +185,7 @@ class RunRecord:
         if self._config.study:  # which does not evaluate
             self.metrics.setdefault("protocol", calibration | asked["protocol"])
             return
-        file = self.directory / CONFIG
-        held = evaluations.present(self.metrics, read_yaml(file, Object) if file.is_file() else {})
+        held = _evaluated(self.directory, self.metrics)
         if not _finished(self.directory, self.metrics):
             if held != asked["evaluation"]:
                 evaluations.forget(self.metrics)
@@ -393,10 +392,16 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
             return False
         if evaluation is None or "study" in metrics:
             return True
-        held = [evaluations.present(metrics, read_yaml(directory / CONFIG, Object))]
-        return evaluation in [*held, *(entry["evaluation"] for entry in evaluations.others(metrics))]
+        others = [entry["evaluation"] for entry in evaluations.others(metrics)]
+        return evaluation in [_evaluated(directory, metrics), *others]
     except DataError:
         return False
+
+
+def _evaluated(directory: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """How the evaluation at the top of the metrics was made; the config is read only where they are too old to say it."""
+    file = directory / CONFIG
+    return evaluations.present(metrics, read_yaml(file, Object) if "evaluation" not in metrics and file.is_file() else {})
 
 
 def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:
