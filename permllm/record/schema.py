@@ -112,6 +112,39 @@ class Accuracy(TypedDict):
     data: NotRequired[str | None]
 
 
+class MeasuredPerplexity(Perplexity):
+    """`Perplexity`, and what it is made of, as it is kept for other jobs."""
+
+    losses: list[Amount]
+
+
+class ItemScores(TypedDict):
+    """Of one task, in `scores.json`: the items' numbers in its data set, a digest of what they say, right (1) or wrong (0)."""
+
+    items: list[Whole]
+    digest: str
+    acc: list[Share]
+
+
+class MeasuredAccuracy(Accuracy):
+    """`Accuracy`, and what it is made of, as it is kept for other jobs."""
+
+    scores: NotRequired[ItemScores]
+
+
+class EvaluationScores(TypedDict):
+    """What an evaluation's numbers are made of, in `scores.json`: nats of each window by text, and items by task."""
+
+    perplexity: NotRequired[dict[_Which, dict[str, list[Amount]]]]
+    zero_shot: NotRequired[dict[_Which, dict[str, ItemScores]]]
+
+
+class Scores(TypedDict):
+    """`scores.json`: by the digest of the evaluation (`permllm.identity.evaluation_of`)."""
+
+    evaluations: dict[str, EvaluationScores]
+
+
 class Sparsity(TypedDict):
     """What pruning left, in `metrics.json`."""
 

@@ -32,12 +32,13 @@ from permllm.record.names import (
     MASKS,
     METRICS,
     PERMUTATIONS,
+    SCORES,
     WEIGHTS,
     WRITTEN_EXPORT,
 )
 from permllm.record.pruned import Group, Pruned
 from permllm.record.run_tensors import read_orders
-from permllm.record.schema import FinishedRun, Metrics, Object, Settings, validated
+from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
 from permllm.record.tensor_file import read_header
 from permllm.runtime.memory import peak_host_memory, peak_memory
 from permllm.sparsity import NMPattern
@@ -106,6 +107,7 @@ class RunRecord:
         metrics: what `metrics.json` holds.
         evaluation: where the results of the evaluation that the config asks for belong: `metrics`, or the entry of another
             evaluation of a run that is finished (`permllm.record.evaluations`).
+        scores: what the results of each evaluation are made of, by its digest: what `scores.json` holds.
 
     Raises:
         ConfigError: the directory holds another config, or files but no config.
@@ -115,6 +117,8 @@ class RunRecord:
         self.directory = directory
         self.metrics: dict[str, Any] = {}
         self.evaluation = self.metrics
+        self.scores: dict[str, Any] = {}
+        self._written_scores: str | None = None
         self._config = config
         self._force = force
         self._stages: list[str] = []
@@ -136,7 +140,7 @@ class RunRecord:
         asked = evaluations.head(self._config.evaluation_identity, resolved["evaluation"])
         with self._locked(asked["evaluation_hash"]):
             if self._force:
-                for name in (METRICS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
+                for name in (METRICS, SCORES, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
                     (self.directory / name).unlink(missing_ok=True)
                 shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
             self._clear()
@@ -148,6 +152,7 @@ class RunRecord:
                 "units": _UNITS,
                 "seconds": {},
             }
+            self.scores = self._read_scores()
             self._ask_for(asked)
             if _finished(self.directory, self.metrics):
                 for name in _WHILE_LEARNING:
@@ -189,6 +194,7 @@ class RunRecord:
         if not _finished(self.directory, self.metrics):
             if held != asked["evaluation"]:
                 evaluations.forget(self.metrics)
+                self.scores.clear()
             self.metrics |= asked | {"protocol": calibration | asked["protocol"]}
             return
         if "evaluation" not in self.metrics:  # of an earlier version
@@ -285,6 +291,8 @@ class RunRecord:
             self.metrics.pop(key, None)
         for key in ("perplexity", "zero_shot"):
             self.metrics.get(key, {}).pop("sparse", None)
+            for scored in self.scores.values():
+                scored.get(key, {}).pop("sparse", None)
         for stage in ("prune", "evaluate sparse"):
             self.metrics["seconds"].pop(stage, None)
         for name in (MASKS, WEIGHTS):
@@ -295,7 +303,11 @@ class RunRecord:
         return self.directory / name
 
     def save(self) -> None:
-        """Write `metrics.json`."""
+        """Write `metrics.json`, after `scores.json`, which holds what its results are made of."""
+        text = json.dumps(self.scores)
+        if text != self._written_scores and any(self.scores.values()):
+            write_record(self.directory / SCORES, {"evaluations": self.scores}, indent=None)
+            self._written_scores = text
         write_record(self.directory / METRICS, self.metrics)
 
     @contextmanager
@@ -366,6 +378,18 @@ class RunRecord:
             # Files are written whole, so that something else must have broken it; what else is there is used again.
             log.warning("%s: this run is done again", error)
             return None
+
+    def _read_scores(self) -> dict[str, Any]:
+        file = self.directory / SCORES
+        if not file.is_file():
+            return {}
+        try:
+            found: dict[str, Any] = dict(read_json(file, Scores)["evaluations"])
+        except DataError as error:
+            log.warning("%s: paired comparisons of this run are not possible until force=true runs it again", error)
+            return {}
+        self._written_scores = json.dumps(found)
+        return found
 
     def _check_config(self, identity: dict[str, Any]) -> None:
         file = self.directory / CONFIG

@@ -12,8 +12,8 @@ from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_yaml
-from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS
-from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Settings, validated
+from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCORES
+from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Scores, Settings, validated
 from permllm.record.store import SCHEMA_VERSION
 from permllm.record.sweep import kept
 
@@ -28,6 +28,8 @@ class Run:
         metrics: as in `metrics.json` (`FinishedRun`).
         environment: as in `environment.json` (`Environment`); empty where there is none.
         history: one entry a pass of learning (`Pass`).
+        scores: what the results of each evaluation are made of (`EvaluationScores`), by the digest of the evaluation; runs of
+            earlier versions have none.
     """
 
     directory: Path
@@ -35,6 +37,7 @@ class Run:
     metrics: dict[str, Any]
     environment: dict[str, Any]
     history: list[dict[str, Any]]
+    scores: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,7 +88,7 @@ def collect(directories: Iterable[Path]) -> Collection:
     first: dict[str, Run] = {}
     for file in files:
         try:
-            run = _read(file.parent)
+            run = _read(file.parent, found)
         except DataError as error:
             found.skipped.append((file.parent, str(error).replace(f"{file.parent}/", "")))
             continue
@@ -104,13 +107,14 @@ def _merged(there: Run, run: Run) -> bool:
     same = all(there.metrics[key] == run.metrics[key] for key in ("sparsity", "retained_saliency", "output_error"))
     if not same or not evaluations.merge(there.metrics, there.config, evaluations.all_of(run.metrics, run.config)):
         return False
+    there.scores.update({digest: scores for digest, scores in run.scores.items() if digest not in there.scores})
     for stage, seconds in run.metrics["seconds"].items():
         if stage.startswith("evaluate"):
             there.metrics["seconds"][stage] = there.metrics["seconds"].get(stage, 0.0) + seconds
     return True
 
 
-def _read(directory: Path) -> Run:
+def _read(directory: Path, found: Collection) -> Run:
     file = directory / METRICS
     metrics = read_json(file, RecordHead)
     version, status = metrics["schema_version"], metrics["status"]
@@ -129,4 +133,10 @@ def _read(directory: Path) -> Run:
     if (directory / ENVIRONMENT).exists():
         environment = dict(read_json(directory / ENVIRONMENT, Environment))
     history = read_json_lines(directory / HISTORY, Pass) if (directory / HISTORY).exists() else []
-    return Run(directory, dict(config), finished, environment, [dict(entry) for entry in history])
+    scores: dict[str, Any] = {}
+    if (directory / SCORES).exists():
+        try:
+            scores = dict(read_json(directory / SCORES, Scores)["evaluations"])
+        except DataError as error:  # what pairs need, and nothing else
+            found.skipped.append((directory / SCORES, str(error).removeprefix(f"{directory / SCORES} ")))
+    return Run(directory, dict(config), finished, environment, [dict(entry) for entry in history], scores)

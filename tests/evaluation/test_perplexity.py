@@ -18,14 +18,16 @@ from tests.conftest import tiny_model
 def test_value_equals_the_definition() -> None:
     model = tiny_model("llama", dtype=torch.float64)
     windows = torch.randint(0, 259, (3, 10), generator=torch.Generator().manual_seed(0))
-    total = 0.0
+    losses = []
     for window in windows:
+        losses.append(0.0)
         for position in range(1, 10):
             log_p = model(input_ids=window[None, :position]).logits[0, -1].log_softmax(-1)
-            total -= float(log_p[window[position]])
+            losses[-1] -= float(log_p[window[position]])
     result = perplexity(model, windows, batch_tokens=20)
-    assert result["value"] == pytest.approx(math.exp(total / 27), rel=1e-5)
+    assert result["value"] == pytest.approx(math.exp(sum(losses) / 27), rel=1e-5)
     assert (result["window"], result["tokens"]) == (10, 27)
+    assert result["losses"] == pytest.approx(losses, rel=1e-5)
     assert perplexity(model, windows, batch_tokens=1)["value"] == pytest.approx(result["value"], rel=1e-6)
 
 

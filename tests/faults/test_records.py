@@ -24,7 +24,7 @@ from permllm.config import read_config
 from permllm.errors import DataError
 from permllm.record import files
 from permllm.record.files import file_checksum, read_json, read_yaml, write_record
-from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Settings, validated
+from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Scores, Settings, validated
 from permllm.results.command import main as results_main
 from permllm.results.render import FORMATS
 from tests.conftest import ROOT, script
@@ -53,7 +53,7 @@ def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, m
 
     def checked(path: Path, content: Any) -> None:
         write(path, content)
-        forms = {"metrics.json": Metrics, "environment.json": Environment}
+        forms = {"metrics.json": Metrics, "environment.json": Environment, "scores.json": Scores}
         if path.name in forms:
             validated(str(path), json.loads(path.read_text()), forms[path.name])
             written.append(path.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +20,8 @@ from permllm.errors import DataError, InUseError
 from permllm.evaluation import measure
 from permllm.identity import digest_of
 from permllm.record import store
-from permllm.record.files import read_json
-from permllm.record.schema import FinishedRun
+from permllm.record.files import read_json, write_record
+from permllm.record.schema import FinishedRun, Scores
 from permllm.record.store import is_finished, run_directory
 from permllm.results.collect import collect
 from permllm.results.summary import summarise
@@ -102,6 +104,99 @@ def test_tasks_that_were_measured_in_the_same_way_are_not_measured_again(
     calls.clear()
     run(tmp_path, f"{tasks}=[piqa,sciq]", "evaluation.zero_shot.limit=7")
     assert calls == ["piqa", "sciq", "piqa", "sciq"]
+
+
+def exact(evaluated: dict[str, Any], scores: dict[str, Any]) -> bool:
+    """Whether every number of an evaluation is what its windows and items say, dense and sparse."""
+    own = scores[evaluated["evaluation_hash"]]
+    for which in ("dense", "sparse"):
+        for name, values in evaluated.get("perplexity", {}).get(which, {}).items():
+            losses = own["perplexity"][which][name]
+            if len(losses) * (values["window"] - 1) != values["tokens"]:
+                return False
+            if not math.isclose(math.exp(math.fsum(losses) / values["tokens"]), values["value"], rel_tol=1e-12):
+                return False
+        for task, values in evaluated.get("zero_shot", {}).get(which, {}).items():
+            if statistics.fmean(own["zero_shot"][which][task]["acc"]) != values["acc"]:
+                return False
+    return True
+
+
+def scores_of(directory: Path) -> dict[str, Any]:
+    return dict(read_json(directory / "scores.json", Scores)["evaluations"])
+
+
+def test_each_evaluation_keeps_its_windows_and_items(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accuracies(model: Any, tokenizer: Any, config: Any) -> dict[str, Any]:
+        one = {"acc_norm": None, "stderr": 0.1, "n": 4, "limited": True, "split": "test", "data": None}
+        found = {}
+        for task in config.tasks:
+            acc = [int(place < len(task) - 2) for place in range(4)]
+            scored = {"items": [0, 1, 2, 3], "digest": task, "acc": acc}
+            found[task] = one | {"acc": statistics.fmean(acc), "scores": scored}
+        return found
+
+    monkeypatch.setattr(measure, "zero_shot", accuracies)
+    tasks = "evaluation.zero_shot.tasks"
+    first, directory = run(tmp_path, f"{tasks}=[rte,piqa]")
+    assert exact(first, scores_of(directory))
+    assert not any("losses" in text or "scores" in text for text in (str(first["perplexity"]), str(first["zero_shot"])))
+    # Another evaluation takes the text and a task over; a dense model's come out of the cache.
+    second, _ = run(tmp_path, f"{tasks}=[piqa,sciq]")
+    third, _ = run(tmp_path, *OTHER)
+    found = scores_of(directory)
+    assert len(found) == 3
+    assert all(exact(evaluated, found) for evaluated in (first, second, third))
+    assert found[second["evaluation_hash"]]["zero_shot"]["sparse"].keys() == {"piqa", "sciq"}
+    other, elsewhere = run(tmp_path, "permutation=heuristic")
+    assert exact(other, scores_of(elsewhere))
+    (_, collected) = collect([tmp_path / "runs"]).runs
+    assert all(exact(evaluated, collected.scores) for evaluated in (first, second, third))
+
+    again, _ = run(tmp_path, "force=true")
+    assert exact(again, scores_of(directory))
+    assert scores_of(directory).keys() == {again["evaluation_hash"]}
+
+
+def test_a_run_that_pruned_again_has_the_windows_of_its_own_model(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    finish = store.RunRecord.finish
+    monkeypatch.setattr(store.RunRecord, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(store.RunRecord, "finish", finish)
+    directory = run_directory(settings(tmp_path))
+    before = scores_of(directory)
+    (directory / "masks.safetensors").unlink()
+    # Values that are not this model's any more must not stay.
+    for scored in before.values():
+        scored["perplexity"]["sparse"] = {"builtin": [1.0]}
+    write_record(directory / "scores.json", {"evaluations": before})
+    metrics, _ = run(tmp_path)
+    assert exact(metrics, scores_of(directory))
+
+
+def test_a_run_without_windows_and_items_is_finished_all_the_same(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, directory = run(tmp_path)
+    (directory / "scores.json").write_text("{}")
+    assert run(tmp_path)[0]["perplexity"] == first["perplexity"]
+    assert "paired comparisons of this run are not possible until force=true" in caplog.text
+    (directory / "scores.json").unlink()
+    assert run(tmp_path)[0]["perplexity"] == first["perplexity"]
+    second, _ = run(tmp_path, "evaluation.zero_shot.limit=3")  # the same text, taken over
+    assert second["perplexity"] == first["perplexity"]
+    (found,) = collect([tmp_path / "runs"]).runs
+    assert not any(found.scores.values())
+    (directory / "scores.json").write_text('{"evaluations": {}, "crc32": "0"}')
+    broken = collect([tmp_path / "runs"])
+    assert broken.runs[0].metrics == found.metrics
+    assert [(path.name, "is corrupt" in reason) for path, reason in broken.skipped] == [("scores.json", True)]
 
 
 def test_an_evaluation_that_is_killed_leaves_the_run_as_it_was_and_goes_on(
