@@ -1,12 +1,8 @@
-"""The command `python -m permllm.bench`, which lives in `permllm.export.bench`."""
+"""`python -m permllm.bench`, which is `permllm bench`; it goes with version 1.1."""
 
 import sys
 
-from permllm.runtime.interruption import starting
+from permllm.commands import call_old
 
 if __name__ == "__main__":
-    starting()
-
-    from permllm.export.bench import main
-
-    sys.exit(main())
+    sys.exit(call_old("bench", json_file=True))

@@ -1,12 +1,8 @@
-"""The command `python -m permllm.verify`, which lives in `permllm.export.verify`."""
+"""`python -m permllm.verify`, which is `permllm verify`; it goes with version 1.1."""
 
 import sys
 
-from permllm.runtime.interruption import starting
+from permllm.commands import call_old
 
 if __name__ == "__main__":
-    starting()
-
-    from permllm.export.verify import main
-
-    sys.exit(main())
+    sys.exit(call_old("verify", json_file=True))

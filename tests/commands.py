@@ -23,7 +23,15 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600
-_IMPORTED = ("hydra.main", "hydra.core.plugins", "matplotlib.figure", "permllm.cli", "permllm.export.checkpoint", "wandb")
+_IMPORTED = (
+    "hydra.main",
+    "hydra.core.plugins",
+    "matplotlib.figure",
+    "permllm.session",
+    "permllm.cli",
+    "permllm.export.checkpoint",
+    "wandb",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ def _become(order: Order) -> None:
     try:
         if order.words[0] == "-m":
             sys.argv = order.words[1:]
-            sys.modules.pop(order.words[1], None)
+            if not hasattr(sys.modules.get(order.words[1]), "__path__"):
+                sys.modules.pop(order.words[1], None)
             runpy.run_module(order.words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = order.words

@@ -62,7 +62,7 @@ def test_hydras_directories_are_those_of_the_record(tmp_path: Path) -> None:
     assert named.returncode == 0, named.stderr
     assert sorted(path.parent.name for path in (tmp_path / "named").glob("*/metrics.json")) == ["0", "1"]
     assert not (tmp_path / "runs").exists()
-    table = run_module("permllm.results", str(tmp_path / "many"))
+    table = run_module("permllm", "results", str(tmp_path / "many"))
     assert "builtin perplexity" in table.stdout
 
 
@@ -75,7 +75,7 @@ def test_what_a_method_does_not_use_makes_no_second_run(tmp_path: Path) -> None:
     assert "(window 32)" in again.stdout
     assert "is finished already" not in again.stderr
     only_run(tmp_path)
-    table = run_module("permllm.results", str(tmp_path / "runs"))
+    table = run_module("permllm", "results", str(tmp_path / "runs"))
     for window in (32, 64):
         assert f"builtin perplexity (window {window})" in table.stdout
 
@@ -130,7 +130,7 @@ def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path
     first = run_command(*arguments, "export=folded", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     directory = only_run(tmp_path)
-    verified = run_module("permllm.verify", str(directory / "export"))
+    verified = run_module("permllm", "verify", str(directory / "export"))
     assert verified.returncode == 0, verified.stdout + verified.stderr
     written = (directory / "export" / "model.safetensors").stat().st_mtime_ns
     again = run_command(*arguments, "export=folded", cwd=tmp_path)
@@ -167,7 +167,7 @@ def test_every_foldable_method_folds(permutation: str, tmp_path: Path) -> None:
     arguments = ["model=tiny", "logger=none", f"permutation={permutation}", "pruner=sparsegpt", "export=folded", *extra]
     result = run_command(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert run_module("permllm.verify", str(only_run(tmp_path) / "export")).returncode == 0
+    assert run_module("permllm", "verify", str(only_run(tmp_path) / "export")).returncode == 0
 
 
 def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.cli import Session
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
 from permllm.identity import digest_of, identity_of
@@ -24,6 +23,7 @@ from permllm.models.loading import meta_model
 from permllm.record.files import write_tensors
 from permllm.record.store import run_directory
 from permllm.record.sweep import Job
+from permllm.session import Session
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -342,7 +342,7 @@ def test_control_c_ends_with_a_line_and_the_shells_code(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permllm.cli.run", interrupt)
+    monkeypatch.setattr("permllm.session.run", interrupt)
     with pytest.raises(SystemExit) as stopped:
         Session().job(composed("model=tiny", "logger=none"))
     assert stopped.value.code == 130
@@ -356,7 +356,7 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
         raise ZeroDivisionError("nothing to divide by")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permllm.cli.run", broken)
+    monkeypatch.setattr("permllm.session.run", broken)
     with pytest.raises(ZeroDivisionError):
         Session().job(composed("model=tiny", "logger=none"))
     jobs: list[Job] = []

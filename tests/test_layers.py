@@ -22,7 +22,6 @@ ROOMS = (
     "runtime",
     "config",
     "record",
-    "cache",
     "data",
     "models",
     "calibration",
@@ -31,8 +30,6 @@ ROOMS = (
     "reconstruction",
     "evaluation",
     "export",
-    "verify",
-    "bench",
     "pipeline",
     "plan",
     "studies",
@@ -41,7 +38,14 @@ ROOMS = (
     "ordering",
     "runner",
     "results",
+    "session",
     "cli",
+    "commands",
+    # `python -m` of a module.
+    "verify",
+    "bench",
+    "cache",
+    "__main__",
     "__init__",
 )
 # Loaded by `import permllm`, they would cost seconds.
@@ -59,7 +63,7 @@ def imports_of(file: Path) -> Iterator[str]:
 
 
 def room_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "__main__" if file.name == "__main__.py" else file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def test_every_room_has_its_place() -> None:

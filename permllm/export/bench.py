@@ -1,4 +1,4 @@
-"""`python -m permllm.bench DIR` measures a checkpoint: prefill and decoding, the cost of its gathers, loading, sizes.
+"""What a checkpoint costs: prefill and decoding, its gathers, loading, sizes.
 
 With `--against DENSE` the dense model is measured beside it, interleaved. On a GPU with sparse tensor cores every pruned
 linear of a 2:4 model in half precision runs on them; elsewhere a sparse matrix product has no faster kernel than a dense one,
@@ -7,22 +7,18 @@ which the output says.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.errors import ConfigError, DataError
 from permllm.export import gathered_norm
@@ -39,15 +35,13 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.record.environment import hardware, versions
-from permllm.record.files import write_json
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
-from permllm.runtime.terminal import terminal
 from permllm.runtime.timing import interleaved
-from permllm.runtime.tool import run_tool
 from permllm.sparsity import NMPattern, violations
 
-_LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
+# Of a row of the first layer: seconds.
+LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
 
 
 def sparse_tensor_cores(device: torch.device) -> bool:
@@ -91,7 +85,7 @@ def without_gathers(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def speed(
-    variants: dict[str, PreTrainedModel], batch_sizes: list[int], prompt: int, new_tokens: int, repeats: int
+    variants: dict[str, PreTrainedModel], batch_sizes: Sequence[int], prompt: int, new_tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Prefill and decoding of each variant at each batch size, interleaved.
 
@@ -162,7 +156,7 @@ def layers(model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, 
         if device.type == "cuda" and gathered_norm.available():
             works["gathered_norm_s"] = partial(gathered_norm.gathered_rms_norm, x, weight, order, 1e-6)
         found = interleaved(works, repeats, device)
-        row = {name: statistics.median(found[name]) if name in found else None for name in _LAYER_COLUMNS}
+        row = {name: statistics.median(found[name]) if name in found else None for name in LAYER_COLUMNS}
         rows.append({"group": group.table.name, "channels": group.channels, "rows": sum(group.rows), "tokens": tokens} | row)
     return rows
 
@@ -186,51 +180,77 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **option
     return model.eval().requires_grad_(False), seconds
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that can be measured here, as plain values."""
-    device = resolve_device(options.device)
-    if device.type == "cpu":
+def measure(
+    folder: Path,
+    against: Path | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    prompt: int = 256,
+    new_tokens: int = 16,
+    layer_tokens: int = 2048,
+    repeats: int = 5,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Everything that can be measured here, as plain values.
+
+    Args:
+        folder: of the checkpoint.
+        against: folder of the dense model.
+        batch_sizes: sequences at a time.
+        prompt: tokens of each sequence.
+        new_tokens: tokens decoded one by one after the prompt.
+        layer_tokens: rows of the products that are timed one by one.
+        repeats: of each measurement; medians are given.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: of the weights; None is that of the checkpoint.
+
+    Raises:
+        ConfigError: the two do not go together. DataError: one of them is no checkpoint.
+    """
+    place = resolve_device(device)
+    if place.type == "cpu":
         keep_freed_memory()
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    model, seconds = load(options.folder, device, dtype)
-    files = weight_files(options.folder)
+    asked = getattr(torch, dtype) if dtype else None
+    model, seconds = load(folder, place, asked)
+    files = weight_files(folder)
     packed = files[0].suffix == ".safetensors" and any(name.endswith(".weight_places") for name in tensor_places(files))
     variants = {"as stored": model}
-    sizes = {"as stored": _size(options.folder)}
+    sizes = {"as stored": _size(folder)}
     loading = {"as stored": seconds}
     note = "no sparse tensor cores here: sparse products run as dense ones"
     sparse = None
-    if sparse_tensor_cores(device) and stated_pattern(options.folder) == NMPattern(2, 4) and model.dtype.itemsize == 2:
-        sparse, _ = load(options.folder, device, dtype)
+    if sparse_tensor_cores(place) and stated_pattern(folder) == NMPattern(2, 4) and model.dtype.itemsize == 2:
+        sparse, _ = load(folder, place, asked)
         try:
             note = f"{use_sparse_tensor_cores(sparse)} linears on sparse tensor cores"
             variants["sparse tensor cores"] = sparse
         except DataError as error:
             sparse, note = None, f"not on sparse tensor cores: {error}"
     if packed:
-        kept, seconds = load(options.folder, device, dtype, keep_packed=True)
+        kept, seconds = load(folder, place, asked, keep_packed=True)
         variants["kept packed"] = kept
         loading["kept packed"] = seconds
-    if options.against:
-        dense, seconds = load(options.against, device, dtype or model.dtype)
+    if against:
+        dense, seconds = load(against, place, asked or model.dtype)
         if len(decoder_layers(dense)) != len(decoder_layers(model)):
-            raise ConfigError(f"{options.against} has another number of layers than {options.folder}")
+            raise ConfigError(f"{against} has another number of layers than {folder}")
         variants = {"dense": dense} | variants
-        loading["dense"], sizes["dense"] = seconds, _size(options.against)
+        loading["dense"], sizes["dense"] = seconds, _size(against)
     return {
-        "checkpoint": options.folder.name,
+        "checkpoint": folder.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "note": note,
         "gathers": len(gathered_modules(model)),
         "file_bytes": sizes,
         "weight_bytes": {name: _weight_bytes(variant) for name, variant in variants.items()},
         "loading_s": loading,
-        "speed": speed(variants, options.batch_sizes, options.prompt, options.new_tokens, options.repeats),
-        "layers": layers(model, sparse, options.layer_tokens, options.repeats),
-        "prompt": options.prompt,
-        "new_tokens": options.new_tokens,
-        "repeats": options.repeats,
-        "hardware": hardware(device),
+        "speed": speed(variants, batch_sizes, prompt, new_tokens, repeats),
+        "layers": layers(model, sparse, layer_tokens, repeats),
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "hardware": hardware(place),
         "versions": versions(),
     }
 
@@ -286,59 +306,3 @@ def _bytes(tensor: Tensor) -> int:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
-
-
-def _print(report: dict[str, Any]) -> None:
-    console = terminal()
-    table = Table(
-        title=f"{escape(report['checkpoint'])}, {report['dtype']}, prompt of {report['prompt']} tokens", title_justify="left"
-    )
-    for heading in ("variant", "batch", "prefill, tokens/s", "decode, tokens/s", "prefill, memory"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in report["speed"]:
-        peak = f"{row['prefill_bytes'] / 1e6:.0f} MB" if row["prefill_bytes"] is not None else ""
-        prefill, decode = f"{row['prefill_tokens_a_second']:.1f}", f"{row['decode_tokens_a_second']:.1f}"
-        table.add_row(row["variant"], str(row["batch"]), prefill, decode, peak)
-    console.print(table)
-    columns = [name for name in _LAYER_COLUMNS if report["layers"][0][name] is not None]
-    table = Table(title=f"first decoder layer at {report['layers'][0]['tokens']} tokens, ms", title_justify="left")
-    for heading in ("group", "size", *[name.removesuffix("_s").replace("_", " ") for name in columns]):
-        table.add_column(heading, justify="left" if heading == "group" else "right")
-    for row in report["layers"]:
-        cells = [f"{row[name] * 1e3:.3f}" for name in columns]
-        table.add_row(row["group"], f"{row['rows']} x {row['channels']}", *cells)
-    console.print(table)
-    for name, size in report["file_bytes"].items():
-        console.print(f"{name}: {size / 1e6:.1f} MB on disk")
-    for name, seconds in report["loading_s"].items():
-        console.print(f"{name}: loaded in {seconds:.2f} s, weights of {report['weight_bytes'][name] / 1e6:.1f} MB in memory")
-    console.print(f"{report['gathers']} gathers; {report['note']}")
-
-
-def main() -> int:
-    """The exit code."""
-    parser = argparse.ArgumentParser(prog="python -m permllm.bench", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
-    parser.add_argument("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
-    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of the products that are timed one by one")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    options = parser.parse_args()
-    disable_progress_bar()
-    set_verbosity_error()
-    return run_tool(lambda: _run(options))
-
-
-def _run(options: argparse.Namespace) -> int:
-    if not options.folder.is_dir():
-        raise ConfigError(f"{options.folder} is not a folder")
-    report = measure(options)
-    _print(report)
-    if options.json:
-        write_json(options.json, report)
-    return 0

@@ -1,4 +1,4 @@
-"""`python -m permllm.verify DIR` proves that a checkpoint is N:M sparse as it is stored, and whole.
+"""Proof that a checkpoint is N:M sparse as it is stored, and whole.
 
 Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
 hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
@@ -8,20 +8,16 @@ linear N:M. With `--against DENSE` also the difference of the logits from anothe
 
 from __future__ import annotations
 
-import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from permllm.errors import ConfigError, DataError, printable
+from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import SUMMARY
 from permllm.export.packed import unpack
 from permllm.models.checkpoint import (
@@ -35,18 +31,15 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import decoder_layers, family_named, family_names
-from permllm.record.files import read_json, write_json
+from permllm.record.files import read_json
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
 from permllm.record.tensor_file import check_file
-from permllm.runtime.terminal import terminal
-from permllm.runtime.tool import run_tool
 from permllm.sparsity import NMPattern, violations
 
 # Without a family that we know: two-dimensional weights that are never pruned.
 _NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "project_in", "project_out")
 _SEQUENCES, _LENGTH = 4, 64
-_SHOWN = 20
 
 Places = dict[str, tuple[Path, TensorEntry]]
 
@@ -269,57 +262,3 @@ def _read(name: str, places: Places) -> Tensor:
     # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
     with safe_open(places[name][0], framework="pt") as file:
         return file.get_tensor(name)
-
-
-def _print(folder: Path, report: Report) -> None:
-    console = terminal()
-    table = Table(title=f"{escape(str(folder))}: {report.pattern} in stored order", title_justify="left")
-    for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
-        table.add_column(heading, justify="left" if heading == "weight" else "right")
-    for layer in report.layers:
-        counted = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
-        cells = [counted, str(layer.negative_zeros), str(layer.nan)]
-        table.add_row(escape(printable(layer.name)), f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
-    console.print(table)
-    weights = sum(math.prod(layer.shape) for layer in report.layers)
-    zeros = sum(layer.zeros * math.prod(layer.shape) for layer in report.layers) / max(weights, 1)
-    bad = sum(layer.violations or 0 for layer in report.layers)
-    console.print(f"{len(report.layers)} weights, {zeros:.2%} zeros, {bad} violations, {report.bytes / 1e6:.1f} MB on disk")
-    if report.difference is not None:
-        found = report.difference
-        console.print(
-            f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, KL {found['kl']:.2e} nats, "
-            f"the same next token at {found['agreement']:.2%}"
-        )
-    without = "without checksums: what was changed after it was written is not found"
-    console.print(f"contents {'compared with their checksums' if report.checksums else without}")
-    if report.passed:
-        console.print("passed")
-        return
-    more = len(report.problems) - _SHOWN
-    console.print(f"FAILED: this is not a {report.pattern} checkpoint:")
-    for problem in report.problems[:_SHOWN]:
-        console.print(f"- {escape(printable(problem))}")
-    if more > 0:
-        console.print(f"- and {more} more")
-
-
-def main() -> int:
-    """The exit code: 0 where the checkpoint is whole and N:M, 1 where it is not, 2 where it cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m permllm.verify", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
-    parser.add_argument("--pattern", help="N:M (default: what an export of ours states, else 2:4)")
-    parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
-    options = parser.parse_args()
-    disable_progress_bar()
-    set_verbosity_error()  # what its warnings are about is in the report
-    return run_tool(lambda: _run(options), failed=2)
-
-
-def _run(options: argparse.Namespace) -> int:
-    report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
-    _print(options.folder, report)
-    if options.json:
-        write_json(options.json, asdict(report) | {"passed": report.passed})
-    return 0 if report.passed else 1

@@ -59,7 +59,7 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
         "git": git_commit(),
         "hardware": hardware(device),
         "seed": seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_secret, sys.argv[1:])]),
+        "command": " ".join([Path(sys.argv[0]).name, *(shlex.quote(_without_secret(word)) for word in sys.argv[1:])]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

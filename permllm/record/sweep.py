@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -143,4 +142,6 @@ def share_cores() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = int(launcher.get("n_jobs") or 1)
     at_once = at_once if at_once > 0 else max(1, cores + 1 + at_once)  # joblib: -1 is all of them, -2 all but one
+    import torch  # not at the top: Hydra reads this module to answer --help
+
     torch.set_num_threads(max(1, cores // at_once))

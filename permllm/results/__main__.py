@@ -1,12 +1,8 @@
-"""The command `python -m permllm.results`, which lives in `permllm.results.command`."""
+"""`python -m permllm.results`, which is `permllm results`; it goes with version 1.1."""
 
 import sys
 
-from permllm.runtime.interruption import starting
+from permllm.commands import call_old
 
 if __name__ == "__main__":
-    starting()
-
-    from permllm.results.command import main
-
-    sys.exit(main())
+    sys.exit(call_old("results"))

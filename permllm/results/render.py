@@ -30,7 +30,7 @@ def render(summary: Summary, format: str, baseline: Row | None = None, paper: Co
         paper: puts the published numbers beside ours.
     """
     if format == "json":
-        return json.dumps([_record(summary, row, baseline, paper) for row in summary.rows], indent=2) + "\n"
+        return json.dumps(records(summary, baseline, paper), indent=2) + "\n"
     header, body = cells(summary, baseline, paper)
     if format == "csv":
         stream = io.StringIO()
@@ -41,6 +41,11 @@ def render(summary: Summary, format: str, baseline: Row | None = None, paper: Co
     rows = ([cell.replace("|", r"\|") for cell in row] for row in (header, ["---"] * len(header), *body))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def records(summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> list[dict[str, Any]]:
+    """The rows as plain values; arguments as `render`."""
+    return [_record(summary, row, baseline, paper) for row in summary.rows]
 
 
 def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> tuple[list[str], list[list[str]]]:

@@ -117,21 +117,20 @@ def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line(run: Path, tmp_path: Path) -> None:
-    out, report = tmp_path / "out", tmp_path / "report.json"
+    out = tmp_path / "out"
     exported = run_module(
-        "permllm.export", str(run), "--form", "folded", "--format", "packed", "--dtype", "bfloat16", "--to", str(out)
+        "permllm", "export", str(run), "--form", "folded", "--format", "packed", "--dtype", "bfloat16", "--to", str(out)
     )
     assert exported.returncode == 0, exported.stderr
     assert "56.25%" in exported.stdout
-    passed = run_module("permllm.verify", str(out), "--json", str(report), "--against", str(tmp_path / "dense"))
+    passed = run_module("permllm", "verify", str(out), "--against", str(tmp_path / "dense"))
     assert passed.returncode == 0, passed.stderr
     assert "passed" in passed.stdout
-    assert json.loads(report.read_text())["passed"] is True
-    failed = run_module("permllm.verify", str(tmp_path / "dense"))
+    assert json.loads(run_module("permllm", "verify", str(out), "--json").stdout)["passed"] is True
+    failed = run_module("permllm", "verify", str(tmp_path / "dense"))
     assert (failed.returncode, "FAILED" in failed.stdout) == (1, True)
-    for module in ("permllm.verify", "permllm.export"):
-        extra = ["--to", str(tmp_path / "new")] if module.endswith("export") else []
-        broken = run_module(module, str(tmp_path / "nothing"), *extra)
-        assert broken.returncode == (2 if module.endswith("verify") else 1)
+    for name, code, *extra in (("verify", 2), ("export", 1, "--to", str(tmp_path / "new"))):
+        broken = run_module("permllm", str(name), str(tmp_path / "nothing"), *map(str, extra))
+        assert broken.returncode == code
         assert broken.stderr.startswith("error: ")
         assert "Traceback" not in broken.stderr

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from permllm.commands import call
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export import bench, checkpoint
 from permllm.export.card import model_card
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
-from permllm.export.verify import main, verify
+from permllm.export.verify import verify
 from permllm.record.tensor_file import read_header
 from tests.export.test_export import logits, make_run, variant_model
 
@@ -292,14 +293,14 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(folder: Path) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["verify", str(folder), "--json", str(tmp_path / "report.json")])
-        return main(), capsys.readouterr().out
+        return call("verify", [str(folder)]), capsys.readouterr().out
 
     code, said = command(exports / "folded-dense")
     assert (code, "contents compared with their checksums" in said, said.splitlines()[-1]) == (0, True, "passed")
     code, said = command(rewritten(exports / "folded-dense", tmp_path / "theirs", lambda *_: None))
     assert (code, "contents without checksums" in said, said.splitlines()[-1]) == (0, True, "passed")
-    assert json.loads((tmp_path / "report.json").read_text())["checksums"] is False
+    assert call("verify", [str(tmp_path / "theirs"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checksums"] is False
 
     def strangers(tensors: Tensors, config: dict[str, Any]) -> None:
         tensors.update({f"x\npassed\x1b[2K.{number}": torch.zeros(1) for number in range(30)})
@@ -309,7 +310,8 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
     assert "- it has, although its config asks for none, x\\npassed\\x1b[2K.0" in said
     assert "passed" not in said.splitlines()
     assert said.splitlines()[-1] == "- and 10 more"
-    report = json.loads((tmp_path / "report.json").read_text())
+    assert call("verify", [str(tmp_path / "strange"), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
     assert (report["passed"], len(report["problems"])) == (False, 30)
 
 

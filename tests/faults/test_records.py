@@ -7,7 +7,6 @@ import io
 import json
 import math
 import struct
-import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
@@ -20,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from permllm import runner
+from permllm.commands import call
 from permllm.config import read_config
 from permllm.errors import DataError
 from permllm.record import files
 from permllm.record.files import file_checksum, read_json, read_yaml, write_record
 from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Scores, Settings, validated
-from permllm.results.command import main as results_main
 from permllm.results.render import FORMATS
 from tests.conftest import ROOT, script
 from tests.results.test_results import make_run
@@ -204,15 +203,13 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(folder: Path, *options: str) -> tuple[int, str, list[str]]:
-    """`python -m permllm.results` here: exit code, output and the lines of what it says beside; raises what it raises."""
+    """`permllm results` here: exit code, output and the lines of what it says beside; raises what it raises."""
     with (
-        pytest.MonkeyPatch.context() as patch,
         tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="") as out,  # a command may close what it writes to
         redirect_stdout(out),  # type: ignore[type-var]
         redirect_stderr(io.StringIO()) as err,
     ):
-        patch.setattr(sys, "argv", ["results", str(folder), *(option.format(folder) for option in options)])
-        code = results_main()
+        code = call("results", [str(folder), *(option.format(folder) for option in options)])
         out.flush()
         return code, Path(out.name).read_bytes().decode(), err.getvalue().splitlines()
 

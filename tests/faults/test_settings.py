@@ -146,7 +146,8 @@ def test_a_group_without_an_option_is_one_line(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", *words, "model=tiny", "logger=none"])
-    assert cli.Session().of(lambda: pytest.fail("composed")) == 1
+    monkeypatch.setattr(cli, "job", lambda: pytest.fail("composed"))
+    assert cli.main() == 1
     assert capsys.readouterr().err == "error: pruner=null: every job needs one of its options, which --help lists\n"
 
 

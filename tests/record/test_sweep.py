@@ -12,9 +12,9 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.cli import objective
 from permllm.record.sweep import Job, kept, sweep_name
 from permllm.results.collect import collect
+from permllm.session import objective
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny", "logger=none")

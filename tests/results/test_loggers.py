@@ -264,7 +264,7 @@ def test_the_table_of_offline_runs_is_that_of_the_run_directories(sweep: Path) -
     ours = run_python(str(ROOT / "scripts" / "wandb_report.py"), *words)
     assert ours.returncode == 0, ours.stderr
     assert "The paper's numbers are those of llama-2-7b" in ours.stderr
-    theirs = run_module("permllm.results", str(sweep), "--paper", "table6")
+    theirs = run_module("permllm", "results", str(sweep), "--paper", "table6")
     # A random model has other weights for each seed, and the dense row is that of whichever run comes first.
     lines = [[line for line in text.splitlines() if "| dense" not in line] for text in (ours.stdout, theirs.stdout)]
     assert lines[0] == lines[1]

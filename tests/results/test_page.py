@@ -302,14 +302,14 @@ def test_the_page_refers_to_nothing_outside(tmp_path: Path) -> None:
 def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(tmp_path: Path) -> None:
     file = tmp_path / "new" / "report.html"
     arguments = [str(QUICKSTART), "--paper", "table1", "--baseline", "permutation=none"]
-    result = run_module("permllm.results", *arguments, "--html", str(file))
+    result = run_module("permllm", "results", *arguments, "--html", str(file))
     assert result.returncode == 0, result.stderr
     assert "| lcp |" in result.stdout
     text = file.read_text(encoding="utf-8")
     assert "compare the order of the rows" in text
     assert "against the baseline" in text
     (tmp_path / "file").touch()
-    failed = run_module("permllm.results", *arguments, "--html", str(tmp_path / "file" / "report.html"))
+    failed = run_module("permllm", "results", *arguments, "--html", str(tmp_path / "file" / "report.html"))
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: --html: cannot write ")
     assert "Traceback" not in failed.stderr

@@ -342,11 +342,11 @@ def test_an_empty_directory_says_what_was_looked_for(tmp_path: Path) -> None:
 
 def test_the_command_line_reads_the_records_of_the_repository(tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
-    result = run_module("permllm.results", str(QUICKSTART), "--paper", "table1", "--plot", str(picture))
+    result = run_module("permllm", "results", str(QUICKSTART), "--paper", "table1", "--plot", str(picture))
     assert result.returncode == 0, result.stderr
     for name in ("| permutation |", "| none |", "| heuristic |", "| lcp |", "hellaswag acc (limited)"):
         assert name in result.stdout
     assert "compare the order of the rows" in result.stderr
     assert picture.is_file()
-    failed = run_module("permllm.results", str(tmp_path / "nothing"))
+    failed = run_module("permllm", "results", str(tmp_path / "nothing"))
     assert (failed.returncode, failed.stderr) == (1, f"error: {tmp_path / 'nothing'} is not a directory\n")

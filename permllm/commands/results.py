@@ -1,4 +1,4 @@
-"""`python -m permllm.results DIR...` makes one table of all runs below some directories."""
+"""One table of all runs below some directories: a column for whatever varies, mean and deviation over seeds."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from permllm.commands.answer import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.page import page
 from permllm.results.plots import plot, plot_masks
 from permllm.results.published import Comparison, published
-from permllm.results.render import FORMATS, find_baseline, render
+from permllm.results.render import FORMATS, find_baseline, records, render
 from permllm.results.summary import summarise
-from permllm.runtime.tool import run_tool
 
 
-def main() -> int:
-    """The exit code."""
-    parser = argparse.ArgumentParser(prog="python -m permllm.results", description=__doc__)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What may be typed."""
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs, or directories that hold some")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
@@ -28,11 +27,10 @@ def main() -> int:
     parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
     parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
-    options = parser.parse_args()
-    return run_tool(lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> int:
+def work(options: argparse.Namespace) -> Answer:
+    """The table, and the pictures that were asked for."""
     collection = collect(options.directories)
     for note in collection.notes():
         print(f"note: {note}", file=sys.stderr)
@@ -46,7 +44,6 @@ def _run(options: argparse.Namespace) -> int:
         models = sorted({run.config["model"]["name"] for run in collection.runs})
         paper = Comparison(published(options.paper), models)
     baseline = find_baseline(summary, options.baseline) if options.baseline else None
-    sys.stdout.write(render(summary, options.format, baseline, paper))
     if paper and paper.note:
         print(f"note: {paper.note}", file=sys.stderr)
     if options.plot:
@@ -58,4 +55,5 @@ def _run(options: argparse.Namespace) -> int:
             write_text(options.html, page(collection, summary, baseline, paper))
         except DataError as error:
             raise ConfigError(f"--html: {error}") from error
-    return 0
+    text = render(summary, options.format, baseline, paper)
+    return Answer(records(summary, baseline, paper), lambda: print(text, end=""))

@@ -1,0 +1,119 @@
+"""The command `permllm`. Each of its commands is a module of this package, imported when it is asked for.
+
+A module has `arguments(parser)`, which adds to an `argparse.ArgumentParser`, and `work(options) -> Answer`; its docstring is
+the description in `--help`. Errors, exit codes and `--json` are of this file alone:
+
+- 0: done; 1: an error that a person can mend, as one line on stderr, or an answer that is no;
+- 2: the command line is wrong, or what a module's `FAILED` says of its errors;
+- 128 and the number of the signal that ended it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from permllm.commands.answer import Answer
+from permllm.errors import DataError, PermLLMError, one_line
+from permllm.nested import finite
+from permllm.runtime.interruption import starting
+from permllm.runtime.tool import run_tool
+from permllm.version import __version__
+
+COMMANDS = {
+    "run": "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",
+    "results": "make one table of many runs",
+    "export": "write the pruned model of a run as a checkpoint",
+    "verify": "prove that a checkpoint is whole and N:M as it is stored",
+    "bench": "measure a checkpoint: prefill, decoding, gathers, loading, sizes",
+    "cache": "list, or clear, what jobs keep for each other",
+}
+_EPILOG = "permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout."
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command `permllm WORDS`; the exit code."""
+    starting()
+    words = list(sys.argv[1:] if words is None else words)
+    if words[:1] == ["run"]:
+        sys.argv = ["permllm run", *words[1:]]  # which Hydra reads
+        return int(import_module("permllm.cli").main())
+    if words and words[0] in COMMANDS:
+        return call(words[0], words[1:])
+    if words and not words[0].startswith("-"):
+        near = get_close_matches(words[0], COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: {words[0]!r} is no command; there are {', '.join(COMMANDS)}{meant}", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(
+        prog="permllm",
+        description="Learnable channel permutation for N:M sparse large language models.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"permllm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, meaning in COMMANDS.items():
+        commands.add_parser(name, help=meaning)
+    parser.parse_args(words or ["--help"])  # ends here: with the help, the version, or what is wrong
+    return 2
+
+
+def call(name: str, words: Sequence[str], program: str = "", json_file: bool = False) -> int:
+    """One command; the exit code.
+
+    Args:
+        name: one of `COMMANDS`, but `run`.
+        words: what was typed after it.
+        program: what is typed before these, for its help.
+        json_file: `--json` takes a file that is written beside what is printed, as in version 0.1.
+    """
+    module = import_module(f"{__name__}.{name}")
+    parser = argparse.ArgumentParser(
+        prog=program or f"permllm {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.arguments(parser)
+    if json_file:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the answer there as JSON too")
+    else:
+        parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
+    options = parser.parse_args(words)
+    return run_tool(lambda: _answered(module.work, options), failed=getattr(module, "FAILED", 1))
+
+
+def call_old(name: str, json_file: bool = False) -> int:
+    """`python -m permllm.NAME`, which goes on for one version; the exit code."""
+    starting()
+    print(f"note: python -m permllm.{name} is `permllm {name}` from version 1.0 on", file=sys.stderr)
+    return call(name, sys.argv[1:], f"python -m permllm.{name}", json_file)
+
+
+def _answered(work: Callable[[argparse.Namespace], Answer], options: argparse.Namespace) -> int:
+    """Do the work of a command and print its answer; the exit code."""
+    wanted = options.json
+    try:
+        answer = work(options)
+    except (PermLLMError, OSError) as error:
+        if wanted is True:
+            print(json.dumps({"error": one_line(error)}))
+        raise
+    if wanted is True:
+        print(_json(answer.value))
+    else:
+        answer.show()
+    if isinstance(wanted, Path):
+        try:
+            wanted.write_text(_json(answer.value) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"--json {wanted}: {error.strerror}") from error
+    return answer.code
+
+
+def _json(value: Any) -> str:
+    """JSON as every reader takes it: without NaN and infinity, which become null."""
+    return json.dumps(finite(value), indent=2, allow_nan=False, default=str)

@@ -1,0 +1,77 @@
+"""Proof that a checkpoint is N:M sparse as it is stored, and whole.
+
+Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
+hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
+linear N:M. With --against DENSE also the difference of the logits from another model's: of a folded model from its simulate
+form none, from the dense model what pruning costs. The exit code is 0 where that is so, 1 where it is not, 2 where the
+checkpoint cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from permllm.commands.answer import Answer
+from permllm.errors import printable
+from permllm.export.verify import Report, verify
+from permllm.runtime.terminal import terminal
+from permllm.sparsity import NMPattern
+
+FAILED = 2
+_SHOWN = 20
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What may be typed."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
+    parser.add_argument("--pattern", help="N:M (default: what an export of ours states, else 2:4)")
+    parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
+
+
+def work(options: argparse.Namespace) -> Answer:
+    """The report."""
+    disable_progress_bar()
+    set_verbosity_error()  # what its warnings are about is in the report
+    report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
+    values = asdict(report) | {"passed": report.passed}
+    return Answer(values, lambda: _show(options.folder, report), 0 if report.passed else 1)
+
+
+def _show(folder: Path, report: Report) -> None:
+    console = terminal()
+    table = Table(title=f"{escape(str(folder))}: {report.pattern} in stored order", title_justify="left")
+    for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
+        table.add_column(heading, justify="left" if heading == "weight" else "right")
+    for layer in report.layers:
+        counted = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
+        cells = [counted, str(layer.negative_zeros), str(layer.nan)]
+        table.add_row(escape(printable(layer.name)), f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
+    console.print(table)
+    weights = sum(math.prod(layer.shape) for layer in report.layers)
+    zeros = sum(layer.zeros * math.prod(layer.shape) for layer in report.layers) / max(weights, 1)
+    bad = sum(layer.violations or 0 for layer in report.layers)
+    console.print(f"{len(report.layers)} weights, {zeros:.2%} zeros, {bad} violations, {report.bytes / 1e6:.1f} MB on disk")
+    if report.difference is not None:
+        found = report.difference
+        console.print(
+            f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, KL {found['kl']:.2e} nats, "
+            f"the same next token at {found['agreement']:.2%}"
+        )
+    without = "without checksums: what was changed after it was written is not found"
+    console.print(f"contents {'compared with their checksums' if report.checksums else without}")
+    if report.passed:
+        console.print("passed")
+        return
+    more = len(report.problems) - _SHOWN
+    console.print(f"FAILED: this is not a {report.pattern} checkpoint:")
+    for problem in report.problems[:_SHOWN]:
+        console.print(f"- {escape(printable(problem))}")
+    if more > 0:
+        console.print(f"- and {more} more")

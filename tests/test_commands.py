@@ -1,0 +1,124 @@
+"""The command `permllm`: its parts have one place for errors, exit codes and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from permllm.commands import COMMANDS, call, main
+from permllm.version import __version__
+from tests.conftest import ROOT, run_module, run_python
+
+QUICKSTART = ROOT / "experiments" / "quickstart"
+WITH_ANSWERS = [name for name in COMMANDS if name != "run"]
+
+
+def test_its_help_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"    {name}" in shown for name in COMMANDS)
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert capsys.readouterr().out == f"permllm {__version__}\n"
+
+
+@pytest.mark.parametrize(("typed", "nearest"), [("reslts", "results"), ("zzz", None)])
+def test_a_misspelt_command_suggests_the_nearest(typed: str, nearest: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([typed]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {typed!r} is no command")
+    assert (f"did you mean {nearest}?" in said) if nearest else ("did you mean" not in said)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", WITH_ANSWERS)
+def test_each_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        call(name, ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert shown.startswith(f"usage: permllm {name}")
+    assert "--json" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "code"),
+    [
+        ("results", ["{}/nothing"], 1),
+        ("export", ["{}/nothing", "--to", "{}/new"], 1),
+        ("verify", ["{}/nothing"], 2),
+        ("bench", ["{}/nothing"], 1),
+        ("cache", ["nothing"], 1),
+    ],
+)
+def test_an_error_is_one_line_and_in_json_too(
+    name: str, words: list[str], code: int, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = [word.format(tmp_path) for word in words]
+    assert call(name, typed) == code
+    plain = capsys.readouterr()
+    assert plain.out == ""
+    assert plain.err.startswith("error: ")
+    assert plain.err.count("\n") == 1
+    assert call(name, [*typed, "--json"]) == code
+    answer = capsys.readouterr()
+    assert json.loads(answer.out) == {"error": plain.err.removeprefix("error: ").rstrip("\n")}
+    assert answer.err == plain.err
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from permllm.commands import results
+    from permllm.commands.answer import Answer
+
+    monkeypatch.setattr(results, "work", lambda _: Answer({"a": [float("inf"), float("nan"), 1.5]}, lambda: None))
+    assert call("results", ["x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, None, 1.5]}
+
+
+def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "tokens").mkdir(parents=True)
+    (cache / "tokens" / "a.safetensors").write_bytes(b"12345")
+    assert call("cache", ["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kinds"] == {"tokens": {"results": 1, "bytes": 5}}
+    assert call("cache", ["tokens", "--clear"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "tokens     1 results, 0.0 MB, 0.0 MB cleared"
+    assert not list((cache / "tokens").glob("*.safetensors"))
+
+
+def test_the_modules_of_version_0_1_go_on_and_say_their_new_name() -> None:
+    new = run_module("permllm", "results", str(QUICKSTART))
+    old = run_module("permllm.results", str(QUICKSTART))
+    assert new.returncode == old.returncode == 0
+    assert old.stdout == new.stdout != ""
+    assert old.stderr == f"note: python -m permllm.results is `permllm results` from version 1.0 on\n{new.stderr}"
+
+
+def test_verify_of_version_0_1_writes_a_file_too(tmp_path: Path) -> None:
+    answer = run_module("permllm.verify", str(tmp_path), "--json", str(tmp_path / "report.json"))
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines()[-1].startswith("error: ")
+    assert "--json FILE" in run_module("permllm.bench", "--help").stdout
+
+
+def test_run_is_run_py(tmp_path: Path) -> None:
+    words = ("model=tiny", "plan=true", f"runs_dir={tmp_path}")
+    through, script = run_module("permllm", "run", *words), run_python(str(ROOT / "run.py"), *words)
+    assert (through.returncode, through.stdout) == (script.returncode, script.stdout)
+    assert "channel groups" in through.stdout or "groups" in through.stdout
+
+
+def test_a_question_imports_little(tmp_path: Path) -> None:
+    """`--help` must come at once."""
+    heavy = ("transformers", "lm_eval", "pandas", "wandb")
+    code = (
+        "import atexit, sys; sys.argv = ['run.py', '--help']\n"
+        f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))\n"
+        "from permllm.cli import main\n"
+        "sys.exit(main())"
+    )
+    shown = run_python("-c", code, cwd=tmp_path, fresh=True).stdout
+    assert shown.splitlines()[-1] == "[]"

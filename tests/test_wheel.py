@@ -1,0 +1,55 @@
+"""The wheel holds all that a job needs: it is built, put into an empty folder, and prunes from another one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from permllm.record.store import is_finished
+from tests.conftest import ROOT, run_python
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(ROOT), "--wheel-dir", str(folder)]
+    subprocess.run(command, check=True, timeout=300)
+    (built,) = folder.glob("permllm-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(wheel)]
+    subprocess.run(command, check=True, timeout=300)
+    return folder
+
+
+def _run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"PYTHONPATH": str(installed), "PERMLLM_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
+    return run_python("-m", "permllm", *words, cwd=folder, environment=variables, fresh=True)
+
+
+def test_it_holds_the_settings_and_what_the_package_reads(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    settings = {f"permllm/{file.relative_to(ROOT)}" for file in ROOT.glob("conf/**/*.yaml") if "local" not in file.parts}
+    assert settings <= inside
+    data = [file for file in (ROOT / "permllm").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")]
+    assert {str(file.relative_to(ROOT)) for file in data} <= inside
+    assert {name.split("/")[0] for name in inside if ".dist-info/" not in name} == {"permllm"}
+    (points,) = [name for name in inside if name.endswith("entry_points.txt")]
+    assert "permllm = permllm.commands:main" in zipfile.ZipFile(wheel).read(points).decode()
+
+
+def test_a_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    result = _run(installed, tmp_path, "run", "model=tiny", "permutation=heuristic", "run_dir=run")
+    assert result.returncode == 0, result.stderr
+    assert is_finished(tmp_path / "run")
+    table = _run(installed, tmp_path, "results", "run")
+    assert "heuristic" in table.stdout
