@@ -27,11 +27,12 @@ from permllm.plan import print_plan
 from permllm.record.caching import clear_cache
 from permllm.record.environment import environment
 from permllm.record.figures import flat_figures, print_run
-from permllm.record.files import write_record, write_tensors
+from permllm.record.files import write_record
 from permllm.record.loggers import RunLogger, open_logger
 from permllm.record.names import ENVIRONMENT, EXPORT, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
 from permllm.record.run_tensors import write_masks, write_orders
 from permllm.record.store import RunRecord, run_directory
+from permllm.record.tensors import write_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory

@@ -20,9 +20,9 @@ from permllm.config import read_config, register_resolvers
 from permllm.errors import DataError, InUseError, PermLLMError, one_line
 from permllm.helping import assist
 from permllm.record import sweep
-from permllm.record.figures import mean_accuracy
+from permllm.record.evaluations import mean_accuracy
+from permllm.record.outcomes import Job
 from permllm.record.store import is_finished, run_directory
-from permllm.record.sweep import Job
 from permllm.results.collect import collect
 from permllm.results.summary import summarise
 from permllm.results.table import print_comparison, print_jobs

@@ -7,40 +7,27 @@ tie often (in 15 % of the groups of four, the second and third magnitudes are eq
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from permllm.errors import ConfigError
+from permllm.pattern import NMPattern, check_divides
+
+__all__ = [
+    "NMPattern",
+    "check_divides",
+    "keep_largest",
+    "keep_largest_of",
+    "nm_mask",
+    "permuted_nm_mask",
+    "ranks_of",
+    "retained_saliency",
+    "violations",
+]
 
 # Pairwise comparisons cost M (M - 1) / 2 vectorised passes. Past this M a stable sort is cheaper.
 _COMPARE_UP_TO = 16
-
-
-@dataclass(frozen=True)
-class NMPattern:
-    """Keep `n` of every `m` consecutive weights along the input channels."""
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ConfigError(f"sparsity={self.n}:{self.m}: N:M needs 0 < N < M, such as 2:4, 4:8, 1:4 or 3:4")
-
-    @classmethod
-    def parse(cls, text: object) -> NMPattern:
-        """Read `"N:M"`. Raises ConfigError when `text` has another form."""
-        match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
-        if match is None:
-            raise ConfigError(f"sparsity={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
 
 
 def keep_largest(values: Tensor, n: int, dim: int) -> Tensor:
@@ -112,12 +99,6 @@ def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:
     check_divides(pattern, channels, "the layer")
     groups = saliency.unflatten(-1, (channels // pattern.m, pattern.m))
     return keep_largest(groups, pattern.n, dim=-1).flatten(-2)
-
-
-def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
-    """Raise ConfigError unless M divides `channels`, the number of input channels of `where`."""
-    if channels % pattern.m:
-        raise ConfigError(f"sparsity={pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}")
 
 
 def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tensor:

@@ -25,8 +25,9 @@ from permllm.models.families import channel_groups
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
 from permllm.record.environment import hardware, versions
-from permllm.record.files import write_json, write_record, write_tensors, write_text
+from permllm.record.files import write_json, write_record, write_text
 from permllm.record.run_tensors import write_masks
+from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
 SHAPE = {

@@ -12,8 +12,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from permllm.record.outcomes import kept
 from permllm.record.store import is_finished
-from permllm.record.sweep import kept
 
 KEPT = ("metrics.json", "config.yaml", "environment.json", "history.jsonl", "figure.png")
 

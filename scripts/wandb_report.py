@@ -27,8 +27,8 @@ import wandb
 
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.identity import identity_of
+from permllm.record.names import SCHEMA_VERSION
 from permllm.record.schema import FinishedRun, Object, Settings, validated
-from permllm.record.store import SCHEMA_VERSION
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, Published, published
 from permllm.results.render import FORMATS, render

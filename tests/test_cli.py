@@ -23,7 +23,7 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
     assert "builtin perplexity" in first.stdout
     names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
     expected = {"config.yaml", "metrics.json", "history.jsonl", "permutations.safetensors", "masks.safetensors"}
-    assert names == expected | {"environment.json"}
+    assert names == expected | {"environment.json", "scores.json"}
     assert list((tmp_path / "runs" / "wandb").glob("offline-run-*"))  # the default logger, without a key
     written = (directory / "metrics.json").stat().st_mtime_ns
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}  # nothing else lies about

@@ -20,9 +20,9 @@ from permllm.errors import ConfigError
 from permllm.identity import digest_of, identity_of
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
-from permllm.record.files import write_tensors
+from permllm.record.outcomes import Job
 from permllm.record.store import run_directory
-from permllm.record.sweep import Job
+from permllm.record.tensors import write_tensors
 from permllm.session import Session
 from tests.conftest import ROOT
 

@@ -18,6 +18,7 @@ ROOMS = (
     "validation",
     "nested",
     "identity",
+    "pattern",
     "sparsity",
     "runtime",
     "config",

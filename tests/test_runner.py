@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from permllm import runner
@@ -280,9 +280,9 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **keywords: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("permllm.record.files.write_file", full)
+    monkeypatch.setattr("permllm.record.tensors.write_file", full)
     with pytest.raises(DataError, match="no space left to write"):
         run(tmp_path, "permutation=none")
     (directory,) = (tmp_path / "runs").iterdir()

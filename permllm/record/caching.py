@@ -23,9 +23,11 @@ from permllm.errors import DataError
 from permllm.record.cache_folder import cache_bound, cache_directory
 from permllm.record.code import code_digest
 from permllm.record.environment import versions
-from permllm.record.files import has_checksum, read_json, scratch_of, write_record, write_tensors
+from permllm.record.files import has_checksum, read_json, scratch_of, write_record
+from permllm.record.names import CHECKSUM
 from permllm.record.schema import Object, Schema, validated
-from permllm.record.tensor_file import CHECKSUM, read_header, read_tensors
+from permllm.record.tensor_file import read_header, read_tensors
+from permllm.record.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,8 @@ settings in `protocol`. The others have the same keys in their entries of `other
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +82,26 @@ def bring_forward(metrics: dict[str, Any], entry: dict[str, Any]) -> None:
     metrics[_OTHERS] = [top | {_FINISHED: True}, *(other for other in metrics[_OTHERS] if other is not entry)]
     for key, value in _taken(entry).items():
         metrics[key] = metrics.get(key, {}) | value if key in _SHARED else value
+
+
+def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """The tasks of a zero-shot result that a mean is taken over.
+
+    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
+    """
+    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
+
+
+def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
+    """Over the counted tasks of a zero-shot result; not a number where there is none."""
+    counted = counted_tasks(tasks)
+    return statistics.fmean(tasks[name]["acc"] for name in counted) if counted else math.nan
+
+
+def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
+    """Standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
+    errors = [tasks[name]["stderr"] for name in counted_tasks(tasks)]
+    return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def _taken(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from permllm.nested import flatten
+from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
 from permllm.runtime.terminal import terminal
 
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
@@ -63,26 +62,6 @@ def _accuracy(values: dict[str, Any]) -> str:
         return "-"
     error = "" if values["stderr"] is None else f" ± {values['stderr']:.1%}"
     return f"{values['acc']:.1%}{error}"
-
-
-def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    """The tasks of a zero-shot result that a mean is taken over.
-
-    An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
-    """
-    return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
-
-
-def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:
-    """Over the counted tasks of a zero-shot result; not a number where there is none."""
-    counted = counted_tasks(tasks)
-    return statistics.fmean(tasks[name]["acc"] for name in counted) if counted else math.nan
-
-
-def mean_error(tasks: dict[str, dict[str, Any]]) -> float | None:
-    """Standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
-    errors = [tasks[name]["stderr"] for name in counted_tasks(tasks)]
-    return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -12,21 +12,17 @@ import logging
 import os
 import re
 import secrets
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError
-from torch import Tensor
 
 from permllm.errors import DataError, first_line
+from permllm.record.names import CHECKSUM
 from permllm.record.schema import FileList, Object, Schema, validated
-from permllm.record.tensor_file import CHECKSUM, write_file
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +58,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         scratch.chmod(mode)  # safetensors makes a file of its own
         os.replace(scratch, path)
         made = False
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         number = getattr(error, "errno", None)
         # torch.save says "unexpected pos" when a write falls short.
         if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in ("No space left", "unexpected pos")):
@@ -233,45 +229,10 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, each with a checksum (`permllm.record.tensor_file`)."""
-    write_atomically(path, lambda scratch: write_file(scratch, tensors, lambda name: tensors[name], metadata))
-
-
 def scratch_of(path: Path) -> str | None:
     """The name of the file that something is the scratch of (`write_atomically`), whoever wrote it; None for anything else."""
     match = _SCRATCH.fullmatch(path.name)
     return match["name"] if match else None
-
-
-def read_torch(path: Path, schema: type[Schema], device: torch.device) -> Schema:
-    """What `write_torch` wrote, nothing unpickled but tensors and plain values.
-
-    Args:
-        path: of the file.
-        schema: what it must hold.
-        device: where its tensors go.
-
-    Raises:
-        DataError: it was changed, is cut short or something else, or a field is not as the schema says.
-    """
-    try:
-        # torch leaves the checksums of its archive alone.
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-        state = None if changed else torch.load(path, map_location=device, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # whatever a library makes of a file that is something else
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
-    if changed:
-        raise DataError(f"{path} is corrupt: {changed} is not what was written")
-    return validated(str(path), state, schema)
-
-
-def write_torch(path: Path, state: Any) -> None:
-    """Write a training state with `torch.save`."""
-    write_atomically(path, lambda scratch: torch.save(state, scratch))
 
 
 def _write(path: Path, text: str) -> None:

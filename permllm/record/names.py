@@ -1,4 +1,9 @@
-"""The files of a run directory."""
+"""The files of a run directory, and what is in each of them."""
+
+# Of `metrics.json`.
+SCHEMA_VERSION = 1
+# In the metadata of a safetensors file, and in a JSON object of ours.
+CHECKSUM = "crc32"
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"

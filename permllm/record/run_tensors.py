@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from permllm.errors import DataError
-from permllm.record.files import write_tensors
 from permllm.record.schema import Positive, validated
 from permllm.record.tensor_file import check_file, read_header, read_tensors
+from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, violations
 
 _SHAPES = "shapes"

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationEr
 from typing_extensions import TypedDict, is_typeddict
 
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.sparsity import NMPattern
+from permllm.pattern import NMPattern
 
 Schema = TypeVar("Schema")
 

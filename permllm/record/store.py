@@ -32,6 +32,7 @@ from permllm.record.names import (
     MASKS,
     METRICS,
     PERMUTATIONS,
+    SCHEMA_VERSION,
     SCORES,
     WEIGHTS,
     WRITTEN_EXPORT,
@@ -44,8 +45,6 @@ from permllm.runtime.memory import peak_host_memory, peak_memory
 from permllm.sparsity import NMPattern
 
 log = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
 
 # Needed while orders are learned, and to continue.
 _WHILE_LEARNING = (CHECKPOINT, BEST_SO_FAR)

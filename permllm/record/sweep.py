@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,17 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from permllm.errors import DataError
-from permllm.record.files import read_json, write_record
-from permllm.record.schema import SweepJob
+from permllm.record.files import write_record
+from permllm.record.outcomes import JOBS, Job, kept
 
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
 # What does not make a sweep another one.
 _LEFT_OUT = ("force", "plan", "logger", "runs_dir", "hydra.launcher", "hydra/launcher")
-_JOBS = "jobs"
 # What conf/config.yaml has for hydra.run.dir and hydra.sweep.subdir, and below runs_dir for hydra.sweep.dir.
 _HERE, _SWEEPS = ".", "sweeps"
 # Of the sweep that this process started.
 _STARTED: list[tuple[Path, float]] = []
-
-
-@dataclass
-class Job:
-    """What became of one job.
-
-    Attributes:
-        overrides: what was typed for it.
-        outcome: `ran`, `skipped` (it was finished already, or another process runs it) or `failed`.
-        reason: why it failed, or is run elsewhere.
-        directory: of a finished run.
-    """
-
-    overrides: list[str]
-    outcome: str
-    reason: str = ""
-    directory: str | None = None
 
 
 class SweepFolder(Callback):  # type: ignore[misc]
@@ -105,28 +86,7 @@ def keep(job: Job) -> None:
     if job.directory is not None:
         # From the sweep's folder, so that all of it can be moved, and read from anywhere.
         values["directory"] = os.path.relpath(job.directory, folder)
-    write_record(folder / _JOBS / f"{hydra.job.num:04d}.json", values)
-
-
-def kept(folder: Path, since: float = 0.0) -> list[Job]:
-    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out.
-
-    Args:
-        folder: of the sweep.
-        since: seconds since the epoch; outcomes that are older are left out.
-    """
-    jobs = []
-    for file in sorted((folder / _JOBS).glob("*.json")):
-        try:
-            found = read_json(file, SweepJob)
-        except DataError:
-            continue
-        job = Job(found["overrides"], found["outcome"], found.get("reason", ""), found.get("directory"))
-        if job.directory is not None:
-            job.directory = os.path.normpath(folder / job.directory)
-        if file.stat().st_mtime >= since:
-            jobs.append(job)
-    return jobs
+    write_record(folder / JOBS / f"{hydra.job.num:04d}.json", values)
 
 
 def launched_elsewhere() -> bool:

@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import DataError
+from permllm.record.names import CHECKSUM
 from permllm.record.schema import TensorEntry as Entry
 from permllm.record.schema import validated
 
-# In the metadata of a safetensors file, and in a JSON object of ours.
-CHECKSUM = "crc32"
 _LONGEST_HEADER = 100_000_000
 # What a header calls the formats that are written.
 TYPES = {

@@ -12,10 +12,9 @@ from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_yaml
-from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCORES
+from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCHEMA_VERSION, SCORES
+from permllm.record.outcomes import kept
 from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Scores, Settings, validated
-from permllm.record.store import SCHEMA_VERSION
-from permllm.record.sweep import kept
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from permllm.identity import identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
-from permllm.record.figures import counted_tasks, mean_accuracy, mean_error
+from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
 from permllm.results.collect import Run
 
 # Settings that only repeat others or name files, whose digests stand beside them.

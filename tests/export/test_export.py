@@ -23,9 +23,10 @@ from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
-from permllm.record.files import write_record, write_tensors, write_text
+from permllm.record.files import write_record, write_text
 from permllm.record.run_tensors import write_masks
 from permllm.record.tensor_file import check_file, read_header
+from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
 from tests.conftest import FAMILY_SETTINGS, script, tiny_config
 from tests.permutation.test_shared import random_order

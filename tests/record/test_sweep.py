@@ -12,7 +12,8 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.record.sweep import Job, kept, sweep_name
+from permllm.record.outcomes import Job, kept
+from permllm.record.sweep import sweep_name
 from permllm.results.collect import collect
 from permllm.session import objective
 from tests.conftest import ROOT, run_command

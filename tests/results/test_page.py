@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from permllm.record.environment import environment
-from permllm.record.files import write_tensors
 from permllm.record.names import MASKS, PERMUTATIONS
 from permllm.record.run_tensors import write_masks
+from permllm.record.tensors import write_tensors
 from permllm.results.collect import collect
 from permllm.results.page import curves, differences, page, page_data, row_labels, sort_keys
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, pictures

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from permllm import runner
 from permllm.config import read_config
 from permllm.errors import ConfigError
+from permllm.record.outcomes import kept
 from permllm.record.store import RunRecord, run_directory
-from permllm.record.sweep import kept
 from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed

@@ -30,10 +30,10 @@ from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded
 from permllm.permutation.stacks import count_logits
-from permllm.record.files import read_torch, write_torch
 from permllm.record.names import BEST_SO_FAR, CHECKPOINT
 from permllm.record.run_tensors import check_order, write_orders
 from permllm.record.schema import Object, Positive, Whole
+from permllm.record.tensors import read_torch, write_torch
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory, to_device
 

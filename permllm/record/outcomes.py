@@ -1,0 +1,52 @@
+"""What became of the jobs of a sweep: a file of each in the sweep's folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from permllm.errors import DataError
+from permllm.record.files import read_json
+from permllm.record.schema import SweepJob
+
+# The folder of the files.
+JOBS = "jobs"
+
+
+@dataclass
+class Job:
+    """What became of one job.
+
+    Attributes:
+        overrides: what was typed for it.
+        outcome: `ran`, `skipped` (it was finished already, or another process runs it) or `failed`.
+        reason: why it failed, or is run elsewhere.
+        directory: of a finished run.
+    """
+
+    overrides: list[str]
+    outcome: str
+    reason: str = ""
+    directory: str | None = None
+
+
+def kept(folder: Path, since: float = 0.0) -> list[Job]:
+    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out.
+
+    Args:
+        folder: of the sweep.
+        since: seconds since the epoch; outcomes that are older are left out.
+    """
+    jobs = []
+    for file in sorted((folder / JOBS).glob("*.json")):
+        try:
+            found = read_json(file, SweepJob)
+        except DataError:
+            continue
+        job = Job(found["overrides"], found["outcome"], found.get("reason", ""), found.get("directory"))
+        if job.directory is not None:
+            job.directory = os.path.normpath(folder / job.directory)
+        if file.stat().st_mtime >= since:
+            jobs.append(job)
+    return jobs
