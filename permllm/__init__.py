@@ -1,35 +1,25 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
-`permllm.load(DIR)` opens a checkpoint that an export wrote. `import permllm.export` lets transformers load gathered and packed
-ones by itself. Importing `permllm` alone costs nothing.
+`permllm.prune` prunes a model in memory, `permllm.save` writes it, `permllm.load` opens a checkpoint that was written.
+`import permllm.export` lets transformers load gathered and packed ones by itself. Importing `permllm` alone costs nothing.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from permllm.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from permllm.api import Pruned, load, prune, save
 
-__all__ = ["__version__", "load"]
+__all__ = ["Pruned", "__version__", "load", "prune", "save"]
 
 
-def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint in any of the forms of an export, dense or packed, in evaluation mode.
+def __getattr__(name: str) -> Any:
+    """What is imported when it is asked for: torch and transformers take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from permllm import api
 
-    Args:
-        folder: of the checkpoint.
-        options: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or `keep_packed=True`.
-
-    Raises:
-        DataError: it is not whole; the tensor is named.
-    """
-    import torch
-
-    import permllm.export  # noqa: F401 - makes its classes known to transformers
-    from permllm.models.checkpoint import read_weights
-
-    return read_weights(Path(folder), options.pop("dtype", None), torch.device("cpu"), **options).eval()
+    return getattr(api, name)

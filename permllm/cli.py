@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from permllm.config import register_resolvers
+from permllm.config import conf_directory, register_resolvers
 from permllm.runtime.interruption import started
 
 # Groups that every job has an option of.
 _NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "export", "logger")
 # Hydra answers these itself.
 _QUESTIONS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
-
-
-def conf_directory() -> Path:
-    """Where the YAML files of the settings lie: in an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")

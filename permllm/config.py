@@ -367,6 +367,13 @@ def _check_project(name: str) -> None:
         raise ConfigError(f"logger.project={name[:20]!r}...: W&B allows {_LONGEST_PROJECT} characters, and it has {len(name)}")
 
 
+def conf_directory() -> Path:
+    """Where the YAML files of the settings lie: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
 def register_resolvers() -> None:
     """Make the resolvers that `conf/` uses known to OmegaConf.
 

@@ -11,7 +11,7 @@ import torch
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import Statistic
 from permllm.config import RunConfig, instantiate, instantiate_permutation
-from permllm.data.named import calibration_text, check_texts
+from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
 from permllm.models.families import ChannelGroup
@@ -21,7 +21,7 @@ from permllm.permutation.shared import Constraint, check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
-from permllm.record.store import RunRecord
+from permllm.record.progress import Progress
 from permllm.sparsity import check_divides
 from permllm.validation import check_contract, check_one_of, check_whole
 
@@ -56,7 +56,7 @@ class Job:
     Attributes:
         config: of the job.
         methods: that it prunes with.
-        record: that it keeps.
+        record: what it leaves, in a run directory or in memory.
         logger: where its numbers stream to.
         loaded: the model, dense until it is pruned.
         groups: its channel groups, all layers.
@@ -65,7 +65,7 @@ class Job:
 
     config: RunConfig
     methods: Methods
-    record: RunRecord
+    record: Progress
     logger: RunLogger
     loaded: LoadedModel
     groups: list[ChannelGroup]
@@ -81,10 +81,9 @@ def methods_of(config: RunConfig) -> Methods:
     """The methods that the settings name.
 
     Raises:
-        ConfigError: one, or a text, cannot be made or lacks what it will be asked for, or the masks would be made from other
+        ConfigError: one cannot be made or lacks what it will be asked for, or the masks would be made from other
             statistics than those that their order is learned with.
     """
-    check_texts(config.calibration, config.evaluation.perplexity)
     methods = Methods(instantiate(config.pruner), instantiate_permutation(config), instantiate(config.reconstruction))
     _check_contracts(config, methods)
     statistics = config.calibration.statistics

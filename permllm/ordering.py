@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,10 @@ from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.permutation.problem import LearningProblem
 from permllm.record.loggers import RunLogger
-from permllm.record.names import CHECKPOINT, PERMUTATIONS
-from permllm.record.run_tensors import read_orders, write_orders
-from permllm.record.store import RunRecord
+from permllm.record.progress import Progress
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern
-
-log = logging.getLogger(__name__)
 
 Order = Callable[[str, Tensor, NMPattern], Tensor]
 
@@ -92,12 +87,10 @@ def order_of(job: Job, tokens: Tensor, dense: DenseCalibration | None) -> Order:
 
 
 def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
-    file = job.record.path(PERMUTATIONS)
-    if file.is_file():
-        log.info("continuing %s with the orders that it found", job.record.directory)
-        return read_orders(file, {group.name: group.channels for group in job.groups})
-    if not job.record.path(CHECKPOINT).is_file():
-        job.record.restart_history([])
+    kept = job.record.kept_orders({group.name: group.channels for group in job.groups})
+    if kept is not None:
+        return kept
+    job.record.begin_learning()
     orders: dict[str, Tensor]
     if job.methods.permutation.learned:
         call_helpers(problem, job.loaded.identity, job.products)
@@ -105,14 +98,14 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
             orders = job.methods.permutation.orders(problem)
     else:  # searched by the first process alone
         orders = job.methods.permutation.orders(problem)
-    write_orders(file, orders)
+    job.record.keep_orders(orders)
     return orders
 
 
 class _Passes:
     """The passes of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
 
-    def __init__(self, record: RunRecord, logger: RunLogger) -> None:
+    def __init__(self, record: Progress, logger: RunLogger) -> None:
         self._record, self._logger = record, logger
         self._done = 0
 

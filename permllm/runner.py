@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
-from permllm.data.named import calibration_text
+from permllm.data.named import calibration_text, check_texts
 from permllm.errors import DataError
 from permllm.evaluation.measure import evaluate
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
@@ -21,8 +22,6 @@ from permllm.helping import check_shares
 from permllm.job import Job, Methods, check_groups, code_of, export_request, methods_of
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model, meta_model
-from permllm.ordering import calibrate, order_of
-from permllm.pipeline import PrunedModel, prune
 from permllm.plan import print_plan
 from permllm.record.caching import clear_cache
 from permllm.record.environment import environment
@@ -38,6 +37,7 @@ from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.runtime.seeding import seed_everything
+from permllm.stages import figures, prune_model
 from permllm.studies.base import run_study
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     Raises:
         PermLLMError: with one line for the person who started it.
     """
+    check_texts(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
     request = export_request(config, methods)
     device = resolve_device(config.model.device)
@@ -104,75 +105,42 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
-    _evaluate(job, "dense")
+    _evaluate(job, record, "dense")
     if record.pruned:
         log.info("continuing %s after pruning", record.directory)
         apply_record(loaded.model, loaded.identity, record.directory)
     else:
-        _prune(job)
-    _evaluate(job, "sparse")
+        _prune(job, record)
+    _evaluate(job, record, "sparse")
 
     record.finish()
     logger.summary(flat_figures(record.metrics))
 
 
-def _evaluate(job: Job, which: str) -> None:
-    record = job.record
+def _evaluate(job: Job, record: RunRecord, which: str) -> None:
     with record.stage(f"evaluate {which}", job.device):
         others = record.other_evaluations
         evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, others, record.scores)
 
 
-def _prune(job: Job) -> None:
+def _prune(job: Job, record: RunRecord) -> None:
     """Calibrate, find the orders, prune: the model is sparse afterwards, and the record holds what rebuilds it."""
-    config, calibration = job.config, job.config.calibration
-    job.record.note_code(code_of(config, job.methods))
-    dense = None
-    with job.record.stage("calibrate", job.device):
-        tokens = calibration_tokens(job.loaded.tokenizer, calibration, config.seed)
-        digest = calibration_text(calibration).text.digest(calibration=True)
-        job.record.metrics.setdefault("texts", {})["calibration"] = digest
-        if not job.methods.permutation.local or calibration.statistics == "dense":
-            dense = calibrate(config, job.loaded, job.groups, tokens, job.methods.pruner, job.products)
-    order = order_of(job, tokens, dense)
-    with job.record.stage("prune", job.device):
-        pruned = prune(
-            job.loaded.model,
-            job.groups,
-            tokens,
-            job.methods.pruner,
-            config.pattern,
-            order,
-            calibration.batch_size,
-            dense.factors if dense is not None and calibration.statistics == "dense" else None,
-            job.methods.reconstruction,
-            job.products,
-        )
-        _write_pruned(job, pruned)
+    record.note_code(code_of(job.config, job.methods))
 
+    def tokens() -> Tensor:
+        digest = calibration_text(job.config.calibration).text.digest(calibration=True)
+        record.metrics.setdefault("texts", {})["calibration"] = digest
+        return calibration_tokens(job.loaded.tokenizer, job.config.calibration, job.config.seed)
 
-def _write_pruned(job: Job, pruned: PrunedModel) -> None:
-    record, changed = job.record, job.methods.change_weights
-    write_orders(record.path(PERMUTATIONS), pruned.orders)
-    write_masks(record.path(MASKS), pruned.masks)
-    kept = changed and job.config.save_weights
-    if kept:
-        weights = {path: linear_at(job.loaded.model, path).weight.data.cpu() for path in pruned.masks}
-        write_tensors(record.path(WEIGHTS), weights)
-    zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
-    record.metrics |= {
-        "compute_dtype": str(job.products).removeprefix("torch."),
-        "sparsity": {
-            "pattern": str(job.config.pattern),
-            "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
-            "violations": pruned.violations,
-            "weights_changed": changed,
-            "weights_kept": kept,
-        },
-        "retained_saliency": pruned.retained,
-        "output_error": pruned.output_error,
-        "moved_channels": pruned.moved,
-    }
+    pruned = prune_model(job, tokens)
+    with record.stage("prune", job.device):
+        write_orders(record.path(PERMUTATIONS), pruned.orders)
+        write_masks(record.path(MASKS), pruned.masks)
+        found = figures(job, pruned)
+        if found["sparsity"]["weights_kept"]:
+            weights = {path: linear_at(job.loaded.model, path).weight.data.cpu() for path in pruned.masks}
+            write_tensors(record.path(WEIGHTS), weights)
+        record.metrics |= found
 
 
 def _export(request: Request, record: RunRecord) -> None:

@@ -32,7 +32,7 @@ def shared_calibration(
     """`calibrate_dense`, or what an earlier job kept of it.
 
     The target follows from model and text alone, so that jobs with another pruner do not keep it a second time. The saliency
-    of a pruner that is not of this package is not kept.
+    of a pruner that is not of this package is not kept, nor is anything of a model without an identity.
 
     Args:
         loaded: the dense model.
@@ -44,6 +44,8 @@ def shared_calibration(
         compute_dtype: of the model's matrix products.
         norm_over: as in `calibrate_dense`.
     """
+    if not loaded.identity:
+        return calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over)
     identity = {
         "model": loaded.identity,
         "tokens": digest_of(tokens),

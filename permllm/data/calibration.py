@@ -32,11 +32,15 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
     named = calibration_text(config)
 
     def windows() -> Tensor:
-        documents = named.text.calibration(seed)
-        return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.length, seed)
+        return windows_of(tokenizer, named.text.calibration(seed), config, seed)
 
     settings = {"sampling": config.sampling, "samples": config.samples, "length": config.length, "seed": seed}
     return _kept(tokenizer, named, settings, windows, calibration=True)
+
+
+def windows_of(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], config: CalibrationConfig, seed: int) -> Tensor:
+    """Draw calibration windows of documents, as `calibration_tokens`."""
+    return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.length, seed)
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText) -> Tensor:

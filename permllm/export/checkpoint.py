@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from filelock import FileLock, Timeout
@@ -84,8 +84,7 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     """
     request.check()
     started = time.perf_counter()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is there already and not empty; choose another folder")
+    check_free(target)
     record = _Record(directory)
     model = ModelConfig(**(record.model | ({"source": "local", "path": str(dense)} if dense is not None else {})))
     if model.source == "hub":
@@ -96,6 +95,25 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     comparable = dense is None or record.metrics["model"].startswith("local:")
     if comparable and source.identity != record.metrics["model"]:
         raise DataError(f"{directory} was pruned from {record.metrics['model']}, and this model is {source.identity}")
+    return write_checkpoint(record, request, source, target, started)
+
+
+def write_checkpoint(
+    record: PrunedRecord, request: Request, source: DenseSource, target: Path, started: float
+) -> dict[str, Any]:
+    """Write a pruned model.
+
+    Args:
+        record: what is known of it.
+        request: form, format and dtype.
+        source: the model that was pruned; of its pruned linears, `record` makes the weights from what it gives.
+        target: as in `export_run`.
+        started: `time.perf_counter()` when it began.
+
+    Returns:
+        As `export_run`; so are the errors.
+    """
+    check_free(target)
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +133,12 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
         shutil.rmtree(scratch, ignore_errors=True)
         lock.release()
     return summary
+
+
+def check_free(target: Path) -> None:
+    """Raise ConfigError where a folder holds something already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already and not empty; choose another folder")
 
 
 def present_export(folder: Path) -> ExportSummary | None:
@@ -152,8 +176,42 @@ def clear_left_over(target: Path) -> None:
                 continue
 
 
+class PrunedWeights(Protocol):
+    """The orders and weights of a pruned model."""
+
+    @property
+    def orders(self) -> dict[str, Tensor]:
+        """Int64 `(C_in,)` by channel group."""
+
+    def weight(self, path: str, dense: Tensor) -> Tensor:
+        """The pruned weight of a linear, original channel order, where `dense`, what the source has, is."""
+
+
+class PrunedRecord(Protocol):
+    """What an export needs to know of a pruned model."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Resolved, as in `config.yaml`."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """As in `metrics.json`."""
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """As in `environment.json`; empty where it is not known."""
+
+    @property
+    def pattern(self) -> NMPattern:
+        """N:M."""
+
+    def pruned(self, groups: list[ChannelGroup]) -> PrunedWeights:
+        """Its orders and weights, for a model of these channel groups."""
+
+
 class _Record:
-    """What an export needs of a run directory; masks and changed weights one at a time."""
+    """Of a run directory; masks and changed weights one at a time."""
 
     def __init__(self, directory: Path) -> None:
         if not (directory / METRICS).is_file():
@@ -174,12 +232,12 @@ class _Record:
         self.pattern = NMPattern.parse(self.config["sparsity"])
         self._directory = directory
 
-    def pruned(self, groups: list[ChannelGroup]) -> Pruned:
+    def pruned(self, groups: list[ChannelGroup]) -> PrunedWeights:
         """The orders and weights, for a model of these channel groups."""
         return Pruned(self._directory, self.metrics, groups, self.pattern)
 
 
-def _write(record: _Record, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
+def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
     skeleton = source.skeleton
     groups = channel_groups(skeleton)
     pruned = {f"{path}.weight": path for group in groups for path in group.members}
@@ -238,8 +296,8 @@ def _write(record: _Record, request: Request, source: DenseSource, folder: Path,
 
 
 def _stored(
-    record: _Record,
-    kept: Pruned,
+    record: PrunedRecord,
+    kept: PrunedWeights,
     source: DenseSource,
     stored: StoredOrder,
     name: str,
@@ -264,7 +322,7 @@ def _stored(
 
 
 def _config(
-    source: DenseSource, stored: StoredOrder, request: Request, record: _Record, dtype: torch.dtype
+    source: DenseSource, stored: StoredOrder, request: Request, record: PrunedRecord, dtype: torch.dtype
 ) -> PreTrainedConfig:
     config = source.skeleton.config
     architecture = type(source.skeleton).__name__
@@ -279,7 +337,7 @@ def _config(
 
 
 def _summary(
-    record: _Record,
+    record: PrunedRecord,
     request: Request,
     planned: dict[str, Tensor],
     pruned: dict[str, str],

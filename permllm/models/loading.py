@@ -56,7 +56,8 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode, no parameter requires a gradient.
         tokenizer: its tokenizer.
-        identity: string that changes when the weights do; keys caches of dense results.
+        identity: string that changes when the weights do; keys caches of dense results. Empty for a model that somebody else
+            has loaded, of which nothing is kept.
     """
 
     model: PreTrainedModel

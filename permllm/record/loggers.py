@@ -55,6 +55,9 @@ class _Nowhere:
         pass
 
 
+NO_LOGGER: RunLogger = _Nowhere()
+
+
 class _WandB:
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -132,7 +135,7 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
             writer.add_text("config", f"```\n{described(config)}\n```")
             yield _TensorBoard(writer)
     else:
-        yield _Nowhere()
+        yield NO_LOGGER
 
 
 def described(config: RunConfig) -> dict[str, Any]:

@@ -6,15 +6,14 @@ import glob
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from permllm.config import RunConfig
 from permllm.errors import ConfigError, DataError, InUseError
@@ -37,11 +36,11 @@ from permllm.record.names import (
     WEIGHTS,
     WRITTEN_EXPORT,
 )
+from permllm.record.progress import Progress
 from permllm.record.pruned import Group, Pruned
-from permllm.record.run_tensors import read_orders
+from permllm.record.run_tensors import read_orders, write_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
 from permllm.record.tensor_file import read_header
-from permllm.runtime.memory import peak_host_memory, peak_memory
 from permllm.sparsity import NMPattern
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,7 @@ def run_directory(config: RunConfig) -> Path:
     return min(found)[1] if found else directory
 
 
-class RunRecord:
+class RunRecord(Progress):
     """A run directory that is being written. `metrics` is saved after each stage, in one move.
 
     Args:
@@ -113,15 +112,13 @@ class RunRecord:
     """
 
     def __init__(self, directory: Path, config: RunConfig, force: bool = False) -> None:
-        self.directory = directory
-        self.metrics: dict[str, Any] = {}
+        super().__init__()
+        self.directory: Path = directory
         self.evaluation = self.metrics
         self.scores: dict[str, Any] = {}
         self._written_scores: str | None = None
         self._config = config
         self._force = force
-        self._stages: list[str] = []
-        self._since = 0.0
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -309,32 +306,6 @@ class RunRecord:
             self._written_scores = text
         write_record(self.directory / METRICS, self.metrics)
 
-    @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted.
-
-        A stage inside of another one takes its seconds out of that one's, and leaves the saving to it.
-        """
-        self._lap()
-        self._stages.append(name)
-        try:
-            yield
-        finally:
-            self._lap()
-            self._stages.pop()
-            for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
-                self.metrics[key] = max(peak, self.metrics.get(key, 0))
-            if not self._stages:
-                self.save()
-
-    def _lap(self) -> None:
-        """Count the seconds since the last lap for the innermost stage that runs."""
-        now = time.perf_counter()
-        if self._stages:
-            seconds = self.metrics["seconds"]
-            seconds[self._stages[-1]] = seconds.get(self._stages[-1], 0.0) + now - self._since
-        self._since = now
-
     def append_history(self, values: Mapping[str, Any]) -> None:
         """Add one line to `history.jsonl` and flush it."""
         with open(self.directory / HISTORY, "a", encoding="utf-8") as stream:
@@ -355,6 +326,23 @@ class RunRecord:
         elif present != lines:
             write_text(file, "\n".join(lines) + "\n")
         return held
+
+    def begin_learning(self) -> None:
+        """Forget the passes of an earlier attempt, unless its checkpoint is there."""
+        if not self.path(CHECKPOINT).is_file():
+            self.restart_history([])
+
+    def kept_orders(self, channels: Mapping[str, int]) -> dict[str, Tensor] | None:
+        """The orders that an earlier process has found, as `Progress.kept_orders`; errors as `read_orders`."""
+        file = self.path(PERMUTATIONS)
+        if not file.is_file():
+            return None
+        log.info("continuing %s with the orders that it found", self.directory)
+        return read_orders(file, channels)
+
+    def keep_orders(self, orders: Mapping[str, Tensor]) -> None:
+        """Write the orders."""
+        write_orders(self.path(PERMUTATIONS), orders)
 
     def _clear(self) -> None:
         """Remove what processes that were killed were writing; this one holds the directory."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from permllm import ordering, runner
+from permllm import ordering, runner, stages
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
@@ -181,7 +181,7 @@ def test_a_run_that_was_interrupted_and_lost_nothing_does_not_prune_again(
     pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(pruned["wanda"] / "interrupted", tmp_path / "run")
-    monkeypatch.setattr(runner, "prune", None)
+    monkeypatch.setattr(runner, "prune_model", None)
     run(tmp_path / "run", *SMALL)
     assert results(tmp_path / "run") == results(pruned["wanda"] / "finished")
 
@@ -245,7 +245,7 @@ def learning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(KeyboardInterrupt):
         run(folder / "second", *LEARNED)
     patch.undo()
-    patch = interrupted(runner, "prune")
+    patch = interrupted(stages, "prune")
     with pytest.raises(KeyboardInterrupt):
         run(folder / "orders", *LEARNED)
     patch.undo()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from permllm import runner
+from permllm import runner, stages
 from permllm.config import RunConfig, read_config
 from permllm.errors import DataError, InUseError
 from permllm.evaluation import measure
@@ -345,12 +345,12 @@ def test_a_run_that_other_code_made_is_said_to_be_in_one_line(
         caplog.clear()
         return found
 
-    prune: Callable[..., Any] = runner.prune
+    prune: Callable[..., Any] = stages.prune
     if interrupted:
-        monkeypatch.setattr(runner, "prune", killed)
+        monkeypatch.setattr(stages, "prune", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
-        monkeypatch.setattr(runner, "prune", prune)
+        monkeypatch.setattr(stages, "prune", prune)
     else:
         run(tmp_path)
     directory = run_directory(settings(tmp_path))

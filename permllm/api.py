@@ -1,0 +1,271 @@
+"""Prune a model that is in memory, and write it, from Python; `permllm.prune`, `permllm.save` and `permllm.load`."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import permllm.export  # noqa: F401 - makes its classes known to transformers
+from permllm.config import RunConfig, conf_directory, read_config, register_resolvers
+from permllm.data.calibration import calibration_tokens, windows_of
+from permllm.errors import ConfigError, DataError, first_line
+from permllm.export.checkpoint import Request, write_checkpoint
+from permllm.job import Job, check_groups, methods_of
+from permllm.models.checkpoint import read_weights
+from permllm.models.families import ChannelGroup, channel_groups
+from permllm.models.loading import LoadedModel
+from permllm.models.source import DenseSource
+from permllm.record.environment import environment
+from permllm.record.loggers import NO_LOGGER
+from permllm.record.progress import Progress
+from permllm.runtime.memory import reset_peak_memory
+from permllm.runtime.precision import compute_dtype
+from permllm.runtime.seeding import seed_everything
+from permllm.sparsity import NMPattern
+from permllm.stages import figures, prune_model
+
+# Of a model that `prune` has pruned: what `save` needs.
+_PRUNED = "_permllm_pruned"
+_OWN_TEXT = "text"
+
+
+class Pruned(NamedTuple):
+    """What `prune` found.
+
+    Attributes:
+        orders: int64 `(C_in,)` by channel group: the order in which `weight[:, order]` is N:M.
+        masks: bool `(C_out, C_in)` by the path of a linear, original channel order, on the CPU; True is kept.
+        report: plain values, named as in `metrics.json`: sparsity and violations, saliency retained and output error by
+            channel group, seconds of each stage, peak memory, and `history`, a line for each epoch of learning.
+    """
+
+    orders: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: str | Sequence[str] | Tensor,
+    pruner: str = "wanda",
+    permutation: str = "lcp",
+    sparsity: str = "2:4",
+    **settings: Any,
+) -> Pruned:
+    """Prune a model in place, as `permllm run` does.
+
+    Args:
+        model: of a known family, on one device, with its weights in memory. Its linears hold `weight * mask` afterwards (or
+            the updated weight), in the original channel order.
+        tokenizer: its tokenizer.
+        texts: to calibrate on: documents, the name of an option of the group `calibration` (`"c4"`), or windows of tokens,
+            int64 `(samples, seqlen)`.
+        pruner: an option of that group.
+        permutation: an option of that group.
+        sparsity: N:M.
+        settings: any other, as the command line has it, with two underscores for a dot: `permutation__epochs=2`,
+            `calibration__seqlen=512`, `block_size=128`, `reconstruction="obs"`, `seed=1`.
+
+    Raises:
+        ConfigError: a setting is unknown or has a value that cannot work; the model is of no known family.
+        DataError: the text cannot be had or is too short.
+        TrainingError: learning cannot go on.
+    """
+    named = texts if isinstance(texts, str) else _OWN_TEXT
+    config = _of_model(_composed(pruner, permutation, sparsity, named, settings), model, texts)
+    methods = methods_of(config)
+    groups = channel_groups(model)
+    check_groups(config, groups, methods.permutation)
+    device, record = model.device, Progress()
+    with _as_loaded(model), _random_numbers_kept(device):
+        seed_everything(config.seed)
+        reset_peak_memory(device)
+        products = compute_dtype(config.compute_dtype, model.dtype, device)
+        job = Job(config, methods, record, NO_LOGGER, LoadedModel(model, tokenizer, ""), groups, products)
+        pruned = prune_model(job, lambda: _tokens(texts, tokenizer, config))
+    report = {"name": config.name, "config_hash": config.hash} | record.metrics | figures(job, pruned)
+    report["history"] = record.history
+    found = Pruned(pruned.orders, pruned.masks, report)
+    setattr(model, _PRUNED, _InMemory(found, tokenizer, config.resolved, environment(config.seed, device), config.pattern))
+    return found
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    form: str = "folded",
+    format: str = "dense",
+    dtype: str | None = None,
+    shard_gb: float = 5.0,
+) -> dict[str, Any]:
+    """Write a model that `prune` has pruned as a checkpoint, as `permllm export` does.
+
+    Args:
+        model: whose weights are written as they are now, zeros where the masks say so.
+        folder: must not hold anything yet. It appears when it is complete.
+        form: `folded` (stock transformers, N:M as it is stored; needs `permutation__constraint="foldable"`), `gathered` (any
+            order; `permllm.load` opens it) or `simulate` (the original order).
+        format: `dense`, or `packed`: kept values and their places.
+        dtype: of the weights; None is the model's.
+        shard_gb: largest size of a file, in 10^9 bytes.
+
+    Returns:
+        The summary that is written beside the model: form, format, pattern, sizes in bytes, seconds.
+
+    Raises:
+        ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not empty.
+    """
+    started = time.perf_counter()
+    record = getattr(model, _PRUNED, None)
+    if not isinstance(record, _InMemory):
+        raise ConfigError("permllm.save writes a model that permllm.prune has pruned, and this one is not")
+    request = Request(form, format, dtype, shard_gb)
+    request.check()
+    return write_checkpoint(record, request, _source(model, record.tokenizer), Path(folder), started)
+
+
+def load(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint in any of the forms of an export, dense or packed, in evaluation mode.
+
+    Args:
+        folder: of the checkpoint.
+        options: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or `keep_packed=True`.
+
+    Raises:
+        DataError: it is not whole; the tensor is named.
+    """
+    return read_weights(Path(folder), options.pop("dtype", None), torch.device("cpu"), **options).eval()
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """What an export needs of a model that was pruned in memory (`permllm.export.checkpoint.PrunedRecord`)."""
+
+    found: Pruned
+    tokenizer: PreTrainedTokenizerBase
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    pattern: NMPattern
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.found.report
+
+    @property
+    def orders(self) -> dict[str, Tensor]:
+        return self.found.orders
+
+    def pruned(self, groups: list[ChannelGroup]) -> _InMemory:
+        return self
+
+    def weight(self, path: str, dense: Tensor) -> Tensor:
+        return torch.where(self.found.masks[path].to(dense.device), dense, 0.0)
+
+
+def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any]) -> RunConfig:
+    """The settings, as the command line would have composed them."""
+    chosen = {"pruner": pruner, "permutation": permutation, "calibration": text, "logger": "none"}
+    single = {"sparsity": sparsity}
+    for name, value in settings.items():
+        key = name.replace("__", ".")
+        group = (conf_directory() / key).is_dir()
+        (chosen if group else single)[key] = value
+    before = GlobalHydra.instance().hydra  # of an application of somebody else's, which goes on with it
+    GlobalHydra.instance().clear()
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            composed = compose("config", overrides=["model=tiny", *(f"{group}={name}" for group, name in chosen.items())])
+        for key, value in single.items():
+            OmegaConf.update(composed, key, value)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = before
+    return read_config(composed)
+
+
+def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:
+    """The settings with the model and the text that are given."""
+    path = str(model.config._name_or_path or model.config.model_type)
+    of_model = replace(
+        config.model,
+        name=path.rstrip("/").rsplit("/", 1)[-1],
+        source="local",
+        path=path,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        architecture={},
+    )
+    calibration = config.calibration
+    if isinstance(texts, Tensor):
+        if texts.dim() != 2 or texts.dtype != torch.int64:
+            raise ConfigError(f"texts: expected int64 tokens (samples, seqlen), and it is {texts.dtype} {tuple(texts.shape)}")
+        calibration = replace(calibration, samples=texts.shape[0], length=texts.shape[1])
+    name = f"{of_model.name}-{config.pruner['name']}-{config.permutation['name']}-{config.sparsity.replace(':', 'x')}"
+    return replace(config, model=of_model, calibration=calibration, name=name)
+
+
+def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Tensor:
+    if isinstance(texts, Tensor):
+        return texts.cpu()
+    if isinstance(texts, str):
+        return calibration_tokens(tokenizer, config.calibration, config.seed)
+    return windows_of(tokenizer, texts, config.calibration, config.seed)
+
+
+def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DenseSource:
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    state = model.state_dict()
+
+    def read(name: str) -> Tensor:
+        if state[name].is_meta:
+            raise DataError(f"{name} is not in memory: permllm.save writes a model that is")
+        return state[name].detach().cpu()
+
+    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    return DenseSource(skeleton, tokenizer.save_pretrained, generation, "", read)
+
+
+@contextmanager
+def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, no parameter requiring a gradient, and as it was afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for parameter, required in gradients:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Whoever calls draws the random numbers afterwards that he would have drawn."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    np.random.set_state(numbers)

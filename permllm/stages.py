@@ -1,0 +1,60 @@
+"""The stages that make a pruned model out of a dense one, whoever asks for them: calibrate, permute, prune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from permllm.job import Job
+from permllm.ordering import calibrate, order_of
+from permllm.pipeline import PrunedModel, prune
+
+
+def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
+    """Prune the job's model in place. Seconds and peaks of the stages go into its record, and figures of the result.
+
+    Args:
+        job: what is pruned, by which methods.
+        read_tokens: gives the calibration windows, int64 `(samples, seqlen)`; its time counts as calibration.
+    """
+    config, record = job.config, job.record
+    dense = None
+    with record.stage("calibrate", job.device):
+        tokens = read_tokens()
+        if not job.methods.permutation.local or config.calibration.statistics == "dense":
+            dense = calibrate(config, job.loaded, job.groups, tokens, job.methods.pruner, job.products)
+    order = order_of(job, tokens, dense)
+    with record.stage("prune", job.device):
+        pruned = prune(
+            job.loaded.model,
+            job.groups,
+            tokens,
+            job.methods.pruner,
+            config.pattern,
+            order,
+            config.calibration.batch_size,
+            dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
+            job.methods.reconstruction,
+            job.products,
+        )
+    return pruned
+
+
+def figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
+    """What `metrics.json` says of a model that was pruned, before it is evaluated."""
+    zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
+    return {
+        "compute_dtype": str(job.products).removeprefix("torch."),
+        "sparsity": {
+            "pattern": str(job.config.pattern),
+            "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
+            "violations": pruned.violations,
+            "weights_changed": job.methods.change_weights,
+            "weights_kept": job.methods.change_weights and job.config.save_weights,
+        },
+        "retained_saliency": pruned.retained,
+        "output_error": pruned.output_error,
+        "moved_channels": pruned.moved,
+    }

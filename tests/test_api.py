@@ -1,0 +1,180 @@
+"""`permllm.prune` and `permllm.save`: a model in memory is pruned and written as the command does it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
+
+import permllm
+from permllm.config import read_config
+from permllm.errors import ConfigError, DataError
+from permllm.export.verify import verify
+from permllm.models.families import linear_at
+from permllm.record.run_tensors import mask_reader, read_orders
+from permllm.runner import run
+from tests.conftest import ROOT, tiny_model
+
+TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
+FEW = {"calibration__samples": 8, "calibration__length": 16}
+SMALL = FEW | {"permutation__passes": 1, "block_size": 16}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tokenizer() -> ByT5Tokenizer:
+    return ByT5Tokenizer(extra_ids=0)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "permutation", "extra"),
+    [
+        ("wanda", "lcp", {}),
+        ("ria", "heuristic", {"permutation__constraint": "foldable"}),
+        ("sparsegpt", "none", {"sparsity": "4:8", "seed": 3}),
+    ],
+)
+def test_it_finds_what_the_command_finds(
+    pruner: str, permutation: str, extra: dict[str, Any], model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    settings = SMALL | {"calibration__samples": 8} | extra
+    if permutation != "lcp":
+        settings.pop("permutation__passes")
+    words = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    words += [f"pruner={pruner}", f"permutation={permutation}", "model=local", f"model.path={tmp_path / 'dense'}"]
+    words += ["model.dtype=float32", "calibration=text", f"calibration.data_files={tmp_path / 'text.txt'}", "logger=none"]
+    words += ["evaluation=builtin", f"run_dir={tmp_path / 'run'}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        result = run(read_config(compose("config", overrides=words)))
+    assert result is not None
+    metrics, _ = result
+
+    found = permllm.prune(model, tokenizer, pruner=pruner, permutation=permutation, texts=[TEXT], **settings)
+
+    orders = read_orders(tmp_path / "run" / "permutations.safetensors")
+    assert orders.keys() == found.orders.keys()
+    assert all(torch.equal(order, found.orders[name]) for name, order in orders.items())
+    masks = mask_reader(tmp_path / "run" / "masks.safetensors")
+    assert all(torch.equal(masks(path), mask) for path, mask in found.masks.items())
+    for key in ("sparsity", "retained_saliency", "output_error", "moved_channels", "compute_dtype"):
+        assert found.report[key] == metrics[key]
+    assert found.report["sparsity"]["violations"] == 0
+    assert len(found.report["history"]) == (permutation == "lcp")
+    for path, mask in found.masks.items():
+        assert not linear_at(model, path).weight[~mask].any()
+
+
+def test_texts_may_be_tokens_or_a_name(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    first = permllm.prune(one, tokenizer, texts=tokens, permutation="none")
+    second = permllm.prune(other, tokenizer, texts=tokens, permutation="none")
+    assert all(torch.equal(mask, second.masks[path]) for path, mask in first.masks.items())
+    named = permllm.prune(model, tokenizer, texts="builtin", permutation="none", calibration__samples=2)
+    assert named.report["sparsity"]["fraction"] == 0.5
+
+
+def test_the_caller_finds_everything_else_as_it_was(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    model.train().requires_grad_(True)
+    model.model.layers[0].eval()
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = random.Random(1).random(), np.random.RandomState(1).rand(), torch.rand(1, generator=torch.manual_seed(1))
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
+        assert GlobalHydra.instance().hydra is theirs
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+    assert model.training
+    assert not model.model.layers[0].training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("form", "format"), [("folded", "dense"), ("folded", "packed"), ("gathered", "dense")])
+def test_what_is_saved_computes_what_the_model_computes(
+    form: str, format: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    constraint = {"permutation__constraint": "foldable"} if form == "folded" else {}
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW, **constraint)
+    summary = permllm.save(model, tmp_path / "out", form=form, format=format)
+    assert (summary["form"], summary["format"]) == (form, format)
+    report = verify(tmp_path / "out")
+    assert report.passed, report.problems
+    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    opened = [permllm.load(tmp_path / "out")]
+    if (form, format) == ("folded", "dense"):
+        opened.append(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    with torch.no_grad():
+        for one in opened:
+            torch.testing.assert_close(one(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert "pruned to 2:4" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_weights_that_were_trained_afterwards_are_saved_under_the_masks(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    found = permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+    path = next(iter(found.masks))
+    linear_at(model, path).weight.data += 1.0
+    permllm.save(model, tmp_path / "out", form="simulate")
+    saved = linear_at(permllm.load(tmp_path / "out"), path).weight
+    assert torch.equal(saved, torch.where(found.masks[path], linear_at(model, path).weight, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pruner": "wandaa"}, "wandaa"),
+        ({"sparsity": "4:2"}, "4:2"),
+        ({"permutation__epoks": 1}, "epoks"),
+        ({"blok_size": 1}, "blok_size"),
+        ({"permutation__learning_rate": -1.0}, "learning_rate"),
+        ({"texts": torch.zeros(3)}, "texts: expected int64 tokens (samples, seqlen)"),
+        ({"texts": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    settings: dict[str, Any], message: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError) as error:
+        permllm.prune(model, tokenizer, **({"texts": [TEXT]} | settings))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_too_little_text_says_how_much_is_needed(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    with pytest.raises(DataError, match="need"):
+        permllm.prune(model, tokenizer, texts=["short"])
+
+
+def test_a_model_that_was_not_pruned_is_not_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"permllm\.prune has pruned"):
+        permllm.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_free_orders_do_not_fold(model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path) -> None:
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW)
+    with pytest.raises(ConfigError, match="foldable"):
+        permllm.save(model, tmp_path / "out")
