@@ -28,7 +28,7 @@ class PrunedModel:
     Attributes:
         orders: int64 `(C_in,)` by group.
         masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
-        retained: share of the saliency kept, by group.
+        retained: share of the saliency retained, by group.
         moved: share of the channels that are not at their original position, by group.
         output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model, W' before anything larger
             than a linear is reconstructed.

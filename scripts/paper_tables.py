@@ -88,7 +88,7 @@ EXPERIMENTS = [
         ("permutation", "permutation.last_layers"),
     ),
     Experiment("table8", "The order of the methods is the same at 4:8", "pruner=wanda,permutation=none"),
-    Experiment("figure1", "More saliency kept is not less loss"),
+    Experiment("figure1", "More saliency retained is not less loss"),
 ]
 
 # Those that are no table of runs. Their class is not taken from a record.
@@ -108,7 +108,7 @@ def _narrowed(experiment: Experiment, runs: list[Run]) -> Summary:
     summary.settings = [name for name in summary.settings if name in experiment.columns]
     for row in summary.rows:
         row.labels = {name: row.labels[name] for name in summary.settings}
-    shown_too = ("average acc", "saliency kept", "output error", "seconds")
+    shown_too = ("gap closed", "average acc", "saliency retained", "output error", "seconds")
     summary.measures = [
         name
         for name in summary.measures

@@ -35,7 +35,8 @@ def result_block() -> str:
         f"torch {versions['torch']}, transformers {versions['transformers']}; seed {environment['seed']}.",
         "The same budget for each way of ordering the channels (`python run.py experiment=quickstart`):",
         "",
-        "| permutation | perplexity (BoolQ passages, window 256) | saliency kept | output error | time without evaluation |",
+        "| permutation | perplexity (BoolQ passages, window 256) | saliency retained | output error "
+        "| time without evaluation |",
         "| --- | --- | --- | --- | --- |",
     ]
     for permutation in ("none", "heuristic", "lcp"):
@@ -45,7 +46,7 @@ def result_block() -> str:
         seconds = sum(value for name, value in metrics["seconds"].items() if not name.startswith("evaluate"))
         lines.append(f"| `{permutation}` | {perplexity:.1f} | {kept:.2%} | {error:.3f} | {seconds:.0f} s |")
     dense = _metrics(default)["perplexity"]["dense"]["boolq-passages"]["value"]
-    lines += ["", f"Dense: {dense:.1f}. The heuristic keeps the most saliency, the learned order the most of the model.", ""]
+    lines += ["", f"Dense: {dense:.1f}. The heuristic retains the most saliency, the learned order the most of the model.", ""]
     return "\n".join(lines)
 
 

@@ -10,11 +10,9 @@ from permllm.commands.answer import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
-from permllm.results.page import page
-from permllm.results.plots import plot, plot_masks
 from permllm.results.published import Comparison, published
-from permllm.results.render import FORMATS, find_baseline, records, render
-from permllm.results.summary import summarise
+from permllm.results.render import FORMATS, compared, comparison, find_baseline, records, render
+from permllm.results.summary import close_gaps, summarise
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +20,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs, or directories that hold some")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="NAME=VALUE,...",
+        help="two rows alone: their differences, with intervals over the windows and items that both were asked",
+    )
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
     parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
@@ -39,18 +43,32 @@ def work(options: argparse.Namespace) -> Answer:
     summary = summarise(collection.runs)
     for note in summary.notes:
         print(f"note: {note}", file=sys.stderr)
+    if options.compare:
+        first, second = (find_baseline(summary, text, "--compare") for text in options.compare)
+        differences = comparison(first, second, summary)
+        answer = compared(differences, options.compare[0], options.compare[1], options.format)
+        return Answer(differences, lambda: print(answer, end=""))
     paper = None
     if options.paper:
         models = sorted({run.config["model"]["name"] for run in collection.runs})
         paper = Comparison(published(options.paper), models)
     baseline = find_baseline(summary, options.baseline) if options.baseline else None
+    if baseline is not None:
+        close_gaps(summary, baseline)
     if paper and paper.note:
         print(f"note: {paper.note}", file=sys.stderr)
+    # What draws takes longer to import than a table takes.
     if options.plot:
+        from permllm.results.plots import plot
+
         plot(summary, options.plot)
     if options.masks:
+        from permllm.results.plots import plot_masks
+
         plot_masks(summary, options.masks, options.linear)
     if options.html:
+        from permllm.results.page import page
+
         try:
             write_text(options.html, page(collection, summary, baseline, paper))
         except DataError as error:

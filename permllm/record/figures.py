@@ -29,7 +29,7 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     sparsity = metrics["sparsity"]
     console.print(
         f"sparsity  {sparsity['pattern']} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
-        f"{_mean(metrics['retained_saliency']):.2%} of the saliency kept)"
+        f"{_mean(metrics['retained_saliency']):.2%} of the saliency retained)"
     )
     stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in metrics["seconds"].items())
     console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")

@@ -61,7 +61,7 @@ _UNITS = {
     "stderr": "standard error of acc",
     "fraction": "share of zeros in the pruned layers",
     "violations": "groups of M in permuted order with more than N nonzeros",
-    "retained_saliency": "share of the saliency kept",
+    "retained_saliency": "share of the saliency retained",
     "output_error": "squared error of the output over its squared norm",
     "moved_channels": "share of the channels away from their original position",
     "export": "sizes of the exported weights in bytes",

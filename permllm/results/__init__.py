@@ -1,0 +1,26 @@
+"""Readers of what runs have left: `frame(DIR, ...)` is their numbers as a pandas DataFrame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["frame"]
+
+
+def frame(*places: str | Path) -> pd.DataFrame:
+    """The finished runs below some folders, or in some files of records, one row each.
+
+    Columns: each setting that some run has, by its name on the command line; each measure of the sparse model by the name that
+    tables have, and of the dense one after `dense: ` (accuracies as shares); `seed`; and `directory`.
+
+    Raises:
+        ConfigError: there is no such place, or no run.
+    """
+    from permllm.results.collect import collect
+    from permllm.results.summary import frame_of
+
+    return frame_of(collect(map(Path, places)).runs)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from typing import Any
 
+import pandas as pd
+
 from permllm.errors import ConfigError
+from permllm.nested import finite
+from permllm.results.compare import paired
 from permllm.results.published import Comparison
 from permllm.results.summary import Measure, Row, Summary
 
 FORMATS = ("md", "csv", "latex", "json")
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "±": r"$\pm$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-}
 
 
 def render(summary: Summary, format: str, baseline: Row | None = None, paper: Comparison | None = None) -> str:
@@ -30,17 +26,26 @@ def render(summary: Summary, format: str, baseline: Row | None = None, paper: Co
         paper: puts the published numbers beside ours.
     """
     if format == "json":
-        return json.dumps(records(summary, baseline, paper), indent=2) + "\n"
+        return json.dumps(finite(records(summary, baseline, paper)), indent=2, allow_nan=False) + "\n"
     header, body = cells(summary, baseline, paper)
+    return as_text(pd.DataFrame(body, columns=header), format, len(summary.settings))
+
+
+def as_text(table: pd.DataFrame, format: str, texts: int = 0) -> str:
+    """A table of texts.
+
+    Args:
+        table: cells as they are shown.
+        format: `md`, `csv` or `latex`.
+        texts: how many of the first columns hold words; the others are aligned to the right, in LaTeX.
+    """
     if format == "csv":
-        stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([header, *body])
-        return stream.getvalue()
+        return str(table.to_csv(index=False, lineterminator="\n"))
     if format == "latex":
-        return _latex(header, body, len(summary.settings))
-    rows = ([cell.replace("|", r"\|") for cell in row] for row in (header, ["---"] * len(header), *body))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+        columns = "l" * texts + "r" * (len(table.columns) - texts)
+        return table.to_latex(index=False, escape=True, column_format=columns).replace("±", r"$\pm$")
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def records(summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> list[dict[str, Any]]:
@@ -80,7 +85,9 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
         if baseline is not None and name in (main, "average acc"):
             changes = [_change(row.measures.get(name), baseline.measures.get(name)) for row in summary.rows]
             kind = _kind(summary, name)
-            columns = {f"{prefix}against the baseline": changes}
+            against = f"{prefix}against the baseline"
+            columns = {against: changes}
+            intervals = {id(row): _interval(row, baseline, name) for row in summary.rows}
             if paper and not paper.same_model and any(value is not None for value in values):
                 # Of another model only the changes can be compared.
                 reference = paper.value(baseline, name)
@@ -92,7 +99,8 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
                 header.append(title)
                 dense.append("")
                 for row, change, line in zip(summary.rows, column, body, strict=True):
-                    line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}")
+                    between = intervals[id(row)] if header[-1] == against else ""
+                    line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}{between}")
     return header, [dense, *body] if summary.dense else body
 
 
@@ -107,8 +115,8 @@ def main_measure(summary: Summary) -> str | None:
     return next(iter([*averages, *accuracies]), None)
 
 
-def find_baseline(summary: Summary, text: str) -> Row:
-    """The row with these settings, given as `name=value,name=value`.
+def find_baseline(summary: Summary, text: str, option: str = "--baseline") -> Row:
+    """The row with these settings, given as `name=value,name=value` after an option.
 
     Raises:
         ConfigError: a name is no column, or not exactly one row has the values.
@@ -116,10 +124,10 @@ def find_baseline(summary: Summary, text: str) -> Row:
     wanted = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
     for name in wanted:
         if name not in summary.settings:
-            raise ConfigError(f"--baseline {text}: {name} is no column; valid are {', '.join(summary.settings)}")
+            raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(summary.settings)}")
     rows = [row for row in summary.rows if all(row.labels[name] == value for name, value in wanted.items())]
     if len(rows) != 1:
-        raise ConfigError(f"--baseline {text}: {len(rows)} rows have these settings, not one")
+        raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings, not one")
     return rows[0]
 
 
@@ -153,6 +161,62 @@ def _step(value: float, baseline: float, kind: str) -> float:
     return value - baseline if kind == "accuracy" else value / baseline - 1
 
 
+def _interval(row: Row, baseline: Row, name: str) -> str:
+    """The interval of a change, where both rows have what it needs."""
+    if row is baseline:
+        return ""
+    found = paired(row, baseline, name)
+    if isinstance(found, str) or not found.whole:
+        return ""
+    _, low, high = found.shown()
+    return f" [{low * 100:+.1f}, {high * 100:+.1f}]"
+
+
+def comparison(first: Row, second: Row, summary: Summary) -> list[dict[str, Any]]:
+    """Two rows in each perplexity and accuracy that both have, as plain values.
+
+    Returns:
+        Of each its name, both values, the difference (of a perplexity the share of the second row's, of an accuracy the
+        difference), `interval`, its 95 % interval, or None, and `over`, what was resampled, or why there is no interval.
+    """
+    found = []
+    for name in summary.measures:
+        ours, theirs = first.measures.get(name), second.measures.get(name)
+        if ours is None or theirs is None or ours.kind not in ("perplexity", "accuracy"):
+            continue
+        pair = paired(first, second, name)
+        line: dict[str, Any] = {"measure": heading(summary, name), "kind": ours.kind}
+        line |= {"first": shown(ours), "second": shown(theirs)}
+        if isinstance(pair, str):
+            line |= {"difference": _change(ours, theirs), "interval": None, "over": pair}
+        else:
+            difference, low, high = pair.shown()
+            line |= {"difference": difference, "interval": [low, high], "over": pair.over}
+        found.append(line)
+    return found
+
+
+def compared(found: list[dict[str, Any]], first: str, second: str, format: str) -> str:
+    """What `comparison` found as a table.
+
+    Args:
+        found: of two rows.
+        first: the first one's name.
+        second: the second one's.
+        format: one of `FORMATS`.
+    """
+    if format == "json":
+        return json.dumps(finite(found), indent=2, allow_nan=False) + "\n"
+    lines = []
+    for line in found:
+        unit, interval = _unit(line["kind"]), line["interval"]
+        between = "" if interval is None else f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}{unit}"
+        change = f"{line['difference'] * 100:+.1f}{unit}"
+        lines.append((line["measure"], line["first"], line["second"], change, between, line["over"]))
+    header = ["measure", first, second, "difference", "95 % interval", "over"]
+    return as_text(pd.DataFrame(lines, columns=header), format, 1)
+
+
 def _unit(kind: str) -> str:
     return " points" if kind == "accuracy" else "%"
 
@@ -168,19 +232,6 @@ def heading(summary: Summary, name: str) -> str:
 
 def _kind(summary: Summary, name: str) -> str:
     return next(row.measures[name].kind for row in summary.rows if name in row.measures)
-
-
-def _latex(header: list[str], body: list[list[str]], settings: int) -> str:
-    def line(row: list[str]) -> str:
-        return " & ".join(_escape(cell) for cell in row) + r" \\"
-
-    columns = "l" * settings + "r" * (len(header) - settings)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule", *map(line, body), r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison | None) -> dict[str, Any]:

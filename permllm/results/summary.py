@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from permllm.identity import identity_of
+import pandas as pd
+
+from permllm.identity import digest_of, identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
 from permllm.results.collect import Run
+
+GAP = "gap closed"
 
 # Settings that only repeat others or name files, whose digests stand beside them.
 _LEFT_OUT = ("name", "seed", "inputs", "save_weights")
@@ -35,6 +39,21 @@ _FIRST = (
 _NAMES_A_ROW = ("model", "sparsity", "pruner", "permutation")
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a number of one run is made of.
+
+    Attributes:
+        of: what was scored: runs are compared window by window, or item by item, where theirs is equal.
+        values: nats of each window, or the score of each item.
+        tokens: predicted ones of a window; 1 for items.
+    """
+
+    of: tuple[Any, ...]
+    values: list[float]
+    tokens: int = 1
+
+
 @dataclass
 class Measure:
     """One number of a row.
@@ -44,24 +63,26 @@ class Measure:
         kind: `perplexity`, `accuracy`, `share`, `error` or `seconds` (of finding the order and pruning).
         stderr: standard error of a single run's accuracy.
         limited: it was measured on a part of the items.
+        scored: of each run, what its value is made of, by text or task; nothing where that was not kept.
     """
 
     values: list[float]
     kind: str
     stderr: float | None = None
     limited: bool = False
+    scored: list[dict[str, Scored]] = field(default_factory=list, compare=False)
 
     @property
     def mean(self) -> float:
         """Over the seeds."""
-        return _mean(self.values)
+        return float(pd.Series(self.values, dtype=float).mean())
 
     @property
     def deviation(self) -> float | None:
         """Standard deviation over the seeds; None for a single one, not a number where a value is infinite."""
         if len(self.values) < 2:
             return None
-        return statistics.stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
+        return float(pd.Series(self.values, dtype=float).std()) if all(map(math.isfinite, self.values)) else math.nan
 
     @property
     def error(self) -> float:
@@ -78,11 +99,13 @@ class Row:
         labels: value of each column of settings.
         measures: of the sparse model, by name.
         runs: one a seed.
+        dense: the dense model's measures, by name.
     """
 
     labels: dict[str, str]
     measures: dict[str, Measure] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    dense: dict[str, Measure] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,22 +129,19 @@ class Summary:
 
 def summarise(runs: list[Run]) -> Summary:
     """Group runs by their settings without the seed, and find what varies."""
-    flat = [_flat(run.config) for run in runs]
     # Grouped by everything, not by the columns alone: what no column shows must not be averaged away.
-    members: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        without_seed = {key: value for key, value in identity_of(run.config).items() if key != "seed"}
-        members.setdefault(json.dumps(without_seed, sort_keys=True), []).append(index)
-    groups = [flat[indices[0]] for indices in members.values()]
+    alike = pd.Series([json.dumps(_without_seed(run), sort_keys=True) for run in runs], dtype=object)
+    members = [list(indices) for _, indices in alike.groupby(alike, sort=False).groups.items()]
+    groups = [flat_settings(runs[indices[0]].config) for indices in members]
     settings = _varying(groups)
     rows = [
-        Row(_labels(values, settings), {}, [runs[i] for i in indices])
-        for values, indices in zip(groups, members.values(), strict=True)
+        Row(_labels(values, settings), {}, [runs[i] for i in indices]) for values, indices in zip(groups, members, strict=True)
     ]
     notes = []
     each = {id(run): {which: _measures(run, which) for which in ("dense", "sparse")} for run in runs}
     named = _names(key for found in each.values() for measures in found.values() for key in measures)
     for row in rows:
+        row.dense = {named[key]: value for key, value in each[id(row.runs[0])]["dense"].items()}
         row.measures, missing = _shared_measures([each[id(run)]["sparse"] for run in row.runs], named)
         if missing:
             where = ", ".join(str(run.directory) for run in row.runs)
@@ -130,7 +150,86 @@ def summarise(runs: list[Run]) -> Summary:
     names = list(dict.fromkeys(name for row in ordered for name in row.measures))
     dense = [each[id(row.runs[0])]["dense"] for row in ordered]
     shared = {named[key]: value for key, value in dense[0].items() if all(other.get(key) == value for other in dense)}
-    return Summary(settings, names, ordered, shared, notes)
+    summary = Summary(settings, names, ordered, shared, notes)
+    close_gaps(summary)
+    return summary
+
+
+def frame_of(runs: list[Run]) -> pd.DataFrame:
+    """`permllm.results.frame` of some runs."""
+    each = [{which: _measures(run, which) for which in ("sparse", "dense")} for run in runs]
+    named = _names(key for found in each for measures in found.values() for key in measures)
+    lines = []
+    for run, found in zip(runs, each, strict=True):
+        line = flat_settings(run.config) | {"seed": run.config["seed"]}
+        for which, prefix in (("sparse", ""), ("dense", "dense: ")):
+            line |= {f"{prefix}{named[key]}": measure.mean for key, measure in found[which].items()}
+        lines.append(line | {"directory": str(run.directory)})
+    return pd.DataFrame(lines)
+
+
+def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
+    """Add `gap closed` to the measures: how much of the log-perplexity between the unpermuted and the dense model goes.
+
+    `(ln p_baseline - ln p_row) / (ln p_baseline - ln p_dense)`, of the means of the logarithms over seeds, and the mean over
+    the perplexities that a row and its baseline share. Nothing where a row has no baseline, or that is as good as dense.
+
+    Args:
+        summary: of which the rows are.
+        baseline: of those rows that have none of their own, which is the row with the same settings but `permutation=none` and
+            `reconstruction=none`.
+    """
+    texts: set[str] = set()
+    settings = [_beside_the_order(row) for row in summary.rows]
+    starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
+    for row, ours in zip(summary.rows, settings, strict=True):
+        # A setting that came later stands in one of the two alone.
+        own = (other for other, flat in starts if all(flat[key] == ours[key] for key in flat.keys() & ours.keys()))
+        reference = next(own, baseline)
+        if reference is None:
+            continue
+        shares = {}
+        for name, measure in row.measures.items():
+            if measure.kind == "perplexity" and name in reference.measures and name in row.dense:
+                here, start, end = map(_mean_log, (measure, reference.measures[name], row.dense[name]))
+                if math.isfinite(here) and math.isfinite(start) and math.isfinite(end) and start != end:
+                    shares[name] = (start - here) / (start - end)
+        if shares:
+            row.measures[GAP] = Measure([statistics.fmean(shares.values())], "share")
+            texts |= shares.keys()
+    if not texts:
+        return
+    if GAP not in summary.measures:
+        last = max(position for position, name in enumerate(summary.measures) if name in texts)
+        summary.measures.insert(last + 1, GAP)
+    note = f"{GAP}: the mean over {', '.join(name for name in summary.measures if name in texts)}"
+    if len(texts) > 1 and note not in summary.notes:
+        summary.notes.append(note)
+
+
+# Of a baseline's settings, what need not be those of the row: the method that orders channels and what comes with it.
+_OF_THE_ORDER = ("permutation", "temperature", "block_size", "reconstruction", "name", "seed", "save_weights", "inputs")
+# A learned order has statistics of its own.
+_OF_THE_ORDER_TOO = "calibration.statistics"
+
+
+def _beside_the_order(row: Row) -> dict[str, Any]:
+    identity = identity_of(row.runs[0].config)
+    flat = flatten({key: value for key, value in identity.items() if key not in _OF_THE_ORDER})
+    return {key: value for key, value in flat.items() if key != _OF_THE_ORDER_TOO}
+
+
+def _unpermuted(row: Row) -> bool:
+    config = row.runs[0].config
+    return all((config.get(group) or {}).get("name", "none") == "none" for group in ("permutation", "reconstruction"))
+
+
+def _mean_log(measure: Measure) -> float:
+    return statistics.fmean(map(math.log, measure.values))
+
+
+def _without_seed(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in identity_of(run.config).items() if key != "seed"}
 
 
 def row_labels(summary: Summary) -> list[str]:
@@ -154,7 +253,7 @@ def row_labels(summary: Summary) -> list[str]:
     return labels
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that make a result, dotted; a group's `name` stands under the group's own."""
     flat = flatten(identity_of(config))
     kept = {}
@@ -213,7 +312,8 @@ def _shared_measures(each: list[dict[_Key, Measure]], named: dict[_Key, str]) ->
         of_seeds = [measures[key] for measures in each]
         stderr = of_seeds[0].stderr if len(each) == 1 else None  # a deviation over seeds says more
         values = [value for measure in of_seeds for value in measure.values]
-        found[named[key]] = Measure(values, of_seeds[0].kind, stderr, any(measure.limited for measure in of_seeds))
+        scored = [parts for measure in of_seeds for parts in measure.scored]
+        found[named[key]] = Measure(values, of_seeds[0].kind, stderr, any(measure.limited for measure in of_seeds), scored)
     return found, missing
 
 
@@ -222,9 +322,12 @@ def _measures(run: Run, which: str) -> dict[_Key, Measure]:
     metrics = run.metrics
     found: dict[_Key, Measure] = {}
     for entry in evaluations.all_of(metrics, run.config):
-        found = _evaluated(entry, which) | found
+        found = _evaluated(entry, which, run) | found
     if which == "sparse":
-        for key, name, kind in (("retained_saliency", "saliency kept", "share"), ("output_error", "output error", "error")):
+        for key, name, kind in (
+            ("retained_saliency", "saliency retained", "share"),
+            ("output_error", "output error", "error"),
+        ):
             if key in metrics:
                 found[name, ()] = Measure([_mean(metrics[key].values())], kind)
         # Loading, calibration and the dense model's evaluation may be what an earlier job left.
@@ -233,29 +336,66 @@ def _measures(run: Run, which: str) -> dict[_Key, Measure]:
     return found
 
 
-def _evaluated(entry: Mapping[str, Any], which: str) -> dict[_Key, Measure]:
+def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Measure]:
     """Of one evaluation."""
     found: dict[_Key, Measure] = {}
     facts: tuple[str, ...]
     how = entry["evaluation"]
+    scores = run.scores.get(digest_of(how), {})
     text_digest = entry.get("texts", {}).get("perplexity", "")
     for text, values in entry.get("perplexity", {}).get(which, {}).items():
         window = values["window"]
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", f"text {plain(text_digest)[:8]}")
         limited = how.get("perplexity", {}).get("limit") is not None
-        found[f"{plain(text)} perplexity (window {window})", facts] = Measure([values["value"]], "perplexity", None, limited)
+        losses = scores.get("perplexity", {}).get(which, {}).get(text, [])
+        scored = _windows(losses, values, (text_digest, run.metrics.get("model")))
+        key = (f"{plain(text)} perplexity (window {window})", facts)
+        found[key] = Measure([values["value"]], "perplexity", None, limited, [{text: scored} if scored else {}])
     tasks = entry.get("zero_shot", {}).get(which, {})
     bos = f"add_bos_token={setting_text(how.get('zero_shot', {}).get('add_bos_token'))}"
+    items = {task: _items(scored, tasks[task]) for task, scored in _scored_tasks(scores, which) if task in tasks}
     for task, values in tasks.items():
         if values["acc"] is not None:
+            one = items.get(task)
             facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", bos)
-            found[f"{plain(task)} acc", facts] = Measure([values["acc"]], "accuracy", values["stderr"], values["limited"])
+            parts = [{task: one} if one else {}]
+            found[f"{plain(task)} acc", facts] = Measure(
+                [values["acc"]], "accuracy", values["stderr"], values["limited"], parts
+            )
     counted = counted_tasks(tasks)
     if len(counted) > 1:
         limited = any(tasks[task]["limited"] for task in counted)
         facts = (f"of {plain(', '.join(counted))}", f"{sum(tasks[task]['n'] for task in counted)} items", bos)
-        found["average acc", facts] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited)
+        kept = {task: one for task in counted if (one := items.get(task))}
+        parts = [kept if len(kept) == len(counted) else {}]
+        found["average acc", facts] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited, parts)
     return found
+
+
+def _scored_tasks(scores: Mapping[str, Any], which: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    return scores.get("zero_shot", {}).get(which, {}).items()  # type: ignore[no-any-return]
+
+
+def _windows(losses: list[float], values: Mapping[str, Any], of: tuple[Any, ...]) -> Scored | None:
+    """The windows of a perplexity; None where they were not kept, or are not those of this value."""
+    tokens = values["window"] - 1
+    if not losses or not tokens or len(losses) * tokens != values["tokens"] or not math.isfinite(values["value"]):
+        return None
+    mean = math.fsum(losses) / values["tokens"]
+    # Scores are a file of their own, which somebody may have put there.
+    if not math.isclose(mean, math.log(values["value"]), rel_tol=1e-9, abs_tol=1e-9):
+        return None
+    return Scored((*of, values["window"], len(losses)), losses, tokens)
+
+
+def _items(scored: Mapping[str, Any], values: Mapping[str, Any]) -> Scored | None:
+    """The items of an accuracy; None where they are not those of this value."""
+    acc, items = scored["acc"], scored["items"]
+    if not acc or len(acc) != len(items) or values["acc"] is None:
+        return None
+    if not math.isclose(statistics.fmean(acc), values["acc"], rel_tol=1e-9, abs_tol=1e-9):
+        return None
+    return Scored((scored["digest"], tuple(items)), acc)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -165,7 +165,7 @@ class SaliencyAndError:
             for kind, perm in self._orders(layer, config.seed)
         ]
         return {
-            "what": "orders of one channel group: share of the saliency kept, squared output error over the squared output",
+            "what": "orders of one channel group: share of saliency retained, squared output error over the squared output",
             "model": loaded.identity,
             "text": calibration_text(config.calibration).text.digest(calibration=True),
             "group": group.name,
@@ -226,7 +226,7 @@ class SaliencyAndError:
         lines = [
             f"{results['group']}, {results['pruner']}, {results['sparsity']}, {len(points)} orders",
             "",
-            "| order | saliency kept | output error |",
+            "| order | saliency retained | output error |",
             "| --- | --- | --- |",
         ]
         return lines + [f"| {name} | {p['retained_saliency']:.2%} | {p['output_error']:.4f} |" for name, p in rows]
@@ -238,7 +238,7 @@ class SaliencyAndError:
             x = [100 * point["retained_saliency"] for point in points]
             y = [point["output_error"] for point in points]
             axes.scatter(x, y, s=size, c=color, marker=marker, label=label)
-        axes.set_xlabel("saliency kept, %")
+        axes.set_xlabel("saliency retained, %")
         axes.set_ylabel("output error")
         axes.set_title(f"{results['group']}, {results['pruner']}, {results['sparsity']}", fontsize="medium")
         axes.legend(fontsize="small")

@@ -14,10 +14,10 @@ import torch
 from transformers import ByT5Tokenizer
 
 import permllm
-from permllm import cache as cache_command
 from permllm.calibration.dense import Pruner
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
 from permllm.calibration.statistics.base import NormOver
+from permllm.commands import call
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.data.named import perplexity_text
@@ -260,20 +260,16 @@ def test_what_was_longest_not_used_goes_first(cache: Path, monkeypatch: pytest.M
         keep(9)
 
 
-def test_the_cache_is_listed_and_cleared(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("one", "two"):
         cached_tensors(kind, {"a": 1}, CODE, lambda: {"x": torch.zeros(25_000)})
     (cache / "wheels").mkdir()
     (cache / "wheels" / "x.json").write_text("{}")
     for words, found in ((["one", "--clear"], ["one"]), ([], ["two"]), (["--clear"], ["two"]), ([], [])):
-        monkeypatch.setattr("sys.argv", ["cache", *words])
-        assert cache_command.main() == 0
+        assert call("cache", words) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == str(cache)
         assert [line.split()[0] for line in lines[1:]] == found
     assert (cache / "wheels" / "x.json").exists()
-    monkeypatch.setattr("sys.argv", ["cache", "three"])
-    assert cache_command.main() == 1
+    assert call("cache", ["three"]) == 1
     assert capsys.readouterr().err == "error: three: nothing of that kind is kept; there are: none\n"

@@ -90,7 +90,7 @@ def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(tmp_path: P
     assert dense[:3] == ["dense", "", "10.00"]
     assert first[:3] == ["64", "3", "22.00 ± 2.00"]
     assert second[:3] == ["128", "1", "30.00"]
-    assert dict(zip(header, second, strict=True))["saliency kept"] == "60.00%"
+    assert dict(zip(header, second, strict=True))["saliency retained"] == "60.00%"
     assert dict(zip(header, second, strict=True))["seconds"] == "5"
 
 

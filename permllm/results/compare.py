@@ -1,0 +1,113 @@
+"""How far two rows are apart, with an interval: a paired bootstrap over the windows, or the items, that both were asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from permllm.results.summary import Measure, Row, Scored
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+# Resamples that are in memory at a time.
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two rows in one measure.
+
+    Attributes:
+        kind: of the measure: of a `perplexity` the differences are those of its logarithm, of an `accuracy` its own.
+        difference: the first row's value less the second's, over the windows or items and seeds that both have.
+        low: lower end of the interval that holds 95 % of the resampled differences.
+        high: its upper end.
+        over: what was resampled, in words.
+        whole: both rows have the same seeds, so that the difference is that of all their runs.
+    """
+
+    kind: str
+    difference: float
+    low: float
+    high: float
+    over: str
+    whole: bool
+
+    def shown(self) -> tuple[float, float, float]:
+        """Difference and interval as tables have them: of a perplexity as shares of the second row's value."""
+        values = (self.difference, self.low, self.high)
+        first, second, third = map(math.expm1, values) if self.kind == "perplexity" else values
+        return first, second, third
+
+
+def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
+    """The difference of two rows in a measure, or why it has no interval.
+
+    Windows, or items, are resampled with replacement, 10,000 times from the same generator, each with what both rows made of
+    it: the difference of two runs of one seed, averaged over the seeds. Of an average accuracy the items of each task are
+    resampled on their own. The interval is the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap,
+    chapter 13).
+
+    Args:
+        ours: a row.
+        theirs: the row that it is compared with.
+        name: of a perplexity or an accuracy.
+    """
+    first, second = ours.measures.get(name), theirs.measures.get(name)
+    if first is None or second is None:
+        return "not measured in both rows"
+    what = "windows" if first.kind == "perplexity" else "items"
+    runs, others = _by_seed(ours, first), _by_seed(theirs, second)
+    seeds = sorted(runs.keys() & others.keys())
+    if not seeds:
+        return "no seed in common"
+    parts: dict[str, list[NDArray[np.float64]]] = {}
+    for seed in seeds:
+        here, there = runs[seed], others[seed]
+        if not here or not there:
+            return f"{what} were not kept"
+        if {key: scored.of for key, scored in here.items()} != {key: scored.of for key, scored in there.items()}:
+            return f"not the same {what}"
+        for key, scored in here.items():
+            difference = np.array(scored.values, dtype=np.float64) - np.array(there[key].values, dtype=np.float64)
+            parts.setdefault(key, []).append(difference / scored.tokens)
+    if any(len({len(part) for part in found}) > 1 for found in parts.values()):
+        return f"not the same {what} for each seed"
+    differences = [np.mean(found, axis=0) for found in parts.values()]
+    resampled = bootstrap(differences)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    count = sum(map(len, differences))
+    over = f"{count} {what}" + (f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "")
+    value = float(np.mean([part.mean() for part in differences]))
+    return Paired(first.kind, value, float(low), float(high), over, runs.keys() == others.keys())
+
+
+def bootstrap(parts: Sequence[NDArray[np.float64]], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
+    """Means of samples with replacement from each part, averaged over the parts.
+
+    Args:
+        parts: float64 vectors, none of them empty.
+        resamples: how many.
+        seed: of the generator.
+
+    Returns:
+        float64 `(resamples,)`.
+    """
+    generator = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for part in parts:
+        # How often each value is drawn is multinomial, which is fewer numbers than the draws where values repeat.
+        values, counts = np.unique(part, return_counts=True)
+        for start in range(0, resamples, _AT_ONCE):
+            size = min(_AT_ONCE, resamples - start)
+            drawn = generator.multinomial(len(part), counts / len(part), size=size)
+            total[start : start + size] += drawn @ values / len(part)
+    return total / len(parts)
+
+
+def _by_seed(row: Row, measure: Measure) -> dict[int, dict[str, Scored]]:
+    return {run.config["seed"]: scored for run, scored in zip(row.runs, measure.scored, strict=True)}

@@ -1,0 +1,275 @@
+"""Differences between rows: the gap that a row closes, and intervals against computations of their own, in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from permllm.commands import call
+from permllm.identity import digest_of, evaluation_of
+from permllm.record.files import write_record
+from permllm.results import frame
+from permllm.results.collect import collect
+from permllm.results.compare import Paired, bootstrap, paired
+from permllm.results.render import cells, find_baseline
+from permllm.results.summary import Summary, close_gaps, summarise
+from tests.conftest import run_python
+from tests.results.test_results import make_run
+
+PERPLEXITY = "wikitext2 perplexity (window 2048)"
+WINDOW = 2048
+TASKS = ("rte", "piqa")
+
+
+def scored_run(
+    folder: Path, nats: NDArray[np.float64], acc: dict[str, NDArray[np.int64]], text: str = "digest", **settings: Any
+) -> Path:
+    """A run whose windows have these nats a token, and whose tasks these scores."""
+    make_run(folder, math.exp(nats.mean()), **settings)
+    config, metrics = {}, json.loads((folder / "metrics.json").read_text())
+    losses = (nats * (WINDOW - 1)).tolist()
+    for values in metrics["perplexity"].values():
+        values["wikitext2"]["tokens"] = len(nats) * (WINDOW - 1)
+    one = {"acc_norm": None, "stderr": 0.05, "limited": False, "split": None}
+    tasks = {task: one | {"acc": float(scores.mean()), "n": len(scores)} for task, scores in acc.items()}
+    metrics["zero_shot"] = {"dense": tasks, "sparse": tasks}
+    metrics["texts"] = {"perplexity": text}
+    config["evaluation"] = {"perplexity": {"dataset": "wikitext2", "window": WINDOW}, "zero_shot": {"tasks": list(acc)}}
+    metrics["evaluation"] = evaluation_of(config)
+    items = {task: {"items": list(range(len(of))), "digest": task, "acc": of.tolist()} for task, of in acc.items()}
+    scores = {"perplexity": {"sparse": {"wikitext2": losses}}, "zero_shot": {"sparse": items}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    write_record(folder / "scores.json", {"evaluations": {digest_of(metrics["evaluation"]): scores}})
+    return folder
+
+
+def drawn(seed: int, windows: int = 60, items: int = 90, shift: float = 0.0) -> tuple[Any, Any]:
+    generator = np.random.default_rng(seed)
+    nats = np.abs(generator.normal(3.0 + shift, 0.4, windows))
+    acc = {task: generator.integers(0, 2, items + 10 * place) for place, task in enumerate(TASKS)}
+    return nats, acc
+
+
+def between(folder: Path, name: str) -> Paired | str:
+    summary = summarise(collect([folder]).runs)
+    return paired(find_baseline(summary, "permutation=lcp"), find_baseline(summary, "permutation=none"), name)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, tuple[Any, Any], tuple[Any, Any]]:
+    ours, theirs = drawn(0), drawn(1, shift=0.2)
+    scored_run(tmp_path / "lcp", *ours)
+    scored_run(tmp_path / "none", *theirs, permutation="none")
+    return tmp_path, ours, theirs
+
+
+def test_an_interval_is_scipys(two: Any) -> None:
+    folder, ours, theirs = two
+    samples = {PERPLEXITY: (ours[0], theirs[0])} | {f"{task} acc": (ours[1][task], theirs[1][task]) for task in TASKS}
+    for name, (first, second) in samples.items():
+        found = between(folder, name)
+        assert isinstance(found, Paired)
+        expected = stats.bootstrap(
+            (first.astype(np.float64), second.astype(np.float64)),
+            lambda a, b, axis: np.mean(a, axis=axis) - np.mean(b, axis=axis),
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=20_000,
+            rng=np.random.default_rng(5),
+        ).confidence_interval
+        width = expected.high - expected.low
+        assert found.difference == pytest.approx(float(np.mean(first) - np.mean(second)), abs=1e-12)
+        # Ends of resampled intervals differ by what 10,000 resamples are worth.
+        assert found.low == pytest.approx(expected.low, abs=0.04 * width)
+        assert found.high == pytest.approx(expected.high, abs=0.04 * width)
+        assert found == between(folder, name)
+
+
+def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
+    folder, ours, theirs = two
+    found = between(folder, "average acc")
+    assert isinstance(found, Paired)
+    parts = [ours[1][task].astype(np.float64) - theirs[1][task] for task in TASKS]
+    assert found.difference == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
+    error = math.sqrt(sum(part.var() / len(part) for part in parts)) / len(parts)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.05)
+    assert found.over == "190 items"
+
+
+def test_many_values_give_the_normal_interval() -> None:
+    part = np.random.default_rng(3).exponential(2.0, 4000)
+    low, high = np.quantile(bootstrap([part]), [0.025, 0.975])
+    error = 1.959964 * part.std() / math.sqrt(len(part))
+    assert low == pytest.approx(part.mean() - error, abs=0.05 * error)
+    assert high == pytest.approx(part.mean() + error, abs=0.05 * error)
+
+
+def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
+    differences = []
+    for seed in range(3):
+        ours, theirs = drawn(10 + seed), drawn(20 + seed, shift=0.3)
+        scored_run(tmp_path / f"lcp{seed}", *ours, seed=seed)
+        scored_run(tmp_path / f"none{seed}", *theirs, permutation="none", seed=seed)
+        differences.append(ours[0] - theirs[0])
+    found = between(tmp_path, PERPLEXITY)
+    assert isinstance(found, Paired)
+    mean = np.mean(differences, axis=0)
+    assert found.difference == pytest.approx(mean.mean(), abs=1e-12)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * mean.std() / math.sqrt(len(mean)), rel=0.1)
+    assert (found.over, found.whole) == ("60 windows, seeds 0, 1, 2", True)
+    # Of a seed that only one of the two rows has, nothing is taken.
+    scored_run(tmp_path / "lcp3", *drawn(13), seed=3)
+    part = between(tmp_path, PERPLEXITY)
+    assert part == replace(found, whole=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("nothing kept", "windows were not kept"),
+        ("another value", "windows were not kept"),
+        ("another text", "not the same windows"),
+        ("fewer windows", "not the same windows"),
+        ("another seed", "no seed in common"),
+    ],
+)
+def test_what_is_not_the_same_has_no_interval(tmp_path: Path, change: str, reason: str) -> None:
+    nats, acc = drawn(0)
+    scored_run(tmp_path / "lcp", nats, acc)
+    other = scored_run(
+        tmp_path / "none",
+        nats[: 40 if change == "fewer windows" else None] + 0.1,
+        acc,
+        "other" if change == "another text" else "digest",
+        permutation="none",
+        seed=int(change == "another seed"),
+    )
+    if change == "nothing kept":
+        (other / "scores.json").unlink()
+    if change == "another value":
+        text = (other / "metrics.json").read_text()
+        (other / "metrics.json").write_text(text.replace('"wikitext2": {"value": ', '"wikitext2": {"value": 1'))
+    summary = summarise(collect([tmp_path]).runs)
+    first, second = summary.rows
+    name = next(name for name in summary.measures if name in first.measures and name in second.measures)
+    if change in ("another text", "fewer windows"):  # which are columns of their own
+        assert "average acc" in name or "acc" in name
+        second.measures[PERPLEXITY] = next(m for n, m in second.measures.items() if n.startswith(PERPLEXITY))
+        first.measures[PERPLEXITY] = next(m for n, m in first.measures.items() if n.startswith(PERPLEXITY))
+    assert paired(first, second, PERPLEXITY) == reason
+
+
+def test_the_command_compares_two_rows(two: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, ours, theirs = two
+    words = [str(folder), "--compare", "permutation=lcp", "permutation=none"]
+    assert call("results", words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| measure | permutation=lcp | permutation=none | difference | 95 % interval | over |"
+    change = math.expm1(ours[0].mean() - theirs[0].mean())
+    cells_ = next(line for line in lines if line.startswith(f"| {PERPLEXITY}")).strip("| ").split(" | ")
+    assert cells_[3] == f"{change * 100:+.1f}%"
+    low, high = (float(word.rstrip("%")) for word in cells_[4].split(" to "))
+    assert low < change * 100 < high
+    assert cells_[5] == "60 windows"
+    assert call("results", [*words, "--json"]) == 0
+    found = {line["measure"]: line for line in json.loads(capsys.readouterr().out)}
+    assert found[PERPLEXITY]["difference"] == pytest.approx(change)
+    assert found["rte acc"]["over"] == "90 items"
+    assert call("results", [str(folder), "--compare", "permutation=lcp", "permutation=ria"]) == 1
+    assert capsys.readouterr().err.endswith("error: --compare permutation=ria: 0 rows have these settings, not one\n")
+
+
+def test_the_column_against_the_baseline_has_the_interval(two: Any) -> None:
+    folder, *_ = two
+    summary = summarise(collect([folder]).runs)
+    header, rows = cells(summary, find_baseline(summary, "permutation=none"))
+    found = between(folder, PERPLEXITY)
+    assert isinstance(found, Paired)
+    difference, low, high = (100 * value for value in found.shown())
+    (row,) = (row for row in rows if row[0] == "lcp")
+    assert row[header.index("against the baseline")] == f"{difference:+.1f}% [{low:+.1f}, {high:+.1f}]"
+
+
+def gaps(summary: Summary) -> dict[str, float]:
+    return {row.labels["permutation"]: row.measures["gap closed"].mean for row in summary.rows if "gap closed" in row.measures}
+
+
+def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path: Path) -> None:
+    for seed, (start, value) in enumerate([(40.0, 20.0), (50.0, 24.0)]):
+        make_run(tmp_path / f"none{seed}", start, permutation="none", seed=seed)
+        make_run(tmp_path / f"lcp{seed}", value, seed=seed)
+    summary = summarise(collect([tmp_path]).runs)
+    start, here = (math.log(40) + math.log(50)) / 2, (math.log(20) + math.log(24)) / 2
+    expected = {"none": 0.0, "lcp": (start - here) / (start - math.log(10))}
+    assert gaps(summary) == pytest.approx(expected)
+    header, _ = cells(summary)
+    assert header.index("gap closed") == header.index(PERPLEXITY) + 1
+    assert summary.notes == []
+
+
+def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> None:
+    ria = {"pruner": {"name": "ria"}}
+    make_run(tmp_path / "a", 40.0, permutation="none")
+    make_run(tmp_path / "b", 20.0)
+    make_run(tmp_path / "c", 60.0, permutation="none", **ria)
+    make_run(tmp_path / "d", 30.0, **ria)
+    make_run(tmp_path / "e", 15.0, permutation="none", reconstruction={"name": "distill"})
+    summary = summarise(collect([tmp_path]).runs)
+    found = {row.runs[0].directory.name: row.measures["gap closed"].mean for row in summary.rows}
+    share = {name: math.log(start / value) / math.log(start / 10) for name, start, value in
+             [("a", 40, 40), ("b", 40, 20), ("c", 60, 60), ("d", 60, 30), ("e", 40, 15)]}  # fmt: skip
+    assert found == pytest.approx(share)
+
+
+def test_without_such_a_row_the_gap_is_from_the_row_that_is_given(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="heuristic")
+    make_run(tmp_path / "b", 20.0)
+    summary = summarise(collect([tmp_path]).runs)
+    assert gaps(summary) == {}
+    assert "gap closed" not in summary.measures
+    close_gaps(summary, find_baseline(summary, "permutation=heuristic"))
+    assert gaps(summary) == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
+
+
+def test_the_gap_is_the_mean_over_texts_that_both_rows_have(tmp_path: Path) -> None:
+    for name, values in {"none": (40.0, 80.0), "lcp": (20.0, 20.0)}.items():
+        folder = make_run(tmp_path / name, values[0], permutation=name)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for which, value in (("dense", 10.0), ("sparse", values[1])):
+            metrics["perplexity"][which]["c4"] = {"value": value, "window": 2048, "tokens": 100}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    summary = summarise(collect([tmp_path]).runs)
+    assert gaps(summary)["lcp"] == pytest.approx((math.log(2) / math.log(4) + math.log(4) / math.log(8)) / 2)
+    assert summary.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
+
+
+def test_runs_are_a_frame(tmp_path: Path) -> None:
+    for seed, value in enumerate([20.0, 22.0, 24.0]):
+        make_run(tmp_path / f"a{seed}", value, seed=seed)
+    make_run(tmp_path / "b", 30.0, permutation="none")
+    runs = frame(tmp_path)
+    assert len(runs) == 4
+    means = runs.groupby("permutation")[PERPLEXITY].agg(["mean", "std"])
+    assert means.loc["lcp"].tolist() == [22.0, 2.0]
+    assert set(runs[f"dense: {PERPLEXITY}"]) == {10.0}
+    assert set(runs["seed"]) == {0, 1, 2}
+
+
+def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    code = (
+        "import sys; from permllm.commands import main\n"
+        f"assert main(['results', {str(tmp_path)!r}]) == 0\n"
+        "heavy = ('torch', 'transformers', 'hydra', 'omegaconf', 'wandb', 'safetensors', 'matplotlib', 'scipy', 'lm_eval')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert run_python("-c", code, cwd=tmp_path, fresh=True).stdout.splitlines()[-1] == "[]"
