@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from permllm import runner
+from permllm import runner, stages
 from permllm.config import read_config
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
@@ -104,22 +105,22 @@ def test_a_finished_run_is_skipped_and_force_runs_it_again(
     assert calls == ["load"]
 
 
-@pytest.mark.parametrize("stage", ["prune", "_evaluate"])
+@pytest.mark.parametrize(("module", "stage"), [(stages, "prune"), (runner, "_evaluate")])
 def test_an_unfinished_run_continues_and_does_not_learn_twice(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, stage: str
 ) -> None:
     whole, whole_directory = run(tmp_path / "whole")
-    real = getattr(runner, stage)
+    real = getattr(module, stage)
 
     def fail(*args: Any, **keywords: Any) -> Any:
         if stage == "prune" or "sparse" in args:
             raise KeyboardInterrupt
         return real(*args, **keywords)
 
-    monkeypatch.setattr(runner, stage, fail)
+    monkeypatch.setattr(module, stage, fail)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    monkeypatch.setattr(runner, stage, real)
+    monkeypatch.setattr(module, stage, real)
     (directory,) = (tmp_path / "runs").iterdir()
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
     monkeypatch.setattr("permllm.permutation.lcp.method.Training.run", lambda self: pytest.fail("learned again"))
