@@ -34,7 +34,7 @@ from permllm.models.source import DenseSource
 from permllm.record.environment import environment
 from permllm.record.loggers import NO_LOGGER
 from permllm.record.progress import Progress
-from permllm.runtime.memory import reset_peak_memory
+from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
@@ -95,6 +95,8 @@ def prune(
     groups = channel_groups(model)
     check_groups(config, groups, methods.permutation)
     device, record = model.device, Progress()
+    if device.type == "cpu":
+        keep_freed_memory()
     with _as_loaded(model), _random_numbers_kept(device):
         seed_everything(config.seed)
         reset_peak_memory(device)
