@@ -29,6 +29,7 @@ from permllm.version import __version__
 COMMANDS = {
     "run": "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",
     "results": "make one table of many runs",
+    "report": "write a page, or a picture of quality over minutes, of many runs",
     "export": "write the pruned model of a run as a checkpoint",
     "verify": "prove that a checkpoint is whole and N:M as it is stored",
     "bench": "measure a checkpoint: prefill, decoding, gathers, loading, sizes",

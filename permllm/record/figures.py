@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
 from permllm.runtime.terminal import terminal
 
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
+# The stages that make the pruned model; reconstruction is a part of pruning.
+PRUNING_STAGES = ("calibrate", "permute", "prune")
 
 
 def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
@@ -74,11 +77,20 @@ def _duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
+def pruning_minutes(seconds: Mapping[str, float]) -> float:
+    """What making the pruned model took, without loading and evaluation; calibration that another job left takes no time."""
+    return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
+
+
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a run as one level, keys joined by slashes; channel groups are summarised by their mean."""
+    """The figures of a run as one level, keys joined by slashes; channel groups are summarised by their mean.
+
+    `minutes` (`pruning_minutes`) is there as well: a logger's scatter plot has its horizontal axis from it.
+    """
     shown = {
         key: {"mean": _mean(value)} if key in _BY_GROUP else value
         for key, value in metrics.items()
         if key not in ("protocol", "units")
     }
-    return {name: value for name, value in flatten(shown, "/").items() if isinstance(value, int | float | str)}
+    flat = {name: value for name, value in flatten(shown, "/").items() if isinstance(value, int | float | str)}
+    return flat | {"minutes": pruning_minutes(metrics["seconds"])}

@@ -1,253 +1,194 @@
-"""Runs as one HTML page that needs nothing else: the table, its plots, and for each run what it was and what it found."""
+"""Runs as one HTML page that needs nothing else: the table, its plots, and for each run what it was and what it found.
+
+Plots are Plotly's, the table is DataTables' (which itables ships), the frame Jinja2's; the scripts lie in the page compressed.
+"""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
-import json
+import html
 import math
 import re
-from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from permllm.identity import FROM_THE_TOP, identity_of
-from permllm.nested import flatten
-from permllm.record import evaluations
-from permllm.record.names import ENVIRONMENT
-from permllm.results.collect import Collection, Run
-from permllm.results.pictures import pictures
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from permllm.nested import finite
+from permllm.results import cost
+from permllm.results.collect import Collection
+from permllm.results.details import details
 from permllm.results.plots import numeric_setting
 from permllm.results.published import Comparison
-from permllm.results.render import cells, main_measure, shown
-from permllm.results.summary import Measure, Row, Summary, row_labels, setting_text, summarise
+from permllm.results.render import cells, heading, main_measure, shown
+from permllm.results.summary import Measure, Row, Summary, row_labels, setting_text
 
-NOT_SET = "not set"
-_CURVES = ("loss", "measured_loss", "temperature", "flips")
+_CURVES = {
+    "loss": "loss, mean of the epoch",
+    "measured_loss": "loss of the permutation after the epoch",
+    "temperature": "temperature",
+    "flips": "share of channels that changed place",
+}
+_Json = dict[str, Any]
 
 
 def page(collection: Collection, summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> str:
     """The page as text: styles, scripts and data are inside, and its policy forbids it to load anything.
 
-    Args:
-        collection: what was found.
-        summary: of its runs.
-        baseline: a row that the others are compared with, as for `render`.
-        paper: puts the published numbers beside ours.
+    Of `collection` its notes are shown, of `summary` all; `baseline` and `paper` are as for `permllm.results.render.render`.
     """
-    script = "".join(_template(name) for name in ("page_plots.js", "page_pictures.js", "page.js"))
-    parts = {
-        "title": f"PermLLM: {len(collection.runs)} runs",
-        "style": _template("page.css"),
-        "script": script,
-        # With its digest in the policy no other script can run, whatever a record says.
-        "digest": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "data": _json_in_html(page_data(collection, summary, baseline, paper)),
-    }
-    # In one pass: what is put in is not searched for further places.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _template("page.html"))
-
-
-def page_data(
-    collection: Collection, summary: Summary, baseline: Row | None = None, paper: Comparison | None = None
-) -> dict[str, Any]:
-    """All that the page shows, as plain values without NaN and infinity."""
+    here = Path(__file__).parent
+    frame = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    frame.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     header, body = cells(summary, baseline, paper)
     dense = body.pop(0) if summary.dense else None
-    runs = [(number, run) for number, row in enumerate(summary.rows) for run in row.runs]
-    numeric = numeric_setting(summary)
-    learned = [number for number, row in enumerate(summary.rows) if any(curves(run.history) for run in row.runs)]
-    rows = []
-    for number, (row, line, label) in enumerate(zip(summary.rows, body, row_labels(summary), strict=True)):
-        rows.append(
-            {
-                "label": label,
-                "cells": line,
-                "keys": sort_keys(summary, row, header, line),
-                "x": float(row.labels[numeric]) if numeric else None,
-                "measures": {name: _measure(measure) for name, measure in row.measures.items()},
-                "baseline": row is baseline,
-                "series": learned.index(number) if number in learned else None,
-                "runs": [index for index, (owner, _) in enumerate(runs) if owner == number],
-            }
-        )
-    differing = differences([run.config for _, run in runs])
-    return _finite(
-        {
-            "columns": [{"name": name, "setting": i < len(summary.settings)} for i, name in enumerate(header)],
-            "dense": dense,
-            "rows": rows,
-            "numeric": numeric,
-            "main": main_measure(summary),
-            "measures": [_column(summary, name, header) for name in summary.measures],
-            "runs": [
-                {"row": number, "differs": differs} | _run(run) for (number, run), differs in zip(runs, differing, strict=True)
-            ],
-            "notes": [*collection.notes(), *summary.notes, *([paper.note] if paper and paper.note else [])],
-        }
+    count = len(summary.settings)
+    labels = [f"{number} {name}" for number, name in enumerate(row_labels(summary), 1)]
+    ours = (here / "page.js").read_text(encoding="utf-8")
+    libraries = [get_plotlyjs(), _datatables()]
+    # With their digests in the policy no other script can run, whatever a record says.
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (ours, *libraries)]
+    return frame.from_string((here / "page.html").read_text(encoding="utf-8")).render(
+        title=f"PermLLM: {len(collection.runs)} runs",
+        notes=[*collection.notes(), *summary.notes, *([paper.note] if paper and paper.note else [])],
+        header=header,
+        # With many settings the numbers would be out of sight.
+        columns=[*range(count, len(header)), *range(count)] if count > 6 else [*range(len(header))],
+        count=count,
+        dense=dense and ["", *dense[1:]],
+        rows=[*zip(summary.rows, body, labels, strict=True)],
+        baseline=baseline,
+        sort_key=sort_key,
+        sections=sections(summary, labels),
+        runs=details(summary),
+        script=ours,
+        policy=" ".join(f"'sha256-{digest}'" for digest in digests),
+        libraries=[base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for text in libraries],
+        styles=[_of_itables("css"), (here / "page.css").read_text(encoding="utf-8")],
     )
 
 
-def sort_keys(summary: Summary, row: Row, header: list[str], line: list[str]) -> list[float | str | None]:
-    """What each cell of a row is sorted by: a number, the mean of a measure, a word, or None where it is empty.
-
-    Args:
-        summary: of which the row is.
-        row: whose measures give the means.
-        header: of `cells`.
-        line: the row of `cells`.
-    """
-    keys: list[float | str | None] = []
-    for position, (name, text) in enumerate(zip(header, line, strict=True)):
-        measure = row.measures.get(name.removesuffix(" (limited)"))
-        if position < len(summary.settings):
-            keys.append(_number(text, text or None))
-        elif measure is not None:
-            keys.append(measure.mean)
-        else:
-            keys.append(_number(text.split(" ")[0].rstrip("%"), None))
-    return keys
+def _of_itables(suffix: str) -> str:
+    return (files("itables") / "html" / f"dt_bundle.{suffix}").read_text(encoding="utf-8")
 
 
-def differences(configs: list[dict[str, Any]]) -> list[list[tuple[str, str, str]]]:
-    """What sets each config apart: `(setting, its value, the usual value)`.
-
-    The usual value is that of more than half of the configs, or the first config's where no value is. Settings that a config
-    lacks only because it chose another member of their group are not listed: the group's `name` says it.
-    """
-    flat = [_flat(config) for config in configs]
-    usual = {}
-    for name in dict.fromkeys(name for values in flat for name in values):
-        every = [values.get(name, NOT_SET) for values in flat]
-        value, count = Counter(every).most_common(1)[0]
-        usual[name] = value if 2 * count > len(every) else every[0]
-    found = []
-    for values in flat:
-        other_group = {
-            name.split(".")[0] for name, value in usual.items() if name.endswith(".name") and values.get(name) != value
-        }
-        found.append(
-            [
-                (name, values.get(name, NOT_SET), value)
-                for name, value in usual.items()
-                if values.get(name, NOT_SET) != value and (name in values or _group(name) not in other_group)
-            ]
-        )
-    return found
+def _datatables() -> str:
+    """The module of itables as a script that leaves what it exports in `itables`; a module inside of a page has none."""
+    code, exports, licences = re.split(r"\bexport\s*{([^}]*)};?", _of_itables("js"))
+    names = re.sub(r"([\w$]+) as ([\w$]+)", r"\2: \1", exports)
+    return f'globalThis.itables=(()=>{{"use strict";{code}return {{{names}}};{licences}}})();'
 
 
-def _group(name: str) -> str:
-    """The group whose option decides whether a run has this setting."""
-    first = name.split(".", maxsplit=1)[0]
-    return "permutation" if first in FROM_THE_TOP else first
-
-
-def curves(history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """What can be drawn of a history, one value an entry; None where the entry has none."""
-    found = {}
-    for key in _CURVES:
-        values = [entry.get(key) for entry in history]
-        if any(value is not None for value in values):
-            found[key] = values
-    return found
-
-
-def _run(run: Run) -> dict[str, Any]:
-    alone = summarise([run])
-    environment = run.environment
-    where = flatten({key: value for key, value in environment.items() if key != "versions"})
-    peaks = {key: run.metrics[key] for key in ("peak_memory_bytes", "peak_host_memory_bytes") if key in run.metrics}
-    return {
-        "name": run.metrics["name"],
-        "hash": run.metrics["config_hash"],
-        "seed": setting_text(run.config.get("seed")),
-        "directory": str(run.directory),
-        "warnings": warnings(run),
-        "measures": [
-            (name, shown(alone.dense[name]) if name in alone.dense else "", shown(measure), measure.limited)
-            for name, measure in alone.rows[0].measures.items()
-        ],
-        "seconds": run.metrics["seconds"],
-        "environment": [(_plain(key), _size_or_text(key, value)) for key, value in (where | peaks).items()],
-        "versions": [f"{name} {version}" for name, version in environment.get("versions", {}).items()],
-        "curves": curves(run.history),
-    } | pictures(run.directory)
-
-
-def warnings(run: Run) -> list[str]:
-    """What a reader must know before trusting a run's numbers."""
-    found = []
-    metrics, environment = run.metrics, run.environment
-    if violations := metrics["sparsity"]["violations"]:
-        found.append(f"{violations} groups of M hold more than N nonzeros")
-    for entry in evaluations.all_of(metrics, run.config):
-        windows = entry["evaluation"].get("perplexity", {}).get("limit")
-        if windows is not None and entry.get("perplexity"):
-            found.append(f"limited: perplexity on the first {windows} windows only")
-        items = entry["evaluation"].get("zero_shot", {}).get("limit")
-        if items is not None and entry.get("zero_shot"):
-            found.append(f"limited: accuracy on the first {items} items of each task only")
-    found = list(dict.fromkeys(found))
-    if not environment:
-        found.append(f"no {ENVIRONMENT}: what it was computed with is not known")
-    elif not environment.get("git"):
-        found.append("computed outside a checkout: its commit is not known")
-    elif environment["git"]["dirty"]:
-        found.append("computed in a checkout with changes that its commit does not have")
-    return found
-
-
-def _column(summary: Summary, name: str, header: list[str]) -> dict[str, Any]:
-    kind = next(row.measures[name].kind for row in summary.rows if name in row.measures)
-    heading = next(text for text in header if text.removesuffix(" (limited)") == name)
-    dense = _measure(summary.dense[name]) if name in summary.dense else None
-    return {"name": name, "heading": heading, "kind": kind, "dense": dense}
-
-
-def _measure(measure: Measure) -> dict[str, Any]:
-    return {"mean": measure.mean, "error": measure.error, "text": shown(measure)}
-
-
-def _flat(config: dict[str, Any]) -> dict[str, str]:
-    """Dotted settings that make a result, as texts, each once."""
-    flat = {
-        key: setting_text(value)
-        for key, value in flatten(identity_of(config)).items()
-        if key != "name" and key.split(".")[-1] != "_target_"
-    }
-    return {key: value[:12] if key.startswith("inputs.") else value for key, value in flat.items()}
-
-
-def _plain(key: str) -> str:
-    return key.removeprefix("git.").removeprefix("hardware.").removesuffix("_bytes").replace("_", " ")
-
-
-def _size_or_text(key: str, value: Any) -> str:
-    return f"{value / 1e9:.2f} GB" if key.endswith("_bytes") and isinstance(value, int | float) else setting_text(value)
-
-
-def _number(text: str, otherwise: str | None) -> float | str | None:
+def sort_key(text: str) -> float | str:
+    """What a cell is sorted by: its first number, else the text; nothing, which comes last, where that is no finite number."""
     try:
-        number = float(text)
+        number = float(text.split(" ", maxsplit=1)[0].rstrip("%"))
     except ValueError:
-        return otherwise
-    return number if math.isfinite(number) else otherwise
+        return text
+    return number if math.isfinite(number) else ""
 
 
-def _finite(value: Any) -> Any:
-    """Without NaN and infinity, which JSON in a browser has not."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def sections(summary: Summary, labels: list[str]) -> dict[str, dict[str, _Json]]:
+    """Plotly's figures, by section and by what is chosen in it; a section that would be empty is left out.
+
+    A trace of a row has the row's place, and the number of its colour, in `meta`; a line that joins rows says there which.
+    """
+    first = sorted(summary.measures, key=lambda name: name != main_measure(summary))
+    accuracies = sorted((name for name in first if cost.kind(summary, name) == "accuracy"), key=lambda n: n != "average acc")
+    found = {
+        "Quality over minutes": {name: _cost(summary, labels, name) for name in cost.measures(summary)},
+        "Measures": {name: _measure(summary, labels, name) for name in first if name not in accuracies},
+        "Accuracy": {name: _measure(summary, labels, name) for name in accuracies},
+        "While learning": {title: _curves(summary, labels, key, title) for key, title in _CURVES.items()},
+    }
+    some = {section: {name: figure for name, figure in chosen.items() if figure["data"]} for section, chosen in found.items()}
+    return {section: finite(chosen) for section, chosen in some.items() if chosen}
 
 
-def _json_in_html(value: Any) -> str:
-    """JSON that cannot end the script element it stands in: `<`, `>` and `&` are written as escapes."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+def _cost(summary: Summary, labels: list[str], name: str) -> _Json:
+    """A point a row, peak memory as its area, in the colour of its method."""
+    points = cost.points(summary, name)
+    methods = [", ".join(row.runs[0].config[group]["name"] for group in ("pruner", "permutation")) for row in summary.rows]
+    largest = max([1, *(point.memory for point in points)])
+    traces = []
+    for point in points:
+        method = methods[point.row]
+        text = [labels[point.row], shown(summary.rows[point.row].measures[name])]
+        text += [f"{point.minutes:.1f} min", f"{point.memory / 1e9:.2f} GB at the peak"]
+        trace = _trace(point.row, method, text, list(dict.fromkeys(methods)).index(method), [point.minutes], [point.value])
+        marker = {"size": 8 + 16 * math.sqrt(point.memory / largest), "opacity": 0.75}
+        look = {"mode": "markers", "marker": marker, "error_y": {"array": [point.error]}}
+        traces.append(trace | look | {"legendgroup": method})
+    meta = {"join": "lower" if cost.lower_is_better(summary, name) else "higher"}
+    front = {"mode": "lines", "name": "Pareto front", "line": {"shape": "hv", "dash": "dot"}, "meta": meta}
+    y = _axis(heading(summary, name), [point.value for point in points if cost.kind(summary, name) == "perplexity"])
+    x = _axis(cost.MINUTES, [point.minutes for point in points])
+    return _figure([*traces, *[front] * bool(traces)], x, y, dense=summary.dense.get(name))
 
 
-def _template(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+def _measure(summary: Summary, labels: list[str], name: str) -> _Json:
+    """A line over the one setting that varies, where it is a number; else bars."""
+    setting = numeric_setting(summary)
+    bar = {"type": "bar", "orientation": "h", "textposition": "none"}
+    traces: list[_Json] = []
+    for number, (row, label) in enumerate(zip(summary.rows, labels, strict=True)):
+        if name in row.measures:
+            measure, error = row.measures[name], {"array": [row.measures[name].error]}
+            x, y = (float(row.labels[setting]), measure.mean) if setting else (measure.mean, f"#{number + 1}")
+            look = {"mode": "markers", "error_y": error} if setting else bar | {"error_x": error}
+            traces.append(_trace(number, label, [label, shown(measure)], 0, [x], [y]) | look | {"showlegend": False})
+    axis = _axis(heading(summary, name)) | {"tickformat": ".1%" if cost.kind(summary, name) in ("accuracy", "share") else ""}
+    if setting:
+        line = {"mode": "lines", "meta": {"join": "all"}, "showlegend": False}
+        across = _axis(setting, [trace["x"][0] for trace in traces])
+        return _figure([*traces, line], across, axis, "y", summary.dense.get(name))
+    rows = {"type": "category", "ticktext": [_plain(label[:44]) for label in labels]}
+    rows["tickvals"] = [f"#{number}" for number in range(1, len(labels) + 1)]
+    return _figure(traces, axis, rows, "x", summary.dense.get(name))
+
+
+def _curves(summary: Summary, labels: list[str], key: str, title: str) -> _Json:
+    learned = [(number, run) for number, row in enumerate(summary.rows) for run in row.runs if run.history]
+    colours = list(dict.fromkeys(number for number, _ in learned))
+    traces = []
+    for number, run in learned:
+        values = [entry.get(key) for entry in run.history]
+        if any(value is not None for value in values):
+            text = [labels[number], f"seed {setting_text(run.config.get('seed'))}"]
+            trace = _trace(number, labels[number], text, colours.index(number), [*range(1, len(values) + 1)], values)
+            traces.append(trace | {"mode": "lines+markers"})
+    return _figure(traces, _axis("epoch") | {"type": "category"}, _axis(title))
+
+
+def _trace(row: int, name: str, text: list[str], colour: int, x: Sequence[float], y: Sequence[float | str | None]) -> _Json:
+    lines, meta = ["<br>".join(map(_plain, text))] * len(x), {"row": row, "colour": colour}
+    return {"type": "scatter", "name": _plain(name[:44]), "text": lines, "meta": meta, "x": x, "y": y}
+
+
+def _figure(traces: list[_Json], x: _Json, y: _Json, axis: str = "y", dense: Measure | None = None) -> _Json:
+    """With a line across one axis where the dense model is."""
+    shapes = []
+    if dense and math.isfinite(dense.mean):
+        ends = {f"{axis}0": dense.mean, f"{axis}1": dense.mean} | ({"xref": "paper"} if axis == "y" else {"yref": "paper"})
+        label = {"text": f"dense {shown(dense)}", "textposition": "end", "textangle": 0, "xanchor": "right"}
+        shapes.append({"type": "line", "x0": 0, "x1": 1, "y0": 0, "y1": 1} | ends | {"label": label})
+    return {"data": traces, "layout": {"xaxis": x, "yaxis": y, "shapes": shapes}}
+
+
+def _axis(title: str, values: Sequence[float] = ()) -> _Json:
+    """An axis; logarithmic where values span much, with round numbers, as Plotly's own are digits alone within a decade."""
+    if not values or not 0 < 4 * min(values) <= max(values):
+        return {"title": {"text": _plain(title)}}
+    ticks = [digit * 10.0**decade for decade in range(-4, 7) for digit in (1, 1.5, 2, 3, 5, 7)]
+    axis = {"title": {"text": f"{_plain(title)} (log)"}, "type": "log"}
+    return axis | {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _plain(text: str) -> str:
+    """A text that Plotly shows as it is, not as its markup."""
+    return html.escape(text, quote=False)

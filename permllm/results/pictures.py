@@ -1,34 +1,36 @@
-"""Small pictures, as plain values, of the orders and masks that a run directory holds."""
+"""Small pictures of the orders and masks that a run directory holds, as PNG; torch is imported where there are some."""
 
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from permllm.errors import DataError
 from permllm.record.names import MASKS, PERMUTATIONS
-from permllm.record.run_tensors import mask_names, mask_reader, read_orders
 
 NOT_KEPT = "not kept with this record"
 # A prime, so that the points of a channel count that is a power of two do not all have the same place in their group of M.
 POINTS = 997
+SIDE = 192
 CROP = 96
+_INK = (63, 127, 196)  # seen on white and on black
 
 
-def pictures(directory: Path) -> dict[str, Any]:
+def pictures(directory: Path) -> dict[str, list[dict[str, str]] | str]:
     """Orders and masks of the first, the middle and the last layer, as far as the run's directory has them.
 
     Returns:
-        `permutations`: for each channel group its `name`, the number of `channels`, the share `moved`, and `points`: for i
-        below their number n (at most `POINTS`) the original channel at position `i * channels // n` of the permuted order.
-        `masks`: for each linear its `name`, `shape`, and `bits`: the upper left corner, `rows` x `columns` (at most `CROP`
-        each) in original channel order, one bit a weight in row-major order, 1 = kept, in base64. Or, for either of the two,
-        a text that says why there is none.
+        `permutations`, for each channel group, and `masks`, for each linear: its `name`, `what` is drawn, and the `image` as a
+        data URI. Position in the permuted order is to the right and original position upwards, of at most `POINTS` channels;
+        a mask is its upper left corner, at most `CROP` x `CROP` weights in original channel order, a pixel each, kept ones
+        inked. Or, for either of the two, a text that says why there is none.
     """
     return {
         "permutations": _pictures(directory / PERMUTATIONS, _orders),
@@ -36,7 +38,7 @@ def pictures(directory: Path) -> dict[str, Any]:
     }
 
 
-def _pictures(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]] | str:
+def _pictures(file: Path, read: Callable[[Path], list[dict[str, str]]]) -> list[dict[str, str]] | str:
     if not file.is_file():
         return NOT_KEPT
     try:
@@ -45,29 +47,45 @@ def _pictures(file: Path, read: Callable[[Path], list[dict[str, Any]]]) -> list[
         return str(error).replace(f"{file.parent}/", "")
 
 
-def _orders(file: Path) -> list[dict[str, Any]]:
+def _orders(file: Path) -> list[dict[str, str]]:
+    from permllm.record.run_tensors import read_orders
+
     found = []
     orders = read_orders(file)
     for name in _of_three_layers(orders):
         order = orders[name].numpy()
-        channels = len(order)
+        channels, side = len(order), min(len(order), SIDE)
         count = min(channels, POINTS)
-        points = order[np.arange(count) * channels // count]
-        moved = float((order != np.arange(channels)).mean())
-        found.append({"name": name, "channels": channels, "moved": moved, "points": points.tolist()})
+        places = np.arange(count) * channels // count
+        drawn = np.zeros((side, side), dtype=bool)
+        drawn[side - 1 - order[places] * side // channels, places * side // channels] = True
+        some = f", {count} of them drawn" if count < channels else ""
+        moved = (order != np.arange(channels)).mean()
+        found.append({"name": name, "what": f"{channels} channels{some}, {moved:.1%} moved", "image": _png(drawn)})
     return found
 
 
-def _crops(file: Path) -> list[dict[str, Any]]:
+def _crops(file: Path) -> list[dict[str, str]]:
+    from permllm.record.run_tensors import mask_names, mask_reader
+
     read = mask_reader(file)
     found = []
     for name in _of_three_layers(mask_names(file)):
         mask = read(name).numpy()
         crop = mask[:CROP, :CROP]
-        bits = base64.b64encode(np.packbits(crop).tobytes()).decode()
-        rows, columns = crop.shape
-        found.append({"name": name, "shape": list(mask.shape), "rows": rows, "columns": columns, "bits": bits})
+        what = f"{crop.shape[0]} x {crop.shape[1]} of {mask.shape[0]} x {mask.shape[1]}"
+        found.append({"name": name, "what": what, "image": _png(crop)})
     return found
+
+
+def _png(bits: NDArray[Any]) -> str:
+    from PIL import Image
+
+    picture = Image.fromarray(bits.astype(np.uint8), "P")
+    picture.putpalette((0, 0, 0, *_INK))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", bits=1, transparency=0)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def by_layer(names: Iterable[str]) -> dict[int, list[str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
 from permllm.record.names import MASKS
-from permllm.record.run_tensors import mask_names, mask_reader
+from permllm.results import cost
 from permllm.results.pictures import by_layer
-from permllm.results.render import main_measure
+from permllm.results.render import heading, main_measure
 from permllm.results.summary import Measure, Row, Summary, row_labels
 from permllm.runtime.plotting import load_pyplot, save_figure
 
@@ -61,6 +63,65 @@ def plot(summary: Summary, file: Path) -> None:
     save_figure(figure, "--plot", file)
 
 
+def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
+    """Write a picture of quality over minutes: a point a row, peak memory as its area, the Pareto front, the dense model.
+
+    Its suffix chooses the format; a PNG holds what is drawn as JSON, in its text `data`.
+
+    Raises:
+        ConfigError: matplotlib is missing, the rows have no such measure or time of their own, or the suffix is no format.
+    """
+    pyplot = load_pyplot("--to")
+    from matplotlib import ticker
+
+    name = measure or main_measure(summary)
+    if name not in cost.measures(summary):
+        raise ConfigError(f"--measure {name}: valid are {', '.join(cost.measures(summary)) or 'none of these runs'}")
+    found, lower = cost.points(summary, name), cost.lower_is_better(summary, name)
+    if not found:
+        raise ConfigError(f"--to {file}: no row has {name} and minutes of its own")
+    best = cost.front(found, lower)
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    axis.step(
+        [p.minutes for p in best], [p.value for p in best], where="post", linestyle=":", color="grey", label="Pareto front"
+    )
+    largest = max([1, *(point.memory for point in found)])
+    methods = {point.row: summary.rows[point.row].runs[0].config["permutation"]["name"] for point in found}
+    for method in dict.fromkeys(methods.values()):
+        some = [point for point in found if methods[point.row] == method]
+        sizes = [30 + 150 * point.memory / largest for point in some]
+        axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8)
+    named = found if len(found) <= 12 else best
+    for number, point in enumerate(sorted(named, key=lambda point: (point.minutes, point.value))):
+        # Above and below in turn, as neighbours often are at one place.
+        text, offset = point.label[:32], (6, -13 if number % 2 else 6)
+        axis.annotate(text, (point.minutes, point.value), offset, textcoords="offset points", fontsize="small")
+    if name in summary.dense and math.isfinite(summary.dense[name].mean):
+        axis.axhline(summary.dense[name].mean, linestyle="--", color="grey", linewidth=1, label="dense")
+    axis.set_xscale("log")
+    if cost.kind(summary, name) == "perplexity":
+        axis.set_yscale("log")
+    for one in (axis.xaxis, axis.yaxis) if cost.kind(summary, name) == "perplexity" else (axis.xaxis,):
+        one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+        one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        one.set_minor_locator(ticker.NullLocator())
+    axis.margins(x=0.12, y=0.1)
+    axis.set(xlabel=f"{cost.MINUTES} (area: peak of memory)", ylabel=heading(summary, name))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower left" if lower else "upper left")
+    save_figure(figure, "--to", file, 100, json.dumps(cost_data(summary, name), sort_keys=True))
+
+
+def cost_data(summary: Summary, measure: str) -> dict[str, Any]:
+    """What `plot_cost` draws of a measure, rounded to what a picture shows."""
+    found = cost.points(summary, measure)
+    rows = [
+        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in asdict(p).items()} for p in found
+    ]
+    best = [point.row for point in cost.front(found, cost.lower_is_better(summary, measure))]
+    return {"measure": measure, "points": rows, "front": best}
+
+
 def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: int = 64) -> None:
     """Write a picture of one linear's mask under every row, its corner in original channel order (PermLLM, figure 3).
 
@@ -74,6 +135,8 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
         ConfigError: matplotlib is missing, no run has masks, there is no such linear, or the suffix is no format of a picture.
     """
     pyplot = load_pyplot("--masks")
+    from permllm.record.run_tensors import mask_names, mask_reader
+
     found = []
     for row, title in zip(summary.rows, row_labels(summary), strict=True):
         masks = row.runs[0].directory / MASKS

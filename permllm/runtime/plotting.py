@@ -21,11 +21,15 @@ def load_pyplot(option: str) -> Any:
     return pyplot
 
 
-def save_figure(figure: Any, option: str, file: Path) -> None:
-    """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
+def save_figure(figure: Any, option: str, file: Path, dpi: int = 150, data: str = "") -> None:
+    """Write a figure and close it, a PNG with its data as the text `data`.
+
+    Raises:
+        ConfigError: the file cannot be written, or its suffix is no picture's.
+    """
     try:
         figure.tight_layout()
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=dpi, metadata={"data": data} if data and file.suffix == ".png" else None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option} {file}: {first_line(error)}") from error
     finally:

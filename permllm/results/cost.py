@@ -1,0 +1,82 @@
+"""What a row costs, and which rows nothing beats: the picture of quality over minutes, before anything draws it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from permllm.record.figures import PRUNING_STAGES, pruning_minutes
+from permllm.results.summary import Row, Summary, row_labels
+
+MINUTES = f"minutes: {' + '.join(PRUNING_STAGES)}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row in the picture.
+
+    Attributes:
+        row: its place in the summary.
+        label: its name.
+        minutes: mean over its runs (`pruning_minutes`).
+        value: mean of the measure.
+        error: as `Measure.error`.
+        memory: the largest peak of its runs, in bytes.
+    """
+
+    row: int
+    label: str
+    minutes: float
+    value: float
+    error: float
+    memory: int
+
+
+def points(summary: Summary, measure: str) -> list[Point]:
+    """Of the rows that have the measure, where it is finite, in their order.
+
+    Rows whose permutation is another run's are left out: the minutes that it took were spent there.
+    """
+    found = []
+    for number, (row, label) in enumerate(zip(summary.rows, row_labels(summary), strict=True)):
+        if row.runs[0].config["permutation"]["name"] == "from_file":
+            continue
+        if measure in row.measures and math.isfinite(value := row.measures[measure].mean):
+            found.append(Point(number, label, minutes(row), value, row.measures[measure].error, memory(row)))
+    return found
+
+
+def minutes(row: Row) -> float:
+    """Mean over the runs of a row of the minutes of the stages that make the pruned model."""
+    return statistics.fmean(pruning_minutes(run.metrics["seconds"]) for run in row.runs)
+
+
+def memory(row: Row) -> int:
+    """The largest peak of memory of a row's runs, in bytes."""
+    return max(int(run.metrics["peak_memory_bytes"]) for run in row.runs)
+
+
+def kind(summary: Summary, measure: str) -> str:
+    """As `Measure.kind`."""
+    return next(row.measures[measure].kind for row in summary.rows if measure in row.measures)
+
+
+def lower_is_better(summary: Summary, measure: str) -> bool:
+    """Whether of two values of a measure the smaller one is the better one."""
+    return kind(summary, measure) not in ("accuracy", "share")
+
+
+def measures(summary: Summary) -> list[str]:
+    """What is worth its minutes: perplexities, gaps closed, accuracies."""
+    return [name for name in summary.measures if kind(summary, name) in ("perplexity", "accuracy") or name.startswith("gap ")]
+
+
+def front(found: Sequence[Point], lower: bool) -> list[Point]:
+    """The Pareto front, by minutes: those points that no other equals or beats in both, and is better in one."""
+    best: list[Point] = []
+    for point in sorted(found, key=lambda point: (point.minutes, point.value if lower else -point.value)):
+        if not best or (point.value < best[-1].value if lower else point.value > best[-1].value):
+            best.append(point)
+    return best

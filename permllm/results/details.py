@@ -1,0 +1,133 @@
+"""What is told of each run beside its numbers: how it differs, what a reader must know of it, what it was computed with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from permllm.identity import FROM_THE_TOP, identity_of
+from permllm.nested import flatten
+from permllm.record import evaluations
+from permllm.record.names import ENVIRONMENT
+from permllm.results.collect import Run
+from permllm.results.pictures import pictures
+from permllm.results.render import heading, shown
+from permllm.results.summary import Summary, setting_text, summarise
+
+NOT_SET = "not set"
+# What a page may have of pictures, so that it stays below 6 MB; its libraries take 2.3 MB.
+PICTURES_BYTES = 2_500_000
+LEFT_OUT = "left out, so that the page stays small: make one of fewer runs"
+
+
+def details(summary: Summary) -> list[dict[str, Any]]:
+    """Of each run, row by row, as texts.
+
+    Returns:
+        The `row` and the `seed`, `hash`, `warnings` and `differs` (`differences`), `measures` (name, dense, sparse), `seconds`
+        by stage and in all, `environment` (name, value), `versions`, and `pictures`, of so many runs as a page has room for.
+    """
+    runs = [(number, run) for number, row in enumerate(summary.rows) for run in row.runs]
+    found, room = [], PICTURES_BYTES
+    for (number, run), differs in zip(runs, differences([run.config for _, run in runs]), strict=True):
+        drawn = pictures(run.directory)
+        room -= sum(len(picture["image"]) for some in drawn.values() if not isinstance(some, str) for picture in some)
+        which = {"row": number, "seed": setting_text(run.config.get("seed")), "hash": run.metrics["config_hash"]}
+        told = {
+            "warnings": warnings(run),
+            "differs": differs,
+            "pictures": drawn if room >= 0 else dict.fromkeys(drawn, LEFT_OUT),
+        }
+        found.append(which | told | _measured(run))
+    return found
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    alone = summarise([run])
+    seconds, environment = run.metrics["seconds"], run.environment
+    where = flatten({key: value for key, value in environment.items() if key != "versions"})
+    peaks = {key: run.metrics[key] for key in ("peak_memory_bytes", "peak_host_memory_bytes") if key in run.metrics}
+    facts = [(_named(key), _size_or_text(key, value)) for key, value in (where | peaks).items()]
+    return {
+        "measures": [
+            (heading(alone, name), shown(alone.dense[name]) if name in alone.dense else "", shown(measure))
+            for name, measure in alone.rows[0].measures.items()
+        ],
+        "seconds": [(stage, f"{value:.1f}") for stage, value in (seconds | {"all": sum(seconds.values())}).items()],
+        "environment": [*facts, ("directory", str(run.directory)), ("config hash", run.metrics["config_hash"])],
+        "versions": ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items()),
+    }
+
+
+def differences(configs: list[dict[str, Any]]) -> list[list[tuple[str, str, str]]]:
+    """What sets each config apart: `(setting, its value, the usual value)`.
+
+    The usual value is that of more than half of the configs, or the first config's where no value is. Settings that a config
+    lacks only because it chose another member of their group are not listed: the group's `name` says it.
+    """
+    flat = [_flat(config) for config in configs]
+    usual = {}
+    for name in dict.fromkeys(name for values in flat for name in values):
+        every = [values.get(name, NOT_SET) for values in flat]
+        value, count = Counter(every).most_common(1)[0]
+        usual[name] = value if 2 * count > len(every) else every[0]
+    found = []
+    for values in flat:
+        other_group = {
+            name.split(".")[0] for name, value in usual.items() if name.endswith(".name") and values.get(name) != value
+        }
+        found.append(
+            [
+                (name, values.get(name, NOT_SET), value)
+                for name, value in usual.items()
+                if values.get(name, NOT_SET) != value and (name in values or _group(name) not in other_group)
+            ]
+        )
+    return found
+
+
+def _group(name: str) -> str:
+    """The group whose option decides whether a run has this setting."""
+    first = name.split(".", maxsplit=1)[0]
+    return "permutation" if first in FROM_THE_TOP else first
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader must know before trusting a run's numbers."""
+    found = []
+    metrics, environment = run.metrics, run.environment
+    if violations := metrics["sparsity"]["violations"]:
+        found.append(f"{violations} groups of M hold more than N nonzeros")
+    for entry in evaluations.all_of(metrics, run.config):
+        windows = entry["evaluation"].get("perplexity", {}).get("limit")
+        if windows is not None and entry.get("perplexity"):
+            found.append(f"limited: perplexity on the first {windows} windows only")
+        items = entry["evaluation"].get("zero_shot", {}).get("limit")
+        if items is not None and entry.get("zero_shot"):
+            found.append(f"limited: accuracy on the first {items} items of each task only")
+    found = list(dict.fromkeys(found))
+    if not environment:
+        found.append(f"no {ENVIRONMENT}: what it was computed with is not known")
+    elif not environment.get("git"):
+        found.append("computed outside a checkout: its commit is not known")
+    elif environment["git"]["dirty"]:
+        found.append("computed in a checkout with changes that its commit does not have")
+    return found
+
+
+def _flat(config: dict[str, Any]) -> dict[str, str]:
+    """Dotted settings that make a result, as texts, each once."""
+    flat = {
+        key: setting_text(value)
+        for key, value in flatten(identity_of(config)).items()
+        if key != "name" and key.split(".")[-1] != "_target_"
+    }
+    return {key: value[:12] if key.startswith("inputs.") else value for key, value in flat.items()}
+
+
+def _named(key: str) -> str:
+    return key.removeprefix("git.").removeprefix("hardware.").removesuffix("_bytes").replace("_", " ")
+
+
+def _size_or_text(key: str, value: Any) -> str:
+    return f"{value / 1e9:.2f} GB" if key.endswith("_bytes") and isinstance(value, int | float) else setting_text(value)
