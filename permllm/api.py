@@ -31,6 +31,7 @@ from permllm.models.checkpoint import read_weights
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import LoadedModel
 from permllm.models.source import DenseSource
+from permllm.nodes import register
 from permllm.record.environment import environment
 from permllm.record.loggers import NO_LOGGER
 from permllm.record.progress import Progress
@@ -193,6 +194,7 @@ def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings:
     before = GlobalHydra.instance().hydra  # of an application of somebody else's, which goes on with it
     GlobalHydra.instance().clear()
     register_resolvers()
+    register()
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             composed = compose("config", overrides=["model=tiny", *(f"{group}={name}" for group, name in chosen.items())])
@@ -221,7 +223,7 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     if isinstance(texts, Tensor):
         if texts.dim() != 2 or texts.dtype != torch.int64:
             raise ConfigError(f"texts: expected int64 tokens (samples, seqlen), and it is {texts.dtype} {tuple(texts.shape)}")
-        calibration = replace(calibration, samples=texts.shape[0], length=texts.shape[1])
+        calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
     name = f"{of_model.name}-{config.pruner['name']}-{config.permutation['name']}-{config.sparsity.replace(':', 'x')}"
     return replace(config, model=of_model, calibration=calibration, name=name)
 

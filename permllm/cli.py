@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from permllm.config import conf_directory, register_resolvers
+from permllm.nodes import register
 from permllm.runtime.interruption import started
 
 # Groups that every job has an option of.
@@ -29,6 +30,7 @@ def job(composed: DictConfig) -> float:
 def main() -> int:
     """Run what Hydra makes of the command line, and end it: the exit code."""
     register_resolvers()
+    register()
     if any(word.split("=")[0] in _QUESTIONS for word in sys.argv[1:]):
         started()
         job()

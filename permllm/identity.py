@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Settings that do not change a pruned model; its identity leaves them out.
-_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation")
+_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation", "paths")
 # Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
 # leaves them out, so that no run directory changes its name.
 _ADDED_LATER: dict[str, Any] = {

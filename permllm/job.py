@@ -17,7 +17,8 @@ from permllm.export.checkpoint import Request
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.permutation.from_file import FromFile
-from permllm.permutation.shared import Constraint, check_segments, shared_orders
+from permllm.permutation.settings import Constraint
+from permllm.permutation.shared import check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger

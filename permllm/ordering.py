@@ -103,7 +103,7 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
 
 
 class _Passes:
-    """The passes of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
+    """The epochs of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
 
     def __init__(self, record: Progress, logger: RunLogger) -> None:
         self._record, self._logger = record, logger

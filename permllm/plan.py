@@ -51,13 +51,13 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
     console.print(f"logits                 {plan.logits if plan else 0}")
     for name in plan.stays if plan else []:
-        console.print(f"{name} stays where it starts: it learns only with window=model and all layers")
+        console.print(f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers")
     windows = plan.windows if plan else []
     depth = max((stop - first for first, stop in windows), default=0)
     if windows:
-        console.print(f"windows                {len(windows)}, of at most {depth} layers")
+        console.print(f"stages                 {len(windows)}, of at most {depth} layers")
     console.print(f"learnable parameters   {plan.parameters if plan else 0}")
-    console.print("memory (estimates, of the largest window):" if len(windows) > 1 else "memory (estimates):")
+    console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
     of_window = plan.logits * depth // (layers - windows[0][0]) if plan and windows else 0
     for stage, size in _memory(config, model, groups, pruner, permutation, parameters, of_window, depth).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
@@ -78,8 +78,8 @@ def _memory(
     widest = max(sum(group.rows) for group in groups)
     largest = max(group.channels * sum(group.rows) for group in groups)
     weights = parameters * item
-    states = config.calibration.samples * config.calibration.length * hidden * item
-    forward = config.calibration.batch_size * config.calibration.length * (6 * hidden + 2 * widest) * item
+    states = config.calibration.samples * config.calibration.seqlen * hidden * item
+    forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
     channels = max(group.channels for group in groups)
     sums = sum(kind.memory(channels) for kind in input_kinds(pruner.statistics))
     pruned = sum(group.channels * sum(group.rows) for group in groups)
@@ -87,21 +87,21 @@ def _memory(
     of_gradients = 4 * pruned * len(gradient_kinds(pruner.statistics))
     scores = 4 * pruned if of_gradients else 0
     vocabulary = model.config.vocab_size
-    logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.window) * vocabulary * item
+    logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.seqlen) * vocabulary * item
     stages = {
         "weights": float(weights),
-        "evaluate": weights + logits_batch + 4 * config.evaluation.perplexity.window * vocabulary,
+        "evaluate": weights + logits_batch + 4 * config.evaluation.perplexity.seqlen * vocabulary,
         # Two streams of states and the learning target; masks are kept as bool until they are written.
         "on host, beside it": float(3 * states + pruned + of_gradients),
         "calibrate": float(weights + forward + sums),
     }
     if of_gradients:
         # One sample: the states between the layers, one layer's internals, the logits, and one gradient.
-        between = config.calibration.length * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
-        stages["gradients"] = weights + between + config.calibration.length * vocabulary * (item + 12) + largest * item
+        between = config.calibration.seqlen * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
+        stages["gradients"] = weights + between + config.calibration.seqlen * vocabulary * (item + 12) + largest * item
     if permutation.learned:
-        batch_states = permutation.batch_size * config.calibration.length * hidden * item
-        layer_states = permutation.batch_size * config.calibration.length * (8 * hidden + 4 * widest) * item
+        batch_states = permutation.batch_size * config.calibration.seqlen * hidden * item
+        layer_states = permutation.batch_size * config.calibration.seqlen * (8 * hidden + 4 * widest) * item
         # Logits, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
         stages["learn"] = weights + 16 * logits + batch_states * depth + layer_states + 3 * largest * item
         stages["learn"] += scores * depth / len(decoder_layers(model))

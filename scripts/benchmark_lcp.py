@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
-from permllm.config import read_config, register_resolvers
+from permllm.config import COMPUTE_DTYPES, read_config, register_resolvers
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
+from permllm.nodes import register
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
@@ -40,7 +41,7 @@ from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
 from permllm.record.environment import hardware, versions
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
-from permllm.runtime.precision import COMPUTE_DTYPES, compute_dtype, products_in
+from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
 from permllm.sparsity import NMPattern
 
@@ -184,7 +185,7 @@ def measure(shape: str, count: int, block_size: int, device: torch.device, repea
     target = torch.randn(*tokens.shape, hidden, generator=torch.Generator().manual_seed(1), dtype=dtype)  # type: ignore[call-overload]
     problem = problem_of(model, tokens, target)
     everything = torch.arange(len(tokens))
-    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine", "passes": 1000}
+    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine", "epochs": 1000}
     plain = PlainStep(model, tokens, target.to(device))
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
     dense = DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     register_resolvers()
+    register()
     device = torch.device(arguments.device)
     if device.type == "cpu":
         keep_freed_memory()

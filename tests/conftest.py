@@ -107,8 +107,10 @@ def together(file: str) -> str | None:
 @pytest.fixture(autouse=True, scope="session")
 def _resolvers() -> None:
     from permllm.config import register_resolvers
+    from permllm.nodes import register
 
     register_resolvers()
+    register()
 
 
 @pytest.fixture(autouse=True, scope="session")

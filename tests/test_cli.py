@@ -70,7 +70,7 @@ def test_what_a_method_does_not_use_makes_no_second_run(tmp_path: Path) -> None:
     quick = ["model=tiny", "logger=none", "permutation=heuristic"]
     result = run_command("-m", *quick, "block_size=16,32", "temperature=linear,cosine", cwd=tmp_path)
     assert "1 ran, 3 skipped" in result.stdout
-    again = run_command(*quick, "evaluation.perplexity.window=32", cwd=tmp_path)
+    again = run_command(*quick, "evaluation.perplexity.seqlen=32", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "(window 32)" in again.stdout
     assert "is finished already" not in again.stderr
@@ -94,7 +94,7 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     assert result.returncode == 0, result.stderr
     for number in ("3584", "18944", "53215232"):
         assert number in result.stdout
-    windows = run_command("model=qwen2.5-7b", "plan=true", "permutation.window=8", cwd=tmp_path)
+    windows = run_command("model=qwen2.5-7b", "plan=true", "permutation.layers_per_stage=8", cwd=tmp_path)
     assert "4, of at most 8 layers" in windows.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -163,7 +163,7 @@ def test_free_orders_are_refused_before_anything_is_computed(tmp_path: Path) -> 
 @pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp-paper"])
 def test_every_foldable_method_folds(permutation: str, tmp_path: Path) -> None:
     extra = [] if permutation == "none" else ["permutation.constraint=foldable"]
-    extra += ["permutation.passes=2"] if permutation == "lcp-paper" else []
+    extra += ["permutation.epochs=2"] if permutation == "lcp-paper" else []
     arguments = ["model=tiny", "logger=none", f"permutation={permutation}", "pruner=sparsegpt", "export=folded", *extra]
     result = run_command(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -178,7 +178,7 @@ def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:
     # Logits: 3584 x 64 of the stream once, in each of 28 layers 4 key-value heads of 128 channels and 18944 of the MLP.
     assert str(3584 * 64 + 28 * (4 * 128 * 64 + 18944 * 64)) in whole.stdout
     windows = run_command(
-        "model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", "permutation.window=8", cwd=tmp_path
+        "model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", "permutation.layers_per_stage=8", cwd=tmp_path
     )
     assert "residual_stream stays where it starts" in windows.stdout
 

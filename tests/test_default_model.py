@@ -60,7 +60,7 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(smo
     for name, parameter in qwen.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
-    tokens = calibration_tokens(smollm2.tokenizer, CalibrationConfig("boolq-passages", samples=4, length=64), seed=0)
+    tokens = calibration_tokens(smollm2.tokenizer, CalibrationConfig("boolq-passages", samples=4, seqlen=64), seed=0)
     torch.testing.assert_close(qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits, rtol=1e-4, atol=1e-3)
     masks: list[dict[str, Any]] = []
     for model in (qwen, load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0).model):

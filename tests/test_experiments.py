@@ -65,16 +65,16 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
 
 def test_the_papers_budget_is_the_papers_protocol() -> None:
     for config in jobs("experiment=table7"):
-        assert (config.calibration.dataset, config.calibration.samples, config.calibration.length) == ("c4", 128, 1024)
+        assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == ("c4", 128, 1024)
         learned = config.permutation["name"] == "lcp-paper"
         # A learned order keeps the statistics that it was learned with.
         assert config.calibration.statistics == ("dense" if learned else "sequential")
-        assert config.evaluation.perplexity.window == 2048
+        assert config.evaluation.perplexity.seqlen == 2048
         assert config.evaluation.perplexity.limit is None
         assert config.evaluation.zero_shot.limit is None
         if learned:
             permutation = config.permutation
-            assert (permutation["passes"], permutation["batch_size"], permutation["sinkhorn_iterations"]) == (50, 16, 5)
+            assert (permutation["epochs"], permutation["batch_size"], permutation["sinkhorn_iterations"]) == (50, 16, 5)
             assert permutation["learning_rate"] == 5e-3  # for RIA
             assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
     for permutation in (["permutation=lcp"], ["permutation=from_file", "permutation.path=x"]):
@@ -91,9 +91,9 @@ def test_the_peers_are_run_by_their_protocol() -> None:
     )
     for job in found:
         assert (job.model.name, job.permutation["name"], job.sparsity, job.seed) == ("smollm2-135m", "none", "2:4", 0)
-        assert (job.calibration.dataset, job.calibration.samples, job.calibration.length) == ("boolq-passages", 128, 128)
+        assert (job.calibration.dataset, job.calibration.samples, job.calibration.seqlen) == ("boolq-passages", 128, 128)
         assert (job.calibration.statistics, job.compute_dtype) == ("sequential", "float32")
-        assert (job.evaluation.perplexity.window, job.evaluation.perplexity.limit) == (256, 32)
+        assert (job.evaluation.perplexity.seqlen, job.evaluation.perplexity.limit) == (256, 32)
         assert not job.evaluation.zero_shot.tasks
 
 
@@ -108,13 +108,13 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
             instantiate(group)
         instantiate_permutation(config)
         if config.permutation["name"] == "lcp":
-            assert config.permutation["passes"] == 2
+            assert config.permutation["epochs"] == 2
 
 
 @pytest.mark.usefixtures("downloads")
 @pytest.mark.parametrize("table", ["table5", "table7"])
 def test_a_table_runs(table: str, tmp_path: Path) -> None:
-    small = ["calibration.samples=8", "calibration.length=32", "logger=none", "permutation.select_from=1"]
+    small = ["calibration.samples=8", "calibration.seqlen=32", "logger=none", "permutation.select_from=1"]
     if table == "table7":  # whose baseline learns nothing
         small.pop()
     result = run_command(
@@ -135,7 +135,7 @@ def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         default, cpu = (flat(read_config(compose("config", overrides=words)).identity) for words in ([], ["budget=cpu"]))
     differing = {key for key in default if default[key] != cpu[key]}
-    assert differing == {"permutation.passes"}
+    assert differing == {"permutation.epochs"}
 
 
 def test_every_experiment_says_its_command() -> None:

@@ -18,7 +18,7 @@ OVERRIDES = (
     "model=tiny",
     "logger=none",
     "calibration.samples=32",
-    "permutation.passes=12",
+    "permutation.epochs=12",
     "permutation.learning_rate=0.05",
     "permutation.batch_size=1",
     "run_dir=run",
@@ -52,7 +52,7 @@ def test_a_killed_run_continues_to_the_same_result(tmp_path: Path) -> None:
     assert continued.returncode == 0, continued.stderr
     # The pass that was cut short is the only one that ran again. Its state is written just before its line.
     assert done in (before, before + 1)
-    assert f"continuing after pass {done}" in continued.stderr
+    assert f"continuing after epoch {done}" in continued.stderr
     assert len(history.read_text().splitlines()) == 12 - (done - before)
     whole, resumed = (load_file(tmp_path / name / "run" / "permutations.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -74,7 +74,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
 
 
 def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
-    _, directory = run(tmp_path, "permutation.passes=5")
+    _, directory = run(tmp_path, "permutation.epochs=5")
     lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     assert [line["pass"] for line in lines] == list(range(1, 6))
     learned = {"loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
@@ -162,13 +162,13 @@ def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(measure, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
     run(tmp_path, "permutation=heuristic")
     assert calls == ["sparse perplexity"]
-    run(tmp_path, "permutation=heuristic", "evaluation.perplexity.window=32")
+    run(tmp_path, "permutation=heuristic", "evaluation.perplexity.seqlen=32")
     assert calls == ["sparse perplexity", "dense perplexity", "sparse perplexity"]
 
 
 @pytest.mark.parametrize("sparsity", ["4:8", "1:4", "3:4"])
 def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
-    metrics, _ = run(tmp_path, f"sparsity='{sparsity}'", "permutation.passes=1")
+    metrics, _ = run(tmp_path, f"sparsity='{sparsity}'", "permutation.epochs=1")
     n, m = map(int, sparsity.split(":"))
     assert metrics["sparsity"] | {"weights_changed": None} == {
         "pattern": sparsity, "fraction": 1 - n / m, "violations": 0, "weights_changed": None, "weights_kept": False,
@@ -179,7 +179,7 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
     metrics, _ = run(
         tmp_path, "calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4",
-        "calibration.length=32", f"evaluation.perplexity.data_files={tmp_path}/mine.txt", "permutation=none",
+        "calibration.seqlen=32", f"evaluation.perplexity.data_files={tmp_path}/mine.txt", "permutation=none",
     )  # fmt: skip
     assert set(metrics["perplexity"]["sparse"]) == {"mine"}
 
@@ -197,7 +197,7 @@ def test_another_content_of_a_named_file_is_evaluated_anew(cache: Path, tmp_path
 
 def test_another_content_of_a_calibration_file_is_another_run(cache: Path, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
-    small = ["calibration.samples=2", "calibration.length=32"]
+    small = ["calibration.samples=2", "calibration.seqlen=32"]
     arguments = ["permutation=none", "calibration=text", f"calibration.data_files={text}", *small]
     text.write_text(BUILTIN.evaluation())
     _, first = run(tmp_path, *arguments)
@@ -212,7 +212,7 @@ def test_every_family_runs_the_whole_pipeline(cache: Path, tmp_path: Path, famil
     pruner, permutation = method.split("/")
     overrides = [f"model.architecture.model_type={family}", f"pruner={pruner}", f"permutation={permutation}"]
     if permutation == "lcp":
-        overrides.append("permutation.passes=2")
+        overrides.append("permutation.epochs=2")
     if family == "opt":
         overrides += ["~model.architecture.intermediate_size", "~model.architecture.num_key_value_heads"]
         overrides += ["+model.architecture.ffn_dim=64", "+model.architecture.word_embed_proj_dim=32"]

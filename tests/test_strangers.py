@@ -140,7 +140,7 @@ FILES = {
         dataset: strange.poem
         data_files: null
         samples: 4
-        length: 32
+        seqlen: 32
         batch_size: 2
         statistics: dense
         sampling: null

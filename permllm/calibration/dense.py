@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from permllm.calibration.gradients import Gradients, weight_gradients
+from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics.base import InputStatistics, NormOver, Statistic, Statistics
+from permllm.calibration.statistics.base import InputStatistics, Statistic, Statistics
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
 

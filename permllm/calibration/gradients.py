@@ -52,7 +52,7 @@ def weight_gradients(
         return {}
     predictions = tokens.shape[1] - 1
     if not predictions:
-        raise ConfigError("calibration.length=1: a gradient of the loss needs samples of at least 2 tokens")
+        raise ConfigError("calibration.seqlen=1: a gradient of the loss needs samples of at least 2 tokens")
     weights = {path: linear_at(model, path).weight for path in paths}
     found: Gradients = {}
     for path, weight in weights.items():

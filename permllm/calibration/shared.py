@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.dense import DenseCalibration, Pruner, calibrate_dense
+from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics.base import NormOver
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_tensors, digest_of

@@ -34,13 +34,13 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
     def windows() -> Tensor:
         return windows_of(tokenizer, named.text.calibration(seed), config, seed)
 
-    settings = {"sampling": config.sampling, "samples": config.samples, "length": config.length, "seed": seed}
+    settings = {"sampling": config.sampling, "samples": config.samples, "length": config.seqlen, "seed": seed}
     return _kept(tokenizer, named, settings, windows, calibration=True)
 
 
 def windows_of(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], config: CalibrationConfig, seed: int) -> Tensor:
     """Draw calibration windows of documents, as `calibration_tokens`."""
-    return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.length, seed)
+    return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.seqlen, seed)
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText) -> Tensor:
@@ -91,7 +91,7 @@ def joined_windows(
     if len(tokens) < samples * length:
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but calibration.samples={samples} of "
-            f"calibration.length={length} need {samples * length}"
+            f"calibration.seqlen={length} need {samples * length}"
         )
     offset = order.randrange(len(tokens) % length + 1)
     starts = order.sample(range(offset, len(tokens) - length + 1, length), samples)
@@ -125,7 +125,7 @@ def document_windows(
         else:
             short.add(index)
             if len(short) == len(documents):
-                raise DataError(f"none of the {len(documents)} documents is longer than calibration.length={length} tokens")
+                raise DataError(f"none of the {len(documents)} documents is longer than calibration.seqlen={length} tokens")
     return torch.stack(windows)
 
 
@@ -145,7 +145,7 @@ def overlapping_windows(
     order = random.Random(seed)
     tokens = encode(tokenizer, " ".join(documents))
     if len(tokens) <= length:
-        raise DataError(f"the calibration text has {len(tokens)} tokens, not more than calibration.length={length}")
+        raise DataError(f"the calibration text has {len(tokens)} tokens, not more than calibration.seqlen={length}")
     starts = [order.randint(0, len(tokens) - length - 1) for _ in range(samples)]
     return torch.stack([tokens[start : start + length] for start in starts])
 

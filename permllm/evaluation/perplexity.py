@@ -23,7 +23,7 @@ class PerplexityText:
 
     Attributes:
         name: of the data set, the key of the result.
-        windows: int64 `(windows, window)` on the CPU.
+        windows: int64 `(windows, seqlen)` on the CPU.
     """
 
     name: str
@@ -38,20 +38,20 @@ def perplexity_windows(tokenizer: PreTrainedTokenizerBase, config: PerplexityCon
     """
     named = perplexity_text(config)
     tokens = all_tokens(tokenizer, named)
-    count = len(tokens) // config.window
+    count = len(tokens) // config.seqlen
     if count == 0:
-        raise DataError(f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.window={config.window}")
+        raise DataError(f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.seqlen={config.seqlen}")
     for limit in (named.text.max_windows, config.limit):
         if limit is not None:
             count = min(count, limit)
-    return PerplexityText(named.name, tokens[: count * config.window].view(count, config.window))
+    return PerplexityText(named.name, tokens[: count * config.seqlen].view(count, config.seqlen))
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, Any]:
-    """Perplexity of `model` on `windows` int64 `(windows, window)`.
+    """Perplexity of `model` on `windows` int64 `(windows, seqlen)`.
 
-    The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the window - 1 predicted
+    The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the seqlen - 1 predicted
     tokens of every window)`.
 
     Returns:

@@ -162,8 +162,8 @@ def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
         found = getattr(actual, key, None)
         if found != stated:
             raise ConfigError(
-                f"model.architecture.{key}={stated}, but the loaded model has {found}; '~model.architecture' on the command "
-                "line takes the model's own"
+                f"model.architecture.{key}={stated}, but the loaded model has {found}; model.architecture=null on the "
+                "command line takes the model's own"
             )
 
 

@@ -7,7 +7,7 @@ _MODULES = {
     "FromFile": "permllm.permutation.from_file",
     "Heuristic": "permllm.permutation.heuristic",
     "Identity": "permllm.permutation.identity",
-    "LCP": "permllm.permutation.lcp",
+    "LCP": "permllm.permutation.lcp.method",
 }
 
 

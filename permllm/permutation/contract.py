@@ -9,7 +9,7 @@ from torch import Tensor
 
 from permllm.models.families import ChannelGroup
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.shared import Constraint
+from permllm.permutation.settings import Constraint
 from permllm.sparsity import NMPattern
 
 

@@ -9,23 +9,20 @@ from torch import Tensor
 
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
+from permllm.permutation.settings import FromFileSettings
 from permllm.permutation.shared import foldable
 from permllm.record.run_tensors import read_orders
 from permllm.sparsity import NMPattern
 
 
 @dataclass
-class FromFile:
+class FromFile(FromFileSettings):
     """Orders out of a `permutations.safetensors`.
-
-    Args:
-        path: the file, or a run directory that holds one.
 
     Raises:
         DataError: the file cannot be read, was changed, or holds something else than permutations.
     """
 
-    path: str
     learned = False
     local = True
     constraint = None  # known once the groups are

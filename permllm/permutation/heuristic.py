@@ -10,7 +10,6 @@ together are two sums and one L1 distance matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
@@ -20,7 +19,8 @@ from tqdm.auto import tqdm
 
 from permllm.models.families import ChannelGroup
 from permllm.permutation.problem import LearningProblem
-from permllm.permutation.shared import Constraint, SharedOrder, check_constraint, expanded, shared_orders
+from permllm.permutation.settings import HeuristicSettings
+from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.sparsity import NMPattern, check_divides, nm_mask
 
 # The distance matrix is summed over this many rows at a time, to bound the float32 copies of a large group.
@@ -31,19 +31,10 @@ Parts = Callable[[], Iterable[Tensor]]
 """Saliency `(rows, C)` of some rows at a time, anew at each call: all rows of a shared order may not fit into memory."""
 
 
-@dataclass(frozen=True)
-class Heuristic:
-    """Permutation of each channel group by RIA's channel reallocation.
+class Heuristic(HeuristicSettings):
+    """Permutation of each channel group by RIA's channel reallocation."""
 
-    Args:
-        constraint: `free`, or `foldable`: only orders that neighbouring weights can absorb (`permllm.permutation.shared`).
-    """
-
-    constraint: Constraint = "free"
     learned = False
-
-    def __post_init__(self) -> None:
-        check_constraint(self.constraint)
 
     @property
     def local(self) -> bool:

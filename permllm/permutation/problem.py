@@ -31,8 +31,8 @@ class LearningProblem:
         directory: where the checkpoint goes; None keeps none.
         run: digest of the settings; a checkpoint of another run is not continued.
         on_step: called after each step with loss, temperature, flips and seconds.
-        on_pass: called after each pass with the same and the memory.
-        on_resume: called before learning, with what `on_pass` was given for each pass that is done; with nothing where
+        on_pass: called after each epoch with the same and the memory.
+        on_resume: called before learning, with what `on_pass` was given for each epoch that is done; with nothing where
             there is no checkpoint, or none that can be continued.
     """
 

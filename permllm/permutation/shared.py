@@ -12,18 +12,15 @@ folds into the neighbouring weights for free (`constraint=foldable`) is:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
+from permllm.permutation.settings import Constraint
 from permllm.permutation.stacks import BlockStack, split_blocks
 from permllm.sparsity import NMPattern
-from permllm.validation import check_one_of
-
-Constraint = Literal["free", "foldable"]
 
 RESIDUAL = "residual_stream"
 
@@ -110,11 +107,6 @@ class SharedOrder:
 
     def _starts(self, device: torch.device) -> Tensor:
         return torch.arange(0, self.channels, self.segment, device=device).repeat_interleave(self.segment)
-
-
-def check_constraint(constraint: str) -> None:
-    """Raise ConfigError when it is not a constraint."""
-    check_one_of("permutation.constraint", constraint, get_args(Constraint))
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:

@@ -1,9 +1,18 @@
-"""The base pruners, by the names that settings call them."""
+"""The base pruners, by the names that settings call them; each is imported when it is asked for."""
 
-from permllm.pruning.gblm import GBLM
-from permllm.pruning.magnitude import Magnitude
-from permllm.pruning.ria import RIA
-from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.wanda import Wanda
+from importlib import import_module
+from typing import Any
 
-__all__ = ["GBLM", "RIA", "Magnitude", "SparseGPT", "Wanda"]
+_MODULES = {
+    "GBLM": "permllm.pruning.gblm",
+    "RIA": "permllm.pruning.ria",
+    "Magnitude": "permllm.pruning.magnitude",
+    "SparseGPT": "permllm.pruning.sparsegpt",
+    "Wanda": "permllm.pruning.wanda",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,11 +10,10 @@ from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gradient_square import GradientSquare
 from permllm.calibration.statistics.norm import Norm
-from permllm.validation import check_number
+from permllm.pruning.settings import GBLMSettings
 
 
-@dataclass(frozen=True)
-class GBLM:
+class GBLM(GBLMSettings):
     """`S[i, j] = |W[i, j]| * (norm(x_j) + alpha * G[i, j])`, with `G[i, j]^2` the sum over samples of squared gradients.
 
     The gradients are those of each sample's loss, the mean cross-entropy of its next tokens, in the dense model. Norms are on
@@ -23,17 +21,10 @@ class GBLM:
     them so (`norm_over=samples`) or smaller by the root of the length of a sample (`tokens`): then G is made smaller with
     them, so that alpha means the same, and the masks are those of the released code. G grows with the root of the number of
     samples, norms do not: the paper's alpha belongs to its 128.
-
-    Args:
-        alpha: weight of the gradients, 100 in the paper; 0 is Wanda.
     """
 
-    alpha: float = 100.0
     statistics: ClassVar[Statistics] = (Norm, GradientSquare)
     updates_weights = False
-
-    def __post_init__(self) -> None:
-        check_number("pruner.alpha", self.alpha, positive=False)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """A dense score of `weight (C_out, C_in)`."""

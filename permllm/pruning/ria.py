@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,23 +10,14 @@ from torch import Tensor
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.norm import Norm
-from permllm.validation import check_number
+from permllm.pruning.settings import RIASettings
 
 
-@dataclass(frozen=True)
-class RIA:
-    """`S[i, j] = (|W[i, j]| / column sum j + |W[i, j]| / row sum i) * norm(x_j)^exponent`.
+class RIA(RIASettings):
+    """`S[i, j] = (|W[i, j]| / column sum j + |W[i, j]| / row sum i) * norm(x_j)^exponent`."""
 
-    Args:
-        exponent: power of the activation norm, 0.5 in the paper.
-    """
-
-    exponent: float = 0.5
     statistics: ClassVar[Statistics] = (Norm,)
     updates_weights = False
-
-    def __post_init__(self) -> None:
-        check_number("pruner.exponent", self.exponent, positive=False)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""

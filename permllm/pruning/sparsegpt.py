@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,26 +11,17 @@ from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.errors import TrainingError
+from permllm.pruning.settings import SparseGPTSettings
 from permllm.sparsity import NMPattern, check_divides, keep_largest
-from permllm.validation import check_number
 
 _COLUMNS_AT_A_TIME = 128
 
 
-@dataclass(frozen=True)
-class SparseGPT:
-    """`S[i, j] = W[i, j]^2 / [H^-1]_jj` with `H = X X^T + lambda I`, and an update of the kept weights.
+class SparseGPT(SparseGPTSettings):
+    """`S[i, j] = W[i, j]^2 / [H^-1]_jj` with `H = X X^T + lambda I`, and an update of the kept weights."""
 
-    Args:
-        damping: lambda as a share of the mean diagonal of `X X^T`, 0.01 in the paper.
-    """
-
-    damping: float = 0.01
     statistics: ClassVar[Statistics] = (Gram,)
     updates_weights = True
-
-    def __post_init__(self) -> None:
-        check_number("pruner.damping", self.damping, positive=True)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Factors of the order-free saliency `W^2 / [H^-1]_jj` of `weight (C_out, C_in)`."""

@@ -1,8 +1,17 @@
-"""The updates of kept weights, by the names that settings call them."""
+"""The updates of kept weights, by the names that settings call them; each is imported when it is asked for."""
 
-from permllm.reconstruction.base import NoReconstruction
-from permllm.reconstruction.block import Block
-from permllm.reconstruction.distill import Distill
-from permllm.reconstruction.obs import OBS
+from importlib import import_module
+from typing import Any
 
-__all__ = ["OBS", "Block", "Distill", "NoReconstruction"]
+_MODULES = {
+    "OBS": "permllm.reconstruction.obs",
+    "Block": "permllm.reconstruction.block",
+    "Distill": "permllm.reconstruction.distill",
+    "NoReconstruction": "permllm.reconstruction.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

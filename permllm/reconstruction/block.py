@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,34 +10,23 @@ from permllm.models.decoder import run_layer
 from permllm.models.losses import mean_square_loss
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer
 from permllm.reconstruction.masked_adam import MaskedAdam
-from permllm.validation import check_number, check_whole
+from permllm.reconstruction.settings import BlockSettings
 
 
-@dataclass(frozen=True)
-class Block(NoReconstruction):
+class Block(BlockSettings, NoReconstruction):
     """Adam on the kept weights, layer by layer; inputs as the pruned layers before give them, targets the dense outputs.
 
-    The layer's best weights by the loss of a whole pass are kept, the ones it began with included.
-
-    Args:
-        passes: over the calibration samples.
-        learning_rate: of Adam at the start, with a cosine schedule to zero.
+    The layer's best weights by the loss of a whole epoch are kept, the ones it began with included.
     """
 
-    passes: int = 4
-    learning_rate: float = 3e-4
     changes_weights = True
-
-    def __post_init__(self) -> None:
-        check_whole("reconstruction.passes", self.passes, 1)
-        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
 
     def layer(self, pruned: PrunedLayer) -> None:
         """Train the layer's linears in place. Raises TrainingError when the loss is not finite."""
-        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, self.passes * len(pruned.inputs))
+        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, self.epochs * len(pruned.inputs))
         best = self._loss(pruned)
         kept = [weight.detach().clone() for weight in optimizer.weights]
-        for _ in range(self.passes):
+        for _ in range(self.epochs):
             for batch in range(len(pruned.inputs)):
                 with optimizer.gradients():
                     self._batch_loss(pruned, batch).backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,35 +16,21 @@ from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
 from permllm.reconstruction.masked_adam import MaskedAdam
-from permllm.validation import check_number, check_whole
+from permllm.reconstruction.settings import DistillSettings
 
 
-@dataclass(frozen=True)
-class Distill(NoReconstruction):
+class Distill(DistillSettings, NoReconstruction):
     """Adam on all kept weights towards the dense model's next-token distributions, on the calibration text.
 
     Holds weights, gradients and two moments at once, 16 bytes a weight in float32; layers are recomputed in backward.
-
-    Args:
-        passes: over the calibration samples, in their order.
-        learning_rate: of Adam at the start, with a cosine schedule to zero.
-        batch_size: samples a step.
     """
 
-    passes: int = 2
-    learning_rate: float = 1e-4
-    batch_size: int = 4
     changes_weights = True
-
-    def __post_init__(self) -> None:
-        check_whole("reconstruction.passes", self.passes, 1)
-        check_whole("reconstruction.batch_size", self.batch_size, 1)
-        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Train the linears in place. Raises TrainingError when the loss is not finite."""
         head = Head(pruned.model)
-        batches = torch.arange(len(pruned.tokens)).split(self.batch_size) * self.passes
+        batches = torch.arange(len(pruned.tokens)).split(self.batch_size) * self.epochs
         optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, len(batches))
         with tqdm(batches, desc="distill", unit="step") as progress:
             for batch in progress:

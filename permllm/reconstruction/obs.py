@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,23 +10,14 @@ from torch import Tensor
 from permllm.calibration.statistics.base import Statistics
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.reconstruction.base import NoReconstruction, PrunedLinear
-from permllm.validation import check_number
+from permllm.reconstruction.settings import OBSSettings
 
 
-@dataclass(frozen=True)
-class OBS(NoReconstruction):
-    """Each pruned weight's error is made up for by the kept weights after it, in permuted order (arXiv 2301.00774).
+class OBS(OBSSettings, NoReconstruction):
+    """Each pruned weight's error is made up for by the kept weights after it, in permuted order (arXiv 2301.00774)."""
 
-    Args:
-        damping: lambda as a share of the mean diagonal of `X X^T`.
-    """
-
-    damping: float = 0.01
     changes_weights = True
     statistics: ClassVar[Statistics] = SparseGPT.statistics
-
-    def __post_init__(self) -> None:
-        check_number("reconstruction.damping", self.damping, positive=True)
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The corrected weight, from the dense one."""

@@ -187,7 +187,7 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     os.environ.setdefault("WANDB_SILENT", "true")
     mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
     # All jobs of a sweep write below one folder, so that one `wandb sync` or `wandb leet` finds them.
-    home = Path(os.environ.get("WANDB_DIR") or config.runs_dir)
+    home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
 
     tags = [config.pruner.get("name"), config.permutation.get("name"), config.sparsity, config.model.name]
@@ -199,7 +199,7 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
             group=wandb_group(config),
             name=wandb_name(directory),
             tags=[str(tag)[:_LONGEST_TAG] for tag in tags if tag],
-            job_type="learn" if "passes" in config.permutation else "prune",
+            job_type="learn" if "epochs" in config.permutation else "prune",
             config=described(config) | {"run_directory": str(directory), "config_hash": config.hash},
             id=run_id,
             # Offline, each attempt leaves a folder of its own with this id, and says in it that it resumes the run.

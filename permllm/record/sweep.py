@@ -21,7 +21,7 @@ from permllm.record.outcomes import JOBS, Job, kept
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
 # What does not make a sweep another one.
-_LEFT_OUT = ("force", "plan", "logger", "runs_dir", "hydra.launcher", "hydra/launcher")
+_LEFT_OUT = ("force", "plan", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
 # What conf/config.yaml has for hydra.run.dir and hydra.sweep.subdir, and below runs_dir for hydra.sweep.dir.
 _HERE, _SWEEPS = ".", "sweeps"
 # Of the sweep that this process started.

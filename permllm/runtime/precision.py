@@ -11,15 +11,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
-
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
     """The format of products.
 
     Args:
-        setting: one of `COMPUTE_DTYPES`. `auto` rounds float32 to bfloat16 where the device multiplies it natively; `bfloat16`
-            does so anywhere, `float32` nowhere.
+        setting: `auto` rounds float32 to bfloat16 where the device multiplies it natively, `bfloat16` does so anywhere,
+            `float32` nowhere.
         weights: dtype of the model. Weights in another format than float32 are multiplied as they are.
         device: where the model is.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,29 +18,17 @@ from permllm.record.schema import LayerRuntimes
 from permllm.runtime.timing import interleaved
 from permllm.sparsity import NMPattern, nm_mask
 from permllm.studies.base import StudyInputs
-from permllm.validation import check_whole
+from permllm.studies.settings import LayerRuntimeSettings
 
 _PATTERN = NMPattern(2, 4)
 # The paper's rows, by the places of their channel groups in a layer: attention input and output, MLP input and output.
 _ROWS = {"qkvo_proj": (0, 1), "up_gate_proj": (2,), "down_proj": (3,)}
 
 
-@dataclass(frozen=True)
-class LayerRuntime:
-    """The study: needs the model's dimensions, not its weights.
+class LayerRuntime(LayerRuntimeSettings):
+    """The study: needs the model's dimensions, not its weights."""
 
-    Args:
-        tokens: rows of the activations.
-        repeats: of each measurement, in turns with the others; medians are given.
-    """
-
-    tokens: int = 2048
-    repeats: int = 9
     form: ClassVar[type] = LayerRuntimes
-
-    def __post_init__(self) -> None:
-        check_whole("study.tokens", self.tokens, 1)
-        check_whole("study.repeats", self.repeats, 1)
 
     @torch.no_grad()
     def measure(self, inputs: StudyInputs) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from permllm.record.schema import MeasuredOrders
 from permllm.runtime.precision import compute_dtype
 from permllm.sparsity import NMPattern, check_divides, nm_mask, permuted_nm_mask, retained_saliency
 from permllm.studies.base import StudyInputs
-from permllm.validation import check_whole
+from permllm.studies.settings import SaliencyAndErrorSettings
 
 # How each kind of order is called, and drawn.
 _LABELS = {
@@ -118,28 +118,10 @@ def swaps(layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, ge
     return trace
 
 
-@dataclass(frozen=True)
-class SaliencyAndError:
-    """Random orders, shuffled heuristic ones, and searches by swaps: one for saliency, two for the error.
+class SaliencyAndError(SaliencyAndErrorSettings):
+    """Random orders, shuffled heuristic ones, and searches by swaps: one for saliency, two for the error."""
 
-    Args:
-        layer: index of the decoder layer; None is the middle one.
-        group: name of the channel group in it, as `plan=true` lists them; None is the last one, the MLP's output.
-        random: random orders, and as many of the heuristic's with some channels shuffled.
-        swaps: swaps tried in each search.
-        trace: orders kept along the way of the swaps.
-    """
-
-    layer: int | None = None
-    group: str | None = None
-    random: int = 200
-    swaps: int = 4000
-    trace: int = 60
     form: ClassVar[type] = MeasuredOrders
-
-    def __post_init__(self) -> None:
-        for name in ("random", "swaps", "trace"):
-            check_whole(f"study.{name}", getattr(self, name), 1)
 
     def measure(self, inputs: StudyInputs) -> dict[str, Any]:
         """Both measures of every order. Raises ConfigError when the layer or the group does not exist."""

@@ -38,7 +38,7 @@ def test_joined_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
 def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
     tokens = len(encode(TOKENIZER, "x" * 99))
     assert joined_windows(TOKENIZER, ["x" * 99], samples=tokens // 10, length=10, seed=0).shape == (tokens // 10, 10)
-    with pytest.raises(DataError, match=r"has 100 tokens, but calibration\.samples=11 of calibration\.length=10 need 110"):
+    with pytest.raises(DataError, match=r"has 100 tokens, but calibration\.samples=11 of calibration\.seqlen=10 need 110"):
         joined_windows(TOKENIZER, ["x" * 99], samples=11, length=10, seed=0)
 
 
@@ -56,7 +56,7 @@ def test_document_windows_are_drawn_as_in_the_released_code() -> None:
                 break
         start = random.randint(0, len(tokens) - 40 - 1)
         assert window.tolist() == tokens[start : start + 40]
-    with pytest.raises(DataError, match=r"none of the 5 documents is longer than calibration\.length=40 tokens"):
+    with pytest.raises(DataError, match=r"none of the 5 documents is longer than calibration\.seqlen=40 tokens"):
         document_windows(TOKENIZER, ["short"] * 5, samples=4, length=40, seed=0)
 
 
@@ -68,7 +68,7 @@ def test_overlapping_windows_are_drawn_as_in_the_released_code() -> None:
     starts = [random.randint(0, len(tokens) - 50 - 1) for _ in range(40)]
     assert windows.tolist() == [tokens[start : start + 50] for start in starts]
     assert min(b - a for a, b in itertools.pairwise(sorted(starts))) < 50
-    with pytest.raises(DataError, match=r"has 6 tokens, not more than calibration\.length=6"):
+    with pytest.raises(DataError, match=r"has 6 tokens, not more than calibration\.seqlen=6"):
         overlapping_windows(TOKENIZER, ["a", "bcd"], samples=1, length=6, seed=0)
 
 
@@ -78,7 +78,7 @@ def test_windows_do_not_overlap_unless_the_settings_say_otherwise() -> None:
 
 
 def test_the_chosen_sampling_is_the_one_that_draws(cache: Path) -> None:
-    drawn = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, length=64, sampling="overlapping"), seed=0)
+    drawn = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, seqlen=64, sampling="overlapping"), seed=0)
     assert torch.equal(drawn, overlapping_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))
-    disjoint = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, length=64), seed=0)
+    disjoint = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, seqlen=64), seed=0)
     assert torch.equal(disjoint, joined_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))

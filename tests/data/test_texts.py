@@ -103,7 +103,7 @@ def test_text_files(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
     assert read_text_file(str(tmp_path / "a.txt")) == ["first\n\nsecond"]
     assert TextFile(str(tmp_path / "b.jsonl")).calibration(seed=0) == ["one", "two"]
-    named = perplexity_text(PerplexityConfig("c4", window=8, data_files=str(tmp_path / "c.parquet")))
+    named = perplexity_text(PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "c.parquet")))
     assert (named.name, named.text.evaluation(), named.text.max_windows) == ("c", "x\n\ny", None)
     Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "e.txt").write_text("")
@@ -158,7 +158,7 @@ def test_c4_is_evaluated_as_in_wandas_protocol(cache: Path, tmp_path: Path, monk
 
 def test_the_builtin_text_is_enough_for_its_default(cache: Path) -> None:
     assert len(BUILTIN.evaluation()) > 3000
-    config = CalibrationConfig(dataset="builtin", samples=8, length=64)
+    config = CalibrationConfig(dataset="builtin", samples=8, seqlen=64)
     assert calibration_tokens(TOKENIZER, config, seed=0).shape == (8, 64)
 
 
@@ -168,7 +168,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp
     write(own, "words", f"WORDS = {words!r}")
     chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"]
     chosen += ["calibration.dataset=mypackage.mine", "evaluation.perplexity.dataset=mypackage.mine"]
-    config = read_config(composed(*chosen, "evaluation.perplexity.window=32"))
+    config = read_config(composed(*chosen, "evaluation.perplexity.seqlen=32"))
     result = runner.run(config)
     assert result is not None
     metrics, _ = result

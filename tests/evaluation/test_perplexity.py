@@ -33,10 +33,10 @@ def test_value_equals_the_definition() -> None:
 
 def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    text = perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100))
+    text = perplexity_windows(tokenizer, PerplexityConfig("builtin", seqlen=100))
     tokens = tokenizer(BUILTIN.evaluation())["input_ids"]
     assert text.name == "builtin"
     assert text.windows.flatten().tolist() == tokens[: len(tokens) // 100 * 100]
-    assert perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100, limit=3)).windows.shape == (3, 100)
+    assert perplexity_windows(tokenizer, PerplexityConfig("builtin", seqlen=100, limit=3)).windows.shape == (3, 100)
     with pytest.raises(DataError, match="fewer than one"):
-        perplexity_windows(tokenizer, PerplexityConfig("builtin", window=100_000))
+        perplexity_windows(tokenizer, PerplexityConfig("builtin", seqlen=100_000))

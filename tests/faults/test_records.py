@@ -31,7 +31,7 @@ from tests.results.test_results import make_run
 from tests.test_config import composed
 
 RECORDS = sorted(file.parent for file in (ROOT / "experiments").rglob("metrics.json"))
-TINY = ("model=tiny", "logger=none", "calibration=builtin", "calibration.samples=4", "calibration.length=32")
+TINY = ("model=tiny", "logger=none", "calibration=builtin", "calibration.samples=4", "calibration.seqlen=32")
 
 
 def test_every_kept_record_is_as_the_forms_say() -> None:
@@ -58,7 +58,7 @@ def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, m
             written.append(path.name)
 
     monkeypatch.setattr(files, "write_atomically", checked)
-    overrides = ("permutation.passes=1", "evaluation.zero_shot.tasks=[]", "export=gathered", f"run_dir={tmp_path}/run")
+    overrides = ("permutation.epochs=1", "evaluation.zero_shot.tasks=[]", "export=gathered", f"run_dir={tmp_path}/run")
     runner.run(read_config(composed(*TINY, *overrides)))
     assert len(written) > 6
     read_json(tmp_path / "run" / "metrics.json", FinishedRun)

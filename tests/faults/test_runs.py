@@ -29,12 +29,12 @@ SMALL = (
     "model=tiny",
     "logger=none",
     "calibration.samples=4",
-    "calibration.length=16",
+    "calibration.seqlen=16",
     "calibration.batch_size=4",
     "evaluation.perplexity.limit=2",
     "permutation=heuristic",
 )
-LEARNED = (*SMALL[:-1], "permutation=lcp", "permutation.passes=3", "permutation.batch_size=2", "permutation.compile=false")
+LEARNED = (*SMALL[:-1], "permutation=lcp", "permutation.epochs=3", "permutation.batch_size=2", "permutation.compile=false")
 ORDERS, MASKS, WEIGHTS = "permutations.safetensors", "masks.safetensors", "weights.safetensors"
 UP = "model.layers.0.mlp.up_proj"
 GROUP = "model.layers.1.mlp.down_proj"
@@ -266,7 +266,7 @@ def test_no_line_of_the_history_is_lost(learning: Path, tmp_path: Path, caplog: 
     with open(folder / "history.jsonl", "a") as stream:
         stream.write('{"pass": 2, "lo')  # cut short
     run(folder, *LEARNED)
-    assert "continuing after pass 2 of 3" in caplog.text
+    assert "continuing after epoch 2 of 3" in caplog.text
     assert history(folder) == history(learning / "finished")
     assert results(folder) == results(learning / "finished")
 

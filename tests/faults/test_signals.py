@@ -25,7 +25,7 @@ from permllm.runtime.interruption import Terminated, exit_code, scheduler_signal
 from tests.conftest import ROOT
 from tests.test_config import composed
 
-QUICK = ("model=tiny", "logger=none", "calibration.samples=4", "calibration.length=16", "evaluation.perplexity.limit=1")
+QUICK = ("model=tiny", "logger=none", "calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=1")
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def started(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
-    sweep = ("-m", "permutation.passes=1,100000", *QUICK, "permutation.compile=false")
+    sweep = ("-m", "permutation.epochs=1,100000", *QUICK, "permutation.compile=false")
     process = started(tmp_path, *sweep)
     give_up = time.monotonic() + 200
     while not any(len(file.read_text().splitlines()) > 1 for file in tmp_path.rglob("history.jsonl")):

@@ -38,10 +38,10 @@ JOBS: dict[str, tuple[str, ...]] = {
     "lcp recomputed": ("permutation.activation_checkpointing=true",),
     "lcp hard, cosine": ("permutation.straight_through=hard", "permutation.loss=cosine"),
     "lcp soft, mse": ("permutation.straight_through=soft", "permutation.loss=mse", "pruner=ria"),
-    "lcp by windows": ("permutation.window=1", "permutation.rounds=2"),
+    "lcp by windows": ("permutation.layers_per_stage=1", "permutation.rounds=2"),
     "lcp of the last layer": ("permutation.last_layers=1", "permutation.gumbel=0.1"),
     "lcp foldable, folded": ("permutation.constraint=foldable", "export=folded"),
-    "lcp-paper": ("permutation=lcp-paper", "permutation.passes=2", "permutation.batch_size=1"),
+    "lcp-paper": ("permutation=lcp-paper", "permutation.epochs=2", "permutation.batch_size=1"),
     "lcp under sparsegpt": ("pruner=sparsegpt",),
     "lcp under gblm, folded": ("pruner=gblm", "permutation.constraint=foldable", "export=folded"),
     "from_file": ("permutation=from_file", "permutation.path={lcp, gathered}"),
@@ -59,10 +59,10 @@ SMALL = (
     "logger=none",
     "block_size=8",
     "calibration.samples=2",
-    "calibration.length=8",
+    "calibration.seqlen=8",
     "evaluation.perplexity.limit=2",
 )
-LEARNING = ("permutation.passes=2", "permutation.batch_size=1", "permutation.learning_rate=0.05")
+LEARNING = ("permutation.epochs=2", "permutation.batch_size=1", "permutation.learning_rate=0.05")
 
 
 def main(folder: Path) -> dict[str, Any]:

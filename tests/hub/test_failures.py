@@ -83,7 +83,7 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         "refused token": job(MOVING, token="hf_expired"),
         "no weights": job(BARE),
         "wrong architecture": job(MOVING, "model=qwen2.5-0.5b"),
-        "own architecture": job(MOVING, "model=qwen2.5-0.5b", "~model.architecture"),
+        "own architecture": job(MOVING, "model=qwen2.5-0.5b", "model.architecture=null"),
         "plan": job(PLANNED, "plan=true"),
         "model breaks": job(BROKEN, **copied("far", model_limit)),
         "model continues": job(BROKEN, **without(model_limit)),
@@ -118,7 +118,7 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         ("no weights", f"model {BARE} at "),
         (
             "wrong architecture",
-            "model.architecture.hidden_size=896, but the loaded model has 32; '~model.architecture' on the",
+            "model.architecture.hidden_size=896, but the loaded model has 32; model.architecture=null on the",
         ),
         ("model breaks", f"model {BROKEN} is not whole in the local hub cache and the hub cannot be reached ("),
         ("text breaks", "data set allenai/c4 is not whole in the local hub cache and the hub cannot be reached ("),

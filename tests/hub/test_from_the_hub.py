@@ -34,8 +34,8 @@ SMALL = [
     "block_size=16",
     "permutation=heuristic",
     "calibration.samples=4",
-    "calibration.length=48",
-    "evaluation.perplexity.window=48",
+    "calibration.seqlen=48",
+    "evaluation.perplexity.seqlen=48",
     "evaluation.zero_shot.limit=2",
 ]
 TASKS = {
@@ -83,7 +83,7 @@ CASES = (
         (
             f"evaluation.zero_shot.tasks=[{','.join(TASKS)}]",
             "permutation=lcp",
-            "permutation.passes=1",
+            "permutation.epochs=1",
             "permutation.constraint=foldable",
             "export=folded",
         ),

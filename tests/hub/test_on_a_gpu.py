@@ -16,9 +16,9 @@ __all__ = ["pytestmark"]
 SMALL = (
     "block_size=16",
     "calibration.samples=8",
-    "calibration.length=32",
-    "permutation.passes=1",
-    "evaluation.perplexity.window=48",
+    "calibration.seqlen=32",
+    "permutation.epochs=1",
+    "evaluation.perplexity.seqlen=48",
     "evaluation.zero_shot.tasks=[rte]",
     "evaluation.zero_shot.limit=2",
     "logger=none",
@@ -29,7 +29,7 @@ def test_a_model_of_the_hub_is_learned_evaluated_and_exported_on_a_gpu(
     environment: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
     simulator = str(ROOT / "tests" / "gpu" / "simulated.py")
-    chosen = ("model=qwen2.5-7b", f"model.hub_name={MODELS['qwen2']}", "~model.architecture", "permutation=lcp")
+    chosen = ("model=qwen2.5-7b", f"model.hub_name={MODELS['qwen2']}", "model.architecture=null", "permutation=lcp")
     command = (simulator, str(ROOT / "run.py"), *chosen, *SMALL, "export=gathered", "run_dir=run")
     # The simulator sees the main thread alone, and transformers would read weights in others.
     variables = environment("gpu") | {"HF_DEACTIVATE_ASYNC_LOAD": "1"}

@@ -49,7 +49,7 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight
     settings = lcp(
         init=init,
         straight_through=straight_through,
-        passes=16,
+        epochs=16,
         learning_rate=0.02,
         block_size=32,
         batch_size=3,
@@ -59,14 +59,14 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight
     assert len(measured) == 16
     # The order that is returned is the one that was measured to be the best, not merely the last.
     assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
-    start = lcp(init=init, learning_rate=1e-9, margin=1.0, passes=1).orders(learning)
+    start = lcp(init=init, learning_rate=1e-9, margin=1.0, epochs=1).orders(learning)
     assert output_loss(orders) < 0.9 * output_loss(start)
 
 
 def test_the_loss_of_a_step_is_the_loss_of_the_really_pruned_model() -> None:
     steps: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values: steps.append(values["loss"]))
-    settings = lcp(margin=5.0, passes=1, batch_size=6)  # one step, so far from the boundary that the order is the start's
+    settings = lcp(margin=5.0, epochs=1, batch_size=6)  # one step, so far from the boundary that the order is the start's
     orders = settings.orders(learning)
     heuristic = {}
     for group in learning.groups:
@@ -86,7 +86,7 @@ def test_seeds_give_equal_results_and_other_seeds_others() -> None:
 
 
 def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) -> None:
-    whole = lcp(passes=4, init="random").orders(problem(tiny_model("llama"), Wanda()))
+    whole = lcp(epochs=4, init="random").orders(problem(tiny_model("llama"), Wanda()))
 
     class Interrupt(Exception):
         pass
@@ -97,24 +97,30 @@ def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) ->
 
     model = tiny_model("llama")
     with pytest.raises(Interrupt):
-        lcp(passes=4, init="random").orders(problem(model, Wanda(), directory=tmp_path, on_pass=stop))
+        lcp(epochs=4, init="random").orders(problem(model, Wanda(), directory=tmp_path, on_pass=stop))
     seen: list[float] = []
     learning = problem(model, Wanda(), directory=tmp_path, on_pass=lambda values: seen.append(values["pass"]))
-    continued = lcp(passes=4, init="random").orders(learning)
+    continued = lcp(epochs=4, init="random").orders(learning)
     assert seen == [3, 4]
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
-@pytest.mark.parametrize("window", [1, "layer"])
-def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int | str) -> None:
+def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
     seen: list[dict[str, float]] = []
-    settings = {"window": window, "init": "random", "passes": 10, "select_from": 10, "learning_rate": 0.05, "block_size": 32}
+    settings = {
+        "layers_per_stage": 1,
+        "init": "random",
+        "epochs": 10,
+        "select_from": 10,
+        "learning_rate": 0.05,
+        "block_size": 32,
+    }
     learning = problem(tiny_model("llama"), Wanda(), on_pass=seen.append)
     orders = lcp(**settings).orders(learning)
     assert [values["first_layer"] for values in seen] == [0] * 10 + [1] * 10
-    # The last window's measured loss is that of the whole model, really pruned.
+    # The last stage's measured loss is that of the whole model, really pruned.
     assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in seen[10:]), rel=1e-4)
-    # The first window's is that of the model with only its first layer pruned, after that layer.
+    # The first stage's is that of the model with only its first layer pruned, after that layer.
     model = tiny_model("llama")
     dense = LayerStream(model, tokens(), 4)
     dense.advance(0)
@@ -125,26 +131,26 @@ def test_windows_learn_in_turn_on_what_the_pruned_layers_before_give(window: int
     assert first == pytest.approx(min(values["measured_loss"] for values in seen[:10]), rel=1e-4)
 
 
-def test_a_window_larger_than_the_model_is_the_model() -> None:
+def test_a_stage_larger_than_the_model_is_the_model() -> None:
     whole = lcp(init="random").orders(problem(tiny_model("llama"), Wanda()))
-    windowed = lcp(init="random", window=99).orders(problem(tiny_model("llama"), Wanda()))
+    windowed = lcp(init="random", layers_per_stage=99).orders(problem(tiny_model("llama"), Wanda()))
     assert all(torch.equal(whole[name], windowed[name]) for name in whole)
 
 
 def test_without_a_loss_it_follows_from_the_window() -> None:
     assert lcp(loss=None).loss == "kl"
-    assert lcp(loss=None, window=2).loss == "cosine"
+    assert lcp(loss=None, layers_per_stage=2).loss == "cosine"
 
 
 def test_windows_split_what_learns() -> None:
-    assert lcp(window=2).spans(5) == [(0, 2), (2, 4), (4, 5)]
-    assert lcp(window=2, last_layers=3).spans(5) == [(2, 4), (4, 5)]
+    assert lcp(layers_per_stage=2).spans(5) == [(0, 2), (2, 4), (4, 5)]
+    assert lcp(layers_per_stage=2, last_layers=3).spans(5) == [(2, 4), (4, 5)]
     assert lcp().spans(5) == [(0, 5)]
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_path: Path, stop_after: int) -> None:
-    settings = {"window": "layer", "init": "random", "passes": 2, "learning_rate": 0.05}
+    settings = {"layers_per_stage": 1, "init": "random", "epochs": 2, "learning_rate": 0.05}
     whole = lcp(**settings).orders(problem(tiny_model("llama"), Wanda()))
 
     class Interrupt(Exception):
@@ -169,15 +175,15 @@ def test_other_losses_learn_too(loss: str) -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"loss": loss, "block_size": 32, "batch_size": 3}
-    lcp(passes=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
+    lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     start: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: start.append(values["measured_loss"]))
-    lcp(passes=1, learning_rate=1e-9, margin=1.0, **settings).orders(learning)
+    lcp(epochs=1, learning_rate=1e-9, margin=1.0, **settings).orders(learning)
     assert min(measured) < 0.95 * start[0]
 
 
 def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
-    orders = lcp(init="random", block_size=16, passes=3, learning_rate=0.1).orders(problem(tiny_model("llama"), Wanda()))
+    orders = lcp(init="random", block_size=16, epochs=3, learning_rate=0.1).orders(problem(tiny_model("llama"), Wanda()))
     moved = False
     for order in orders.values():
         for start in range(0, len(order), 16):
@@ -191,7 +197,7 @@ def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
     model = tiny_model("llama")
     learning = problem(model, Wanda())
     dense = copy.deepcopy(model)
-    orders = lcp(last_layers=1, init="random", passes=2, learning_rate=0.1).orders(learning)
+    orders = lcp(last_layers=1, init="random", epochs=2, learning_rate=0.1).orders(learning)
     for group in learning.groups:
         result = prune(
             copy.deepcopy(dense), channel_groups(dense), tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors
@@ -222,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
             norm.weight.data[0] = float("nan")
 
     with pytest.raises(TrainingError, match=r"pass 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
-        lcp(passes=5).orders(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
+        lcp(epochs=5).orders(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
     assert set(updates) == {1, 2}  # the loss is read after backward, and still before the logits change
     kept = load_file(tmp_path / "best_so_far.safetensors")
     assert set(kept) == {group.name for group in channel_groups(model)}
@@ -253,7 +259,7 @@ def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatc
     monkeypatch.setattr(training_module.Training, "_measure", lambda self: float("nan"))
     model = tiny_model("llama")
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
-        lcp(passes=1, last_layers=1).orders(problem(model, Wanda(), directory=tmp_path))
+        lcp(epochs=1, last_layers=1).orders(problem(model, Wanda(), directory=tmp_path))
     # Also the groups that do not learn are in the file, so that it serves as permutation.path.
     assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in channel_groups(model)}
 
@@ -264,16 +270,16 @@ def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatc
         ({"init": "zeros"}, "permutation.init='zeros'"),
         ({"straight_through": "both"}, "permutation.straight_through"),
         ({"sinkhorn_iterations": -1}, "permutation.sinkhorn_iterations=-1"),
-        ({"passes": 0}, "permutation.passes=0"),
+        ({"epochs": 0}, "permutation.epochs=0"),
         ({"batch_size": 1.5}, "permutation.batch_size=1.5"),
         ({"learning_rate": 0}, "permutation.learning_rate=0"),
         ({"learning_rate": "abc"}, "permutation.learning_rate='abc': expected a positive number"),
         ({"margin": float("nan")}, "permutation.margin=nan"),
         ({"last_layers": 0}, "permutation.last_layers=0"),
         ({"loss": "l1"}, "permutation.loss='l1'"),
-        ({"window": "block"}, "permutation.window='block'"),
-        ({"window": 0}, "permutation.window=0"),
-        ({"window": 2, "loss": "kl"}, "permutation.loss=kl needs permutation.window=model"),
+        ({"layers_per_stage": "block"}, "permutation.layers_per_stage='block'"),
+        ({"layers_per_stage": 0}, "permutation.layers_per_stage=0"),
+        ({"layers_per_stage": 2, "loss": "kl"}, "permutation.loss=kl needs permutation.layers_per_stage=all"),
     ],
 )
 def test_values_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -297,7 +303,7 @@ def test_schedules() -> None:
 
 def test_rounds_let_channels_leave_their_blocks_and_never_lose_the_best(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
-    settings = {"init": "random", "block_size": 16, "passes": 3, "learning_rate": 0.1, "select_from": 1, "rounds": 3}
+    settings = {"init": "random", "block_size": 16, "epochs": 3, "learning_rate": 0.1, "select_from": 1, "rounds": 3}
     orders = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), on_pass=seen.append))
     assert [(values["round"], values["pass"]) for values in seen] == [(r, p) for r in (1, 2, 3) for p in (1, 2, 3)]
     measured = [values["measured_loss"] for values in seen if values["measured_loss"] is not None]
@@ -334,10 +340,10 @@ def test_gumbel_noise_moves_channels_that_nothing_else_moves(tmp_path: Path) -> 
     for gumbel in (0.0, 1.0):
         steps: list[float] = []
         learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["flips"]))
-        orders = lcp(gumbel=gumbel, learning_rate=1e-9, margin=1.0, noise=0.0, passes=2).orders(learning)
+        orders = lcp(gumbel=gumbel, learning_rate=1e-9, margin=1.0, noise=0.0, epochs=2).orders(learning)
         flips[gumbel] = sum(steps)
         # What is kept is the order without noise: that of the start, so far from the boundary.
-        start = lcp(learning_rate=1e-9, margin=1.0, noise=0.0, passes=1).orders(problem(tiny_model("llama"), Wanda()))
+        start = lcp(learning_rate=1e-9, margin=1.0, noise=0.0, epochs=1).orders(problem(tiny_model("llama"), Wanda()))
         assert all(torch.equal(orders[name], start[name]) for name in orders)
     assert flips[0.0] == 0.0
     assert flips[1.0] > 1.0
@@ -357,7 +363,7 @@ def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"constraint": "foldable", "init": "random", "block_size": 16}
-    orders = lcp(passes=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
+    orders = lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     shared = foldable(learning.groups, orders)  # raises where one does not
     assert not torch.equal(shared[RESIDUAL], torch.arange(32))  # the order of the whole model has learned too
     assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
@@ -368,7 +374,7 @@ def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
 def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for constraint in ("free", "foldable"):
-        settings = lcp(constraint=constraint, init="random", passes=1, batch_size=6, straight_through="swap", loss="cosine")
+        settings = lcp(constraint=constraint, init="random", epochs=1, batch_size=6, straight_through="swap", loss="cosine")
         learning = problem(tiny_model("llama", dtype=torch.float64), Wanda())
         shared = shared_orders(learning.groups, settings.constraint)
         start = {order.name: torch.arange(order.channels) for order in shared}
@@ -390,11 +396,10 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
     torch.testing.assert_close(tied[down], free[down], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", ["layer", 1])
-def test_an_order_of_the_whole_model_stays_where_it_starts_unless_the_window_is_the_model(window: int | str) -> None:
-    settings: dict[str, Any] = {"constraint": "foldable", "block_size": 16, "window": window, "loss": "cosine"}
+def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_learn_together() -> None:
+    settings: dict[str, Any] = {"constraint": "foldable", "block_size": 16, "layers_per_stage": 1, "loss": "cosine"}
     learning = problem(tiny_model("llama"), Wanda())
-    learned = foldable(learning.groups, lcp(passes=3, learning_rate=0.1, **settings).orders(learning))
+    learned = foldable(learning.groups, lcp(epochs=3, learning_rate=0.1, **settings).orders(learning))
     start = foldable(learning.groups, Heuristic("foldable").orders(learning))
     assert torch.equal(learned[RESIDUAL], start[RESIDUAL])
     assert any(not torch.equal(learned[name], order) for name, order in start.items())

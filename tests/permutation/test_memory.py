@@ -1,4 +1,4 @@
-"""Peak memory of learning over a whole model and over windows, against the bound that design allows.
+"""Peak memory of learning over a whole model and stage by stage, against the bound that design allows.
 
 Measured in a process of its own, as growth over the memory after the imports. Tensors go back to the system when they are
 freed there: what counts is what is held at a time, not what the C library keeps in reserve.
@@ -28,7 +28,7 @@ from permllm.permutation.lcp.temperature import Linear
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.sparsity import NMPattern
 
-window = json.loads(sys.argv[1])
+layers = json.loads(sys.argv[1])
 torch.ones(64, 64) @ torch.ones(64, 64)
 config = AutoConfig.for_model("llama", hidden_size={HIDDEN}, intermediate_size={INTERMEDIATE}, num_hidden_layers={LAYERS},
                               num_attention_heads={HEADS}, num_key_value_heads={HEADS}, vocab_size={VOCABULARY},
@@ -41,18 +41,18 @@ factors = {{path: SaliencyFactors(1, torch.rand(1, group.channels)) for group in
 tokens = torch.randint(0, {VOCABULARY}, ({SAMPLES}, {LENGTH}))
 target = torch.randn({SAMPLES}, {LENGTH}, {HIDDEN})
 problem = LearningProblem(model, groups, tokens, factors, target, NMPattern(2, 4), seed=0, calibration_batch_size={BATCH})
-settings = LCP({BLOCK}, Linear(), init="random", passes=1, batch_size={BATCH}, window=window, activation_checkpointing=True,
-               compile=False)
+settings = LCP({BLOCK}, Linear(), init="random", epochs=1, batch_size={BATCH}, layers_per_stage=layers,
+               activation_checkpointing=True, compile=False)
 settings.orders(problem)
 print(json.dumps(peak_host_memory() - before))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("window", ["model", 4])
-def test_learning_stays_within_its_memory(window: str | int) -> None:
+@pytest.mark.parametrize("layers", ["all", 4])
+def test_learning_stays_within_its_memory(layers: str | int) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(window)],
+        [sys.executable, "-c", CHILD, json.dumps(layers)],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"},
         capture_output=True,
         text=True,
@@ -63,14 +63,14 @@ def test_learning_stays_within_its_memory(window: str | int) -> None:
     growth = json.loads(result.stdout.splitlines()[-1])
 
     layer = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
-    depth = LAYERS if window == "model" else window
+    depth = LAYERS if layers == "all" else layers
     weights = LAYERS * layer + VOCABULARY * HIDDEN
     logits = depth * BLOCK * (3 * HIDDEN + INTERMEDIATE)
     states = BATCH * LENGTH * HIDDEN
     # What one layer keeps for its own backward: norms, queries, keys, values, attention, and the gated product.
     internals = BATCH * LENGTH * (16 * HIDDEN + 6 * INTERMEDIATE)
-    # Calibration inputs and targets; in windows those of the window, and the dense and the pruned stream they come from.
-    calibration = SAMPLES * LENGTH * HIDDEN * (2 if window == "model" else 4)
+    # Calibration inputs and targets; of a stage those of the stage, and the dense and the pruned stream they come from.
+    calibration = SAMPLES * LENGTH * HIDDEN * (2 if layers == "all" else 4)
     bound = 4 * (weights + 4 * logits + 6 * layer + depth * states + internals + calibration)
     assert growth <= bound, f"{growth / 1e6:.0f} MB, allowed are {bound / 1e6:.0f} MB"
     # The bound is tight enough to notice masks or saliencies that are kept: they alone would be as large as the weights.

@@ -108,7 +108,7 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
 @pytest.mark.parametrize("pruner", ["wanda", "ria"])
 @pytest.mark.parametrize("iterations", [0, 5])
 def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, pruner: str, iterations: int) -> None:
-    overrides = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.passes={PASSES}", f"block_size={BLOCK}"]
+    overrides = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.epochs={PASSES}", f"block_size={BLOCK}"]
     settings = config("model=tiny", f"pruner={pruner}", "permutation=lcp-paper", *overrides, "permutation.batch_size=3")
     method: LCP = instantiate_permutation(settings)
     model = tiny_model("llama", dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
 
 def test_the_temperature_changes_once_a_pass_and_never_ends(cache: Path) -> None:
     seen: list[float] = []
-    overrides = [f"permutation.passes={PASSES}", f"block_size={BLOCK}", "permutation.batch_size=3"]
+    overrides = [f"permutation.epochs={PASSES}", f"block_size={BLOCK}", "permutation.batch_size=3"]
     settings = config("model=tiny", "permutation=lcp-paper", *overrides)
     problem = learning(tiny_model("llama"), settings)
     problem.directory = None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from permllm.permutation.lcp import assignment
 from permllm.permutation.lcp.assignment import flatten, harden, harden_together
-from permllm.permutation.lcp.sinkhorn import SinkhornStart, gradient_path, normalize, sinkhorn
+from permllm.permutation.lcp.settings import SinkhornStart
+from permllm.permutation.lcp.sinkhorn import gradient_path, normalize, sinkhorn
 from permllm.runtime import parallel
 
 

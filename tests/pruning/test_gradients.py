@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTra
 from permllm import runner
 from permllm.calibration.dense import calibrate_dense
 from permllm.calibration.gradients import weight_gradients
+from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import saliency
-from permllm.calibration.statistics.base import InputStatistic, InputStatistics, NormOver
+from permllm.calibration.statistics.base import InputStatistic, InputStatistics
 from permllm.calibration.statistics.gradient_square import GradientSquare
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens
@@ -144,7 +145,7 @@ def test_sequential_statistics_have_the_gradients_of_the_dense_model() -> None:
 
 def test_what_has_no_gradient_is_refused_by_name() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match=r"calibration\.length=1: "):
+    with pytest.raises(ConfigError, match=r"calibration\.seqlen=1: "):
         weight_gradients(model, paths_of(model), (GradientSquare,), tokens()[:, :1])
     path = "model.layers.1.mlp.down_proj"
     linear_at(model, path).weight.data[0, 0] = math.inf
@@ -167,7 +168,7 @@ def test_masks_are_those_of_the_dense_score_whatever_orders_the_channels(cache: 
     for name, overrides in ORDERS.items():
         words = ["model=tiny", "pruner=gblm", "logger=none", "block_size=8", "compute_dtype=float32", *overrides]
         if not any(word.startswith("permutation=") for word in words):
-            words += ["permutation.passes=1", "permutation.learning_rate=0.05", "calibration.samples=6"]
+            words += ["permutation.epochs=1", "permutation.learning_rate=0.05", "calibration.samples=6"]
         settings = config(*(word.replace("{swap}", f"{tmp_path}/swap") for word in words), f"run_dir={tmp_path}/{name}")
         result = runner.run(settings)
         assert result is not None

@@ -38,7 +38,7 @@ def tokens(samples: int = 6, length: int = 12) -> Tensor:
 
 
 def lcp(**settings: Any) -> LCP:
-    defaults: dict[str, Any] = {"block_size": 24, "passes": 2, "batch_size": 4, "loss": "cosine"}
+    defaults: dict[str, Any] = {"block_size": 24, "epochs": 2, "batch_size": 4, "loss": "cosine"}
     return LCP(**defaults | {"temperature": Linear(), **settings})
 
 

@@ -43,7 +43,7 @@ def output_error(model: torch.nn.Module, target: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "reconstruction", [OBS(), Block(passes=20, learning_rate=0.003), Distill(passes=20, learning_rate=0.003)]
+    "reconstruction", [OBS(), Block(epochs=20, learning_rate=0.003), Distill(epochs=20, learning_rate=0.003)]
 )
 def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any) -> None:
     plain, before, target = pruned(None)
@@ -86,11 +86,11 @@ def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optim
 
 def test_block_keeps_the_better_weights_when_training_makes_it_worse() -> None:
     plain, _, target = pruned(None)
-    worse, _, _ = pruned(Block(passes=1, learning_rate=10.0))
+    worse, _, _ = pruned(Block(epochs=1, learning_rate=10.0))
     assert output_error(worse, target) == pytest.approx(output_error(plain, target))
 
 
-@pytest.mark.parametrize("reconstruction", [Block(passes=20, learning_rate=0.003), Distill(passes=20, learning_rate=0.003)])
+@pytest.mark.parametrize("reconstruction", [Block(epochs=20, learning_rate=0.003), Distill(epochs=20, learning_rate=0.003)])
 def test_bfloat16_weights_are_trained_in_float32(reconstruction: Any) -> None:
     plain, _, target = pruned(None, torch.bfloat16)
     mended, _, _ = pruned(reconstruction, torch.bfloat16)
@@ -118,8 +118,8 @@ def test_training_stops_when_the_loss_is_not_finite(reconstruction: Any, name: s
 
 
 def test_values_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"reconstruction\.passes=0"):
-        Block(passes=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.epochs=0"):
+        Block(epochs=0)
     with pytest.raises(ConfigError, match=r"reconstruction\.learning_rate=0"):
         Block(learning_rate=0)
     with pytest.raises(ConfigError, match=r"reconstruction\.damping=0"):

@@ -15,8 +15,8 @@ from transformers import ByT5Tokenizer
 
 import permllm
 from permllm.calibration.dense import Pruner
+from permllm.calibration.norm_over import NormOver
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
-from permllm.calibration.statistics.base import NormOver
 from permllm.commands import call
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
@@ -168,9 +168,9 @@ def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("some words of text, " * 50)
-    settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, length=20)
+    settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, seqlen=20)
     tokens = calibration_tokens(TOKENIZER, settings, seed=0)
-    named = perplexity_text(PerplexityConfig(None, window=20, data_files=str(file)))
+    named = perplexity_text(PerplexityConfig(None, seqlen=20, data_files=str(file)))
     whole = all_tokens(TOKENIZER, named)
     assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
 

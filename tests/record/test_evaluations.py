@@ -28,8 +28,8 @@ from permllm.results.summary import summarise
 from tests.conftest import ROOT
 from tests.test_config import composed
 
-SMALL = ("calibration.samples=4", "calibration.length=16")
-OTHER = ("evaluation.perplexity.window=32", "evaluation.perplexity.limit=3")
+SMALL = ("calibration.samples=4", "calibration.seqlen=16")
+OTHER = ("evaluation.perplexity.seqlen=32", "evaluation.perplexity.limit=3")
 MADE = ("permutations.safetensors", "masks.safetensors", "config.yaml", "environment.json", "history.jsonl")
 
 

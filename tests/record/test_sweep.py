@@ -115,7 +115,7 @@ def test_submitit_runs_jobs_through_its_local_executor(tmp_path: Path) -> None:
 
 
 def test_the_search_repeats_itself_and_outlives_a_failing_trial(tmp_path: Path) -> None:
-    command = ["hparams_search=lcp", *TINY, "permutation.passes=1", "hydra.sweeper.n_trials=4"]
+    command = ["hparams_search=lcp", *TINY, "permutation.epochs=1", "hydra.sweeper.n_trials=4"]
     # 30 is no block size for 2:4: such trials fail.
     command.append("+hydra.sweeper.params.block_size='choice(16,30)'")
     first = run_command(*command, cwd=tmp_path)

@@ -158,12 +158,12 @@ def test_a_summary_can_be_read_in_the_terminal(sweep: Path) -> None:
 
 
 def test_a_failed_job_ends_as_failed(tmp_path: Path) -> None:
-    result = run_command("model=tiny", "evaluation.perplexity.window=100000", cwd=tmp_path, WANDB_MODE="offline")
+    result = run_command("model=tiny", "evaluation.perplexity.seqlen=100000", cwd=tmp_path, WANDB_MODE="offline")
     assert result.returncode == 1
-    assert "fewer than one evaluation.perplexity.window" in result.stderr
+    assert "fewer than one evaluation.perplexity.seqlen" in result.stderr
     (file,) = offline_runs(tmp_path / "runs")
     of_run = records(file)
-    assert header(of_run)["display_name"] == "model=tiny evaluation.perplexity.window=100000"
+    assert header(of_run)["display_name"] == "model=tiny evaluation.perplexity.seqlen=100000"
     assert "run_group" not in header(of_run)
     assert of_run[-1]["exit"]["exit_code"] == 1
 

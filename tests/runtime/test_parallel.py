@@ -28,7 +28,7 @@ OVERRIDES = (
     "model.dtype=float64",
     "logger=none",
     "calibration.samples=15",  # batches of 4, 4, 4 and 3: unequal shares
-    "permutation.passes=20",
+    "permutation.epochs=20",
     "permutation.learning_rate=0.05",
     "permutation.select_from=6",
 )
@@ -132,8 +132,8 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
     err = killed(0, passes=done + 2)
     assert err.count(f"the process of rank 0 died (killed, crashed, or lost with its machine): {continues}") == 1
     # One of them says it. The state is written before the line of the history.
-    said = [line for line in err.splitlines() if "continuing after pass" in line]
-    assert said in ([f"continuing after pass {done} of 20"], [f"continuing after pass {done + 1} of 20"])
+    said = [line for line in err.splitlines() if "continuing after epoch" in line]
+    assert said in ([f"continuing after epoch {done} of 20"], [f"continuing after epoch {done + 1} of 20"])
     code, _, err = finished(torchrun(tmp_path, *command, CHECKPOINTS_THAT_FIT="2"), seconds=60)
     assert code != 0
     assert "error: no space left to write lcp_checkpoint.pt\n" in err

@@ -30,18 +30,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.permutation.lcp.kernels import EAGER, Kernels
+from permllm.permutation.lcp.settings import StraightThrough
 from permllm.permutation.stacks import BlockStack
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern
-
-StraightThrough = Literal["swap", "hard", "soft"]
 
 
 def _pieces(layout: _Layout, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:

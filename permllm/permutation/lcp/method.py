@@ -7,14 +7,14 @@ layer. The weights stay as they are. Forward uses hard permutations and hard mas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from permllm.models.decoder import LayerStream
-from permllm.models.families import decoder_layers, linear_at
+from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.permutation.contract import LearningPlan
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.kernels import EAGER, Kernels, KernelUse, compiled_kernels
@@ -22,6 +22,7 @@ from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.training import Training, Window, masked_linears, read_checkpoint
 from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
+from permllm.permutation.stacks import count_logits
 from permllm.runtime import parallel
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import permuted_nm_mask
@@ -30,15 +31,42 @@ from permllm.sparsity import permuted_nm_mask
 _COMPILE_FROM = 4e8
 
 
-@dataclass
 class LCP(LCPSettings):
     """The method; its settings are those of `LCPSettings`."""
+
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """What learns on a model of these channel groups and so many decoder layers."""
+        shared = shared_orders(groups, self.constraint)
+        spans = self.spans(layers)
+        learning = [order for first, stop in spans for order in self.learning(shared, first, stop)]
+        blocks, sizes = {}, {}
+        for order in shared:
+            stacks = order.stacks(self.block_size)
+            repeated = len(order.groups) > 1 or order.repeats > 1
+            for group in order.groups:
+                blocks[group.name] = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
+                sizes[group.name] = str(count_logits(stacks)) + (f", shared as {_sharing(order)}" if repeated else "")
+        logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
+        scales = len(learning) if self.init == "random" else 0
+        stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
+        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
+
+    @staticmethod
+    def learning(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
+        """The orders that learn in the stage of the layers from `first` to before `stop`: those it holds all groups of."""
+        return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
+
+    def spans(self, layers: int) -> list[tuple[int, int]]:
+        """First layer and the one after the last of each stage, for a model of so many decoder layers."""
+        first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
+        size = self.layers_per_stage if isinstance(self.layers_per_stage, int) else layers
+        return [(start, min(start + size, layers)) for start in range(first, layers, size)]
 
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the orders of all channel groups.
 
         Returns:
-            int64 `(C_in,)` on the CPU by group: the best order of the last passes (`select_from`).
+            int64 `(C_in,)` on the CPU by group: the best order of the last epochs (`select_from`).
 
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not, and where the best
@@ -81,7 +109,7 @@ class LCP(LCPSettings):
         """The kernels for the elementwise work of the masked linears."""
         wanted = self.compile
         if wanted is None:
-            steps = self.rounds * self.passes * math.ceil(len(problem.tokens) / self.batch_size)
+            steps = self.rounds * self.epochs * math.ceil(len(problem.tokens) / self.batch_size)
             groups = [group for order in learning for group in order.groups]
             wanted = steps * sum(group.channels * sum(group.rows) for group in groups) > _COMPILE_FROM
         if not wanted:
@@ -186,3 +214,9 @@ class WindowStream:
                 dense[path] = weight.data
                 weight.data = torch.where(mask, weight.data, 0.0)
         return dense
+
+
+def _sharing(order: SharedOrder) -> str:
+    if len(order.groups) > 1:
+        return order.name
+    return f"{order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SinkhornStart = Literal["exponential", "softmax"]
+from permllm.permutation.lcp.settings import SinkhornStart
 
 
 class _Sinkhorn(torch.autograd.Function):

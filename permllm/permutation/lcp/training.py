@@ -88,7 +88,7 @@ class Training:
         logits: by order that learns.
         linears: masked linears by channel group of the window.
         best_loss: measured loss of the orders at the start, where it is known.
-        passes: what each pass that is done found, over all windows; grows.
+        passes: what each epoch that is done found, over all windows; grows.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.logits.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
         )
-        self.steps_a_pass = math.ceil(len(problem.tokens) / settings.batch_size)
-        self.steps = self.steps_a_pass * settings.passes
+        self.steps_an_epoch = math.ceil(len(problem.tokens) / settings.batch_size)
+        self.steps = self.steps_an_epoch * settings.epochs
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
         self.generator = torch.Generator().manual_seed(problem.seed + 1 + 1000 * window.round)
         self.done = 0
@@ -136,11 +136,11 @@ class Training:
         self._recomputes: bool | None = None
 
     def run(self) -> dict[str, Tensor]:
-        """All passes that are left; the best of all shared orders."""
+        """All epochs that are left; the best of all shared orders."""
         channels = sum(order.channels for order in self.window.learning)
         label = f"lcp, layers {self.window.first} to {self.window.stop - 1}"
-        with tqdm(total=self.steps, initial=self.done * self.steps_a_pass, desc=label, unit="step") as progress:
-            for number in range(self.done, self.settings.passes):
+        with tqdm(total=self.steps, initial=self.done * self.steps_an_epoch, desc=label, unit="step") as progress:
+            for number in range(self.done, self.settings.epochs):
                 started = time.perf_counter()
                 before = dict(self.present)
                 losses: list[float] = []
@@ -149,7 +149,7 @@ class Training:
                 following = iter(batches[1:])
                 for batch in batches:
                     step_started = time.perf_counter()
-                    step = number * self.steps_a_pass + len(losses)
+                    step = number * self.steps_an_epoch + len(losses)
                     temperature = self._temperature(step)
                     loss, flips = self.step(batch, temperature, after=next(following, None))
                     losses.append(loss)
@@ -158,7 +158,7 @@ class Training:
                     self.problem.on_step(self.window.number * self.steps + step, values)
                     progress.update()
                     progress.set_postfix(loss=f"{loss:.4f}", tau=f"{temperature:.2f}")
-                self._end_of_pass(number, losses, before, time.perf_counter() - started, channels)
+                self._end_of_epoch(number, losses, before, time.perf_counter() - started, channels)
         return self.best
 
     def step(self, batch: Tensor, temperature: float, after: Tensor | None = None) -> tuple[float, int]:
@@ -209,17 +209,19 @@ class Training:
             parallel.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
 
     def _temperature(self, step: int) -> float:
-        if self.settings.temperature_every == "pass":
-            return self.settings.temperature(step // self.steps_a_pass / self.settings.passes)
+        if self.settings.temperature_every == "epoch":
+            return self.settings.temperature(step // self.steps_an_epoch / self.settings.epochs)
         return self.settings.temperature(step / max(1, self.steps - 1))
 
-    def _end_of_pass(self, number: int, losses: list[float], before: dict[str, Tensor], seconds: float, channels: int) -> None:
-        temperature = self._temperature((number + 1) * self.steps_a_pass - 1)
+    def _end_of_epoch(
+        self, number: int, losses: list[float], before: dict[str, Tensor], seconds: float, channels: int
+    ) -> None:
+        temperature = self._temperature((number + 1) * self.steps_an_epoch - 1)
         measured = None
         self.optimizer.zero_grad(set_to_none=True)
         self._perturb(0.0)
         self._harden(temperature)
-        if number >= self.settings.passes - self.settings.select_from:
+        if number >= self.settings.epochs - self.settings.select_from:
             measured = self._measure()
             if not math.isfinite(measured):
                 raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
@@ -353,7 +355,7 @@ class Training:
         return "the loss is not finite, although the output of every layer is"
 
     def _failure(self, reason: str) -> str:
-        text = f"LCP stopped in pass {self.done + 1}: {reason}"
+        text = f"LCP stopped in epoch {self.done + 1}: {reason}"
         if self.problem.directory:
             file = self.problem.directory / BEST_SO_FAR
             if parallel.rank() == 0:
@@ -395,11 +397,11 @@ class Training:
         self.done, self.best_loss = state["done"], state["best_loss"]
         self.best = {name: order.cpu() for name, order in state["best"].items()}
         self.present = {name: order.to(self.device) for name, order in state["present"].items()}
-        log.info("continuing after pass %d of %d", self.done, self.settings.passes)
+        log.info("continuing after epoch %d of %d", self.done, self.settings.epochs)
 
 
 class Checkpoint(TypedDict):
-    """What `lcp_checkpoint.pt` holds: a training after a pass (see `Training`)."""
+    """What `lcp_checkpoint.pt` holds: a training after an epoch (see `Training`)."""
 
     run: str
     window: Whole
@@ -415,7 +417,7 @@ class Checkpoint(TypedDict):
 
 
 def read_checkpoint(problem: LearningProblem) -> Checkpoint | None:
-    """The state after the latest pass of an interrupted run; None where there is none, or none that can be continued."""
+    """The state after the latest epoch of an interrupted run; None where there is none, or none that can be continued."""
     file = problem.directory / CHECKPOINT if problem.directory else None
     if file is None or not file.is_file():
         return None

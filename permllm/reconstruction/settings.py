@@ -1,0 +1,58 @@
+"""The settings of reconstructions, apart from what they compute: reading them needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from permllm.validation import check_number, check_whole
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """Settings of the descent layer by layer.
+
+    Attributes:
+        epochs: over the calibration samples, in batches of `calibration.batch_size`.
+        learning_rate: of Adam at the start, with a cosine schedule to zero.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        check_whole("reconstruction.epochs", self.epochs, 1)
+        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Settings of the distillation.
+
+    Attributes:
+        epochs: over the calibration samples, in their order.
+        learning_rate: of Adam at the start, with a cosine schedule to zero.
+        batch_size: samples a step.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 1e-4
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_whole("reconstruction.epochs", self.epochs, 1)
+        check_whole("reconstruction.batch_size", self.batch_size, 1)
+        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
+
+
+@dataclass(frozen=True)
+class OBSSettings:
+    """Settings of SparseGPT's correction.
+
+    Attributes:
+        damping: lambda as a share of the mean diagonal of `X X^T`.
+    """
+
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_number("reconstruction.damping", self.damping, positive=True)
