@@ -12,6 +12,7 @@ from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, 
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel, load_model
 from permllm.permutation.problem import LearningProblem
+from permllm.record.cache_folder import choose_cache
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory
@@ -89,6 +90,7 @@ def check_shares(permutation: Any, samples: int) -> None:
 
 
 def _prepared(config: RunConfig) -> LoadedModel:
+    choose_cache(config.paths.cache_dir)
     device = resolve_device(config.model.device)
     parallel.use_device(device)
     if device.type == "cpu":

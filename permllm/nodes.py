@@ -38,19 +38,14 @@ WHOLE = "settings"
 def register() -> None:
     """Put all nodes into the ConfigStore."""
     store = ConfigStore.instance()
-    store.store(WHOLE, whole())
+    store.store(WHOLE, _NODES[WHOLE])
     for group, options in SETTINGS.items():
-        for option, settings in options.items():
-            store.store(option, node(group, settings), f"{WHOLE}/{group}")
+        for option in options:
+            store.store(option, _NODES[f"{group}/{option}"], f"{WHOLE}/{group}")
 
 
-def node(group: str, settings: type) -> type:
-    """The node of a class that a group names: its arguments but those from the top, with earlier names that stay empty.
-
-    Args:
-        group: of the options.
-        settings: a dataclass.
-    """
+def _node(group: str, settings: type) -> type:
+    """The node of a class that a group names: its arguments but those from the top, with earlier names that stay empty."""
     own = [one for one in fields(settings) if one.init and one.name not in FROM_THE_TOP]
     uses = [one.name for one in fields(settings) if one.name in FROM_THE_TOP]
     hints = get_type_hints(settings)
@@ -60,31 +55,35 @@ def node(group: str, settings: type) -> type:
     made += [(one.name, _type(hints[one.name]), _default(one)) for one in own]
     names = {one.name for one in own}
     made += [(old, Any, field(default=None)) for old, new in _earlier(group) if new in names]
-    return make_dataclass(settings.__name__, made)
+    return _made(settings, made)
 
 
-def whole() -> type:
+def _whole() -> type:
     """The node of everything: `RunConfig`, whose groups that name a class hold what any class may take."""
-    perplexity = _with_earlier(PerplexityConfig, "evaluation.perplexity")
-    evaluation = make_dataclass("EvaluationConfig", [("perplexity", perplexity)], bases=(EvaluationConfig,))
+    evaluation = _made(EvaluationConfig, [("perplexity", _with_earlier(PerplexityConfig, "evaluation.perplexity"))], True)
+    budget = _with_earlier(BudgetConfig, "budget")
     architecture: Any = ("architecture", dict[str, Any] | None, field(default_factory=dict))  # null takes a model's away
-    model = make_dataclass("ModelConfig", [architecture], bases=(ModelConfig,))
     typed: list[Any] = [
-        ("model", model),
+        ("model", _made(ModelConfig, [architecture], True)),
         ("calibration", _with_earlier(CalibrationConfig, "calibration")),
         ("evaluation", evaluation),
+        ("budget", budget, field(default_factory=budget)),
+        ("study", Any, field(default_factory=dict)),
     ]
-    typed += [(group, Any) for group in SETTINGS if group != "study"]
-    typed += [("study", Any, field(default_factory=dict))]
-    budget = _with_earlier(BudgetConfig, "budget")
-    typed += [("budget", budget, field(default_factory=budget))]
-    return make_dataclass("RunConfig", typed, bases=(RunConfig,))
+    return _made(RunConfig, typed + [(group, Any) for group in SETTINGS if group != "study"], True)
 
 
 def _with_earlier(settings: type, group: str) -> type:
-    return make_dataclass(
-        settings.__name__, [(old, Any, field(default=None)) for old, _ in _earlier(group)], bases=(settings,)
-    )
+    return _made(settings, [(old, Any, field(default=None)) for old, _ in _earlier(group)], True)
+
+
+def _made(settings: type, made: list[Any], derived: bool = False) -> type:
+    """A dataclass of this module, where a launcher's process finds it too."""
+    name = f"{settings.__name__}Node"
+    node = make_dataclass(name, made, bases=(settings,) if derived else ())
+    node.__module__ = __name__
+    globals()[name] = node
+    return node
 
 
 def _earlier(group: str) -> Iterator[tuple[str, str]]:
@@ -110,3 +109,7 @@ def _default(one: Field[Any]) -> Any:
     if one.default is MISSING and one.default_factory is MISSING:
         return field(default="???")
     return field(default=one.default) if one.default is not MISSING else field(default_factory=one.default_factory)
+
+
+_NODES = {f"{group}/{option}": _node(group, one) for group, options in SETTINGS.items() for option, one in options.items()}
+_NODES[WHOLE] = _whole()

@@ -23,6 +23,7 @@ from permllm.job import Job, Methods, check_groups, code_of, export_request, met
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model, meta_model
 from permllm.plan import print_plan
+from permllm.record.cache_folder import choose_cache
 from permllm.record.caching import clear_cache
 from permllm.record.environment import environment
 from permllm.record.figures import flat_figures, print_run
@@ -52,6 +53,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     Raises:
         PermLLMError: with one line for the person who started it.
     """
+    choose_cache(config.paths.cache_dir)
     check_texts(config.calibration, config.evaluation.perplexity)
     methods = methods_of(config)
     request = export_request(config, methods)

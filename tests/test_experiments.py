@@ -135,7 +135,7 @@ def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         default, cpu = (flat(read_config(compose("config", overrides=words)).identity) for words in ([], ["budget=cpu"]))
     differing = {key for key in default if default[key] != cpu[key]}
-    assert differing == {"permutation.epochs"}
+    assert differing == {"permutation.passes"}
 
 
 def test_every_experiment_says_its_command() -> None:

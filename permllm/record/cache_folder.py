@@ -10,10 +10,18 @@ from platformdirs import user_cache_path
 
 from permllm.errors import ConfigError, DataError
 
+# What the settings of the job say.
+_CHOSEN: list[str] = []
+
+
+def choose_cache(folder: str | None) -> None:
+    """Take what is kept from here on from a folder (`paths.cache_dir`); None leaves it to the environment."""
+    _CHOSEN[:] = [folder] if folder else []
+
 
 def cache_directory() -> Path:
-    """`PERMLLM_CACHE`, or a folder `permllm` in the user's cache directory; made when missing."""
-    path = Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
+    """What was chosen, else `PERMLLM_CACHE`, else a folder `permllm` in the user's cache directory; made when missing."""
+    path = Path(*_CHOSEN) if _CHOSEN else Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
             norm = decoder_layers(model)[1].input_layernorm
             norm.weight.data[0] = float("nan")
 
-    with pytest.raises(TrainingError, match=r"pass 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
+    with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
         lcp(epochs=5).orders(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
     assert set(updates) == {1, 2}  # the loss is read after backward, and still before the logits change
     kept = load_file(tmp_path / "best_so_far.safetensors")
@@ -251,7 +251,9 @@ def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyP
         return logits
 
     monkeypatch.setattr(lcp_module.LCP, "start_logits", broken)
-    with pytest.raises(TrainingError, match=r"pass 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not finite"):
+    with pytest.raises(
+        TrainingError, match=r"epoch 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not finite"
+    ):
         lcp().orders(problem(tiny_model("llama"), Wanda()))
 
 
