@@ -1,17 +1,7 @@
-"""The tables of the paper from what runs logged to Weights & Biases, with the published numbers beside.
-
-python scripts/wandb_report.py --project permllm --table table6
-python scripts/wandb_report.py --project permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
-python scripts/wandb_report.py --offline runs --table table6
-
-Runs that differ only in their seed become mean and standard deviation, and each model has a table of its own. `--offline`
-reads the folders that runs left on this machine, sent or not (wandb 0.31 or newer). `--publish` makes a W&B report of the
-tables, with panels of the runs behind them; it needs `pip install -e '.[wandb-report]'`.
-"""
+"""The tables of the paper from what runs logged to Weights & Biases: online, or from the folders that they left here."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -23,19 +13,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import wandb
-
-from permllm.errors import ConfigError, DataError, PermLLMError
+from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
 from permllm.record.names import SCHEMA_VERSION
 from permllm.record.schema import FinishedRun, Object, Settings, validated
 from permllm.results.collect import Run
-from permllm.results.published import Comparison, Published, published
-from permllm.results.render import FORMATS, render
+from permllm.results.published import Comparison, Published
+from permllm.results.render import render
 from permllm.results.summary import Summary, summarise
 
 # What the logger adds to the settings that make a result.
 _ADDED = ("run_directory", "config_hash")
+# And to the final values: `permllm.record.figures.pruning_minutes`.
+MINUTES = "minutes"
 # JSON has no such numbers; W&B writes them as words.
 _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
@@ -93,7 +83,7 @@ def read_api(api: Any, path: str, groups: list[str]) -> list[Logged]:
         DataError: W&B cannot be reached or refuses, or there is no such project.
     """
     found = []
-    with _asking(f"the runs of {path} cannot be had from W&B"):
+    with asking(f"the runs of {path} cannot be had from W&B"):
         for run in api.runs(path, order="+created_at"):
             logged = Logged(run.id, run.name, run.group or "", run.state, {}, {})
             if chosen(logged.group, groups):
@@ -104,7 +94,7 @@ def read_api(api: Any, path: str, groups: list[str]) -> list[Logged]:
 
 
 @contextmanager
-def _asking(failure: str) -> Iterator[None]:
+def asking(failure: str) -> Iterator[None]:
     """Turn what goes wrong while W&B is asked into one line: its errors are of many classes, some of them not public."""
     try:
         yield
@@ -200,7 +190,7 @@ def _nested(summary: dict[str, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, value in summary.items():
         *folders, key = name.split("/")
-        if name.startswith("_") or (folders and folders[0] in ("lcp", "pass")):
+        if name.startswith("_") or name == MINUTES or (folders and folders[0] in ("lcp", "pass")):
             continue
         place = metrics
         for folder in folders:
@@ -256,39 +246,62 @@ def text(found: list[Table], format: str) -> str:
 def report(found: list[Table], project: str, entity: str, title: str) -> Any:
     """A W&B report of the tables, not saved yet.
 
-    Below each table stand the panels of exactly the runs behind it, grouped by what varies, so that seeds fall together.
+    Below each table stand the panels of exactly the runs behind it: quality over minutes, then bars of each result and curves
+    grouped by what varies, so that seeds fall together.
 
     Raises:
         ConfigError: the package wandb-workspaces is missing.
     """
-    try:
-        wr = import_module("wandb_workspaces.reports.v2")
-        expr = import_module("wandb_workspaces.expr")
-    except ImportError as error:
-        raise ConfigError("--publish needs wandb-workspaces: pip install -e '.[wandb-report]'") from error
+    wr, expr = _workspaces("reports.v2"), _workspaces("expr")
     blocks: list[Any] = []
     for table in found:
         blocks += [wr.H2(table.model), wr.MarkdownBlock(render(table.summary, "md", paper=table.paper))]
         if table.paper.note:
             blocks.append(wr.P(table.paper.note))
-        runs = wr.Runset(
-            entity=entity,
-            project=project,
-            name=table.model,
-            filters=[expr.Metric("ID").isin(table.ids)],
-            groupby=[f"config.{key}" for key in _varying(table.summary)],
-        )
+        runs = {"entity": entity, "project": project, "filters": [expr.Metric("ID").isin(table.ids)]}
+        each = wr.Runset(**runs, name=f"{table.model}, each run")
+        grouped = wr.Runset(**runs, name=table.model, groupby=[f"config.{key}" for key in _varying(table.summary)])
         panels: list[Any] = [wr.BarPlot(title=name, metrics=[name], orientation="v") for name in _results(table.summary)]
         curves = {
             "loss": ("lcp/step", "lcp/loss"),
             "temperature": ("lcp/step", "lcp/temperature"),
-            "loss measured after a pass": ("lcp/pass", "pass/measured_loss"),
-            "flips in a pass": ("lcp/pass", "pass/flips"),
+            "loss measured after an epoch": ("lcp/pass", "pass/measured_loss"),
+            "flips in an epoch": ("lcp/pass", "pass/flips"),
         }
         for name, (x, y) in curves.items():
-            panels.append(wr.LinePlot(title=name, x=x, y=[y], title_x=x.removeprefix("lcp/"), groupby_rangefunc="stddev"))
-        blocks.append(wr.PanelGrid(runsets=[runs], panels=panels))
+            axis = x.removeprefix("lcp/").replace("pass", "epoch")
+            panels.append(wr.LinePlot(title=name, x=x, y=[y], title_x=axis, groupby_rangefunc="stddev"))
+        blocks += [wr.PanelGrid(runsets=[each], panels=_scatters(table)), wr.PanelGrid(runsets=[grouped], panels=panels)]
     return wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
+
+
+def workspace(found: list[Table], project: str, entity: str, title: str) -> Any:
+    """A view of the project's workspace with the runs behind the tables and their quality over minutes, not saved yet."""
+    ws, expr = _workspaces("workspaces"), _workspaces("expr")
+    sections = [
+        ws.Section(name=f"{table.model}: quality over minutes", panels=_scatters(table), is_open=True, pinned=True)
+        for table in found
+    ]
+    runs = ws.RunsetSettings(filters=[expr.Metric("ID").isin([run_id for table in found for run_id in table.ids])])
+    return ws.Workspace(entity=entity, project=project, name=title, sections=sections, runset_settings=runs)
+
+
+def _scatters(table: Table) -> list[Any]:
+    """Each result over minutes, with the best so far as a line: the Pareto front."""
+    wr = _workspaces("reports.v2")
+    panels = []
+    for name in _results(table.summary):
+        lower = name.startswith("perplexity")
+        line = {"running_ymin": True} if lower else {"running_ymax": True}
+        panels.append(wr.ScatterPlot(title=f"{name} over minutes", x=MINUTES, y=name, log_x=True, log_y=lower, **line))
+    return panels
+
+
+def _workspaces(part: str) -> Any:
+    try:
+        return import_module(f"wandb_workspaces.{part}")
+    except ImportError as error:
+        raise ConfigError("--publish needs wandb-workspaces: pip install -e '.[wandb-report]'") from error
 
 
 def _varying(summary: Summary) -> list[str]:
@@ -314,64 +327,3 @@ def _results(summary: Summary) -> list[str]:
         for task, values in metrics.get("zero_shot", {}).get("sparse", {}).items()
         if values["acc"] is not None
     ]
-
-
-def main() -> int:
-    """The exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--project", default="permllm")
-    parser.add_argument("--entity", help="user or team; yours without it")
-    parser.add_argument("--table", required=True, help="of the paper, for example table6")
-    parser.add_argument(
-        "--group",
-        action="append",
-        metavar="SWEEP",
-        help="sweeps to take the runs from, with * for anything, several times; without it those of this table's experiment",
-    )
-    parser.add_argument("--format", choices=FORMATS, default="md")
-    parser.add_argument("--offline", type=Path, metavar="DIR", help="read the runs below a folder instead of asking W&B")
-    parser.add_argument("--publish", action="store_true", help="make a W&B report")
-    options = parser.parse_args()
-    try:
-        return _main(options)
-    except PermLLMError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-
-
-def _main(options: argparse.Namespace) -> int:
-    if options.publish and options.offline:
-        raise ConfigError("--publish makes a report of runs that W&B has: `wandb sync` them first, and leave out --offline")
-    table = f"table{options.table.removeprefix('table')}"
-    try:
-        paper = published(table)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--paper", "--table")) from error
-    groups = options.group or [table, f"{table}-*"]
-    entity = options.entity
-    if options.offline:
-        logged = read_offline(options.offline, options.project)
-    else:
-        with _asking("W&B cannot be reached"):
-            api = wandb.Api()
-            entity = entity or api.default_entity
-        logged = read_api(api, f"{entity}/{options.project}" if entity else options.project, groups)
-    of_groups = [run for run in logged if chosen(run.group, groups)]
-    if not of_groups:
-        there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        raise ConfigError(f"no run is in the group {' or '.join(groups)}; groups are {there}; --group '*' takes all runs")
-    found, notes = tables(of_groups, paper)
-    for note in [*notes, *(table.paper.note for table in found if table.paper.note)]:
-        print(f"note: {note}", file=sys.stderr)
-    sys.stdout.write(text(found, options.format))
-    if options.publish:
-        if not entity:
-            raise ConfigError("--publish needs --entity: this key has no default one")
-        made = report(found, options.project, entity, f"PermLLM, {table}")
-        with _asking("the report cannot be saved"):
-            print(made.save().url)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

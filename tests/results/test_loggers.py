@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from permllm import runner
+from permllm.commands import main
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, open_logger, wandb_group, wandb_name
+from permllm.results import wandb_runs
 from permllm.results.collect import Run, collect
 from permllm.results.published import published
-from tests.conftest import ROOT, run_command, run_module, run_python, script
+from tests.conftest import run_command, run_module
 from tests.test_config import composed
 
 SWEEP = ("-m", "model=tiny", "block_size=16,32", "seed=0,1", "calibration.samples=4", "logger=wandb", "force=false")
+RESULTS = ("perplexity/sparse/wikitext2/value", "zero_shot/sparse/rte/acc")
 STEP_VALUES = {"loss", "temperature", "flips", "seconds"}
 
 
@@ -62,11 +64,6 @@ def logged(sweep: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of its runs, by name."""
     of_runs = [records(file) for file in offline_runs(sweep)]
     return {header(of_run)["display_name"]: of_run for of_run in of_runs}
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return script("wandb_report")
 
 
 def test_runs_are_named_by_what_was_typed_and_grouped_by_their_sweep(
@@ -176,7 +173,7 @@ def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
         yield logger
 
 
-def test_a_continued_run_is_the_same_one_in_wandb(tmp_path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_is_the_same_one_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     def interrupted() -> None:
@@ -198,7 +195,7 @@ def test_a_continued_run_is_the_same_one_in_wandb(tmp_path: Path, tool: ModuleTy
     headers = [header(records(file)) for file in offline_runs(tmp_path)]
     assert [one["run_id"] for one in headers] == [(tmp_path / "run" / WANDB_ID).read_text().strip()] * 2
     assert all(one["resume"] for one in headers)
-    (run,) = tool.read_offline(tmp_path, "permllm")
+    (run,) = wandb_runs.read_offline(tmp_path, "permllm")
     assert run.state == "finished"
     # The step that was done again has the number that it had: W&B keeps one of the two.
     assert [row["_step"] for row in run.history] == [0, 2, 3, 4, 4, 6, 7]
@@ -206,7 +203,7 @@ def test_a_continued_run_is_the_same_one_in_wandb(tmp_path: Path, tool: ModuleTy
 
     with attempt(tmp_path, "force=true"):
         pass
-    assert len({run.id for run in tool.read_offline(tmp_path, "permllm")}) == 2
+    assert len({run.id for run in wandb_runs.read_offline(tmp_path, "permllm")}) == 2
 
 
 def test_rows_that_wandb_has_are_not_sent_again() -> None:
@@ -261,7 +258,7 @@ def test_tensorboard_gets_the_passes(cache: Path, tmp_path: Path) -> None:
 
 def test_the_table_of_offline_runs_is_that_of_the_run_directories(sweep: Path) -> None:
     words = ("--offline", str(sweep), "--table", "table6", "--group", "sweep-*")
-    ours = run_python(str(ROOT / "scripts" / "wandb_report.py"), *words)
+    ours = run_module("permllm", "report", *words)
     assert ours.returncode == 0, ours.stderr
     assert "The paper's numbers are those of llama-2-7b" in ours.stderr
     theirs = run_module("permllm", "results", str(sweep), "--paper", "table6")
@@ -273,8 +270,8 @@ def test_the_table_of_offline_runs_is_that_of_the_run_directories(sweep: Path) -
     assert "±" in ours.stdout
 
 
-def test_offline_runs_are_read_as_they_were_kept(sweep: Path, tool: ModuleType) -> None:
-    runs = [tool.as_run(run) for run in tool.read_offline(sweep, "permllm")]
+def test_offline_runs_are_read_as_they_were_kept(sweep: Path) -> None:
+    runs = [wandb_runs.as_run(run) for run in wandb_runs.read_offline(sweep, "permllm")]
     read, kept = (
         {(run.config["seed"], run.config["block_size"]): run for run in some} for some in (runs, collect([sweep]).runs)
     )
@@ -289,35 +286,32 @@ def test_offline_runs_are_read_as_they_were_kept(sweep: Path, tool: ModuleType) 
     ("arguments", "message"),
     [
         (["--table", "table6"], "groups are sweep-"),
-        (["--table", "table6", "--group", "*", "--project", "other"], "no runs of the project other"),
+        (["--table", "table6", "--group", "*", "--wandb", "other"], "no runs of the project other"),
         (["--table", "table9"], "--table table9: there is no such table; valid are table1"),
         (["--table", "6", "--publish"], "leave out --offline"),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(
     sweep: Path,
-    tool: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["wandb_report.py", "--offline", str(sweep), *arguments])
-    assert tool.main() == 1
+    assert main(["report", "--offline", str(sweep), *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
 def test_without_a_key_the_report_says_so(
-    tmp_path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> None:
         raise RuntimeError("No API key configured.")
 
     monkeypatch.setattr("wandb.Api", refuse)
-    monkeypatch.setattr(sys, "argv", ["wandb_report.py", "--table", "table6"])
-    assert tool.main() == 1
+    assert main(["report", "--wandb", "permllm", "--table", "table6"]) == 1
     assert capsys.readouterr().err == "error: W&B cannot be reached: No API key configured.\n"
 
 
@@ -361,6 +355,7 @@ def online_run(number: int, *, state: str = "finished", group: str = "table6-1a2
         "zero_shot/sparse/rte/acc": 0.5,
         "zero_shot/dense/rte/acc": 0.7,
     }
+    summary["minutes"] = changed.get("minutes", 2.5)
     for which in ("dense", "sparse"):
         summary[f"zero_shot/{which}/rte/n"] = 10
         summary |= {f"zero_shot/{which}/{task}/limited": False for task in ("rte", "perplexity_task")}
@@ -384,7 +379,7 @@ class FakeApi:
         return self._runs
 
 
-def test_runs_of_the_api_become_a_table_beside_the_papers(tool: ModuleType) -> None:
+def test_runs_of_the_api_become_a_table_beside_the_papers() -> None:
     runs = [
         online_run(1, seed=0, perplexity=9.4),
         online_run(2, seed=1, perplexity=9.8),
@@ -393,45 +388,45 @@ def test_runs_of_the_api_become_a_table_beside_the_papers(tool: ModuleType) -> N
         online_run(5, state="crashed", block_size=128),
         online_run(6, group="table1-00000000", block_size=128),
     ]
-    found = tool.read_api(FakeApi(runs), "me/permllm", ["table6", "table6-*"])
+    found = wandb_runs.read_api(FakeApi(runs), "me/permllm", ["table6", "table6-*"])
     assert [run.config == {} for run in found] == [False] * 5 + [True]
-    of_group = [run for run in found if tool.chosen(run.group, ["table6", "table6-*"])]
-    (table,), notes = tool.tables(of_group, published("table6"))
+    of_group = [run for run in found if wandb_runs.chosen(run.group, ["table6", "table6-*"])]
+    (table,), notes = wandb_runs.tables(of_group, published("table6"))
     assert table.ids == ["id1", "id2", "id4"]
     assert notes == [
         "run 4 (id4) has the settings of id3, which is older and is not counted",
         "skipped run 5 (id5): not finished (crashed)",
     ]
-    lines = tool.text([table], "md").splitlines()
+    lines = wandb_runs.text([table], "md").splitlines()
     paper = {row.setting: row.value for row in published("table6") if row.metric == "wikitext2_ppl"}
     columns = ["block_size", "seeds", "wikitext2 perplexity (window 2048)", "paper, llama-2-7b", "difference", "rte acc"]
     assert lines[0].startswith(f"| {' | '.join(columns)} |")
     assert lines[3].startswith(f"| 32 | 1 | 9.00 | {paper['block_size=32']:.2f} | {9 - paper['block_size=32']:+.2f} | 50.00%")
     assert lines[4].startswith(f"| 64 | 2 | 9.60 ± 0.28 | {paper['block_size=64']:.2f} |")
-    assert json.loads(tool.text([table], "json"))[1]["seeds"] == [0, 1]
+    assert json.loads(wandb_runs.text([table], "json"))[1]["seeds"] == [0, 1]
 
 
-def test_each_model_has_a_table_of_its_own(tool: ModuleType) -> None:
+def test_each_model_has_a_table_of_its_own() -> None:
     runs = [online_run(1, model="qwen2.5-7b"), online_run(2), online_run(3, block_size=32)]
-    found, _ = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
+    found, _ = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
     assert [table.model for table in found] == ["llama-2-7b", "qwen2.5-7b"]
-    assert tool.text(found, "md").count("\n## ") == 1
-    assert len(json.loads(tool.text(found, "json"))) == 3
+    assert wandb_runs.text(found, "md").count("\n## ") == 1
+    assert len(json.loads(wandb_runs.text(found, "json"))) == 3
 
 
-def test_what_goes_wrong_at_wandb_is_one_error(tool: ModuleType) -> None:
+def test_what_goes_wrong_at_wandb_is_one_error() -> None:
     class Broken(FakeApi):
         def runs(self, path: str, order: str) -> list[SimpleNamespace]:
             raise ValueError("Could not find project")
 
     with pytest.raises(DataError, match="the runs of a/b cannot be had from W&B: Could not find project"):
-        tool.read_api(Broken([]), "a/b", ["*"])
+        wandb_runs.read_api(Broken([]), "a/b", ["*"])
     with pytest.raises(ConfigError, match=r"no finished run is among them; skipped run 1 \(id1\)"):
-        tool.tables(tool.read_api(FakeApi([online_run(1, state="failed")]), "x", ["*"]), published("6"))
+        wandb_runs.tables(wandb_runs.read_api(FakeApi([online_run(1, state="failed")]), "x", ["*"]), published("6"))
     other = online_run(1)
     other.summary_metrics["schema_version"] = 7
     with pytest.raises(DataError, match="schema_version is 7"):
-        tool.as_run(tool.read_api(FakeApi([other]), "x", ["*"])[0])
+        wandb_runs.as_run(wandb_runs.read_api(FakeApi([other]), "x", ["*"])[0])
 
 
 @pytest.mark.parametrize(
@@ -452,59 +447,84 @@ def test_what_goes_wrong_at_wandb_is_one_error(tool: ModuleType) -> None:
     ],
 )
 def test_a_logged_run_of_another_form_is_a_note_and_the_others_are_a_table(
-    tool: ModuleType, part: str, name: str, value: Any, message: str
+    part: str, name: str, value: Any, message: str
 ) -> None:
     runs = [online_run(1), online_run(2, block_size=32)]
     values = getattr(runs[1], part)
     setattr(runs[1], part, {name: value} | {key: kept for key, kept in values.items() if key != name})
-    (table,), notes = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("6"))
+    (table,), notes = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("6"))
     assert table.ids == ["id1"]
     assert re.fullmatch(rf"skipped run 2 \(id2\): {message}.*", notes[0])
 
 
-def test_numbers_that_json_has_not_are_read(tool: ModuleType) -> None:
-    (run,) = tool.read_api(FakeApi([online_run(1, perplexity="Infinity")]), "x", ["*"])
-    read = tool.as_run(run)
+def test_numbers_that_json_has_not_are_read() -> None:
+    (run,) = wandb_runs.read_api(FakeApi([online_run(1, perplexity="Infinity")]), "x", ["*"])
+    read = wandb_runs.as_run(run)
     assert isinstance(read, Run)
     assert read.metrics["perplexity"]["sparse"]["wikitext2"]["value"] == float("inf")
     assert read.metrics["zero_shot"]["sparse"]["rte"]["stderr"] is None
 
 
-def test_the_report_has_the_table_and_panels_of_the_runs_behind_it(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_has_the_table_and_panels_of_the_runs_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     wr, interface = (import_module(f"wandb_workspaces.reports.v2{part}") for part in ("", ".interface"))
     runs = [online_run(1), online_run(2, block_size=32), online_run(3, model="qwen2.5-7b")]
-    found, _ = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("table6"))
-    report = tool.report(found, "permllm", "me", "PermLLM, table6")
+    found, _ = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("table6"))
+    report = wandb_runs.report(found, "permllm", "me", "PermLLM, table6")
     kinds = [type(block) for block in report.blocks]
-    assert kinds == [wr.H2, wr.MarkdownBlock, wr.PanelGrid, wr.H2, wr.MarkdownBlock, wr.P, wr.PanelGrid]
-    assert report.blocks[1].text == tool.text(found[:1], "md")
+    grids = [wr.PanelGrid, wr.PanelGrid]
+    assert kinds == [wr.H2, wr.MarkdownBlock, *grids, wr.H2, wr.MarkdownBlock, wr.P, *grids]
+    assert report.blocks[1].text == wandb_runs.text(found[:1], "md")
 
     # Making the specification looks the project up.
     monkeypatch.setattr(interface, "_get_api", lambda: None)
     monkeypatch.setattr(interface, "execute_graphql", lambda *_: {"project": {"internalId": "1"}})
-    grid = report.blocks[2]._to_model().model_dump(by_alias=True, exclude_none=True)["metadata"]
-    (selected,) = grid["runSets"]
-    assert selected["filters"]["filters"][0]["value"] == ["id1", "id2"]
-    assert [key["name"] for key in selected["grouping"]] == ["block_size.value"]
+    over_minutes, grid = (specified(block)["metadata"] for block in report.blocks[2:4])
+    for one in (over_minutes, grid):
+        assert one["runSets"][0]["filters"]["filters"][0]["value"] == ["id1", "id2"]
+    # A point is a run, and the line of the best so far is the Pareto front.
+    assert over_minutes["runSets"][0]["grouping"] == []
+    scatters = [panel["config"] for panel in over_minutes["panelBankSectionConfig"]["panels"]]
+    assert [panel["xAxis"] for panel in scatters] == ["summary:minutes"] * 2
+    assert [panel["yAxis"] for panel in scatters] == [f"summary:{name}" for name in RESULTS]
+    assert [(panel.get("showMinYAxisLine"), panel.get("showMaxYAxisLine")) for panel in scatters] == [
+        (True, None),
+        (None, True),
+    ]
+    assert [(panel["xAxisLogScale"], panel["yAxisLogScale"]) for panel in scatters] == [(True, True), (True, False)]
+
+    assert [key["name"] for key in grid["runSets"][0]["grouping"]] == ["block_size.value"]
     panels = [panel["config"] for panel in grid["panelBankSectionConfig"]["panels"]]
-    bars = [panel["metrics"] for panel in panels if "xAxis" not in panel]
-    assert bars == [["perplexity/sparse/wikitext2/value"], ["zero_shot/sparse/rte/acc"]]
+    assert [panel["metrics"] for panel in panels if "xAxis" not in panel] == [[name] for name in RESULTS]
     lines = [(panel["xAxis"], *panel["metrics"]) for panel in panels if "xAxis" in panel]
     assert ("lcp/step", "lcp/loss") in lines
     assert ("lcp/step", "lcp/temperature") in lines
     assert ("lcp/pass", "pass/measured_loss") in lines
 
 
-def test_groups_are_panel_keys_by_their_name(tool: ModuleType) -> None:
+def test_the_workspace_shows_quality_over_minutes_of_the_same_runs() -> None:
+    runs = [online_run(1), online_run(2, block_size=32), online_run(3, model="qwen2.5-7b")]
+    found, _ = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("table6"))
+    view = specified(wandb_runs.workspace(found, "permllm", "me", "PermLLM, table6"))
+    sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"].partition(":")[0] for section in sections] == ["llama-2-7b", "qwen2.5-7b"]
+    for section in sections:
+        assert [panel["config"]["yAxis"] for panel in section["panels"]] == [f"summary:{name}" for name in RESULTS]
+    assert "id3" in json.dumps(view["spec"]["section"]["runSets"])
+
+
+def specified(part: Any) -> dict[str, Any]:
+    """What would be sent."""
+    return dict(part._to_model().model_dump(by_alias=True, exclude_none=True))
+
+
+def test_groups_are_panel_keys_by_their_name() -> None:
     runs = [online_run(1), online_run(2)]
     runs[1].config["pruner"] = {"name": "ria"}
-    (table,), _ = tool.tables(tool.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
-    assert tool.report([table], "permllm", "me", "t").blocks[-1].runsets[0].groupby == ["config.pruner.name"]
+    (table,), _ = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
+    assert wandb_runs.report([table], "permllm", "me", "t").blocks[-1].runsets[0].groupby == ["config.pruner.name"]
 
 
-def test_publishing_saves_the_report(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_publishing_saves_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     saved = []
 
     def save(report: Any) -> SimpleNamespace:
@@ -514,10 +534,12 @@ def test_publishing_saves_the_report(
     api = FakeApi([online_run(1), online_run(2, block_size=32)])
     monkeypatch.setattr("wandb.Api", lambda: api)
     monkeypatch.setattr("wandb_workspaces.reports.v2.Report.save", save)
-    monkeypatch.setattr(sys, "argv", ["wandb_report.py", "--table", "table6", "--publish"])
-    assert tool.main() == 0
+    monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", save)
+    assert main(["report", "--wandb", "permllm", "--table", "table6", "--publish"]) == 0
     assert api.asked == ["me/permllm"]
-    assert (saved[0].entity, saved[0].title) == ("me", "PermLLM, table6")
+    report, workspace = saved
+    assert (report.entity, report.title) == ("me", "PermLLM, table6")
+    assert (workspace.entity, workspace.name) == ("me", "PermLLM, table6")
     printed = capsys.readouterr().out
     assert printed.startswith("| block_size |")
-    assert printed.endswith("https://wandb.ai/me/permllm/reports/1\n")
+    assert printed.endswith("https://wandb.ai/me/permllm/reports/1\n" * 2)
