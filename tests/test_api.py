@@ -24,8 +24,8 @@ from permllm.runner import run
 from tests.conftest import ROOT, tiny_model
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
-FEW = {"calibration__samples": 8, "calibration__length": 16}
-SMALL = FEW | {"permutation__passes": 1, "block_size": 16}
+FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
+SMALL = FEW | {"permutation__epochs": 1, "block_size": 16}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_it_finds_what_the_command_finds(
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     settings = SMALL | {"calibration__samples": 8} | extra
     if permutation != "lcp":
-        settings.pop("permutation__passes")
+        settings.pop("permutation__epochs")
     words = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     words += [f"pruner={pruner}", f"permutation={permutation}", "model=local", f"model.path={tmp_path / 'dense'}"]
     words += ["model.dtype=float32", "calibration=text", f"calibration.data_files={tmp_path / 'text.txt'}", "logger=none"]

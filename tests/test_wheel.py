@@ -32,7 +32,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"PYTHONPATH": str(installed), "PERMLLM_CACHE": str(folder / "cache"), "WANDB_MODE": "offline"}
+    variables = os.environ | {"PYTHONPATH": str(installed), "WANDB_MODE": "offline"}
     return run_python("-m", "permllm", *words, cwd=folder, environment=variables, fresh=True)
 
 
@@ -53,3 +53,13 @@ def test_a_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> Non
     assert is_finished(tmp_path / "run")
     table = _run(installed, tmp_path, "results", "run")
     assert "heuristic" in table.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("downloads")
+def test_the_default_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    """The default model, pruner, permutation and texts, with fewer samples."""
+    result = _run(installed, tmp_path, "run", "debug=fast", "run_dir=run")
+    assert result.returncode == 0, result.stderr
+    assert "smollm2-135m-wanda-lcp-2x4" in result.stdout
+    assert is_finished(tmp_path / "run")
