@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,26 @@ def write_record(path: Path, values: Mapping[str, Any], indent: int | None = 2) 
     write_json(path, content | {CHECKSUM: _checksum(content)}, indent)
 
 
+def write_record_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON objects, a line each, each with a checksum of its own, for `read_record_lines`."""
+    contents = (json.loads(json.dumps(dict(record))) for record in records)
+    write_text(path, "".join(json.dumps(content | {CHECKSUM: _checksum(content)}) + "\n" for content in contents))
+
+
+def read_record_lines(path: Path, schema: type[Schema]) -> Iterator[tuple[str, Schema | DataError]]:
+    """Each line of such a file: where it stands, in words, and what it holds, or why it cannot be read.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    for number, line in enumerate(_content(path).splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            yield where, _checked(where, line, schema)
+        except DataError as error:
+            yield where, error
+
+
 def read_json(path: Path, schema: type[Schema]) -> Schema:
     """What a JSON file holds.
 
@@ -103,16 +123,19 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     Raises:
         DataError: it cannot be read, is no JSON, was changed after it was written, or a field is not as the schema says.
     """
-    content = _content(path)
+    return _checked(str(path), _content(path), schema)
+
+
+def _checked(where: str, content: bytes, schema: type[Schema]) -> Schema:
     try:
         value = _parsed(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
+        raise DataError(f"{where} is not readable JSON: {first_line(error)}") from error
     if isinstance(value, dict) and CHECKSUM in value:
         stated = value.pop(CHECKSUM)
         if stated != _checksum(value):
-            raise DataError(f"{path} is corrupt: its content is not what was written")
-    return validated(str(path), value, schema)
+            raise DataError(f"{where} is corrupt: its content is not what was written")
+    return validated(where, value, schema)
 
 
 def read_json_lines(path: Path, schema: type[Schema]) -> list[Schema]:

@@ -1,4 +1,4 @@
-"""The files of a run directory, and what is in each of them."""
+"""The files of a run directory, what is in each of them, and the file of runs that are kept."""
 
 # Of `metrics.json`.
 SCHEMA_VERSION = 1
@@ -13,7 +13,12 @@ PERMUTATIONS = "permutations.safetensors"
 MASKS = "masks.safetensors"
 WEIGHTS = "weights.safetensors"
 ENVIRONMENT = "environment.json"
+PICTURE = "figure.png"
 CHECKPOINT = "lcp_checkpoint.pt"
 BEST_SO_FAR = "best_so_far.safetensors"
 EXPORT = "export"
 WRITTEN_EXPORT = "export.new"
+
+# Runs that are kept, a line each, and what the name of any such file ends with.
+RECORDS = "records.jsonl"
+LINES = ".jsonl"

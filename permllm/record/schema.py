@@ -145,6 +145,17 @@ class Scores(TypedDict):
     evaluations: dict[str, EvaluationScores]
 
 
+class KeptRecord(TypedDict):
+    """A line of a file of kept records: the small files of a run directory, under the directory's name."""
+
+    run: FileName
+    config: Object
+    metrics: Object
+    environment: NotRequired[Object]
+    history: NotRequired[list[Object]]
+    scores: NotRequired[Object]
+
+
 class Sparsity(TypedDict):
     """What pruning left, in `metrics.json`."""
 

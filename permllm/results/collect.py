@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
 from permllm.record import evaluations
-from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_yaml
-from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, METRICS, SCHEMA_VERSION, SCORES
+from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_record_lines, read_yaml
+from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION, SCORES
 from permllm.record.outcomes import kept
-from permllm.record.schema import Environment, FinishedRun, Pass, RecordHead, Scores, Settings, validated
+from permllm.record.schema import (
+    Environment,
+    FinishedRun,
+    KeptRecord,
+    Metrics,
+    Object,
+    Pass,
+    RecordHead,
+    Scores,
+    Settings,
+    validated,
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as `permllm.record.schema` describes its files.
+    """A finished run, or a finished study, as `permllm.record.schema` describes its files.
 
     Attributes:
-        directory: where it lies.
+        directory: where it lies; of a kept one its name below the file of the records.
         config: resolved (`Settings`).
-        metrics: as in `metrics.json` (`FinishedRun`).
+        metrics: as in `metrics.json` (`FinishedRun`, of a study `Metrics`).
         environment: as in `environment.json` (`Environment`); empty where there is none.
         history: one entry a pass of learning (`Pass`).
         scores: what the results of each evaluation are made of (`EvaluationScores`), by the digest of the evaluation; runs of
@@ -47,18 +59,22 @@ class Collection:
         runs: finished, each identity once, with the evaluations of all runs of that identity.
         duplicates: runs of an identity that is there already, evaluated in the same way, and the directory of the first.
         skipped: what looked like a run and is none, and why.
+        studies: finished, which are no runs.
         older: how many of the runs are older than checksums.
     """
 
     runs: list[Run] = field(default_factory=list)
     duplicates: list[tuple[Path, Path]] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    studies: list[Run] = field(default_factory=list)
     older: int = 0
 
     def left_out(self) -> list[str]:
         """A line for each of the rest."""
         notes = [f"{path} has the same identity as {first} and is not counted again" for path, first in self.duplicates]
-        return notes + [f"skipped {path}: {reason}" for path, reason in self.skipped]
+        notes += [f"skipped {path}: {reason}" for path, reason in self.skipped]
+        what = "a study, not a run: what it found stands in it, under `study`"
+        return notes + [f"skipped {run.directory}: {what}" for run in self.studies]
 
     def notes(self) -> list[str]:
         """What a reader of the runs must know about them and the rest."""
@@ -66,39 +82,68 @@ class Collection:
         return self.left_out() + [f"{number} older than checksums: checked by their form alone"] * bool(self.older)
 
 
-def collect(directories: Iterable[Path]) -> Collection:
-    """Every run below the directories, in the order of their paths; below a sweep's folder, the runs of its jobs.
+def collect(places: Iterable[Path], apart: bool = False) -> Collection:
+    """Every run below some folders, and in files of kept records, in the order of their paths.
+
+    Below a sweep's folder those are the runs of its jobs. A file named `records.jsonl` is found below a folder, one of another
+    name is read where it is given.
+
+    Args:
+        places: folders and files.
+        apart: give each run as it lies there, also where another one has its identity.
 
     Raises:
-        ConfigError: a directory does not exist, or nothing below them has a `metrics.json`.
+        ConfigError: a place does not exist, or there is nothing like a run in any of them.
     """
-    directories = list(directories)
-    for directory in directories:
-        if not directory.is_dir():
-            raise ConfigError(f"{directory} is not a directory")
-    jobs = [(directory, job) for directory in directories for job in kept(directory)]
-    places = directories + [Path(job.directory) for _, job in jobs if job.directory]
-    files = sorted({file for place in places for file in place.rglob(METRICS)})
+    places = list(places)
+    for place in places:
+        if not place.is_dir() and not (place.suffix == LINES and place.is_file()):
+            raise ConfigError(f"{place} is not a directory, nor a file of records such as {RECORDS}")
+    jobs = [(place, job) for place in places if place.is_dir() for job in kept(place)]
+    folders = [place for place in places if place.is_dir()] + [Path(job.directory) for _, job in jobs if job.directory]
+    files = {file for folder in folders for name in (METRICS, RECORDS) for file in folder.rglob(name)}
+    files |= {place for place in places if place.is_file()}
     if not files:
-        below = ", ".join(map(str, directories))
+        below = ", ".join(map(str, places))
         raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     found = Collection()
     found.skipped += [(directory, f"{' '.join(job.overrides)}: {job.reason}") for directory, job in jobs if not job.directory]
     first: dict[str, Run] = {}
-    for file in files:
+    for where, read, checked in _entries(sorted(files)):
         try:
-            run = _read(file.parent, found)
+            run = read(found)
         except DataError as error:
-            found.skipped.append((file.parent, str(error).replace(f"{file.parent}/", "")))
+            reason = str(error).replace(f"{where}/", "").removeprefix(f"{where}: ").removeprefix(f"{where} ")
+            found.skipped.append((where, reason))
+            continue
+        if "study" in run.metrics:
+            found.studies.append(run)
             continue
         identity = json.dumps(identity_of(run.config), sort_keys=True)
         there = first.setdefault(identity, run)
-        if there is run:
+        if there is run or apart:
             found.runs.append(run)
-            found.older += not has_checksum(file)
+            found.older += not checked
         elif not _merged(there, run):
             found.duplicates.append((run.directory, there.directory))
     return found
+
+
+def _entries(files: Iterable[Path]) -> Iterator[tuple[Path, Callable[[Collection], Run], bool]]:
+    """Of each run its place, how it is read, and whether it is compared with a checksum."""
+    for file in files:
+        if file.name == METRICS:
+            yield file.parent, partial(_read_directory, file.parent), has_checksum(file)
+            continue
+        try:
+            for where, line in read_record_lines(file, KeptRecord):
+                yield Path(where), partial(_read_line, file, where, line), True
+        except DataError as error:
+            yield file, partial(_raise, error), True
+
+
+def _raise(error: DataError, _: Collection) -> Run:
+    raise error
 
 
 def _merged(there: Run, run: Run) -> bool:
@@ -113,17 +158,20 @@ def _merged(there: Run, run: Run) -> bool:
     return True
 
 
-def _read(directory: Path, found: Collection) -> Run:
-    file = directory / METRICS
-    metrics = read_json(file, RecordHead)
-    version, status = metrics["schema_version"], metrics["status"]
+def _finished(where: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a finished run, or a finished study."""
+    head = validated(where, metrics, RecordHead)
+    version, status = head["schema_version"], head["status"]
     if version != SCHEMA_VERSION:
-        raise DataError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: not a run of ours")
+        raise DataError(f"{where}: schema_version is {version}, expected {SCHEMA_VERSION}: not a run of ours")
     if status != "finished":
         raise DataError(f"not finished (status {status!r}); the same command continues it")
-    if "study" in metrics:
-        raise DataError("a study, not a run: what it found stands in it, under `study`")
-    finished: dict[str, Any] = dict(validated(str(file), metrics, FinishedRun))
+    return dict(validated(where, metrics, Metrics if "study" in metrics else FinishedRun))
+
+
+def _read_directory(directory: Path, found: Collection) -> Run:
+    file = directory / METRICS
+    finished = _finished(str(file), read_json(file, Object))
     for name, stated in finished.get("files", {}).items():
         if file_checksum(directory / name) != stated:
             raise DataError(f"{directory / name} is corrupt: it is not what the run left")
@@ -139,3 +187,16 @@ def _read(directory: Path, found: Collection) -> Run:
         except DataError as error:  # what pairs need, and nothing else
             found.skipped.append((directory / SCORES, str(error).removeprefix(f"{directory / SCORES} ")))
     return Run(directory, dict(config), finished, environment, [dict(entry) for entry in history], scores)
+
+
+def _read_line(file: Path, where: str, line: KeptRecord | DataError, _: Collection) -> Run:
+    if isinstance(line, DataError):
+        raise line
+    finished = _finished(f"{where}: metrics", line["metrics"])
+    config = validated(f"{where}: config", line["config"], Settings)
+    environment: dict[str, Any] = {}
+    if line.get("environment"):
+        environment = dict(validated(f"{where}: environment", line["environment"], Environment))
+    history = validated(f"{where}: history", line.get("history", []), list[Pass])
+    scores = validated(f"{where}: scores", line["scores"], Scores)["evaluations"] if "scores" in line else {}
+    return Run(file / line["run"], dict(config), finished, environment, [dict(entry) for entry in history], dict(scores))

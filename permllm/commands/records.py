@@ -1,0 +1,56 @@
+"""Keep finished runs in one file, a line each: what tables and documents are made from, without weights, orders and masks.
+
+    permllm records runs/sweeps/table6-1a2b3c4d --to experiments/table6/records.jsonl --replace
+
+`permllm results` reads the file like the folders. Of a sweep's folder the runs of its jobs are kept; the picture of a study is
+copied beside the file, under the name of its run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from permllm.commands.answer import Answer
+from permllm.errors import ConfigError
+from permllm.record.files import write_record_lines
+from permllm.record.names import LINES, PICTURE
+from permllm.results.collect import Run, collect
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What may be typed."""
+    parser.add_argument("places", nargs="+", type=Path, metavar="RUN", help="runs, sweeps, folders or files that hold some")
+    parser.add_argument("--to", required=True, type=Path, metavar="FILE.jsonl", help="where they are kept")
+    parser.add_argument("--replace", action="store_true", help="let what was kept there go; else they are added to it")
+
+
+def work(options: argparse.Namespace) -> Answer:
+    """The names of what is kept now."""
+    if options.to.suffix != LINES:
+        raise ConfigError(f"--to {options.to}: expected a file whose name ends in {LINES}")
+    given = _all_of(options.places)
+    before = [] if options.replace or not options.to.exists() else _all_of([options.to])
+    kept = {run.directory.name: run for run in [*before, *given]}
+    write_record_lines(options.to, [_line(run) for _, run in sorted(kept.items())])
+    for run in given:
+        if (run.directory / PICTURE).is_file():
+            shutil.copyfile(run.directory / PICTURE, options.to.with_name(f"{run.directory.name}.png"))
+    text = f"{options.to}: {len(kept)} runs, {len(given)} of them from {', '.join(map(str, options.places))}"
+    return Answer({"file": str(options.to), "runs": sorted(kept)}, lambda: print(text))
+
+
+def _all_of(places: list[Path]) -> list[Run]:
+    found = collect(places, apart=True)
+    if found.skipped:
+        path, reason = found.skipped[0]
+        raise ConfigError(f"{path} cannot be kept: {reason}")
+    return [*found.runs, *found.studies]
+
+
+def _line(run: Run) -> dict[str, object]:
+    line: dict[str, object] = {"run": run.directory.name, "config": run.config, "metrics": run.metrics}
+    line |= {"environment": run.environment} if run.environment else {}
+    line |= {"history": run.history} if run.history else {}
+    return line | ({"scores": {"evaluations": run.scores}} if run.scores else {})
