@@ -21,7 +21,7 @@ from permllm.permutation.settings import FromFileSettings, HeuristicSettings
 from permllm.pruning.settings import GBLMSettings, RIASettings, SparseGPTSettings
 from permllm.reconstruction.settings import BlockSettings, DistillSettings, OBSSettings
 from permllm.renamed import old_keys
-from permllm.studies.settings import LayerRuntimeSettings, SaliencyAndErrorSettings
+from permllm.studies.settings import LayerRuntimeSettings, LCPStepSettings, SaliencyAndErrorSettings
 
 # The settings of each option that names a class, by group; an option without settings of its own is not here.
 SETTINGS: dict[str, dict[str, type]] = {
@@ -29,7 +29,11 @@ SETTINGS: dict[str, dict[str, type]] = {
     "permutation": {"heuristic": HeuristicSettings, "from_file": FromFileSettings, "lcp": LCPSettings},
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
     "reconstruction": {"obs": OBSSettings, "block": BlockSettings, "distill": DistillSettings},
-    "study": {"layer_runtime": LayerRuntimeSettings, "saliency_and_error": SaliencyAndErrorSettings},
+    "study": {
+        "layer_runtime": LayerRuntimeSettings,
+        "lcp_step": LCPStepSettings,
+        "saliency_and_error": SaliencyAndErrorSettings,
+    },
 }
 # The name of the whole configuration's node.
 WHOLE = "settings"

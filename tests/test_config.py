@@ -7,7 +7,6 @@ import functools
 import math
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from permllm.record.store import run_directory
 from permllm.record.tensors import write_tensors
 from permllm.session import Session
 from tests.conftest import ROOT
+from tests.kept import EXPERIMENTS, as_folder, lines_of
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(
@@ -201,12 +201,13 @@ def test_settings_that_came_later_make_other_runs_where_they_differ() -> None:
 
 @pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
 def test_a_run_of_an_earlier_version_is_found_under_the_name_that_it_had(permutation: str, tmp_path: Path) -> None:
-    earlier = next((ROOT / "experiments" / "quickstart").glob(f"smollm2-135m-wanda-{permutation}-2x4-*"))
+    lines = lines_of(EXPERIMENTS / "quickstart" / "records.jsonl")
+    (line,) = [line for line in lines if line["run"].startswith(f"smollm2-135m-wanda-{permutation}-2x4-")]
     settings = config(f"permutation={permutation}", f"runs_dir={tmp_path}")
     named = run_directory(settings)
     assert named.name == f"smollm2-135m-wanda-{permutation}-2x4-{settings.hash}"
-    shutil.copytree(earlier, tmp_path / earlier.name)
-    assert run_directory(settings) == tmp_path / earlier.name
+    earlier = as_folder(line, tmp_path)
+    assert run_directory(settings) == earlier
     assert run_directory(config(f"permutation={permutation}", f"runs_dir={tmp_path}", "seed=1")).name != earlier.name
     named.mkdir()
     assert run_directory(settings) == named

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, script
+from permllm.results.views import markers, with_views
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_results_are_those_of_the_records() -> None:
-    assert script("update_readme").with_results(README) == README, "stale: run python scripts/update_readme.py"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").rglob("README.md"))]
 
 
-def test_the_ablation_tables_are_those_of_the_records() -> None:
-    document = (ROOT / "experiments" / "lcp_ablation" / "README.md").read_text(encoding="utf-8")
-    assert script("ablation_table").with_tables(document) == document, "stale: run python scripts/ablation_table.py"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_blocks_of_a_document_are_those_of_the_records(document: Path) -> None:
+    assert with_views(document) == document.read_text(encoding="utf-8"), f"stale: run permllm results --document {document}"
 
 
-def test_the_speed_tables_are_those_of_the_records() -> None:
-    document = (ROOT / "experiments" / "lcp_speed" / "README.md").read_text(encoding="utf-8")
-    assert script("speed_table").with_tables(document) == document, "stale: run python scripts/speed_table.py"
-
-
-def test_the_tables_of_exports_are_those_of_the_records() -> None:
-    document = (ROOT / "experiments" / "export" / "README.md").read_text(encoding="utf-8")
-    assert script("export_table").with_tables(document) == document, "stale: run python scripts/export_table.py"
-
-
-def test_the_papers_tables_are_those_of_the_records() -> None:
-    for file, text in script("paper_tables").with_blocks().items():
-        assert file.read_text(encoding="utf-8") == text, f"{file} is stale: run python scripts/paper_tables.py"
+def test_all_kept_records_are_shown_somewhere() -> None:
+    shown = {
+        document.parent / marker.options.get(key, "records.jsonl")
+        for document in DOCUMENTS
+        for marker in markers(document)
+        for key in ("records", "recipe")
+        if key == "records" or key in marker.options
+    }
+    assert set((ROOT / "experiments").rglob("*.jsonl")) <= {file.resolve() for file in shown}
 
 
 def test_the_two_commands_exist_as_written() -> None:

@@ -13,11 +13,12 @@ from permllm.results.collect import collect
 from permllm.results.published import Comparison, published
 from permllm.results.render import FORMATS, compared, comparison, find_baseline, records, render
 from permllm.results.summary import close_gaps, summarise
+from permllm.results.views import with_views
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What may be typed."""
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs, or directories that hold some")
+    parser.add_argument("places", nargs="*", type=Path, metavar="DIR", help="runs, folders that hold some, or kept records")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument(
@@ -30,12 +31,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
     parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
     parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
+    parser.add_argument(
+        "--document",
+        nargs="+",
+        type=Path,
+        metavar="FILE.md",
+        help="make the blocks of documents anew, which say what they are made from (permllm.results.views)",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
 
 
 def work(options: argparse.Namespace) -> Answer:
     """The table, and the pictures that were asked for."""
-    collection = collect(options.directories)
+    if options.document:
+        return _documents(options.document)
+    if not options.places:
+        raise ConfigError("results: no folder of runs was given, and no --document")
+    collection = collect(options.places)
     for note in collection.notes():
         print(f"note: {note}", file=sys.stderr)
     if not collection.runs:
@@ -75,3 +87,13 @@ def work(options: argparse.Namespace) -> Answer:
             raise ConfigError(f"--html: {error}") from error
     text = render(summary, options.format, baseline, paper)
     return Answer(records(summary, baseline, paper), lambda: print(text, end=""))
+
+
+def _documents(files: list[Path]) -> Answer:
+    changed = []
+    for file in files:
+        text = with_views(file)
+        if text != file.read_text(encoding="utf-8"):
+            write_text(file, text)
+            changed.append(str(file))
+    return Answer({"changed": changed}, lambda: print("\n".join(f"{file} is new" for file in changed) or "nothing is new"))

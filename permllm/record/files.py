@@ -108,7 +108,7 @@ def read_record_lines(path: Path, schema: type[Schema]) -> Iterator[tuple[str, S
     for number, line in enumerate(_content(path).splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
-            yield where, _checked(where, line, schema)
+            yield where, _checked(where, line, schema, always=True)
         except DataError as error:
             yield where, error
 
@@ -126,7 +126,8 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     return _checked(str(path), _content(path), schema)
 
 
-def _checked(where: str, content: bytes, schema: type[Schema]) -> Schema:
+def _checked(where: str, content: bytes, schema: type[Schema], always: bool = False) -> Schema:
+    """The value, where it is as the schema says and as its checksum says, which `always` asks for."""
     try:
         value = _parsed(content)
     except (ValueError, RecursionError) as error:
@@ -135,6 +136,8 @@ def _checked(where: str, content: bytes, schema: type[Schema]) -> Schema:
         stated = value.pop(CHECKSUM)
         if stated != _checksum(value):
             raise DataError(f"{where} is corrupt: its content is not what was written")
+    elif always:
+        raise DataError(f"{where} is corrupt: it has no checksum")
     return validated(where, value, schema)
 
 

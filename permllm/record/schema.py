@@ -327,6 +327,44 @@ class MeasuredOrders(TypedDict):
     points: Annotated[list[MeasuredOrder], AfterValidator(_with_references)]
 
 
+class LCPStepRow(TypedDict):
+    """A layer, a number of tokens and a block size: seconds of a step of each kind, in bytes its peak of memory."""
+
+    shape: str
+    tokens: Positive
+    block_size: Positive
+    compute_dtype: str
+    peak_bytes: Whole
+    plain_s: _Time
+    lcp_s: _Time
+    checkpoint_s: _Time
+    dense_s: _Time | None
+    harden_s: _Finite
+    lcp_over_plain: _Time
+    dense_over_lcp: _Time | None
+
+
+class HeuristicScores(TypedDict):
+    """Seconds of the heuristic's scores of one position, ours and a loop's over the groups."""
+
+    channels: Positive
+    rows: Positive
+    ours_s: _Time
+    loop_s: _Time
+    loop_over_ours: _Time
+    loop_groups_timed: Positive
+    loop_groups_scaled_to: Positive
+    relative_difference: _Finite
+
+
+class LCPSteps(TypedDict):
+    """What `permllm.studies.lcp_step` finds."""
+
+    repeats: Positive
+    rows: list[LCPStepRow]
+    heuristic: NotRequired[HeuristicScores]
+
+
 class Pass(TypedDict):
     """A line of `history.jsonl`: what a pass of learning found. Early records lack what they did not have yet."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from permllm.errors import ConfigError
 from permllm.validation import check_whole
+
+# Tokens of each sequence of a step.
+SEQUENCE = 128
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,34 @@ class LayerRuntimeSettings:
     def __post_init__(self) -> None:
         check_whole("study.tokens", self.tokens, 1)
         check_whole("study.repeats", self.repeats, 1)
+
+
+@dataclass(frozen=True)
+class LCPStepSettings:
+    """Settings of the times of a step of LCP.
+
+    Attributes:
+        tokens: of a step, each a multiple of 128.
+        block_sizes: B of LCP.
+        repeats: of each measurement after one to warm up, in turns with the others; medians are given.
+        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a loop over its groups; 0 leaves
+            that out.
+    """
+
+    tokens: list[int] = field(default_factory=lambda: [512, 2048])
+    block_sizes: list[int] = field(default_factory=lambda: [32, 64, 128])
+    repeats: int = 5
+    heuristic_channels: int = 0
+
+    def __post_init__(self) -> None:
+        for tokens in self.tokens:
+            check_whole("study.tokens", tokens, SEQUENCE)
+            if tokens % SEQUENCE:
+                raise ConfigError(f"study.tokens={tokens} is not a multiple of {SEQUENCE}, the tokens of a sequence")
+        for size in self.block_sizes:
+            check_whole("study.block_sizes", size, 4)
+        check_whole("study.repeats", self.repeats, 1)
+        check_whole("study.heuristic_channels", self.heuristic_channels, 0)
 
 
 @dataclass(frozen=True)

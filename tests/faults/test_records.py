@@ -26,24 +26,23 @@ from permllm.record import files
 from permllm.record.files import file_checksum, read_json, read_yaml, write_record
 from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Scores, Settings, validated
 from permllm.results.render import FORMATS
-from tests.conftest import ROOT, script
+from permllm.results.views.studies import STUDIES
+from tests.kept import EXPERIMENTS, as_folder, lines_of
 from tests.results.test_results import make_run
 from tests.test_config import composed
 
-RECORDS = sorted(file.parent for file in (ROOT / "experiments").rglob("metrics.json"))
+RECORDS = sorted(EXPERIMENTS.rglob("*.jsonl"))
 TINY = ("model=tiny", "logger=none", "calibration=builtin", "calibration.samples=4", "calibration.seqlen=32")
 
 
 def test_every_kept_record_is_as_the_forms_say() -> None:
-    assert len(RECORDS) > 80
-    for record in RECORDS:
-        metrics = read_json(record / "metrics.json", Metrics)
-        read_yaml(record / "config.yaml", Settings)
-        read_json(record / "environment.json", Environment)
-        assert "study" in metrics or read_json(record / "metrics.json", FinishedRun)
-        if (record / "history.jsonl").is_file():
-            for line in (record / "history.jsonl").read_text().splitlines():
-                validated(str(record), json.loads(line), Pass)
+    lines = [line for file in RECORDS for line in lines_of(file)]
+    assert len(lines) > 80
+    for line in lines:
+        validated(line["run"], line["metrics"], Metrics if "study" in line["metrics"] else FinishedRun)
+        validated(line["run"], line["config"], Settings)
+        validated(line["run"], line["environment"], Environment)
+        validated(line["run"], line.get("history", []), list[Pass])
 
 
 def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,23 +116,18 @@ def test_garbage_in_place_of_settings_is_one_line(tmp_path: Path, text: str, mes
     assert len(str(raised.value)) < 300
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.is_file() else []
-
-
 # Of each of three records the files with what a reader of the table uses; the long parts are cut.
 TRIPLE = [
     {
         "metrics.json": {
             key: dict(list(value.items())[:2]) if key in ("retained_saliency", "output_error", "moved_channels") else value
-            for key, value in json.loads((record / "metrics.json").read_text()).items()
+            for key, value in record["metrics"].items()
         },
-        "config.yaml": yaml.safe_load((record / "config.yaml").read_text()),
-        "environment.json": json.loads((record / "environment.json").read_text()),
-        "history.jsonl": [json.loads(line) for line in _lines(record / "history.jsonl")],
+        "config.yaml": record["config"],
+        "environment.json": record["environment"],
+        "history.jsonl": record.get("history", []),
     }
-    for record in sorted((ROOT / "experiments" / "quickstart").iterdir())
-    if record.is_dir()
+    for record in lines_of(EXPERIMENTS / "quickstart" / "records.jsonl")
 ]
 FILES = sorted(TRIPLE[0])
 MARKUP = "</script><b>|$\\frac{[/red]\n\x1b[31m\u2028"
@@ -300,13 +294,13 @@ def test_an_outcome_of_a_sweep_that_is_garbage_is_left_out(tmp_path: Path, text:
     assert (code, len(out.splitlines())) == (0, 6)
 
 
-STUDIED = [(experiment, script("paper_tables").STUDIES[experiment]) for experiment in ("table3", "figure1")]
+STUDIED = {"table3": "layer_runtime", "figure1": "saliency_and_error", "lcp_speed": "lcp_step"}
 
 
-@pytest.mark.parametrize(("experiment", "study"), STUDIED)
-def test_results_of_a_study_that_were_changed_are_one_line(experiment: str, study: Any) -> None:
-    (file,) = (ROOT / "experiments" / experiment / "records").glob("*/metrics.json")
-    results = json.loads(file.read_text())["study"]
+@pytest.mark.parametrize("experiment", STUDIED)
+def test_results_of_a_study_that_were_changed_are_one_line(experiment: str) -> None:
+    study = STUDIES[STUDIED[experiment]]()
+    results = lines_of(EXPERIMENTS / experiment / "records.jsonl")[0]["metrics"]["study"]
     assert study.lines(validated("study", results, study.form))
     refused = 0
     for place in places(results)[1:80]:
@@ -379,3 +373,68 @@ def test_records_are_compared_with_their_checksums_and_older_ones_are_counted(tm
 def test_a_checksum_is_of_what_a_reader_has(tmp_path: Path) -> None:
     write_record(tmp_path / "x.json", {"layers": {9: (1, 2), 10: float("inf")}, "name": "ä"})
     assert read_json(tmp_path / "x.json", Object) == {"layers": {"9": [1, 2], "10": float("inf")}, "name": "ä"}
+
+
+def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path) -> None:
+    for line in lines_of(EXPERIMENTS / "quickstart" / "records.jsonl"):
+        as_folder(line, tmp_path / "folders")
+    assert call("records", [str(tmp_path / "folders"), "--to", str(tmp_path / "kept" / "records.jsonl")]) == 0
+    code, table, said = results(tmp_path / "folders")
+    assert code == 0
+    assert results(tmp_path / "kept")[:2] == results(tmp_path / "kept" / "records.jsonl")[:2] == (0, table)
+    assert said == ["note: 3 records are older than checksums: checked by their form alone"]
+    # In a folder that holds both, a run is there once.
+    assert results(tmp_path)[1] == table
+
+
+def test_records_are_added_and_replaced(tmp_path: Path) -> None:
+    def kept(*words: str) -> set[str]:
+        assert call("records", [*words, "--to", str(file)]) == 0
+        return {line["run"] for line in lines_of(file)}
+
+    file = tmp_path / "kept.jsonl"
+    for name, value in (("a", 20.0), ("b", 30.0)):
+        make_run(tmp_path / name, value, block_size=int(value))
+    assert kept(str(tmp_path / "a")) == {"a"}
+    assert kept(str(tmp_path / "b")) == {"a", "b"}
+    before = file.read_bytes()
+    assert kept(str(tmp_path / "b")) == {"a", "b"}
+    assert file.read_bytes() == before
+    assert kept(str(tmp_path / "b"), "--replace") == {"b"}
+
+
+def test_scores_and_pictures_are_kept_too(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", 20.0)
+    scores = {"evaluations": {"0": {"perplexity": {"sparse": {"x": [1.5, 2.5]}}}}}
+    write_record(folder / "scores.json", scores)
+    (folder / "figure.png").write_bytes(b"picture")
+    assert call("records", [str(folder), "--to", str(tmp_path / "kept" / "records.jsonl")]) == 0
+    (line,) = lines_of(tmp_path / "kept" / "records.jsonl")
+    assert line["scores"] == scores
+    assert (tmp_path / "kept" / "a.png").read_bytes() == b"picture"
+
+
+def test_what_is_not_finished_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "a", 20.0)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"status": "running"}))
+    assert call("records", [str(tmp_path), "--to", str(tmp_path / "x.jsonl")]) == 1
+    assert "cannot be kept: not finished (status 'running')" in capsys.readouterr().err
+    assert not (tmp_path / "x.jsonl").exists()
+    assert call("records", [str(tmp_path), "--to", str(tmp_path / "x.json")]) == 1
+    assert "expected a file whose name ends in .jsonl" in capsys.readouterr().err
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(place=st.integers(0, 10**9), bit=st.integers(0, 7))
+def test_a_bit_that_flips_in_a_line_costs_that_line_at_most(place: int, bit: int) -> None:
+    text = bytearray((EXPERIMENTS / "quickstart" / "records.jsonl").read_bytes())
+    text[place % len(text)] ^= 1 << bit
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "records.jsonl").write_bytes(text)
+        code, out, said = results(Path(folder))
+    # A new line in the middle of one makes two of it; a line that ends no more takes the next one with it.
+    assert code == 0
+    assert 4 <= len(out.splitlines()) <= 5
+    assert all(line.startswith("note: skipped ") and "records.jsonl, line " in line for line in said)
+    assert 1 <= len(said) <= 2

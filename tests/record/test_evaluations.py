@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 import threading
 import time
@@ -25,7 +24,7 @@ from permllm.record.schema import FinishedRun, Scores
 from permllm.record.store import is_finished, run_directory
 from permllm.results.collect import collect
 from permllm.results.summary import summarise
-from tests.conftest import ROOT
+from tests.kept import EXPERIMENTS, as_folder, lines_of
 from tests.test_config import composed
 
 SMALL = ("calibration.samples=4", "calibration.seqlen=16")
@@ -273,21 +272,19 @@ def test_a_table_has_a_column_for_each_way_of_measuring(cache: Path, tmp_path: P
 
 
 def test_runs_of_an_earlier_version_that_differ_in_their_evaluation_are_one(tmp_path: Path) -> None:
-    records = ROOT / "experiments" / "peers" / "records"
+    records = EXPERIMENTS / "peers" / "records.jsonl"
     collection = collect([records])
-    assert len(list(records.iterdir())) == 2 * len(collection.runs)
+    assert len(lines_of(records)) == 2 * len(collection.runs)
     assert not collection.duplicates
     summary = summarise(collection.runs)
     assert sum("perplexity" in name for name in summary.measures) == 2
     for row in summary.rows:
         assert set(summary.measures) == row.measures.keys()
     # Without having been pruned alike they are not.
-    first, second = sorted(records.glob("*-ria-*"))
-    for source in (first, second):
-        shutil.copytree(source, tmp_path / source.name)
+    _, second = (as_folder(line, tmp_path) for line in lines_of(records) if "-ria-" in line["run"])
     metrics = json.loads((second / "metrics.json").read_text())
     metrics["retained_saliency"] |= dict.fromkeys(list(metrics["retained_saliency"])[:1], 0.125)
-    (tmp_path / second.name / "metrics.json").write_text(json.dumps(metrics))
+    (second / "metrics.json").write_text(json.dumps(metrics))
     assert [path.name for path, _ in collect([tmp_path]).duplicates] == [second.name]
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from permllm.calibration.saliency import SaliencyFactors
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.pruning import Wanda
-from permllm.record.schema import LayerRuntimes
+from permllm.record.schema import LayerRuntimes, LCPSteps, validated
 from permllm.sparsity import NMPattern
 from permllm.studies.base import run_study
+from permllm.studies.lcp_step import DensePermutedLinear, LCPStep
 from permllm.studies.saliency_and_error import Layer, SaliencyAndError, swaps
 from tests.conftest import run_command
 from tests.test_config import composed
@@ -103,9 +105,46 @@ def test_table_3_needs_no_weights(tmp_path: Path) -> None:
     assert all(row["dense"] > 0 for row in study["products"])
 
 
+def test_a_step_of_lcp_is_a_job_beside_plain_training_and_dense_matrices(tmp_path: Path) -> None:
+    small = ["study.tokens=[128]", "study.block_sizes=[16]", "study.repeats=1", "study.heuristic_channels=64"]
+    result = run_command("study=lcp_step", "model=tiny", "compute_dtype=float32", *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    study = validated("study", json.loads((directory / "metrics.json").read_text())["study"], LCPSteps)
+    (row,) = study["rows"]
+    assert (row["shape"], row["tokens"], row["block_size"], row["compute_dtype"]) == ("tiny", 128, 16, "float32")
+    assert row["lcp_over_plain"] == row["lcp_s"] / row["plain_s"]
+    # The loop over groups is a formula of its own.
+    assert study["heuristic"]["relative_difference"] < 1e-5
+    assert "| tiny | 128 | 16 | float32 |" in result.stdout
+
+
+def test_dense_matrices_prune_as_the_order_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(16, 8, bias=False, dtype=torch.float64).requires_grad_(False)
+    norms = torch.rand(1, 16, generator=generator).double() + 0.5
+    order = torch.randperm(16, generator=generator)
+    matrix = torch.zeros(16, 16, dtype=torch.float64)
+    matrix[order, torch.arange(16)] = 1
+    dense = DensePermutedLinear(linear, SaliencyFactors(1, norms))
+    dense.matrices = (matrix, matrix)
+    x = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    mask = torch.zeros_like(linear.weight)
+    for output in range(8):
+        for start in range(0, 16, 4):
+            members = order[start : start + 4].tolist()
+            kept = sorted(members, key=lambda channel: -float(linear.weight[output, channel].abs() * norms[0, channel]))[:2]
+            mask[output, kept] = 1
+    torch.testing.assert_close(dense(x), x @ (linear.weight * mask).t(), rtol=1e-12, atol=1e-12)
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"study\.swaps=0"):
         SaliencyAndError(swaps=0)
+    with pytest.raises(ConfigError, match=r"study\.tokens=130 is not a multiple of 128"):
+        LCPStep(tokens=[130])
+    with pytest.raises(ConfigError, match=r"study\.block_sizes=2: expected a whole number of at least 4"):
+        LCPStep(block_sizes=[2])
 
 
 @pytest.mark.parametrize(

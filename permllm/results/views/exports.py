@@ -1,0 +1,162 @@
+"""Views of exports: what folding costs, stock transformers, proofs, speed and memory, from what the commands wrote as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from permllm.record.files import read_json
+from permllm.record.names import RECORDS
+from permllm.record.schema import Object
+from permllm.results.collect import Run, collect
+from permllm.results.render import as_text
+
+# The default recipe, in settings that records have had from the start.
+_RECIPE = {
+    "straight_through": "swap",
+    "learning_rate": 0.01,
+    "passes": 3,
+    "rounds": 1,
+    "gumbel": 0.0,
+    "init": "heuristic",
+    "margin": 0.05,
+    "noise": 0.02,
+    "window": "model",
+    "block_size": 64,
+}
+_TEMPERATURE = ("linear", 1.0, 0.1)
+
+
+def orders(folder: Path, records: str = RECORDS) -> list[str]:
+    """Perplexity of the default recipe and the heuristic, free and foldable, mean and deviation over seeds."""
+    runs = [run for run in collect([folder / records], apart=True).runs if _default(run)]
+    lines = []
+    for run in runs:
+        permutation, metrics = run.config["permutation"], run.metrics
+        constraint = "-" if permutation["name"] == "none" else permutation.get("constraint", "free")
+        ((dense, sparse),) = zip(*(metrics["perplexity"][which].values() for which in ("dense", "sparse")), strict=True)
+        lines.append((f"`{permutation['name']}`", constraint, sparse["value"], dense["value"]))
+    found = pd.DataFrame(lines, columns=["permutation", "constraint", "perplexity", "dense"])
+    table = found.groupby(["permutation", "constraint"])["perplexity"].agg(["mean", "std", "size"]).reset_index()
+    table = table.sort_values("mean", ascending=False)
+    spread = ["" if math.isnan(deviation) else f" ± {deviation:.1f}" for deviation in table["std"]]
+    table["perplexity (WikiText-2 test, first 32 windows of 256)"] = table["mean"].map("{:.1f}".format) + spread
+    table["seeds"] = table["size"].map(str)
+    shown = as_text(table.drop(columns=["mean", "std", "size"]), "md").splitlines()
+    return [*shown, "", f"Dense: {found['dense'].iloc[-1]:.1f}."]
+
+
+def _default(run: Run) -> bool:
+    """A run of Wanda whose other settings are the default recipe's."""
+    config, permutation = run.config, run.config["permutation"]
+    if config["pruner"]["name"] != "wanda" or run.metrics.get("compute_dtype") != "bfloat16":
+        return False
+    if config.get("reconstruction", {"name": "none"})["name"] != "none" or config["calibration"]["samples"] != 128:
+        return False
+    if permutation["name"] in ("none", "heuristic"):
+        return True
+    temperature = config["temperature"]
+    return (
+        permutation["name"] == "lcp"
+        and all(permutation.get(key) == value for key, value in _RECIPE.items())
+        and permutation.get("loss") in (None, "kl")
+        and (temperature["name"], temperature["start"], temperature["end"]) == _TEMPERATURE
+    )
+
+
+def stock(folder: Path, files: str = "stock*.json") -> list[str]:
+    """One line a file of `scripts/stock_perplexity.py`."""
+    return _table(
+        {
+            "run": f"`{found['run']}`",
+            "class": f"`{found['class'].rsplit('.', 1)[-1]}`",
+            "perplexity of the run": f"{found['perplexity_of_the_run']:.3f}",
+            "with stock transformers": f"{found['perplexity_stock']:.3f}",
+            "relative difference": f"{found['relative_difference']:.1e}",
+        }
+        for _, found in _json(folder, files)
+    )
+
+
+def verify(folder: Path, files: str = "verify-*.json") -> list[str]:
+    """One line a file of `permllm verify`."""
+    lines = []
+    for name, report in _json(folder, files):
+        layers = pd.DataFrame(report["layers"])
+        sizes = layers["shape"].map(math.prod)
+        line = {"checkpoint": name.removeprefix("verify-"), "weights": f"{len(layers)}"}
+        line["zeros"] = f"{(layers['zeros'] * sizes).sum() / sizes.sum():.2%}"
+        for title, key in (("violations", "violations"), ("-0.0", "negative_zeros"), ("not finite", "nan")):
+            line[title] = f"{layers[key].fillna(0).sum():.0f}"
+        line["MB on disk"] = f"{report['bytes'] / 1e6:.1f}"
+        difference = report["difference"]
+        line["relative difference of logits"] = f"{difference['relative']:.1e}" if difference else ""
+        lines.append(line | {"verdict": "passed" if report["passed"] else "failed"})
+    return _table(lines)
+
+
+def bench(folder: Path, files: str = "bench-*.json") -> list[str]:
+    """Speed and loading of each file of `permllm bench`."""
+    lines: list[str] = []
+    for name, report in _json(folder, files):
+        hardware, sizes, memory = report["hardware"], report["file_bytes"], report["weight_bytes"]
+        speed = (
+            {
+                "variant": row["variant"],
+                "batch": f"{row['batch']}",
+                "prefill, tokens/s": f"{row['prefill_tokens_a_second']:.0f} (spread {row['prefill_spread']:.0%})",
+                "decoding, tokens/s": f"{row['decode_tokens_a_second']:.1f} (spread {row['decode_spread']:.0%})",
+            }
+            for row in report["speed"]
+        )
+        loading = (
+            {
+                "variant": variant,
+                "loading, s": f"{seconds:.2f}",
+                "weights in memory, MB": f"{memory[variant] / 1e6:.1f}",
+                "files, MB": f"{sizes[variant] / 1e6:.1f}" if sizes.get(variant) else "",
+            }
+            for variant, seconds in report["loading_s"].items()
+        )
+        titles = {"product, ms": "dense_s", "gather, ms": "gather_s", "norm, ms": "norm_s"}
+        titles |= {"norm and gather, ms": "norm_and_gather_s"}
+        layers = (
+            {"group of the first layer": row["group"], "size": f"{row['rows']} x {row['channels']}"}
+            | {title: f"{row[key] * 1e3:.2f}" for title, key in titles.items()}
+            for row in report["layers"]
+        )
+        lines += [
+            f"`{name.removeprefix('bench-')}`, {report['dtype']}, {report['gathers']} gathers, prompts of "
+            f"{report['prompt']} tokens, {hardware['processor']}, {hardware['threads']} threads; {report['note']}.",
+            "",
+        ]
+        for rows in (speed, loading, layers):
+            lines += [*_table(rows), ""]
+    return lines[:-1]
+
+
+def memory(folder: Path, file: str = "memory.json") -> list[str]:
+    """One line a form of `scripts/benchmark_export.py`."""
+    ((_, report),) = _json(folder, file)
+    titles = {"dense model, GB": "dense_checkpoint_bytes", "largest shard, GB": "largest_shard_bytes"}
+    titles |= {"peak growth, GB": "peak_growth_bytes"}
+    return _table(
+        {"form": f"{row['form']}, {row['format']}"}
+        | {title: f"{row[key] / 1e9:.2f}" for title, key in titles.items()}
+        | {"seconds": f"{row['seconds']:.0f}"}
+        for row in report["rows"]
+    )
+
+
+def _table(lines: Any) -> list[str]:
+    return as_text(pd.DataFrame(list(lines)), "md").splitlines()
+
+
+def _json(folder: Path, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Name and content of each file."""
+    for file in sorted(folder.glob(pattern)):
+        yield file.stem, read_json(file, Object)

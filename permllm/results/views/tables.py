@@ -1,0 +1,283 @@
+"""Views of runs: tables, the paper's beside ours, one run as it is printed, our pruners beside their peers."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from permllm.errors import ConfigError, DataError
+from permllm.record import evaluations
+from permllm.record.figures import print_run
+from permllm.record.names import RECORDS
+from permllm.results.collect import Run, collect
+from permllm.results.published import Comparison, Published, published
+from permllm.results.render import as_text, find_baseline, heading, main_measure, render, shown
+from permllm.results.summary import Row, Summary, close_gaps, summarise
+from permllm.results.views import Marker, markers
+
+# Measures of a table that says nothing else: parts of their names.
+_SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, seconds"
+_OFFLINE = "model=smollm2-135m budget=cpu"
+
+
+def table(
+    folder: Path, records: str = RECORDS, baseline: str = "", columns: str = "", measures: str = _SHOWN, note: str = "yes"
+) -> list[str]:
+    """Runs as `permllm results` shows them, and what they were measured with.
+
+    Args:
+        folder: of the document.
+        records: the file of the runs.
+        baseline: the row that the others are compared with.
+        columns: settings, with commas; whatever else varies follows from them.
+        measures: with commas; each is a part of a measure's name.
+        note: `no` leaves out the line of what they were measured with.
+    """
+    runs = runs_of(folder / records)
+    summary = _narrowed(runs, columns, measures)
+    row = find_baseline(summary, baseline) if baseline else None
+    if row is not None:
+        close_gaps(summary, row)
+        summary.measures = _chosen(summary, measures)
+    lines = render(summary, "md", row).splitlines()
+    return [*lines, "", machine(run.environment for run in runs)] if note == "yes" else lines
+
+
+def paper(
+    folder: Path,
+    table: str,
+    claim: str,
+    baseline: str,
+    columns: str = "pruner,permutation",
+    measures: str = _SHOWN,
+    records: str = RECORDS,
+    recipe: str = "",
+    command: str = "",
+) -> list[str]:
+    """One of the paper's tables, ours beside it.
+
+    Args:
+        folder: of the document.
+        table: of the paper, such as `table6`.
+        claim: what the paper shows with it, for the index.
+        baseline: the row that the others are compared with.
+        columns: settings that it varies, with commas; whatever else differs follows from them.
+        measures: with commas; each is a part of a measure's name.
+        records: the file of our runs.
+        recipe: a file of runs of the paper's recipe.
+        command: what was run.
+    """
+    runs = runs_of(folder / records)
+    summary = _narrowed(runs, columns, measures)
+    compared = Comparison(published(table), runs[0].config["model"]["name"])
+    lines = ["", f"    {typed(table, command)}", ""]
+    lines += [*render(summary, "md", find_baseline(summary, baseline), compared).splitlines(), "", compared.note, ""]
+    lines += [*_provenance(runs), ""]
+    if recipe:
+        of_recipe = render(_narrowed(runs_of(folder / recipe), columns, measures), "md").splitlines()
+        lines += ["The paper's recipe at the same budget:", "", *of_recipe, ""]
+    return [*lines, f"The paper's {table.replace('table', 'table ')}:", "", *published_table(published(table))]
+
+
+def index(folder: Path, of: str, within: str = "") -> list[str]:
+    """A row for each of some folders, from the first block of its README: claim, command, cost, our numbers and the paper's.
+
+    Args:
+        folder: of the document.
+        of: names of the folders, with commas.
+        within: the folder that they lie in, from the document's.
+    """
+    header = ["result", "the paper's claim", "command", "cost", "ours", "the paper's"]
+    rows = []
+    for name in of.split(","):
+        file = folder / within / name / "README.md"
+        entry = _entry(file.parent, next(markers(file)))
+        cost = f"{entry.seconds / 60:.0f} min" if entry.seconds >= 60 else f"{entry.seconds:.0f} s"
+        link = f"[{name}]({Path(within) / name / 'README.md'})"
+        rows.append([link, entry.claim, f"`{entry.command}`", cost, entry.ours, entry.theirs])
+    return ["", *as_text(pd.DataFrame(rows, columns=header), "md").splitlines()]
+
+
+def run(folder: Path, records: str = RECORDS, row: str = "") -> list[str]:
+    """What a run prints at its end.
+
+    Args:
+        folder: of the document.
+        records: the file of runs that it is one of.
+        row: its settings, as a baseline's; of a single run none.
+    """
+    summary = summarise(runs_of(folder / records))
+    found = (find_baseline(summary, row, "row") if row else summary.rows[0]).runs[0]
+    output = io.StringIO()
+    print_run(found.metrics, Path("runs") / found.directory.name, Console(file=output, width=110))
+    return ["```", *(line.rstrip() for line in output.getvalue().splitlines()), "```", "", machine([found.environment])]
+
+
+def peers(folder: Path, theirs: str, records: str = RECORDS, command: str = "") -> list[str]:
+    """Our base pruners beside their official implementations, on each text.
+
+    Args:
+        folder: of the document.
+        theirs: a CSV file of their results.
+        records: the file of our runs.
+        command: what was run.
+    """
+    runs = runs_of(folder / records)
+    with open(folder / theirs, encoding="utf-8", newline="") as stream:
+        rows = [_peer(peer, runs) for peer in csv.DictReader(stream)]
+    header = ["method", "text", "official implementation", "theirs", "ours", "difference", "records"]
+    lines = as_text(pd.DataFrame(rows, columns=header), "md").splitlines()
+    return ["", f"    {command}", "", *lines, "", *_provenance(runs)]
+
+
+def _peer(peer: dict[str, str], runs: list[Run]) -> list[str]:
+    which = "dense" if peer["method"] == "dense" else "sparse"
+    of_method = [run for run in runs if peer["method"] in ("dense", run.config["pruner"]["name"])]
+    # `wikitext2-test` is our `wikitext2`.
+    found = [
+        (entry.get("config_hash", run.metrics["config_hash"]), result["value"])
+        for run in of_method
+        for entry in evaluations.all_of(run.metrics, run.config)
+        for name, result in entry["perplexity"][which].items()
+        if peer["text"].startswith(name)
+    ]
+    (value,) = {value for _, value in found}
+    source = ", ".join(filter(None, (f"{peer['repository']} {peer['commit']}".strip(), peer["note"])))
+    text = f"{peer['text']}, {peer['windows']} windows of {peer['window']}"
+    difference = round(value / float(peer["perplexity"]) - 1, 3) + 0.0  # no minus before a zero
+    kept = ", ".join(f"`{name}`" for name, _ in found if which == "sparse")
+    return [peer["method"], text, source, peer["perplexity"], f"{value:.2f}", f"{difference:+.1%}", kept]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the index; `seconds` of all runs."""
+
+    claim: str
+    command: str
+    ours: str
+    theirs: str
+    seconds: float
+
+
+def _entry(folder: Path, marker: Marker) -> Entry:
+    if marker.view == "study":
+        from permllm.results.views.studies import entry
+
+        return entry(folder, **marker.options)
+    if marker.view != "paper":
+        raise ConfigError(f"the first block of {folder}/README.md is no view of the paper or of a study")
+    return _paper_entry(folder, **marker.options)
+
+
+def _paper_entry(
+    folder: Path,
+    table: str,
+    claim: str,
+    baseline: str,
+    columns: str = "pruner,permutation",
+    measures: str = _SHOWN,
+    records: str = RECORDS,
+    recipe: str = "",
+    command: str = "",
+) -> Entry:
+    """Arguments as `paper`."""
+    runs = runs_of(folder / records)
+    summary = _narrowed(runs, columns, measures)
+    rows, of_table = summary.rows, published(table)
+    of_tasks = measures != _SHOWN  # whoever shows each task compares accuracies
+    name = "average acc" if of_tasks else main_measure(summary)
+    assert name is not None
+    compared = Comparison(of_table, runs[0].config["model"]["name"])
+    ours = "; ".join(f"{_name(row)}: {shown(row.measures[name])}" for row in rows) + heading(summary, name).removeprefix(name)
+    values = [(row, value) for row in rows if (value := compared.value(row, name)) is not None]
+    theirs = "; ".join(f"{_name(row)}: {f'{value:.2%}' if of_tasks else f'{value:.2f}'}" for row, value in values)
+    if not theirs:  # no row of ours is one of the paper's
+        metric = "average_acc" if of_tasks else "wikitext2_ppl"
+        theirs = "; ".join(f"{row.setting.split('=')[-1]}: {row.value:g}" for row in of_table if row.metric == metric)
+    return Entry(claim, typed(table, command), ours, theirs, sum(sum(run.metrics["seconds"].values()) for run in runs))
+
+
+def runs_of(file: Path) -> list[Run]:
+    """The runs of a file of records. Raises DataError where one of them is left out."""
+    found = collect([file])
+    if found.left_out():
+        raise DataError("; ".join(found.left_out()))
+    return found.runs
+
+
+def typed(experiment: str, command: str = "") -> str:
+    """The command of an experiment on two cores, unless another one is given."""
+    return command or f"python run.py experiment={experiment} {_OFFLINE}"
+
+
+def published_table(rows: list[Published]) -> list[str]:
+    """All numbers of one of the paper's tables, metrics across."""
+    keys = ["model", "sparsity", "method", "setting"]
+    numbers = pd.DataFrame([vars(row) for row in rows])
+    across = numbers.pivot(index=keys, columns="metric", values="value")  # sorted, which the paper's are not
+    across = across.reindex(
+        index=pd.MultiIndex.from_frame(numbers[keys].drop_duplicates()), columns=numbers["metric"].unique()
+    )
+    texts = across.map(lambda value: "" if pd.isna(value) else f"{value:g}").reset_index()
+    return as_text(texts, "md").splitlines()
+
+
+def machine(environments: Iterable[dict[str, Any]]) -> str:
+    """What records were computed with, in a line."""
+    entries = list(environments)
+    hardware = sorted({f"{processor(e)}, {e['hardware']['threads']} threads" for e in entries})
+    versions = sorted(
+        {
+            f"Python {e['versions']['python']}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
+            for e in entries
+        }
+    )
+    commits = sorted({e["git"]["commit"][:10] + " with changes" * e["git"]["dirty"] for e in entries if e.get("git")})
+    started = sorted(e["started"][:10] for e in entries)
+    of_code = [f"commit {', '.join(commits)}"] if commits else []
+    return "; ".join([*hardware, *versions, *of_code, started[0]]) + "."
+
+
+def processor(environment: dict[str, Any]) -> str:
+    """The GPU that something was computed on, or else the processor."""
+    hardware = environment["hardware"]
+    return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
+
+
+def _narrowed(runs: list[Run], columns: str, measures: str) -> Summary:
+    """A table with some of its columns."""
+    summary = summarise(runs)
+    if columns:
+        summary.settings = [name for name in summary.settings if name in columns.split(",")]
+    for row in summary.rows:
+        row.labels = {name: row.labels[name] for name in summary.settings}
+    summary.measures = _chosen(summary, measures)
+    return summary
+
+
+def _chosen(summary: Summary, measures: str) -> list[str]:
+    return [name for name in summary.measures if any(part in name for part in measures.split(", "))]
+
+
+def _name(row: Row) -> str:
+    return " ".join(value for value in row.labels.values() if value)
+
+
+def _provenance(runs: list[Run]) -> list[str]:
+    seconds = sum(sum(run.metrics["seconds"].values()) for run in runs)
+    seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
+    budget = runs[0].config["calibration"]
+    return [
+        f"{len(runs)} runs, {seconds / 60:.0f} minutes, evaluation included. Runs of several tables count in each; what "
+        "an earlier job had left of the dense model's evaluation and calibration does not. "
+        f"Seed {seeds}; calibrated on {budget['samples']} samples of {budget['length']} tokens. "
+        + machine(run.environment for run in runs)
+    ]

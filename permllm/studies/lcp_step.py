@@ -1,0 +1,322 @@
+"""Time of a step of LCP against plain training and against dense permutation matrices, on one random decoder layer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.config import RunConfig
+from permllm.errors import ConfigError
+from permllm.models.decoder import layer_inputs, run_layer
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
+from permllm.models.losses import cosine_loss
+from permllm.permutation.heuristic import assignment_scores
+from permllm.permutation.lcp.assignment import harden
+from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.permutation.lcp.method import LCP
+from permllm.permutation.lcp.temperature import Linear
+from permllm.permutation.lcp.training import Training, Window, masked_linears
+from permllm.permutation.problem import LearningProblem
+from permllm.permutation.shared import shared_orders
+from permllm.record.environment import hardware
+from permllm.record.schema import LCPSteps
+from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from permllm.runtime.precision import compute_dtype, products_in
+from permllm.runtime.timing import clock
+from permllm.sparsity import NMPattern
+from permllm.studies.base import StudyInputs
+from permllm.studies.settings import SEQUENCE, LCPStepSettings
+
+_PATTERN = NMPattern(2, 4)
+_VARIANTS = ("plain", "lcp", "checkpoint", "dense")
+# Groups of the loop that are timed; the rest of it is scaled.
+_TIMED = 16
+
+
+class LCPStep(LCPStepSettings):
+    """The study: needs the model's dimensions, not its weights."""
+
+    form: ClassVar[type] = LCPSteps
+
+    def measure(self, inputs: StudyInputs) -> dict[str, Any]:
+        """Seconds of all variants, and of the heuristic where it was asked for."""
+        if inputs.device.type == "cpu":
+            keep_freed_memory()
+        rows = [
+            _row(inputs.config, tokens, size, inputs.device, self.repeats)
+            for tokens in self.tokens
+            for size in self.block_sizes
+        ]
+        found: dict[str, Any] = {"repeats": self.repeats, "rows": rows}
+        if self.heuristic_channels:
+            found["heuristic"] = _heuristic(self.heuristic_channels, inputs.device, self.repeats)
+        return found
+
+    def lines(self, results: dict[str, Any]) -> list[str]:
+        """A table of steps, and a line of the heuristic."""
+        columns = ["layer", "tokens", "B", "products", "plain s", "LCP s", "LCP / plain"]
+        columns += ["recomputed s", "dense s", "dense / LCP", "hardening", "peak"]
+        lines = [f"Medians of {results['repeats']} repeats.", ""]
+        lines += [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+        for row in results["rows"]:
+            cells = [row["shape"], str(row["tokens"]), str(row["block_size"]), row["compute_dtype"]]
+            cells += [f"{row['plain_s']:.3f}", f"{row['lcp_s']:.3f}", f"{row['lcp_over_plain']:.2f}"]
+            cells += [f"{row['checkpoint_s']:.3f}"]
+            cells += [f"{row['dense_s']:.2f}", f"{row['dense_s'] / row['lcp_s']:.1f}"] if row["dense_s"] else ["-", "-"]
+            cells += [f"{row['harden_s'] / row['lcp_s']:.1%}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
+            lines.append(f"| {' | '.join(cells)} |")
+        if "heuristic" in results:
+            row = results["heuristic"]
+            lines += [
+                "",
+                f"Heuristic scores of one position, {row['rows']} x {row['channels']}: {row['ours_s']:.2f} s; the loop over "
+                f"groups {row['loop_s']:.0f} s ({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
+                f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference "
+                f"{row['relative_difference']:.0e}.",
+            ]
+        return lines
+
+    def draw(self, results: dict[str, Any], axes: Any) -> None:
+        """Bars of each variant relative to the plain step."""
+        rows = results["rows"]
+        for place, name in enumerate(_VARIANTS):
+            positions = [index + 0.2 * (place - 1.5) for index in range(len(rows))]
+            axes.bar(positions, [(row[f"{name}_s"] or 0.0) / row["plain_s"] for row in rows], 0.2, label=name)
+        axes.set_xticks(range(len(rows)), [f"{row['tokens']} tokens\nB {row['block_size']}" for row in rows], fontsize=7)
+        axes.set_ylabel("time of a step over the plain step")
+        axes.legend()
+
+
+def _one_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A random model with one decoder layer of the shape of the config's."""
+    if not config.model.architecture:
+        raise ConfigError(f"study=lcp_step needs a model whose dimensions conf/model has, and {config.model.name} is none")
+    settings: dict[str, Any] = dict(config.model.architecture) | {"num_hidden_layers": 1, "vocab_size": 256}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+class _PlainStep:
+    """Forward and backward with gradients for all weights of the layer."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor, target: Tensor) -> None:
+        self.layer = decoder_layers(model)[0]
+        self.inputs = layer_inputs(model, tokens)
+        self.target = target
+
+    def __call__(self) -> None:
+        """One step."""
+        self.layer.requires_grad_(True)
+        loss = cosine_loss(run_layer(self.layer, self.inputs.hidden, self.inputs.kwargs[0]), self.target)
+        loss.backward()
+        self.layer.requires_grad_(False)
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+
+
+class DensePermutedLinear(nn.Module):
+    """A frozen linear under dense permutation matrices: `x (W * M)^T`, `M = top-N(S P) P^T`, soft in backward."""
+
+    def __init__(self, linear: nn.Linear, factors: SaliencyFactors) -> None:
+        super().__init__()
+        self.linear = linear
+        self.saliency = saliency(linear.weight, factors)
+        self.matrices: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., C_in)` to `(..., C_out)`."""
+        assert self.matrices is not None
+        hard, through = self.matrices
+        permuted = self.saliency @ through
+        groups = permuted.unflatten(1, (-1, _PATTERN.m))
+        soft_mask = groups.softmax(-1).flatten(1)
+        top = groups.topk(_PATTERN.n, dim=2).indices
+        kept = torch.zeros_like(groups).scatter_(2, top, 1.0).flatten(1)
+        soft_in_place, kept_in_place = soft_mask @ through.T, kept @ hard.T
+        mask = kept_in_place + soft_in_place - soft_in_place.detach()  # straight through
+        return nn.functional.linear(x, self.linear.weight * mask.to(x.dtype), self.linear.bias)
+
+
+class _DenseStep:
+    """The paper's way, from its description: one dense C x C matrix a group, one assignment call a block."""
+
+    def __init__(self, problem: LearningProblem, block_size: int) -> None:
+        self.problem = problem
+        self.inputs = layer_inputs(problem.model, problem.tokens)
+        self.logits: dict[str, nn.Parameter] = {}
+        self.linears: dict[str, list[DensePermutedLinear]] = {}
+        device = next(problem.model.parameters()).device
+        for group in problem.groups:
+            start = torch.randn(-(-group.channels // block_size), block_size, block_size, device=device) * 0.1
+            self.logits[group.name] = nn.Parameter(start)
+            self.linears[group.name] = [
+                DensePermutedLinear(linear_at(problem.model, path), problem.factors[path].to(device)) for path in group.members
+            ]
+        self.optimizer = torch.optim.AdamW(self.logits.values(), lr=1e-3)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The dense linears in the places of the plain ones."""
+        plain = {path: linear_at(self.problem.model, path) for group in self.problem.groups for path in group.members}
+        for group in self.problem.groups:
+            for path, linear in zip(group.members, self.linears[group.name], strict=True):
+                self.problem.model.set_submodule(path, linear)
+        try:
+            yield
+        finally:
+            for path, module in plain.items():
+                self.problem.model.set_submodule(path, module)
+
+    def __call__(self) -> None:
+        """One step."""
+        for group in self.problem.groups:
+            soft = self._sinkhorn(self.logits[group.name])
+            size = soft.shape[-1]
+            dense = torch.block_diag(*soft)[: group.channels, : group.channels]
+            hard = torch.zeros_like(dense)
+            for index, block in enumerate(soft.detach()):
+                rows = harden(block[None])[0].to(dense.device) + index * size
+                columns = torch.arange(size, device=dense.device) + index * size
+                inside = (rows < group.channels) & (columns < group.channels)
+                hard[rows[inside], columns[inside]] = 1.0
+            for linear in self.linears[group.name]:
+                linear.matrices = (hard, hard + dense - dense.detach())
+        layer = decoder_layers(self.problem.model)[0]
+        hidden = run_layer(layer, self.inputs.hidden, self.inputs.kwargs[0])
+        loss = cosine_loss(hidden, self.problem.target.to(hidden.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        for linears in self.linears.values():
+            for linear in linears:
+                linear.matrices = None
+
+    @staticmethod
+    def _sinkhorn(logits: Tensor) -> Tensor:
+        log_p = logits / 0.5
+        for _ in range(5):
+            log_p = log_p - log_p.logsumexp(2, keepdim=True)
+            log_p = log_p - log_p.logsumexp(1, keepdim=True)
+        return log_p.exp()
+
+
+def _problem(model: nn.Module, tokens: Tensor, target: Tensor) -> LearningProblem:
+    """Learn the layer's order against a target, with Wanda's saliency under random input norms."""
+    groups = channel_groups(model)
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        path: SaliencyFactors(1, torch.rand(1, group.channels, generator=generator) + 0.5)
+        for group in groups
+        for path in group.members
+    }
+    return LearningProblem(model, groups, tokens, factors, target, _PATTERN, seed=0)
+
+
+def _row(config: RunConfig, count: int, block_size: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """One row: all variants in turn, `repeats` times after one warm-up.
+
+    In seconds: `plain_s`, forward and backward with gradients for all weights; `lcp_s`, a step of LCP on the same layer:
+    Sinkhorn, assignment, forward, backward, AdamW on the logits; `checkpoint_s`, that with the layer recomputed in backward;
+    `dense_s`, that with C x C permutation matrices, as the paper describes; `harden_s`, the part of `lcp_s` that makes
+    permutations hard.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = _one_layer(config, device, dtype)
+    tokens = torch.randint(0, 256, (count // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
+    shape = (*tokens.shape, int(config.model.architecture["hidden_size"]))
+    target = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    problem = _problem(model, tokens, target)
+    everything = torch.arange(len(tokens))
+    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine", "epochs": 1000}
+    plain = _PlainStep(model, tokens, target.to(device))
+    times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
+    dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
+    compute = compute_dtype(config.compute_dtype, dtype, device)
+    kernels = compiled_kernels(KernelUse(device.type, weights=dtype, products=compute)) or EAGER
+    shared = shared_orders(problem.groups, "free")
+    orders = {order.name: torch.arange(order.channels) for order in shared}
+    window = Window(0, 0, 0, 1, shared, shared, None, problem.target)
+    # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
+    logits = {name: LCP(**settings).start_logits(problem, shared, orders, near=True) for name in ("lcp", "checkpoint")}
+    peak = 0
+    for repeat in range(repeats + 1):
+        with products_in(compute, device):
+            found = {"plain": clock(plain, device)}
+            for name, recompute in (("lcp", False), ("checkpoint", True)):
+                lcp = LCP(**settings, activation_checkpointing=recompute)
+                with masked_linears(lcp, problem, window, kernels) as linears:
+                    training = Training(lcp, problem, shared, window, orders, logits[name], linears)
+                    training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
+                    reset_peak_memory(device)
+                    found[name] = clock(lambda training=training: training.step(everything, 0.5), device)  # type: ignore[misc]
+                    if name == "lcp":
+                        peak = max(peak, peak_memory(device))
+                        found["harden"] = training.harden_seconds
+            if dense is not None:
+                with dense.installed():
+                    found["dense"] = clock(dense, device)
+        if repeat:
+            for name, seconds in found.items():
+                times[name].append(seconds)
+    row: dict[str, Any] = {"shape": config.model.name, "tokens": count, "block_size": block_size, "device": str(device)}
+    row |= {"dtype": str(dtype).removeprefix("torch."), "compute_dtype": str(compute).removeprefix("torch.")}
+    row["peak_bytes"] = peak
+    for name, values in times.items():
+        row[f"{name}_s"] = statistics.median(values) if values else None
+        row[f"{name}_spread_s"] = [min(values), max(values)] if values else None
+    row["lcp_over_plain"] = row["lcp_s"] / row["plain_s"]
+    row["dense_over_lcp"] = row["dense_s"] / row["lcp_s"] if row["dense_s"] else None
+    return row
+
+
+def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
+    """Six matrices of C x C a group and eight of the layer's size a linear, in float32, against the memory there is."""
+    needed = sum(6 * 4 * group.channels**2 + 8 * 4 * group.channels * sum(group.rows) for group in groups)
+    if device.type == "cuda":
+        return needed < 0.8 * torch.cuda.get_device_properties(device).total_memory
+    return needed < 0.8 * int(hardware(device)["memory_bytes"])
+
+
+def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Our score matrix of one position against the per-group loop of RIA's description, timed on some groups and scaled."""
+    scores = torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)).pow(3).to(device)
+    perm = torch.randperm(channels, generator=torch.Generator().manual_seed(1))
+    places = perm.view(-1, _PATTERN.m).to(device)
+    count = len(places)
+    timed = min(_TIMED, count)
+    moving = scores[:, places[:, 0]]
+
+    def loop() -> Tensor:
+        rows = []
+        for group in range(timed):
+            others = scores[:, places[group, 1:]].unsqueeze(1).expand(-1, count, -1)
+            candidates = torch.cat([moving.unsqueeze(2), others], dim=2)
+            rows.append(candidates.topk(_PATTERN.n, dim=2).values.sum((0, 2)))
+        return torch.stack(rows, dim=1)
+
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(clock(lambda: assignment_scores(scores, perm, 0, _PATTERN), device))
+        theirs.append(clock(loop, device) * count / timed)
+    found = assignment_scores(scores.double(), perm, 0, _PATTERN)[:, :timed]
+    difference = loop().double() - found
+    difference = difference - difference[:1]  # a constant of the group
+    return {
+        "channels": channels,
+        "rows": channels,
+        "device": str(device),
+        "ours_s": statistics.median(ours),
+        "loop_s": statistics.median(theirs),
+        "loop_over_ours": statistics.median(theirs) / statistics.median(ours),
+        "loop_groups_timed": timed,
+        "loop_groups_scaled_to": count,
+        "relative_difference": float(difference.abs().max() / found.abs().max()),
+    }

@@ -1,0 +1,106 @@
+"""Blocks of documents: what a comment asks for is made, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from permllm.commands import call
+from permllm.errors import ConfigError, DataError
+from permllm.results.published import published
+from permllm.results.views import markers, with_views
+from permllm.results.views.tables import published_table
+from tests.results.test_results import make_run
+
+
+def document(folder: Path, words: str, block: str = "old\n") -> Path:
+    file = folder / "README.md"
+    file.write_text(f"Before.\n\n<!-- view: {words} -->\n{block}<!-- /view -->\n\nAfter.\n")
+    return file
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    for size, value in ((32, 30.0), (64, 20.0)):
+        make_run(tmp_path / "runs" / f"run{size}", value, block_size=size)
+        environment = {
+            "versions": {"python": "3", "torch": "2", "transformers": "5"},
+            "git": None,
+            "hardware": {"system": "x", "processor": "P", "cores": 2, "threads": 2, "memory_bytes": 1, "device": "cpu"},
+            "seed": 0,
+            "command": "run.py",
+            "started": "2026-01-01",
+        }
+        (tmp_path / "runs" / f"run{size}" / "environment.json").write_text(json.dumps(environment))
+    assert call("records", [str(tmp_path / "runs"), "--to", str(tmp_path / "records.jsonl")]) == 0
+    return tmp_path
+
+
+def test_a_block_is_made_anew_and_all_else_stays(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = document(kept, 'table columns=block_size measures="perplexity, output error" baseline=block_size=32')
+    capsys.readouterr()
+    assert call("results", ["--document", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file} is new\n"
+    assert file.read_text() == "\n".join(
+        [
+            "Before.\n",
+            '<!-- view: table columns=block_size measures="perplexity, output error" baseline=block_size=32 -->',
+            "| block_size | wikitext2 perplexity (window 2048) | against the baseline | output error |",
+            "| --- | --- | --- | --- |",
+            "| dense | 10.00 |  |  |",
+            "| 32 | 30.00 |  | 0.1500 |",
+            "| 64 | 20.00 | -33.3% | 0.1500 |",
+            "",
+            "P, 2 threads; Python 3, torch 2, transformers 5; 2026-01-01.",
+            "<!-- /view -->\n\nAfter.\n",
+        ]
+    )
+    assert call("results", ["--document", str(file)]) == 0
+    assert capsys.readouterr().out == "nothing is new\n"
+
+
+def test_each_block_of_a_document_is_its_own(kept: Path) -> None:
+    file = document(kept, "table note=no")
+    file.write_text(file.read_text() + file.read_text().replace("table note=no", "run row=block_size=64"))
+    assert [marker.view for marker in markers(file)] == ["table", "run"]
+    text = with_views(file)
+    assert text.count("<!-- /view -->") == 2
+    assert "wikitext2 perplexity (window 2048) │ 10.00 │  20.00 │" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tabel", r"there is no view 'tabel'; there are table, .*; did you mean table\?"),
+        ("table colums=x", "view table: got an unexpected keyword argument 'colums'"),
+        ("table baseline=block_size=7", "view table: --baseline block_size=7: 0 rows have these settings, not one"),
+        ("table records=none.jsonl", r"view table: .*none\.jsonl is not a directory, nor a file of records"),
+        ("study study=none", "view study: .*holds something other than studies"),
+        ("", "there is no view ''"),
+    ],
+)
+def test_a_block_that_cannot_be_made_is_one_line_that_names_the_document(kept: Path, words: str, message: str) -> None:
+    file = document(kept, words)
+    with pytest.raises((ConfigError, DataError), match=message) as error:
+        with_views(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+    assert file.read_text().count("old") == 1
+
+
+def test_a_document_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("results", ["--document", str(tmp_path / "none.md")]) == 1
+    assert capsys.readouterr().err == f"error: --document {tmp_path / 'none.md'} cannot be read: No such file or directory\n"
+    assert call("results", []) == 1
+    assert "no folder of runs was given" in capsys.readouterr().err
+
+
+def test_all_numbers_of_a_published_table_are_shown() -> None:
+    for number in range(1, 9):
+        rows = published(f"table{number}")
+        header, _, *lines = (line.strip("|").split("|") for line in published_table(rows))
+        cells = [cell.strip() for line in lines for cell in line[4:]]
+        assert sorted(float(cell) for cell in cells if cell) == sorted(row.value for row in rows)
+        assert [name.strip() for name in header[:4]] == ["model", "sparsity", "method", "setting"]
