@@ -1,7 +1,7 @@
 """What one looks at of many runs: a page, a picture of quality over minutes, or a table of the paper from W&B.
 
 permllm report runs --to report.html
-permllm report experiments/table1/records --to result.png
+permllm report experiments/table1 --to result.png
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 permllm report --offline runs --table table6

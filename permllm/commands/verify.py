@@ -3,7 +3,8 @@
 Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
 hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
 linear N:M. With --against DENSE also the difference of the logits from another model's: of a folded model from its simulate
-form none, from the dense model what pruning costs. The exit code is 0 where that is so, 1 where it is not, 2 where the
+form none, from the dense model what pruning costs. With --stock RUN also its perplexity in a process that cannot import this
+project, beside that of the run that it was exported from. The exit code is 0 where that is so, 1 where it is not, 2 where the
 checkpoint cannot be read.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.commands.answer import Answer
 from permllm.errors import printable
+from permllm.export.stock import stock_perplexity
 from permllm.export.verify import Report, verify
 from permllm.runtime.terminal import terminal
 from permllm.sparsity import NMPattern
@@ -33,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
     parser.add_argument("--pattern", help="N:M (default: what an export of ours states, else 2:4)")
     parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
+    parser.add_argument("--stock", type=Path, metavar="RUN", help="its run, whose perplexity stock transformers must find")
 
 
 def work(options: argparse.Namespace) -> Answer:
@@ -41,10 +45,12 @@ def work(options: argparse.Namespace) -> Answer:
     set_verbosity_error()  # what its warnings are about is in the report
     report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)
     values = asdict(report) | {"passed": report.passed}
-    return Answer(values, lambda: _show(options.folder, report), 0 if report.passed else 1)
+    if options.stock:
+        values["stock"] = stock_perplexity(options.folder, options.stock)
+    return Answer(values, lambda: _show(options.folder, report, values.get("stock")), 0 if report.passed else 1)
 
 
-def _show(folder: Path, report: Report) -> None:
+def _show(folder: Path, report: Report, stock: dict[str, Any] | None) -> None:
     console = terminal()
     table = Table(title=f"{escape(str(folder))}: {report.pattern} in stored order", title_justify="left")
     for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
@@ -64,6 +70,9 @@ def _show(folder: Path, report: Report) -> None:
             f"logits: relative difference {found['relative']:.2e}, largest {found['largest']:.2e}, KL {found['kl']:.2e} nats, "
             f"the same next token at {found['agreement']:.2%}"
         )
+    if stock is not None:
+        values = f"{stock['perplexity_of_the_run']:.3f}, with stock transformers {stock['perplexity_stock']:.3f}"
+        console.print(f"perplexity of the run {values}: relative difference {stock['relative_difference']:.1e}")
     without = "without checksums: what was changed after it was written is not found"
     console.print(f"contents {'compared with their checksums' if report.checksums else without}")
     if report.passed:

@@ -16,6 +16,7 @@ from permllm.identity import digest_of, identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
+from permllm.renamed import typed_name, typed_value
 from permllm.results.collect import Run
 
 GAP = "gap closed"
@@ -254,13 +255,13 @@ def row_labels(summary: Summary) -> list[str]:
 
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings that make a result, dotted; a group's `name` stands under the group's own."""
+    """Settings that make a result, dotted, as they are typed; a group's `name` stands under the group's own."""
     flat = flatten(identity_of(config))
     kept = {}
     for key, value in flat.items():
         if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
             continue
-        kept[plain(key.removesuffix(".name"))] = value
+        kept[plain(typed_name(key).removesuffix(".name"))] = typed_value(key, value)
     inputs = config.get("inputs") or {}
     return kept | {f"{plain(key)} (digest)": digest[:8] for key, digest in inputs.items() if digest}
 

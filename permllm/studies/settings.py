@@ -36,8 +36,8 @@ class LCPStepSettings:
         tokens: of a step, each a multiple of 128.
         block_sizes: B of LCP.
         repeats: of each measurement after one to warm up, in turns with the others; medians are given.
-        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a loop over its groups; 0 leaves
-            that out.
+        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a loop over its groups; 0 is
+            none.
     """
 
     tokens: list[int] = field(default_factory=lambda: [512, 2048])

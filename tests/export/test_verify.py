@@ -11,12 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from permllm import runner
+from permllm.commands import call
+from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
 from permllm.sparsity import NMPattern
 from tests.conftest import run_module
 from tests.export.test_export import make_run, variant_model
+from tests.test_config import composed
 
 
 @pytest.fixture
@@ -134,3 +138,21 @@ def test_the_command_line(run: Path, tmp_path: Path) -> None:
         assert broken.returncode == code
         assert broken.stderr.startswith("error: ")
         assert "Traceback" not in broken.stderr
+
+
+def test_stock_transformers_finds_the_perplexity_of_the_run(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("model=tiny", "permutation=heuristic", "permutation.constraint=foldable", "export=folded", "logger=none")
+    small = ("calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=3")
+    assert runner.run(read_config(composed(*words, *small, f"run_dir={tmp_path}/run"))) is not None
+    capsys.readouterr()
+    checkpoint = tmp_path / "run" / "export"
+    assert call("verify", [str(checkpoint), "--stock", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["stock"]
+    assert found["class"].endswith(".LlamaForCausalLM")
+    assert found["perplexity_stock"] == pytest.approx(found["perplexity_of_the_run"], rel=1e-5)
+    # A checkpoint that needs this project is none of stock transformers'.
+    export_run(tmp_path / "run", Request("gathered"), tmp_path / "gathered")
+    assert call("verify", [str(tmp_path / "gathered"), "--stock", str(tmp_path / "run")]) == 2
+    assert "cannot be loaded by stock transformers" in capsys.readouterr().err

@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 
 from permllm.config import register_resolvers
 from permllm.nested import flatten
+from permllm.nodes import register
 from permllm.record.names import RECORDS
+from permllm.renamed import in_records, typed_name, typed_value
 from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
 from permllm.results.views.tables import processor
@@ -61,7 +63,9 @@ def ablation(folder: Path, records: str = RECORDS) -> list[str]:
 
 def _line(run: Run) -> dict[str, Any]:
     config, metrics = run.config, run.metrics
-    said = ", ".join(f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run))
+    said = ", ".join(
+        f"{typed_name(key).removeprefix('permutation.')}={typed_value(key, value)}" for key, value in _differing(run)
+    )
     order = Path(config["permutation"].get("path", "")).name.rsplit("-", 1)[-1]
     if order:
         said = f"the order of `{order}`" + (f", {said}" if said else "")
@@ -91,11 +95,12 @@ def _differing(run: Run) -> Iterator[tuple[str, Any]]:
 @cache
 def _usual(pruner: str, reconstruction: str) -> dict[str, Any]:
     register_resolvers()
+    register()
     conf = Path(__file__).parents[3] / "conf"
     with initialize_config_dir(str(conf), version_base="1.3"):
         composed = compose("config", overrides=[f"pruner={pruner}", f"reconstruction={reconstruction}"])
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-    return _settings(config | {"compute_dtype": "bfloat16"})
+    return _settings(in_records(config) | {"compute_dtype": "bfloat16"})
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

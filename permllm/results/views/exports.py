@@ -69,7 +69,7 @@ def _default(run: Run) -> bool:
 
 
 def stock(folder: Path, files: str = "stock*.json") -> list[str]:
-    """One line a file of `scripts/stock_perplexity.py`."""
+    """One line a file of `permllm verify DIR --stock RUN`, or of version 0.1, which wrote that part alone."""
     return _table(
         {
             "run": f"`{found['run']}`",
@@ -78,7 +78,8 @@ def stock(folder: Path, files: str = "stock*.json") -> list[str]:
             "with stock transformers": f"{found['perplexity_stock']:.3f}",
             "relative difference": f"{found['relative_difference']:.1e}",
         }
-        for _, found in _json(folder, files)
+        for _, report in _json(folder, files)
+        for found in [report.get("stock", report)]
     )
 
 

@@ -1,0 +1,86 @@
+"""Perplexity of a checkpoint in a process that has transformers and nothing of this project, beside that of its run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from permllm.config import PerplexityConfig
+from permllm.errors import ConfigError, DataError
+from permllm.evaluation.perplexity import perplexity_windows
+from permllm.record.files import read_json, read_yaml
+from permllm.record.names import CONFIG, METRICS
+from permllm.record.schema import FinishedRun, PrunedModel, Settings, validated
+from permllm.renamed import typed_name
+
+_CHILD = """
+import json, math, sys
+sys.modules["permllm"] = None  # whoever imports it fails
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[3])).eval()
+windows = load_file(sys.argv[2])["windows"]
+total, count = 0.0, 0
+with torch.no_grad():
+    for window in windows.split(4):
+        logits = model(input_ids=window).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none")
+        total, count = total + float(losses.double().sum()), count + losses.numel()
+print(json.dumps({"class": type(model).__module__ + "." + type(model).__name__, "value": math.exp(total / count)}))
+"""
+
+
+def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
+    """Perplexity of a checkpoint on the windows of a run's evaluation, on the CPU.
+
+    Args:
+        checkpoint: that stock transformers loads.
+        run: directory of the finished run that it was exported from, with a perplexity.
+
+    Returns:
+        `run`, `text`, `window` (tokens), `class`, `perplexity_of_the_run`, `perplexity_stock`, `relative_difference`.
+
+    Raises:
+        ConfigError: the run has no perplexity on a text of this package. DataError: a file is not as it should be, or
+            transformers cannot load the checkpoint by itself.
+    """
+    config: dict[str, Any] = dict(read_yaml(run / CONFIG, Settings))
+    model = validated(f"{run / CONFIG}: model", config["model"], PrunedModel)
+    metrics = read_json(run / METRICS, FinishedRun)
+    # The evaluation whose results stand at the top; early records say it in their config alone.
+    evaluation = metrics.get("protocol", {}).get("evaluation", config.get("evaluation"))
+    recorded: dict[str, Any] = dict(evaluation or {}).get("perplexity") or {}  # type: ignore[assignment]
+    typed = {typed_name(f"evaluation.perplexity.{key}").rpartition(".")[2]: value for key, value in recorded.items()}
+    settings = PerplexityConfig(**typed)
+    dataset = settings.dataset or ""
+    if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
+        raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")
+    text = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), settings)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "windows.safetensors"
+        save_file({"windows": text.windows.contiguous()}, file)
+        command = [sys.executable, "-c", _CHILD, str(checkpoint.resolve()), str(file), model["dtype"]]
+        # Elsewhere, so that what is imported is installed and not beside the caller.
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if answer.returncode:
+        last = (answer.stderr.strip() or "no word").splitlines()[-1]
+        raise DataError(f"{checkpoint} cannot be loaded by stock transformers: {last}")
+    found = json.loads(answer.stdout.splitlines()[-1])
+    of_run = metrics["perplexity"]["sparse"][text.name]["value"]
+    return {
+        "run": f"{metrics['name']}-{metrics['config_hash']}",
+        "text": text.name,
+        "window": int(text.windows.shape[1]),
+        "class": found["class"],
+        "perplexity_of_the_run": of_run,
+        "perplexity_stock": found["value"],
+        "relative_difference": abs(found["value"] - of_run) / of_run,
+    }
