@@ -11,7 +11,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.published import Comparison, published
-from permllm.results.render import FORMATS, compared, comparison, find_baseline, records, render
+from permllm.results.render import FORMATS, compared, comparison, find_baseline, records, render, without_interval
 from permllm.results.summary import close_gaps, summarise
 from permllm.results.views import with_views
 
@@ -53,8 +53,6 @@ def work(options: argparse.Namespace) -> Answer:
     if not collection.runs:
         raise ConfigError("no finished run is among them")
     summary = summarise(collection.runs)
-    for note in summary.notes:
-        print(f"note: {note}", file=sys.stderr)
     if options.compare:
         first, second = (find_baseline(summary, text, "--compare") for text in options.compare)
         differences = comparison(first, second, summary)
@@ -65,10 +63,12 @@ def work(options: argparse.Namespace) -> Answer:
         models = sorted({run.config["model"]["name"] for run in collection.runs})
         paper = Comparison(published(options.paper), models)
     baseline = find_baseline(summary, options.baseline) if options.baseline else None
+    notes = [paper.note] if paper and paper.note else []
     if baseline is not None:
         close_gaps(summary, baseline)
-    if paper and paper.note:
-        print(f"note: {paper.note}", file=sys.stderr)
+        notes = [*without_interval(summary, baseline), *notes]
+    for note in [*summary.notes, *notes]:
+        print(f"note: {note}", file=sys.stderr)
     # What draws takes longer to import than a table takes.
     if options.plot:
         from permllm.results.plots import plot

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
     evaluation = metrics.get("protocol", {}).get("evaluation", config.get("evaluation"))
     recorded: dict[str, Any] = dict(evaluation or {}).get("perplexity") or {}  # type: ignore[assignment]
     typed = {typed_name(f"evaluation.perplexity.{key}").rpartition(".")[2]: value for key, value in recorded.items()}
-    settings = PerplexityConfig(**typed)
+    settings = PerplexityConfig(**{one.name: typed[one.name] for one in fields(PerplexityConfig) if one.name in typed})
     dataset = settings.dataset or ""
     if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
         raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")

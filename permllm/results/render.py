@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.nested import finite
-from permllm.results.compare import paired
+from permllm.results.compare import Paired, paired
 from permllm.results.published import Comparison
 from permllm.results.summary import Measure, Row, Summary
 
@@ -166,10 +167,24 @@ def _interval(row: Row, baseline: Row, name: str) -> str:
     if row is baseline:
         return ""
     found = paired(row, baseline, name)
-    if isinstance(found, str) or not found.whole:
+    if isinstance(found, str) or not found.whole:  # `without_interval` says why
         return ""
     _, low, high = found.shown()
     return f" [{low * 100:+.1f}, {high * 100:+.1f}]"
+
+
+def without_interval(summary: Summary, baseline: Row) -> list[str]:
+    """A line for each reason why changes from the baseline have no interval, with the number of rows that it holds for."""
+    name = main_measure(summary)
+    if name is None or name not in baseline.measures:
+        return []
+    found = [paired(row, baseline, name) for row in summary.rows if row is not baseline and name in row.measures]
+    reasons = Counter(pair if isinstance(pair, str) else "not the same seeds" for pair in found if not _whole(pair))
+    return [f"no interval for {count} of {len(found)} rows: {reason}" for reason, count in reasons.items()]
+
+
+def _whole(pair: Paired | str) -> bool:
+    return isinstance(pair, Paired) and pair.whole
 
 
 def comparison(first: Row, second: Row, summary: Summary) -> list[dict[str, Any]]:

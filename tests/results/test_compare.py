@@ -199,6 +199,18 @@ def test_the_column_against_the_baseline_has_the_interval(two: Any) -> None:
     assert row[header.index("against the baseline")] == f"{difference:+.1f}% [{low:+.1f}, {high:+.1f}]"
 
 
+def test_where_there_is_no_interval_a_note_says_why(two: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, *_ = two
+    words = [str(folder), "--baseline", "permutation=none"]
+    assert call("results", words) == 0
+    assert "no interval" not in capsys.readouterr().err
+    (folder / "lcp" / "scores.json").unlink()
+    assert call("results", words) == 0
+    answer = capsys.readouterr()
+    assert "note: no interval for 1 of 1 rows: windows were not kept\n" in answer.err
+    assert "[" not in answer.out
+
+
 def gaps(summary: Summary) -> dict[str, float]:
     return {row.labels["permutation"]: row.measures["gap closed"].mean for row in summary.rows if "gap closed" in row.measures}
 
