@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from permllm.config import conf_directory, register_resolvers
 from permllm.nodes import register
 from permllm.runtime.interruption import started
+from permllm.usage import completions, help_text, reported
 
 # Groups that every job has an option of.
 _NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "export", "logger")
@@ -31,9 +33,18 @@ def main() -> int:
     """Run what Hydra makes of the command line, and end it: the exit code."""
     register_resolvers()
     register()
+    OmegaConf.register_new_resolver("help_text", help_text, replace=True)
+    if sys.argv[1:] and set(sys.argv[1:]) <= {"-h", "--help"}:
+        print(help_text())
+        return 0
+    if sys.argv[1:] in (["-sc", "query=bash"], ["-sc", "query=zsh"]):
+        found = completions(os.environ["COMP_LINE"])
+        if found is not None:
+            print(" ".join(found))
+            return 0
     if any(word.split("=")[0] in _QUESTIONS for word in sys.argv[1:]):
         started()
-        job()
+        reported(job)
         return 0
     if group := _group_without_option(sys.argv[1:]):
         started()
@@ -41,7 +52,7 @@ def main() -> int:
         return 1
     from permllm.session import SESSION
 
-    return SESSION.of(job)
+    return SESSION.of(lambda: reported(job))
 
 
 def _group_without_option(words: list[str]) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from permllm.errors import ConfigError, PermLLMError, first_line
 from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
@@ -333,6 +333,8 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
             key = first_line(error).rsplit(" ", 1)[-1]
         if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
             raise ConfigError(f"{key} must be given") from error
+        if isinstance(error, ConfigKeyError):
+            raise ConfigError(f"{key} is no setting; docs/options.md lists them") from error
         reason = first_line(ConfigError(error.msg) if getattr(error, "msg", None) else error)
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
     assert isinstance(config, RunConfig)

@@ -1,5 +1,10 @@
 """The errors that a person can cause and mend: each is one line that names what was wrong, the value, and what is valid."""
 
+import os
+
+# Set where Hydra is made to raise what it would print: `HYDRA_FULL_ERROR` is then not what a person has set.
+SHORT_ERRORS = "PERMLLM_SHORT_ERRORS"
+
 
 class PermLLMError(Exception):
     """Base of the errors that are reported as one line without a traceback."""
@@ -36,3 +41,8 @@ def one_line(error: BaseException) -> str:
 def printable(name: str) -> str:
     """A name from a file of others as it can be shown: no line of its own, nothing that a terminal obeys."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
+
+
+def everything_wanted() -> bool:
+    """Whether `HYDRA_FULL_ERROR=1` asks for the whole of an error."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and SHORT_ERRORS not in os.environ

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import traceback
 import warnings
@@ -17,7 +16,7 @@ import transformers
 from omegaconf import DictConfig
 
 from permllm.config import read_config, register_resolvers
-from permllm.errors import DataError, InUseError, PermLLMError, one_line
+from permllm.errors import DataError, InUseError, PermLLMError, everything_wanted, one_line
 from permllm.helping import assist
 from permllm.record import sweep
 from permllm.record.evaluations import mean_accuracy
@@ -135,7 +134,7 @@ class Session:
                 print(f"error: {error}", file=sys.stderr)
             self._done("skipped", one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if everything_wanted():
                 raise
             text = one_line(error)
             self._done("failed", text)

@@ -44,6 +44,7 @@ ROOMS = (
     "api",
     "results",
     "session",
+    "usage",
     "cli",
     "commands",
     # `python -m` of a module.

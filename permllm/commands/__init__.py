@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -46,6 +47,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if words[:1] == ["run"]:
         sys.argv = ["permllm run", *words[1:]]  # which Hydra reads
         return int(import_module("permllm.cli").main())
+    if words[:1] == ["-sc"]:  # the completion of a shell: eval "$(permllm -sc install=bash)"
+        return _completion(words)
     if words and words[0] in COMMANDS:
         return call(words[0], words[1:])
     if words and not words[0].startswith("-"):
@@ -64,6 +67,17 @@ def main(words: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=meaning)
     parser.parse_args(words or ["--help"])  # ends here: with the help, the version, or what is wrong
     return 2
+
+
+def _completion(words: list[str]) -> int:
+    """Hydra's completion knows the words of `permllm run`; before those stands the name of a command. The exit code."""
+    _, *typed = os.environ.get("COMP_LINE", "permllm run ").split(" ")
+    if typed[:1] != ["run"] or typed == ["run"]:
+        print(" ".join(name for name in COMMANDS if name.startswith(typed[0])) if len(typed) == 1 else "")
+        return 0
+    os.environ["COMP_LINE"] = " ".join(["permllm", *typed[1:]])
+    sys.argv = ["permllm", *words]
+    return int(import_module("permllm.cli").main())
 
 
 def call(name: str, words: Sequence[str], program: str = "", json_file: bool = False) -> int:
