@@ -39,7 +39,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("dense", "sequential")
 SAMPLINGS = ("disjoint", "documents", "overlapping")
-LOGGERS = ("wandb", "tensorboard", "none")
+LOGGERS = ("wandb", "mlflow", "tensorboard", "none")
 
 
 @dataclass
@@ -149,9 +149,9 @@ class LoggerConfig:
     """Group `logger`.
 
     Attributes:
-        name: `wandb`, `tensorboard` or `none`.
-        project: W&B project.
-        group: W&B group; None is the sweep's name, and leaves a single run ungrouped.
+        name: `wandb`, `mlflow`, `tensorboard` or `none`.
+        project: W&B project, or MLflow experiment.
+        group: W&B group, or MLflow's tag `group`; None is the sweep's name, and leaves a single run ungrouped.
     """
 
     name: str

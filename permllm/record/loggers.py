@@ -1,4 +1,4 @@
-"""Where a run's numbers stream to while it works: Weights & Biases, TensorBoard, or nowhere."""
+"""Where a run's numbers stream to while it works: Weights & Biases, MLflow, TensorBoard, or nowhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from permllm.config import RunConfig
 from permllm.errors import ConfigError, first_line
+from permllm.nested import flatten
 from permllm.record import sweep
 from permllm.record.files import write_text
 
@@ -134,6 +135,20 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         with SummaryWriter(str(directory / "tensorboard")) as writer:
             writer.add_text("config", f"```\n{described(config)}\n```")
             yield _TensorBoard(writer)
+    elif config.logger.name == "mlflow":
+        from permllm.record.mlflow_runs import open_mlflow
+
+        tags = {key: value for key, value in _tags(config).items() if value} | {"run_directory": str(directory)}
+        with open_mlflow(
+            Path(config.runs_dir),
+            directory,
+            project=config.logger.project,
+            name=job_name(directory),
+            tags=tags | {"config_hash": config.hash, "job_type": _job_type(config)},
+            settings=flatten(described(config)),
+            force=config.force,
+        ) as mlflow:
+            yield mlflow or NO_LOGGER
     else:
         yield NO_LOGGER
 
@@ -143,14 +158,24 @@ def described(config: RunConfig) -> dict[str, Any]:
     return config.identity | {key: config.resolved[key] for key in ("permutation", "evaluation")}
 
 
-def wandb_group(config: RunConfig) -> str | None:
-    """The W&B group: what was asked for, else the sweep that the job belongs to, else none."""
+def _tags(config: RunConfig) -> dict[str, str | None]:
+    """What runs are found by."""
+    methods = {"pruner": config.pruner.get("name"), "permutation": config.permutation.get("name")}
+    return methods | {"sparsity": config.sparsity, "model": config.model.name, "group": job_group(config)}
+
+
+def _job_type(config: RunConfig) -> str:
+    return "learn" if "epochs" in config.permutation else "prune"
+
+
+def job_group(config: RunConfig) -> str | None:
+    """The group of W&B, the tag `group` of MLflow: what was asked for, else the sweep that the job belongs to, else none."""
     group = config.logger.group or os.environ.get(sweep.VARIABLE)
     return group[:_LONGEST_NAME] if group else None
 
 
-def wandb_name(directory: Path) -> str:
-    """The name of the W&B run: what was typed for the job and says what it is; without any, the run directory's name."""
+def job_name(directory: Path) -> str:
+    """The name in W&B and MLflow: what was typed for the job and says what it is; without any, the run directory's name."""
     words = [word for word in sweep.overrides() if word.lstrip("+~").partition("=")[0].split(".")[0] not in _NOT_IN_A_NAME]
     return " ".join(words)[:_LONGEST_NAME] or directory.name
 
@@ -190,16 +215,17 @@ def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
 
-    tags = [config.pruner.get("name"), config.permutation.get("name"), config.sparsity, config.model.name]
+    tags = _tags(config)
+    group = tags.pop("group")
     run_id = _wandb_id(config, directory)
 
     def start(mode: str) -> Any:
         return wandb.init(
             project=config.logger.project,
-            group=wandb_group(config),
-            name=wandb_name(directory),
-            tags=[str(tag)[:_LONGEST_TAG] for tag in tags if tag],
-            job_type="learn" if "epochs" in config.permutation else "prune",
+            group=group,
+            name=job_name(directory),
+            tags=[str(tag)[:_LONGEST_TAG] for tag in tags.values() if tag],
+            job_type=_job_type(config),
             config=described(config) | {"run_directory": str(directory), "config_hash": config.hash},
             id=run_id,
             # Offline, each attempt leaves a folder of its own with this id, and says in it that it resumes the run.

@@ -1,9 +1,11 @@
-"""What W&B and TensorBoard get: names, groups, axes, curves, final numbers; and the tables that are made from it."""
+"""What W&B, MLflow and TensorBoard get: names, groups, axes, curves, final numbers; and the tables that are made from it."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from permllm import runner
 from permllm.commands import main
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
-from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, open_logger, wandb_group, wandb_name
+from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, job_group, job_name, open_logger
+from permllm.record.mlflow_runs import DATABASE, MLFLOW_ID, MlflowLogger, open_mlflow
 from permllm.results import wandb_runs
 from permllm.results.collect import Run, collect
 from permllm.results.published import published
@@ -229,20 +232,20 @@ def test_rows_that_wandb_has_are_not_sent_again() -> None:
 def test_the_group_is_what_was_asked_for_or_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     single, asked = (read_config(composed("model=tiny", *more)) for more in ([], ["logger.group=mine"]))
     monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
-    assert wandb_group(single) is None
+    assert job_group(single) is None
     monkeypatch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
-    assert wandb_group(single) == "table6-1a2b3c4d"
-    assert wandb_group(asked) == "mine"
+    assert job_group(single) == "table6-1a2b3c4d"
+    assert job_group(asked) == "mine"
 
 
 def test_a_name_leaves_out_what_says_nothing_about_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["experiment=table6", "+logger.group=x", "logger=wandb", "runs_dir=a", "run_dir=b", "++force=true"]
     monkeypatch.setattr("permllm.record.sweep.overrides", lambda: [*words, "block_size=32", "~x"])
-    assert wandb_name(Path("runs/y")) == "block_size=32 ~x"
+    assert job_name(Path("runs/y")) == "block_size=32 ~x"
     monkeypatch.setattr("permllm.record.sweep.overrides", lambda: words)
-    assert wandb_name(Path("runs/y")) == "y"
+    assert job_name(Path("runs/y")) == "y"
     monkeypatch.setattr("permllm.record.sweep.overrides", lambda: ["model.path=" + "a" * 200])
-    assert len(wandb_name(Path("runs/y"))) == 128
+    assert len(job_name(Path("runs/y"))) == 128
 
 
 def test_tensorboard_gets_the_passes(cache: Path, tmp_path: Path) -> None:
@@ -254,6 +257,154 @@ def test_tensorboard_gets_the_passes(cache: Path, tmp_path: Path) -> None:
     history = [json.loads(line) for line in (result[1] / "history.jsonl").read_text().splitlines()]
     found = [(event.step, event.value) for event in events.Scalars("pass/loss")]
     assert found == [(number, pytest.approx(entry["loss"])) for number, entry in enumerate(history, 1)]
+
+
+@pytest.fixture(scope="module")
+def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A runs_dir with MLflow's database, and a run in it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("PERMLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
+        patch.chdir(folder)
+        result = runner.run(read_config(composed("model=tiny", "logger=mlflow", "runs_dir=runs")))
+    assert result is not None
+    assert sorted(file.name for file in folder.iterdir()) == ["runs"]
+    assert sorted(file.name for file in (folder / "runs").iterdir()) == sorted([DATABASE, result[1].name])
+    return folder / "runs", folder / result[1]
+
+
+@pytest.fixture
+def mlflow_home(mlflow_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a database that is made already, which takes seconds."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(mlflow_run[0] / DATABASE, tmp_path)
+    return tmp_path
+
+
+def mlflow_client(home: Path) -> Any:
+    return import_module("mlflow").MlflowClient(tracking_uri=f"sqlite:///{home / DATABASE}")
+
+
+def points(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def test_mlflow_gets_what_the_record_has(mlflow_run: tuple[Path, Path]) -> None:
+    home, directory = mlflow_run
+    client = mlflow_client(home)
+    run = client.get_run((directory / MLFLOW_ID).read_text().strip())
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert run.info.status == "FINISHED"
+    assert client.get_experiment(run.info.experiment_id).name == "permllm"
+    expected = {"group": "table6-1a2b3c4d", "pruner": "wanda", "permutation": "lcp", "sparsity": "2:4", "model": "tiny"}
+    expected |= {"job_type": "learn", "config_hash": metrics["config_hash"], "final/status": "finished"}
+    assert run.data.tags.items() >= expected.items()
+    assert run.data.params.items() >= {"block_size": "64", "pruner.name": "wanda", "seed": "0"}.items()
+    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    for name in ("loss", "temperature"):
+        values = [(number, entry[name]) for number, entry in enumerate(history, 1)]
+        assert points(client, run.info.run_id, f"pass/{name}") == values
+    losses = points(client, run.info.run_id, "lcp/loss")
+    assert [step for step, _ in losses] == list(range(len(losses)))
+    assert len(losses) > len(history)
+    final = run.data.metrics
+    for which in ("dense", "sparse"):
+        assert final[f"perplexity/{which}/builtin/value"] == metrics["perplexity"][which]["builtin"]["value"]
+    seconds = metrics["seconds"]
+    minutes = (seconds["calibrate"] + seconds["permute"] + seconds["prune"]) / 60
+    assert final["minutes"] == pytest.approx(minutes)
+
+
+def test_a_continued_run_is_the_same_one_in_mlflow(mlflow_home: Path) -> None:
+    def interrupted() -> None:
+        with attempt(mlflow_home, "logger=mlflow") as logger:
+            for step in range(3):
+                logger.log({"loss": 2.0 - step}, step)
+            logger.log_pass({"pass": 1, "loss": 1.5, "measured_loss": None}, 1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    client, file = mlflow_client(mlflow_home), mlflow_home / "run" / MLFLOW_ID
+    run_id = file.read_text().strip()
+    assert client.get_run(run_id).info.status == "FAILED"
+    with attempt(mlflow_home, "logger=mlflow") as logger:
+        assert client.get_run(run_id).info.status == "RUNNING"
+        for step in range(2, 5):  # step 2 is done again
+            logger.log({"loss": 10.0 + step}, step)
+        logger.log_pass({"pass": 1, "loss": 9.0}, 1)
+        logger.log_pass({"pass": 2, "loss": 0.75, "measured_loss": 0.5}, 2)
+        logger.summary({"status": "finished"})
+    assert file.read_text().strip() == run_id
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert points(client, run_id, "lcp/loss") == [(0, 2.0), (1, 1.0), (2, 0.0), (3, 13.0), (4, 14.0)]
+    assert points(client, run_id, "pass/loss") == [(1, 1.5), (2, 0.75)]
+    assert points(client, run_id, "pass/measured_loss") == [(2, 0.5)]
+    with attempt(mlflow_home, "logger=mlflow", "force=true"):
+        pass
+    assert file.read_text().strip() != run_id
+    file.write_text("of another server")
+    with attempt(mlflow_home, "logger=mlflow"):
+        pass
+    assert client.get_run(file.read_text().strip()).info.status == "FINISHED"
+
+
+def test_mlflow_takes_what_its_fields_do_not(mlflow_home: Path, tmp_path: Path) -> None:
+    settings = {f"a{number}": number for number in range(250)} | {"a?b=c": "x" * 10_000, "k" * 300: None}
+    arguments = {"project": "odd", "name": "n", "tags": {}, "settings": settings, "force": False}
+    with open_mlflow(mlflow_home, tmp_path, **arguments) as logger:
+        assert logger is not None
+        logger.log({"loss": float("nan"), "flips": 0.5}, 0)
+        logger.summary({"perplexity/x(y)/value": float("inf"), "good": 2.0, "text/ü": "words"})
+    data = mlflow_client(mlflow_home).get_run((tmp_path / MLFLOW_ID).read_text().strip()).data
+    assert len(data.params) == 252
+    assert data.params["a_b_c"] == "x" * 6000
+    assert data.params["k" * 250] == "None"
+    assert data.metrics == {"lcp/flips": 0.5, "good": 2.0}
+    assert data.tags["final/perplexity/x_y_/value"] == "inf"
+
+
+def test_a_store_of_files_is_one_too(mlflow_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with attempt(tmp_path, "logger=mlflow") as logger:
+        logger.log({"loss": 1.0}, 0)
+        logger.summary({"good": 2.0})
+    run = import_module("mlflow").MlflowClient().get_run((tmp_path / "run" / MLFLOW_ID).read_text().strip())
+    assert run.data.metrics == {"lcp/loss": 1.0, "good": 2.0}
+
+
+def test_without_mlflow_or_its_server_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with attempt(tmp_path, "logger=mlflow") as logger:  # a server that is down costs no run its result
+        logger.log({"loss": 1.0}, 0)
+    assert "MLflow cannot be reached at http://127.0.0.1:9" in caplog.text
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with (
+        pytest.raises(ConfigError, match=r"logger=mlflow needs .*pip install -e '\.\[mlflow\]'"),
+        attempt(tmp_path, "logger=mlflow"),
+    ):
+        pass
+
+
+def test_a_server_that_goes_away_costs_the_curves_alone(mlflow_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with attempt(mlflow_home, "logger=mlflow") as logger:
+        logger.log({"loss": 1.0}, 0)
+        assert isinstance(logger, MlflowLogger)
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise ConnectionError("gone")
+
+        logger._client.log_batch = broken
+        for step in range(1, 4):
+            logger.log({"loss": 1.0}, step)
+        logger.summary({"good": 2.0})
+    assert caplog.text.count("MLflow does not answer (gone)") == 1
 
 
 def test_the_table_of_offline_runs_is_that_of_the_run_directories(sweep: Path) -> None:
