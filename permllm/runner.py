@@ -28,8 +28,9 @@ from permllm.record.caching import clear_cache
 from permllm.record.environment import environment
 from permllm.record.figures import flat_figures, print_run
 from permllm.record.files import write_record
+from permllm.record.job_log import job_log
 from permllm.record.loggers import RunLogger, open_logger
-from permllm.record.names import ENVIRONMENT, EXPORT, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
+from permllm.record.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
 from permllm.record.run_tensors import write_masks, write_orders
 from permllm.record.store import RunRecord, run_directory
 from permllm.record.tensors import write_tensors
@@ -83,7 +84,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             if methods.permutation.learned and not record.begun:
                 check_shares(methods.permutation, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
-            with open_logger(config, record.directory) as logger:
+            with job_log(record.path(LOG)), open_logger(config, record.directory) as logger:
                 _stages(config, methods, record, logger, device)
         if request is not None:
             _export(request, record)

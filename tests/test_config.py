@@ -127,6 +127,46 @@ def test_models_choose_their_texts_and_explicit_choices_win() -> None:
     assert (chosen.calibration.dataset, chosen.evaluation.zero_shot.tasks) == ("c4", ["piqa"])
 
 
+def test_a_protocol_is_one_for_all_models_and_a_model_keeps_its_own_without() -> None:
+    for model in ("tiny", "smollm2-135m", "qwen2.5-7b"):
+        papers, offline = (config(f"model={model}", f"protocol={name}") for name in ("papers", "offline"))
+        assert (papers.calibration.dataset, papers.evaluation.perplexity.dataset) == ("c4", "wikitext2")
+        assert offline.calibration.dataset == offline.evaluation.perplexity.dataset == "boolq-passages"
+    assert config("model=tiny", "protocol=papers", "calibration=builtin").calibration.dataset == "builtin"
+
+
+def test_a_budget_is_amounts_alone_and_the_papers_chooses_its_recipe_unless_another_is_given() -> None:
+    papers, ours = config("model=llama-2-7b", "budget=paper"), config("model=llama-2-7b", "budget=paper", "recipe=ours")
+    assert (papers.permutation["name"], papers.permutation["epochs"], papers.calibration.statistics) == (
+        "lcp-paper",
+        50,
+        "dense",
+    )
+    assert (ours.permutation["name"], ours.permutation["epochs"], ours.calibration.samples) == ("lcp", 3, 128)
+    assert config("budget=cpu", "recipe=paper").permutation.items() >= {"name": "lcp-paper", "epochs": 2}.items()
+    baseline = [config("recipe=paper", "method=wanda-cp"), config("method=wanda-cp")]
+    assert [(one.permutation["name"], one.calibration.statistics) for one in baseline] == [
+        ("heuristic", "sequential"),
+        ("heuristic", "dense"),
+    ]
+
+
+@pytest.mark.parametrize("permutation", ["none", "lcp", "lcp-paper"])
+@pytest.mark.parametrize("model", ["tiny", "qwen2.5-7b"])
+def test_debugging_is_fast_with_the_model_that_was_chosen(model: str, permutation: str) -> None:
+    chosen, usual = (config(f"model={model}", f"permutation={permutation}", *debug) for debug in (["debug=fast"], []))
+    assert chosen.model == usual.model
+    assert (chosen.calibration.samples, chosen.evaluation.perplexity.limit, chosen.evaluation.zero_shot.tasks) == (4, 2, [])
+    assert chosen.permutation.get("epochs", 1) == 1
+    assert chosen.calibration.dataset == usual.calibration.dataset
+
+
+def test_paths_say_where_things_lie_and_make_no_other_run(tmp_path: Path) -> None:
+    settings = config("model=tiny", "paths.runs_dir=elsewhere", "paths.cache_dir=/scratch")
+    assert (settings.runs_dir, settings.hash) == ("elsewhere", config("model=tiny").hash)
+    assert config("model=tiny", "paths.runs_dir=elsewhere", "runs_dir=here").runs_dir == "here"
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_architecture_builds_without_weights(model: str) -> None:
     groups = channel_groups(meta_model(config(f"model={model}").model))

@@ -301,3 +301,25 @@ def test_tensorboard_and_wandb_get_the_training_and_the_result(cache: Path, tmp_
     tags = events.Tags()["scalars"]
     assert {"lcp/loss", "lcp/temperature", "lcp/flips", "lcp/seconds", "perplexity/sparse/builtin/value"} <= set(tags)
     assert len(events.Scalars("lcp/loss")) == 6  # two steps a pass, three passes
+
+
+def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("permllm.stages.prune", broken)
+        run(tmp_path, *small)
+    _, directory = run(tmp_path, *small)
+    lines = [line.split(" ", 3) for line in (directory / "run.log").read_text().splitlines()]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", f"{day} {time}") for day, time, *_ in lines)
+    said = [rest for *_, rest in lines]
+    assert sum(line.startswith("command: ") for line in said) == 2
+    assert "ended: KeyboardInterrupt" in said
+    assert said[-1] == "finished"
+    assert any(line.startswith("prune: ") for line in said)
+    before = (directory / "run.log").read_bytes()
+    run(tmp_path, *small)  # is finished, and nothing happens
+    assert (directory / "run.log").read_bytes() == before

@@ -59,9 +59,14 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
         "git": git_commit(),
         "hardware": hardware(device),
         "seed": seed,
-        "command": " ".join([Path(sys.argv[0]).name, *(shlex.quote(_without_secret(word)) for word in sys.argv[1:])]),
+        "command": command_line(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def command_line() -> str:
+    """What was typed, without secrets."""
+    return " ".join([Path(sys.argv[0]).name, *(shlex.quote(_without_secret(word)) for word in sys.argv[1:])])
 
 
 def _without_secret(word: str) -> str:

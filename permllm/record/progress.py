@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from permllm.record.job_log import noted
 from permllm.runtime.memory import peak_host_memory, peak_memory
 
 
@@ -50,6 +51,7 @@ class Progress:
             for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
                 self.metrics[key] = max(peak, self.metrics.get(key, 0))
             if not self._stages:
+                noted.info("%s: %.1f s", name, self.metrics["seconds"][name])
                 self.save()
 
     def _lap(self) -> None:

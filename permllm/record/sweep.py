@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +30,8 @@ VARIABLE = "PERMLLM_SWEEP"
 _LEFT_OUT = ("force", "plan", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
 # What conf/config.yaml has for hydra.run.dir and hydra.sweep.subdir, and below runs_dir for hydra.sweep.dir.
 _HERE, _SWEEPS = ".", "sweeps"
+# A sweep of more jobs says so before it starts; this many are listed.
+_SAID_FROM, _SCREEN = 10, 20
 # Of the sweep that this process started.
 _STARTED: list[tuple[Path, float]] = []
 
@@ -31,10 +39,23 @@ _STARTED: list[tuple[Path, float]] = []
 class SweepFolder(Callback):  # type: ignore[misc]
     """Hydra's callback that names the sweep before its first job: the same command, the same folder."""
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Set the variable that `hydra.sweep.dir` is built from. The same command has the same jobs, which write anew."""
+    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
+        """Set the variable that `hydra.sweep.dir` is built from. The same command has the same jobs, which write anew.
+
+        Raises:
+            SystemExit: with code 1, after a line, where the models of the sweep have other texts: Hydra takes any other error
+                of a callback for a warning.
+        """
         os.environ[VARIABLE] = sweep_name(config)
         _STARTED[:] = [(Path(config.hydra.sweep.dir), time.time())]
+        axes = axes_of(config)
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+        if reason := _different_texts(config_name, axes):
+            if first:
+                print(f"error: {reason}", file=sys.stderr)
+            raise SystemExit(1)
+        if first and math.prod(map(len, axes.values())) > _SAID_FROM:
+            print("\n".join(_listed(axes)), file=sys.stderr)
 
 
 def sweep_name(config: DictConfig) -> str:
@@ -43,6 +64,53 @@ def sweep_name(config: DictConfig) -> str:
     typed = [word for word in [*hydra.overrides.task, *hydra.overrides.hydra] if not word.lstrip("+~").startswith(_LEFT_OUT)]
     digest = hashlib.sha256(json.dumps(sorted(typed)).encode()).hexdigest()[:8]
     return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+
+
+def axes_of(config: DictConfig) -> dict[str, list[str]]:
+    """What is typed, or an experiment says, for each key of a sweep; nothing where another sweeper than Hydra's draws it."""
+    hydra = config.hydra
+    if not str(hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+        return {}
+    given = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+    axes = {}
+    for override in OverridesParser.create().parse_overrides([*given, *hydra.overrides.task]):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return axes
+
+
+def _listed(axes: dict[str, list[str]]) -> Iterator[str]:
+    """How many jobs there are and which, at most a screen of them, by what varies between them."""
+    varying = [values for values in axes.values() if len(values) > 1]
+    count = math.prod(map(len, varying))
+    yield f"{count} jobs:"
+    yield from (f"  {' '.join(words)}" for words in islice(product(*varying), _SCREEN))
+    if count > _SCREEN:
+        yield f"  and {count - _SCREEN} more"
+
+
+def _different_texts(config_name: str | None, axes: dict[str, list[str]]) -> str:
+    """Why a sweep over models compares what cannot be compared: the texts that they choose differ; empty where they do not."""
+    models = axes.get("model", [])
+    if len(models) < 2:
+        return ""
+    others = [values[0] for key, values in axes.items() if key != "model"]
+    loader = GlobalHydra.instance().config_loader()
+    texts = {}
+    for model in models:
+        config = loader.load_configuration(config_name, [*others, model], run_mode=RunMode.RUN)
+        calibration, perplexity = config.calibration, config.evaluation.perplexity
+        texts[model] = tuple(str(part.data_files or part.dataset) for part in (calibration, perplexity))
+    if len(set(texts.values())) == 1:
+        return ""
+    said = "; ".join(f"{model} {calibration} and {perplexity}" for model, (calibration, perplexity) in texts.items())
+    return (
+        f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}. What is measured on "
+        "different texts cannot be compared: give protocol=offline or protocol=papers, or calibration= and evaluation="
+    )
 
 
 def outcomes() -> list[Job]:

@@ -14,7 +14,8 @@ from permllm.config import RunConfig
 from permllm.errors import ConfigError
 from permllm.record.environment import environment
 from permllm.record.files import write_record
-from permllm.record.names import ENVIRONMENT, METRICS
+from permllm.record.job_log import job_log
+from permllm.record.names import ENVIRONMENT, LOG, METRICS
 from permllm.record.schema import check_form, validated
 from permllm.record.store import RunRecord, run_directory
 from permllm.runtime.devices import resolve_device
@@ -81,9 +82,10 @@ def run_study(config: RunConfig, study: Study, pruner: Pruner) -> tuple[dict[str
             device = resolve_device(config.model.device)
             seed_everything(config.seed)
             write_record(record.path(ENVIRONMENT), environment(config.seed, device))
-            with record.stage("measure", device):
-                record.metrics["study"] = study.measure(StudyInputs(config, pruner, device))
-            record.finish()
+            with job_log(record.path(LOG)):
+                with record.stage("measure", device):
+                    record.metrics["study"] = study.measure(StudyInputs(config, pruner, device))
+                record.finish()
         results: dict[str, Any] = dict(validated(f"{record.path(METRICS)}: study", record.metrics.get("study"), study.form))
         print("\n".join(study.lines(results)))
         if picture(study, results, record.path(PICTURE)):

@@ -141,3 +141,26 @@ def test_what_a_search_minimises() -> None:
     assert objective(accuracy) == pytest.approx(0.5)
     assert objective(accuracy | {"perplexity": {"sparse": {"wikitext2": {"value": 7.0}}}}) == 7.0
     assert objective({}) == float("inf")
+
+
+def test_a_sweep_over_models_on_different_texts_is_refused_until_a_protocol_is_given(tmp_path: Path) -> None:
+    command = ("-m", "model=tiny,smollm2-135m", "permutation=none", "pruner=magnitude", "logger=none", "plan=true")
+    refused = run_command(*command, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("error: the models of this sweep have texts of their own")
+    assert "model=tiny builtin and builtin; model=smollm2-135m boolq-passages and boolq-passages" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    for texts in (["protocol=offline"], ["calibration=builtin", "evaluation=builtin"]):
+        assert run_command(*command, *texts, cwd=tmp_path).returncode == 0
+
+
+def test_a_sweep_of_more_than_ten_jobs_says_which_before_it_starts(tmp_path: Path) -> None:
+    # No job gets far: M must divide the channels.
+    command = ("-m", "model=tiny", "logger=none", "permutation=none", "sparsity=3:7")
+    many = run_command(*command, "pruner=wanda,ria", "seed=range(12)", cwd=tmp_path).stderr.splitlines()
+    assert many[:3] == ["24 jobs:", "  pruner=wanda seed=0", "  pruner=wanda seed=1"]
+    assert many[20:22] == ["  pruner=ria seed=7", "  and 4 more"]
+    few = run_command(*command, "pruner=wanda,ria", "seed=range(5)", cwd=tmp_path)
+    assert "jobs:" not in few.stderr
