@@ -21,7 +21,12 @@ from permllm.permutation.settings import FromFileSettings, HeuristicSettings
 from permllm.pruning.settings import GBLMSettings, RIASettings, SparseGPTSettings
 from permllm.reconstruction.settings import BlockSettings, DistillSettings, OBSSettings
 from permllm.renamed import old_keys
-from permllm.studies.settings import LayerRuntimeSettings, LCPStepSettings, SaliencyAndErrorSettings
+from permllm.studies.settings import (
+    ExportMemorySettings,
+    LayerRuntimeSettings,
+    LCPStepSettings,
+    SaliencyAndErrorSettings,
+)
 
 # The settings of each option that names a class, by group; an option without settings of its own is not here.
 SETTINGS: dict[str, dict[str, type]] = {
@@ -30,6 +35,7 @@ SETTINGS: dict[str, dict[str, type]] = {
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
     "reconstruction": {"obs": OBSSettings, "block": BlockSettings, "distill": DistillSettings},
     "study": {
+        "export_memory": ExportMemorySettings,
         "layer_runtime": LayerRuntimeSettings,
         "lcp_step": LCPStepSettings,
         "saliency_and_error": SaliencyAndErrorSettings,

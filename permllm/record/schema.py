@@ -327,6 +327,25 @@ class MeasuredOrders(TypedDict):
     points: Annotated[list[MeasuredOrder], AfterValidator(_with_references)]
 
 
+class ExportMemoryRow(TypedDict):
+    """An export in one form: sizes and the growth of the process in bytes."""
+
+    form: str
+    format: str
+    dense_checkpoint_bytes: Positive
+    largest_shard_bytes: Positive
+    peak_growth_bytes: Whole
+    seconds: Seconds
+
+
+class ExportMemory(TypedDict):
+    """What `permllm.studies.export_memory` finds."""
+
+    model: str
+    layers: Positive
+    rows: list[ExportMemoryRow]
+
+
 class LCPStepRow(TypedDict):
     """A layer, a number of tokens and a block size: seconds of a step of each kind, in bytes its peak of memory."""
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "ExportMemory": "permllm.studies.export_memory",
     "LCPStep": "permllm.studies.lcp_step",
     "LayerRuntime": "permllm.studies.layer_runtime",
     "SaliencyAndError": "permllm.studies.saliency_and_error",

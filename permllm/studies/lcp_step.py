@@ -97,7 +97,7 @@ class LCPStep(LCPStepSettings):
 def _one_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A random model with one decoder layer of the shape of the config's."""
     if not config.model.architecture:
-        raise ConfigError(f"study=lcp_step needs a model whose dimensions conf/model has, and {config.model.name} is none")
+        raise ConfigError(f"study=lcp_step: conf/model has no dimensions of {config.model.name}")
     settings: dict[str, Any] = dict(config.model.architecture) | {"num_hidden_layers": 1, "vocab_size": 256}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)

@@ -5,10 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from permllm.errors import ConfigError
-from permllm.validation import check_whole
+from permllm.validation import check_number, check_whole
 
 # Tokens of each sequence of a step.
 SEQUENCE = 128
+
+
+@dataclass(frozen=True)
+class ExportMemorySettings:
+    """Settings of the memory of an export.
+
+    Attributes:
+        layers: of the random model, whose other dimensions are the model's.
+        shard_gb: largest file of the checkpoint and of the export, in 10^9 bytes.
+    """
+
+    layers: int = 8
+    shard_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_whole("study.layers", self.layers, 1)
+        check_number("study.shard_gb", self.shard_gb, positive=True)
 
 
 @dataclass(frozen=True)

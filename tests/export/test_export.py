@@ -28,7 +28,7 @@ from permllm.record.run_tensors import write_masks
 from permllm.record.tensor_file import check_file, read_header
 from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, permuted_nm_mask, violations
-from tests.conftest import FAMILY_SETTINGS, script, tiny_config
+from tests.conftest import FAMILY_SETTINGS, tiny_config
 from tests.permutation.test_shared import random_order
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -312,7 +312,6 @@ def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
 
 
 WITHOUT_PERMLLM = """
-import sys
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 for folder in sys.argv[1:]:
     for cls in (AutoModelForCausalLM, LlamaForCausalLM):
@@ -408,16 +407,3 @@ def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
         stream.write(b"more")
     with pytest.raises(DataError, match="4 bytes follow its last tensor"):
         check_file(tmp_path / "out" / "model.safetensors")
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("format", ["dense", "packed"])
-def test_an_export_does_not_hold_the_model(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = script("benchmark_export")
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
-    monkeypatch.setattr(benchmark, "SHAPE", sizes | {"vocab_size": 2048})
-    total = benchmark.make_run(tmp_path, 6, 0.05)
-    assert total > 150e6
-    found = benchmark.export(tmp_path, "folded", format, 1.0)  # all in one file: not even a shard is held
-    # A copy of the model would double this; the places of a packed one are an eighth of its values.
-    assert found["peak_growth_bytes"] < total / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from permllm.pruning import Wanda
 from permllm.record.schema import LayerRuntimes, LCPSteps, validated
 from permllm.sparsity import NMPattern
 from permllm.studies.base import run_study
+from permllm.studies.export_memory import ExportMemory
 from permllm.studies.lcp_step import DensePermutedLinear, LCPStep
 from permllm.studies.saliency_and_error import Layer, SaliencyAndError, swaps
 from tests.conftest import run_command
@@ -136,6 +138,22 @@ def test_dense_matrices_prune_as_the_order_says() -> None:
             kept = sorted(members, key=lambda channel: -float(linear.weight[output, channel].abs() * norms[0, channel]))[:2]
             mask[output, kept] = 1
     torch.testing.assert_close(dense(x), x @ (linear.weight * mask).t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_an_export_does_not_hold_the_model(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
+    words = [f"model.architecture.{key}={value}" for key, value in (sizes | {"vocab_size": 2048}).items()]
+    # All in one file: not even a shard is held.
+    study = ["study=export_memory", "study.layers=6", "study.shard_gb=1.0"]
+    config = read_config(composed("model=tiny", *study, *words, f"run_dir={tmp_path}/run"))
+    metrics, _ = run_study(config, ExportMemory(layers=6, shard_gb=1.0), Wanda())
+    for row in metrics["study"]["rows"]:
+        assert row["dense_checkpoint_bytes"] > 150e6
+        # A copy of the model would double this; the places of a packed one are an eighth of its values.
+        assert row["peak_growth_bytes"] < row["dense_checkpoint_bytes"] / 2
+    with pytest.raises(ConfigError, match=r"study\.layers=0"):
+        ExportMemory(layers=0)
 
 
 def test_settings_are_checked() -> None:

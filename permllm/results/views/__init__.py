@@ -36,7 +36,6 @@ _MODULES = {
     "stock": "exports",
     "verify": "exports",
     "bench": "exports",
-    "memory": "exports",
 }
 _BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
 

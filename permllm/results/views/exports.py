@@ -140,19 +140,6 @@ def bench(folder: Path, files: str = "bench-*.json") -> list[str]:
     return lines[:-1]
 
 
-def memory(folder: Path, file: str = "memory.json") -> list[str]:
-    """One line a form of `scripts/benchmark_export.py`."""
-    ((_, report),) = _json(folder, file)
-    titles = {"dense model, GB": "dense_checkpoint_bytes", "largest shard, GB": "largest_shard_bytes"}
-    titles |= {"peak growth, GB": "peak_growth_bytes"}
-    return _table(
-        {"form": f"{row['form']}, {row['format']}"}
-        | {title: f"{row[key] / 1e9:.2f}" for title, key in titles.items()}
-        | {"seconds": f"{row['seconds']:.0f}"}
-        for row in report["rows"]
-    )
-
-
 def _table(lines: Any) -> list[str]:
     return as_text(pd.DataFrame(list(lines)), "md").splitlines()
 

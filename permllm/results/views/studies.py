@@ -16,6 +16,7 @@ from permllm.studies.base import Study
 
 # By the name of an option in conf/study; the class is not taken from a record.
 STUDIES: dict[str, type[Any]] = {
+    "export_memory": studies.ExportMemory,
     "layer_runtime": studies.LayerRuntime,
     "saliency_and_error": studies.SaliencyAndError,
     "lcp_step": studies.LCPStep,
