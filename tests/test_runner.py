@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -309,9 +310,10 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplo
     def broken(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permllm.stages.prune", broken)
-        run(tmp_path, *small)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *small)
     _, directory = run(tmp_path, *small)
     lines = [line.split(" ", 3) for line in (directory / "run.log").read_text().splitlines()]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", f"{day} {time}") for day, time, *_ in lines)
