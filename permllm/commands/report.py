@@ -31,7 +31,9 @@ from permllm.results.summary import close_gaps, summarise
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What may be typed."""
-    parser.add_argument("directories", nargs="*", type=Path, metavar="DIR", help="runs, or directories that hold some")
+    parser.add_argument(
+        "directories", nargs="*", type=Path, metavar="DIR", help="runs, directories that hold some, or files of records"
+    )
     parser.add_argument("--to", type=Path, metavar="FILE", help="FILE.html, or FILE.png, .svg, .pdf")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")

@@ -87,7 +87,7 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
     )
     largest = max([1, *(point.memory for point in found)])
     methods = {point.row: summary.rows[point.row].runs[0].config["permutation"]["name"] for point in found}
-    for method in dict.fromkeys(methods.values()):
+    for method in dict.fromkeys(methods[point.row] for point in sorted(found, key=lambda point: point.minutes)):
         some = [point for point in found if methods[point.row] == method]
         sizes = [30 + 150 * point.memory / largest for point in some]
         axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8)
@@ -105,7 +105,10 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
         one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
         one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         one.set_minor_locator(ticker.NullLocator())
-    axis.margins(x=0.12, y=0.1)
+    axis.margins(x=0.15, y=0.1)
+    configs = [summary.rows[point.row].runs[0].config for point in found]
+    shared = [{config["model"]["name"] for config in configs}, {config["sparsity"] for config in configs}]
+    axis.set_title(", ".join(str(next(iter(values))) for values in shared if len(values) == 1), fontsize="medium")
     axis.set(xlabel=f"{cost.MINUTES} (area: peak of memory)", ylabel=heading(summary, name))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="lower left" if lower else "upper left")

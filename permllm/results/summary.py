@@ -140,6 +140,7 @@ def summarise(runs: list[Run]) -> Summary:
     ]
     notes = []
     each = {id(run): {which: _measures(run, which) for which in ("dense", "sparse")} for run in runs}
+    _tell_texts(each.values())
     named = _names(key for found in each.values() for measures in found.values() for key in measures)
     for row in rows:
         row.dense = {named[key]: value for key, value in each[id(row.runs[0])]["dense"].items()}
@@ -159,6 +160,7 @@ def summarise(runs: list[Run]) -> Summary:
 def frame_of(runs: list[Run]) -> pd.DataFrame:
     """`permllm.results.frame` of some runs."""
     each = [{which: _measures(run, which) for which in ("sparse", "dense")} for run in runs]
+    _tell_texts(each)
     named = _names(key for found in each for measures in found.values() for key in measures)
     lines = []
     for run, found in zip(runs, each, strict=True):
@@ -285,6 +287,8 @@ def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:
     return {name: setting_text(values[name]) if name in values else "" for name in settings}
 
 
+# The last fact of a perplexity is its text's digest, after this.
+_NO_TEXT = "text "
 # A measure's name, and facts of how it was measured, which its column names where two of that name differ in them.
 _Key = tuple[str, tuple[str, ...]]
 
@@ -301,6 +305,26 @@ def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
             said = [fact for fact, differing in zip(facts, differs, strict=True) if differing]
             named[name, facts] = ", ".join([name, *said])
     return named
+
+
+def _tell_texts(each: Iterable[dict[str, dict[_Key, Measure]]]) -> None:
+    """Give older records, which do not say their text, the one on which the dense model measures the same to the last bit."""
+    each = list(each)
+    told = {
+        (key[0], key[1][:-1], measure.values[0]): key
+        for found in each
+        for key, measure in found["dense"].items()
+        if _says(key)
+    }
+    for found in each:
+        dense = {key: told.get((key[0], key[1][:-1], measure.values[0]), key) for key, measure in found["dense"].items()}
+        for which, measures in found.items():
+            silent = {key: dense.get(key, key) for key in measures if key[1] and key[1][-1] == _NO_TEXT}
+            found[which] = {silent.get(key, key): measure for key, measure in measures.items()}
+
+
+def _says(key: _Key) -> bool:
+    return bool(key[1]) and key[1][-1].startswith(_NO_TEXT) and key[1][-1] != _NO_TEXT
 
 
 def _shared_measures(each: list[dict[_Key, Measure]], named: dict[_Key, str]) -> tuple[dict[str, Measure], list[str]]:
@@ -346,7 +370,7 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     text_digest = entry.get("texts", {}).get("perplexity", "")
     for text, values in entry.get("perplexity", {}).get(which, {}).items():
         window = values["window"]
-        facts = (f"{values['tokens'] // max(1, window - 1)} windows", f"text {plain(text_digest)[:8]}")
+        facts = (f"{values['tokens'] // max(1, window - 1)} windows", f"{_NO_TEXT}{plain(text_digest)[:8]}")
         limited = how.get("perplexity", {}).get("limit") is not None
         losses = scores.get("perplexity", {}).get(which, {}).get(text, [])
         scored = _windows(losses, values, (text_digest, run.metrics.get("model")))

@@ -33,9 +33,9 @@ from permllm.results.collect import collect
 from permllm.results.details import LEFT_OUT, details, differences
 from permllm.results.page import page, sections, sort_key
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, SIDE, pictures
-from permllm.results.plots import plot_cost
+from permllm.results.plots import cost_data, plot_cost
 from permllm.results.published import Comparison, published
-from permllm.results.render import cells, find_baseline
+from permllm.results.render import cells, find_baseline, main_measure
 from permllm.results.summary import Summary, row_labels, summarise
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import ROOT, run_module
@@ -477,6 +477,23 @@ def test_a_picture_holds_what_it_draws(tmp_path: Path) -> None:
     assert len(held["points"]) == 3
     plot_cost(summary, tmp_path / "a.svg", "average acc")
     assert "average acc" in (tmp_path / "a.svg").read_text()
+
+
+def test_the_picture_of_the_readme_is_drawn_from_the_records() -> None:
+    records = ("experiments/table1/records.jsonl", "experiments/table1/recipe.jsonl")
+    summary = summary_of(*(ROOT / file for file in records))
+    measure = main_measure(summary)
+    assert measure is not None
+    file = ROOT / "docs" / "result.png"
+    drawn = json.loads(Image.open(file).text["data"])
+    assert drawn == cost_data(summary, measure), f"stale: permllm report {' '.join(records)} --to docs/result.png"
+    assert {point["label"] for point in drawn["points"]} >= {
+        "wanda, none",
+        "wanda, heuristic",
+        "wanda, lcp",
+        "sparsegpt, none",
+    }
+    assert file.stat().st_size < 60_000
 
 
 # What a browser makes of it.

@@ -308,6 +308,23 @@ def test_the_plot_is_a_line_over_a_number_and_bars_over_names(tmp_path: Path) ->
         plot(bars, tmp_path / "bars.nothing")
 
 
+def test_an_older_record_has_the_text_on_which_the_dense_model_measures_the_same(tmp_path: Path) -> None:
+    for name, dense, digest in (("old", 10.0, None), ("new", 10.0, "0123456789"), ("other", 10.5, "abcdefghij")):
+        run = make_run(tmp_path / name, 20.0, block_size=32 + len(name))
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["perplexity"]["dense"]["wikitext2"]["value"] = dense
+        metrics |= {"texts": {"perplexity": digest}} if digest else {}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    one = "wikitext2 perplexity (window 2048)"
+    alike = summarise(collect([tmp_path / "old", tmp_path / "new"]).runs)
+    assert [name for name in alike.measures if "perplexity" in name] == [one]
+    assert alike.dense[one].values == [10.0]
+    every = summarise(collect([tmp_path]).runs)
+    assert [name for name in every.measures if "perplexity" in name] == [f"{one}, text 01234567", f"{one}, text abcdefgh"]
+    apart = summarise(collect([tmp_path / "old", tmp_path / "other"]).runs)
+    assert [name for name in apart.measures if "perplexity" in name] == [f"{one}, text ", f"{one}, text abcdefgh"]
+
+
 def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", 20.0)
     shutil.copytree(first, tmp_path / "copy")
