@@ -15,6 +15,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 # Resamples that are in memory at a time.
 _AT_ONCE = 500
+# A multinomial number costs about as much as so many draws.
+_CHEAPER = 16
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,16 @@ def bootstrap(parts: Sequence[NDArray[np.float64]], resamples: int = RESAMPLES, 
     generator = np.random.default_rng(seed)
     total = np.zeros(resamples)
     for part in parts:
-        # How often each value is drawn is multinomial, which is fewer numbers than the draws where values repeat.
+        size = len(part)
         values, counts = np.unique(part, return_counts=True)
+        few = len(values) * _CHEAPER < size
         for start in range(0, resamples, _AT_ONCE):
-            size = min(_AT_ONCE, resamples - start)
-            drawn = generator.multinomial(len(part), counts / len(part), size=size)
-            total[start : start + size] += drawn @ values / len(part)
+            rows = min(_AT_ONCE, resamples - start)
+            if few:  # how often each value is drawn is multinomial: fewer numbers than the draws
+                means = generator.multinomial(size, counts / size, size=rows) @ values / size
+            else:
+                means = part[generator.integers(size, size=(rows, size))].mean(axis=1)
+            total[start : start + rows] += means
     return total / len(parts)
 
 

@@ -88,7 +88,7 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
             kind = _kind(summary, name)
             against = f"{prefix}against the baseline"
             columns = {against: changes}
-            intervals = {id(row): _interval(row, baseline, name) for row in summary.rows}
+            intervals = {id(row): interval(row, baseline, name) for row in summary.rows}
             if paper and not paper.same_model and any(value is not None for value in values):
                 # Of another model only the changes can be compared.
                 reference = paper.value(baseline, name)
@@ -100,7 +100,8 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
                 header.append(title)
                 dense.append("")
                 for row, change, line in zip(summary.rows, column, body, strict=True):
-                    between = intervals[id(row)] if header[-1] == against else ""
+                    ends = intervals[id(row)] if header[-1] == against else None
+                    between = "" if ends is None else f" [{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]"
                     line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}{between}")
     return header, [dense, *body] if summary.dense else body
 
@@ -162,15 +163,16 @@ def _step(value: float, baseline: float, kind: str) -> float:
     return value - baseline if kind == "accuracy" else value / baseline - 1
 
 
-def _interval(row: Row, baseline: Row, name: str) -> str:
-    """The interval of a change, where both rows have what it needs."""
-    if row is baseline:
-        return ""
-    found = paired(row, baseline, name)
-    if isinstance(found, str) or not found.whole:  # `without_interval` says why
-        return ""
+def interval(row: Row, baseline: Row, name: str) -> tuple[float, float] | None:
+    """The 95 % interval of a change, as a share of a perplexity or a difference of an accuracy.
+
+    None where a row is its own baseline, or a row lacks what it needs (`without_interval` says what).
+    """
+    found = None if row is baseline else paired(row, baseline, name)
+    if not isinstance(found, Paired) or not found.whole:
+        return None
     _, low, high = found.shown()
-    return f" [{low * 100:+.1f}, {high * 100:+.1f}]"
+    return low, high
 
 
 def without_interval(summary: Summary, baseline: Row) -> list[str]:
@@ -265,5 +267,6 @@ def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison 
         record["paper"] = {"from": paper.heading} | {name: value for name, value in found.items() if value is not None}
     if baseline and main:
         record["against_baseline"] = _change(row.measures.get(main), baseline.measures.get(main))
+        record["against_baseline_interval"] = interval(row, baseline, main)
     record["runs"] = [str(run.directory) for run in row.runs]
     return record

@@ -378,7 +378,8 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         found[key] = Measure([values["value"]], "perplexity", None, limited, [{text: scored} if scored else {}])
     tasks = entry.get("zero_shot", {}).get(which, {})
     bos = f"add_bos_token={setting_text(how.get('zero_shot', {}).get('add_bos_token'))}"
-    items = {task: _items(scored, tasks[task]) for task, scored in _scored_tasks(scores, which) if task in tasks}
+    scored_tasks = scores.get("zero_shot", {}).get(which, {})
+    items = {task: _items(scored, tasks[task]) for task, scored in scored_tasks.items() if task in tasks}
     for task, values in tasks.items():
         if values["acc"] is not None:
             one = items.get(task)
@@ -395,10 +396,6 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         parts = [kept if len(kept) == len(counted) else {}]
         found["average acc", facts] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited, parts)
     return found
-
-
-def _scored_tasks(scores: Mapping[str, Any], which: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    return scores.get("zero_shot", {}).get(which, {}).items()  # type: ignore[no-any-return]
 
 
 def _windows(losses: list[float], values: Mapping[str, Any], of: tuple[Any, ...]) -> Scored | None:

@@ -15,7 +15,7 @@ from permllm.errors import ConfigError
 from permllm.record.environment import environment
 from permllm.record.files import write_record
 from permllm.record.job_log import job_log
-from permllm.record.names import ENVIRONMENT, LOG, METRICS
+from permllm.record.names import ENVIRONMENT, LOG, METRICS, PICTURE
 from permllm.record.schema import check_form, validated
 from permllm.record.store import RunRecord, run_directory
 from permllm.runtime.devices import resolve_device
@@ -24,8 +24,6 @@ from permllm.runtime.seeding import seed_everything
 from permllm.validation import check_contract
 
 log = logging.getLogger(__name__)
-
-PICTURE = "figure.png"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from permllm.record.files import write_record
 from permllm.results import frame
 from permllm.results.collect import collect
 from permllm.results.compare import Paired, bootstrap, paired
-from permllm.results.render import cells, find_baseline
+from permllm.results.render import cells, find_baseline, records
 from permllm.results.summary import Summary, close_gaps, summarise
 from tests.conftest import run_python
 from tests.results.test_results import make_run
@@ -197,6 +197,11 @@ def test_the_column_against_the_baseline_has_the_interval(two: Any) -> None:
     difference, low, high = (100 * value for value in found.shown())
     (row,) = (row for row in rows if row[0] == "lcp")
     assert row[header.index("against the baseline")] == f"{difference:+.1f}% [{low:+.1f}, {high:+.1f}]"
+    found_by_row = {
+        line["settings"]["permutation"]: line for line in records(summary, find_baseline(summary, "permutation=none"))
+    }
+    assert found_by_row["lcp"]["against_baseline_interval"] == pytest.approx((low / 100, high / 100))
+    assert found_by_row["none"]["against_baseline_interval"] is None
 
 
 def test_where_there_is_no_interval_a_note_says_why(two: Any, capsys: pytest.CaptureFixture[str]) -> None:
