@@ -312,6 +312,7 @@ def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
 
 
 WITHOUT_PERMLLM = """
+import sys
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 for folder in sys.argv[1:]:
     for cls in (AutoModelForCausalLM, LlamaForCausalLM):
