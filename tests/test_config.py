@@ -56,7 +56,7 @@ def config(*overrides: str) -> RunConfig:
 def written_commands() -> list[str]:
     """Every `python run.py ...` in the README, the other documents and the comments of the YAML files."""
     commands = []
-    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(CONF.rglob("*.yaml"))]:
+    for file in [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *sorted(CONF.rglob("*.yaml"))]:
         for line in re.findall(r"python run\.py[^`\n#]*", file.read_text(encoding="utf-8")):
             commands.append(line.split(";")[0].split("&&")[0].strip())
     return sorted(set(commands))

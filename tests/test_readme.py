@@ -11,6 +11,7 @@ import pytest
 from permllm.results.views import markers, with_views
 from tests.conftest import ROOT
 
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -58,6 +59,8 @@ def test_the_two_commands_exist_as_written() -> None:
         "study",
         "hparams_search",
         "experiment",
+        "protocol",
+        "recipe",
     ],
 )
 def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group: str) -> None:
@@ -66,9 +69,14 @@ def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group
     assert named == {path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")}
 
 
-def test_links_to_files_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
 
 
 def test_commands_for_several_processes_have_a_sample_of_each_batch_for_each() -> None:
