@@ -22,6 +22,7 @@ from permllm.helping import check_shares
 from permllm.job import Job, Methods, check_groups, code_of, export_request, methods_of
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model, meta_model
+from permllm.pipeline import PrunedModel
 from permllm.plan import print_plan
 from permllm.record.cache_folder import choose_cache
 from permllm.record.caching import clear_cache
@@ -135,8 +136,7 @@ def _prune(job: Job, record: RunRecord) -> None:
         record.metrics.setdefault("texts", {})["calibration"] = digest
         return calibration_tokens(job.loaded.tokenizer, job.config.calibration, job.config.seed)
 
-    pruned = prune_model(job, tokens)
-    with record.stage("prune", job.device):
+    def keep(pruned: PrunedModel) -> None:
         write_orders(record.path(PERMUTATIONS), pruned.orders)
         write_masks(record.path(MASKS), pruned.masks)
         found = figures(job, pruned)
@@ -144,6 +144,8 @@ def _prune(job: Job, record: RunRecord) -> None:
             weights = {path: linear_at(job.loaded.model, path).weight.data.cpu() for path in pruned.masks}
             write_tensors(record.path(WEIGHTS), weights)
         record.metrics |= found
+
+    prune_model(job, tokens, keep)
 
 
 def _export(request: Request, record: RunRecord) -> None:

@@ -12,12 +12,15 @@ from permllm.ordering import calibrate, order_of
 from permllm.pipeline import PrunedModel, prune
 
 
-def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
+def prune_model(
+    job: Job, read_tokens: Callable[[], Tensor], keep: Callable[[PrunedModel], None] = lambda _: None
+) -> PrunedModel:
     """Prune the job's model in place. Seconds and peaks of the stages go into its record, and figures of the result.
 
     Args:
         job: what is pruned, by which methods.
         read_tokens: gives the calibration windows, int64 `(samples, seqlen)`; its time counts as calibration.
+        keep: writes what was found; its time counts as pruning.
     """
     config, record = job.config, job.record
     dense = None
@@ -39,6 +42,7 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
             job.methods.reconstruction,
             job.products,
         )
+        keep(pruned)
     return pruned
 
 
