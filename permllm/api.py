@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
-from permllm.config import RunConfig, conf_directory, read_config, register_resolvers
+from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, read_config, register_resolvers
 from permllm.data.calibration import calibration_tokens, windows_of
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.export.checkpoint import Request, write_checkpoint
@@ -196,7 +196,7 @@ def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings:
     register_resolvers()
     register()
     try:
-        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
             composed = compose("config", overrides=["model=tiny", *(f"{group}={name}" for group, name in chosen.items())])
         for key, value in single.items():
             OmegaConf.update(composed, key, value)

@@ -8,9 +8,9 @@ import sys
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from permllm.config import conf_directory, register_resolvers
+from permllm.config import HYDRA_MAIN, conf_directory, register_resolver, register_resolvers
 from permllm.nodes import register
 from permllm.runtime.interruption import started
 from permllm.usage import completions, help_text, reported
@@ -21,7 +21,7 @@ _NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "c
 _QUESTIONS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")
+@hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")
 def job(composed: DictConfig) -> float:
     """One job of the command line; what it returns is what a search minimises."""
     from permllm.session import SESSION
@@ -33,7 +33,7 @@ def main() -> int:
     """Run what Hydra makes of the command line, and end it: the exit code."""
     register_resolvers()
     register()
-    OmegaConf.register_new_resolver("help_text", help_text, replace=True)
+    register_resolver("help_text", help_text)
     if sys.argv[1:] and set(sys.argv[1:]) <= {"-h", "--help"}:
         print(help_text())
         return 0

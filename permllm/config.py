@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,12 @@ from permllm.renamed import in_records, is_left_over, without_old_names
 from permllm.validation import check_one_of, check_whole
 
 log = logging.getLogger(__name__)
+
+# Hydra 1.4 has one set of defaults alone, and wants to know which classes settings may name: any, as in 1.3, for they are
+# typed or written by whoever starts the job.
+_ANY_CLASS: Any = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
+HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
+HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})
 
 # How what a permutation takes from the top is set.
 _SET_AT_THE_TOP = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
@@ -52,7 +58,7 @@ class ModelConfig:
         hub_name: repository on the hub (`source=hub`).
         path: folder that transformers can load (`source=local`).
         revision: branch, tag or commit on the hub; None is the default branch.
-        dtype: of the weights.
+        dtype: of the weights: `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
     """
@@ -219,14 +225,15 @@ class RunConfig:
     Attributes:
         name: first part of the run directory's name.
         seed: of calibration windows, initial logits and batch order.
-        sparsity: N:M as a string.
-        block_size: channels that LCP permutes among themselves.
-        compute_dtype: of matrix products before the evaluation: `auto`, `float32` or `bfloat16` (`permllm.runtime.precision`).
+        sparsity: N:M as a string; in YAML with quotes, where a bare 2:4 would be read as a number.
+        block_size: channels that LCP permutes among themselves. A rest that it does not divide becomes one smaller block.
+        compute_dtype: of matrix products in calibration, learning and reconstruction: `float32`, `bfloat16`, or `auto`, which
+            is bfloat16 for float32 weights where the device multiplies it natively. Evaluation computes in `model.dtype`.
         runs_dir: where run directories are made.
         run_dir: the run directory itself, instead of `runs_dir/name-hash`.
         force: run again although a finished result is there.
-        plan: print sizes and memory and stop.
-        save_weights: keep the weights that a pruner changed.
+        plan: print channel groups, parameters and memory, and stop; needs neither weights nor network.
+        save_weights: keep the weights that a pruner or a reconstruction changed, so that the pruned model can be rebuilt.
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
         study: measured instead of pruning (group `study`); empty for a run.
         budget: amounts that the groups before it refer to (group `budget`); empty for the default ones.
@@ -242,8 +249,8 @@ class RunConfig:
     permutation: dict[str, Any]
     temperature: dict[str, Any]
     reconstruction: dict[str, Any]
-    sparsity: str
-    block_size: int
+    sparsity: str = "2:4"
+    block_size: int = 64
     compute_dtype: str = "auto"
     seed: int = 0
     runs_dir: str = "runs"
@@ -353,7 +360,8 @@ def instantiate(settings: Mapping[str, Any]) -> Any:
         ConfigError: the class is not found, an argument is unknown, or the class refuses a value.
     """
     try:
-        return hydra.utils.instantiate(_without_labels(settings))
+        allowed = {"_execution_whitelist_": _ANY_CLASS} if _ANY_CLASS else {}
+        return hydra.utils.instantiate(_without_labels(settings), **allowed)
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None:
@@ -442,9 +450,15 @@ def register_resolvers() -> None:
     `nm`: N:M as a part of a file name (`2:4` as `2x4`). `last`: what follows the last slash.
     `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them where CASE is a list, else B.
     """
-    OmegaConf.register_new_resolver("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
-    OmegaConf.register_new_resolver("last", lambda path: str(path).rsplit("/", 1)[-1], replace=True)
-    OmegaConf.register_new_resolver("either", _either, replace=True)
+    register_resolver("nm", lambda pattern: str(pattern).replace(":", "x"))
+    register_resolver("last", lambda path: str(path).rsplit("/", 1)[-1])
+    register_resolver("either", _either)
+
+
+def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
+    """Make a resolver known to OmegaConf, whose version 2.4 calls this otherwise."""
+    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    register(name, resolver, replace=True)
 
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:

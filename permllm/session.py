@@ -115,7 +115,7 @@ class Session:
     def _lead(self, composed: DictConfig) -> float:
         """A job in the only process, or in the first of several."""
         try:
-            config = read_config(sweep.place_record(composed))
+            config = read_config(sweep.place_record(composed), sweep.typed_keys())
             skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
             result = run(config)
             if result is None:

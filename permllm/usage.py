@@ -24,7 +24,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import RunConfig, conf_directory
+from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory
 from permllm.errors import SHORT_ERRORS, everything_wanted, first_line
 from permllm.renamed import RENAMED
 
@@ -218,7 +218,7 @@ def _composed_without(key: str, words: Sequence[str]) -> DictConfig:
     kept = [word for word in words if "=" in word and not word.startswith("-") and "," not in word]
     kept = [word for word in kept if word.lstrip("+~").partition("=")[0] != key]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+    with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
         for chosen in (kept, [word for word in kept if word.partition("=")[0] in options_of()], []):
             try:
                 return compose("config", overrides=chosen)

@@ -10,6 +10,13 @@ from permllm.validation import check_number
 
 @dataclass(frozen=True)
 class _Range:
+    """From one temperature to another.
+
+    Attributes:
+        start: the temperature at the start of learning.
+        end: the temperature at its end.
+    """
+
     start: float = 1.0
     end: float = 0.1
 
@@ -47,7 +54,11 @@ class Exponential(_Range):
 
 @dataclass(frozen=True)
 class Constant:
-    """`start` throughout."""
+    """`start` throughout.
+
+    Attributes:
+        start: the temperature.
+    """
 
     start: float = 0.3
 

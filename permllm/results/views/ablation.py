@@ -11,7 +11,7 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from permllm.config import conf_directory, register_resolvers
+from permllm.config import HYDRA_DEFAULTS, conf_directory, register_resolvers
 from permllm.nested import flatten
 from permllm.nodes import register
 from permllm.record.names import RECORDS
@@ -96,7 +96,7 @@ def _differing(run: Run) -> Iterator[tuple[str, Any]]:
 def _usual(pruner: str, reconstruction: str) -> dict[str, Any]:
     register_resolvers()
     register()
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+    with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
         composed = compose("config", overrides=[f"pruner={pruner}", f"reconstruction={reconstruction}"])
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     return _settings(in_records(config) | {"compute_dtype": "bfloat16"})
