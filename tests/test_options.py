@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+
 from permllm.usage import options_of
-from tests.conftest import ROOT, script
+from tests.conftest import ROOT
 
 
 def test_the_page_of_options_is_what_its_script_writes() -> None:
-    page = script("options_page")
-    assert page.PAGE.read_text(encoding="utf-8") == page.page() + "\n", "run python scripts/options_page.py"
+    page = runpy.run_path(str(ROOT / "scripts" / "options_page.py"))
+    assert page["PAGE"].read_text(encoding="utf-8") == page["page"]() + "\n", "run python scripts/options_page.py"
 
 
 def test_every_option_and_every_setting_says_what_it_is() -> None:
