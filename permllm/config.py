@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -456,8 +457,10 @@ def register_resolvers() -> None:
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
-    """Make a resolver known to OmegaConf, whose version 2.4 calls this otherwise."""
-    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    """Make a resolver known to OmegaConf."""
+    # Version 2.4 calls this as 2.3 calls what it had before, which could not replace one.
+    new = "replace" in signature(OmegaConf.register_resolver).parameters
+    register = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     register(name, resolver, replace=True)
 
 
