@@ -460,7 +460,7 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
     """Make a resolver known to OmegaConf."""
     # Version 2.4 calls this as 2.3 calls what it had before, which could not replace one.
     new = "replace" in signature(OmegaConf.register_resolver).parameters
-    register = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
+    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     register(name, resolver, replace=True)
 
 
