@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from permllm.errors import ConfigError, first_line
 from permllm.record.files import write_text
 
@@ -131,8 +133,10 @@ def open_mlflow(
     home.mkdir(parents=True, exist_ok=True)
     store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / DATABASE).resolve()}"
     try:
-        client = MlflowClient(tracking_uri=store)
-        experiment = _experiment(client, project, home)
+        # Two jobs of a sweep that make the tables at once break them.
+        with FileLock(home / f".{DATABASE}.lock"):
+            client = MlflowClient(tracking_uri=store)
+            experiment = _experiment(client, project, home)
         run_id = _continued(client, directory / MLFLOW_ID, force)
         if run_id is None:
             run_id = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
@@ -157,18 +161,11 @@ _MISSING = "logger=mlflow needs mlflow-skinny, sqlalchemy and alembic: pip insta
 
 
 def _experiment(client: Any, project: str, home: Path) -> str:
-    from mlflow.exceptions import MlflowException
-
     found = client.get_experiment_by_name(project)
-    if found is None:
-        try:
-            # Nothing is kept there, but without a place MLflow makes a folder where the command runs.
-            return str(client.create_experiment(project, (home / "mlartifacts").resolve().as_uri()))
-        except MlflowException:  # another job of the sweep was faster
-            found = client.get_experiment_by_name(project)
-            if found is None:
-                raise
-    return str(found.experiment_id)
+    if found is not None:
+        return str(found.experiment_id)
+    # Nothing is kept there, but without a place MLflow makes a folder where the command runs.
+    return str(client.create_experiment(project, (home / "mlartifacts").resolve().as_uri()))
 
 
 def _continued(client: Any, file: Path, force: bool) -> str | None:

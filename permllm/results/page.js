@@ -75,7 +75,7 @@ async function start() {
     document.documentElement.classList.toggle("dark", dark.matches);
     const rows = shown();
     plots.forEach((section, number) => draw(section, number, rows));
-    for (const details of document.querySelectorAll("details")) details.hidden = !rows.includes(Number(details.dataset.row));
+    for (const details of document.querySelectorAll("#runs details")) details.hidden = !rows.includes(Number(details.dataset.row));
   };
   const openNamed = () => document.querySelector("details:target")?.setAttribute("open", "");
   plots.forEach((section, number) => section.addEventListener("change", () => draw(section, number, shown())));

@@ -75,8 +75,10 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
     from matplotlib import ticker
 
     name = measure or main_measure(summary)
+    if name is None:
+        raise ConfigError(f"--to {file}: the runs have neither a perplexity nor an accuracy")
     if name not in cost.measures(summary):
-        raise ConfigError(f"--measure {name}: valid are {', '.join(cost.measures(summary)) or 'none of these runs'}")
+        raise ConfigError(f"--measure {name}: valid are {', '.join(cost.measures(summary))}")
     found, lower = cost.points(summary, name), cost.lower_is_better(summary, name)
     if not found:
         raise ConfigError(f"--to {file}: no row has {name} and minutes of its own")
@@ -98,7 +100,8 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
         axis.annotate(text, (point.minutes, point.value), offset, textcoords="offset points", fontsize="small")
     if name in summary.dense and math.isfinite(summary.dense[name].mean):
         axis.axhline(summary.dense[name].mean, linestyle="--", color="grey", linewidth=1, label="dense")
-    axis.set_xscale("log")
+    if min(point.minutes for point in found) > 0:
+        axis.set_xscale("log")
     if cost.kind(summary, name) == "perplexity":
         axis.set_yscale("log")
     for one in (axis.xaxis, axis.yaxis) if cost.kind(summary, name) == "perplexity" else (axis.xaxis,):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 from permllm import runner
 from permllm.commands import main
@@ -143,6 +144,8 @@ def test_final_values_are_those_of_the_metrics(sweep: Path, logged: dict[str, li
             for key, value in metrics["perplexity"][which]["builtin"].items():
                 assert summary[f"perplexity/{which}/builtin/{key}"] == value
         assert summary["status"] == "finished"
+        seconds = metrics["seconds"]
+        assert summary["minutes"] == pytest.approx((seconds["calibrate"] + seconds["permute"] + seconds["prune"]) / 60)
         assert {key[8:]: value for key, value in summary.items() if key.startswith("seconds/")} == metrics["seconds"]
         mean = sum(metrics["retained_saliency"].values()) / len(metrics["retained_saliency"])
         assert summary["retained_saliency/mean"] == pytest.approx(mean)
@@ -271,7 +274,7 @@ def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         result = runner.run(read_config(composed("model=tiny", "logger=mlflow", "runs_dir=runs")))
     assert result is not None
     assert sorted(file.name for file in folder.iterdir()) == ["runs"]
-    assert sorted(file.name for file in (folder / "runs").iterdir()) == sorted([DATABASE, result[1].name])
+    assert sorted(file.name for file in (folder / "runs").iterdir()) == sorted([f".{DATABASE}.lock", DATABASE, result[1].name])
     return folder / "runs", folder / result[1]
 
 
@@ -390,6 +393,22 @@ def test_without_mlflow_or_its_server_a_line_says_so(
         attempt(tmp_path, "logger=mlflow"),
     ):
         pass
+
+
+def test_one_job_at_a_time_makes_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def client(tracking_uri: str) -> None:
+        assert tracking_uri == f"sqlite:///{tmp_path / DATABASE}"
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / f".{DATABASE}.lock").acquire(timeout=0)
+        raise ConnectionError("as far as here")
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("mlflow.MlflowClient", client)
+    with attempt(tmp_path, "logger=mlflow"):
+        pass
+    assert "as far as here" in caplog.text
 
 
 def test_a_server_that_goes_away_costs_the_curves_alone(mlflow_home: Path, caplog: pytest.LogCaptureFixture) -> None:
