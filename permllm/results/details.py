@@ -15,8 +15,9 @@ from permllm.results.render import heading, shown
 from permllm.results.summary import Summary, setting_text, summarise
 
 NOT_SET = "not set"
-# What a page may have of pictures, so that it stays below 6 MB; its libraries take 2.3 MB.
-PICTURES_BYTES = 2_500_000
+# What runs may take of a page that stays below 6 MB, of which its libraries have 2.3; and about what one takes without pictures.
+ROOM_BYTES = 3_500_000
+RUN_BYTES = 12_000
 LEFT_OUT = "left out, so that the page stays small: make one of fewer runs"
 
 
@@ -28,7 +29,7 @@ def details(summary: Summary) -> list[dict[str, Any]]:
         by stage and in all, `environment` (name, value), `versions`, and `pictures`, of so many runs as a page has room for.
     """
     runs = [(number, run) for number, row in enumerate(summary.rows) for run in row.runs]
-    found, room = [], PICTURES_BYTES
+    found, room = [], ROOM_BYTES - RUN_BYTES * len(runs)
     for (number, run), differs in zip(runs, differences([run.config for _, run in runs]), strict=True):
         drawn = pictures(run.directory)
         room -= sum(len(picture["image"]) for some in drawn.values() if not isinstance(some, str) for picture in some)

@@ -81,7 +81,7 @@ def _crops(file: Path) -> list[dict[str, str]]:
 def _png(bits: NDArray[Any]) -> str:
     from PIL import Image
 
-    picture = Image.fromarray(bits.astype(np.uint8), "P")
+    picture = Image.fromarray(bits.astype(np.uint8))
     picture.putpalette((0, 0, 0, *_INK))
     stream = io.BytesIO()
     picture.save(stream, "PNG", bits=1, transparency=0)

@@ -30,7 +30,7 @@ from permllm.record.run_tensors import write_masks
 from permllm.record.tensors import write_tensors
 from permllm.results import cost
 from permllm.results.collect import collect
-from permllm.results.details import LEFT_OUT, details, differences
+from permllm.results.details import LEFT_OUT, RUN_BYTES, details, differences
 from permllm.results.page import page, sections, sort_key
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, SIDE, pictures
 from permllm.results.plots import cost_data, plot_cost
@@ -239,7 +239,7 @@ def test_a_page_of_many_pictures_stays_small(tmp_path: Path, monkeypatch: pytest
     first, second, third = (run["pictures"] for run in details(summary_of(tmp_path)))
     assert first.keys() == second.keys() == third.keys() == {"permutations", "masks"}
     room = sum(len(one["image"]) for some in first.values() for one in some)
-    monkeypatch.setattr("permllm.results.details.PICTURES_BYTES", room + 1)
+    monkeypatch.setattr("permllm.results.details.ROOM_BYTES", room + 1 + 3 * RUN_BYTES)
     assert [run["pictures"] for run in details(summary_of(tmp_path))] == [first, *[dict.fromkeys(first, LEFT_OUT)] * 2]
 
 
@@ -564,7 +564,8 @@ def ablation_like(folder: Path) -> Path:
     for number, permutation in enumerate(("none", "heuristic", "lcp")):
         for size in (32, 64, 128):
             value = 100.0 - 30 * number + size / 16
-            run = make_run(folder / f"{permutation}{size}", value, permutation=permutation, block_size=size, acc=0.5)
+            acc = round(0.3 + 0.1 * number, 1)
+            run = make_run(folder / f"{permutation}{size}", value, permutation=permutation, block_size=size, acc=acc)
             change(run, seconds={"permute": 60.0 * (number + 1), "evaluate sparse": 5.0})
     return folder
 
@@ -636,7 +637,8 @@ def test_another_measure_can_be_chosen_and_a_point_says_what_it_is(browser: Any,
         section = figure(page, "Quality over minutes")
         assert plotted(page, "Quality over minutes")[0]["x"] == [2.0]
         section.get_by_label("Measure").select_option("rte acc")
-        assert plotted(page, "Quality over minutes")[0]["y"] == [0.5]
+        front = plotted(page, "Quality over minutes")[-1]
+        assert (front["name"], front["x"], front["y"]) == ("Pareto front", [1.0, 2.0, 3.0], [0.3, 0.4, 0.5])
         section.get_by_label("Measure").select_option(PERPLEXITY)
         page.get_by_label("Filter rows").fill("block_size=32")
         number = [trace["y"] for trace in plotted(page, "Quality over minutes")].index([102.0])
@@ -686,11 +688,16 @@ def test_a_run_opens_with_its_difference_pictures_and_environment(browser: Any, 
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:
     for number, loss in enumerate(("kl", EVIL)):
-        make_run(tmp_path / "runs" / f"{number}", 20.0 + number, name=EVIL, loss=loss)
+        make_run(tmp_path / "runs" / f"{number}", 20.0 + number, name=EVIL, loss=loss, **{EVIL: number})
     with Opened(browser, write_page(tmp_path / "page.html", tmp_path / "runs")) as page:
         for summary in page.locator("#runs details summary").all():
             summary.click()
         assert EVIL in column(page, "loss")
+        assert page.locator("img").count() == 0
+        page.get_by_role("button", name="Columns").click()
+        assert " ".join(EVIL.split()) in [
+            " ".join(text.split()) for text in page.locator(".dt-button-collection button").all_text_contents()
+        ]
         assert page.locator("img").count() == 0
         # Plotly shows the text itself.
         assert EVIL[:20] in " ".join(figure(page, "Measures").locator(".ytick text").all_text_contents())
