@@ -15,7 +15,7 @@ from permllm.results.render import heading, shown
 from permllm.results.summary import Summary, setting_text, summarise
 
 NOT_SET = "not set"
-# What runs may take of a page that stays below 6 MB, of which its libraries have 2.3; and about what one takes without pictures.
+# What runs may take of a page that stays below 6 MB, of which libraries have 2.3; and about what one takes without pictures.
 ROOM_BYTES = 3_500_000
 RUN_BYTES = 12_000
 LEFT_OUT = "left out, so that the page stays small: make one of fewer runs"
