@@ -100,7 +100,7 @@ class Row:
         labels: value of each column of settings.
         measures: of the sparse model, by name.
         runs: one a seed.
-        dense: the dense model's measures, by name.
+        dense: the dense model's measures, by name, one a seed.
     """
 
     labels: dict[str, str]
@@ -143,7 +143,7 @@ def summarise(runs: list[Run]) -> Summary:
     _tell_texts(each.values())
     named = _names(key for found in each.values() for measures in found.values() for key in measures)
     for row in rows:
-        row.dense = {named[key]: value for key, value in each[id(row.runs[0])]["dense"].items()}
+        row.dense, _ = _shared_measures([each[id(run)]["dense"] for run in row.runs], named)
         row.measures, missing = _shared_measures([each[id(run)]["sparse"] for run in row.runs], named)
         if missing:
             where = ", ".join(str(run.directory) for run in row.runs)

@@ -233,6 +233,17 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     assert summary.notes == []
 
 
+def test_the_gap_is_to_the_dense_models_of_all_seeds(tmp_path: Path) -> None:
+    for seed, dense in enumerate((10.0, 5.0)):
+        for name, value in (("none", 40.0), ("lcp", 20.0)):
+            folder = make_run(tmp_path / f"{name}{seed}", value, permutation=name, seed=seed)
+            metrics = json.loads((folder / "metrics.json").read_text())
+            metrics["perplexity"]["dense"]["wikitext2"]["value"] = dense
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+    expected = math.log(2) / (math.log(40) - (math.log(10) + math.log(5)) / 2)
+    assert gaps(summarise(collect([tmp_path]).runs))["lcp"] == pytest.approx(expected)
+
+
 def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> None:
     ria = {"pruner": {"name": "ria"}}
     make_run(tmp_path / "a", 40.0, permutation="none")
