@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from permllm.commands.answer import Answer
@@ -32,6 +33,9 @@ def work(options: argparse.Namespace) -> Answer:
         raise ConfigError(f"--to {options.to}: expected a file whose name ends in {LINES}")
     given = _all_of(options.places)
     before = [] if options.replace or not options.to.exists() else _all_of([options.to])
+    names = Counter(run.directory.name for run in given)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(f"{twice[0]}: {names[twice[0]]} of the runs have this name, under which one is kept")
     kept = {run.directory.name: run for run in [*before, *given]}
     write_record_lines(options.to, [_line(run) for _, run in sorted(kept.items())])
     for run in given:

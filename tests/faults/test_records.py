@@ -401,6 +401,9 @@ def test_records_are_added_and_replaced(tmp_path: Path) -> None:
     assert kept(str(tmp_path / "b")) == {"a", "b"}
     assert file.read_bytes() == before
     assert kept(str(tmp_path / "b"), "--replace") == {"b"}
+    make_run(tmp_path / "elsewhere" / "b", 40.0, block_size=32)
+    assert call("records", [str(tmp_path / "b"), str(tmp_path / "elsewhere"), "--to", str(file)]) == 1
+    assert {line["run"] for line in lines_of(file)} == {"b"}
 
 
 def test_scores_and_pictures_are_kept_too(tmp_path: Path) -> None:
