@@ -21,6 +21,7 @@ from typing import Any
 
 from permllm import runner
 from permllm.config import RunConfig, read_config, register_resolvers
+from permllm.nodes import register
 from permllm.record import environment
 from permllm.record.store import RunRecord
 from tests.test_config import composed
@@ -142,6 +143,7 @@ def main() -> None:
     """Run again from every place, and report."""
     folder = Path(sys.argv[1])
     register_resolvers()
+    register()
     environment.git_commit = lambda: None  # a process of its own for each job
     config = read_config(composed(*WORDS))
     gc.collect()

@@ -62,12 +62,12 @@ def test_a_block_is_made_anew_and_all_else_stays(kept: Path, capsys: pytest.Capt
 
 
 def test_each_block_of_a_document_is_its_own(kept: Path) -> None:
-    file = document(kept, "table note=no")
-    file.write_text(file.read_text() + file.read_text().replace("table note=no", "run row=block_size=64"))
-    assert [marker.view for marker in markers(file)] == ["table", "run"]
+    file = document(kept, "table measures=perplexity")
+    file.write_text(file.read_text() + file.read_text().replace("measures=perplexity", 'measures="output error"'))
+    assert [marker.options for marker in markers(file)] == [{"measures": "perplexity"}, {"measures": "output error"}]
     text = with_views(file)
     assert text.count("<!-- /view -->") == 2
-    assert "wikitext2 perplexity (window 2048) │ 10.00 │  20.00 │" in text
+    assert text.count("| 64 | 20.00 |\n") == text.count("| 64 | 0.1500 |\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ _MODULES = {
     "table": "tables",
     "paper": "tables",
     "index": "tables",
-    "run": "tables",
     "peers": "tables",
     "study": "studies",
     "ablation": "ablation",

@@ -1,20 +1,17 @@
-"""Views of runs: tables, the paper's beside ours, one run as it is printed, our pruners beside their peers."""
+"""Views of runs: tables, the paper's beside ours, an index of them, our pruners beside their peers."""
 
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 
 from permllm.errors import ConfigError, DataError
 from permllm.record import evaluations
-from permllm.record.figures import print_run
 from permllm.record.names import RECORDS
 from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
@@ -27,9 +24,7 @@ _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, 
 _OFFLINE = "model=smollm2-135m budget=cpu"
 
 
-def table(
-    folder: Path, records: str = RECORDS, baseline: str = "", columns: str = "", measures: str = _SHOWN, note: str = "yes"
-) -> list[str]:
+def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str = "", measures: str = _SHOWN) -> list[str]:
     """Runs as `permllm results` shows them, and what they were measured with.
 
     Args:
@@ -38,7 +33,6 @@ def table(
         baseline: the row that the others are compared with.
         columns: settings, with commas; whatever else varies follows from them.
         measures: with commas; each is a part of a measure's name.
-        note: `no` leaves out the line of what they were measured with.
     """
     runs = runs_of(folder / records)
     summary = _narrowed(runs, columns, measures)
@@ -46,8 +40,7 @@ def table(
     if row is not None:
         close_gaps(summary, row)
         summary.measures = _chosen(summary, measures)
-    lines = render(summary, "md", row).splitlines()
-    return [*lines, "", machine(run.environment for run in runs)] if note == "yes" else lines
+    return [*render(summary, "md", row).splitlines(), "", machine(run.environment for run in runs)]
 
 
 def paper(
@@ -86,38 +79,21 @@ def paper(
     return [*lines, f"The paper's {table.replace('table', 'table ')}:", "", *published_table(published(table))]
 
 
-def index(folder: Path, of: str, within: str = "") -> list[str]:
+def index(folder: Path, of: str) -> list[str]:
     """A row for each of some folders, from the first block of its README: claim, command, cost, our numbers and the paper's.
 
     Args:
         folder: of the document.
         of: names of the folders, with commas.
-        within: the folder that they lie in, from the document's.
     """
     header = ["result", "the paper's claim", "command", "cost", "ours", "the paper's"]
     rows = []
     for name in of.split(","):
-        file = folder / within / name / "README.md"
-        entry = _entry(file.parent, next(markers(file)))
+        entry = _entry(folder / name, next(markers(folder / name / "README.md")))
         cost = f"{entry.seconds / 60:.0f} min" if entry.seconds >= 60 else f"{entry.seconds:.0f} s"
-        link = f"[{name}]({Path(within) / name / 'README.md'})"
+        link = f"[{name}]({name}/README.md)"
         rows.append([link, entry.claim, f"`{entry.command}`", cost, entry.ours, entry.theirs])
     return ["", *as_text(pd.DataFrame(rows, columns=header), "md").splitlines()]
-
-
-def run(folder: Path, records: str = RECORDS, row: str = "") -> list[str]:
-    """What a run prints at its end.
-
-    Args:
-        folder: of the document.
-        records: the file of runs that it is one of.
-        row: its settings, as a baseline's; of a single run none.
-    """
-    summary = summarise(runs_of(folder / records))
-    found = (find_baseline(summary, row, "row") if row else summary.rows[0]).runs[0]
-    output = io.StringIO()
-    print_run(found.metrics, Path("runs") / found.directory.name, Console(file=output, width=110))
-    return ["```", *(line.rstrip() for line in output.getvalue().splitlines()), "```", "", machine([found.environment])]
 
 
 def peers(folder: Path, theirs: str, records: str = RECORDS, command: str = "") -> list[str]:
