@@ -144,11 +144,32 @@ class ZeroShotConfig:
 
 
 @dataclass
+class TaskConfig:
+    """`evaluation.tasks.NAME`.
+
+    Attributes:
+        num_fewshot: examples before each item; None is what the task says by itself.
+        limit: only the first so many items; None is all.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+
+
+@dataclass
 class EvaluationConfig:
-    """Group `evaluation`."""
+    """Group `evaluation`.
+
+    Attributes:
+        tasks: any other tasks of lm-eval, or YAML files that define one, by name: examples and items of each, such as
+            `evaluation.tasks={mmlu: {num_fewshot: 5}, gsm8k: {num_fewshot: 5, limit: 100}}`, or a list of names for what the
+            tasks say by themselves. Their data is from the hub. `zero_shot.batch_size` and `zero_shot.add_bos_token` hold for
+            them too.
+    """
 
     perplexity: PerplexityConfig
     zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
+    tasks: dict[str, TaskConfig | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -278,7 +299,7 @@ class RunConfig:
             "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,
             "permutation.path": self.permutation.get("path"),
             "model.path": self.model.path,
-        }
+        } | {f"evaluation.tasks.{name}": name for name in self.evaluation.tasks if is_task_file(name)}
         return in_records(asdict(self)) | {"inputs": {key: _digest(Path(path)) for key, path in files.items() if path}}
 
     @cached_property
@@ -295,6 +316,11 @@ class RunConfig:
     def evaluation_identity(self) -> dict[str, Any]:
         """How a model is evaluated, as plain values."""
         return evaluation_of(self.resolved)
+
+
+def is_task_file(name: str) -> bool:
+    """Whether the name of a task is the path of a YAML that defines one."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def _digest(path: Path) -> str | None:
@@ -327,6 +353,9 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
             log.warning("%s", line)
         if "model" in given and given["model"].get("architecture", {}) is None:
             given["model"]["architecture"] = {}
+        evaluation = given.get("evaluation") or {}
+        if not isinstance(evaluation.get("tasks", {}), dict):  # none, or names alone
+            evaluation["tasks"] = dict.fromkeys(evaluation["tasks"] or [])
         budget = given.get("budget") or {}
         given["budget"] = {key: value for key, value in budget.items() if value != MISSING and not is_left_over(budget, key)}
         settings: Any = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
@@ -407,6 +436,11 @@ def _check(config: RunConfig) -> None:
     if config.evaluation.zero_shot.limit is not None:
         check_whole("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
     check_whole("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
+    for name, task in config.evaluation.tasks.items():
+        if task is not None and task.num_fewshot is not None:
+            check_whole(f"evaluation.tasks.{name}.num_fewshot", task.num_fewshot, 0)
+        if task is not None and task.limit is not None:
+            check_whole(f"evaluation.tasks.{name}.limit", task.limit, 1)
     check_whole("block_size", config.block_size, 1)
     uses = config.permutation.get("uses") or []
     for key in uses if isinstance(uses, list) else [uses]:

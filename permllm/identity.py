@@ -25,7 +25,8 @@ _ADDED_LATER: dict[str, Any] = {
 
 # Settings at the top that a permutation takes as arguments where its `uses` names them.
 FROM_THE_TOP = ("block_size", "temperature")
-# The file whose text perplexity is measured on, among the digests of files (`inputs`).
+# Among the digests of files (`inputs`), those that a model is evaluated on, and of these the text of the perplexity.
+_EVALUATED = "evaluation."
 _EVALUATED_FILE = "evaluation.perplexity.data_files"
 
 _DIGITS = 12
@@ -40,7 +41,9 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """
     identity = {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
     if "inputs" in identity:
-        identity["inputs"] = {key: digest for key, digest in (identity["inputs"] or {}).items() if key != _EVALUATED_FILE}
+        identity["inputs"] = {
+            key: digest for key, digest in (identity["inputs"] or {}).items() if not key.startswith(_EVALUATED)
+        }
     identity["permutation"], used = _split(identity.get("permutation") or {})
     for key in FROM_THE_TOP:
         if key not in used:
@@ -56,7 +59,7 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of resolved settings that says how a model is evaluated: `perplexity` and `zero_shot`, as far as asked for.
+    """The part of resolved settings that says how a model is evaluated: `perplexity`, `zero_shot`, `tasks`, where asked for.
 
     Sizes of batches are not part of it, nor is where a file lies, but its name, which names the result, and its digest.
     """
@@ -75,6 +78,15 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         found["perplexity"] = text
     if tasks and tasks.get("tasks", "of an early record"):
         found["zero_shot"] = tasks
+    asked = {}
+    for name, task in (settings.get("tasks") or {}).items():
+        how = dict(task or {"num_fewshot": None, "limit": None})
+        how |= {key: value for key, value in tasks.items() if key == "add_bos_token"}
+        file = f"{_EVALUATED}tasks.{name}"
+        digest = (resolved.get("inputs") or {}).get(file, "of no file")
+        asked[str(name).rsplit("/", 1)[-1]] = how if digest == "of no file" else how | {"digest": digest}
+    if asked:
+        found["tasks"] = asked
     return found
 
 

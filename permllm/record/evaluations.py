@@ -1,8 +1,8 @@
 """A pruned model may be evaluated in several ways, and its record holds all of them.
 
 The one that was asked for last stands at the top of `metrics.json`: how it was made under `evaluation`
-(`permllm.identity.evaluation_of`), its results under `perplexity` and `zero_shot`, the digest of its text in `texts`, its
-settings in `protocol`. The others have the same keys in their entries of `other_evaluations`, and `finished`.
+(`permllm.identity.evaluation_of`), its results under `perplexity`, `zero_shot` and `tasks`, the digest of its text in `texts`,
+its settings in `protocol`. The others have the same keys in their entries of `other_evaluations`, and `finished`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from permllm.identity import digest_of, evaluation_of
 
 _OTHERS, _FINISHED = "other_evaluations", "finished"
-_OWN = ("evaluation", "evaluation_hash", "perplexity", "zero_shot")
+_OWN = ("evaluation", "evaluation_hash", "perplexity", "zero_shot", "tasks")
 # Of keys that stand for calibration too, the part that is the evaluation's.
 _SHARED = {"texts": "perplexity", "protocol": "evaluation"}
 
@@ -71,7 +71,7 @@ def entry_for(metrics: dict[str, Any], begun: dict[str, Any]) -> dict[str, Any]:
 
 def forget(metrics: dict[str, Any]) -> None:
     """Remove all results: those at the top, of which how they are to be made stays, and the other evaluations."""
-    for key in ("perplexity", "zero_shot", _OTHERS):
+    for key in ("perplexity", "zero_shot", "tasks", _OTHERS):
         metrics.pop(key, None)
     metrics.get("texts", {}).pop("perplexity", None)
 
@@ -90,6 +90,21 @@ def counted_tasks(tasks: dict[str, dict[str, Any]]) -> list[str]:
     An lm-eval group counts its subtasks itself and has no items of its own; some tasks have no accuracy.
     """
     return [name for name, values in tasks.items() if values["n"] and values["acc"] is not None]
+
+
+def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
+    """What a metric of a task is called: `gsm8k exact_match strict-match (5 shots)`; a filter where there are several."""
+    name, _, how = metric.partition(",")
+    several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
+    shots = (
+        "" if values["num_fewshot"] is None else f" ({values['num_fewshot']} shot{'' if values['num_fewshot'] == 1 else 's'})"
+    )
+    return f"{task} {name}{f' {how}' if several else ''}{shots}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric of lm-eval is a share of the items, so that it is shown in per cent."""
+    return metric.partition(",")[0] in ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 
 
 def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> float:

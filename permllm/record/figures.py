@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from permllm.nested import flatten
-from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
+from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
 from permllm.runtime.terminal import terminal
 
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
@@ -57,7 +57,19 @@ def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
         before, after = ({"acc": mean_accuracy(part), "stderr": mean_error(part)} for part in (dense, sparse))
         rows.append((f"average acc{limited}", _accuracy(before), _accuracy(after)))
+    dense, sparse = metrics.get("tasks", {}).get("dense", {}), metrics.get("tasks", {}).get("sparse", {})
+    for name, values in dense.items():
+        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
+        for metric in values["metrics"]:
+            rows.append((f"{task_label(name, values, metric)}{items}", _metric(values, metric), _metric(sparse[name], metric)))
     return rows
+
+
+def _metric(values: dict[str, Any], metric: str) -> str:
+    value, error = values["metrics"].get(metric), values["stderr"].get(metric)
+    if is_share(metric):
+        return _accuracy({"acc": value, "stderr": error})
+    return "-" if value is None else f"{value:.4g}{'' if error is None else f' ± {error:.2g}'}"
 
 
 def _accuracy(values: dict[str, Any]) -> str:

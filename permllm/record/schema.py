@@ -112,6 +112,18 @@ class Accuracy(TypedDict):
     data: NotRequired[str | None]
 
 
+class TaskResult(TypedDict):
+    """Of a task of lm-eval with settings of its own, or of a group, in `metrics.json`; metrics have lm-eval's names."""
+
+    metrics: dict[str, float | None]
+    stderr: dict[str, float | None]
+    n: Positive | None
+    num_fewshot: Whole | None
+    limited: bool
+    split: str | None
+    data: str | None
+
+
 class MeasuredPerplexity(Perplexity):
     """`Perplexity`, and what it is made of, as it is kept for other jobs."""
 
@@ -194,6 +206,7 @@ class Evaluated(TypedDict):
 
     perplexity: NotRequired[Object]
     zero_shot: NotRequired[Object]
+    tasks: NotRequired[Object]
 
 
 class OtherEvaluation(TypedDict):
@@ -206,6 +219,7 @@ class OtherEvaluation(TypedDict):
     texts: NotRequired[dict[str, str]]
     perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
     zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
+    tasks: NotRequired[dict[_Which, dict[str, TaskResult]]]
 
 
 def _of_both(found: dict[_Which, dict[str, Result]]) -> dict[_Which, dict[str, Result]]:
@@ -255,6 +269,7 @@ class Metrics(_Metrics):
 
     perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
     zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
+    tasks: NotRequired[dict[_Which, dict[str, TaskResult]]]
     peak_memory_bytes: NotRequired[Whole]
     sparsity: NotRequired[Sparsity]
     retained_saliency: NotRequired[_ByGroup]
@@ -266,6 +281,7 @@ class FinishedRun(_Metrics):
 
     perplexity: NotRequired[_Compared[Perplexity]]
     zero_shot: NotRequired[_Compared[Accuracy]]
+    tasks: NotRequired[_Compared[TaskResult]]
     peak_memory_bytes: Whole
     sparsity: Sparsity
     retained_saliency: _ByGroup

@@ -285,7 +285,7 @@ class RunRecord(Progress):
         self.metrics["status"] = "running"
         for key in (*_OF_PRUNING, "export", "files"):
             self.metrics.pop(key, None)
-        for key in ("perplexity", "zero_shot"):
+        for key in ("perplexity", "zero_shot", "tasks"):
             self.metrics.get(key, {}).pop("sparse", None)
             for scored in self.scores.values():
                 scored.get(key, {}).pop("sparse", None)

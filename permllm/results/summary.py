@@ -15,7 +15,7 @@ import pandas as pd
 from permllm.identity import digest_of, identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
-from permllm.record.evaluations import counted_tasks, mean_accuracy, mean_error
+from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
 from permllm.renamed import typed_name, typed_value
 from permllm.results.collect import Run
 
@@ -388,6 +388,13 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
             found[f"{plain(task)} acc", facts] = Measure(
                 [values["acc"]], "accuracy", values["stderr"], values["limited"], parts
             )
+    for task, values in entry.get("tasks", {}).get(which, {}).items():
+        for metric, value in values["metrics"].items():
+            if value is not None and is_share(metric):
+                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", bos)
+                found[plain(task_label(task, values, metric)), facts] = Measure(
+                    [value], "accuracy", values["stderr"].get(metric), values["limited"], [{}]
+                )
     counted = counted_tasks(tasks)
     if len(counted) > 1:
         limited = any(tasks[task]["limited"] for task in counted)

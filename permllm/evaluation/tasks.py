@@ -1,0 +1,91 @@
+"""Any task of lm-eval: multiple choice or generation, with examples before each item, of a model in memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from permllm.config import TaskConfig, ZeroShotConfig, is_task_file
+from permllm.data.hub import hub_access
+from permllm.errors import ConfigError, DataError, first_line
+from permllm.evaluation.zero_shot import source_of, task_manager
+
+
+def run_task(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, config: TaskConfig, shared: ZeroShotConfig
+) -> dict[str, dict[str, Any]]:
+    """One task, or group of tasks.
+
+    Args:
+        model: as it is to be measured.
+        tokenizer: its tokenizer.
+        name: lm-eval's, or the path of a YAML that defines one.
+        config: examples and items.
+        shared: whose batch size and special tokens hold for these too.
+
+    Returns:
+        By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under lm-eval's names
+        (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the first items were used), `split` and `data`.
+
+    Raises:
+        ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
+    """
+    # lm-eval takes seconds to import.
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    for logger in ("lm_eval", "lm-eval"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    manager = task_manager()
+    if is_task_file(name):
+        if not Path(name).is_file():
+            raise ConfigError(f"evaluation.tasks: {name} does not exist")
+    elif name not in manager.all_tasks:
+        near = get_close_matches(name, manager.all_tasks, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"evaluation.tasks: lm-eval does not know {name}{meant}; `lm-eval ls tasks` lists all")
+    try:
+        with hub_access(f"the data of task {name}"):
+            loaded = manager.load([name])
+        tasks = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+        lm = HFLM(  # type: ignore[arg-type]
+            pretrained=model, tokenizer=tokenizer, batch_size=shared.batch_size, add_bos_token=shared.add_bos_token
+        )
+        output = simple_evaluate(
+            lm,
+            tasks=tasks,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            bootstrap_iters=100,
+            log_samples=False,
+            task_manager=manager,
+        )
+    except (ConfigError, DataError):
+        raise
+    except (AssertionError, KeyError, ValueError) as error:  # what lm-eval makes of a definition or of a setting
+        raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
+    assert output is not None
+    results = {}
+    for task, values in output["results"].items():
+        settings, samples = output["configs"].get(task, {}), output["n-samples"].get(task, {})
+        metrics = {key: _number(value) for key, value in values.items() if "," in key and "_stderr," not in key}
+        results[task] = {
+            "metrics": metrics,
+            "stderr": {key: _number(values.get(key.replace(",", "_stderr,", 1))) for key in metrics},
+            "n": samples.get("effective"),
+            "num_fewshot": output["n-shot"].get(task),
+            "limited": samples.get("effective") != samples.get("original") or (not samples and config.limit is not None),
+            "split": settings.get("test_split") or settings.get("validation_split"),
+            "data": source_of(loaded["tasks"][task], "hub") if task in loaded["tasks"] else None,
+        }
+    return results
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,180 @@
+"""Tasks of lm-eval with examples and limits of their own: multiple choice and generation, from files, on the pruned model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permllm import runner
+from permllm.config import TaskConfig, ZeroShotConfig, read_config
+from permllm.errors import ConfigError
+from permllm.evaluation import measure
+from permllm.evaluation.tasks import run_task
+from permllm.identity import digest_of
+from permllm.models.loading import load_model
+from permllm.record.figures import result_rows
+from permllm.record.files import read_json
+from permllm.record.schema import FinishedRun
+from permllm.results.collect import collect
+from permllm.results.summary import summarise
+from tests.test_config import composed, config
+
+COMMON = """
+dataset_path: json
+dataset_kwargs:
+  data_files: {{train: {folder}/train.json, test: {folder}/test.json}}
+training_split: train
+fewshot_split: train
+fewshot_config: {{sampler: first_n}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+CHOICE = """
+task: colours
+output_type: multiple_choice
+doc_to_choice: [red, blue]
+doc_to_target: label
+"""
+GENERATE = """
+task: sums
+output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The files of a task of each kind, by name."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    rows = [{"question": f"What is {number}?", "label": number % 2, "answer": str(number)} for number in range(6)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text("\n".join(json.dumps(row) for row in rows))
+    files = {}
+    for name, definition in (("colours", CHOICE), ("sums", GENERATE)):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(COMMON.format(folder=tmp_path) + definition)
+        files[name] = str(file)
+    return files
+
+
+def asked(tasks: dict[str, str], **settings: dict[str, Any]) -> str:
+    inside = ", ".join(
+        f"{tasks[name]}: {{{', '.join(f'{key}: {value}' for key, value in how.items())}}}" for name, how in settings.items()
+    )
+    return f"evaluation.tasks={{{inside}}}"
+
+
+def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown(
+    tasks: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    words = asked(tasks, colours={"num_fewshot": 2}, sums={"num_fewshot": 1, "limit": 4})
+    small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32", "evaluation.perplexity.limit=1"]
+    settings = read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *small, words))
+    result = runner.run(settings)
+    assert result is not None
+    metrics, directory = result
+    assert read_json(directory / "metrics.json", FinishedRun) == metrics
+    for which in ("dense", "sparse"):
+        colours, sums = (metrics["tasks"][which][name] for name in ("colours", "sums"))
+        assert (colours["n"], colours["num_fewshot"], colours["limited"], colours["split"]) == (6, 2, False, "test")
+        assert (sums["n"], sums["num_fewshot"], sums["limited"]) == (4, 1, True)
+        share = colours["metrics"]["acc,none"]
+        assert share in {count / 6 for count in range(7)}
+        # The sample's deviation over the root of the items.
+        assert colours["stderr"]["acc,none"] == pytest.approx(math.sqrt(share * (1 - share) / 5))
+        assert sums["metrics"] == {"exact_match,none": 0.0}  # a random model does not add
+    labels = [label for label, *_ in result_rows(metrics)]
+    assert "colours acc (2 shots), 6 items" in labels
+    assert "sums exact_match (1 shot), limited to 4 items" in labels
+    shown = summarise(collect([directory]).runs)
+    assert {"colours acc (2 shots)", "sums exact_match (1 shot)"} <= set(shown.measures)
+
+
+def test_a_task_is_asked_with_its_examples_before_the_item(
+    tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    seen = []
+    generate = HFLM.generate_until
+
+    def spy(self: Any, requests: list[Any], **options: Any) -> Any:
+        seen.extend(request.args[0] for request in requests)
+        return generate(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "generate_until", spy)
+    loaded = load_model(config("model=tiny").model, 0)
+    run_task(loaded.model, loaded.tokenizer, tasks["sums"], TaskConfig(num_fewshot=2, limit=1), ZeroShotConfig())
+    assert seen == ["What is 0? 0\n\nWhat is 1? 1\n\nWhat is 0?"]
+
+
+def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[str] = []
+
+    def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
+        run.append(Path(name).stem)
+        values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
+        return {Path(name).stem: values}
+
+    monkeypatch.setattr(measure, "run_task", counted)
+    monkeypatch.setattr(measure, "cached_values", lambda *given: given[-1]())
+    monkeypatch.setattr(measure, "tokenizer_digest", lambda _: "")
+    loaded: Any = type("Loaded", (), {"model": type("Model", (), {"device": type("Device", (), {"type": "cpu"})})})()
+    loaded.identity, loaded.tokenizer = "", None
+    words = ["model=tiny", "evaluation.perplexity.dataset=null"]
+    both = config(*words, asked(tasks, colours={"num_fewshot": 2}, sums={}))
+    found: dict[str, Any] = {"evaluation": both.evaluation_identity, "evaluation_hash": "both"}
+    measure.evaluate(loaded, both.evaluation, "sparse", found, lambda: None)
+    measure.evaluate(loaded, both.evaluation, "sparse", found, lambda: None)
+    assert run == ["colours", "sums"]
+    # Another evaluation takes what was measured in the same way, and no more.
+    other = config(*words, asked(tasks, colours={"num_fewshot": 3}, sums={}))
+    begun: dict[str, Any] = {"evaluation": other.evaluation_identity, "evaluation_hash": "other"}
+    measure.evaluate(loaded, other.evaluation, "sparse", begun, lambda: None, [found])
+    assert run == ["colours", "sums", "colours"]
+    assert begun["tasks"]["sparse"].keys() == {"colours", "sums"}
+
+
+def test_tasks_are_part_of_how_a_model_is_evaluated_only_where_they_are_given(tasks: dict[str, str]) -> None:
+    base = config("model=tiny")
+    assert "tasks" not in base.evaluation_identity
+    words = [
+        "evaluation.tasks={gsm8k: null}",
+        "evaluation.tasks={gsm8k: {num_fewshot: 5}}",
+        "evaluation.tasks={gsm8k: {num_fewshot: 5, limit: 100}}",
+        "evaluation.tasks={mmlu: {num_fewshot: 5}, gsm8k: {num_fewshot: 5, limit: 100}}",
+        asked(tasks, sums={}),
+    ]
+    asked_for = [config("model=tiny", word) for word in words]
+    assert all(one.hash == base.hash for one in asked_for)
+    assert len({digest_of(one.evaluation_identity) for one in (base, *asked_for)}) == len(words) + 1
+    Path(tasks["sums"]).write_text("task: another")
+    assert read_config(composed("model=tiny", words[-1])).evaluation_identity != asked_for[-1].evaluation_identity
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluation.tasks={gsm9k: null}", r"^evaluation\.tasks: lm-eval does not know gsm9k; did you mean gsm8k\?"),
+        ("evaluation.tasks={nowhere.yaml: null}", r"^evaluation\.tasks: nowhere\.yaml does not exist"),
+    ],
+)
+def test_a_task_that_is_not_there_is_one_line(words: str, message: str) -> None:
+    settings = config("model=tiny", words).evaluation
+    loaded = load_model(config("model=tiny").model, 0)
+    ((name, task),) = settings.tasks.items()
+    with pytest.raises(ConfigError, match=message):
+        run_task(loaded.model, loaded.tokenizer, name, task or TaskConfig(), settings.zero_shot)
+
+
+@pytest.mark.parametrize("setting", ["num_fewshot: -1", "limit: 0"])
+def test_bad_settings_of_a_task_are_one_line(setting: str) -> None:
+    key, _, value = setting.partition(": ")
+    with pytest.raises(ConfigError, match=rf"^evaluation\.tasks\.gsm8k\.{key}={value}: expected a whole number of at least"):
+        config("model=tiny", f"evaluation.tasks={{gsm8k: {{{setting}}}}}")
