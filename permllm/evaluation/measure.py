@@ -79,9 +79,9 @@ def evaluate(
         if label not in results:
             asked = found["evaluation"]["tasks"][Path(name).name]
             alike = (other for other in others if other["evaluation"].get("tasks", {}).get(Path(name).name) == asked)
-            known = next((theirs[label] for other in alike if label in (theirs := other["tasks"][which])), None)
+            known = next((theirs[label] for other in alike if label in (theirs := other["tasks"][which])), {})
             # A group, which has no items of its own, leaves results of several names.
-            results |= {label: known} if known and known["n"] else _task(loaded, settings, name, task, which)
+            results |= {label: known} if known.get("n") else _task(loaded, settings, name, task, which)
             save()
 
 
