@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 import permllm.export  # noqa: F401 - makes its classes known to transformers
 from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, read_config, register_resolvers
 from permllm.data.calibration import calibration_tokens, windows_of
-from permllm.errors import ConfigError, DataError, first_line
+from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, check_groups, methods_of
 from permllm.models.checkpoint import read_weights
@@ -40,6 +40,7 @@ from permllm.runtime.precision import compute_dtype
 from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
+from permllm.usage import refusal, refused
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"
@@ -195,13 +196,17 @@ def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings:
     GlobalHydra.instance().clear()
     register_resolvers()
     register()
+    words = ["model=tiny", *(f"{group}={name}" for group, name in chosen.items())]
     try:
         with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
-            composed = compose("config", overrides=["model=tiny", *(f"{group}={name}" for group, name in chosen.items())])
+            composed = compose("config", overrides=words)
         for key, value in single.items():
-            OmegaConf.update(composed, key, value)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(first_line(error)) from error
+            try:
+                OmegaConf.update(composed, key, value)
+            except OmegaConfBaseException as error:
+                raise ConfigError(refused(key, value, error, words)) from error
+    except HydraException as error:
+        raise ConfigError(refusal(error, words)) from error
     finally:
         GlobalHydra.instance().hydra = before
     return read_config(composed)

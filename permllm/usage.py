@@ -157,15 +157,27 @@ def refusal(error: Exception, words: Sequence[str]) -> str:
         sign, key, value = match.groups()
         if sign == "~" or value is None:
             return f"~{key}: a setting cannot be taken away; {key}=null where it may be empty"
-        if cause is not None and "not in" in str(cause).partition("\n")[0]:
-            return _unknown(getattr(cause, "full_key", None) or key, words)
-        return f"{key}={value}: expected {_expected(key, words) or first_line(cause or error)}"
+        return refused(key, value, cause or error, words)
     if match := re.match(r"In '([^']+)': \w+ raised while composing config:\s*(.*)", text, re.DOTALL):
         said = " ".join(match[2].partition("full_key")[0].split())
         key = re.search(r"full_key: (\S+)", match[2])
         return f"{key[1] if key else match[1]}: {said} (in {match[1]}.yaml)"
     key = getattr(error, "full_key", None)
     return " ".join(filter(None, [f"{key}:" if key else "", first_line(error)]))
+
+
+def refused(key: str, value: Any, error: Exception, words: Sequence[str]) -> str:
+    """What is wrong with a setting that OmegaConf refuses, in one line.
+
+    Args:
+        key: dotted.
+        value: of it.
+        error: what OmegaConf raised.
+        words: that choose the groups.
+    """
+    if "not in" in first_line(error) or "does not exist" in first_line(error):
+        return _unknown(getattr(error, "full_key", None) or key, words)
+    return f"{key}={value}: expected {_expected(key, words) or first_line(error)}"
 
 
 def _unknown(key: str, words: Sequence[str]) -> str:
@@ -184,7 +196,7 @@ def _unknown(key: str, words: Sequence[str]) -> str:
 
 def _meant(name: str, names: Iterable[str], prefix: str = "") -> str:
     names = list(names)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    near = get_close_matches(name, names, n=1)
     meant = f"; did you mean {prefix}{near[0]}?" if near else ";" if names else ""
     return meant + (f" valid are: {', '.join(names)}" if names and (len(names) <= _MOST_NAMES or not near) else "")
 

@@ -150,6 +150,10 @@ def test_weights_that_were_trained_afterwards_are_saved_under_the_masks(
         ({"permutation__learning_rate": -1.0}, "learning_rate"),
         ({"texts": torch.zeros(3)}, "texts: expected int64 tokens (samples, seqlen)"),
         ({"texts": "nowhere"}, "nowhere"),
+        ({"permutation__epoch": 3}, "permutation.epoch: no setting of permutation=lcp; did you mean permutation.epochs?"),
+        ({"permutation__epochs": "x"}, "permutation.epochs=x: expected a whole number"),
+        ({"pruner": "wandaa"}, "pruner=wandaa: no such option; did you mean wanda?"),
+        ({"sede": 1}, "sede: no group or setting; did you mean seed?"),
     ],
 )
 def test_bad_settings_are_one_line(

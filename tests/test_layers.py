@@ -36,6 +36,7 @@ ROOMS = (
     "plan",
     "studies",
     "nodes",
+    "usage",
     "helping",
     "job",
     "ordering",
@@ -44,7 +45,6 @@ ROOMS = (
     "api",
     "results",
     "session",
-    "usage",
     "cli",
     "commands",
     # `python -m` of a module.

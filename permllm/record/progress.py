@@ -1,4 +1,4 @@
-"""What the stages of a job leave on the way: seconds and peaks of memory, the passes of learning, the orders that it found."""
+"""What the stages of a job leave on the way: seconds and peaks of memory, the epochs of learning, the orders that it found."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Progress:
 
     Attributes:
         metrics: as in `metrics.json`.
-        history: a line for each pass of learning.
+        history: a line for each epoch of learning.
         directory: where a checkpoint of learning may be written; None for nowhere.
     """
 

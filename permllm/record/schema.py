@@ -401,7 +401,7 @@ class LCPSteps(TypedDict):
 
 
 class Pass(TypedDict):
-    """A line of `history.jsonl`: what a pass of learning found. Early records lack what they did not have yet."""
+    """A line of `history.jsonl`: what an epoch of learning found. Early records lack what they did not have yet."""
 
     loss: float
     measured_loss: NotRequired[float | None]

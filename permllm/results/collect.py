@@ -38,7 +38,7 @@ class Run:
         config: resolved (`Settings`).
         metrics: as in `metrics.json` (`FinishedRun`, of a study `Metrics`).
         environment: as in `environment.json` (`Environment`); empty where there is none.
-        history: one entry a pass of learning (`Pass`).
+        history: one entry an epoch of learning (`Pass`).
         scores: what the results of each evaluation are made of (`EvaluationScores`), by the digest of the evaluation; runs of
             earlier versions have none.
     """

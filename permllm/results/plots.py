@@ -57,8 +57,8 @@ def plot(summary: Summary, file: Path) -> None:
         axes[0][1].plot(range(1, len(curve) + 1), curve, marker="o", label=label)
     if learned:
         axes[0][1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        axes[0][1].set_xlabel("pass")
-        axes[0][1].set_ylabel("loss, mean of the pass")
+        axes[0][1].set_xlabel("epoch")
+        axes[0][1].set_ylabel("loss, mean of the epoch")
         axes[0][1].legend(fontsize="small")
     save_figure(figure, "--plot", file)
 
@@ -184,7 +184,7 @@ def numeric_setting(summary: Summary) -> str | None:
 
 
 def losses(row: Row) -> list[float]:
-    """Mean loss of each pass of a row's first run."""
+    """Mean loss of each epoch of a row's first run."""
     return [entry["loss"] for entry in row.runs[0].history]
 
 
