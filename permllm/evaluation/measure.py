@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_values, digest_of
 from permllm.record.files import file_checksum
-from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity, TaskResult
+from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity, MeasuredTask
 
 _LOADING = ("permllm.models.loading",)
 
@@ -79,14 +79,21 @@ def evaluate(
         if label not in results:
             asked = found["evaluation"]["tasks"][Path(name).name]
             alike = (other for other in others if other["evaluation"].get("tasks", {}).get(Path(name).name) == asked)
-            known = next((theirs[label] for other in alike if label in (theirs := other["tasks"][which])), {})
             # A group, which has no items of its own, leaves results of several names.
-            results |= {label: known} if known.get("n") else _task(loaded, settings, name, task, which)
+            known_by = next((other for other in alike if other["tasks"][which].get(label, {}).get("n")), None)
+            if known_by is not None:
+                results[label] = known_by["tasks"][which][label]
+                _take(own, scores, known_by, "tasks", which, [label])
+            else:
+                measured = _task(loaded, settings, name, task, which)
+                made_of = {one: values.pop("scores") for one, values in measured.items() if "scores" in values}
+                own.setdefault("tasks", {}).setdefault(which, {}).update(made_of)
+                results |= measured
             save()
 
 
 def _take(
-    own: dict[str, Any], scores: Mapping[str, Any], other: Mapping[str, Any], kind: str, which: str, names: Mapping[str, Any]
+    own: dict[str, Any], scores: Mapping[str, Any], other: Mapping[str, Any], kind: str, which: str, names: Iterable[str]
 ) -> None:
     """Take what another evaluation's results are made of along with them; records of earlier versions lack it."""
     theirs = scores.get(other["evaluation_hash"], {}).get(kind, {}).get(which, {})
@@ -150,7 +157,7 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, task: Task
     definition = file_checksum(Path(name)) if is_task_file(name) and Path(name).is_file() else name
     key = _identity(loaded) | {"task": definition} | asdict(config)
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.zero_shot.add_bos_token}
-    return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, TaskResult], measure)
+    return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, MeasuredTask], measure)
 
 
 def _identity(loaded: LoadedModel) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from permllm.config import TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.evaluation.zero_shot import source_of, task_manager
+from permllm.evaluation.zero_shot import item_scores, source_of, task_manager
 
 
 def run_task(
@@ -31,7 +31,8 @@ def run_task(
 
     Returns:
         By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under lm-eval's names
-        (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the first items were used), `split` and `data`.
+        (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the first items were used), `split` and `data`;
+        of a task `scores` of each item, in lm-eval's order (`permllm.record.schema.TaskScores`).
 
     Raises:
         ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
@@ -63,7 +64,7 @@ def run_task(
             num_fewshot=config.num_fewshot,
             limit=config.limit,
             bootstrap_iters=100,
-            log_samples=False,
+            log_samples=True,
             task_manager=manager,
         )
     except (ConfigError, DataError):
@@ -84,6 +85,9 @@ def run_task(
             "split": settings.get("test_split") or settings.get("validation_split"),
             "data": source_of(loaded["tasks"][task], "hub") if task in loaded["tasks"] else None,
         }
+        scored = item_scores(output["samples"].get(task, []))
+        if scored is not None:
+            results[task]["scores"] = scored
     return results
 
 

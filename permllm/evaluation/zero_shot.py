@@ -93,23 +93,39 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             "limited": samples.get("effective") != samples.get("original"),
             "data": data.get(task),
         }
-        scored = _scores(output["samples"].get(task, []))
-        if scored is not None:
-            results[task]["scores"] = scored
+        scored = item_scores(output["samples"].get(task, []))
+        if scored is not None and "acc,none" in scored["metrics"]:
+            results[task]["scores"] = {
+                "items": scored["items"],
+                "digest": scored["digest"],
+                "acc": scored["metrics"]["acc,none"],
+            }
     return results
 
 
-def _scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What an accuracy is the mean of; None where a task has none, as a group of tasks has not."""
-    counted = [sample for sample in samples if sample["filter"] == "none" and "acc" in sample["metrics"]]
-    if not counted:
+def item_scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the numbers of a task are the means of (`permllm.record.schema.TaskScores`); None for a group, which has no items.
+
+    Args:
+        samples: of lm-eval, each item once for each filter of the task.
+    """
+    filtered: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        filtered.setdefault(sample["filter"], []).append(sample)
+    if not filtered:
         return None
-    said = "".join(sample["doc_hash"] + sample["target_hash"] for sample in counted)
-    scores = [float(sample["acc"]) for sample in counted]
+    asked = next(iter(filtered.values()))
+    metrics = {}
+    for name, found in filtered.items():
+        for metric in found[0]["metrics"]:
+            values = [number for sample in found if (number := _number(sample.get(metric))) is not None]
+            if len(values) == len(found):  # else it is aggregated in another way
+                metrics[f"{metric},{name}"] = [int(value) if value.is_integer() else value for value in values]
+    said = "".join(sample["doc_hash"] + sample["target_hash"] for sample in asked)
     return {
-        "items": [int(sample["doc_id"]) for sample in counted],
+        "items": [int(sample["doc_id"]) for sample in asked],
         "digest": hashlib.sha256(said.encode()).hexdigest(),
-        "acc": [int(score) if score.is_integer() else score for score in scores],
+        "metrics": metrics,
     }
 
 

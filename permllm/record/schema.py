@@ -138,6 +138,20 @@ class ItemScores(TypedDict):
     acc: list[Share]
 
 
+class TaskScores(TypedDict):
+    """As `ItemScores`, with a score of each item by metric, under lm-eval's names."""
+
+    items: list[Whole]
+    digest: str
+    metrics: dict[str, list[Annotated[float, Field(allow_inf_nan=False)]]]
+
+
+class MeasuredTask(TaskResult):
+    """`TaskResult`, and what it is made of, as it is kept for other jobs."""
+
+    scores: NotRequired[TaskScores]
+
+
 class MeasuredAccuracy(Accuracy):
     """`Accuracy`, and what it is made of, as it is kept for other jobs."""
 
@@ -149,6 +163,7 @@ class EvaluationScores(TypedDict):
 
     perplexity: NotRequired[dict[_Which, dict[str, list[Amount]]]]
     zero_shot: NotRequired[dict[_Which, dict[str, ItemScores]]]
+    tasks: NotRequired[dict[_Which, dict[str, TaskScores]]]
 
 
 class Scores(TypedDict):

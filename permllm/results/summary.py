@@ -379,7 +379,7 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     tasks = entry.get("zero_shot", {}).get(which, {})
     bos = f"add_bos_token={setting_text(how.get('zero_shot', {}).get('add_bos_token'))}"
     scored_tasks = scores.get("zero_shot", {}).get(which, {})
-    items = {task: _items(scored, tasks[task]) for task, scored in scored_tasks.items() if task in tasks}
+    items = {task: _items(one, one["acc"], tasks[task]["acc"]) for task, one in scored_tasks.items() if task in tasks}
     for task, values in tasks.items():
         if values["acc"] is not None:
             one = items.get(task)
@@ -392,8 +392,10 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         for metric, value in values["metrics"].items():
             if value is not None and is_share(metric):
                 facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", bos)
+                scored = scores.get("tasks", {}).get(which, {}).get(task)
+                one = _items(scored, scored["metrics"].get(metric, []), value) if scored else None
                 found[plain(task_label(task, values, metric)), facts] = Measure(
-                    [value], "accuracy", values["stderr"].get(metric), values["limited"], [{}]
+                    [value], "accuracy", values["stderr"].get(metric), values["limited"], [{task: one} if one else {}]
                 )
     counted = counted_tasks(tasks)
     if len(counted) > 1:
@@ -417,14 +419,13 @@ def _windows(losses: list[float], values: Mapping[str, Any], of: tuple[Any, ...]
     return Scored((*of, values["window"], len(losses)), losses, tokens)
 
 
-def _items(scored: Mapping[str, Any], values: Mapping[str, Any]) -> Scored | None:
+def _items(scored: Mapping[str, Any], scores: list[float], value: float | None) -> Scored | None:
     """The items of an accuracy; None where they are not those of this value."""
-    acc, items = scored["acc"], scored["items"]
-    if not acc or len(acc) != len(items) or values["acc"] is None:
+    if not scores or len(scores) != len(scored["items"]) or value is None:
         return None
-    if not math.isclose(statistics.fmean(acc), values["acc"], rel_tol=1e-9, abs_tol=1e-9):
+    if not math.isclose(statistics.fmean(scores), value, rel_tol=1e-9, abs_tol=1e-9):
         return None
-    return Scored((scored["digest"], tuple(items)), acc)
+    return Scored((scored["digest"], tuple(scored["items"])), scores)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -18,8 +18,9 @@ from permllm.identity import digest_of
 from permllm.models.loading import load_model
 from permllm.record.figures import result_rows
 from permllm.record.files import read_json
-from permllm.record.schema import FinishedRun
+from permllm.record.schema import FinishedRun, Scores
 from permllm.results.collect import collect
+from permllm.results.compare import Paired, paired
 from permllm.results.summary import summarise
 from tests.test_config import composed, config
 
@@ -89,11 +90,17 @@ def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown
         # The sample's deviation over the root of the items.
         assert colours["stderr"]["acc,none"] == pytest.approx(math.sqrt(share * (1 - share) / 5))
         assert sums["metrics"] == {"exact_match,none": 0.0}  # a random model does not add
+        scores = read_json(directory / "scores.json", Scores)["evaluations"][metrics["evaluation_hash"]]["tasks"][which]
+        assert scores["colours"]["items"] == [0, 1, 2, 3, 4, 5]
+        assert sum(scores["colours"]["metrics"]["acc,none"]) / 6 == share
+        assert scores["sums"]["metrics"]["exact_match,none"] == [0, 0, 0, 0]
     labels = [label for label, *_ in result_rows(metrics)]
     assert "colours acc (2 shots), 6 items" in labels
     assert "sums exact_match (1 shot), limited to 4 items" in labels
     shown = summarise(collect([directory]).runs)
     assert {"colours acc (2 shots)", "sums exact_match (1 shot)"} <= set(shown.measures)
+    assert isinstance(paired(shown.rows[0], shown.rows[0], "colours acc (2 shots)"), Paired)
+    assert "scores" not in str(metrics["tasks"])
 
 
 def test_a_task_is_asked_with_its_examples_before_the_item(
