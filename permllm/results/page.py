@@ -12,7 +12,7 @@ import html
 import math
 import re
 from collections.abc import Sequence
-from importlib.resources import files
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def page(collection: Collection, summary: Summary, baseline: Row | None = None, 
 
 
 def _of_itables(suffix: str) -> str:
-    return (files("itables") / "html" / f"dt_bundle.{suffix}").read_text(encoding="utf-8")
+    # Found, not imported: some versions want IPython.
+    return Path(str(distribution("itables").locate_file(f"itables/html/dt_bundle.{suffix}"))).read_text(encoding="utf-8")
 
 
 def _datatables() -> str:
