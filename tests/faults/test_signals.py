@@ -16,11 +16,10 @@ from typing import Any, TextIO
 import pytest
 
 from permllm import runner
+from permllm.commands import call
 from permllm.config import read_config
-from permllm.export import verify
 from permllm.export.checkpoint import Request, export_run
 from permllm.record.figures import print_run
-from permllm.results import command as results
 from permllm.runtime.interruption import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
@@ -152,18 +151,17 @@ def test_commands_end_quietly_where_nobody_reads_and_in_one_line_where_the_disk_
     metrics, directory = result
     export_run(directory, Request("gathered"), tmp_path / "model")
     capsys.readouterr()
-    for main, word, unread, full in (
-        (results.main, str(directory), 141, 1),
-        (verify.main, str(tmp_path / "model"), 0, 2),  # what it found does not depend on who reads it
+    for name, word, unread, full in (
+        ("results", str(directory), 141, 1),
+        ("verify", str(tmp_path / "model"), 0, 2),  # what it found does not depend on who reads it
     ):
-        monkeypatch.setattr(sys, "argv", ["command", word])
         with Unread() as stream, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            assert main() == unread
+            assert call(name, [word]) == unread
         assert capsys.readouterr().err == ""
         with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            assert main() == full
+            assert call(name, [word]) == full
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert "No space left on device" in error
