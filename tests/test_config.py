@@ -100,7 +100,7 @@ def test_every_written_command_composes(command: str) -> None:
         chosen = []
         for word in arguments:
             key, _, value = word.partition("=")
-            values = value.split(",") if not value.startswith("[") else [value]
+            values = value.split(",") if not value.startswith(("[", "{")) else [value]
             chosen.append(f"{key}={values[min(position, len(values) - 1)]}")
         config(*chosen)
 
