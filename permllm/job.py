@@ -90,7 +90,7 @@ def methods_of(config: RunConfig) -> Methods:
     statistics = config.calibration.statistics
     if methods.permutation.learned and statistics != "dense":
         raise ConfigError(
-            f"calibration.statistics={statistics} is not valid with permutation={config.permutation['name']}, whose order is "
+            f"calibration.statistics={statistics} is not valid with permutation={config.permutation['name']}, which is "
             "learned with dense statistics and keeps them"
         )
     return methods
@@ -159,6 +159,6 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     if export.form == "folded" and methods.permutation.constraint == "free":
         raise ConfigError(
             "export=folded cannot fold free permutations into the neighbouring weights: set permutation.constraint=foldable, "
-            "or export=gathered, which keeps any order"
+            "or export=gathered, which keeps any permutation"
         )
     return request

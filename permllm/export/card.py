@@ -49,7 +49,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     base = {"base_model": " ".join(model["hub_name"].split())} if model["source"] == "hub" else {}
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | base | tags
-    method = f"{config['pruner']['name']}, channel order: {config['permutation']['name']}"
+    method = f"{config['pruner']['name']}, channel permutation: {config['permutation']['name']}"
     if config["permutation"].get("constraint", "free") != "free":
         method += f" ({config['permutation']['constraint']})"
     if config["reconstruction"]["name"] != "none":

@@ -35,7 +35,7 @@ class FromFile(FromFileSettings):
         if file.is_dir():
             file = file / "permutations.safetensors"
         if not file.is_file():
-            raise ConfigError(f"permutation.path={self.path}: no such file, or a run without orders")
+            raise ConfigError(f"permutation.path={self.path}: no such file, or a run without permutations")
         self._orders = read_orders(file)
 
     def check_foldable(self, groups: list[ChannelGroup]) -> None:
@@ -44,7 +44,7 @@ class FromFile(FromFileSettings):
         try:
             foldable(groups, orders)
         except ConfigError as error:
-            raise ConfigError(f"permutation.path={self.path}: {error}; export=gathered keeps any order") from error
+            raise ConfigError(f"permutation.path={self.path}: {error}; export=gathered keeps any permutation") from error
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """The stored order of one channel group, int64 `(C_in,)`.
@@ -57,7 +57,9 @@ class FromFile(FromFileSettings):
     def _order(self, group: str, channels: int) -> Tensor:
         perm = self._orders.get(group)
         if perm is None:
-            raise ConfigError(f"permutation.path={self.path}: no order for {group}; is it from another model?")
+            raise ConfigError(f"permutation.path={self.path}: no permutation for {group}; is it from another model?")
         if len(perm) != channels:
-            raise ConfigError(f"permutation.path={self.path}: the order of {group} is of {len(perm)} channels, not {channels}")
+            raise ConfigError(
+                f"permutation.path={self.path}: the permutation of {group} is of {len(perm)} channels, not {channels}"
+            )
         return perm

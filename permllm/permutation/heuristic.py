@@ -49,7 +49,7 @@ class Heuristic(HeuristicSettings):
         """The orders of all channel groups under the constraint, int64 `(C_in,)` on the CPU by group."""
         shared = shared_orders(problem.groups, self.constraint)
         found = {}
-        for order in tqdm(shared, desc="heuristic order", unit="order"):
+        for order in tqdm(shared, desc="heuristic permutation", unit="permutation"):
             found[order.name] = search_order(order, problem.saliency_of, problem.pattern)
         return expanded(shared, found)
 

@@ -156,7 +156,7 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
         for group in shared.groups:
             order = shared.shared(orders[group.name])
             if order is None:
-                raise ConfigError(f"the order of {group.name} does not fold: it is not the same inside each head")
+                raise ConfigError(f"the permutation of {group.name} does not fold: it is not the same inside each head")
             if not torch.equal(found.setdefault(shared.name, order), order):
-                raise ConfigError(f"the order of {group.name} does not fold: it is not that of {shared.groups[0].name}")
+                raise ConfigError(f"the permutation of {group.name} does not fold: it is not that of {shared.groups[0].name}")
     return found

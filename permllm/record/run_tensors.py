@@ -47,12 +47,14 @@ def read_orders(path: Path, channels: Mapping[str, int] | None = None) -> dict[s
     """
     orders = read_tensors(path)
     for name, order in orders.items():
-        check_order(f"{path}: the order of {name}", order)
+        check_order(f"{path}: the permutation of {name}", order)
     if channels is not None:
         _check_names(path, orders, channels)
         for name, count in channels.items():
             if len(orders[name]) != count:
-                raise DataError(f"{path}: the order of {name} is of {len(orders[name])} channels, and the model has {count}")
+                raise DataError(
+                    f"{path}: the permutation of {name} is of {len(orders[name])} channels, and the model has {count}"
+                )
     return orders
 
 

@@ -277,7 +277,7 @@ class RunRecord(Progress):
             try:
                 read_orders(orders, {group.name: group.channels for group in groups})
             except DataError as error:
-                log.warning("%s: finding the orders again", error)
+                log.warning("%s: finding the permutations again", error)
                 orders.unlink()
                 self.metrics["seconds"].pop("permute", None)
 
@@ -337,7 +337,7 @@ class RunRecord(Progress):
         file = self.path(PERMUTATIONS)
         if not file.is_file():
             return None
-        log.info("continuing %s with the orders that it found", self.directory)
+        log.info("continuing %s with the permutations that it found", self.directory)
         return read_orders(file, channels)
 
     def keep_orders(self, orders: Mapping[str, Tensor]) -> None:

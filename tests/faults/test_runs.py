@@ -330,7 +330,7 @@ def test_broken_orders_of_an_interrupted_run_are_found_again(
     shutil.copytree(learning / "orders", folder)
     BROKEN_ORDERS[case](folder / ORDERS)
     run(folder, *LEARNED)
-    assert "finding the orders again" in caplog.text
+    assert "finding the permutations again" in caplog.text
     assert results(folder) == results(learning / "finished")
 
 

@@ -75,10 +75,12 @@ def main(folder: Path) -> dict[str, Any]:
 
     from permllm import runner
     from permllm.config import read_config, register_resolvers
+    from permllm.nodes import register
     from permllm.permutation.lcp.training import Training
     from tests.test_config import composed
 
     register_resolvers()
+    register()
     simulated.within("permllm.permutation.lcp.training:Training.step")
     ledger = simulated.LEDGER
 

@@ -252,7 +252,9 @@ def test_files_that_are_not_there_or_broken_are_said_in_one_line(tmp_path: Path)
     assert str(found["masks"]).startswith(f"{MASKS}: the shapes of its masks: ")
     for order in (torch.zeros(2, 2, dtype=torch.int64), torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), torch.ones(1)):
         write_tensors(tmp_path / PERMUTATIONS, {"a.0.b": order})
-        assert pictures(tmp_path)["permutations"] == f"{PERMUTATIONS}: the order of a.0.b is no permutation of its channels"
+        assert (
+            pictures(tmp_path)["permutations"] == f"{PERMUTATIONS}: the permutation of a.0.b is no permutation of its channels"
+        )
     write_orders_and_masks(tmp_path)
     content = bytearray((tmp_path / MASKS).read_bytes())
     content[-1] ^= 1

@@ -131,7 +131,7 @@ class LCP(LCPSettings):
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
         orders = {}
-        for order in tqdm(shared, desc="start order", unit="order"):
+        for order in tqdm(shared, desc="start permutation", unit="permutation"):
             if self.init == "random" and order.layers.start >= first:
                 orders[order.name] = torch.arange(order.channels)
             else:

@@ -360,7 +360,7 @@ class Training:
             file = self.problem.directory / BEST_SO_FAR
             if parallel.rank() == 0:
                 write_orders(file, expanded(self.shared, self.best))
-            text += f"; the best order so far is in {file} (permutation=from_file permutation.path={file})"
+            text += f"; the best permutation so far is in {file} (permutation=from_file permutation.path={file})"
         return text
 
     def _save(self) -> None:
@@ -426,7 +426,7 @@ def read_checkpoint(problem: LearningProblem) -> Checkpoint | None:
         if state["run"] != problem.run:
             raise DataError(f"{file} is of another run")
         for name, order in state["best"].items():
-            check_order(f"{file}: the order {name}", order)
+            check_order(f"{file}: the permutation {name}", order)
     except DataError as error:
         log.warning("%s: learning begins anew", error)
         file.unlink()
