@@ -14,6 +14,7 @@ PACKAGE = Path(permllm.__file__).parent
 # A room is a package, or a file directly in `permllm/`. What CONTRIBUTING.md says of them follows this order.
 ROOMS = (
     "version",
+    "lazy",
     "errors",
     "validation",
     "nested",

@@ -1,18 +1,14 @@
 """The base pruners, by the names that settings call them; each is imported when it is asked for."""
 
-from importlib import import_module
-from typing import Any
+from permllm.lazy import imported_when_asked
 
-_MODULES = {
-    "GBLM": "permllm.pruning.gblm",
-    "RIA": "permllm.pruning.ria",
-    "Magnitude": "permllm.pruning.magnitude",
-    "SparseGPT": "permllm.pruning.sparsegpt",
-    "Wanda": "permllm.pruning.wanda",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+__getattr__ = imported_when_asked(
+    __name__,
+    {
+        "GBLM": "permllm.pruning.gblm",
+        "RIA": "permllm.pruning.ria",
+        "Magnitude": "permllm.pruning.magnitude",
+        "SparseGPT": "permllm.pruning.sparsegpt",
+        "Wanda": "permllm.pruning.wanda",
+    },
+)
