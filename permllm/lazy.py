@@ -1,4 +1,4 @@
-"""Classes of a package by their public names, each imported when it is asked for: settings name them, and torch takes seconds."""
+"""Public names of a package that are imported when they are asked for: settings name them, and torch takes seconds."""
 
 from __future__ import annotations
 
