@@ -96,11 +96,6 @@ def _run(job: Job) -> Outcome:
 
 def main() -> None:
     """The process of `run_jobs`."""
-    from permllm.config import register_resolvers
-    from permllm.nodes import register
-
-    register_resolvers()
-    register()
     time.sleep = lambda seconds: None  # the clients wait between attempts
     constants.DOWNLOAD_CHUNK_SIZE = 1000  # what is kept of a body that breaks; our files are small
     outcomes = [_run(Job(**job)) for job in json.loads(sys.stdin.read())]
