@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,11 +41,14 @@ from permllm.runtime.precision import compute_dtype
 from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
-from permllm.usage import refusal, refused
+from permllm.usage import options_of, refusal, refused
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"
 _OWN_TEXT = "text"
+# Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
+_NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "study", "method", "experiment", "hparams_search"}
+_NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
 
 
 class Pruned(NamedTuple):
@@ -91,6 +95,7 @@ def prune(
         DataError: the text cannot be had or is too short.
         TrainingError: learning cannot go on.
     """
+    texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
     config = _of_model(_composed(pruner, permutation, sparsity, named, settings), model, texts)
     methods = methods_of(config)
@@ -104,6 +109,7 @@ def prune(
         reset_peak_memory(device)
         products = compute_dtype(config.compute_dtype, model.dtype, device)
         job = Job(config, methods, record, NO_LOGGER, LoadedModel(model, tokenizer, ""), groups, products)
+        setattr(model, _PRUNED, None)  # of an earlier call: an error may leave layers of this one
         pruned = prune_model(job, lambda: _tokens(texts, tokenizer, config))
     report = {"name": config.name, "config_hash": config.hash} | record.metrics | figures(job, pruned)
     report["history"] = record.history
@@ -184,12 +190,38 @@ class _InMemory:
         return torch.where(self.found.masks[path].to(dense.device), dense, 0.0)
 
 
+def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str | Sequence[str] | Tensor:
+    """The texts. Raises ConfigError where they, or where the model lies, are nothing that can be calibrated with."""
+    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(places) > 1 or places == ["meta"]:
+        raise ConfigError(f"model: expected its weights in the memory of one device, and they are on {', '.join(places)}")
+    if isinstance(texts, Tensor):
+        if texts.dim() != 2 or texts.dtype != torch.int64 or not texts.numel():
+            raise ConfigError(f"texts: expected int64 tokens (samples, seqlen), and it is {texts.dtype} {tuple(texts.shape)}")
+        known, least, most = next(model.get_input_embeddings().parameters()).shape[0], int(texts.min()), int(texts.max())
+        if least < 0 or most >= known:
+            raise ConfigError(f"texts: expected tokens from 0 to {known - 1}, and there are {least} to {most}")
+        return texts
+    if isinstance(texts, str):
+        options = options_of()["calibration"][1]
+        if texts not in options:
+            told = f"a list of documents, or one of {', '.join(options)}"
+            raise ConfigError(f"texts={textwrap.shorten(texts, 40)!r}: expected {told}")
+        return texts
+    documents = list(texts) if isinstance(texts, Iterable) else []
+    if not documents or not all(isinstance(document, str) for document in documents):
+        raise ConfigError("texts: expected at least one document, a str each, tokens, or the name of an option of calibration")
+    return documents
+
+
 def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any]) -> RunConfig:
     """The settings, as the command line would have composed them."""
     chosen = {"pruner": pruner, "permutation": permutation, "calibration": text, "logger": "none"}
     single = {"sparsity": sparsity}
     for name, value in settings.items():
         key = name.replace("__", ".")
+        if key.split(".")[0] in _NOT_HERE:
+            raise ConfigError(f"{key}={value}: permllm.prune takes only settings of how to calibrate, permute and prune")
         group = (conf_directory() / key).is_dir()
         (chosen if group else single)[key] = value
     before = GlobalHydra.instance().hydra  # of an application of somebody else's, which goes on with it
@@ -226,8 +258,6 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     )
     calibration = config.calibration
     if isinstance(texts, Tensor):
-        if texts.dim() != 2 or texts.dtype != torch.int64:
-            raise ConfigError(f"texts: expected int64 tokens (samples, seqlen), and it is {texts.dtype} {tuple(texts.shape)}")
         calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
     name = f"{of_model.name}-{config.pruner['name']}-{config.permutation['name']}-{config.sparsity.replace(':', 'x')}"
     return replace(config, model=of_model, calibration=calibration, name=name)
@@ -274,7 +304,9 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
     """Whoever calls draws the random numbers afterwards that he would have drawn."""
     python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numbers)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)

@@ -149,7 +149,16 @@ def test_weights_that_were_trained_afterwards_are_saved_under_the_masks(
         ({"blok_size": 1}, "blok_size"),
         ({"permutation__learning_rate": -1.0}, "learning_rate"),
         ({"texts": torch.zeros(3)}, "texts: expected int64 tokens (samples, seqlen)"),
-        ({"texts": "nowhere"}, "nowhere"),
+        ({"texts": "nowhere"}, "texts='nowhere': expected a list of documents, or one of boolq-passages,"),
+        ({"texts": TEXT}, "texts='A neural network spends most of [...]': expected a list of documents"),
+        ({"texts": []}, "texts: expected at least one document"),
+        ({"texts": [1, 2]}, "texts: expected at least one document, a str each"),
+        ({"texts": None}, "texts: expected at least one document"),
+        ({"texts": torch.zeros((0, 16), dtype=torch.int64)}, "texts: expected int64 tokens (samples, seqlen)"),
+        ({"texts": torch.full((2, 16), 100_000)}, "texts: expected tokens from 0 to "),
+        ({"texts": torch.full((2, 16), -1)}, "and there are -1 to -1"),
+        ({"evaluation": "paper"}, "evaluation=paper: permllm.prune takes only settings of how to"),
+        ({"model__dtype": "float16"}, "model.dtype=float16: permllm.prune takes only settings"),
         ({"permutation__epoch": 3}, "permutation.epoch: no setting of permutation=lcp; did you mean permutation.epochs?"),
         ({"permutation__epochs": "x"}, "permutation.epochs=x: expected a whole number"),
         ({"pruner": "wandaa"}, "pruner=wandaa: no such option; did you mean wanda?"),
@@ -167,9 +176,34 @@ def test_bad_settings_are_one_line(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_too_little_text_says_how_much_is_needed(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+def test_too_little_text_says_how_much_is_needed_and_costs_no_random_number(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer
+) -> None:
+    random.seed(1)
+    np.random.seed(1)
     with pytest.raises(DataError, match="need"):
         permllm.prune(model, tokenizer, texts=["short"])
+    assert (random.random(), np.random.rand()) == (random.Random(1).random(), np.random.RandomState(1).rand())
+
+
+def test_a_model_without_weights_is_one_line(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="its weights in the memory of one device, and they are on meta"):
+        permllm.prune(model.to("meta"), tokenizer, texts=[TEXT], **FEW)
+
+
+def test_a_model_that_was_pruned_in_part_is_not_saved(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+
+    def broken(*_: object) -> None:
+        raise DataError("no second layer")
+
+    monkeypatch.setattr("permllm.api.figures", broken)
+    with pytest.raises(DataError, match="no second layer"):
+        permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW)
+    with pytest.raises(ConfigError, match=r"permllm\.prune has pruned"):
+        permllm.save(model, tmp_path / "out", form="simulate")
 
 
 def test_a_model_that_was_not_pruned_is_not_saved(model: PreTrainedModel, tmp_path: Path) -> None:
