@@ -32,7 +32,7 @@ _WIDTH = 100
 # Beside the nearest name, all are listed where there are no more than these.
 _MOST_NAMES = 20
 # In a group, what nobody sets.
-_NOT_SET = {"_target_", "uses", "name", *(entry.old.rpartition(".")[2] for entry in RENAMED if entry.old != entry.new)}
+_NOT_SET = {"_target_", "uses", *(entry.old.rpartition(".")[2] for entry in RENAMED if entry.old != entry.new)}
 _HELP = """\
 {program}: prune a language model to N:M, learn its channel permutations, evaluate it.
 
@@ -187,7 +187,8 @@ def _unknown(key: str, words: Sequence[str]) -> str:
     inside = OmegaConf.select(composed, prefix) if prefix else composed
     if prefix and not isinstance(inside, DictConfig):
         return _unknown(prefix, words)
-    names = [str(one) for one in inside if str(one) not in _NOT_SET] if prefix else [*{**options_of(), **inside}]
+    unset = _NOT_SET | ({"name"} if "_target_" in (inside or {}) else set())  # the name of an option that names a class
+    names = [str(one) for one in inside if str(one) not in unset] if prefix else [*{**options_of(), **inside}]
     chosen = f" of {prefix}={inside.get('name')}" if prefix and "." not in prefix and inside.get("name") else ""
     what = f"no setting{chosen}" if prefix else "no group or setting"
     value = next((word.partition("=")[2] for word in words if word.lstrip("+").partition("=")[0] == key), None)
