@@ -25,8 +25,8 @@ from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.published import Comparison, published
-from permllm.results.render import FORMATS, find_baseline, records
-from permllm.results.summary import close_gaps, summarise
+from permllm.results.render import FORMATS, records, take_baseline
+from permllm.results.summary import summarise
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +69,7 @@ def _drawn(options: argparse.Namespace) -> Answer:
     if not collection.runs:
         raise ConfigError("; ".join(["no finished run is among them", *collection.left_out()]))
     summary = summarise(collection.runs)
-    baseline = find_baseline(summary, options.baseline) if options.baseline else None
-    if baseline is not None:
-        close_gaps(summary, baseline)
+    baseline = take_baseline(summary, options.baseline)
     if options.to.suffix == ".html":
         from permllm.results.page import page
 

@@ -11,8 +11,8 @@ from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.published import Comparison, published
-from permllm.results.render import FORMATS, compared, comparison, find_baseline, records, render, without_interval
-from permllm.results.summary import close_gaps, summarise
+from permllm.results.render import FORMATS, compared, comparison, find_row, records, render, take_baseline, without_interval
+from permllm.results.summary import summarise
 from permllm.results.views import with_views
 
 
@@ -54,7 +54,7 @@ def work(options: argparse.Namespace) -> Answer:
         raise ConfigError("no finished run is among them")
     summary = summarise(collection.runs)
     if options.compare:
-        first, second = (find_baseline(summary, text, "--compare") for text in options.compare)
+        first, second = (find_row(summary, text, "--compare") for text in options.compare)
         differences = comparison(first, second, summary)
         answer = compared(differences, options.compare[0], options.compare[1], options.format)
         return Answer(differences, lambda: print(answer, end=""))
@@ -62,11 +62,9 @@ def work(options: argparse.Namespace) -> Answer:
     if options.paper:
         models = sorted({run.config["model"]["name"] for run in collection.runs})
         paper = Comparison(published(options.paper), models)
-    baseline = find_baseline(summary, options.baseline) if options.baseline else None
-    notes = [paper.note] if paper and paper.note else []
-    if baseline is not None:
-        close_gaps(summary, baseline)
-        notes = [*without_interval(summary, baseline), *notes]
+    baseline = take_baseline(summary, options.baseline)
+    notes = without_interval(summary, baseline) if baseline is not None else []
+    notes += [paper.note] if paper and paper.note else []
     for note in [*summary.notes, *notes]:
         print(f"note: {note}", file=sys.stderr)
     # What draws takes longer to import than a table takes.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.results.summary import Measure, Row, Scored
+from permllm.results.summary import Measure, Row, Scored, mean_log
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -42,8 +42,26 @@ class Paired:
     def shown(self) -> tuple[float, float, float]:
         """Difference and interval as tables have them: of a perplexity as shares of the second row's value."""
         values = (self.difference, self.low, self.high)
-        first, second, third = map(math.expm1, values) if self.kind == "perplexity" else values
+        first, second, third = map(relative, values) if self.kind == "perplexity" else values
         return first, second, third
+
+
+def change_between(ours: Measure, theirs: Measure) -> float:
+    """How far a measure is from another one of its kind: as a difference, of perplexities as a share of the other's.
+
+    Of the perplexities of several seeds it is the geometric mean of what each seed gives, which `paired` has an interval of.
+    """
+    if ours.kind == "perplexity":
+        return relative(mean_log(ours) - mean_log(theirs))
+    return ours.mean - theirs.mean if ours.kind == "accuracy" else ours.mean / theirs.mean - 1
+
+
+def relative(logarithm: float) -> float:
+    """The change of a value whose logarithm changes by so much."""
+    try:
+        return math.expm1(logarithm)
+    except OverflowError:
+        return math.inf
 
 
 def paired(ours: Row, theirs: Row, name: str) -> Paired | str:

@@ -10,9 +10,9 @@ import pandas as pd
 
 from permllm.errors import ConfigError
 from permllm.nested import finite
-from permllm.results.compare import Paired, paired
+from permllm.results.compare import Paired, change_between, paired
 from permllm.results.published import Comparison
-from permllm.results.summary import Measure, Row, Summary
+from permllm.results.summary import Measure, Row, Summary, close_gaps
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -92,7 +92,8 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
             if paper and not paper.same_model and any(value is not None for value in values):
                 # Of another model only the changes can be compared.
                 reference = paper.value(baseline, name)
-                theirs = [None if v is None or reference is None else _step(v, reference, kind) for v in values]
+                published = [None if value is None else Measure([value], kind) for value in (*values, reference)]
+                theirs = [_change(value, published[-1]) for value in published[:-1]]
                 differences = [None if a is None or b is None else a - b for a, b in zip(changes, theirs, strict=True)]
                 columns[f"{prefix}paper, against its baseline"] = theirs
                 columns[f"{prefix}difference of the changes"] = differences
@@ -117,16 +118,32 @@ def main_measure(summary: Summary) -> str | None:
     return next(iter([*averages, *accuracies]), None)
 
 
-def find_baseline(summary: Summary, text: str, option: str = "--baseline") -> Row:
+def take_baseline(summary: Summary, text: str | None) -> Row | None:
+    """The row that `--baseline` names, from which `gap closed` is measured then; None where nothing was given.
+
+    Raises:
+        ConfigError: as `find_row`.
+    """
+    if not text:
+        return None
+    baseline = find_row(summary, text, "--baseline")
+    close_gaps(summary, baseline)
+    return baseline
+
+
+def find_row(summary: Summary, text: str, option: str) -> Row:
     """The row with these settings, given as `name=value,name=value` after an option.
 
     Raises:
         ConfigError: a name is no column, or not exactly one row has the values.
     """
     wanted = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
-    for name in wanted:
+    for name, value in wanted.items():
         if name not in summary.settings:
             raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(summary.settings)}")
+        present = dict.fromkeys(row.labels[name] for row in summary.rows)
+        if value not in present:
+            raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(filter(None, present))}")
     rows = [row for row in summary.rows if all(row.labels[name] == value for name, value in wanted.items())]
     if len(rows) != 1:
         raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings, not one")
@@ -155,12 +172,7 @@ def _difference(value: float, kind: str) -> str:
 
 
 def _change(ours: Measure | None, baseline: Measure | None) -> float | None:
-    return None if ours is None or baseline is None else _step(ours.mean, baseline.mean, ours.kind)
-
-
-def _step(value: float, baseline: float, kind: str) -> float:
-    """How far a value is from the baseline's: shares of it, for accuracies the difference."""
-    return value - baseline if kind == "accuracy" else value / baseline - 1
+    return None if ours is None or baseline is None else change_between(ours, baseline)
 
 
 def interval(row: Row, baseline: Row, name: str) -> tuple[float, float] | None:

@@ -172,29 +172,30 @@ def frame_of(runs: list[Run]) -> pd.DataFrame:
 
 
 def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
-    """Add `gap closed` to the measures: how much of the log-perplexity between the unpermuted and the dense model goes.
+    """Say in the measure `gap closed` how much of the log-perplexity between the unpermuted and the dense model goes.
 
     `(ln p_baseline - ln p_row) / (ln p_baseline - ln p_dense)`, of the means of the logarithms over seeds, and the mean over
     the perplexities that a row and its baseline share. Nothing where a row has no baseline, or that is as good as dense.
 
     Args:
         summary: of which the rows are.
-        baseline: of those rows that have none of their own, which is the row with the same settings but `permutation=none` and
+        baseline: of all rows of its model; None is for each the row with the same settings but `permutation=none` and
             `reconstruction=none`.
     """
+    _forget_gaps(summary)
     texts: set[str] = set()
     settings = [_beside_the_order(row) for row in summary.rows]
     starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
     for row, ours in zip(summary.rows, settings, strict=True):
         # A setting that came later stands in one of the two alone.
         own = (other for other, flat in starts if all(flat[key] == ours[key] for key in flat.keys() & ours.keys()))
-        reference = next(own, baseline)
+        reference = next(own, None) if baseline is None else baseline if _model(baseline) == _model(row) else None
         if reference is None:
             continue
         shares = {}
         for name, measure in row.measures.items():
             if measure.kind == "perplexity" and name in reference.measures and name in row.dense:
-                here, start, end = map(_mean_log, (measure, reference.measures[name], row.dense[name]))
+                here, start, end = map(mean_log, (measure, reference.measures[name], row.dense[name]))
                 if math.isfinite(here) and math.isfinite(start) and math.isfinite(end) and start != end:
                     shares[name] = (start - here) / (start - end)
         if shares:
@@ -202,12 +203,22 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
             texts |= shares.keys()
     if not texts:
         return
-    if GAP not in summary.measures:
-        last = max(position for position, name in enumerate(summary.measures) if name in texts)
-        summary.measures.insert(last + 1, GAP)
-    note = f"{GAP}: the mean over {', '.join(name for name in summary.measures if name in texts)}"
-    if len(texts) > 1 and note not in summary.notes:
-        summary.notes.append(note)
+    last = max((position for position, name in enumerate(summary.measures) if name in texts), default=-1)
+    summary.measures.insert(last + 1, GAP)
+    if len(texts) > 1:
+        summary.notes.append(f"{GAP}: the mean over {', '.join(name for name in summary.measures if name in texts)}")
+
+
+def _forget_gaps(summary: Summary) -> None:
+    """Those from other baselines."""
+    for row in summary.rows:
+        row.measures.pop(GAP, None)
+    summary.measures = [name for name in summary.measures if name != GAP]
+    summary.notes = [note for note in summary.notes if not note.startswith(f"{GAP}: ")]
+
+
+def _model(row: Row) -> str:
+    return str(row.runs[0].config["model"]["name"])
 
 
 # Of a baseline's settings, what need not be those of the row: the method that orders channels and what comes with it.
@@ -227,7 +238,8 @@ def _unpermuted(row: Row) -> bool:
     return all((config.get(group) or {}).get("name", "none") == "none" for group in ("permutation", "reconstruction"))
 
 
-def _mean_log(measure: Measure) -> float:
+def mean_log(measure: Measure) -> float:
+    """Mean of the logarithms of a measure's values, which are positive, over the seeds."""
     return statistics.fmean(map(math.log, measure.values))
 
 
@@ -412,9 +424,8 @@ def _windows(losses: list[float], values: Mapping[str, Any], of: tuple[Any, ...]
     tokens = values["window"] - 1
     if not losses or not tokens or len(losses) * tokens != values["tokens"] or not math.isfinite(values["value"]):
         return None
-    mean = math.fsum(losses) / values["tokens"]
     # Scores are a file of their own, which somebody may have put there.
-    if not math.isclose(mean, math.log(values["value"]), rel_tol=1e-9, abs_tol=1e-9):
+    if not math.isclose(_mean(losses) / tokens, math.log(values["value"]), rel_tol=1e-9, abs_tol=1e-9):
         return None
     return Scored((*of, values["window"], len(losses)), losses, tokens)
 
@@ -423,7 +434,7 @@ def _items(scored: Mapping[str, Any], scores: list[float], value: float | None) 
     """The items of an accuracy; None where they are not those of this value."""
     if not scores or len(scores) != len(scored["items"]) or value is None:
         return None
-    if not math.isclose(statistics.fmean(scores), value, rel_tol=1e-9, abs_tol=1e-9):
+    if not math.isclose(_mean(scores), value, rel_tol=1e-9, abs_tol=1e-9):
         return None
     return Scored((scored["digest"], tuple(scored["items"])), scores)
 

@@ -19,8 +19,8 @@ from permllm.record.files import write_record
 from permllm.results import frame
 from permllm.results.collect import collect
 from permllm.results.compare import Paired, bootstrap, paired
-from permllm.results.render import cells, find_baseline, records
-from permllm.results.summary import Summary, close_gaps, summarise
+from permllm.results.render import cells, find_row, records, take_baseline
+from permllm.results.summary import Summary, summarise
 from tests.conftest import run_python
 from tests.results.test_results import make_run
 
@@ -60,7 +60,7 @@ def drawn(seed: int, windows: int = 60, items: int = 90, shift: float = 0.0) -> 
 
 def between(folder: Path, name: str) -> Paired | str:
     summary = summarise(collect([folder]).runs)
-    return paired(find_baseline(summary, "permutation=lcp"), find_baseline(summary, "permutation=none"), name)
+    return paired(*(find_row(summary, f"permutation={which}", "--compare") for which in ("lcp", "none")), name)
 
 
 @pytest.fixture
@@ -185,20 +185,22 @@ def test_the_command_compares_two_rows(two: Any, capsys: pytest.CaptureFixture[s
     assert found[PERPLEXITY]["difference"] == pytest.approx(change)
     assert found["rte acc"]["over"] == "90 items"
     assert call("results", [str(folder), "--compare", "permutation=lcp", "permutation=ria"]) == 1
-    assert capsys.readouterr().err.endswith("error: --compare permutation=ria: 0 rows have these settings, not one\n")
+    assert capsys.readouterr().err.endswith(
+        "error: --compare permutation=ria: no row has permutation=ria; valid are lcp, none\n"
+    )
 
 
 def test_the_column_against_the_baseline_has_the_interval(two: Any) -> None:
     folder, *_ = two
     summary = summarise(collect([folder]).runs)
-    header, rows = cells(summary, find_baseline(summary, "permutation=none"))
+    header, rows = cells(summary, take_baseline(summary, "permutation=none"))
     found = between(folder, PERPLEXITY)
     assert isinstance(found, Paired)
     difference, low, high = (100 * value for value in found.shown())
     (row,) = (row for row in rows if row[0] == "lcp")
     assert row[header.index("against the baseline")] == f"{difference:+.1f}% [{low:+.1f}, {high:+.1f}]"
     found_by_row = {
-        line["settings"]["permutation"]: line for line in records(summary, find_baseline(summary, "permutation=none"))
+        line["settings"]["permutation"]: line for line in records(summary, take_baseline(summary, "permutation=none"))
     }
     assert found_by_row["lcp"]["against_baseline_interval"] == pytest.approx((low / 100, high / 100))
     assert found_by_row["none"]["against_baseline_interval"] is None
@@ -258,14 +260,57 @@ def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> 
     assert found == pytest.approx(share)
 
 
-def test_without_such_a_row_the_gap_is_from_the_row_that_is_given(tmp_path: Path) -> None:
+def test_with_a_baseline_all_gaps_are_from_that_row(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 60.0, permutation="none")
+    make_run(tmp_path / "b", 40.0, permutation="heuristic")
+    make_run(tmp_path / "c", 20.0)
+    summary = summarise(collect([tmp_path]).runs)
+    assert gaps(summary)["heuristic"] == pytest.approx(math.log(60 / 40) / math.log(60 / 10))
+    take_baseline(summary, "permutation=heuristic")
+    expected = {"none": math.log(40 / 60), "heuristic": 0.0, "lcp": math.log(40 / 20)}
+    assert gaps(summary) == pytest.approx({name: value / math.log(40 / 10) for name, value in expected.items()})
+    assert summary.measures.count("gap closed") == 1
+
+
+def test_without_an_unpermuted_row_only_a_baseline_gives_a_gap_and_to_its_model_alone(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 40.0, permutation="heuristic")
     make_run(tmp_path / "b", 20.0)
+    make_run(tmp_path / "c", 20.0, permutation="other", model={"name": "another", "source": "hub"})
     summary = summarise(collect([tmp_path]).runs)
     assert gaps(summary) == {}
     assert "gap closed" not in summary.measures
-    close_gaps(summary, find_baseline(summary, "permutation=heuristic"))
+    take_baseline(summary, "permutation=heuristic")
     assert gaps(summary) == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
+
+
+def test_a_change_is_what_its_interval_is_of(tmp_path: Path) -> None:
+    """Of seeds that are far apart the ratio of the means is another one."""
+    for seed, shift in enumerate((0.0, 3.0)):
+        scored_run(tmp_path / f"lcp{seed}", *drawn(seed, shift=shift), seed=seed)
+        scored_run(tmp_path / f"none{seed}", *drawn(seed + 9, shift=0.5), permutation="none", seed=seed)
+    summary = summarise(collect([tmp_path]).runs)
+    (line,) = (line for line in records(summary, take_baseline(summary, "permutation=none")) if line["against_baseline"])
+    logarithms = [
+        drawn(seed, shift=shift)[0].mean() - drawn(seed + 9, shift=0.5)[0].mean() for seed, shift in ((0, 0), (1, 3))
+    ]
+    assert line["against_baseline"] == pytest.approx(math.expm1(np.mean(logarithms)))
+    low, high = line["against_baseline_interval"]
+    assert low < line["against_baseline"] < high
+
+
+@pytest.mark.parametrize("nats", [[1e308] * 4, [0.0, 0.0, 0.0, 2800.0 * (WINDOW - 1)]])
+def test_losses_that_no_model_has_are_no_traceback(
+    nats: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    acc = drawn(0)[1]
+    scored_run(tmp_path / "lcp", np.full(4, 700.0), acc)
+    scored_run(tmp_path / "none", np.full(4, 3.0), acc, permutation="none")
+    kept = json.loads((tmp_path / "lcp" / "scores.json").read_text())
+    (scores,) = kept["evaluations"].values()
+    scores["perplexity"]["sparse"]["wikitext2"] = nats
+    write_record(tmp_path / "lcp" / "scores.json", kept)
+    assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_gap_is_the_mean_over_texts_that_both_rows_have(tmp_path: Path) -> None:

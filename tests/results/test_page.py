@@ -35,7 +35,7 @@ from permllm.results.page import page, sections, sort_key
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, SIDE, pictures
 from permllm.results.plots import cost_data, plot_cost
 from permllm.results.published import Comparison, published
-from permllm.results.render import cells, find_baseline, main_measure
+from permllm.results.render import cells, main_measure, take_baseline
 from permllm.results.summary import Summary, row_labels, summarise
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import ROOT, run_module
@@ -268,7 +268,7 @@ def test_the_table_is_that_of_the_other_formats(tmp_path: Path) -> None:
         make_run(tmp_path / f"lcp{seed}", 20.0 + seed, seed=seed, acc=0.5)
     collection = collect([tmp_path])
     summary = summarise(collection.runs)
-    baseline = find_baseline(summary, "permutation=none")
+    baseline = take_baseline(summary, "permutation=none")
     paper = Comparison(published("table1"), "smollm2-135m")
     text = page(collection, summary, baseline, paper)
     header, (dense, *body) = cells(summary, baseline, paper)

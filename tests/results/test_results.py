@@ -20,7 +20,7 @@ from permllm.record.run_tensors import write_masks
 from permllm.results.collect import collect
 from permllm.results.plots import numeric_setting, plot, plot_masks
 from permllm.results.published import Comparison, published
-from permllm.results.render import cells, find_baseline, render
+from permllm.results.render import cells, find_row, render, take_baseline
 from permllm.results.summary import summarise
 from permllm.results.table import print_comparison
 from tests.conftest import ROOT, run_module
@@ -122,13 +122,13 @@ def test_baseline(tmp_path: Path) -> None:
     make_run(tmp_path / "none", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
     summary = summarise(collect([tmp_path]).runs)
-    header, rows = cells(summary, find_baseline(summary, "permutation=none"))
+    header, rows = cells(summary, take_baseline(summary, "permutation=none"))
     found = {row[0]: row[header.index("against the baseline")] for row in rows}
     assert found == {"dense": "", "none": "", "lcp": "-50.0%"}
     with pytest.raises(ConfigError, match="valid are permutation"):
-        find_baseline(summary, "block=3")
-    with pytest.raises(ConfigError, match="0 rows have these settings"):
-        find_baseline(summary, "permutation=magic")
+        find_row(summary, "block=3", "--baseline")
+    with pytest.raises(ConfigError, match="no row has permutation=magic; valid are lcp, none"):
+        find_row(summary, "permutation=magic", "--baseline")
 
 
 def test_formats_hold_the_same_numbers(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_no_column_has_the_name_of_another() -> None:
     summary = summarise(collect([QUICKSTART]).runs)
     for table_ in ("table1", "table2"):
         paper = Comparison(published(table_), "smollm2-135m")
-        header, _ = cells(summary, find_baseline(summary, "permutation=none"), paper)
+        header, _ = cells(summary, take_baseline(summary, "permutation=none"), paper)
         assert len(set(header)) == len(header)
 
 
@@ -223,7 +223,7 @@ def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) ->
     make_run(tmp_path / "b", 40.0, block_size=64)
     summary = summarise(collect([tmp_path]).runs)
     paper = Comparison(published("table6"), "smollm2-135m")
-    header, rows = cells(summary, find_baseline(summary, "block_size=32"), paper)
+    header, rows = cells(summary, take_baseline(summary, "block_size=32"), paper)
     (row,) = [row for row in rows if row[0] == "64"]
     theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
     change = 100 * (theirs["block_size=64"] / theirs["block_size=32"] - 1)

@@ -75,7 +75,7 @@ def test_each_block_of_a_document_is_its_own(kept: Path) -> None:
     [
         ("tabel", r"there is no view 'tabel'; there are table, .*; did you mean table\?"),
         ("table colums=x", "view table: got an unexpected keyword argument 'colums'"),
-        ("table baseline=block_size=7", "view table: --baseline block_size=7: 0 rows have these settings, not one"),
+        ("table baseline=block_size=7", "view table: --baseline block_size=7: no row has block_size=7; valid are 32, 64"),
         ("table records=none.jsonl", r"view table: .*none\.jsonl is not a directory, nor a file of records"),
         ("study study=none", "view study: .*holds something other than studies"),
         ("", "there is no view ''"),

@@ -15,8 +15,8 @@ from permllm.record import evaluations
 from permllm.record.names import RECORDS
 from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
-from permllm.results.render import as_text, find_baseline, heading, main_measure, render, shown
-from permllm.results.summary import Row, Summary, close_gaps, summarise
+from permllm.results.render import as_text, heading, main_measure, render, shown, take_baseline
+from permllm.results.summary import Row, Summary, summarise
 from permllm.results.views import Marker, markers
 
 # Measures of a table that says nothing else: parts of their names.
@@ -35,11 +35,7 @@ def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str
         measures: with commas; each is a part of a measure's name.
     """
     runs = runs_of(folder / records)
-    summary = _narrowed(runs, columns, measures)
-    row = find_baseline(summary, baseline) if baseline else None
-    if row is not None:
-        close_gaps(summary, row)
-        summary.measures = _chosen(summary, measures)
+    summary, row = _narrowed(runs, columns, measures, baseline)
     return [*render(summary, "md", row).splitlines(), "", machine(run.environment for run in runs)]
 
 
@@ -68,13 +64,13 @@ def paper(
         command: what was run.
     """
     runs = runs_of(folder / records)
-    summary = _narrowed(runs, columns, measures)
+    summary, row = _narrowed(runs, columns, measures, baseline)
     compared = Comparison(published(table), runs[0].config["model"]["name"])
     lines = ["", f"    {typed(table, command)}", ""]
-    lines += [*render(summary, "md", find_baseline(summary, baseline), compared).splitlines(), "", compared.note, ""]
+    lines += [*render(summary, "md", row, compared).splitlines(), "", compared.note, ""]
     lines += [*_provenance(runs), ""]
     if recipe:
-        of_recipe = render(_narrowed(runs_of(folder / recipe), columns, measures), "md").splitlines()
+        of_recipe = render(_narrowed(runs_of(folder / recipe), columns, measures)[0], "md").splitlines()
         lines += ["The paper's recipe at the same budget:", "", *of_recipe, ""]
     return [*lines, f"The paper's {table.replace('table', 'table ')}:", "", *published_table(published(table))]
 
@@ -157,16 +153,15 @@ def _paper_entry(
     folder: Path,
     table: str,
     claim: str,
-    baseline: str,
     columns: str = "pruner,permutation",
     measures: str = _SHOWN,
     records: str = RECORDS,
-    recipe: str = "",
     command: str = "",
+    **_: str,
 ) -> Entry:
     """Arguments as `paper`."""
     runs = runs_of(folder / records)
-    summary = _narrowed(runs, columns, measures)
+    summary = _narrowed(runs, columns, measures)[0]
     rows, of_table = summary.rows, published(table)
     of_tasks = measures != _SHOWN  # whoever shows each task compares accuracies
     name = "average acc" if of_tasks else main_measure(summary)
@@ -228,19 +223,16 @@ def processor(environment: dict[str, Any]) -> str:
     return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
 
 
-def _narrowed(runs: list[Run], columns: str, measures: str) -> Summary:
-    """A table with some of its columns."""
+def _narrowed(runs: list[Run], columns: str, measures: str, baseline: str = "") -> tuple[Summary, Row | None]:
+    """A table with some of its columns, and the row of it that the others are compared with."""
     summary = summarise(runs)
     if columns:
         summary.settings = [name for name in summary.settings if name in columns.split(",")]
     for row in summary.rows:
         row.labels = {name: row.labels[name] for name in summary.settings}
-    summary.measures = _chosen(summary, measures)
-    return summary
-
-
-def _chosen(summary: Summary, measures: str) -> list[str]:
-    return [name for name in summary.measures if any(part in name for part in measures.split(", "))]
+    reference = take_baseline(summary, baseline)
+    summary.measures = [name for name in summary.measures if any(part in name for part in measures.split(", "))]
+    return summary, reference
 
 
 def _name(row: Row) -> str:
