@@ -724,6 +724,20 @@ def test_the_records_of_the_repository_fit_a_phone(browser: Any, tmp_path: Path,
         )
 
 
+def test_a_word_of_the_header_stays_whole(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a", 20.0, block_size=32)
+    make_run(tmp_path / "runs" / "b", 20.0, block_size=64, pruner={"name": "ria"}, permutation="none")
+    with Opened(browser, write_page(tmp_path / "page.html", tmp_path / "runs"), width=390) as page:
+        for head in page.locator("#table thead th").all():
+            words = " ".join(head.inner_text().split()).split()
+            lines = head.evaluate(
+                """(one) => { const all = document.createRange(); all.selectNodeContents(one);
+                const shown = [...all.getClientRects()].filter((box) => box.width > 1);
+                return new Set(shown.map((box) => Math.round(box.top))).size; }"""
+            )
+            assert lines <= len(words) + 1, words  # and the mark of the order
+
+
 def test_colours_follow_the_scheme(browser: Any, tmp_path: Path) -> None:
     def brightness(page: Any, what: str, of: str) -> float:
         colour = page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}")
