@@ -38,6 +38,9 @@ HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS
 # How what a permutation takes from the top is set.
 _SET_AT_THE_TOP = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
 # What W&B refuses in the name of a project.
+_NEEDED = {
+    "permutation.path": "permutation=from_file needs permutation.path=RUN, a run directory or a permutations.safetensors"
+}
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 
@@ -369,7 +372,7 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
         if isinstance(error, InterpolationToMissingValueError):  # another key refers to the one that is missing
             key = first_line(error).rsplit(" ", 1)[-1]
         if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-            raise ConfigError(f"{key} must be given") from error
+            raise ConfigError(_NEEDED.get(str(key), f"{key} must be given")) from error
         if isinstance(error, ConfigKeyError):
             raise ConfigError(f"{key} is no setting; docs/options.md lists them") from error
         reason = first_line(ConfigError(error.msg) if getattr(error, "msg", None) else error)

@@ -88,7 +88,7 @@ def without_old_names(settings: Mapping[str, Any], typed: Iterable[str] = ()) ->
             if entry.typed(value) != value:
                 group[new] = entry.typed(value)
                 lines.append(
-                    f"{entry.new}={value} is now {entry.new}={group[new]}; the earlier value goes with the next version"
+                    f"{entry.new}={value} is now {entry.new}={group[new]}; the earlier value is removed in the next version"
                 )
         elif group.get(old) is not None:
             value = entry.typed(group[old])
@@ -96,7 +96,9 @@ def without_old_names(settings: Mapping[str, Any], typed: Iterable[str] = ()) ->
                 raise ConfigError(
                     f"{entry.old}={group[old]} and {entry.new}={group[new]} are the same setting: give {entry.new} alone"
                 )
-            lines.append(f"{entry.old} is now {entry.new}: {entry.new}={value}; the earlier name goes with the next version")
+            lines.append(
+                f"{entry.old} is now {entry.new}: {entry.new}={value}; the earlier name is removed in the next version"
+            )
             group[new], group[old] = value, None
     return found, lines
 

@@ -85,7 +85,7 @@ def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixt
     assert call("cache", ["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kinds"] == {"tokens": {"results": 1, "bytes": 5}}
     assert call("cache", ["tokens", "--clear"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "tokens     1 results, 0.0 MB, 0.0 MB cleared"
+    assert capsys.readouterr().out.splitlines()[1] == "tokens     1 result, 0.0 MB, 0.0 MB cleared"
     assert not list((cache / "tokens").glob("*.safetensors"))
 
 

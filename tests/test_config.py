@@ -338,7 +338,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["+permutation.nonsense=1"], "nonsense"),
         (["permutation.init=zeros"], "permutation.init='zeros' is not valid; valid are: heuristic, random"),
         (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
-        (["permutation=from_file"], "permutation.path must be given"),
+        (["permutation=from_file"], "permutation=from_file needs permutation.path=RUN"),
         (["permutation.norm_over=rows"], "permutation.norm_over='rows' is not valid; valid are: tokens, samples"),
         (["permutation.temperature_every=day"], "permutation.temperature_every='day' is not valid; valid are: step, epoch"),
         (["permutation.sinkhorn_start=zeros"], "permutation.sinkhorn_start='zeros' is not valid; valid are: exponential"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import signal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from permllm.record.files import read_json
 from permllm.record.run_tensors import read_masks, write_masks
 from permllm.record.schema import Environment, Metrics
 from permllm.record.store import RunRecord
+from permllm.runtime.interruption import Terminated
 from permllm.sparsity import violations
 from tests.test_config import composed
 
@@ -308,7 +310,7 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplo
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
 
     def broken(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise Terminated(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permllm.stages.prune", broken)
@@ -319,7 +321,7 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplo
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", f"{day} {time}") for day, time, *_ in lines)
     said = [rest for *_, rest in lines]
     assert sum(line.startswith("command: ") for line in said) == 2
-    assert "ended: KeyboardInterrupt" in said
+    assert "ended: terminated by SIGTERM" in said
     assert said[-1] == "finished"
     assert any(line.startswith("prune: ") for line in said)
     before = (directory / "run.log").read_bytes()

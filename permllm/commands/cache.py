@@ -32,7 +32,8 @@ def work(options: argparse.Namespace) -> Answer:
     def show() -> None:
         print(f"{directory}{'' if bound is None else f', at most {bound / 1e9:g} GB'}")
         for kind, values in kinds.items():
+            count = f"{values['results']} {'result' if values['results'] == 1 else 'results'}"
             freed = f", {values['cleared_bytes'] / 1e6:.1f} MB cleared" if options.clear else ""
-            print(f"{kind:<10} {values['results']} results, {values['bytes'] / 1e6:.1f} MB{freed}")
+            print(f"{kind:<10} {count}, {values['bytes'] / 1e6:.1f} MB{freed}")
 
     return Answer({"directory": directory, "bound_bytes": bound, "kinds": kinds}, show)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from permllm.errors import DataError, one_line
 from permllm.record.environment import command_line
+from permllm.runtime.interruption import what_happened
 
 # Goes into the file alone: a terminal has progress bars for it.
 noted = logging.getLogger("permllm.noted")
@@ -37,7 +38,10 @@ def job_log(file: Path) -> Iterator[None]:
         yield
         noted.info("finished")
     except BaseException as error:
-        noted.error("ended: %s", one_line(error) or type(error).__name__)
+        noted.error(
+            "ended: %s",
+            what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error) or type(error).__name__,
+        )
         raise
     finally:
         for logger in loggers:
