@@ -15,9 +15,6 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("exp
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").rglob("README.md"))]
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_blocks_of_a_document_are_those_of_the_records(document: Path) -> None:
     assert with_views(document) == document.read_text(encoding="utf-8"), f"stale: run permllm results --document {document}"
