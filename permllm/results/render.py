@@ -145,8 +145,13 @@ def find_row(summary: Summary, text: str, option: str) -> Row:
         if value not in present:
             raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(filter(None, present))}")
     rows = [row for row in summary.rows if all(row.labels[name] == value for name, value in wanted.items())]
-    if len(rows) != 1:
-        raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings, not one")
+    if not rows:
+        raise ConfigError(f"{option} {text}: no row has all of these settings")
+    if len(rows) > 1:
+        differ = [name for name in summary.settings if len({row.labels[name] for row in rows}) > 1]
+        raise ConfigError(
+            f"{option} {text}: {len(rows)} rows have these settings; they differ in {', '.join(differ)}: add one"
+        )
     return rows[0]
 
 

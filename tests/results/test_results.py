@@ -129,6 +129,12 @@ def test_baseline(tmp_path: Path) -> None:
         find_row(summary, "block=3", "--baseline")
     with pytest.raises(ConfigError, match="no row has permutation=magic; valid are lcp, none"):
         find_row(summary, "permutation=magic", "--baseline")
+    make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
+    summary = summarise(collect([tmp_path]).runs)
+    with pytest.raises(ConfigError, match=r"permutation=lcp: 2 rows have these settings; they differ in pruner: add one$"):
+        find_row(summary, "permutation=lcp", "--baseline")
+    with pytest.raises(ConfigError, match="permutation=none,pruner=ria: no row has all of these settings"):
+        find_row(summary, "permutation=none,pruner=ria", "--baseline")
 
 
 def test_formats_hold_the_same_numbers(tmp_path: Path) -> None:
