@@ -19,6 +19,7 @@ from permllm.commands.answer import Answer
 from permllm.errors import ConfigError
 from permllm.export.bench import LAYER_COLUMNS, measure
 from permllm.runtime.terminal import terminal
+from permllm.validation import check_whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,10 @@ def work(options: argparse.Namespace) -> Answer:
     """The figures."""
     disable_progress_bar()
     set_verbosity_error()
+    for name in ("prompt", "new_tokens", "layer_tokens", "repeats"):
+        check_whole(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    for size in options.batch_sizes:
+        check_whole("--batch-sizes", size, 1)
     if not options.folder.is_dir():
         raise ConfigError(f"{options.folder} is not a folder")
     report = measure(

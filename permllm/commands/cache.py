@@ -7,7 +7,7 @@ import argparse
 from permllm.commands.answer import Answer
 from permllm.errors import ConfigError
 from permllm.record.cache_folder import cache_bound, cache_directory
-from permllm.record.caching import forget, kept_files
+from permllm.record.caching import forget, kept_files, size_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def work(options: argparse.Namespace) -> Answer:
             raise ConfigError(f"{kind}: nothing of that kind is kept; there are: {', '.join(kept) or 'none'}")
     kinds = {}
     for kind in options.kinds or kept:
-        kinds[kind] = {"results": len(kept[kind]), "bytes": sum(file.stat().st_size for file in kept[kind])}
+        kinds[kind] = {"results": len(kept[kind]), "bytes": sum(map(size_of, kept[kind]))}
         if options.clear:
             kinds[kind]["cleared_bytes"] = forget(kept[kind])
     directory, bound = str(cache_directory()), cache_bound()

@@ -9,8 +9,10 @@ copied beside the file, under the name of its run.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from permllm.commands.answer import Answer
@@ -31,7 +33,10 @@ def work(options: argparse.Namespace) -> Answer:
     """The names of what is kept now."""
     if options.to.suffix != LINES:
         raise ConfigError(f"--to {options.to}: expected a file whose name ends in {LINES}")
-    given = _all_of(options.places)
+    # A name is what it is also where the folder was given as `.`
+    given = [replace(run, directory=Path(os.path.abspath(run.directory))) for run in _all_of(options.places)]
+    if not given:
+        raise ConfigError(f"{', '.join(map(str, options.places))}: no finished run is among them")
     before = [] if options.replace or not options.to.exists() else _all_of([options.to])
     names = Counter(run.directory.name for run in given)
     if twice := [name for name, count in names.items() if count > 1]:

@@ -2,7 +2,7 @@
 
 A lock for each digest lets jobs that run at the same time, in any processes that share the folder, wait for the first of them
 instead of computing the same. Kept files are never changed, and one that was is computed again; deleting the folder costs time
-and nothing else. `python -m permllm.cache` lists and clears them, and PERMLLM_CACHE_GB bounds them.
+and nothing else. `permllm cache` lists and clears them, and PERMLLM_CACHE_GB bounds them.
 """
 
 from __future__ import annotations
@@ -141,11 +141,19 @@ def _trim(kept: Path) -> None:
     if bound is None:
         return
     files = sorted((file for found in kept_files().values() for file in found if file != kept), key=_last_use)
-    over = sum(file.stat().st_size for file in (*files, kept)) - bound
+    over = sum(map(size_of, (*files, kept))) - bound
     for file in files:
         if over <= 0:
             break
         over -= forget([file])
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a kept result; none where another process has removed it."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _last_use(file: Path) -> float:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,7 +133,10 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
-        with SummaryWriter(str(directory / "tensorboard")) as writer:
+        folder = directory / "tensorboard"
+        if config.force:  # curves of two runs in one folder are drawn as one
+            shutil.rmtree(folder, ignore_errors=True)
+        with SummaryWriter(str(folder)) as writer:
             writer.add_text("config", f"```\n{described(config)}\n```")
             yield _TensorBoard(writer)
     elif config.logger.name == "mlflow":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from permllm.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["frame"]
+
+log = logging.getLogger(__name__)
 
 
 def frame(*places: str | Path) -> pd.DataFrame:
@@ -18,9 +23,14 @@ def frame(*places: str | Path) -> pd.DataFrame:
     tables have, and of the dense one after `dense: ` (accuracies as shares); `seed`; and `directory`.
 
     Raises:
-        ConfigError: there is no such place, or no run.
+        ConfigError: there is no such place, or no finished run. What else is no such run is a warning.
     """
     from permllm.results.collect import collect
     from permllm.results.summary import frame_of
 
-    return frame_of(collect(map(Path, places)).runs)
+    found = collect(map(Path, places))
+    if not found.runs:
+        raise ConfigError("; ".join(["no finished run is among them", *found.left_out()]))
+    for note in found.left_out():
+        log.warning("%s", note)
+    return frame_of(found.runs)

@@ -175,6 +175,9 @@ def as_run(logged: Logged) -> Run:
         for values in tasks.values():
             for key in ("acc", "acc_norm", "stderr", "n", "split"):
                 values.setdefault(key, None)
+    for tasks in validated("final values: tasks", metrics.get("tasks", {}), dict[str, dict[str, Object]]).values():
+        for values in tasks.values():
+            values.update({"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None, "split": None, "data": None} | values)
     validated("final values", metrics, FinishedRun)
     validated("settings", validated("settings", config, Object), Settings)
     passes = [row for row in logged.history if "lcp/pass" in row]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from permllm.commands import call
 from permllm.errors import DataError
 from permllm.export import gathered_norm
 from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
@@ -39,6 +40,12 @@ def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
     assert report["layers"][0]["sparse_s"] is None
     bad = run_module("permllm", "bench", str(tmp_path / "no"))
     assert (bad.returncode, bad.stderr) == (1, f"error: {tmp_path / 'no'} is not a folder\n")
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--new-tokens", "--layer-tokens", "--repeats", "--batch-sizes"])
+def test_nothing_cannot_be_measured(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("bench", [str(tmp_path), option, "0"]) == 1
+    assert capsys.readouterr().err == f"error: {option}=0: expected a whole number of at least 1\n"
 
 
 def test_gathers_can_be_left_out_for_a_while(tmp_path: Path) -> None:

@@ -406,6 +406,19 @@ def test_records_are_added_and_replaced(tmp_path: Path) -> None:
     assert {line["run"] for line in lines_of(file)} == {"b"}
 
 
+def test_a_run_is_kept_under_its_name_wherever_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "kept.jsonl"
+    monkeypatch.chdir(make_run(tmp_path / "a", 20.0))
+    assert call("records", [".", "--to", str(file)]) == 0
+    assert [line["run"] for line in lines_of(file)] == ["a"]
+    (tmp_path / "none.jsonl").touch()
+    assert call("records", [str(tmp_path / "none.jsonl"), "--to", str(file), "--replace"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none.jsonl'}: no finished run is among them\n"
+    assert len(lines_of(file)) == 1
+
+
 def test_scores_and_pictures_are_kept_too(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", 20.0)
     scores = {"evaluations": {"0": {"perplexity": {"sparse": {"x": [1.5, 2.5]}}}}}

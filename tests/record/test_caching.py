@@ -260,7 +260,9 @@ def test_what_was_longest_not_used_goes_first(cache: Path, monkeypatch: pytest.M
         keep(9)
 
 
-def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cache_is_listed_and_cleared(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in ("one", "two"):
         cached_tensors(kind, {"a": 1}, CODE, lambda: {"x": torch.zeros(25_000)})
     (cache / "wheels").mkdir()
@@ -273,3 +275,7 @@ def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixt
     assert (cache / "wheels" / "x.json").exists()
     assert call("cache", ["three"]) == 1
     assert capsys.readouterr().err == "error: three: nothing of that kind is kept; there are: none\n"
+    # Another process removes a result between the listing and its size.
+    monkeypatch.setattr("permllm.commands.cache.kept_files", lambda: {"one": [cache / "one" / "gone.json"]})
+    assert call("cache", []) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["one", "1", "results,", "0.0", "MB"]

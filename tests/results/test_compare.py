@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from permllm.commands import call
+from permllm.errors import ConfigError
 from permllm.identity import digest_of, evaluation_of
 from permllm.record.files import write_record
 from permllm.results import frame
@@ -130,6 +131,18 @@ def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
     scored_run(tmp_path / "lcp3", *drawn(13), seed=3)
     part = between(tmp_path, PERPLEXITY)
     assert part == replace(found, whole=False)
+
+
+def test_items_that_differ_between_seeds_are_not_averaged(tmp_path: Path) -> None:
+    for seed in range(2):
+        for name in ("lcp", "none"):
+            folder = scored_run(tmp_path / f"{name}{seed}", *drawn(seed), permutation=name, seed=seed)
+            kept = json.loads((folder / "scores.json").read_text())
+            (scores,) = kept["evaluations"].values()
+            scores["zero_shot"]["sparse"]["rte"]["digest"] = f"rte of {seed}"
+            write_record(folder / "scores.json", kept)
+    assert between(tmp_path, "rte acc") == "not the same items for each seed"
+    assert isinstance(between(tmp_path, "piqa acc"), Paired)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +348,17 @@ def test_runs_are_a_frame(tmp_path: Path) -> None:
     assert means.loc["lcp"].tolist() == [22.0, 2.0]
     assert set(runs[f"dense: {PERPLEXITY}"]) == {10.0}
     assert set(runs["seed"]) == {0, 1, 2}
+
+
+def test_without_a_finished_run_there_is_no_frame(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_run(tmp_path / "a", 20.0)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"status": "running"}))
+    with pytest.raises(ConfigError, match=rf"no finished run is among them; skipped {folder}: not finished"):
+        frame(tmp_path)
+    make_run(tmp_path / "b", 20.0)
+    assert len(frame(tmp_path)) == 1
+    assert f"skipped {folder}: not finished" in caplog.text
 
 
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:

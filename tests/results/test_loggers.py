@@ -251,8 +251,10 @@ def test_a_name_leaves_out_what_says_nothing_about_the_run(monkeypatch: pytest.M
     assert len(job_name(Path("runs/y"))) == 128
 
 
-def test_tensorboard_gets_the_passes(cache: Path, tmp_path: Path) -> None:
-    result = runner.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}")))
+def test_tensorboard_gets_the_passes_of_the_last_run(cache: Path, tmp_path: Path) -> None:
+    words = ("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}")
+    runner.run(read_config(composed(*words)))
+    result = runner.run(read_config(composed(*words, "force=true")))
     assert result is not None
     accumulators = import_module("tensorboard.backend.event_processing.event_accumulator")
     events = accumulators.EventAccumulator(str(result[1] / "tensorboard"))
@@ -625,6 +627,16 @@ def test_a_logged_run_of_another_form_is_a_note_and_the_others_are_a_table(
     (table,), notes = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("6"))
     assert table.ids == ["id1"]
     assert re.fullmatch(rf"skipped run 2 \(id2\): {message}.*", notes[0])
+
+
+def test_what_a_task_has_not_is_not_logged_and_its_run_is_read() -> None:
+    """As of a group of tasks, which has neither items nor a split, and of a metric without an error."""
+    one = online_run(1)
+    one.summary_metrics |= {f"tasks/{which}/mmlu/metrics/acc,none": 0.5 for which in ("dense", "sparse")}
+    one.summary_metrics |= {f"tasks/{which}/mmlu/limited": False for which in ("dense", "sparse")}
+    (table,), notes = wandb_runs.tables(wandb_runs.read_api(FakeApi([one]), "x", ["*"]), published("6"))
+    assert notes == []
+    assert table.summary.rows[0].measures["mmlu acc"].values == [0.5]
 
 
 def test_numbers_that_json_has_not_are_read() -> None:

@@ -79,10 +79,16 @@ def test_each_block_of_a_document_is_its_own(kept: Path) -> None:
         ("table records=none.jsonl", r"view table: .*none\.jsonl is not a directory, nor a file of records"),
         ("study study=none", "view study: .*holds something other than studies"),
         ("", "there is no view ''"),
+        ('table columns="block_size', "view table .*: No closing quotation"),
+        ("verify files=other.json", r"view verify: its files are not of the form that it shows \(KeyError\('layers'\)\)"),
+        ("index of=empty", "the first block of .* is no view of the paper or of a study"),
     ],
 )
 def test_a_block_that_cannot_be_made_is_one_line_that_names_the_document(kept: Path, words: str, message: str) -> None:
     file = document(kept, words)
+    (kept / "other.json").write_text("{}")
+    (kept / "empty").mkdir()
+    (kept / "empty" / "README.md").write_text("no block")
     with pytest.raises((ConfigError, DataError), match=message) as error:
         with_views(file)
     assert str(error.value).startswith(f"{file}: ")

@@ -50,7 +50,7 @@ class Marker:
 def markers(file: Path) -> Iterator[Marker]:
     """Those of a document, in their order. Raises ConfigError where it cannot be read."""
     for match in _BLOCK.finditer(_text(file)):
-        yield _marker(match["words"])
+        yield _marker(file, match["words"])
 
 
 def with_views(file: Path) -> str:
@@ -62,7 +62,7 @@ def with_views(file: Path) -> str:
     """
 
     def anew(match: re.Match[str]) -> str:
-        lines = _lines(file, _marker(match["words"]))
+        lines = _lines(file, _marker(file, match["words"]))
         return match["begin"] + "".join(f"{line}\n" for line in lines) + match["end"]
 
     return _BLOCK.sub(anew, _text(file))
@@ -75,8 +75,11 @@ def _text(file: Path) -> str:
         raise ConfigError(f"--document {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _marker(words: str) -> Marker:
-    name, *options = shlex.split(words) or [""]
+def _marker(file: Path, words: str) -> Marker:
+    try:
+        name, *options = shlex.split(words) or [""]
+    except ValueError as error:
+        raise ConfigError(f"{file}: view {words}: {error}") from error
     return Marker(name, {key: value for key, _, value in (option.partition("=") for option in options)})
 
 
@@ -94,3 +97,5 @@ def _lines(file: Path, marker: Marker) -> list[str]:
         return view(file.parent, **marker.options)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{file}: view {marker.view}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a view reads has no declared form
+        raise DataError(f"{file}: view {marker.view}: its files are not of the form that it shows ({error!r})") from error

@@ -85,7 +85,8 @@ def index(folder: Path, of: str) -> list[str]:
     header = ["result", "the paper's claim", "command", "cost", "ours", "the paper's"]
     rows = []
     for name in of.split(","):
-        entry = _entry(folder / name, next(markers(folder / name / "README.md")))
+        first = next(markers(folder / name / "README.md"), Marker("", {}))
+        entry = _entry(folder / name, first)
         cost = f"{entry.seconds / 60:.0f} min" if entry.seconds >= 60 else f"{entry.seconds:.0f} s"
         link = f"[{name}]({name}/README.md)"
         rows.append([link, entry.claim, f"`{entry.command}`", cost, entry.ours, entry.theirs])
