@@ -1,4 +1,4 @@
-"""What one looks at of many runs: a page, a picture of quality over minutes, or a table of the paper from W&B.
+"""What a reader sees of many runs: a page, a picture of quality over minutes, or a table of the paper from W&B.
 
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png

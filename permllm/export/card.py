@@ -14,7 +14,7 @@ from permllm.record.figures import result_rows
 _FORMS = {
     "simulate": "The channels are in the dense model's order. The weights are N:M in the order of the run, not as they are "
     "stored.",
-    "folded": "The channel orders are folded into the neighbouring weights: stock transformers loads this model, it computes "
+    "folded": "The permutations are folded into the neighbouring weights: stock transformers loads this model, it computes "
     "what the pruned model computes, and every pruned linear is N:M as it is stored.",
     "gathered": "Every pruned linear is N:M as it is stored. The activations are gathered into its order where no "
     "neighbouring weight can give them in it.",
