@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,7 +102,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             raise ConfigError(f"{place} is not a directory, nor a file of records such as {RECORDS}")
     jobs = [(place, job) for place in places if place.is_dir() for job in kept(place)]
     folders = [place for place in places if place.is_dir()] + [Path(job.directory) for _, job in jobs if job.directory]
-    files = {file for folder in folders for name in (METRICS, RECORDS) for file in folder.rglob(name)}
+    files = {file for folder in folders for file in _named(folder, METRICS, RECORDS)}
     files |= {place for place in places if place.is_file()}
     if not files:
         below = ", ".join(map(str, places))
@@ -127,6 +128,12 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         elif not _merged(there, run):
             found.duplicates.append((run.directory, there.directory))
     return found
+
+
+def _named(folder: Path, *names: str) -> Iterator[Path]:
+    """Everything of these names below a folder, in which jobs may be at work: what goes while it is looked at is left out."""
+    for path, folders, files in os.walk(folder):
+        yield from (Path(path) / name for name in names if name in files or name in folders)
 
 
 def _entries(files: Iterable[Path]) -> Iterator[tuple[Path, Callable[[Collection], Run], bool]]:

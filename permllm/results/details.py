@@ -1,20 +1,17 @@
-"""What is told of each run beside its numbers: how it differs, what a reader must know of it, what it was computed with."""
+"""What is told of each run beside its numbers: its settings, what a reader must know of it, what it was computed with."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from permllm.identity import FROM_THE_TOP, identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.names import ENVIRONMENT
 from permllm.results.collect import Run
 from permllm.results.pictures import pictures
 from permllm.results.render import heading, shown
-from permllm.results.summary import Summary, setting_text, summarise
+from permllm.results.summary import Row, Summary, flat_settings, setting_text, summarise
 
-NOT_SET = "not set"
 # What runs may take of a page that stays below 6 MB, of which libraries have 2.3; and about what one takes without pictures.
 ROOM_BYTES = 3_500_000
 RUN_BYTES = 12_000
@@ -25,22 +22,27 @@ def details(summary: Summary) -> list[dict[str, Any]]:
     """Of each run, row by row, as texts.
 
     Returns:
-        The `row` and the `seed`, `hash`, `warnings` and `differs` (`differences`), `measures` (name, dense, sparse), `seconds`
-        by stage and in all, `environment` (name, value), `versions`, and `pictures`, of so many runs as a page has room for.
+        The `row` and the `seed`, `hash`, `warnings`, `varying` (columns of the table: name, value) and all other `settings`,
+        `measures` (name, dense, sparse), `seconds` by stage and in all, `environment` (name, value), `versions`, and
+        `pictures`, of so many runs as a page has room for.
     """
-    runs = [(number, run) for number, row in enumerate(summary.rows) for run in row.runs]
+    runs = [(number, row, run) for number, row in enumerate(summary.rows) for run in row.runs]
     found, room = [], ROOM_BYTES - RUN_BYTES * len(runs)
-    for (number, run), differs in zip(runs, differences([run.config for _, run in runs]), strict=True):
+    for number, row, run in runs:
         drawn = pictures(run.directory)
         room -= sum(len(picture["image"]) for some in drawn.values() if not isinstance(some, str) for picture in some)
         which = {"row": number, "seed": setting_text(run.config.get("seed")), "hash": run.metrics["config_hash"]}
-        told = {
-            "warnings": warnings(run),
-            "differs": differs,
-            "pictures": drawn if room >= 0 else dict.fromkeys(drawn, LEFT_OUT),
-        }
-        found.append(which | told | _measured(run))
+        told = {"warnings": warnings(run), "pictures": drawn if room >= 0 else dict.fromkeys(drawn, LEFT_OUT)}
+        found.append(which | told | _settings(row, run) | _measured(run))
     return found
+
+
+def _settings(row: Row, run: Run) -> dict[str, Any]:
+    others = {key: value for key, value in flat_settings(run.config).items() if key not in row.labels}
+    return {
+        "varying": [(name, label) for name, label in row.labels.items() if label],
+        "settings": ", ".join(f"{key}={setting_text(value)}" for key, value in others.items()),
+    }
 
 
 def _measured(run: Run) -> dict[str, Any]:
@@ -58,39 +60,6 @@ def _measured(run: Run) -> dict[str, Any]:
         "environment": [*facts, ("directory", str(run.directory)), ("config hash", run.metrics["config_hash"])],
         "versions": ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items()),
     }
-
-
-def differences(configs: list[dict[str, Any]]) -> list[list[tuple[str, str, str]]]:
-    """What sets each config apart: `(setting, its value, the usual value)`.
-
-    The usual value is that of more than half of the configs, or the first config's where no value is. Settings that a config
-    lacks only because it chose another member of their group are not listed: the group's `name` says it.
-    """
-    flat = [_flat(config) for config in configs]
-    usual = {}
-    for name in dict.fromkeys(name for values in flat for name in values):
-        every = [values.get(name, NOT_SET) for values in flat]
-        value, count = Counter(every).most_common(1)[0]
-        usual[name] = value if 2 * count > len(every) else every[0]
-    found = []
-    for values in flat:
-        other_group = {
-            name.split(".")[0] for name, value in usual.items() if name.endswith(".name") and values.get(name) != value
-        }
-        found.append(
-            [
-                (name, values.get(name, NOT_SET), value)
-                for name, value in usual.items()
-                if values.get(name, NOT_SET) != value and (name in values or _group(name) not in other_group)
-            ]
-        )
-    return found
-
-
-def _group(name: str) -> str:
-    """The group whose option decides whether a run has this setting."""
-    first = name.split(".", maxsplit=1)[0]
-    return "permutation" if first in FROM_THE_TOP else first
 
 
 def warnings(run: Run) -> list[str]:
@@ -114,16 +83,6 @@ def warnings(run: Run) -> list[str]:
     elif environment["git"]["dirty"]:
         found.append("computed in a checkout with changes that its commit does not have")
     return found
-
-
-def _flat(config: dict[str, Any]) -> dict[str, str]:
-    """Dotted settings that make a result, as texts, each once."""
-    flat = {
-        key: setting_text(value)
-        for key, value in flatten(identity_of(config)).items()
-        if key != "name" and key.split(".")[-1] != "_target_"
-    }
-    return {key: value[:12] if key.startswith("inputs.") else value for key, value in flat.items()}
 
 
 def _named(key: str) -> str:

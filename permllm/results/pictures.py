@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,50 +32,45 @@ def pictures(directory: Path) -> dict[str, list[dict[str, str]] | str]:
         a mask is its upper left corner, at most `CROP` x `CROP` weights in original channel order, a pixel each, kept ones
         inked. Or, for either of the two, a text that says why there is none.
     """
-    return {
-        "permutations": _pictures(directory / PERMUTATIONS, _orders),
-        "masks": _pictures(directory / MASKS, _crops),
-    }
+    return {"permutations": _drawn(directory / PERMUTATIONS, _orders), "masks": _drawn(directory / MASKS, _crops)}
 
 
-def _pictures(file: Path, read: Callable[[Path], list[dict[str, str]]]) -> list[dict[str, str]] | str:
+# Of some tensors: the name, what is drawn, its pixels.
+_Pictures = Iterator[tuple[str, str, NDArray[Any]]]
+
+
+def _drawn(file: Path, read: Callable[[Path], _Pictures]) -> list[dict[str, str]] | str:
     if not file.is_file():
         return NOT_KEPT
     try:
-        return read(file)
+        return [{"name": name, "what": what, "image": _png(pixels)} for name, what, pixels in read(file)]
     except DataError as error:
         return str(error).replace(f"{file.parent}/", "")
 
 
-def _orders(file: Path) -> list[dict[str, str]]:
+def _orders(file: Path) -> _Pictures:
     from permllm.record.run_tensors import read_orders
 
-    found = []
     orders = read_orders(file)
     for name in _of_three_layers(orders):
         order = orders[name].numpy()
         channels, side = len(order), min(len(order), SIDE)
         count = min(channels, POINTS)
         places = np.arange(count) * channels // count
-        drawn = np.zeros((side, side), dtype=bool)
-        drawn[side - 1 - order[places] * side // channels, places * side // channels] = True
+        pixels = np.zeros((side, side), dtype=bool)
+        pixels[side - 1 - order[places] * side // channels, places * side // channels] = True
         some = f", {count} of them drawn" if count < channels else ""
-        moved = (order != np.arange(channels)).mean()
-        found.append({"name": name, "what": f"{channels} channels{some}, {moved:.1%} moved", "image": _png(drawn)})
-    return found
+        yield name, f"{channels} channels{some}, {(order != np.arange(channels)).mean():.1%} moved", pixels
 
 
-def _crops(file: Path) -> list[dict[str, str]]:
+def _crops(file: Path) -> _Pictures:
     from permllm.record.run_tensors import mask_names, mask_reader
 
     read = mask_reader(file)
-    found = []
     for name in _of_three_layers(mask_names(file)):
         mask = read(name).numpy()
         crop = mask[:CROP, :CROP]
-        what = f"{crop.shape[0]} x {crop.shape[1]} of {mask.shape[0]} x {mask.shape[1]}"
-        found.append({"name": name, "what": what, "image": _png(crop)})
-    return found
+        yield name, f"{crop.shape[0]} x {crop.shape[1]} of {mask.shape[0]} x {mask.shape[1]}", crop
 
 
 def _png(bits: NDArray[Any]) -> str:

@@ -30,7 +30,7 @@ from permllm.record.run_tensors import write_masks
 from permllm.record.tensors import write_tensors
 from permllm.results import cost
 from permllm.results.collect import collect
-from permllm.results.details import LEFT_OUT, RUN_BYTES, details, differences
+from permllm.results.details import LEFT_OUT, RUN_BYTES, details
 from permllm.results.page import page, sections, sort_key
 from permllm.results.pictures import CROP, NOT_KEPT, POINTS, SIDE, pictures
 from permllm.results.plots import cost_data, plot_cost
@@ -137,48 +137,14 @@ def bits_of(image: str) -> NDArray[Any]:
     return np.asarray(picture.convert("RGBA"))[:, :, 3] > 0
 
 
-def test_the_difference_of_a_config_is_against_the_usual_value() -> None:
-    lcp = {
-        "name": "a",
-        "seed": 0,
-        "logger": {"name": "wandb"},
-        "permutation": {
-            "name": "lcp",
-            "_target_": "x",
-            "block_size": 64,
-            "margin": 0.05,
-            "loss": None,
-            "temperature": {"end": 0.1},
-        },
-        "temperature": {"end": 0.1},
-        "block_size": 64,
-    }
-    none = {**lcp, "name": "b", "permutation": {"name": "none", "_target_": "y"}}
-    large = {**lcp, "name": "c", "block_size": 128, "seed": 1, "logger": {"name": "none"}}
-    cold = {
-        **lcp,
-        "name": "d",
-        "temperature": {"end": 0.03},
-    }
-    first, second, third, fourth = differences([lcp, none, large, cold])
-    assert first == []
-    # What only LCP has is not listed: the name of the permutation says it.
-    assert second == [("permutation.name", "none", "lcp")]
-    assert third == [("seed", "1", "0"), ("block_size", "128", "64")]
-    assert fourth == [("temperature.end", "0.03", "0.1")]
-
-
-def test_without_a_usual_value_the_first_run_is_the_measure() -> None:
-    configs = [
-        {"seed": 32, "reconstruction": {"name": "none"}},
-        {"seed": 64},
-        {"seed": 128, "compile": True},
-    ]
-    assert differences(configs) == [
-        [("reconstruction.name", "none", "not set")],
-        [("seed", "64", "32")],
-        [("seed", "128", "32"), ("compile", "true", "not set")],
-    ]
+def test_each_setting_of_a_run_is_there_once_as_it_is_typed(tmp_path: Path) -> None:
+    for size in (32, 64):
+        make_run(tmp_path / str(size), 20.0, block_size=size, calibration={"dataset": "c4", "length": 16})
+    runs = details(summary_of(tmp_path))
+    assert [run["varying"] for run in runs] == [[("block_size", "32")], [("block_size", "64")]]
+    settings = runs[0]["settings"].split(", ")
+    assert {"permutation=lcp", "calibration.seqlen=16", "sparsity=2:4"} <= set(settings)
+    assert not [one for one in settings if one.startswith(("block_size=", "name=", "seed="))]
 
 
 def test_pictures_are_those_of_the_first_middle_and_last_layer(tmp_path: Path) -> None:
@@ -669,7 +635,7 @@ def test_one_numeric_setting_is_drawn_as_a_line(browser: Any, tmp_path: Path) ->
         assert figure(page, "While learning").locator(".scatterlayer .trace").count() == 6
 
 
-def test_a_run_opens_with_its_difference_pictures_and_environment(browser: Any, tmp_path: Path) -> None:
+def test_a_run_opens_with_its_settings_pictures_and_environment(browser: Any, tmp_path: Path) -> None:
     for size in (32, 64, 128):
         make_run(tmp_path / "runs" / str(size), 20.0, block_size=size)
     write_orders_and_masks(tmp_path / "runs" / "64")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -357,6 +358,22 @@ def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_
     assert found.notes() == [*found.left_out(), "1 record is older than checksums: checked by their form alone"]
     # The last line of the history was cut short.
     assert [entry["loss"] for entry in found.runs[0].history] == [1.5, 1.2]
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `export.new`, which a job moves when it is whole."""
+    make_run(tmp_path / "a", 20.0)
+    (tmp_path / "a" / "export.new").mkdir()
+    scandir = os.scandir
+
+    def racing(path: Any) -> Any:
+        if str(path).endswith("export.new"):
+            Path(path).rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert [run.directory.name for run in collect([tmp_path]).runs] == ["a"]
+    assert not (tmp_path / "a" / "export.new").exists()
 
 
 def test_an_empty_directory_says_what_was_looked_for(tmp_path: Path) -> None:
