@@ -61,6 +61,10 @@ def work(options: argparse.Namespace) -> Answer:
         return _of_wandb(options)
     if not options.directories or not options.to:
         raise ConfigError("DIR... and --to FILE are needed, or --wandb PROJECT and --table")
+    page = options.to.suffix == ".html"
+    if ignored := options.measure if page else options.paper:
+        option, kind = ("--measure", "a picture") if page else ("--paper", "a page")
+        raise ConfigError(f"{option} {ignored}: it is of {kind}, and --to {options.to} is none")
     return _drawn(options)
 
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from permllm.commands import call
 from permllm.record.environment import environment
 from permllm.record.figures import pruning_minutes
 from permllm.record.names import MASKS, PERMUTATIONS
@@ -429,6 +430,20 @@ def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(tmp_path: 
         )
         assert (drawn.returncode, message in drawn.stderr) == (int(bool(message)), True)
     assert json.loads(drawn.stdout)["rows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("a.html", ("--measure", "average acc"), "--measure average acc: it is of a picture, and --to "),
+        ("a.png", ("--paper", "table1"), "--paper table1: it is of a page, and --to "),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    name: str, words: tuple[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("report", [str(QUICKSTART), "--to", str(tmp_path / name), *words]) == 1
+    assert capsys.readouterr().err == f"error: {message}{tmp_path / name} is none\n"
 
 
 def test_a_picture_holds_what_it_draws(tmp_path: Path) -> None:
