@@ -41,6 +41,7 @@ def calibration_text(config: CalibrationConfig) -> NamedText:
 
     Raises:
         ConfigError: the name is no text's, or its text is not to calibrate on.
+        DataError: a file's ending is none that can be read.
     """
     if config.dataset == _FILE:
         if not config.data_files:
@@ -56,6 +57,7 @@ def perplexity_text(config: PerplexityConfig) -> NamedText:
 
     Raises:
         ConfigError: the name is no text's, or its text is not to be evaluated on.
+        DataError: a file's ending is none that can be read.
     """
     if config.data_files:
         return _of_file(config.data_files)
@@ -63,7 +65,7 @@ def perplexity_text(config: PerplexityConfig) -> NamedText:
 
 
 def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
-    """Raise ConfigError where either names no text that is for its use; no text is read."""
+    """Raise ConfigError or DataError where either names no text that is for its use; no text is read."""
     calibration_text(calibration)
     if perplexity.data_files or perplexity.dataset is not None:
         perplexity_text(perplexity)

@@ -20,11 +20,15 @@ class TextFile(Text):
 
     Args:
         path: of the file.
+
+    Raises:
+        DataError: its ending is none that can be read.
     """
 
     calibrates = evaluates = True
 
     def __init__(self, path: str) -> None:
+        _ending(path)  # before a model is loaded
         self._path = path
 
     def calibration(self, seed: int) -> Sequence[str]:
@@ -45,6 +49,13 @@ class TextFile(Text):
             raise DataError(f"text file {self._path} {reason}") from error
 
 
+def _ending(path: str) -> str:
+    kind = Path(path).suffix
+    if kind not in _READERS:
+        raise DataError(f"text file {path}: the ending {kind!r} is not known; valid are {', '.join(_READERS)}")
+    return kind
+
+
 def read_text_file(path: str) -> list[str]:
     """Documents of a file: a txt file is one document; json lines and parquet have one a row, in the column `text`.
 
@@ -53,11 +64,9 @@ def read_text_file(path: str) -> list[str]:
     """
     if not os.path.isfile(path):
         raise DataError(f"text file {path} {'is no file' if os.path.exists(path) else 'does not exist'}")
-    kind = Path(path).suffix
-    if kind not in _READERS:
-        raise DataError(f"text file {path}: the ending {kind!r} is not known; valid are {', '.join(_READERS)}")
+    reader = _READERS[_ending(path)]
     try:
-        rows = _READERS[kind](path)
+        rows = reader(path)
     except MemoryError:
         raise
     except Exception as error:  # pyarrow's are of many classes

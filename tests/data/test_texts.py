@@ -224,3 +224,11 @@ def test_windows_of_a_text_follow_from_its_own_module(cache: Path, monkeypatch: 
     monkeypatch.setattr("permllm.data.calibration.cached_tensors", kept)
     calibration_tokens(TOKENIZER, CalibrationConfig("builtin"), seed=0)
     assert asked == [("permllm.data.calibration", "permllm.data.texts.builtin")]
+
+
+def test_a_file_of_another_kind_is_refused_before_a_run_begins(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("words")
+    typed = ["calibration=text", f"calibration.data_files={tmp_path / 'notes.md'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(DataError, match=r"notes\.md: the ending '\.md' is not known; valid are \.txt"):
+        runner.run(read_config(composed("model=tiny", "logger=none", *typed)))
+    assert not (tmp_path / "run").exists()

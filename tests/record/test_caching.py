@@ -278,4 +278,4 @@ def test_the_cache_is_listed_and_cleared(
     # Another process removes a result between the listing and its size.
     monkeypatch.setattr("permllm.commands.cache.kept_files", lambda: {"one": [cache / "one" / "gone.json"]})
     assert call("cache", []) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["one", "1", "results,", "0.0", "MB"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["one", "1", "result,", "0.0", "MB"]
