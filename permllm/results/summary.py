@@ -463,6 +463,8 @@ def plain(text: str) -> str:
 
 
 def _sortable(text: str) -> tuple[int, float, str]:
+    if text == "none":  # what the others are compared with
+        return (-1, 0.0, "")
     try:
         return (0, float(text), "")
     except ValueError:

@@ -199,7 +199,7 @@ def test_the_command_compares_two_rows(two: Any, capsys: pytest.CaptureFixture[s
     assert found["rte acc"]["over"] == "90 items"
     assert call("results", [str(folder), "--compare", "permutation=lcp", "permutation=ria"]) == 1
     assert capsys.readouterr().err.endswith(
-        "error: --compare permutation=ria: no row has permutation=ria; valid are lcp, none\n"
+        "error: --compare permutation=ria: no row has permutation=ria; valid are none, lcp\n"
     )
 
 

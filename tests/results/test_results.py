@@ -128,7 +128,7 @@ def test_baseline(tmp_path: Path) -> None:
     assert found == {"dense": "", "none": "", "lcp": "-50.0%"}
     with pytest.raises(ConfigError, match="valid are permutation"):
         find_row(summary, "block=3", "--baseline")
-    with pytest.raises(ConfigError, match="no row has permutation=magic; valid are lcp, none"):
+    with pytest.raises(ConfigError, match="no row has permutation=magic; valid are none, lcp"):
         find_row(summary, "permutation=magic", "--baseline")
     make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
     summary = summarise(collect([tmp_path]).runs)
