@@ -246,7 +246,7 @@ def test_the_table_is_that_of_the_other_formats(tmp_path: Path) -> None:
         assert f"<li>{note}</li>" in html.unescape(text)
     keys = [[attributes["data-order"] for attributes, _ in line] for line in Parsed(text).lines[1:3]]
     place = 1 + header.index(PERPLEXITY)
-    assert [line[place] for line in keys] == ["20.5", "40.0"]
+    assert [line[place] for line in keys] == ["40.0", "20.5"]
     place = 1 + header.index("against the baseline")
     assert [line[place] for line in keys] == ["-48.8", ""]
 
