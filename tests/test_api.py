@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,19 @@ def test_free_orders_do_not_fold(model: PreTrainedModel, tokenizer: ByT5Tokenize
     permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW)
     with pytest.raises(ConfigError, match="foldable"):
         permllm.save(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/checkpoints.md"])
+def test_the_lines_of_the_documents_work(
+    document: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand, with a text that is as small as the model."""
+    (lines,) = re.findall(r"```python\n(import permllm\n.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    assert len([line for line in lines.splitlines() if line]) <= 6
+    monkeypatch.setattr(permllm, "prune", partial(permllm.prune, **SMALL), raising=False)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "documents": [TEXT]}
+    exec(lines, found)
+    assert found["report"]["sparsity"]["violations"] == 0
+    assert found["orders"].keys() == found["report"]["retained_saliency"].keys()
+    assert verify(tmp_path / "my-model").passed

@@ -67,7 +67,7 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
     for config in jobs("experiment=table7"):
         assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == ("c4", 128, 1024)
         learned = config.permutation["name"] == "lcp-paper"
-        # A learned order keeps the statistics that it was learned with.
+        # A learned permutation keeps the statistics that it was learned with.
         assert config.calibration.statistics == ("dense" if learned else "sequential")
         assert config.evaluation.perplexity.seqlen == 2048
         assert config.evaluation.perplexity.limit is None

@@ -55,7 +55,7 @@ class Heuristic(HeuristicSettings):
 
 
 def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Tensor:
-    """The heuristic order of each segment of a shared order, int64 `(channels,)` on the CPU.
+    """The heuristic permutation of each segment of a shared order, int64 `(channels,)` on the CPU.
 
     Args:
         shared: the order; the rows of all of its groups count.

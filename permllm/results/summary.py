@@ -223,7 +223,7 @@ def _model(row: Row) -> str:
 
 # Of a baseline's settings, what need not be those of the row: the method that orders channels and what comes with it.
 _OF_THE_ORDER = ("permutation", "temperature", "block_size", "reconstruction", "name", "seed", "save_weights", "inputs")
-# A learned order has statistics of its own.
+# A learned permutation has statistics of its own.
 _OF_THE_ORDER_TOO = "calibration.statistics"
 
 

@@ -1,4 +1,4 @@
-"""`python -m permllm.results`: what is collected, what varies, how it is shown, and what bad input gets."""
+"""`permllm results`: what is collected, what varies, how it is shown, and what bad input gets."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class LCPSettings:
             learn in turn, each on the inputs that the pruned layers before give it, against its own dense output, in the
             memory of its layers alone.
         straight_through: `swap`, `hard` or `soft`, see `permllm.permutation.lcp.masked_linear`.
-        last_layers: learn only the last so many decoder layers, the others get the heuristic order; None learns all.
+        last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.
         margin: logit of the start order over the others (`init=heuristic`).
