@@ -23,10 +23,10 @@ from pathlib import Path
 from permllm.commands.answer import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
-from permllm.results.collect import collect
-from permllm.results.published import Comparison, published
+from permllm.results.collect import Collection, collect
+from permllm.results.published import Comparison, beside, published
 from permllm.results.render import FORMATS, records, take_baseline
-from permllm.results.summary import summarise
+from permllm.results.summary import Row, Summary, summarise
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +75,7 @@ def _drawn(options: argparse.Namespace) -> Answer:
     summary = summarise(collection.runs)
     baseline = take_baseline(summary, options.baseline)
     if options.to.suffix == ".html":
-        from permllm.results.page import page
-
-        models = sorted({run.config["model"]["name"] for run in collection.runs})
-        paper = Comparison(published(options.paper), models) if options.paper else None
-        try:
-            write_text(options.to, page(collection, summary, baseline, paper))
-        except DataError as error:
-            raise ConfigError(f"--to: {error}") from error
+        write_page("--to", options.to, collection, summary, baseline, beside(options.paper, collection.runs))
     else:
         from permllm.results.plots import plot_cost
 
@@ -95,6 +88,18 @@ def _drawn(options: argparse.Namespace) -> Answer:
         "bytes": options.to.stat().st_size,
     }
     return Answer(found, lambda: print(f"{options.to}: {len(collection.runs)} runs, {found['bytes'] / 1e3:.0f} kB"))
+
+
+def write_page(
+    option: str, file: Path, collection: Collection, summary: Summary, baseline: Row | None, paper: Comparison | None
+) -> None:
+    """Write the page. Raises ConfigError, which names the option that asked for it, where the file cannot be written."""
+    from permllm.results.page import page  # what draws takes longer to import than a table takes
+
+    try:
+        write_text(file, page(collection, summary, baseline, paper))
+    except DataError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from permllm.commands.answer import Answer
-from permllm.errors import ConfigError, DataError
+from permllm.commands.report import write_page
+from permllm.errors import ConfigError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
-from permllm.results.published import Comparison, published
+from permllm.results.published import beside
 from permllm.results.render import FORMATS, compared, comparison, find_row, records, render, take_baseline, without_interval
 from permllm.results.summary import summarise
 from permllm.results.views import with_views
@@ -58,10 +59,7 @@ def work(options: argparse.Namespace) -> Answer:
         differences = comparison(first, second, summary)
         answer = compared(differences, options.compare[0], options.compare[1], options.format)
         return Answer(differences, lambda: print(answer, end=""))
-    paper = None
-    if options.paper:
-        models = sorted({run.config["model"]["name"] for run in collection.runs})
-        paper = Comparison(published(options.paper), models)
+    paper = beside(options.paper, collection.runs)
     baseline = take_baseline(summary, options.baseline)
     notes = without_interval(summary, baseline) if baseline is not None else []
     notes += [paper.note] if paper and paper.note else []
@@ -77,14 +75,9 @@ def work(options: argparse.Namespace) -> Answer:
 
         plot_masks(summary, options.masks, options.linear)
     if options.html:
-        from permllm.results.page import page
-
-        try:
-            write_text(options.html, page(collection, summary, baseline, paper))
-        except DataError as error:
-            raise ConfigError(f"--html: {error}") from error
-    text = render(summary, options.format, baseline, paper)
-    return Answer(records(summary, baseline, paper), lambda: print(text, end=""))
+        write_page("--html", options.html, collection, summary, baseline, paper)
+    # Intervals take their time: only what is printed is rendered.
+    return Answer(records(summary, baseline, paper), lambda: print(render(summary, options.format, baseline, paper), end=""))
 
 
 def _documents(files: list[Path]) -> Answer:

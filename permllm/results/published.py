@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
+from permllm.results.collect import Run
 from permllm.results.summary import Row
 
 _FILE = Path(__file__).parent / "published.csv"
@@ -68,6 +69,11 @@ def published(table: str) -> list[Published]:
 def _published(line: dict[str, str]) -> Published:
     value = float(line["value"])
     return Published(line["table"], line["model"], line["sparsity"], line["method"], line["setting"], line["metric"], value)
+
+
+def beside(table: str | None, runs: Iterable[Run]) -> Comparison | None:
+    """The paper's numbers for some runs; None where no table is asked for. Errors as `published` and `Comparison`."""
+    return Comparison(published(table), sorted({run.config["model"]["name"] for run in runs})) if table else None
 
 
 class Comparison:
