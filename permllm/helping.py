@@ -9,9 +9,9 @@ import torch
 from permllm.calibration.shared import packed_factors, unpacked_factors
 from permllm.config import RunConfig, instantiate_permutation, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
+from permllm.learning.problem import LearningProblem
 from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel, load_model
-from permllm.permutation.problem import LearningProblem
 from permllm.record.cache_folder import choose_cache
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device

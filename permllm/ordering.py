@@ -14,9 +14,9 @@ from permllm.calibration.shared import shared_calibration
 from permllm.config import RunConfig
 from permllm.helping import call_helpers
 from permllm.job import Job
+from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
-from permllm.permutation.problem import LearningProblem
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
 from permllm.runtime import parallel

@@ -28,6 +28,7 @@ ROOMS = (
     "data",
     "models",
     "calibration",
+    "learning",
     "permutation",
     "pruning",
     "reconstruction",

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.settings import Constraint
 from permllm.sparsity import NMPattern
 

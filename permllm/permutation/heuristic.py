@@ -17,8 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.settings import HeuristicSettings
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.sparsity import NMPattern, check_divides, nm_mask

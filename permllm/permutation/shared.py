@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from permllm.errors import ConfigError
+from permllm.learning.stacks import BlockStack, split_blocks
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import Constraint
-from permllm.permutation.stacks import BlockStack, split_blocks
 from permllm.sparsity import NMPattern
 
 RESIDUAL = "residual_stream"

@@ -14,16 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
+from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.temperature import Linear
 from permllm.permutation.lcp.training import Training, Window, masked_linears
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
 from permllm.record.environment import hardware
 from permllm.record.schema import LCPSteps

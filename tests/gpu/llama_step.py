@@ -22,12 +22,12 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from permllm.calibration.saliency import SaliencyFactors
+    from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
+    from permllm.learning.problem import LearningProblem
     from permllm.models.families import channel_groups
     from permllm.permutation.lcp import training
-    from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
     from permllm.permutation.lcp.method import LCP
     from permllm.permutation.lcp.temperature import Linear
-    from permllm.permutation.problem import LearningProblem
     from permllm.permutation.shared import shared_orders
     from permllm.sparsity import NMPattern
 

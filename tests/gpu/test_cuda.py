@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from permllm import runner
 from permllm.config import read_config
 from permllm.export.checkpoint import Request, export_run
-from permllm.permutation.lcp.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.sparsity import NMPattern
 from tests.export.test_export import make_run, variant_model
 from tests.test_config import composed

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import ConfigError, TrainingError
+from permllm.learning.kernels import EAGER
+from permllm.learning.stacks import split_blocks
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
@@ -19,11 +21,9 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp import method as lcp_module
 from permllm.permutation.lcp import training as training_module
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.kernels import EAGER
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.shared import RESIDUAL, SharedOrder, foldable, shared_orders
-from permllm.permutation.stacks import split_blocks
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from tests.conftest import tiny_model

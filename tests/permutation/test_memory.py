@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from permllm.runtime.memory import peak_host_memory, reset_peak_memory
 from permllm.models.families import channel_groups
 from permllm.permutation.lcp.method import LCP
-from permllm.permutation.problem import LearningProblem
+from permllm.learning.problem import LearningProblem
 from permllm.permutation.lcp.temperature import Linear
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.sparsity import NMPattern

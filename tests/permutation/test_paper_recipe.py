@@ -12,12 +12,12 @@ from transformers import ByT5Tokenizer, PreTrainedModel
 
 from permllm import ordering
 from permllm.config import RunConfig, instantiate, instantiate_permutation
+from permllm.learning.kernels import EAGER
+from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
-from permllm.permutation.lcp.kernels import EAGER
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.training import Training, Window, masked_linears
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import shared_orders
 from permllm.pipeline import prune
 from tests.conftest import tiny_model

@@ -14,12 +14,12 @@ from permllm.calibration.saliency import saliency
 from permllm.calibration.statistics.base import InputStatistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.calibration.statistics.norm import Norm
+from permllm.learning.problem import LearningProblem
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.temperature import Linear
-from permllm.permutation.problem import LearningProblem
 from permllm.pipeline import prune
 from permllm.pruning.gblm import GBLM
 from permllm.pruning.magnitude import Magnitude

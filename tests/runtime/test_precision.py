@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from permllm.calibration.saliency import SaliencyFactors
+from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.stacks import split_blocks
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
-from permllm.permutation.stacks import split_blocks
 from permllm.runtime import precision
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permllm.learning.stacks import BlockStack
 from permllm.permutation.lcp.settings import SinkhornStart
 from permllm.permutation.lcp.sinkhorn import gradient_path, normalize
-from permllm.permutation.stacks import BlockStack
 from permllm.runtime.memory import to_device
 
 

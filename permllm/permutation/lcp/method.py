@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
+from permllm.learning.problem import LearningProblem
+from permllm.learning.stacks import count_logits
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.permutation.contract import LearningPlan
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.training import Training, Window, masked_linears, read_checkpoint
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
-from permllm.permutation.stacks import count_logits
 from permllm.runtime import parallel
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import permuted_nm_mask

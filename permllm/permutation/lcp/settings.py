@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from permllm.calibration.norm_over import NormOver
 from permllm.errors import ConfigError
+from permllm.learning.settings import StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
 from permllm.validation import check_number, check_one_of, check_whole
 
@@ -15,7 +16,6 @@ Init = Literal["heuristic", "random"]
 TemperatureEvery = Literal["step", "epoch"]
 SinkhornStart = Literal["exponential", "softmax"]
 Loss = Literal["cosine", "mse", "kl"]
-StraightThrough = Literal["swap", "hard", "soft"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class LCPSettings:
         layers_per_stage: how many consecutive decoder layers learn together: `all` of them (the paper), 1, or so many. Stages
             learn in turn, each on the inputs that the pruned layers before give it, against its own dense output, in the
             memory of its layers alone.
-        straight_through: `swap`, `hard` or `soft`, see `permllm.permutation.lcp.masked_linear`.
+        straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.

@@ -18,18 +18,18 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from permllm.errors import DataError, TrainingError
+from permllm.learning.batches import Batch, Batches
+from permllm.learning.kernels import Kernels
+from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.problem import LearningProblem
+from permllm.learning.stacks import count_logits
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.losses import loss_named
 from permllm.permutation.lcp.assignment import flatten, harden_together
-from permllm.permutation.lcp.batches import Batch, Batches
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.kernels import Kernels
-from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.problem import LearningProblem
 from permllm.permutation.shared import SharedOrder, expanded
-from permllm.permutation.stacks import count_logits
 from permllm.record.names import BEST_SO_FAR, CHECKPOINT
 from permllm.record.run_tensors import check_order, write_orders
 from permllm.record.schema import Object, Positive, Whole

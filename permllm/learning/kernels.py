@@ -254,7 +254,7 @@ class KernelUse:
 
     Attributes:
         device_type: `cpu` or `cuda`.
-        straight_through: which gradient (see `permllm.permutation.lcp.masked_linear`).
+        straight_through: which gradient (see `permllm.learning.masked_linear`).
         pattern: N:M.
         weights, products: dtype of the weights, and of what is returned.
         row: the saliency has row factors.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
+from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.masked_linear import PermutedMaskedLinear
 from permllm.permutation.lcp.sinkhorn import sinkhorn
-from permllm.permutation.stacks import split_blocks
 from permllm.sparsity import NMPattern
 
 Variant = Literal["hard", "soft"]

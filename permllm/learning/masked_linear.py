@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.permutation.lcp.kernels import EAGER, Kernels
-from permllm.permutation.lcp.settings import StraightThrough
-from permllm.permutation.stacks import BlockStack
+from permllm.learning.kernels import EAGER, Kernels
+from permllm.learning.settings import StraightThrough
+from permllm.learning.stacks import BlockStack
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern
 
