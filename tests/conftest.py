@@ -27,6 +27,14 @@ if WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"  # there is a worker for each core
 
 FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4,
+        "tie_word_embeddings": True,
+    },
     "llama": {"num_key_value_heads": 2},
     "mistral": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},

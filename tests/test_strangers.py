@@ -233,5 +233,5 @@ def test_an_entry_point_that_gives_no_family_is_one_line(package: Path, entry: s
     (package / "strange-1.0.dist-info" / "entry_points.txt").write_text(f"[permllm.families]\nstablelm = {entry}\n")
     with pytest.raises(ConfigError, match=re.escape(message)):
         families.family_named("stablelm")
-    with pytest.raises(ConfigError, match=r"known are: llama, mistral, opt, qwen2, qwen3, stablelm$"):
+    with pytest.raises(ConfigError, match=r"known are: gemma3_text, llama, mistral, opt, qwen2, qwen3, stablelm$"):
         families.family_named("unheard")

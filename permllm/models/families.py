@@ -6,7 +6,7 @@ point (CONTRIBUTING.md, "A model family").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -106,6 +106,15 @@ _LLAMA = Family(
     writers=("self_attn.o_proj", "mlp.down_proj"),
     embeddings=("model.embed_tokens",),
 )
+_GEMMA3 = replace(
+    _LLAMA,
+    norms=(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+)
 _OPT = Family(
     layers="model.decoder.layers",
     groups=(
@@ -121,7 +130,14 @@ _OPT = Family(
     projections=("model.decoder.project_in", "model.decoder.project_out"),
 )
 
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
+FAMILIES: dict[str, Family] = {
+    "gemma3_text": _GEMMA3,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": _OPT,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
 
 
 def family_of(model: nn.Module) -> Family:

@@ -134,7 +134,7 @@ def test_folded_models_are_stock_and_compute_the_same(name: str, tmp_path: Path,
 
     # In float64 the stock norms compute in float32; with norms in float64 nothing but rounding is left.
     double = {"dtype": torch.float64}
-    folded64, pruned64 = load(tmp_path / "out", **double), pruned.double()
+    folded64, pruned64 = load(tmp_path / "out", **double), reference(load(tmp_path / "dense", **double), run)
     assert relative(logits(folded64), logits(pruned64)) < 1e-6
     monkeypatch.setattr(nn.Module, "__call__", _norms_in_float64(nn.Module.__call__))
     assert relative(logits(folded64), logits(pruned64)) < 1e-10
@@ -143,8 +143,9 @@ def test_folded_models_are_stock_and_compute_the_same(name: str, tmp_path: Path,
 def _norms_in_float64(call: Any) -> Any:
     def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if type(module).__name__.endswith("RMSNorm"):
-            x, weight = args[0], module.weight
-            return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+            x, gemma = args[0], type(module).__name__.startswith("Gemma")
+            weight, epsilon = (1 + module.weight, module.eps) if gemma else (module.weight, module.variance_epsilon)
+            return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
         return call(module, *args, **kwargs)
 
     return patched

@@ -59,7 +59,7 @@ def test_layer_by_layer_equals_the_model_with_several_sequences(family: str) -> 
 
 
 def test_an_unknown_type_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match="'gpt2' is not known; known are: llama, mistral, opt, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match="'gpt2' is not known; known are: gemma3_text, llama, mistral, opt, qwen2, qwen3"):
         family_named("gpt2")
 
 
