@@ -29,8 +29,9 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, check_groups, methods_of
 from permllm.models.checkpoint import read_weights
-from permllm.models.families import ChannelGroup, channel_groups
+from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
+from permllm.models.patterns import groups_to_prune
 from permllm.models.source import DenseSource
 from permllm.nodes import register
 from permllm.record.environment import environment
@@ -99,7 +100,7 @@ def prune(
     named = texts if isinstance(texts, str) else _OWN_TEXT
     config = _of_model(_composed(pruner, permutation, sparsity, named, settings), model, texts)
     methods = methods_of(config)
-    groups = channel_groups(model)
+    groups = groups_to_prune(model, config)
     check_groups(config, groups, methods.permutation)
     device, record = model.device, Progress()
     if device.type == "cpu":

@@ -251,6 +251,10 @@ class RunConfig:
         name: first part of the run directory's name.
         seed: of calibration windows, initial logits and batch order.
         sparsity: N:M as a string; in YAML with quotes, where a bare 2:4 would be read as a number.
+        keep_dense: what is not pruned: decoder layers by index (`0`, `-1`), modules by name (`down_proj`, `self_attn`) or path
+            (`model.layers.3.mlp.down_proj`), as in `keep_dense=[0,-1,o_proj]`.
+        sparsity_of: N:M of what these names name, where it is not `sparsity`, as in `sparsity_of={mlp: 4:8}`; linears that
+            read the same channels have one.
         block_size: channels that LCP permutes among themselves. A rest that it does not divide becomes one smaller block.
         compute_dtype: of matrix products in calibration, learning and reconstruction: `float32`, `bfloat16`, or `auto`, which
             is bfloat16 for float32 weights where the device multiplies it natively. Evaluation computes in `model.dtype`.
@@ -275,6 +279,8 @@ class RunConfig:
     temperature: dict[str, Any]
     reconstruction: dict[str, Any]
     sparsity: str = "2:4"
+    keep_dense: list[str] = field(default_factory=list)
+    sparsity_of: dict[str, str] = field(default_factory=dict)
     block_size: int = 64
     compute_dtype: str = "auto"
     seed: int = 0
@@ -292,6 +298,12 @@ class RunConfig:
     def pattern(self) -> NMPattern:
         """`sparsity`, read."""
         return NMPattern.parse(self.sparsity)
+
+    @property
+    def patterns(self) -> list[NMPattern]:
+        """Every N:M that is asked for, that of `sparsity` first."""
+        others = {NMPattern.parse(text, f"sparsity_of.{name}"): None for name, text in self.sparsity_of.items()}
+        return list({self.pattern: None} | others)
 
     # What a job is is asked many times, and follows from files that take time to read: once.
     @cached_property
@@ -359,6 +371,7 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
         evaluation = given.get("evaluation") or {}
         if not isinstance(evaluation.get("tasks", {}), dict):  # none, or names alone
             evaluation["tasks"] = dict.fromkeys(evaluation["tasks"] or [])
+        given |= _names_of_modules(given)
         budget = given.get("budget") or {}
         given["budget"] = {key: value for key, value in budget.items() if value != MISSING and not is_left_over(budget, key)}
         settings: Any = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
@@ -380,6 +393,23 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
     assert isinstance(config, RunConfig)
     _check(config)
     return config
+
+
+def _names_of_modules(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`keep_dense` as a list of names and `sparsity_of` by name, in the order of the names; an index of a layer is one."""
+    names, patterns = given.get("keep_dense"), given.get("sparsity_of") or {}
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"sparsity_of={patterns!r}: expected N:M by name, as in sparsity_of={{down_proj: 4:8}}")
+    for key, name in [*(("keep_dense", name) for name in names), *(("sparsity_of", name) for name in patterns)]:
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise ConfigError(f"{key}: expected indices of layers and names of modules, and {name!r} is neither")
+    for name, pattern in patterns.items():
+        NMPattern.parse(pattern, f"sparsity_of.{name}")
+    return {
+        "keep_dense": sorted({str(name) for name in names}),
+        "sparsity_of": {str(name): patterns[name] for name in sorted(patterns, key=str)},
+    }
 
 
 def instantiate(settings: Mapping[str, Any]) -> Any:
@@ -419,7 +449,7 @@ def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(config: RunConfig) -> None:
-    pattern = config.pattern
+    assert config.patterns  # or one of them cannot be read
     check_one_of("model.source", config.model.source, MODEL_SOURCES)
     check_one_of("model.dtype", config.model.dtype, DTYPES)
     check_one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
@@ -452,11 +482,12 @@ def _check(config: RunConfig) -> None:
         value = config.permutation.get(key)
         if key in config.permutation and value != getattr(config, key):
             raise ConfigError(f"permutation.{key}={value!r} is not {key}, which it repeats: set {valid.format(value)}")
-    if "block_size" in (*uses, *config.permutation) and config.block_size % pattern.m:
-        raise ConfigError(
-            f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
-            f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
-        )
+    for pattern in config.patterns if "block_size" in (*uses, *config.permutation) else []:
+        if config.block_size % pattern.m:
+            raise ConfigError(
+                f"block_size={config.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
+                f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
+            )
     check_whole("seed", config.seed, 0, 2**32 - 1)  # what numpy takes
     if config.model.source == "hub" and not config.model.hub_name:
         raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository of the hub")

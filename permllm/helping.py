@@ -10,8 +10,8 @@ from permllm.calibration.shared import packed_factors, unpacked_factors
 from permllm.config import RunConfig, instantiate_permutation, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
 from permllm.learning.problem import LearningProblem
-from permllm.models.families import channel_groups
 from permllm.models.loading import LoadedModel, load_model
+from permllm.models.patterns import groups_to_prune
 from permllm.record.cache_folder import choose_cache
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
@@ -102,7 +102,7 @@ def _prepared(config: RunConfig) -> LoadedModel:
 def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> None:
     problem = LearningProblem(
         model=loaded.model,
-        groups=channel_groups(loaded.model),
+        groups=groups_to_prune(loaded.model, config),
         tokens=given["tokens"],
         factors=unpacked_factors(given["factors"]),
         target=given["target"],

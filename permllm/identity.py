@@ -21,6 +21,8 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.temperature_every": "step",
     "permutation.sinkhorn_start": "exponential",
     "calibration.sampling": "disjoint",
+    "keep_dense": [],
+    "sparsity_of": {},
 }
 
 # Settings at the top that a permutation takes as arguments where its `uses` names them.

@@ -60,7 +60,7 @@ class Job:
         record: what it leaves, in a run directory or in memory.
         logger: where its numbers stream to.
         loaded: the model, dense until it is pruned.
-        groups: its channel groups, all layers.
+        groups: its channel groups that are pruned, all layers.
         products: dtype of matrix products before the evaluation.
     """
 
@@ -136,7 +136,7 @@ def code_of(config: RunConfig, methods: Methods) -> str:
 def check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:
     """Raise ConfigError where M does not divide what must hold whole groups of M, or given orders do not fold as asked."""
     for group in groups:
-        check_divides(config.pattern, group.channels, group.name)
+        check_divides(group.pattern or config.pattern, group.channels, group.name)
     if not permutation.local:
         check_segments(shared_orders(groups, permutation.constraint), config.pattern)
     if config.export.form == "folded" and isinstance(permutation, FromFile):

@@ -81,6 +81,9 @@ def _whole() -> type:
         ("evaluation", evaluation),
         ("budget", budget, field(default_factory=budget)),
         ("study", Any, field(default_factory=dict)),
+        # A name alone is a list of one; names of modules are anybody's.
+        ("keep_dense", Any, field(default=None)),
+        ("sparsity_of", Any, field(default=None)),
     ]
     return _made(RunConfig, typed + [(group, Any) for group in SETTINGS if group != "study"], True)
 

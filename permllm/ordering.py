@@ -15,7 +15,7 @@ from permllm.config import RunConfig
 from permllm.helping import call_helpers
 from permllm.job import Job
 from permllm.learning.problem import LearningProblem
-from permllm.models.families import ChannelGroup
+from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import LoadedModel
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
@@ -27,11 +27,12 @@ Order = Callable[[str, Tensor, NMPattern], Tensor]
 
 
 def calibrate(
-    config: RunConfig, loaded: LoadedModel, groups: list[ChannelGroup], tokens: Tensor, pruner: Pruner, products: torch.dtype
+    config: RunConfig, loaded: LoadedModel, tokens: Tensor, pruner: Pruner, products: torch.dtype
 ) -> DenseCalibration:
-    """What the dense model tells, as the settings ask for it."""
+    """What the dense model tells, as the settings ask for it; of all linears, so that jobs which keep some dense share it."""
     norm_over = config.permutation.get("norm_over", "tokens")
     batch_size = config.calibration.batch_size
+    groups = channel_groups(loaded.model)
     return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)
 
 

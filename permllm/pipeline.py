@@ -59,10 +59,10 @@ def prune(
 
     Args:
         model: dense; its linears hold `weight * mask` afterwards (or the updated weight), zeros as +0.0.
-        groups: of the model, all layers.
+        groups: of the model, those that are pruned; what is none of their members stays dense.
         tokens: int64 `(samples, length)`.
         pruner: the base pruner.
-        pattern: N:M.
+        pattern: N:M of the groups that have none of their own.
         order: int64 `(C_in,)` for a group's name and its saliency `(rows of all members, C_in)`.
         batch_size: samples a forward.
         factors: of every linear, from the dense model; None takes them from the inputs that the pruned layers before give.
@@ -77,7 +77,7 @@ def prune(
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
     result = PrunedModel()
-    for index, members in by_layer(groups, "prune"):
+    for index, members in by_layer(model, groups, "prune"):
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
             with collecting(model, members, asked) as statistics:
@@ -99,7 +99,7 @@ def prune(
         for path, weight in weights.items():
             linear_at(model, path).weight.data.copy_(weight)
         if pruned is not None:
-            if reconstruction.changes_weights:
+            if weights and reconstruction.changes_weights:
                 inputs, kwargs = pruned.batches(index)
                 linears = [linear_at(model, path) for path in weights]
                 masks = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
@@ -114,7 +114,8 @@ def prune(
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight
-            result.violations += violations(weight, result.orders[group.name].to(weight.device), pattern)
+            perm = result.orders[group.name].to(weight.device)
+            result.violations += violations(weight, perm, group.pattern or pattern)
     return result
 
 
@@ -131,6 +132,7 @@ def _prune_group(
     weights: dict[str, Tensor],
     result: PrunedModel,
 ) -> None:
+    pattern = group.pattern or pattern
     dense = {path: linear_at(model, path).weight for path in group.members}
     scores = {path: saliency(weight, factors[path].to(weight.device)) for path, weight in dense.items()}
     perm = order(group.name, torch.cat(list(scores.values())), pattern)

@@ -20,8 +20,9 @@ from permllm.export.checkpoint import Request, clear_left_over, export_run, pres
 from permllm.export.rebuild import apply_record
 from permllm.helping import check_shares
 from permllm.job import Job, Methods, check_groups, code_of, export_request, methods_of
-from permllm.models.families import channel_groups, linear_at
+from permllm.models.families import linear_at
 from permllm.models.loading import load_model, meta_model
+from permllm.models.patterns import groups_to_prune
 from permllm.pipeline import PrunedModel
 from permllm.plan import print_plan
 from permllm.record.cache_folder import choose_cache
@@ -68,7 +69,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         keep_freed_memory()
     if config.plan or config.model.source != "hub" or config.model.architecture:
         skeleton = meta_model(config.model)
-        check_groups(config, channel_groups(skeleton), methods.permutation)
+        check_groups(config, groups_to_prune(skeleton, config), methods.permutation)
         if config.plan:
             print_plan(config, skeleton, methods.pruner, methods.permutation)
             return None
@@ -81,7 +82,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
             if record.begun:
-                record.forget_what_is_broken(channel_groups(meta_model(config.model)), config.pattern)
+                record.forget_what_is_broken(groups_to_prune(meta_model(config.model), config), config.pattern)
             if methods.permutation.learned and not record.begun:
                 check_shares(methods.permutation, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
@@ -104,7 +105,7 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
         if record.metrics.setdefault("model", loaded.identity) != loaded.identity:
             began = record.metrics["model"]
             raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
-        groups = channel_groups(loaded.model)
+        groups = groups_to_prune(loaded.model, config)
         check_groups(config, groups, methods.permutation)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)

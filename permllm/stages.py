@@ -27,7 +27,7 @@ def prune_model(
     with record.stage("calibrate", job.device):
         tokens = read_tokens()
         if not job.methods.permutation.local or config.calibration.statistics == "dense":
-            dense = calibrate(config, job.loaded, job.groups, tokens, job.methods.pruner, job.products)
+            dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
     order = order_of(job, tokens, dense)
     with record.stage("prune", job.device):
         pruned = prune(

@@ -16,7 +16,7 @@ from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistic, Statistics
 from permllm.models.decoder import LayerStream
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 
 
 class Pruner(Protocol):
@@ -76,7 +76,7 @@ def calibrate_dense(
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
     factors: dict[str, SaliencyFactors] = {}
-    for index, members in by_layer(groups, "calibrate"):
+    for index, members in by_layer(model, groups, "calibrate"):
         with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
             stream.advance(index)
         for group in members:
@@ -123,12 +123,12 @@ def member_factors(
     }
 
 
-def by_layer(groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
-    """The groups of each decoder layer, layer by layer, with a bar of progress."""
-    layers: dict[int, list[ChannelGroup]] = {}
+def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
+    """The groups of each decoder layer, layer by layer, with a bar of progress; none of a layer that stays dense."""
+    layers: dict[int, list[ChannelGroup]] = {index: [] for index in range(len(decoder_layers(model)))}
     for group in groups:
-        layers.setdefault(group.layer, []).append(group)
-    yield from tqdm(sorted(layers.items()), desc=label, unit="layer")
+        layers[group.layer].append(group)
+    yield from tqdm(layers.items(), desc=label, unit="layer")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from torch import Tensor, nn
 
 from permllm.errors import ConfigError, first_line
+from permllm.pattern import NMPattern
 
 # Of a package's families, by model type.
 _ENTRY_POINTS = "permllm.families"
@@ -76,6 +77,7 @@ class ChannelGroup:
         rows: C_out of each member.
         table: the row of the family's table that it comes from.
         heads: key-value heads, and query heads for each of them, where a channel belongs to a head; else (1, 1).
+        pattern: N:M of the members, where it is not that of the job (`permllm.models.patterns`).
     """
 
     name: str
@@ -85,6 +87,7 @@ class ChannelGroup:
     rows: tuple[int, ...]
     table: GroupTable
     heads: tuple[int, int] = (1, 1)
+    pattern: NMPattern | None = None
 
     @property
     def prefix(self) -> str:

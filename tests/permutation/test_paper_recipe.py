@@ -32,7 +32,7 @@ BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
 def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     """What the runner gives the method to learn from."""
     loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
-    dense = ordering.calibrate(settings, loaded, groups, tokens(), instantiate(settings.pruner), model.dtype)
+    dense = ordering.calibrate(settings, loaded, tokens(), instantiate(settings.pruner), model.dtype)
     return ordering.learning_problem(settings, loaded, groups, tokens(), dense)
 
 

@@ -1,0 +1,122 @@
+"""Which linears a job prunes, and to which N:M: the channel groups of a model as `keep_dense` and `sparsity_of` leave them.
+
+A name of these settings is a decoder layer by its index (`0`, `-1`), or consecutive words of the path of a linear or of its
+channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gate_up_proj`, `model.layers.3`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+
+from torch import nn
+
+from permllm.config import RunConfig
+from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup, channel_groups
+from permllm.pattern import NMPattern
+
+DENSE = "dense"
+"""Where a record names patterns by linear: one that was not pruned."""
+
+
+def groups_to_prune(model: nn.Module, config: RunConfig) -> list[ChannelGroup]:
+    """The channel groups of a model that a job prunes, as its settings say; errors as `channel_groups` and `pruned_groups`."""
+    return pruned_groups(channel_groups(model), config.pattern, config.keep_dense, config.sparsity_of)
+
+
+def pruned_groups(
+    groups: list[ChannelGroup], pattern: NMPattern, keep_dense: Iterable[str], sparsity_of: Mapping[str, str]
+) -> list[ChannelGroup]:
+    """The channel groups that are pruned, with those of their members that are, and their patterns.
+
+    Args:
+        groups: of the model, all layers.
+        pattern: N:M of what `sparsity_of` does not name; such groups carry none of their own.
+        keep_dense: names of what is not pruned, whatever `sparsity_of` says of it.
+        sparsity_of: N:M by name.
+
+    Raises:
+        ConfigError: a name fits nothing, or nothing that is pruned; nothing is left to prune; two names give a linear two
+            patterns; linears that read the same channels would have different ones.
+    """
+    dense: set[str] = set()
+    for name in keep_dense:
+        dense |= _named("keep_dense", name, groups)
+    chosen: dict[str, tuple[str, NMPattern]] = {}
+    for name, text in sparsity_of.items():
+        found = _named("sparsity_of", name, groups) - dense
+        if not found:
+            raise ConfigError(f"sparsity_of.{name}={text}: keep_dense={sorted(keep_dense)} keeps all of it dense")
+        its = NMPattern.parse(text, f"sparsity_of.{name}")
+        for path in sorted(found):
+            other, before = chosen.setdefault(path, (name, its))
+            if its != before:
+                raise ConfigError(f"sparsity_of: {other} gives {path} {before}, and {name} gives it {text}")
+    left = []
+    for group in groups:
+        rows = {path: rows for path, rows in zip(group.members, group.rows, strict=True) if path not in dense}
+        if rows:
+            its = _one_pattern({path: chosen[path][1] if path in chosen else pattern for path in rows})
+            its_own = None if its == pattern else its
+            left.append(replace(group, members=tuple(rows), rows=tuple(rows.values()), pattern=its_own))
+    if not left:
+        raise ConfigError(f"keep_dense={sorted(keep_dense)} names every linear of the decoder layers: nothing left to prune")
+    return left
+
+
+def recorded_groups(groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]) -> list[ChannelGroup]:
+    """The channel groups that were pruned, as a record says it.
+
+    Args:
+        groups: of the model, all layers.
+        pattern: N:M of the linears that are not in `patterns`.
+        patterns: as `differing_patterns`.
+
+    Raises:
+        ConfigError: a linear is none of the model's, or the patterns cannot be.
+    """
+    dense = [path for path, text in patterns.items() if text == DENSE]
+    return pruned_groups(groups, pattern, dense, {path: text for path, text in patterns.items() if text != DENSE})
+
+
+def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
+    """N:M by linear, or `dense`, of those that were not pruned to the pattern of the job.
+
+    Args:
+        groups: of the model, all layers.
+        pruned: those that were pruned, as `pruned_groups` has them.
+    """
+    own = {path: group.pattern for group in pruned for path in group.members}
+    found = {path: own.get(path, DENSE) for group in groups for path in group.members}
+    return {path: str(pattern) for path, pattern in found.items() if pattern is not None}
+
+
+def _one_pattern(of: dict[str, NMPattern]) -> NMPattern:
+    (first, pattern), *others = of.items()
+    for path, other in others:
+        if other != pattern:
+            raise ConfigError(
+                f"sparsity_of: {first} would be {pattern}, and {path}, which reads the same channels, {other}; name all of "
+                f"{', '.join(path.rpartition('.')[2] for path in of)}, or keep some of them dense"
+            )
+    return pattern
+
+
+def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
+    """The linears that a name is of."""
+    if re.fullmatch("-?[0-9]+", name):
+        layers = 1 + max(group.layer for group in groups)
+        if not -layers <= int(name) < layers:
+            raise ConfigError(f"{key}: the model has no layer {name}; valid are {-layers} to {layers - 1}")
+        return {path for group in groups if group.layer == int(name) % layers for path in group.members}
+    asked = f".{name}."
+    found = {path for group in groups for path in group.members if asked in f".{path}." or asked in f".{group.name}."}
+    if not found:
+        words = {path.removeprefix(group.prefix) for group in groups for path in (*group.members, group.name)}
+        words |= {part for word in words for part in word.split(".")}
+        near = get_close_matches(name, sorted(words), n=3) or sorted(words)
+        raise ConfigError(f"{key}: the model has no {name!r} in its decoder layers; nearest are: {', '.join(near)}")
+    return found
