@@ -20,6 +20,8 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.norm_over": "tokens",
     "permutation.temperature_every": "step",
     "permutation.sinkhorn_start": "exponential",
+    "permutation.steps": None,
+    "permutation.samples": None,
     "calibration.sampling": "disjoint",
     "keep_dense": [],
     "sparsity_of": {},

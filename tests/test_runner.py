@@ -126,7 +126,7 @@ def test_an_unfinished_run_continues_and_does_not_learn_twice(
     monkeypatch.setattr(module, stage, real)
     (directory,) = (tmp_path / "runs").iterdir()
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
-    monkeypatch.setattr("permllm.permutation.lcp.method.Training.run", lambda self: pytest.fail("learned again"))
+    monkeypatch.setattr("permllm.learning.training.Training.run", lambda self: pytest.fail("learned again"))
     metrics, directory = run(tmp_path)
     assert metrics["status"] == "finished"
     assert metrics["perplexity"] == whole["perplexity"]

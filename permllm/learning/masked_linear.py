@@ -22,23 +22,27 @@ where c is among the N largest of b then, its own mask entry `dM` comes in and t
 and for c's own group it is the same with c itself as the member whose place is taken. No softmax, so its temperature is not
 used. The comparisons are R C B / M, a pass over memory that a compiler fuses.
 
+Scores can learn instead of the order or with it (`permllm.learning.scores`): their gradient needs no order, and nothing but
+`dM`.
+
 All products, those of blocks too, are made in one format: that of the weights, or autocast's inside of
 `permllm.runtime.precision.products_in`. Saliencies and masks come from the weights as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.kernels import EAGER, Kernels
+from permllm.learning.scores import Scores
 from permllm.learning.settings import StraightThrough
 from permllm.learning.stacks import BlockStack
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern
 
@@ -64,17 +68,18 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         layout: _Layout,
         perm: Tensor,
         hard: Tensor | None,
-        *soft: Tensor,
+        orders: int,
+        *learning: Tensor,
     ) -> Tensor:
         dtype = product_dtype(x)
         flat = x.flatten(0, -2).to(dtype)
         y = flat @ _masked_weight_t(weight, layout, perm, dtype)
         if bias is not None:
             y += bias
-        ctx.save_for_backward(flat if soft else None, weight, perm, hard)
-        ctx.layout = layout
+        ctx.save_for_backward(flat if learning else None, weight, perm, hard)
+        ctx.layout, ctx.orders, ctx.learns = layout, orders, bool(learning)
         ctx.input_shape, ctx.input_dtype, ctx.product_dtype = x.shape, x.dtype, dtype
-        ctx.soft_dtype = soft[0].dtype if soft else None
+        ctx.soft_dtype = learning[0].dtype if orders else None
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -83,27 +88,38 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         layout: _Layout = ctx.layout
         weight_t = weight.t()
         grad_y = grads[0].flatten(0, -2)
-        if ctx.soft_dtype is None:
+        nothing = (None,) * 6
+        grad_masked_t: Any = x.t() @ grad_y if ctx.learns else None
+        grad_soft: list[Tensor] = []
+        if ctx.orders:
+            masked_t, grad_soft = _order_gradients(layout, weight_t, perm, hard, grad_masked_t, ctx.soft_dtype)
+        else:
             masked_t = _masked_weight_t(weight, layout, perm, ctx.product_dtype)
-            return (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype), None, None, None, None, None
-        grad_masked_t = x.t() @ grad_y
-        masked_t = torch.empty(weight_t.shape, dtype=x.dtype, device=weight.device)
-        grad_soft = [
-            torch.empty(stack.count, stack.size, stack.size, dtype=ctx.soft_dtype, device=weight.device)
-            for stack in layout.stacks
-        ]
-        for index, blocks, positions in _pieces(layout, weight):
-            size = layout.stacks[index].size
-            channels = perm[positions]
-            masked, grad = _block_gradient(layout, weight_t, channels, grad_masked_t, size)
-            masked_t.index_copy_(0, channels, masked)
-            # The rows are in permuted order: send each back to its source channel.
-            source = hard[positions].view(-1, size, 1).expand_as(grad)
-            grad_soft[index][blocks].scatter_(1, source, grad.to(ctx.soft_dtype))
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
-        return grad_x, None, None, None, None, None, *grad_soft
+        del masked_t  # before the gradients of the scores, which may be as large
+        of_scores = layout.scores.gradients(grad_masked_t, weight_t) if any(ctx.needs_input_grad[7 + ctx.orders :]) else []
+        return grad_x, *nothing, *grad_soft, *of_scores
+
+
+def _order_gradients(
+    layout: _Layout, weight_t: Tensor, perm: Tensor, hard: Tensor, grad_masked_t: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """`(W * mask)^T`, `(C_in, C_out)`, and the gradient of each stack of soft permutations, `(blocks, B, B)` in `dtype`."""
+    masked_t = torch.empty(weight_t.shape, dtype=grad_masked_t.dtype, device=weight_t.device)
+    grad_soft = [
+        torch.empty(stack.count, stack.size, stack.size, dtype=dtype, device=weight_t.device) for stack in layout.stacks
+    ]
+    for index, blocks, positions in _pieces(layout, weight_t.t()):
+        size = layout.stacks[index].size
+        channels = perm[positions]
+        masked, grad = _block_gradient(layout, weight_t, channels, grad_masked_t, size)
+        masked_t.index_copy_(0, channels, masked)
+        # The rows are in permuted order: send each back to its source channel.
+        source = hard[positions].view(-1, size, 1).expand_as(grad)
+        grad_soft[index][blocks].scatter_(1, source, grad.to(dtype))
+    return masked_t, grad_soft
 
 
 def _block_gradient(
@@ -111,7 +127,7 @@ def _block_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Masked weight `(k, C_out)` of whole blocks of channels, and the gradient `(blocks, B, B)` of their permutation."""
     pattern, kernels, dtype = layout.pattern, layout.kernels, grad_masked_t.dtype
-    piece = (weight_t, channels, *layout.factors_of(channels), grad_masked_t, pattern.n, pattern.m)
+    piece = (weight_t, channels, *layout.scores.piece(weight_t, channels), grad_masked_t, pattern.n, pattern.m)
     if layout.straight_through == "swap":
         exchange = kernels.exchange(*piece, dtype)
         return exchange.masked, kernels.changes(exchange, size, pattern.n, pattern.m).repeat_interleave(pattern.m, 2)
@@ -128,24 +144,17 @@ class _Layout:
 
     def __init__(
         self,
-        factors: SaliencyFactors,
+        scores: Scores,
         pattern: NMPattern,
         stacks: list[BlockStack],
         straight_through: StraightThrough,
         kernels: Kernels,
     ) -> None:
-        # Like the weight: what belongs to a channel in a row, for the channels are gathered.
-        self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
+        self.scores = scores
         self.pattern = pattern
         self.stacks = stacks
         self.straight_through: StraightThrough = straight_through
         self.kernels = kernels
-
-    def factors_of(self, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
-        """Saliency factors of some channels, as the kernels take them."""
-        column = self.factors.column
-        chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
-        return self.factors.power, chosen, self.factors.row
 
 
 def _masked_weight_t(weight: Tensor, layout: _Layout, perm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,20 +163,20 @@ def _masked_weight_t(weight: Tensor, layout: _Layout, perm: Tensor, dtype: torch
     n, m = layout.pattern.n, layout.pattern.m
     for _, _, positions in _pieces(layout, weight):
         channels = perm[positions]
-        masked = layout.kernels.mask(weight.t(), channels, *layout.factors_of(channels), n, m, dtype)
+        masked = layout.kernels.mask(weight.t(), channels, *layout.scores.piece(weight.t(), channels), n, m, dtype)
         masked_t.index_copy_(0, channels, masked)
     return masked_t
 
 
 class PermutedMaskedLinear(nn.Module):
-    """Stands in for a frozen `nn.Linear` while its channel order is learned.
+    """Stands in for a frozen `nn.Linear` while its channel order, or the scores of its mask, are learned.
 
     Args:
         linear: the layer; its weight `(C_out, C_in)` is used as it is and gets no gradient. It is fastest when the weight is
             stored column by column (`weight.t()` contiguous), because channels are gathered.
-        factors: saliency factors of the layer in original channel order.
+        scores: what the mask is chosen by; their parameters learn where they require gradients.
         pattern: N:M.
-        stacks: how the channels split into blocks (see `permllm.permutation.lcp.blocks`).
+        stacks: how the positions split into blocks (see `permllm.permutation.lcp.blocks`), which are worked on some at a time.
         straight_through: `swap`, or `hard` or `soft`, which mask stands in the second gradient term.
         kernels: of the elementwise work, eager or compiled.
 
@@ -177,7 +186,7 @@ class PermutedMaskedLinear(nn.Module):
     def __init__(
         self,
         linear: nn.Linear,
-        factors: SaliencyFactors,
+        scores: Scores,
         pattern: NMPattern,
         stacks: list[BlockStack],
         straight_through: StraightThrough = "hard",
@@ -185,7 +194,8 @@ class PermutedMaskedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
-        self._layout = _Layout(factors.to(linear.weight.device), pattern, stacks, straight_through, kernels)
+        self.scores = scores
+        self._layout = _Layout(scores, pattern, stacks, straight_through, kernels)
         self._order: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
 
     def set_order(self, perm: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()) -> None:
@@ -206,4 +216,50 @@ class PermutedMaskedLinear(nn.Module):
             raise RuntimeError("set_order must be called before forward")
         perm, hard, soft = self._order
         self._order = None  # or the soft permutations and their graph would live until the next step
-        return _PermutedMaskedLinear.apply(x, self.linear.weight, self.linear.bias, self._layout, perm, hard, *soft)
+        scores = self.scores.parameters() if torch.is_grad_enabled() else ()
+        learning = [*soft, *(values for values in scores)]
+        weight, bias = self.linear.weight, self.linear.bias
+        return _PermutedMaskedLinear.apply(x, weight, bias, self._layout, perm, hard, len(soft), *learning)
+
+
+@contextmanager
+def masked_linears(
+    model: nn.Module,
+    places: Iterable[tuple[ChannelGroup, list[BlockStack]]],
+    scores_of: Callable[[str], Scores],
+    pattern: NMPattern,
+    straight_through: StraightThrough = "swap",
+    kernels: Kernels = EAGER,
+) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
+    """Put a masked linear in the place of every linear of some groups, and the linears back at the end.
+
+    The weights are stored column by column meanwhile, which makes a permutation of channels a gather of rows.
+
+    Args:
+        model: of a known family.
+        places: the groups, each with how its positions split into blocks.
+        scores_of: what the mask of a linear is chosen by, by its path.
+        pattern: N:M.
+        straight_through, kernels: as in `PermutedMaskedLinear`.
+
+    Yields:
+        The masked linears by the name of their group.
+    """
+    replaced: dict[str, nn.Linear] = {}
+    masked: dict[str, list[PermutedMaskedLinear]] = {}
+    try:
+        for group, stacks in places:
+            masked[group.name] = []
+            for path in group.members:
+                linear = linear_at(model, path)
+                scores = scores_of(path)
+                linear.weight.data = linear.weight.data.t().contiguous().t()
+                replaced[path] = linear
+                stand_in = PermutedMaskedLinear(linear, scores, pattern, stacks, straight_through, kernels)
+                model.set_submodule(path, stand_in)
+                masked[group.name].append(stand_in)
+        yield masked
+    finally:
+        for path, linear in replaced.items():
+            linear.weight.data = linear.weight.data.contiguous()
+            model.set_submodule(path, linear)

@@ -16,16 +16,18 @@ from permllm.config import RunConfig
 from permllm.errors import ConfigError
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.learning.problem import LearningProblem
+from permllm.learning.training import Moment, Training, Window
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
+from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.method import LCP
-from permllm.permutation.lcp.temperature import Linear
-from permllm.permutation.lcp.training import Training, Window, masked_linears
+from permllm.permutation.lcp.temperature import Constant
 from permllm.permutation.shared import shared_orders
 from permllm.record.environment import hardware
+from permllm.record.names import CHECKPOINT
 from permllm.record.schema import LCPSteps
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
@@ -235,7 +237,7 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
     target = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     problem = _problem(model, tokens, target)
     everything = torch.arange(len(tokens))
-    settings: dict[str, Any] = {"block_size": block_size, "temperature": Linear(), "loss": "cosine", "epochs": 1000}
+    settings: dict[str, Any] = {"block_size": block_size, "temperature": Constant(0.5), "loss": "cosine", "epochs": 1000}
     plain = _PlainStep(model, tokens, target.to(device))
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
     dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
@@ -243,7 +245,8 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
     kernels = compiled_kernels(KernelUse(device.type, weights=dtype, products=compute)) or EAGER
     shared = shared_orders(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
-    window = Window(0, 0, 0, 1, shared, shared, None, problem.target)
+    window = Window(0, 0, 0, 1, None, problem.target)
+    moment = Moment(1, 2, 0, 1)
     # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
     logits = {name: LCP(**settings).start_logits(problem, shared, orders, near=True) for name in ("lcp", "checkpoint")}
     peak = 0
@@ -252,14 +255,15 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
             found = {"plain": clock(plain, device)}
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
-                with masked_linears(lcp, problem, window, kernels) as linears:
-                    training = Training(lcp, problem, shared, window, orders, logits[name], linears)
-                    training.step(everything, 0.5)  # the first step of an optimizer allocates its moments
+                with lcp.masked(problem, shared, window, kernels) as linears:
+                    learner = OrderLearner(lcp, problem, shared, window, orders, logits[name], linears)
+                    training = Training(lcp, problem, window, [learner], "lcp", CHECKPOINT)
+                    training.step(everything, moment)  # the first step of an optimizer allocates its moments
                     reset_peak_memory(device)
-                    found[name] = clock(lambda training=training: training.step(everything, 0.5), device)  # type: ignore[misc]
+                    found[name] = clock(lambda training=training: training.step(everything, moment), device)  # type: ignore[misc]
                     if name == "lcp":
                         peak = max(peak, peak_memory(device))
-                        found["harden"] = training.harden_seconds
+                        found["harden"] = learner.harden_seconds
             if dense is not None:
                 with dense.installed():
                     found["dense"] = clock(dense, device)

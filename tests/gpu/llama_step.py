@@ -22,10 +22,11 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from permllm.calibration.saliency import SaliencyFactors
+    from permllm.learning import training
     from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
     from permllm.learning.problem import LearningProblem
     from permllm.models.families import channel_groups
-    from permllm.permutation.lcp import training
+    from permllm.permutation.lcp.learner import OrderLearner
     from permllm.permutation.lcp.method import LCP
     from permllm.permutation.lcp.temperature import Linear
     from permllm.permutation.shared import shared_orders
@@ -45,14 +46,15 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
     problem = LearningProblem(model, groups, tokens, factors, target, NMPattern(2, 4), seed=0)
     shared = shared_orders(groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
-    window = training.Window(0, 0, 0, LAYERS, shared, shared, None, target)
+    window = training.Window(0, 0, 0, LAYERS, None, target)
     ledger = simulated.LEDGER
 
     def step(kernels: Any, **settings: Any) -> dict[str, Any]:
         lcp = LCP(block_size=64, temperature=Linear(), **settings)
         logits = lcp.start_logits(problem, shared, orders, near=True)
-        with training.masked_linears(lcp, problem, window, kernels) as linears:
-            learning = training.Training(lcp, problem, shared, window, orders, logits, linears)
+        with lcp.masked(problem, shared, window, kernels) as linears:
+            learner = OrderLearner(lcp, problem, shared, window, orders, logits, linears)
+            learning = training.Training(lcp, problem, window, [learner], "lcp", "checkpoint")
             held: list[int] = []
             forward = learning._loss
 
@@ -64,7 +66,7 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
 
             learning._loss = watched  # type: ignore[method-assign]
             ledger.clear()
-            learning.step(torch.arange(SAMPLES), 0.5, after=torch.arange(SAMPLES))
+            learning.step(torch.arange(SAMPLES), training.Moment(1, 2, 0, 1), after=torch.arange(SAMPLES))
             waits = ledger.totals()["syncs"]
             return {"kept": held[1] - held[0], "waits": waits, "recomputes": learning._recomputes}
 

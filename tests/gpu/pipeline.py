@@ -75,13 +75,13 @@ def main(folder: Path) -> dict[str, Any]:
 
     from permllm import runner
     from permllm.config import read_config, register_resolvers
+    from permllm.learning.training import Training
     from permllm.nodes import register
-    from permllm.permutation.lcp.training import Training
     from tests.test_config import composed
 
     register_resolvers()
     register()
-    simulated.within("permllm.permutation.lcp.training:Training.step")
+    simulated.within("permllm.learning.training:Training.step")
     ledger = simulated.LEDGER
 
     def run(name: str, overrides: tuple[str, ...], device: str) -> Path:

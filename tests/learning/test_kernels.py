@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
-from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.learning import kernels
+from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.sparsity import NMPattern, nm_mask
 
 

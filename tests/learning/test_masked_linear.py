@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
@@ -84,7 +85,7 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
     grad = torch.randn(3, 7, rows, generator=generator, dtype=torch.float64)
 
     logits = BlockLogits(base, split_blocks(channels, block_size), [stack.clone() for stack in start])
-    module = PermutedMaskedLinear(linear, factors, NMPattern(n, m), logits.stacks, variant)
+    module = PermutedMaskedLinear(linear, Scores(factors), NMPattern(n, m), logits.stacks, variant)
     soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     perm = logits.order(hard)
@@ -131,7 +132,7 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
     logits = BlockLogits(base, split_blocks(channels, size), [stack.clone() for stack in start])
     factor = torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
-    module = PermutedMaskedLinear(linear, SaliencyFactors(1, factor), pattern, logits.stacks, "swap")
+    module = PermutedMaskedLinear(linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap")
     soft, potentials = logits.normalized(0.7, 3)
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     order = logits.order(hard)
@@ -169,7 +170,9 @@ def test_the_straight_through_variants_differ() -> None:
         torch.manual_seed(0)
         linear = nn.Linear(16, 8).requires_grad_(False)
         logits = BlockLogits(torch.arange(16), split_blocks(16, 16), [torch.randn(1, 16, 16)])
-        module = PermutedMaskedLinear(linear, SaliencyFactors(1, torch.ones(1, 16)), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
+        module = PermutedMaskedLinear(
+            linear, Scores(SaliencyFactors(1, torch.ones(1, 16))), NMPattern(2, 4), logits.stacks, variant
+        )  # type: ignore[arg-type]
         soft, potentials = logits.normalized(1.0, 5)
         hard = harden(soft[0]).flatten()
         module.set_order(logits.order(hard), hard, logits.gradient_paths(1.0, potentials))

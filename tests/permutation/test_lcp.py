@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from permllm.errors import ConfigError, TrainingError
+from permllm.learning import training as training_module
 from permllm.learning.kernels import EAGER
 from permllm.learning.stacks import split_blocks
+from permllm.learning.training import Moment, Training, Window
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp import method as lcp_module
-from permllm.permutation.lcp import training as training_module
 from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
-from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.shared import RESIDUAL, SharedOrder, foldable, shared_orders
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
@@ -385,11 +386,13 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
             # The same logits everywhere: then every group has the same soft and hard permutations, shared or not.
             for stack in block.logits:
                 stack.data.copy_(torch.eye(stack.shape[1]) + 0.1 * torch.arange(stack.shape[1]))
-        window = Window(0, 0, 0, 2, shared, shared, None, learning.target)
-        with masked_linears(settings, learning, window, EAGER) as linears:
-            training = Training(settings, learning, shared, window, start, blocks, linears)
-            training._harden(0.5)
-            training._loss(torch.arange(6), 0.5).backward()
+        window = Window(0, 0, 0, 2, None, learning.target)
+        with settings.masked(learning, shared, window, EAGER) as linears:
+            learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
+            training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
+            moment = Moment(0, 1, 0, 1)
+            learner.begin(moment, None)
+            training._loss(torch.arange(6), moment).backward()
         found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
     free, tied = found["free"], found["foldable"]
     readers = [name for name in free if name.endswith(("qkv_proj", "gate_up_proj"))]

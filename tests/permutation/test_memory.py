@@ -41,7 +41,7 @@ factors = {{path: SaliencyFactors(1, torch.rand(1, group.channels)) for group in
 tokens = torch.randint(0, {VOCABULARY}, ({SAMPLES}, {LENGTH}))
 target = torch.randn({SAMPLES}, {LENGTH}, {HIDDEN})
 problem = LearningProblem(model, groups, tokens, factors, target, NMPattern(2, 4), seed=0, calibration_batch_size={BATCH})
-settings = LCP({BLOCK}, Linear(), init="random", epochs=1, batch_size={BATCH}, layers_per_stage=layers,
+settings = LCP(block_size={BLOCK}, temperature=Linear(), init="random", epochs=1, batch_size={BATCH}, layers_per_stage=layers,
                activation_checkpointing=True, compile=False)
 settings.orders(problem)
 print(json.dumps(peak_host_memory() - before))

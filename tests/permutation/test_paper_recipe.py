@@ -14,10 +14,11 @@ from permllm import ordering
 from permllm.config import RunConfig, instantiate, instantiate_permutation
 from permllm.learning.kernels import EAGER
 from permllm.learning.problem import LearningProblem
+from permllm.learning.training import Moment, Training, Window
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
+from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.method import LCP
-from permllm.permutation.lcp.training import Training, Window, masked_linears
 from permllm.permutation.shared import shared_orders
 from permllm.pipeline import prune
 from tests.conftest import tiny_model
@@ -125,16 +126,18 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
             block.scale.detach().clone().requires_grad_(),
         )
 
-    window = Window(0, 0, 0, 2, shared, shared, None, problem.target)
-    with masked_linears(method, problem, window, EAGER) as linears:
-        training = Training(method, problem, shared, window, start, blocks, linears)
-        temperature = training._temperature(step=3)  # two steps a pass: in the second of four
-        loss, _ = training.step(BATCH, temperature)
+    window = Window(0, 0, 0, 2, None, problem.target)
+    with method.masked(problem, shared, window, EAGER) as linears:
+        learner = OrderLearner(method, problem, shared, window, start, blocks, linears)
+        training = Training(method, problem, window, [learner], "lcp", "checkpoint")
+        moment = Moment(3, training.steps, 1, training.epochs)  # two steps an epoch: in the second of four
+        temperature = learner.temperature(moment)
+        loss, _ = training.step(BATCH, moment)
 
     norm = norms(model, problem.groups)
     target = last_output(model, tokens()[BATCH]).detach()
     for group in problem.groups:
-        order = training.present[group.name]
+        order = learner.present[group.name]
         p = dense_permutation(*reference[group.name], 1.0 + (0.1 - 1.0) * 1 / PASSES, iterations, order)
         for path in group.members:
             linear = linear_at(model, path)

@@ -36,7 +36,7 @@ OVERRIDES = (
 APART = f"""
 import os, pathlib, runpy, sys
 from permllm.errors import DataError
-from permllm.permutation.lcp import training
+from permllm.learning import training
 own = pathlib.Path("rank" + os.environ["RANK"])
 own.mkdir(exist_ok=True)
 os.chdir(own)

@@ -8,6 +8,7 @@ from torch import nn
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
@@ -46,7 +47,7 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
     linear.weight.copy_(1.0 + torch.rand(24, 32) / 1024)
     factors = SaliencyFactors(1, torch.ones(1, 32))
     logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    module = PermutedMaskedLinear(linear, factors, NMPattern(2, 4), logits.stacks)
+    module = PermutedMaskedLinear(linear, Scores(factors), NMPattern(2, 4), logits.stacks)
     x = torch.randn(40, 32)
     grad = torch.randn(40, 24)
     perm = logits.base

@@ -62,7 +62,7 @@ class BlockLogits(nn.Module):
         """What carries gradients of the soft permutations back to the logits, one a stack, without their values."""
         return [gradient_path(stack, temperature, found) for stack, found in zip(self._effective(), potentials, strict=True)]
 
-    def perturb(self, width: float, generator: torch.Generator) -> None:
+    def perturb(self, width: float, generator: torch.Generator | None) -> None:
         """Add Gumbel noise times `width` to the logits in use, until the next call; 0 takes it away."""
         self._noise = []
         if width:

@@ -7,28 +7,29 @@ layer. The weights stay as they are. Forward uses hard permutations and hard mas
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
+from permllm.learning.kernels import Kernels, chosen_kernels
+from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.problem import LearningProblem
+from permllm.learning.scores import Scores
 from permllm.learning.stacks import count_logits
-from permllm.models.decoder import LayerStream
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
+from permllm.learning.windows import WindowStream
+from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.contract import LearningPlan
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.lcp.training import Training, Window, masked_linears, read_checkpoint
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
+from permllm.record.names import CHECKPOINT
 from permllm.runtime import parallel
-from permllm.runtime.precision import product_dtype
 from permllm.sparsity import permuted_nm_mask
-
-# Weights times steps. Compiling takes 10 to 20 s and saves some 100 ns a weight and step on two cores.
-_COMPILE_FROM = 4e8
 
 
 class LCP(LCPSettings):
@@ -56,12 +57,6 @@ class LCP(LCPSettings):
         """The orders that learn in the stage of the layers from `first` to before `stop`: those it holds all groups of."""
         return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
 
-    def spans(self, layers: int) -> list[tuple[int, int]]:
-        """First layer and the one after the last of each stage, for a model of so many decoder layers."""
-        first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
-        size = self.layers_per_stage if isinstance(self.layers_per_stage, int) else layers
-        return [(start, min(start + size, layers)) for start in range(first, layers, size)]
-
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the orders of all channel groups.
 
@@ -76,14 +71,20 @@ class LCP(LCPSettings):
         shared = shared_orders(problem.groups, self.constraint)
         # Another GPU, or a folder without the checkpoint, must not let a process learn from elsewhere than the others.
         orders = parallel.from_first(lambda: self.start_orders(problem, shared, spans[0][0]))
-        state = parallel.from_first(lambda: read_checkpoint(problem))
+        state = parallel.from_first(lambda: read_checkpoint(problem, CHECKPOINT, _best))
         problem.on_resume([] if state is None else state["passes"])
         passes = [] if state is None else list(state["passes"])
         begin = 0 if state is None else state["window"]
         if state is not None:
-            orders |= {name: order.cpu() for name, order in state["best"].items()}
-        stream = WindowStream(problem, shared)
+            orders |= _best(state)
+        stream = WindowStream(problem)
         best_loss = math.inf
+        used_by = {group.name: order for order in shared for group in order.groups}
+
+        def mask_of(group: ChannelGroup, path: str) -> Tensor:
+            score, order = problem.saliency_of(path), used_by[group.name]
+            return permuted_nm_mask(score, order.expand(orders[order.name]).to(score.device), problem.pattern)
+
         for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
             learning = self.learning(shared, first, stop)
             if number < begin or not learning:
@@ -92,41 +93,42 @@ class LCP(LCPSettings):
             if round_:
                 generator = torch.Generator().manual_seed(problem.seed + 2 + number)
                 orders |= {order.name: order.deal(orders[order.name], problem.pattern, generator) for order in learning}
-            present = [order for order in shared if any(first <= group.layer < stop for group in order.groups)]
-            window = Window(number, round_, first, stop, present, learning, stream.inputs(first, orders), stream.target(stop))
+            window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
             logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or round_ > 0)
-            kernels = self.kernels(problem, learning)
-            with masked_linears(self, problem, window, kernels) as linears:
+            with self.masked(problem, shared, window) as linears:
+                learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
                 start_loss = best_loss if round_ else math.inf
-                training = Training(self, problem, shared, window, orders, logits, linears, start_loss, passes)
+                training = Training(self, problem, window, [learner], "lcp", CHECKPOINT, start_loss, passes)
                 if state is not None and number == begin:
                     training.restore(state)
-                orders = training.run()
-                best_loss = training.best_loss
+                training.run()
+                orders, best_loss = learner.best, training.best_loss
         return expanded(shared, orders)
 
-    def kernels(self, problem: LearningProblem, learning: list[SharedOrder]) -> Kernels:
-        """The kernels for the elementwise work of the masked linears."""
-        wanted = self.compile
-        if wanted is None:
-            steps = self.rounds * self.epochs * math.ceil(len(problem.tokens) / self.batch_size)
-            groups = [group for order in learning for group in order.groups]
-            wanted = steps * sum(group.channels * sum(group.rows) for group in groups) > _COMPILE_FROM
-        if not wanted:
-            return EAGER
-        path = problem.groups[0].members[0]
-        weight = linear_at(problem.model, path).weight
-        factors = problem.factors[path]
-        use = KernelUse(
-            weight.device.type,
-            self.straight_through,
-            problem.pattern,
-            weight.dtype,
-            product_dtype(weight),
-            row=factors.row is not None,
-            dense=factors.dense,
-        )
-        return compiled_kernels(use) or EAGER
+    def masked(
+        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None
+    ) -> AbstractContextManager[dict[str, list[PermutedMaskedLinear]]]:
+        """Masked linears in a window of the problem's model, by the pruner's saliency.
+
+        Args:
+            problem: whose model.
+            shared: all orders of the model.
+            window: of layers.
+            kernels: None chooses them.
+        """
+        if kernels is None:
+            learning = [group for order in self.learning(shared, window.first, window.stop) for group in order.groups]
+            steps = self.rounds * steps_of(self, samples_of(self, problem))
+            kernels = chosen_kernels(self, problem, learning, steps, self.straight_through)
+
+        def scores_of(path: str) -> Scores:
+            factors = problem.factors_of(path)
+            if self.normalize_saliency:
+                factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
+            return Scores(factors)
+
+        places = ((group, order.group_stacks(self.block_size)) for order, group in members(shared, window))
+        return masked_linears(problem.model, places, scores_of, problem.pattern, self.straight_through, kernels)
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
@@ -158,62 +160,8 @@ class LCP(LCPSettings):
         return logits
 
 
-class WindowStream:
-    """Inputs and targets of the windows: two streams of hidden states, through the dense and through the pruned layers.
-
-    Where all layers learn together neither is needed: the inputs are the embeddings, and the target is known.
-    """
-
-    def __init__(self, problem: LearningProblem, shared: list[SharedOrder]) -> None:
-        self.problem = problem
-        self._shared = shared
-        self._layers = len(decoder_layers(problem.model))
-        self._dense: tuple[LayerStream, int] | None = None
-        self._pruned: tuple[LayerStream, int] | None = None
-
-    def inputs(self, first: int, orders: dict[str, Tensor]) -> Tensor | None:
-        """Inputs of layer `first` when the layers before it are pruned in these orders, `(samples, tokens, hidden)`.
-
-        Args:
-            first: index of a decoder layer.
-            orders: by shared order.
-        """
-        if first == 0:
-            return None
-        orders = expanded(self._shared, orders)
-        stream, position = self._pruned or (self._new(), 0)
-        for index in range(position, first):
-            dense = self._prune_layer(index, orders)
-            stream.advance(index)
-            for path, weight in dense.items():
-                linear_at(self.problem.model, path).weight.data = weight
-        self._pruned = (stream, first)
-        return stream.states()
-
-    def target(self, stop: int) -> Tensor:
-        """Dense output of layer `stop - 1`, `(samples, tokens, hidden)`."""
-        if stop == self._layers:
-            return self.problem.target
-        stream, position = self._dense or (self._new(), 0)
-        for index in range(position, stop):
-            stream.advance(index)
-        self._dense = (stream, stop)
-        return stream.states()
-
-    def _new(self) -> LayerStream:
-        return LayerStream(self.problem.model, self.problem.tokens, self.problem.calibration_batch_size)
-
-    def _prune_layer(self, index: int, orders: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mask the linears of a layer in these orders of its groups; their dense weights by path, to be put back."""
-        dense = {}
-        for group in (group for group in self.problem.groups if group.layer == index):
-            for path in group.members:
-                weight = linear_at(self.problem.model, path).weight
-                score = self.problem.saliency_of(path)
-                mask = permuted_nm_mask(score, orders[group.name].to(score.device), self.problem.pattern)
-                dense[path] = weight.data
-                weight.data = torch.where(mask, weight.data, 0.0)
-        return dense
+def _best(state: Checkpoint) -> dict[str, Tensor]:
+    return OrderLearner.best_of(state["learners"][0] if state["learners"] else {})
 
 
 def _sharing(order: SharedOrder) -> str:

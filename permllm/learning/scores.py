@@ -1,0 +1,107 @@
+"""What a mask is chosen by: a score for each weight, of which each group of M keeps the N largest.
+
+The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would gain if the weight came
+in, or loses while it stays. It is linear in the mask, as `straight_through=swap` is for orders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from permllm.calibration.saliency import SaliencyFactors, saliency_t
+
+
+class Scores(nn.Module):
+    """The saliency of the pruner, as it is.
+
+    Args:
+        factors: of the saliency of a linear, in original channel order, on its device.
+    """
+
+    def __init__(self, factors: SaliencyFactors) -> None:
+        super().__init__()
+        # Like the weight: what belongs to a channel in a row, for the channels are gathered.
+        self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
+
+    def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
+        """Saliency factors of some channels int64 `(k,)`, as the kernels take them (`permllm.learning.kernels`).
+
+        Args:
+            weight_t: `(C_in, C_out)`.
+            channels: which.
+        """
+        column = self.factors.column
+        chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
+        return self.factors.power, chosen, self.factors.row
+
+    def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
+        """Gradients of the parameters, in their order, from that of the masked weight.
+
+        Args:
+            grad, weight_t: `(C_in, C_out)`.
+        """
+        return []
+
+
+class FreeScores(Scores):
+    """A score for each weight, that starts at the logarithm of the pruner's saliency.
+
+    Args:
+        weight: `(C_out, C_in)`, of the linear.
+        factors: as in `Scores`.
+    """
+
+    def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
+        super().__init__(factors)
+        self.values = nn.Parameter(log_saliency_t(weight.t(), factors))
+
+    @override
+    def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
+        return 0, self.values.data.index_select(0, channels).t(), None
+
+    @override
+    def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
+        return [grad.to(self.values.dtype) * weight_t]
+
+
+class LowRankScores(Scores):
+    """The logarithm of the pruner's saliency, plus a term a channel, plus a product of low rank, which start at nothing.
+
+    Args:
+        weight, factors: as in `FreeScores`.
+        rank: of the product; 0 leaves the terms of the channels.
+        generator: of its start.
+    """
+
+    def __init__(self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator) -> None:
+        super().__init__(factors)
+        rows, channels = weight.shape
+        dtype, device = factors.column.dtype, weight.device
+        self.channel = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
+        self.left = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
+        right = torch.randn(channels, rank, generator=generator, dtype=torch.float32) / math.sqrt(max(1, rank))
+        self.right = nn.Parameter(right.to(device, dtype))
+
+    @override
+    def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
+        power, column, row = super().piece(weight_t, channels)
+        scores = log_saliency_t(weight_t.index_select(0, channels), SaliencyFactors(power, column, row))
+        scores += self.channel.data.index_select(0, channels).unsqueeze(1)
+        scores.addmm_(self.right.data.index_select(0, channels), self.left.data.t())
+        return 0, scores.t(), None
+
+    @override
+    def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
+        of_scores = grad.to(self.channel.dtype) * weight_t
+        return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
+
+
+def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
+    """Logarithm of the saliency of a transposed weight `(C_in, C_out)`, same shape; finite where a weight is zero."""
+    found = saliency_t(weight_t, factors)
+    return found.clamp_min_(torch.finfo(found.dtype).tiny).log_()

@@ -1,0 +1,463 @@
+"""The training loop over one window of decoder layers, whatever learns in it: its steps, its measures, its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import InstanceOf
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from typing_extensions import TypedDict
+
+from permllm.errors import DataError, TrainingError
+from permllm.learning.batches import Batch, Batches
+from permllm.learning.problem import LearningProblem
+from permllm.learning.settings import LearningSettings
+from permllm.models.decoder import layer_inputs, run_layer
+from permllm.models.families import ChannelGroup, decoder_layers
+from permllm.models.losses import loss_named
+from permllm.record.schema import Object, Whole
+from permllm.record.tensors import read_torch, write_torch
+from permllm.runtime import parallel
+from permllm.runtime.memory import free_memory, peak_memory
+
+log = logging.getLogger(__name__)
+
+# What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory others use too.
+_SHARE_OF_FREE, _KEPT_ON_A_HOST = 0.8, 4e9
+# Seconds between checkpoints: one is written at the end of an epoch, and in the middle of one that takes longer.
+_CHECKPOINT_EVERY = 120.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive decoder layers that learn together.
+
+    Attributes:
+        number: from 0, over all windows and rounds.
+        round: of the window, from 0.
+        first: index of its first decoder layer.
+        stop: index after its last.
+        inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on the host; None where they are
+            the embeddings.
+        target: dense output of the last layer, like `inputs`.
+    """
+
+    number: int
+    round: int
+    first: int
+    stop: int
+    inputs: Tensor | None
+    target: Tensor
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self.first <= layer < self.stop
+
+
+class Moment(NamedTuple):
+    """Where learning stands.
+
+    Attributes:
+        step: from 0.
+        steps: in all.
+        epoch: from 0.
+        epochs: in all.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+
+
+class Learner(ABC):
+    """What learns in a window, such as the orders or the masks, and sets the masked linears accordingly."""
+
+    @abstractmethod
+    def parameters(self) -> list[dict[str, Any]]:
+        """Its groups of parameters, for the optimizer."""
+
+    @abstractmethod
+    def keep(self) -> None:
+        """What was learned so far is the best."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises DataError where it is of something else."""
+
+    def begin(self, moment: Moment, generator: torch.Generator | None) -> None:  # noqa: B027 - there may be nothing to do
+        """Before a step; without a generator, and so without noise, before what was learned so far is measured.
+
+        Raises:
+            ValueError: it is not finite; the message says what.
+        """
+
+    def set_layer(self, index: int, moment: Moment | None) -> None:  # noqa: B027
+        """Before a decoder layer runs; None asks for no gradients."""
+
+    def flips(self) -> Tensor | None:
+        """How much of what it decides has changed at the last `begin`, a scalar on the device; None where nobody counts."""
+        return None
+
+    def step_values(self, moment: Moment, flips: float | None) -> dict[str, float]:
+        """What to tell of a step."""
+        return {}
+
+    def begin_epoch(self) -> None:  # noqa: B027
+        """An epoch begins."""
+
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        """What to tell of an epoch, at its end."""
+        return {}
+
+    def write_best(self, directory: Path) -> str:
+        """Write the best into a directory, because learning has failed; how to use it, for a person, or nothing."""
+        return ""
+
+
+class Training:
+    """One run of the optimisation over a window.
+
+    Args:
+        settings: of the descent.
+        problem: the model, whose linears in the window are masked linears now, and the samples.
+        window: the layers.
+        learners: what learns, in the order in which they set a layer.
+        name: of the method, for a person.
+        file: of the checkpoint in the problem's directory.
+        best_loss: measured loss of what it starts from; infinite where it was not measured.
+        passes: the lines of the epochs before, to be added to.
+    """
+
+    def __init__(
+        self,
+        settings: LearningSettings,
+        problem: LearningProblem,
+        window: Window,
+        learners: Sequence[Learner],
+        name: str,
+        file: str,
+        best_loss: float = math.inf,
+        passes: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.window = window
+        self.learners = learners
+        self.name, self.file = name, file
+        self.layers = decoder_layers(problem.model)
+        self.device = problem.device
+        self.loss = loss_named(str(settings.loss), problem.model)
+        # Fused: no temporaries of the size of all parameters.
+        fused = self.device.type in ("cpu", "cuda")
+        groups = [group for learner in learners for group in learner.parameters()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+        self.count = samples_of(settings, problem)
+        self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
+        self.steps = steps_of(settings, self.count)
+        self.epochs = math.ceil(self.steps / self.steps_an_epoch)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+        self.generator = torch.Generator().manual_seed(problem.seed + 1 + 1000 * window.round)
+        self.done = 0
+        self.best_loss = best_loss
+        self.passes = [] if passes is None else passes
+        self.samples = Batches(problem.tokens, window.target, window.inputs, self.device)
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._recomputes: bool | None = None
+        self._sequence: Tensor | None = None  # of the samples in an epoch that is not at its end
+        self._losses: list[float] = []
+        self._seconds = 0.0
+        self._saved = time.perf_counter()
+
+    def run(self) -> None:
+        """All epochs that are left; the learners know the best."""
+        done = self.done * self.steps_an_epoch + len(self._losses)
+        label = f"{self.name}, layers {self.window.first} to {self.window.stop - 1}"
+        with tqdm(total=self.steps, initial=done, desc=label, unit="step") as progress:
+            for number in range(self.done, self.epochs):
+                if self._sequence is None:
+                    for learner in self.learners:
+                        learner.begin_epoch()
+                    self._sequence = torch.randperm(self.count, generator=self.generator)
+                batches = self._sequence.split(self.settings.batch_size)[: self.steps - number * self.steps_an_epoch]
+                for position in range(len(self._losses), len(batches)):
+                    started = time.perf_counter()
+                    moment = Moment(number * self.steps_an_epoch + position, self.steps, number, self.epochs)
+                    after = batches[position + 1] if position + 1 < len(batches) else None
+                    loss, values = self.step(batches[position], moment, after)
+                    seconds = time.perf_counter() - started
+                    self._losses.append(loss)
+                    self._seconds += seconds
+                    told = {"loss": loss} | values
+                    self.problem.on_step(self.window.number * self.steps + moment.step, told | {"seconds": seconds})
+                    progress.update()
+                    progress.set_postfix({key: f"{value:.4f}" for key, value in told.items()})
+                    if time.perf_counter() - self._saved > _CHECKPOINT_EVERY and after is not None:
+                        self._save()
+                self._end_of_epoch(moment)
+
+    def step(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> tuple[float, dict[str, float]]:
+        """One update from the samples at the indices `batch`.
+
+        The host waits for the device for what orders learn from, and for the loss when backward is on its way (and where the
+        model itself looks at its mask).
+        Under torchrun each process computes its share of the batch, and all make the same update.
+
+        Args:
+            batch: int64 `(samples,)`.
+            moment: of the step.
+            after: the next batch, to be fetched while the device works on this one; None where there is none.
+
+        Returns:
+            The loss before the update, and what the learners tell of the step.
+
+        Raises:
+            TrainingError: the loss is not finite; nothing is updated.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self._begin(moment, self.generator)
+        mine = parallel.share(batch)
+        loss = torch.zeros((), device=self.device)
+        if len(mine):
+            loss = self._loss(mine, moment) * (len(mine) / len(batch))
+            loss.backward()
+        if after is not None:
+            self.samples.fetch(parallel.share(after))
+        total = loss.detach().clone()
+        parallel.add_up([total])
+        counted = [learner.flips() for learner in self.learners]
+        # One transfer for all of them.
+        value, *flips = torch.stack([total.double(), *(count.double() for count in counted if count is not None)]).tolist()
+        if not math.isfinite(value):
+            raise TrainingError(self._failure(self._where(batch)))
+        self._add_up_gradients()
+        self.optimizer.step()
+        self.scheduler.step()
+        values: dict[str, float] = {}
+        for learner, count in zip(self.learners, counted, strict=True):
+            values |= learner.step_values(moment, None if count is None else flips.pop(0))
+        return value, values
+
+    def _begin(self, moment: Moment, generator: torch.Generator | None) -> None:
+        for learner in self.learners:
+            try:
+                learner.begin(moment, generator)
+            except ValueError as error:
+                raise TrainingError(self._failure(str(error))) from error
+
+    def _add_up_gradients(self) -> None:
+        if parallel.world_size() > 1:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            parallel.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+    def _end_of_epoch(self, moment: Moment) -> None:
+        measured = None
+        self.optimizer.zero_grad(set_to_none=True)
+        self._begin(moment, None)
+        if moment.epoch >= self.epochs - self.settings.select_from:
+            measured = self._measure()
+            if not math.isfinite(measured):
+                raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
+        # What was not measured is better than nothing, but not than what was.
+        if not math.isfinite(self.best_loss) if measured is None else measured < self.best_loss:
+            for learner in self.learners:
+                learner.keep()
+        if measured is not None:
+            self.best_loss = min(self.best_loss, measured)
+        self.done = moment.epoch + 1
+        values: dict[str, Any] = {
+            "pass": self.done,
+            "round": self.window.round + 1,
+            "first_layer": self.window.first,
+            "last_layer": self.window.stop - 1,
+            "loss": sum(self._losses) / len(self._losses),
+            "measured_loss": measured,
+        }
+        for learner in self.learners:
+            values |= learner.epoch_values(moment)
+        values |= {"step_seconds": self._seconds / len(self._losses), "peak_memory_bytes": peak_memory(self.device)}
+        self.passes.append(values)
+        self._sequence, self._losses, self._seconds = None, [], 0.0
+        self._save()
+        self.problem.on_pass(values)
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        """Loss of all samples with what was learned so far, mean over tokens."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in parallel.share(torch.arange(self.count)).split(self.problem.calibration_batch_size):
+            if len(batch):
+                total += self._loss(batch, None).double() * len(batch)
+        parallel.add_up([total])
+        return float(total) / self.count
+
+    def _loss(self, indices: Tensor, moment: Moment | None) -> Tensor:
+        batch = self.samples.take(indices)
+        hidden, kwargs = self._inputs(batch)
+        recompute = torch.is_grad_enabled() and self._recompute(hidden)
+        for index in range(self.window.first, self.window.stop):
+            if recompute:
+                hidden = checkpoint(self._layer, index, hidden, kwargs[index], moment, use_reentrant=False)
+            else:
+                hidden = self._layer(index, hidden, kwargs[index], moment)
+        return self.loss(hidden, batch.target)
+
+    def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], moment: Moment | None) -> Tensor:
+        """One decoder layer as the learners set it; what gradients go through is rebuilt in backward, one layer at a time."""
+        for learner in self.learners:
+            learner.set_layer(index, moment if torch.is_grad_enabled() else None)
+        return run_layer(self.layers[index], hidden, kwargs)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Input of the window's first layer, and the keyword arguments of all layers."""
+        samples = len(batch.tokens)
+        if batch.inputs is not None and samples in self._kwargs:
+            return batch.inputs, self._kwargs[samples]
+        found = layer_inputs(self.problem.model, batch.tokens)
+        self._kwargs[samples] = found.kwargs
+        return (found.hidden if batch.inputs is None else batch.inputs), found.kwargs
+
+    def _recompute(self, hidden: Tensor) -> bool:
+        """Whether backward computes each decoder layer anew instead of keeping what it needs; decided at the first step."""
+        if self.settings.activation_checkpointing is not None:
+            return self.settings.activation_checkpointing
+        if self._recomputes is None:
+            tokens = hidden.numel() // hidden.shape[-1]
+            kept = tokens * _kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
+            allowed = _SHARE_OF_FREE * free_memory(self.device) if self.device.type == "cuda" else _KEPT_ON_A_HOST
+            self._recomputes = kept * (self.window.stop - self.window.first) > allowed
+        return self._recomputes
+
+    @torch.no_grad()
+    def _where(self, indices: Tensor) -> str:
+        hidden, kwargs = self._inputs(self.samples.take(indices))
+        for index in range(self.window.first, self.window.stop):
+            hidden = self._layer(index, hidden, kwargs[index], None)
+            if not bool(hidden.isfinite().all()):
+                return f"the loss is not finite: the output of decoder layer {index} is not"
+        return "the loss is not finite, although the output of every layer is"
+
+    def _failure(self, reason: str) -> str:
+        text = f"{self.name.upper()} stopped in epoch {self.done + 1}: {reason}"
+        directory = self.problem.directory
+        if directory:
+            text += "".join(learner.write_best(directory) for learner in self.learners)
+        return text
+
+    def _save(self) -> None:
+        self._saved = time.perf_counter()
+        if self.problem.directory is None or parallel.rank():
+            return
+        state: Checkpoint = {
+            "run": self.problem.run,
+            "window": self.window.number,
+            "done": self.done,
+            "passes": self.passes,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "best_loss": self.best_loss,
+            "sequence": self._sequence,
+            "losses": self._losses,
+            "seconds": self._seconds,
+            "learners": [learner.state() for learner in self.learners],
+        }
+        write_torch(self.problem.directory / self.file, state)
+
+    def restore(self, state: Checkpoint) -> None:
+        """Continue from a checkpoint of the same window (see `read_checkpoint`).
+
+        Raises:
+            DataError: it is of other learners.
+        """
+        if len(state["learners"]) != len(self.learners):
+            raise DataError(f"{self.problem.directory}/{self.file} is of something else: remove it to learn anew")
+        for learner, of_learner in zip(self.learners, state["learners"], strict=True):
+            try:
+                learner.restore(of_learner)
+            except DataError as error:
+                raise DataError(f"{self.problem.directory}/{self.file}: {error}: remove it to learn anew") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"].cpu())
+        self.done, self.best_loss = state["done"], state["best_loss"]
+        self._sequence = None if state["sequence"] is None else state["sequence"].cpu()
+        self._losses, self._seconds = list(state["losses"]), state["seconds"]
+        log.info("continuing after step %d of %d", self.done * self.steps_an_epoch + len(self._losses), self.steps)
+
+
+class Checkpoint(TypedDict):
+    """A training after an epoch, or in the middle of one (see `Training`)."""
+
+    run: str
+    window: Whole
+    done: Whole
+    passes: list[Object]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    generator: InstanceOf[Tensor]
+    best_loss: float
+    sequence: InstanceOf[Tensor] | None
+    losses: list[float]
+    seconds: float
+    learners: list[dict[str, Any]]
+
+
+def read_checkpoint(
+    problem: LearningProblem, file: str, check: Callable[[Checkpoint], object] = lambda _: None
+) -> Checkpoint | None:
+    """What an interrupted run left; None where there is nothing, or nothing that can be continued.
+
+    Args:
+        problem: what is learned from.
+        file: in its directory.
+        check: raises DataError where the state is not what the learners can go on from.
+    """
+    path = problem.directory / file if problem.directory else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        state = read_torch(path, Checkpoint, problem.device)
+        if state["run"] != problem.run:
+            raise DataError(f"{path} is of another run")
+        try:
+            check(state)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    except DataError as error:
+        log.warning("%s: learning begins anew", error)
+        path.unlink()
+        return None
+    return state
+
+
+def samples_of(settings: LearningSettings, problem: LearningProblem) -> int:
+    """How many of the samples are learned from."""
+    return min(len(problem.tokens), settings.samples or len(problem.tokens))
+
+
+def steps_of(settings: LearningSettings, samples: int) -> int:
+    """How many steps a window has."""
+    return settings.steps or settings.epochs * math.ceil(samples / settings.batch_size)
+
+
+def _kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:
+    """Numbers that a decoder layer keeps for backward, a token: about 11 vectors of the residual stream and 4 of the MLP."""
+    inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)
+    return 11 * hidden + 4 * inner

@@ -1,0 +1,221 @@
+"""The orders of a window as they learn: soft permutations, hard ones, and what a masked linear needs of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from permllm.errors import DataError
+from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.problem import LearningProblem
+from permllm.learning.stacks import count_logits
+from permllm.learning.training import Learner, Moment, Window
+from permllm.models.families import ChannelGroup
+from permllm.permutation.lcp.assignment import flatten, harden_together
+from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.settings import LCPSettings
+from permllm.permutation.shared import SharedOrder, expanded
+from permllm.record.names import BEST_SO_FAR
+from permllm.record.run_tensors import check_order, write_orders
+from permllm.runtime import parallel
+from permllm.runtime.memory import to_device
+
+
+def members(
+    shared: Iterable[SharedOrder], window: Window, layer: int | None = None
+) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
+    """The channel groups of a window, or of one of its layers, each with the order that it uses."""
+    for order in shared:
+        for group in order.groups:
+            if group.layer in window if layer is None else group.layer == layer:
+                yield order, group
+
+
+class OrderLearner(Learner):
+    """The orders of a window.
+
+    Args:
+        settings: of LCP.
+        problem: whose model's linears in the window are masked linears now.
+        shared: all orders of the model.
+        window: of layers.
+        orders: int64 `(channels,)` of all orders of the model at the start.
+        logits: by order that learns.
+        linears: masked linears by channel group of the window.
+
+    Attributes:
+        present: order of each that learns, as it is now, on the device.
+        best: of all orders of the model, on the CPU.
+        harden_seconds: of the latest step.
+    """
+
+    def __init__(
+        self,
+        settings: LCPSettings,
+        problem: LearningProblem,
+        shared: list[SharedOrder],
+        window: Window,
+        orders: Mapping[str, Tensor],
+        logits: dict[str, BlockLogits],
+        linears: dict[str, list[PermutedMaskedLinear]],
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.shared = shared
+        self.window = window
+        self.blocks = logits
+        self.linears = linears
+        self.logits = nn.ModuleDict({name.replace(".", "/"): block for name, block in logits.items()})
+        self.learning = [order for order in shared if order.name in logits]
+        self.channels = sum(order.channels for order in self.learning)
+        self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
+        used = {order.name for order, _ in members(shared, window)}
+        self.fixed = {name: orders[name].to(problem.device) for name in used if name not in logits}
+        self.best = {name: order.cpu() for name, order in orders.items()}  # those outside of the window too
+        self.harden_seconds = 0.0
+        self._hard: dict[str, Tensor] = {}
+        self._potentials: dict[str, list[list[Tensor]]] = {}
+        self._before = self._at_epoch = self.present
+
+    @override
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.logits.parameters()), "lr": self.settings.learning_rate}]
+
+    def temperature(self, moment: Moment) -> float:
+        """Of the soft permutations."""
+        if self.settings.temperature_every == "epoch":
+            return self.settings.temperature(moment.epoch / moment.epochs)
+        return self.settings.temperature(moment.step / max(1, moment.steps - 1))
+
+    @override
+    def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
+        """Every order that learns, from the present logits. Soft permutations exist one order at a time."""
+        temperature = self.temperature(moment)
+        if self.settings.gumbel:
+            width = 0.0 if generator is None else self.settings.gumbel * temperature
+            for block in self.blocks.values():
+                block.perturb(width, generator)
+        self._before = self.present
+        self._harden(temperature)
+
+    @torch.no_grad()
+    def _harden(self, temperature: float) -> None:
+        entries = sum(count_logits(self.blocks[order.name].stacks) for order in self.learning)
+        flat, shapes = flatten(self._softs(temperature), entries)
+        started = time.perf_counter()
+        try:
+            hards = harden_together(flat, shapes)
+        except ValueError as error:
+            raise ValueError(f"the soft permutation of {self._broken(temperature)} is not finite") from error
+        self.harden_seconds = time.perf_counter() - started
+        on_device = to_device(torch.cat([hard.flatten() for hard in hards]), self.problem.device)
+        parts = on_device.split([order.channels for order in self.learning])
+        self._hard = {order.name: hard for order, hard in zip(self.learning, parts, strict=True)}
+        self.present = {name: self.blocks[name].order(hard) for name, hard in self._hard.items()}
+
+    def _softs(self, temperature: float) -> Iterator[Tensor]:
+        for name, block in self.blocks.items():
+            softs, self._potentials[name] = self._normalized(block, temperature)
+            yield from softs
+
+    def _normalized(self, block: BlockLogits, temperature: float) -> tuple[list[Tensor], list[list[Tensor]]]:
+        return block.normalized(temperature, self.settings.sinkhorn_iterations, self.settings.sinkhorn_start)
+
+    def _broken(self, temperature: float) -> str:
+        for name, block in self.blocks.items():
+            soft, _ = self._normalized(block, temperature)
+            if not all(bool(stack.isfinite().all()) for stack in soft):
+                return name
+        return "some order"
+
+    @override
+    def set_layer(self, index: int, moment: Moment | None) -> None:
+        for order, group in members(self.shared, self.window, index):
+            self._set_order(order, self.linears[group.name], moment)
+
+    def _set_order(self, order: SharedOrder, linears: list[PermutedMaskedLinear], moment: Moment | None) -> None:
+        if order.name in self.fixed:
+            for linear in linears:
+                linear.set_order(order.expand(self.fixed[order.name]))
+            return
+        soft = []
+        if moment is not None:
+            soft = self.blocks[order.name].gradient_paths(self.temperature(moment), self._potentials[order.name])
+            soft = order.expand_blocks(soft)
+        perm, hard = order.expand(self.present[order.name]), order.expand_rows(self._hard[order.name])
+        for linear in linears:
+            linear.set_order(perm, hard, soft)
+
+    @override
+    def flips(self) -> Tensor:
+        """Number of channels whose position has changed."""
+        return _moved(self._before, self.present)
+
+    @override
+    def step_values(self, moment: Moment, flips: float | None) -> dict[str, float]:
+        return {"temperature": self.temperature(moment), "flips": (flips or 0.0) / self.channels}
+
+    @override
+    def begin_epoch(self) -> None:
+        self._at_epoch = dict(self.present)
+
+    @override
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        moved = float(_moved(self._at_epoch, self.present))
+        return {"temperature": self.temperature(moment), "flips": moved / self.channels}
+
+    @override
+    def keep(self) -> None:
+        self.best |= {name: order.cpu() for name, order in self.present.items()}
+
+    @override
+    def write_best(self, directory: Path) -> str:
+        file = directory / BEST_SO_FAR
+        if parallel.rank() == 0:
+            write_orders(file, expanded(self.shared, self.best))
+        return f"; the best permutation so far is in {file} (permutation=from_file permutation.path={file})"
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {
+            "logits": self.logits.state_dict(),
+            "best": self.best,
+            "present": self.present,
+            "at_epoch": self._at_epoch,
+        }
+
+    @staticmethod
+    def best_of(state: dict[str, Any]) -> dict[str, Tensor]:
+        """The best orders of a state, on the CPU. Raises DataError where it holds none."""
+        try:
+            found = {name: order.cpu() for name, order in state["best"].items()}
+        except (KeyError, AttributeError) as error:
+            raise DataError("it holds no orders") from error
+        for name, order in found.items():
+            check_order(f"the permutation {name}", order)
+        return found
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best = self.best_of(state)
+        if _shapes(self.logits.state_dict()) != _shapes(state["logits"]):
+            raise DataError("it has logits of other shapes")
+        self.logits.load_state_dict(state["logits"])
+        device = self.problem.device
+        self.present = {name: order.to(device) for name, order in state["present"].items()}
+        self._at_epoch = {name: order.to(device) for name, order in state["at_epoch"].items()}
+
+
+def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:
+    """Number of channels whose position differs, a scalar on the device."""
+    return (torch.cat(list(before.values())) != torch.cat([after[name] for name in before])).sum()
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
