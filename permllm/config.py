@@ -113,18 +113,28 @@ class PerplexityConfig:
     """`evaluation.perplexity`.
 
     Attributes:
-        dataset: a text as in `calibration`, of which it is another part where there are two; None skips it.
+        dataset: a text as in `calibration`, of which it is another part where there are two, or a list of texts, such as
+            `[boolq-passages,wikitext2]`, each measured alike; None skips it.
         data_files: a txt, json lines or parquet file; takes precedence over `dataset`, and its stem names the result.
         seqlen: tokens in a window; each predicts seqlen - 1 tokens.
         limit: only the first so many windows; None is all.
         batch_tokens: tokens a forward (at least one window).
     """
 
-    dataset: str | None
+    dataset: Any  # a string, a list of them, or None: OmegaConf has no type of such a choice
     seqlen: int
     data_files: str | None = None
     limit: int | None = None
     batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset, list) and len(self.dataset) == 1:  # which is the same evaluation
+            self.dataset = self.dataset[0]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the texts of `dataset`."""
+        return self.dataset if isinstance(self.dataset, list) else [] if self.dataset is None else [self.dataset]
 
 
 @dataclass
@@ -462,6 +472,7 @@ def _check(config: RunConfig) -> None:
     check_whole("calibration.samples", config.calibration.samples, 1)
     check_whole("calibration.seqlen", config.calibration.seqlen, 2)
     check_whole("calibration.batch_size", config.calibration.batch_size, 1)
+    _check_names("evaluation.perplexity.dataset", config.evaluation.perplexity.dataset)
     check_whole("evaluation.perplexity.seqlen", config.evaluation.perplexity.seqlen, 2)
     if config.evaluation.perplexity.limit is not None:
         check_whole("evaluation.perplexity.limit", config.evaluation.perplexity.limit, 1)
@@ -495,6 +506,12 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
     if "/" in config.name:
         raise ConfigError(f"name={config.name!r} must not contain a slash: it names a directory")
+
+
+def _check_names(key: str, names: Any) -> None:
+    of_a_list = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if names is not None and not isinstance(names, str) and not of_a_list:
+        raise ConfigError(f"{key}={names!r} is not valid: expected the name of a text, a list of names, or null")
 
 
 def _check_project(name: str) -> None:

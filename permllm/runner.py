@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
-from permllm.data.named import calibration_text, check_texts
+from permllm.data.named import calibration_text, check_texts, perplexity_texts
 from permllm.errors import DataError
 from permllm.evaluation.measure import evaluate
+from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.helping import check_shares
@@ -107,6 +109,7 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
             raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
         groups = groups_to_prune(loaded.model, config)
         check_groups(config, groups, methods.permutation)
+        _check_amounts(config, loaded.tokenizer, record.pruned)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
@@ -120,6 +123,14 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
 
     record.finish()
     logger.summary(flat_figures(record.metrics))
+
+
+def _check_amounts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, pruned: bool) -> None:
+    """Raise DataError where a text has too few tokens for its windows: after the dense model's evaluation would be late."""
+    for named in perplexity_texts(config.evaluation.perplexity):
+        perplexity_windows(tokenizer, named, config.evaluation.perplexity)
+    if not pruned:
+        calibration_tokens(tokenizer, config.calibration, config.seed)
 
 
 def _evaluate(job: Job, record: RunRecord, which: str) -> None:

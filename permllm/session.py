@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import sys
 import traceback
 import warnings
@@ -177,9 +178,10 @@ class Session:
 
 
 def objective(metrics: dict[str, Any]) -> float:
-    """The first perplexity of the sparse model, else 1 less the mean accuracy of its tasks, else infinite."""
-    for values in metrics.get("perplexity", {}).get("sparse", {}).values():
-        return float(values["value"])
+    """The sparse model's perplexity, of several texts the geometric mean, else 1 less its mean accuracy, else infinite."""
+    found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
+    if found:
+        return found[0] if len(found) == 1 else math.exp(statistics.fmean(map(math.log, found)))
     accuracy = mean_accuracy(metrics.get("zero_shot", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
 

@@ -331,7 +331,16 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["calibration=text", "calibration.data_files=nowhere.txt"], "text file nowhere.txt does not exist"),
         (
             ["evaluation.perplexity.dataset=pile"],
-            "evaluation.perplexity.dataset='pile' is not valid; valid are: boolq-passages, builtin, c4, wikitext2",
+            "evaluation.perplexity.dataset='pile' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
+            "sciq-support, wikitext2",
+        ),
+        (["evaluation.perplexity.dataset=[builtin,pile]", "plan=true"], "evaluation.perplexity.dataset='pile' is not valid"),
+        (["evaluation.perplexity.dataset=[c4,builtin,c4]"], "dataset=['c4', 'builtin', 'c4'] has c4 twice"),
+        (["evaluation.perplexity.dataset=[]"], "dataset=[] is not valid: expected the name of a text, a list of names"),
+        (["evaluation.perplexity.dataset={a: b}"], "dataset={'a': 'b'} is not valid: expected the name of a text"),
+        (
+            ["evaluation.perplexity.dataset=[builtin,sciq-support]", "calibration.dataset=sciq-support"],
+            "evaluation.perplexity.dataset='sciq-support' is not held out from calibration.dataset='sciq-support'",
         ),
         (["evaluation.perplexity.seqlen=1000000"], "fewer than one evaluation.perplexity.seqlen"),
         (["evaluation.zero_shot.tasks=[marsqa]"], "lm-eval does not know marsqa"),

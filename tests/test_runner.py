@@ -69,9 +69,11 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
             weight = linear_at(model, path).weight
             assert violations(weight, orders[group.name], config.pattern) == 0
             assert not weight[~masks[path]].any()
+    from permllm.data.named import perplexity_texts
     from permllm.evaluation.perplexity import perplexity, perplexity_windows
 
-    windows = perplexity_windows(load_model(config.model, 0).tokenizer, config.evaluation.perplexity).windows
+    (text,) = perplexity_texts(config.evaluation.perplexity)
+    windows = perplexity_windows(load_model(config.model, 0).tokenizer, text, config.evaluation.perplexity)
     again = perplexity(model, windows, 2048)["value"]
     assert again == pytest.approx(metrics["perplexity"]["sparse"]["builtin"]["value"], rel=1e-6)
 

@@ -91,7 +91,8 @@ def joined_windows(
     if len(tokens) < samples * length:
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but calibration.samples={samples} of "
-            f"calibration.seqlen={length} need {samples * length}"
+            f"calibration.seqlen={length} need {samples * length}: "
+            f"take at most {len(tokens) // length} samples of it, or another text"
         )
     offset = order.randrange(len(tokens) % length + 1)
     starts = order.sample(range(offset, len(tokens) - length + 1, length), samples)

@@ -52,23 +52,33 @@ def calibration_text(config: CalibrationConfig) -> NamedText:
     return _of_module("calibration.dataset", config.dataset, "calibrates", (_FILE,))
 
 
-def perplexity_text(config: PerplexityConfig) -> NamedText:
-    """What perplexity is measured on.
+def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
+    """What perplexity is measured on; nothing where it is not.
 
     Raises:
-        ConfigError: the name is no text's, or its text is not to be evaluated on.
+        ConfigError: a name is no text's or another one's too, or its text is not to be evaluated on.
         DataError: a file's ending is none that can be read.
     """
     if config.data_files:
-        return _of_file(config.data_files)
-    return _of_module("evaluation.perplexity.dataset", str(config.dataset), "evaluates")
+        return [_of_file(config.data_files)]
+    key = "evaluation.perplexity.dataset"
+    found = [_of_module(key, str(name), "evaluates") for name in config.names]
+    names = [text.name for text in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{key}={config.names} has {twice} twice: a result goes by its text's name, so name each text once")
+    return found
 
 
 def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
     """Raise ConfigError or DataError where either names no text that is for its use; no text is read."""
-    calibration_text(calibration)
-    if perplexity.data_files or perplexity.dataset is not None:
-        perplexity_text(perplexity)
+    calibrated = calibration_text(calibration)
+    for named in perplexity_texts(perplexity):
+        if named.text is calibrated.text and getattr(named.text, "one_use", False):
+            raise ConfigError(
+                f"evaluation.perplexity.dataset={named.name!r} is not held out from calibration.dataset={named.name!r}, which "
+                "sees all of it: calibrate on another text, or leave it out of the evaluation"
+            )
 
 
 def _of_file(path: str) -> NamedText:

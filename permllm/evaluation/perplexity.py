@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,38 +12,30 @@ from transformers import PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
 from permllm.data.calibration import all_tokens
-from permllm.data.named import perplexity_text
+from permllm.data.named import NamedText
 from permllm.errors import DataError
 
 
-@dataclass(frozen=True)
-class PerplexityText:
-    """The windows that perplexity is measured on.
+def perplexity_windows(tokenizer: PreTrainedTokenizerBase, named: NamedText, config: PerplexityConfig) -> Tensor:
+    """Tokenise an evaluation text once and cut it into windows; the remainder is dropped.
 
-    Attributes:
-        name: of the data set, the key of the result.
-        windows: int64 `(windows, seqlen)` on the CPU.
-    """
-
-    name: str
-    windows: Tensor
-
-
-def perplexity_windows(tokenizer: PreTrainedTokenizerBase, config: PerplexityConfig) -> PerplexityText:
-    """Tokenise the evaluation text once and cut it into windows; the remainder is dropped.
+    Returns:
+        int64 `(windows, seqlen)` on the CPU.
 
     Raises:
-        ConfigError: the settings name no text. DataError: the text is shorter than one window.
+        DataError: the text cannot be had, or is shorter than one window.
     """
-    named = perplexity_text(config)
     tokens = all_tokens(tokenizer, named)
     count = len(tokens) // config.seqlen
     if count == 0:
-        raise DataError(f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.seqlen={config.seqlen}")
+        raise DataError(
+            f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.seqlen={config.seqlen}: "
+            f"take a window of at most {len(tokens)}, or another text"
+        )
     for limit in (named.text.max_windows, config.limit):
         if limit is not None:
             count = min(count, limit)
-    return PerplexityText(named.name, tokens[: count * config.seqlen].view(count, config.seqlen))
+    return tokens[: count * config.seqlen].view(count, config.seqlen)
 
 
 @torch.no_grad()

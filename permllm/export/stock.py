@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from permllm.config import PerplexityConfig
+from permllm.data.named import perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.record.files import read_json, read_yaml
@@ -40,7 +41,7 @@ print(json.dumps({"class": type(model).__module__ + "." + type(model).__name__, 
 
 
 def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
-    """Perplexity of a checkpoint on the windows of a run's evaluation, on the CPU.
+    """Perplexity of a checkpoint on the windows of a run's evaluation, of several texts the first, on the CPU.
 
     Args:
         checkpoint: that stock transformers loads.
@@ -61,13 +62,14 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
     recorded: dict[str, Any] = dict(evaluation or {}).get("perplexity") or {}  # type: ignore[assignment]
     typed = {typed_name(f"evaluation.perplexity.{key}").rpartition(".")[2]: value for key, value in recorded.items()}
     settings = PerplexityConfig(**{one.name: typed[one.name] for one in fields(PerplexityConfig) if one.name in typed})
-    dataset = settings.dataset or ""
+    dataset = ", ".join(map(str, settings.names))
     if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
         raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")
-    text = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), settings)
+    text = perplexity_texts(settings)[0]
+    windows = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), text, settings)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "windows.safetensors"
-        save_file({"windows": text.windows.contiguous()}, file)
+        save_file({"windows": windows.contiguous()}, file)
         command = [sys.executable, "-c", _CHILD, str(checkpoint.resolve()), str(file), model["dtype"]]
         # Elsewhere, so that what is imported is installed and not beside the caller.
         answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
@@ -79,7 +81,7 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
     return {
         "run": f"{metrics['name']}-{metrics['config_hash']}",
         "text": text.name,
-        "window": int(text.windows.shape[1]),
+        "window": int(windows.shape[1]),
         "class": found["class"],
         "perplexity_of_the_run": of_run,
         "perplexity_stock": found["value"],

@@ -1,8 +1,9 @@
 """A pruned model may be evaluated in several ways, and its record holds all of them.
 
 The one that was asked for last stands at the top of `metrics.json`: how it was made under `evaluation`
-(`permllm.identity.evaluation_of`), its results under `perplexity`, `zero_shot` and `tasks`, the digest of its text in `texts`,
-its settings in `protocol`. The others have the same keys in their entries of `other_evaluations`, and `finished`.
+(`permllm.identity.evaluation_of`), its results under `perplexity`, `zero_shot` and `tasks`, the digest of its text in `texts`
+(of several, a digest of each by its name), its settings in `protocol`. The others have the same keys in their entries of
+`other_evaluations`, and `finished`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,28 @@ def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 def all_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The entries of all evaluations of a finished run, the one at the top first."""
     return [{**metrics, "evaluation": present(metrics, config)}, *others(metrics)]
+
+
+def of_text(entry: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """How an evaluation measures perplexity on a text, as one of this text alone has it; None where it does not."""
+    how = entry["evaluation"].get("perplexity")
+    if how is None or not isinstance(how.get("dataset"), list):
+        return None if how is None else dict(how)
+    asked = next((text for text in how["dataset"] if text.rpartition(".")[2] == name), None)
+    return None if asked is None else how | {"dataset": asked}
+
+
+def note_text(entry: dict[str, Any], name: str, digest: str) -> None:
+    """Keep the digest of a text that perplexity is measured on: one for all, or where there are several by name."""
+    several = isinstance(entry["evaluation"]["perplexity"].get("dataset"), list)
+    texts = entry.setdefault("texts", {})
+    texts["perplexity"] = {**texts.get("perplexity", {}), name: digest} if several else digest
+
+
+def text_digest(entry: Mapping[str, Any], name: str) -> str:
+    """The digest of a text that perplexity was measured on; empty in early records, which lack it."""
+    found = entry.get("texts", {}).get("perplexity", "")
+    return str(found.get(name, "") if isinstance(found, Mapping) else found)
 
 
 def merge(metrics: dict[str, Any], config: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> bool:

@@ -231,7 +231,7 @@ class OtherEvaluation(TypedDict):
     evaluation_hash: str
     finished: bool
     protocol: NotRequired[Object]
-    texts: NotRequired[dict[str, str]]
+    texts: NotRequired[dict[str, str | dict[str, str]]]
     perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
     zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
     tasks: NotRequired[dict[_Which, dict[str, TaskResult]]]
@@ -267,7 +267,7 @@ class _Metrics(RecordHead):
     units: NotRequired[dict[str, str]]
     files: NotRequired[dict[FileName, Checksum]]
     model: NotRequired[str]
-    texts: NotRequired[dict[str, str]]
+    texts: NotRequired[dict[str, str | dict[str, str]]]
     compute_dtype: NotRequired[str]
     moved_channels: NotRequired[_ByGroup]
     peak_host_memory_bytes: NotRequired[Whole]

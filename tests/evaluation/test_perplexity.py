@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import ByT5Tokenizer
 
 from permllm.config import PerplexityConfig
+from permllm.data.named import perplexity_texts
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
@@ -33,10 +35,11 @@ def test_value_equals_the_definition() -> None:
 
 def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    text = perplexity_windows(tokenizer, PerplexityConfig("builtin", seqlen=100))
+    config = PerplexityConfig("builtin", seqlen=100)
+    (named,) = perplexity_texts(config)
     tokens = tokenizer(BUILTIN.evaluation())["input_ids"]
-    assert text.name == "builtin"
-    assert text.windows.flatten().tolist() == tokens[: len(tokens) // 100 * 100]
-    assert perplexity_windows(tokenizer, PerplexityConfig("builtin", seqlen=100, limit=3)).windows.shape == (3, 100)
+    assert named.name == "builtin"
+    assert perplexity_windows(tokenizer, named, config).flatten().tolist() == tokens[: len(tokens) // 100 * 100]
+    assert perplexity_windows(tokenizer, named, replace(config, limit=3)).shape == (3, 100)
     with pytest.raises(DataError, match="fewer than one"):
-        perplexity_windows(tokenizer, PerplexityConfig("builtin", seqlen=100_000))
+        perplexity_windows(tokenizer, named, replace(config, seqlen=100_000))

@@ -20,7 +20,7 @@ from permllm.calibration.shared import packed_factors, shared_calibration, unpac
 from permllm.commands import call
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
-from permllm.data.named import perplexity_text
+from permllm.data.named import perplexity_texts
 from permllm.data.text_file import TextFile
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
@@ -170,7 +170,7 @@ def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
     file.write_text("some words of text, " * 50)
     settings = CalibrationConfig(dataset="text", data_files=str(file), samples=3, seqlen=20)
     tokens = calibration_tokens(TOKENIZER, settings, seed=0)
-    named = perplexity_text(PerplexityConfig(None, seqlen=20, data_files=str(file)))
+    (named,) = perplexity_texts(PerplexityConfig(None, seqlen=20, data_files=str(file)))
     whole = all_tokens(TOKENIZER, named)
     assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
 

