@@ -27,8 +27,9 @@ from permllm.sparsity import NMPattern, check_divides, nm_mask
 _ROWS_AT_A_TIME = 4096
 
 
-Parts = Callable[[], Iterable[Tensor]]
-"""Saliency `(rows, C)` of some rows at a time, anew at each call: all rows of a shared order may not fit into memory."""
+Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
+"""Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a shared order may not fit into
+memory. Of different M one divides the other: the groups of the smaller lie inside those of the larger."""
 
 
 class Heuristic(HeuristicSettings):
@@ -43,7 +44,7 @@ class Heuristic(HeuristicSettings):
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """The order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""
-        return heuristic_order(lambda: [saliency], pattern)
+        return heuristic_order(lambda: [(saliency, pattern)])
 
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """The orders of all channel groups under the constraint, int64 `(C_in,)` on the CPU by group."""
@@ -61,41 +62,42 @@ def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], patt
         shared: the order; the rows of all of its groups count.
         saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
             group at a time, several times.
-        pattern: N:M.
+        pattern: N:M of the groups that have none of their own.
     """
 
-    def whole(group: ChannelGroup) -> Tensor:
-        return shared.collect(torch.cat([saliency_of(path) for path in group.members]))
+    def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
+        return shared.collect(torch.cat([saliency_of(path) for path in group.members])), group.pattern or pattern
 
     # That of one group fits, and its segments need not make it again.
     held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
 
-    def parts(start: int) -> Iterator[Tensor]:
-        for scores in held or map(whole, shared.groups):
-            yield scores[:, start : start + shared.segment]
+    def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
+        for scores, its in held or map(whole, shared.groups):
+            yield scores[:, start : start + shared.segment], its
 
     segments = range(0, shared.channels, shared.segment)
-    return torch.cat([start + heuristic_order(partial(parts, start), pattern) for start in segments])
+    return torch.cat([start + heuristic_order(partial(parts, start)) for start in segments])
 
 
-def heuristic_order(saliency: Parts, pattern: NMPattern) -> Tensor:
+def heuristic_order(saliency: Parts) -> Tensor:
     """Order that retains more saliency than the identity, or the identity when it does not.
 
     Args:
-        saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order.
-        pattern: N:M; M divides C_in.
+        saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    total = _sum(part.sum(0) for part in saliency())
-    check_divides(pattern, len(total), "the layer")
-    perm = allocate(total, pattern)
-    for position in range(pattern.m):
-        perm = reassign_position(saliency, perm, position, pattern)
+    sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
+    total = _sum(sums)
+    smallest, largest = (choose(patterns, key=lambda pattern: pattern.m) for choose in (min, max))
+    check_divides(largest, len(total), "the layer")
+    perm = allocate(total, smallest)
+    for position in range(largest.m):
+        perm = reassign_position(saliency, perm, position, largest.m)
     identity = torch.arange(len(total))
     retained = [0.0, 0.0]
-    for part in saliency():
+    for part, pattern in saliency():
         for index, order in enumerate((identity, perm)):
             retained[index] += _retained(part, order, pattern)
     return perm if retained[1] > retained[0] else identity
@@ -122,7 +124,7 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
 
     Args:
         saliency: `(rows, C_in)`.
-        perm: int64 `(C_in,)`, the present order.
+        perm: int64, the present order of groups of M channels, all of them or some.
         position: which of the M places of every group is exchanged.
         pattern: N:M.
 
@@ -144,16 +146,29 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
     return scores
 
 
-def reassign_position(saliency: Parts, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
-    """Exchange the channels at one position among all groups so that the retained saliency is the largest possible.
+def reassign_position(saliency: Parts, perm: Tensor, position: int, m: int) -> Tensor:
+    """Exchange the channels at one position among all groups of the largest M so that the most saliency is retained.
+
+    Args:
+        saliency: parts `(rows, C_in)`, whose M divide `m`.
+        perm: int64 `(C_in,)` on the CPU, the present order.
+        position: of the `m` places of every group.
+        m: the largest M.
 
     Returns:
         int64 `(C_in,)` on the CPU. Never retains less than `perm`, because staying is one of the assignments.
     """
-    scores = _sum(assignment_scores(part, perm, position, pattern) for part in saliency()).cpu().numpy()
+    before = perm.view(-1, m)
+
+    def scores_of(part: Tensor, pattern: NMPattern) -> Tensor:
+        first = position - position % pattern.m  # of the group of a smaller M that the position is in
+        inside = before[:, first : first + pattern.m].flatten()
+        return assignment_scores(part, inside, position % pattern.m, pattern)
+
+    scores = _sum(scores_of(part, pattern) for part, pattern in saliency()).cpu().numpy()
     channel, group = linear_sum_assignment(scores, maximize=True)
-    places = perm.view(-1, pattern.m).clone()
-    places[torch.from_numpy(group), position] = perm.view(-1, pattern.m)[torch.from_numpy(channel), position]
+    places = before.clone()
+    places[torch.from_numpy(group), position] = before[torch.from_numpy(channel), position]
     return places.flatten()
 
 

@@ -46,6 +46,10 @@ class SharedOrder:
     repeats: int
     groups: tuple[ChannelGroup, ...]
 
+    def m(self, pattern: NMPattern) -> int:
+        """Positions that stay together: the largest M of its groups, where those of no pattern of their own have `pattern`."""
+        return max([(group.pattern or pattern).m for group in self.groups], default=pattern.m)
+
     @property
     def layers(self) -> range:
         """Decoder layers from the first that uses it to the last."""
@@ -101,7 +105,7 @@ class SharedOrder:
         """The groups of M of a shared order in random sequence inside their segments: the same masks, other neighbours."""
         dealt = []
         for segment in order.split(self.segment):
-            groups = segment.view(-1, pattern.m)
+            groups = segment.view(-1, self.m(pattern))
             dealt.append(groups[torch.randperm(len(groups), generator=generator)].flatten())
         return torch.cat(dealt)
 
@@ -116,7 +120,7 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
     stream = tuple(group for group in groups if not group.table.producers)
     found = []
     for group in groups:
-        if group is stream[0]:
+        if stream and group is stream[0]:
             found.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
         elif group.table.producers:
             found.append(local_order(group))
@@ -131,13 +135,26 @@ def local_order(group: ChannelGroup) -> SharedOrder:
 
 
 def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
-    """Raise ConfigError when a group of M would cross a segment."""
+    """Raise ConfigError when a group of M would cross a segment, or one of a smaller M one of a larger.
+
+    Args:
+        shared: the orders.
+        pattern: N:M of the groups that have none of their own.
+    """
     for order in shared:
-        if order.segment % pattern.m:
+        m = order.m(pattern)
+        if order.segment % m:
             raise ConfigError(
                 f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} channels, which M = "
-                f"{pattern.m} does not divide; constraint=free has no heads to respect"
+                f"{m} does not divide; constraint=free has no heads to respect"
             )
+        for group in order.groups:
+            its = group.pattern or pattern
+            if m % its.m:
+                raise ConfigError(
+                    f"sparsity_of: {group.name} is {its}, and others that share its permutation have groups of {m}: one M "
+                    "must divide the other; with constraint=free they share none"
+                )
 
 
 def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:

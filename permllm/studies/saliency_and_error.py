@@ -174,7 +174,7 @@ class SaliencyAndError(SaliencyAndErrorSettings):
         device = layer.weight.device
         generator = torch.Generator().manual_seed(seed)
         identity = torch.arange(channels)
-        heuristic = heuristic_order(lambda: iter([layer.saliency]), layer.pattern).cpu()
+        heuristic = heuristic_order(lambda: [(layer.saliency, layer.pattern)]).cpu()
         found = [("none", identity)]
         found += [("random", torch.randperm(channels, generator=generator)) for _ in range(self.random)]
         for index in range(self.random):

@@ -21,22 +21,29 @@ def random_saliency(rows: int, channels: int, seed: int) -> Tensor:
     return torch.rand(rows, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).pow(3)
 
 
-@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(3, 4), NMPattern(4, 8)])
-@pytest.mark.parametrize("seed", range(3))
-def test_each_assignment_step_is_the_best_of_all_and_never_lowers(pattern: NMPattern, seed: int) -> None:
-    groups = 4
-    saliency = random_saliency(6, groups * pattern.m, seed)
-    perm = torch.randperm(groups * pattern.m, generator=torch.Generator().manual_seed(seed))
-    for position in range(pattern.m):
+PATTERNS = ["2:4", "1:4", "3:4", "4:8", "2:8", "6:8", "8:16"]
+
+
+@pytest.mark.parametrize("patterns", [*([text] for text in PATTERNS), ["2:4", "4:8"], ["8:16", "1:4"]], ids=" and ".join)
+@pytest.mark.parametrize("seed", range(2))
+def test_each_assignment_step_is_the_best_of_all_and_never_lowers(patterns: list[str], seed: int) -> None:
+    groups, m = 4, max(NMPattern.parse(text).m for text in patterns)
+    parts = [(random_saliency(6, groups * m, seed + part), NMPattern.parse(text)) for part, text in enumerate(patterns)]
+
+    def of_all(order: Tensor) -> float:
+        return sum(retained(saliency, order, pattern) for saliency, pattern in parts)
+
+    perm = torch.randperm(groups * m, generator=torch.Generator().manual_seed(seed))
+    for position in range(m):
         best = 0.0
         for exchange in itertools.permutations(range(groups)):
-            places = perm.view(groups, pattern.m).clone()
+            places = perm.view(groups, m).clone()
             places[:, position] = places[list(exchange), position]
-            best = max(best, retained(saliency, places.flatten(), pattern))
-        after = reassign_position(lambda: [saliency], perm, position, pattern)
+            best = max(best, of_all(places.flatten()))
+        after = reassign_position(lambda: parts, perm, position, m)
         assert sorted(after.tolist()) == list(range(len(perm)))
-        assert retained(saliency, after, pattern) == pytest.approx(best, rel=1e-12)
-        assert retained(saliency, after, pattern) >= retained(saliency, perm, pattern) - 1e-12
+        assert of_all(after) == pytest.approx(best, rel=1e-12)
+        assert of_all(after) >= of_all(perm) - 1e-12
         perm = after
 
 
@@ -61,11 +68,19 @@ def test_channels_are_dealt_in_a_snake() -> None:
     assert allocate(saliency.sum(0), NMPattern(2, 4)).view(2, 4).tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
 
+def test_an_order_of_two_patterns_retains_more_of_both_than_the_identity() -> None:
+    parts = [(random_saliency(20, 64, seed), NMPattern.parse(text)) for seed, text in enumerate(("2:4", "4:8"))]
+    perm = heuristic_order(lambda: parts)
+    assert sorted(perm.tolist()) == list(range(64))
+    for saliency, pattern in parts:
+        assert retained(saliency, perm, pattern) > retained(saliency, torch.arange(64), pattern)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_result_is_a_permutation_that_retains_at_least_as_much_as_the_identity(seed: int) -> None:
     pattern = NMPattern(2, 4)
     saliency = random_saliency(20, 64, seed)
-    perm = heuristic_order(lambda: [saliency], pattern)
+    perm = heuristic_order(lambda: [(saliency, pattern)])
     assert sorted(perm.tolist()) == list(range(64))
     assert retained(saliency, perm, pattern) > retained(saliency, torch.arange(64), pattern)
 
@@ -73,10 +88,10 @@ def test_result_is_a_permutation_that_retains_at_least_as_much_as_the_identity(s
 def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each group holds the two large entries of its row already: nothing can be gained, and a tie goes to the identity.
     saliency = torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]])
-    assert torch.equal(heuristic_order(lambda: [saliency], NMPattern(2, 4)), torch.arange(8))
+    assert torch.equal(heuristic_order(lambda: [(saliency, NMPattern(2, 4))]), torch.arange(8))
     worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
     monkeypatch.setattr("permllm.permutation.heuristic.reassign_position", lambda *args: worse)
-    assert torch.equal(heuristic_order(lambda: [saliency], NMPattern(2, 4)), torch.arange(8))
+    assert torch.equal(heuristic_order(lambda: [(saliency, NMPattern(2, 4))]), torch.arange(8))
 
 
 def test_many_rows_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from permllm.errors import ConfigError
 from permllm.learning.stacks import split_blocks
 from permllm.models.families import channel_groups
+from permllm.models.patterns import pruned_groups
 from permllm.permutation.heuristic import heuristic_order, search_order
 from permllm.permutation.shared import RESIDUAL, SharedOrder, check_segments, expanded, foldable, shared_orders
 from permllm.sparsity import NMPattern
@@ -125,6 +126,16 @@ def test_m_must_divide_the_heads() -> None:
         check_segments([heads(2, 6, 1)], NMPattern(2, 4))
 
 
+def test_one_m_divides_the_other_where_groups_share_an_order() -> None:
+    groups = channel_groups(tiny_model("llama"))
+    mixed = pruned_groups(groups, NMPattern(2, 4), ["0.self_attn.o_proj"], {"self_attn.qkv_proj": "4:8", "down_proj": "1:2"})
+    (residual, *others) = shared_orders(mixed, "foldable")
+    assert residual.m(NMPattern(2, 4)) == 8
+    check_segments([residual, *others], NMPattern(2, 4))
+    with pytest.raises(ConfigError, match=r"mlp.gate_up_proj is 2:3, and others .* have groups of 8: one M must divide"):
+        check_segments([residual], NMPattern(2, 3))
+
+
 def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
     groups = channel_groups(tiny_model("llama"))
     (residual,) = [order for order in shared_orders(groups, "foldable") if order.name == RESIDUAL]
@@ -142,7 +153,7 @@ def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
 
     pattern = NMPattern(2, 4)
     whole = torch.cat([scores[path] for group in residual.groups for path in group.members])
-    assert torch.equal(search_order(residual, saliency_of, pattern), heuristic_order(lambda: [whole], pattern))
+    assert torch.equal(search_order(residual, saliency_of, pattern), heuristic_order(lambda: [(whole, pattern)]))
     assert len(asked) == (pattern.m + 2) * len(scores)  # once for the totals, once a position, once to compare
 
 
@@ -155,4 +166,4 @@ def test_the_heuristic_stays_inside_heads_and_counts_all_their_copies() -> None:
     order = search_order(shared, lambda path: scores, pattern)
     for head in range(2):
         rows = torch.cat([scores[:, (head * 2 + copy) * 8 : (head * 2 + copy + 1) * 8] for copy in range(2)])
-        assert torch.equal(order[head * 8 : head * 8 + 8] - head * 8, heuristic_order(lambda rows=rows: [rows], pattern))
+        assert torch.equal(order[head * 8 : head * 8 + 8] - head * 8, heuristic_order(lambda rows=rows: [(rows, pattern)]))
