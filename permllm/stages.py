@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from permllm.job import Job
+from permllm.models.families import channel_groups
+from permllm.models.patterns import differing_patterns
 from permllm.ordering import calibrate, order_of
 from permllm.pipeline import PrunedModel, prune
 
@@ -48,12 +50,16 @@ def prune_model(
 
 def figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     """What `metrics.json` says of a model that was pruned, before it is evaluated."""
+    groups = channel_groups(job.loaded.model)
+    patterns = differing_patterns(groups, job.groups)
     zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
     return {
         "compute_dtype": str(job.products).removeprefix("torch."),
         "sparsity": {
             "pattern": str(job.config.pattern),
+            **({"patterns": patterns} if patterns else {}),
             "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
+            "of_model": zeros / sum(group.channels * sum(group.rows) for group in groups),
             "violations": pruned.violations,
             "weights_changed": job.methods.change_weights,
             "weights_kept": job.methods.change_weights and job.config.save_weights,

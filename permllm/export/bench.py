@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from permllm.errors import ConfigError, DataError
 from permllm.export import gathered_norm
 from permllm.export.transformers_classes import gathered_modules
-from permllm.export.verify import stated_pattern
+from permllm.export.verify import Stated, stated_patterns
 from permllm.models.checkpoint import (
     check_checkpoint,
     check_runs,
@@ -40,6 +40,7 @@ from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_me
 from permllm.runtime.timing import interleaved
 from permllm.sparsity import NMPattern, violations
 
+_TWO_OF_FOUR = NMPattern(2, 4)
 # Of a row of the first layer: seconds.
 LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
 
@@ -49,8 +50,12 @@ def sparse_tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def use_sparse_tensor_cores(model: nn.Module) -> int:
-    """Give every pruned linear that can take it a semi-structured weight; the number of them.
+def use_sparse_tensor_cores(model: nn.Module, stated: Stated) -> int:
+    """Give every 2:4 linear that can take it a semi-structured weight; the number of them.
+
+    Args:
+        model: with its weights in stored order.
+        stated: which linears are 2:4.
 
     Raises:
         DataError: a weight is not 2:4 in stored order.
@@ -59,9 +64,9 @@ def use_sparse_tensor_cores(model: nn.Module) -> int:
 
     converted = 0
     for group in channel_groups(model):
-        for path in group.members:
+        for path in (path for path in group.members if stated.of(path) == _TWO_OF_FOUR):
             linear = linear_at(model, path)
-            if violations(linear.weight, torch.arange(group.channels, device=linear.weight.device), NMPattern(2, 4)):
+            if violations(linear.weight, torch.arange(group.channels, device=linear.weight.device), _TWO_OF_FOUR):
                 raise DataError(f"{path}.weight is not 2:4 in stored order")
             rows, channels = linear.weight.shape
             if rows % 32 == 0 and channels % 64 == 0:
@@ -220,10 +225,11 @@ def measure(
     loading = {"as stored": seconds}
     note = "no sparse tensor cores here: sparse products run as dense ones"
     sparse = None
-    if sparse_tensor_cores(place) and stated_pattern(folder) == NMPattern(2, 4) and model.dtype.itemsize == 2:
+    stated = stated_patterns(folder)
+    if sparse_tensor_cores(place) and _TWO_OF_FOUR in stated.all() and model.dtype.itemsize == 2:
         sparse, _ = load(folder, place, asked)
         try:
-            note = f"{use_sparse_tensor_cores(sparse)} linears on sparse tensor cores"
+            note = f"{use_sparse_tensor_cores(sparse, stated)} linears on sparse tensor cores"
             variants["sparse tensor cores"] = sparse
         except DataError as error:
             sparse, note = None, f"not on sparse tensor cores: {error}"

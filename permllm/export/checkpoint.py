@@ -24,6 +24,7 @@ from permllm.export.transformers_classes import METHOD, sparse_config
 from permllm.models.checkpoint import all_finite, weight_files
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import hub_commit
+from permllm.models.patterns import recorded_groups
 from permllm.models.source import DenseSource, dense_source, parameter_names
 from permllm.record.files import read_json, read_yaml, scratch_of, write_json, write_record
 from permllm.record.names import CONFIG, ENVIRONMENT, METRICS
@@ -204,10 +205,10 @@ class PrunedRecord(Protocol):
 
     @property
     def pattern(self) -> NMPattern:
-        """N:M."""
+        """N:M, of what `sparsity.patterns` of the metrics does not name."""
 
     def pruned(self, groups: list[ChannelGroup]) -> PrunedWeights:
-        """Its orders and weights, for a model of these channel groups."""
+        """Its orders and weights, for these channel groups, which were pruned."""
 
 
 class _Record:
@@ -233,25 +234,27 @@ class _Record:
         self._directory = directory
 
     def pruned(self, groups: list[ChannelGroup]) -> PrunedWeights:
-        """The orders and weights, for a model of these channel groups."""
+        """The orders and weights, for these channel groups, which were pruned."""
         return Pruned(self._directory, self.metrics, groups, self.pattern)
 
 
 def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
     skeleton = source.skeleton
     groups = channel_groups(skeleton)
-    pruned = {f"{path}.weight": path for group in groups for path in group.members}
-    kept = record.pruned(groups)
+    left = recorded_groups(groups, record.pattern, record.metrics["sparsity"].get("patterns", {}))
+    pruned = {f"{path}.weight": path for group in left for path in group.members}
+    kept = record.pruned(left)
     stored = stored_order(request.form, skeleton, groups, kept.orders)
     dtype = getattr(torch, request.dtype or record.config["model"]["dtype"])
-    packed = record.pattern if request.format == "packed" else None
+    pattern_of = {f"{path}.weight": group.pattern or record.pattern for group in left for path in group.members}
+    packed = pattern_of if request.format == "packed" else {}
 
     shapes = dict(skeleton.state_dict())
     planned: dict[str, Tensor] = {}
     for name in parameter_names(skeleton):
         shape = shapes[name].shape
-        if packed and name in pruned:
-            values, places = packed_shapes(shape[0], shape[1], packed)
+        if name in packed:
+            values, places = packed_shapes(shape[0], shape[1], packed[name])
             planned[f"{name}_values"] = torch.empty(values, dtype=dtype, device="meta")
             planned[f"{name}_places"] = torch.empty(places, dtype=torch.uint8, device="meta")
         else:
@@ -270,9 +273,8 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
         if name in shapes:
             return _stored(record, kept, source, stored, name, pruned.get(name), dtype)
         if name not in held:
-            assert packed is not None
             base = name.removesuffix("_values").removesuffix("_places")
-            values, places = pack(_stored(record, kept, source, stored, base, pruned[base], dtype), packed)
+            values, places = pack(_stored(record, kept, source, stored, base, pruned[base], dtype), packed[base])
             held.update({f"{base}_values": values, f"{base}_places": places})
         return held.pop(name)
 
@@ -332,8 +334,14 @@ def _config(
     config.architectures = [architecture]
     config.dtype = dtype
     if request.format == "packed":
-        config.quantization_config = {"quant_method": METHOD, "sparsity": str(record.pattern)}
+        config.quantization_config = {"quant_method": METHOD} | _patterns(record)
     return config
+
+
+def _patterns(record: PrunedRecord) -> dict[str, Any]:
+    """N:M, and by linear where it is not that or a linear stayed dense."""
+    others = record.metrics["sparsity"].get("patterns")
+    return {"sparsity": str(record.pattern)} | ({"patterns": others} if others else {})
 
 
 def _summary(
@@ -352,7 +360,7 @@ def _summary(
     return {
         "form": request.form,
         "format": request.format,
-        "sparsity": str(record.pattern),
+        **_patterns(record),
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": sum(sizes),
         "dense_bytes": sum(sizes) - now + dense,

@@ -8,6 +8,7 @@ from torch import nn
 
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
+from permllm.models.patterns import recorded_groups
 from permllm.record.files import read_json
 from permllm.record.names import METRICS
 from permllm.record.pruned import Pruned
@@ -32,8 +33,10 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         raise DataError(f"{directory} holds no pruned model")
     if metrics["model"] != identity:
         raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
-    groups = channel_groups(model)
-    kept = Pruned(directory, metrics, groups, NMPattern.parse(metrics["sparsity"]["pattern"]))
+    sparsity = metrics["sparsity"]
+    pattern = NMPattern.parse(sparsity["pattern"])
+    groups = recorded_groups(channel_groups(model), pattern, sparsity.get("patterns", {}))
+    kept = Pruned(directory, metrics, groups, pattern)
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight

@@ -53,8 +53,8 @@ def stored_order(form: str, model: nn.Module, groups: list[ChannelGroup], orders
     Args:
         form: `simulate`, `folded` or `gathered`.
         model: of a known family; may be on the meta device.
-        groups: its channel groups, all layers.
-        orders: int64 `(C_in,)` by group.
+        groups: its channel groups, all layers, whether they are pruned or not.
+        orders: int64 `(C_in,)` by group, of those that are pruned. All that reads permuted channels reads them so.
 
     Raises:
         ConfigError: the orders do not fold (`folded`).
@@ -66,7 +66,7 @@ def stored_order(form: str, model: nn.Module, groups: list[ChannelGroup], orders
 
 def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
     try:
-        shared = foldable(groups, orders)
+        shared = foldable([group for group in groups if group.name in orders], orders)
     except ConfigError as error:
         hint = "a run with permutation.constraint=foldable has such orders; the form gathered keeps any"
         raise ConfigError(f"{error}; {hint}") from error
@@ -79,11 +79,15 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
             names = (f"{path}.weight", f"{path}.bias") if target is stored.rows else (f"{path}.weight",)
             target.update({name: order for name in names if name in parameters})
 
+    stream = shared.get(RESIDUAL)
     for group in groups:
-        put(stored.columns, group.members, orders[group.name])
-        for producer in group.table.producers:
-            put(stored.rows, [group.prefix + producer], shared[group.name])
-    stream = shared[RESIDUAL]
+        order = orders.get(group.name) if group.table.producers else stream
+        if order is not None:
+            put(stored.columns, group.members, order)
+            for producer in group.table.producers:
+                put(stored.rows, [group.prefix + producer], shared[group.name])
+    if stream is None:  # nothing that reads it was pruned
+        return stored
     for index in range(len(decoder_layers(model))):
         put(stored.rows, [f"{family.layers}.{index}.{path}" for path in family.norms + family.writers], stream)
     put(stored.rows, [path for path in family.after if path not in family.projections], stream)
@@ -102,7 +106,7 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
 def _gathered(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
-    for group in groups:
+    for group in (group for group in groups if group.name in orders):
         order = orders[group.name]
         stored.columns |= {f"{path}.weight": order for path in group.members}
         absorbed = local_order(group).shared(order) if group.table.producers else None

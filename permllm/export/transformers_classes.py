@@ -27,6 +27,8 @@ from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
 from permllm.models.checkpoint import META, check_checkpoint, check_values
 from permllm.models.families import channel_groups, family_names, linear_at
+from permllm.models.patterns import recorded_groups
+from permllm.record.schema import Patterns, validated
 from permllm.sparsity import NMPattern
 from permllm.version import __version__
 
@@ -200,11 +202,13 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         sparsity: N:M, as a string.
+        patterns: the same by linear, or `dense`, of those that are not as the rest.
     """
 
-    def __init__(self, sparsity: str = "2:4", **kwargs: Any) -> None:
+    def __init__(self, sparsity: str = "2:4", patterns: dict[str, str] | None = None, **kwargs: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.sparsity = str(NMPattern.parse(sparsity))
+        self.patterns = validated("quantization_config: patterns", patterns or {}, Patterns)
 
 
 @register_quantizer(METHOD)
@@ -216,8 +220,9 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         assert isinstance(self.quantization_config, PackedConfig)
         pattern = NMPattern.parse(self.quantization_config.sparsity)
-        for path in _pruned(model):
-            _replace(model, path, PackedLinear(linear_at(model, path), pattern))
+        for group in recorded_groups(channel_groups(model), pattern, self.quantization_config.patterns):
+            for path in group.members:
+                _replace(model, path, PackedLinear(linear_at(model, path), group.pattern or pattern))
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
@@ -254,10 +259,6 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights get no gradients."""
         return False
-
-
-def _pruned(model: nn.Module) -> list[str]:
-    return [path for group in channel_groups(model) for path in group.members]
 
 
 def register() -> None:

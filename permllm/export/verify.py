@@ -9,7 +9,8 @@ linear N:M. With `--against DENSE` also the difference of the logits from anothe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import decoder_layers, family_named, family_names
+from permllm.models.patterns import DENSE
 from permllm.record.files import read_json
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
@@ -56,6 +58,7 @@ class LayerReport:
         negative_zeros: entries that are -0.0.
         nan: entries that are not finite.
         packed: stored as values and places.
+        pattern: N:M that it should be.
     """
 
     name: str
@@ -65,9 +68,11 @@ class LayerReport:
     negative_zeros: int
     nan: int
     packed: bool
+    pattern: str
 
-    def problems(self, pattern: NMPattern) -> list[str]:
+    def problems(self) -> list[str]:
         """What is wrong with it, a line each."""
+        pattern = NMPattern.parse(self.pattern)
         found = [f"{self.name} holds values that are not finite"] if self.nan else []
         if self.violations is None:
             found.append(f"{self.name} has {self.shape[1]} inputs, which M = {pattern.m} does not divide")
@@ -85,6 +90,7 @@ class Report:
     Attributes:
         pattern: N:M that was asked for.
         layers: every weight that should be sparse.
+        dense: those of linears that the checkpoint says are not.
         bytes: of all files with weights.
         checksums: whether all of these hold checksums, and contents were compared with them; only files of ours do.
         problems: everything that is wrong, a line each.
@@ -96,11 +102,12 @@ class Report:
     bytes: int
     checksums: bool
     problems: list[str]
+    dense: list[str] = field(default_factory=list)
     difference: dict[str, float] | None = None
 
     @property
     def passed(self) -> bool:
-        """The files hold what the config asks for, all finite, N:M everywhere, no -0.0."""
+        """The files hold what the config asks for, all finite, N:M wherever it should be, no -0.0."""
         return not self.problems
 
 
@@ -109,7 +116,7 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
 
     Args:
         folder: a config.json and safetensors files.
-        pattern: N:M; None takes the one that our exports state, else 2:4.
+        pattern: N:M of every linear; None takes what our exports state of each, else 2:4.
         against: another checkpoint, whose logits are compared.
 
     Raises:
@@ -122,7 +129,7 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
         raise DataError(f"{folder} has no safetensors files: {files[0].name} cannot be verified")
     checksums = [check_file(file) for file in files]
     places = tensor_places(files)
-    pattern = pattern or stated_pattern(folder)
+    stated = Stated(pattern) if pattern else stated_patterns(folder)
     skeleton, differences = skeleton_of(folder)
     problems = [f"it {what} {name}" for what, names in differences.each() for name in names]
     odd = odd_formats({name: entry["dtype"] for name, (_, entry) in places.items()}, skeleton)
@@ -132,14 +139,16 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     layers: list[LayerReport] = []
     for name in sorted(places.keys() - odd.keys()):
         try:
-            layers += _examine(name, places, pattern, suffixes)
+            layers += _examine(name, places, stated, suffixes)
         except DataError as error:
             problems.append(str(error))
-    if not layers or expected not in (None, len(layers)):
-        problems.append(f"{len(layers)} weights of linears could be examined, of {expected or 'any'}")
+    dense = [name for name in sorted(places) if name.endswith(".weight") and stated.of(name) is None]
+    if not layers or expected not in (None, len(layers) + len(dense)):
+        without = f" beside {len(dense)} that stay dense" if dense else ""
+        problems.append(f"{len(layers)} weights of linears could be examined{without}, of {expected or 'any'}")
     comparable = not problems
-    problems += [problem for layer in layers for problem in layer.problems(pattern)]
-    report = Report(str(pattern), layers, sum(file.stat().st_size for file in files), all(checksums), problems)
+    problems += [problem for layer in layers for problem in layer.problems()]
+    report = Report(str(stated.pattern), layers, sum(file.stat().st_size for file in files), all(checksums), problems, dense)
     if against is not None and comparable:
         report.difference = logits_difference(folder, against)
         if not all(math.isfinite(value) for value in report.difference.values()):
@@ -180,10 +189,32 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
     }
 
 
-def stated_pattern(folder: Path) -> NMPattern:
+@dataclass(frozen=True)
+class Stated:
+    """What a checkpoint says of its linears.
+
+    Attributes:
+        pattern: N:M.
+        others: the same by linear, or `dense`, of those that are not as the rest.
+    """
+
+    pattern: NMPattern
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, weight: str) -> NMPattern | None:
+        """N:M of a linear by the name of its weight; None of one that stays dense."""
+        text = self.others.get(weight.removesuffix(".weight"))
+        return self.pattern if text is None else None if text == DENSE else NMPattern.parse(text)
+
+    def all(self) -> set[NMPattern | None]:
+        """Every one that some linear may be."""
+        return {self.pattern, *map(self.of, self.others)}
+
+
+def stated_patterns(folder: Path) -> Stated:
     """N:M as an export of ours states it; 2:4 where nothing does."""
     summary = _summary(folder)
-    return NMPattern.parse(summary["sparsity"]) if summary else NMPattern(2, 4)
+    return Stated(NMPattern.parse(summary["sparsity"]), summary.get("patterns", {})) if summary else Stated(NMPattern(2, 4))
 
 
 def _summary(folder: Path) -> ExportSummary | None:
@@ -196,6 +227,10 @@ def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) ->
     summary = _summary(folder)
     if summary is None:
         return []
+    there = {name.removesuffix("_values") for name in places}
+    strange = [name for name in summary.get("patterns", {}) if f"{name}.weight" not in there]
+    if strange:
+        return [f"{SUMMARY} has a pattern of {name}, which has no weight" for name in strange]
     entries = [entry for _, entry in places.values()]
     found: dict[str, object] = {
         "gathers": len(getattr(skeleton.config, "gathers", [])),
@@ -219,7 +254,7 @@ def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...] | None, int | N
     return tuple(f".{member}.weight" for member in members), len(members) * len(decoder_layers(skeleton))
 
 
-def _examine(name: str, places: Places, pattern: NMPattern, suffixes: tuple[str, ...] | None) -> list[LayerReport]:
+def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...] | None) -> list[LayerReport]:
     """Look at a tensor; a report where it should be sparse.
 
     Raises:
@@ -233,12 +268,13 @@ def _examine(name: str, places: Places, pattern: NMPattern, suffixes: tuple[str,
         return []
     base = name.removesuffix("_values")
     sparse = f".{base}".endswith(suffixes or ".weight") and (suffixes or not any(word in name for word in _NOT_LINEAR))
-    if base != name and f"{base}_places" in places:
+    pattern = stated.of(base)
+    if base != name and f"{base}_places" in places and pattern:
         try:
             tensor = unpack(tensor, _read(f"{base}_places", places), pattern)
         except DataError as error:
             raise DataError(f"{base}: {error}") from error
-    if not sparse or tensor.dim() != 2 or not tensor.numel():
+    if not sparse or not pattern or tensor.dim() != 2 or not tensor.numel():
         if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite")
         return []
@@ -254,6 +290,7 @@ def _examine(name: str, places: Places, pattern: NMPattern, suffixes: tuple[str,
             negative_zeros=int((zero & tensor.signbit()).sum()),
             nan=int((~tensor.isfinite()).sum()),
             packed=base != name,
+            pattern=str(pattern),
         )
     ]
 

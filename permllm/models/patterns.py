@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from permllm.config import RunConfig
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.pattern import NMPattern
 
@@ -55,20 +55,14 @@ def pruned_groups(
             other, before = chosen.setdefault(path, (name, its))
             if its != before:
                 raise ConfigError(f"sparsity_of: {other} gives {path} {before}, and {name} gives it {text}")
-    left = []
-    for group in groups:
-        rows = {path: rows for path, rows in zip(group.members, group.rows, strict=True) if path not in dense}
-        if rows:
-            its = _one_pattern({path: chosen[path][1] if path in chosen else pattern for path in rows})
-            its_own = None if its == pattern else its
-            left.append(replace(group, members=tuple(rows), rows=tuple(rows.values()), pattern=its_own))
+    left = _left(groups, pattern, dense, {path: its for path, (_, its) in chosen.items()})
     if not left:
         raise ConfigError(f"keep_dense={sorted(keep_dense)} names every linear of the decoder layers: nothing left to prune")
     return left
 
 
 def recorded_groups(groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]) -> list[ChannelGroup]:
-    """The channel groups that were pruned, as a record says it.
+    """The channel groups that were pruned, as a record or a checkpoint says it.
 
     Args:
         groups: of the model, all layers.
@@ -76,10 +70,17 @@ def recorded_groups(groups: list[ChannelGroup], pattern: NMPattern, patterns: Ma
         patterns: as `differing_patterns`.
 
     Raises:
-        ConfigError: a linear is none of the model's, or the patterns cannot be.
+        DataError: a linear is none of the model's, or those that read the same channels have different patterns.
     """
-    dense = [path for path, text in patterns.items() if text == DENSE]
-    return pruned_groups(groups, pattern, dense, {path: text for path, text in patterns.items() if text != DENSE})
+    strange = patterns.keys() - {path for group in groups for path in group.members}
+    if strange:
+        raise DataError(f"its patterns name {min(strange)}, which is no linear of the model's decoder layers")
+    dense = {path for path, text in patterns.items() if text == DENSE}
+    others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
+    try:
+        return _left(groups, pattern, dense, others)
+    except ConfigError as error:
+        raise DataError(f"its patterns cannot be: {error}") from error
 
 
 def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -> dict[str, str]:
@@ -92,6 +93,17 @@ def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -
     own = {path: group.pattern for group in pruned for path in group.members}
     found = {path: own.get(path, DENSE) for group in groups for path in group.members}
     return {path: str(pattern) for path, pattern in found.items() if pattern is not None}
+
+
+def _left(groups: list[ChannelGroup], pattern: NMPattern, dense: set[str], of: dict[str, NMPattern]) -> list[ChannelGroup]:
+    left = []
+    for group in groups:
+        rows = {path: rows for path, rows in zip(group.members, group.rows, strict=True) if path not in dense}
+        if rows:
+            its = _one_pattern({path: of.get(path, pattern) for path in rows})
+            own = None if its == pattern else its
+            left.append(replace(group, members=tuple(rows), rows=tuple(rows.values()), pattern=own))
+    return left
 
 
 def _one_pattern(of: dict[str, NMPattern]) -> NMPattern:

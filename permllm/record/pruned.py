@@ -34,6 +34,10 @@ class Group(Protocol):
     def rows(self) -> Sequence[int]:
         """C_out of each."""
 
+    @property
+    def pattern(self) -> NMPattern | None:
+        """N:M, where it is not that of the run."""
+
 
 class Pruned:
     """What a run that has pruned its model left, checked against the model: its orders, and its weights one at a time.
@@ -41,8 +45,8 @@ class Pruned:
     Args:
         directory: of the run.
         metrics: of the run.
-        groups: of the model, all layers; it may be on the meta device.
-        pattern: N:M.
+        groups: of the model, those that were pruned; it may be on the meta device.
+        pattern: N:M of the groups that have none of their own.
 
     Raises:
         DataError: orders, masks or changed weights are missing, were changed, or are of another model.
@@ -54,7 +58,8 @@ class Pruned:
         }
         self.orders = read_orders(directory / PERMUTATIONS, {group.name: group.channels for group in groups})
         self._order_of = {path: self.orders[group.name] for group in groups for path in group.members}
-        self._file, self._pattern = directory / MASKS, pattern
+        self._pattern_of = {path: group.pattern or pattern for group in groups for path in group.members}
+        self._file = directory / MASKS
         self._mask = mask_reader(self._file, shapes)
         self._weight = None
         weights = directory / WEIGHTS
@@ -65,7 +70,7 @@ class Pruned:
 
     def check(self, path: str) -> None:
         """Raise DataError unless the mask of a linear is N:M in the order of its channels, and its weight finite."""
-        check_mask(self._file, path, self._mask(path), self._order_of[path], self._pattern)
+        check_mask(self._file, path, self._mask(path), self._order_of[path], self._pattern_of[path])
         if self._weight is not None:
             self._weight(path)
 
@@ -76,6 +81,6 @@ class Pruned:
             DataError: as `check`.
         """
         mask = self._mask(path)
-        check_mask(self._file, path, mask, self._order_of[path], self._pattern)
+        check_mask(self._file, path, mask, self._order_of[path], self._pattern_of[path])
         new = dense if self._weight is None else self._weight(path)
         return torch.where(mask.to(dense.device), new.to(dense), 0.0)

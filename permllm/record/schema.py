@@ -85,6 +85,8 @@ _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Of any job; sums of them are finite.
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+# N:M by linear, or that it was not pruned, of those that are not as the rest.
+Patterns = dict[str, Pattern | Literal["dense"]]
 Object = dict[str, JsonValue]
 FileName = Annotated[str, Field(pattern=r"^[^/\\\\\x00]+$")]
 PathName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
@@ -184,10 +186,12 @@ class KeptRecord(TypedDict):
 
 
 class Sparsity(TypedDict):
-    """What pruning left, in `metrics.json`."""
+    """What pruning left, in `metrics.json`; zeros as a share of what was pruned, and of all linears of the decoder layers."""
 
     pattern: Pattern
+    patterns: NotRequired[Patterns]
     fraction: Share
+    of_model: NotRequired[Share]
     violations: Whole
     weights_changed: NotRequired[bool]
     weights_kept: NotRequired[bool]
@@ -199,6 +203,7 @@ class ExportSummary(TypedDict):
     form: Literal["simulate", "folded", "gathered"]
     format: Literal["dense", "packed"]
     sparsity: Pattern
+    patterns: NotRequired[Patterns]
     dtype: str
     bytes: Positive
     dense_bytes: Positive

@@ -258,8 +258,8 @@ class RunRecord(Progress):
         """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
 
         Args:
-            groups: of the model, all layers.
-            pattern: N:M.
+            groups: of the model, those that are pruned.
+            pattern: N:M of the groups that have none of their own.
         """
         if self.pruned:
             try:

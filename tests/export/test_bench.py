@@ -14,7 +14,9 @@ from permllm.errors import DataError
 from permllm.export import gathered_norm
 from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
 from permllm.export.checkpoint import Request, export_run
+from permllm.export.verify import Stated
 from permllm.models.families import channel_groups, linear_at
+from permllm.sparsity import NMPattern
 from tests.conftest import run_module
 from tests.export.test_export import logits, make_run, variant_model
 
@@ -84,10 +86,10 @@ def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
     x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
     linear = linear_at(model, channel_groups(model)[0].members[0])
     before = linear(x)
-    assert use_sparse_tensor_cores(model) == 14
+    assert use_sparse_tensor_cores(model, Stated(NMPattern(2, 4), {"model.layers.0.mlp.down_proj": "dense"})) == 13
     torch.testing.assert_close(linear(x), before, rtol=1e-2, atol=1e-2)
 
 
 def test_a_dense_weight_gets_no_sparse_kernel() -> None:
     with pytest.raises(DataError, match=r"layers\.0.*is not 2:4 in stored order"):
-        use_sparse_tensor_cores(variant_model("llama"))
+        use_sparse_tensor_cores(variant_model("llama"), Stated(NMPattern(2, 4)))

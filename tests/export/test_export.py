@@ -22,6 +22,7 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.loading import folder_identity
+from permllm.models.patterns import differing_patterns, pruned_groups
 from permllm.permutation.shared import expanded, shared_orders
 from permllm.record.files import write_record, write_text
 from permllm.record.run_tensors import write_masks
@@ -53,17 +54,23 @@ def variant_model(name: str, dtype: torch.dtype = torch.float32, **extra: Any) -
 
 
 def make_run(
-    folder: Path, model: PreTrainedModel, constraint: str, pattern: NMPattern | None = None, dtype: str = "float32"
+    folder: Path,
+    model: PreTrainedModel,
+    constraint: str,
+    pattern: NMPattern | None = None,
+    dtype: str = "float32",
+    keep_dense: tuple[str, ...] = (),
+    sparsity_of: dict[str, str] | None = None,
 ) -> Path:
     """A run directory with random orders under a constraint, and magnitude masks; the dense model beside it."""
     pattern = pattern or NMPattern(2, 4)
     model.save_pretrained(folder / "dense")
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "dense")
-    groups = channel_groups(model)
+    groups = pruned_groups(channel_groups(model), pattern, keep_dense, sparsity_of or {})
     shared = shared_orders(groups, constraint)  # type: ignore[arg-type]
     orders = expanded(shared, {order.name: random_order(order, seed) for seed, order in enumerate(shared)})
     masks = {
-        path: permuted_nm_mask(linear_at(model, path).weight.float().abs(), orders[group.name], pattern)
+        path: permuted_nm_mask(linear_at(model, path).weight.float().abs(), orders[group.name], group.pattern or pattern)
         for group in groups
         for path in group.members
     }
@@ -86,7 +93,9 @@ def make_run(
             }
         ),
     )
-    sparsity = {"pattern": str(pattern), "fraction": pattern.n / pattern.m, "violations": 0}
+    sparsity = {"pattern": str(pattern), "fraction": 1 - pattern.n / pattern.m, "violations": 0}
+    if keep_dense or sparsity_of:
+        sparsity["patterns"] = differing_patterns(channel_groups(model), groups)
     finished = {"schema_version": 1, "status": "finished", "name": "x", "config_hash": "0", "seconds": {}}
     write_record(run / "metrics.json", finished | {"model": identity, "sparsity": sparsity})
     write_tensors(run / "permutations.safetensors", orders)
