@@ -23,6 +23,7 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.steps": None,
     "permutation.samples": None,
     "calibration.sampling": "disjoint",
+    "reconstruction.columns": "permuted",
     "keep_dense": [],
     "sparsity_of": {},
 }

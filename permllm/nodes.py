@@ -19,7 +19,7 @@ from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
 from permllm.pruning.settings import GBLMSettings, RIASettings, SparseGPTSettings
-from permllm.reconstruction.settings import BlockSettings, DistillSettings, OBSSettings
+from permllm.reconstruction.settings import ADMMSettings, BlockSettings, DistillSettings, OBSSettings
 from permllm.renamed import old_keys
 from permllm.studies.settings import (
     ExportMemorySettings,
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, type]] = {
     "pruner": {"gblm": GBLMSettings, "ria": RIASettings, "sparsegpt": SparseGPTSettings},
     "permutation": {"heuristic": HeuristicSettings, "from_file": FromFileSettings, "lcp": LCPSettings},
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
-    "reconstruction": {"obs": OBSSettings, "block": BlockSettings, "distill": DistillSettings},
+    "reconstruction": {"obs": OBSSettings, "admm": ADMMSettings, "block": BlockSettings, "distill": DistillSettings},
     "study": {
         "export_memory": ExportMemorySettings,
         "layer_runtime": LayerRuntimeSettings,

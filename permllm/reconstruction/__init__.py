@@ -5,6 +5,7 @@ from permllm.lazy import imported_when_asked
 __getattr__ = imported_when_asked(
     __name__,
     {
+        "ADMM": "permllm.reconstruction.admm",
         "OBS": "permllm.reconstruction.obs",
         "Block": "permllm.reconstruction.block",
         "Distill": "permllm.reconstruction.distill",

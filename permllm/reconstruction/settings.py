@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from permllm.validation import check_number, check_whole
+from permllm.validation import check_number, check_one_of, check_whole
+
+Columns = Literal["permuted", "costly"]
+
+
+@dataclass(frozen=True)
+class ADMMSettings:
+    """Settings of the least squares under the mask.
+
+    Attributes:
+        iterations: of conjugate gradients, at most; they stop where an iteration gains less than 0.1 % of the error.
+        damping: what keeps weights near the dense ones, as a share of the mean diagonal of `X X^T`.
+    """
+
+    iterations: int = 12
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_whole("reconstruction.iterations", self.iterations, 1)
+        check_number("reconstruction.damping", self.damping, positive=True)
 
 
 @dataclass(frozen=True)
@@ -50,9 +70,13 @@ class OBSSettings:
 
     Attributes:
         damping: lambda as a share of the mean diagonal of `X X^T`.
+        columns: the order that they are corrected in, each made up for by those after it: `permuted`, or `costly`, first those
+            whose pruned weights cost most.
     """
 
     damping: float = 0.01
+    columns: Columns = "permuted"
 
     def __post_init__(self) -> None:
         check_number("reconstruction.damping", self.damping, positive=True)
+        check_one_of("reconstruction.columns", self.columns, get_args(Columns))

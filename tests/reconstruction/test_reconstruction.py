@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pipeline import PrunedModel, prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.wanda import Wanda
+from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.block import Block
 from permllm.reconstruction.distill import Distill
@@ -43,7 +45,7 @@ def output_error(model: torch.nn.Module, target: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "reconstruction", [OBS(), Block(epochs=20, learning_rate=0.003), Distill(epochs=20, learning_rate=0.003)]
+    "reconstruction", [OBS(), ADMM(), Block(epochs=20, learning_rate=0.003), Distill(epochs=20, learning_rate=0.003)]
 )
 def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any) -> None:
     plain, before, target = pruned(None)
@@ -59,29 +61,61 @@ def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruc
     assert output_error(mended, target) < 0.95 * output_error(plain, target)
 
 
-def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optimum() -> None:
+def correlated() -> tuple[Tensor, PrunedLinear]:
+    """Inputs `(400, 64)` of which neighbours in a random order share half of their signal, and a linear pruned for them."""
     generator = torch.Generator().manual_seed(0)
-    # Neighbours in a random order share half of their signal.
     x = torch.randn(400, 64, generator=generator) + torch.randn(400, 32, generator=generator).repeat_interleave(2, 1)
-    x = x[:, torch.randperm(64, generator=generator)]
+    x = x[:, torch.randperm(64, generator=generator)] * torch.logspace(-1, 1, 64)
     weight = torch.randn(6, 64, generator=generator)
     statistics = InputStatistics(64, "cpu", (Gram,))
     statistics.update(x)
     perm = torch.randperm(64, generator=generator)
-    mask = permuted_nm_mask(weight.abs(), perm, NMPattern(2, 4))
+    mask = permuted_nm_mask(weight.abs() * x.norm(dim=0), perm, NMPattern(2, 4))
+    return x.double(), PrunedLinear(weight, weight * mask, mask, perm, NMPattern(2, 4), statistics)
 
-    def error(w: Tensor) -> float:
-        return float((x @ (w - weight).T).square().sum())
 
-    masked = weight * mask
-    corrected = OBS(damping=1e-4).linear(PrunedLinear(weight, masked, mask, perm, NMPattern(2, 4), statistics))
-    best = torch.zeros_like(weight)
-    for row in range(6):
-        kept = mask[row]
-        best[row, kept] = torch.linalg.lstsq(x[:, kept], x @ weight[row]).solution
-    assert not corrected[~mask].any()
-    # SparseGPT corrects each pruned weight with the columns after it alone, so it cannot reach the optimum.
-    assert error(best) <= error(corrected) < error(masked)
+def squared_error(x: Tensor, linear: PrunedLinear, weight: Tensor) -> Tensor:
+    """Of each row's output."""
+    return (x @ (weight.double() - linear.dense.double()).T).square().sum(0)
+
+
+def least_squares(x: Tensor, linear: PrunedLinear) -> Tensor:
+    """The kept weights of least error, row by row."""
+    best = torch.zeros_like(linear.dense, dtype=torch.float64)
+    for row, kept in enumerate(linear.mask):
+        best[row, kept] = torch.linalg.lstsq(x[:, kept], x @ linear.dense[row].double(), driver="gelsd").solution
+    return best
+
+
+def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optimum() -> None:
+    x, linear = correlated()
+
+    def error(weight: Tensor) -> float:
+        return float(squared_error(x, linear, weight).sum())
+
+    corrected, costly = (OBS(damping=1e-6, columns=columns).linear(linear) for columns in ("permuted", "costly"))
+    assert not corrected[~linear.mask].any()
+    assert not costly[~linear.mask].any()
+    # SparseGPT corrects each pruned weight with the columns after it alone, so it cannot reach the optimum; what costs most
+    # has more columns to be corrected with where it comes first.
+    assert error(least_squares(x, linear)) <= error(costly) < error(corrected) < error(linear.weight)
+
+
+def test_admm_ends_at_the_least_squares_of_each_row() -> None:
+    x, linear = correlated()
+    best = least_squares(x, linear)
+    found = ADMM(iterations=40, damping=1e-9).linear(linear)
+    assert not found[~linear.mask].any()
+    least = squared_error(x, linear, best)
+    assert (squared_error(x, linear, found) <= 1.01 * least).all()
+    # A dozen iterations are nearly there, and no row is worse than before.
+    errors = [squared_error(x, linear, ADMM(iterations=number, damping=1e-9).linear(linear)) for number in (1, 12)]
+    assert errors[1].sum() <= 1.05 * least.sum()
+    assert all((error <= squared_error(x, linear, linear.weight)).all() for error in errors)
+    assert errors[1].sum() < squared_error(x, linear, OBS(damping=1e-6, columns="costly").linear(linear)).sum()
+    # Weights that are best already stay.
+    again = ADMM(damping=1e-9).linear(replace(linear, weight=best.float()))
+    assert squared_error(x, linear, again).sum() <= 1.0001 * least.sum()
 
 
 def test_block_keeps_the_better_weights_when_training_makes_it_worse() -> None:
@@ -124,3 +158,7 @@ def test_values_that_cannot_work_are_refused() -> None:
         Block(learning_rate=0)
     with pytest.raises(ConfigError, match=r"reconstruction\.damping=0"):
         OBS(damping=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.columns='salient'.*permuted, costly"):
+        OBS(columns="salient")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"reconstruction\.iterations=0"):
+        ADMM(iterations=0)
