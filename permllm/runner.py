@@ -128,9 +128,9 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
 def _check_amounts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, pruned: bool) -> None:
     """Raise DataError where a text has too few tokens for its windows: after the dense model's evaluation would be late."""
     for named in perplexity_texts(config.evaluation.perplexity):
-        perplexity_windows(tokenizer, named, config.evaluation.perplexity)
+        perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)
     if not pruned:
-        calibration_tokens(tokenizer, config.calibration, config.seed)
+        calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos)
 
 
 def _evaluate(job: Job, record: RunRecord, which: str) -> None:
@@ -146,7 +146,7 @@ def _prune(job: Job, record: RunRecord) -> None:
     def tokens() -> Tensor:
         digest = calibration_text(job.config.calibration).text.digest(calibration=True)
         record.metrics.setdefault("texts", {})["calibration"] = digest
-        return calibration_tokens(job.loaded.tokenizer, job.config.calibration, job.config.seed)
+        return calibration_tokens(job.loaded.tokenizer, job.config.calibration, job.config.seed, job.config.model.bos)
 
     def keep(pruned: PrunedModel) -> None:
         write_orders(record.path(PERMUTATIONS), pruned.orders)

@@ -75,6 +75,8 @@ def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) ->
     overrides = [f"{option.parent}={option.stem}"]
     if option.stem == "local":
         overrides.append(f"model.path={tmp_path}")
+    if option.stem == "gemma3-270m":
+        overrides.append("model.accept_terms=true")
     if option.parent.name == "model" and option.stem == "hub":
         overrides.append("model.hub_name=owner/some-model")
     if option.stem == "text":
@@ -169,7 +171,7 @@ def test_paths_say_where_things_lie_and_make_no_other_run(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_architecture_builds_without_weights(model: str) -> None:
-    groups = channel_groups(meta_model(config(f"model={model}").model))
+    groups = channel_groups(meta_model(config(f"model={model}", "plan=true").model))
     assert all(group.channels % 8 == 0 for group in groups)
 
 
@@ -177,10 +179,10 @@ def test_every_architecture_builds_without_weights(model: str) -> None:
     ("model", "billions"),
     [("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.544), ("qwen2.5-7b", 7.616), ("qwen3-8b", 8.191), ("llama-2-7b", 6.738),
      ("llama-2-13b", 13.016), ("llama-3.2-1b", 1.236), ("llama-3.1-8b", 8.030), ("mistral-7b", 7.242), ("opt-125m", 0.125),
-     ("opt-1.3b", 1.316), ("opt-6.7b", 6.658), ("smollm2-135m", 0.1345)],
+     ("opt-1.3b", 1.316), ("opt-6.7b", 6.658), ("smollm2-135m", 0.1345), ("gemma3-270m", 0.2681)],
 )  # fmt: skip
 def test_architectures_have_the_published_number_of_parameters(model: str, billions: float) -> None:
-    parameters = sum(parameter.numel() for parameter in meta_model(config(f"model={model}").model).parameters())
+    parameters = sum(parameter.numel() for parameter in meta_model(config(f"model={model}", "plan=true").model).parameters())
     assert parameters / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
@@ -255,7 +257,12 @@ def test_a_run_of_an_earlier_version_is_found_under_the_name_that_it_had(permuta
 
 @pytest.mark.parametrize(
     ("key", "earlier", "later"),
-    [("calibration.sampling", "disjoint", "documents"), ("permutation.norm_over", "tokens", "samples")],
+    [
+        ("calibration.sampling", "disjoint", "documents"),
+        ("permutation.norm_over", "tokens", "samples"),
+        ("model.bos", False, True),
+        ("model.wheel", None, "gemma3-270m"),
+    ],
 )
 def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_was_done_before(
     key: str, earlier: Any, later: Any
@@ -274,6 +281,25 @@ def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_
     assert config("model=tiny", f"{key}={later}").hash != base.hash
     # Settings as a run of then wrote them are those of the same run.
     assert identity_of(without(base.resolved)) == base.identity
+
+
+def test_terms_must_be_accepted_and_change_no_run() -> None:
+    said = r"^model=gemma3-270m .* read https://ai\.google\.dev/gemma/terms, and type model\.accept_terms=true"
+    with pytest.raises(ConfigError, match=said):
+        config("model=gemma3-270m")
+    accepted = config("model=gemma3-270m", "model.accept_terms=true")
+    assert accepted.resolved["model"]["accept_terms"] is True
+    assert config("model=gemma3-270m", "plan=true").hash == accepted.hash
+    assert config("model=gemma3-270m", "model.terms=null").hash == accepted.hash
+
+
+def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
+    tasks = "evaluation.zero_shot.tasks=[rte]"
+    with_bos, without = (config("model=tiny", f"model.bos={bos}", tasks) for bos in ("true", "false"))
+    assert with_bos.evaluation_identity["perplexity"] == without.evaluation_identity["perplexity"] | {"bos": True}
+    assert with_bos.evaluation_identity["zero_shot"] == without.evaluation_identity["zero_shot"] | {"add_bos_token": True}
+    chosen = config("model=tiny", "model.bos=true", "evaluation.zero_shot.add_bos_token=false")
+    assert chosen.evaluation.zero_shot.add_bos_token is False
 
 
 def test_runs_keep_the_directories_that_they_had() -> None:
@@ -357,7 +383,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["calibration.data_files=x.txt"], "needs calibration=text"),
         (["model=local", "model.path=nowhere"], "model.path='nowhere' is not a folder"),
         (["model=local", "model.path=."], "config.json cannot be read"),
-        (["model.architecture.model_type=gpt2"], "model type 'gpt2' is not known; known are: llama"),
+        (["model.architecture.model_type=gpt2"], "model type 'gpt2' is not known; known are: gemma3_text, llama"),
         (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder"),
     ],
 )

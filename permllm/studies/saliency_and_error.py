@@ -129,7 +129,7 @@ class SaliencyAndError(SaliencyAndErrorSettings):
         loaded = load_model(config.model, config.seed)
         group = self._group(channel_groups(loaded.model))
         check_divides(config.pattern, group.channels, group.name)
-        tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed)
+        tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed, loaded.bos)
         products = compute_dtype(config.compute_dtype, loaded.model.dtype, inputs.device)
         asked = (*inputs.pruner.statistics, Gram)
         gradients = weight_gradients(loaded.model, group.members, asked, tokens, products)

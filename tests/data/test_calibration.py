@@ -11,9 +11,16 @@ import torch
 from transformers import ByT5Tokenizer
 
 from permllm.config import CalibrationConfig
-from permllm.data.calibration import calibration_tokens, document_windows, encode, joined_windows, overlapping_windows
+from permllm.data.calibration import (
+    calibration_tokens,
+    document_windows,
+    encode,
+    joined_windows,
+    overlapping_windows,
+    windows_of,
+)
 from permllm.data.texts.builtin import TEXT as BUILTIN
-from permllm.errors import DataError
+from permllm.errors import ConfigError, DataError
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 
@@ -82,3 +89,20 @@ def test_the_chosen_sampling_is_the_one_that_draws(cache: Path) -> None:
     assert torch.equal(drawn, overlapping_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))
     disjoint = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, seqlen=64), seed=0)
     assert torch.equal(disjoint, joined_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))
+
+
+@pytest.mark.parametrize("sampling", ["disjoint", "documents", "overlapping"])
+def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    config = CalibrationConfig("builtin", samples=4, seqlen=16, sampling=sampling)
+    documents = ["The first document, of some words.", "A second one, which has as many."]
+    with pytest.raises(ConfigError, match=r"^model\.bos=true: the model's tokenizer has no BOS token"):
+        windows_of(tokenizer, documents, config, seed=0, bos=True)
+    tokenizer.bos_token = "<unk>"
+    windows = windows_of(tokenizer, documents, config, seed=0, bos=True)
+    assert windows.shape == (4, 16)
+    assert (windows[:, 0] == tokenizer.unk_token_id).all()
+    # Bytes alone, three tokens above their values: the end of a text has no token of its own either.
+    own = {bytes(token - 3 for token in window[1:].tolist()).decode() for window in windows}
+    joined = {"disjoint": ("\n\n".join(documents), "\n\n".join(documents[::-1])), "overlapping": (" ".join(documents),)}
+    assert all(any(piece in text for text in joined.get(sampling, tuple(documents))) for piece in own)

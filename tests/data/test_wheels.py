@@ -178,3 +178,34 @@ def test_a_converted_model_that_was_changed_is_converted_again(
         assert (folder / "model.safetensors").read_bytes() == bytes(1000)
         assert sorted(file.name for file in folder.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
         assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_model_that_is_cut_is_joined_and_checked_as_a_whole(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bytes(range(256)) * 5
+    for number, piece in enumerate((whole[:500], whole[500:501], whole[501:])):
+        (tmp_path / f"part{number}").write_bytes(piece)
+    wheel = Wheel("some-data==1.0", "0" * 64, "", size=1)
+    parts = tuple((wheel, f"part{number}") for number in range(3))
+    model = from_wheel.WheelModel("some-data==1.0", hashlib.sha256(whole).hexdigest(), "x.gguf", parts)
+    converted = []
+
+    def convert(file: Path, target: Path) -> None:
+        converted.append((file.name, file.read_bytes()))
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(from_wheel, "_convert_gguf", convert)
+    monkeypatch.setattr(from_wheel, "wheel_file", lambda wheel, member: tmp_path / member)
+    monkeypatch.setitem(from_wheel._MODELS, "gemma3-270m", model)
+    config = ModelConfig(name="x", source="wheel", wheel="gemma3-270m")
+    folder = dense_folder(config)
+    assert folder is not None
+    assert converted == [("x.gguf", whole)]
+    assert [file.name for file in folder.iterdir() if file.name != "checksums.json"] == ["config.json"]
+
+    (folder / "config.json").unlink()
+    (tmp_path / "part1").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"^x\.gguf of some-data==1\.0: sha256 is [0-9a-f]{64}, expected "):
+        dense_folder(config)
+    assert len(converted) == 1

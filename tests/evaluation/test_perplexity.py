@@ -43,3 +43,12 @@ def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     assert perplexity_windows(tokenizer, named, replace(config, limit=3)).shape == (3, 100)
     with pytest.raises(DataError, match="fewer than one"):
         perplexity_windows(tokenizer, named, replace(config, seqlen=100_000))
+
+
+def test_bos_begins_each_window_and_all_of_the_text_is_predicted() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0, bos_token="<unk>")
+    config = PerplexityConfig("builtin", seqlen=100, limit=5)
+    windows = perplexity_windows(tokenizer, perplexity_texts(config)[0], config, bos=True)
+    assert windows.shape == (5, 100)
+    assert windows[:, 0].unique().tolist() == [tokenizer.unk_token_id]
+    assert bytes((windows[:, 1:] - 3).flatten().tolist()) == BUILTIN.evaluation().encode()[: 5 * 99]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -298,6 +299,19 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_export_carries_the_licence_and_the_notice_of_its_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("gemma3_text"), "free")
+    config = json.loads((run / "config.yaml").read_text())
+    config["model"] |= {"licence": "gemma", "terms": "https://example.org/terms", "notice": "X is under the Terms of X"}
+    write_text(run / "config.yaml", json.dumps(config))
+    export_run(run, Request("gathered"), tmp_path / "out")
+    said = "X is under the Terms of X. The weights of local were changed: they were pruned to 2:4."
+    assert (tmp_path / "out" / "NOTICE").read_text() == f"{said}\n"
+    head, card = (tmp_path / "out" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(head)["license"] == "gemma"
+    assert f"{said} The terms: https://example.org/terms" in card
 
 
 def test_one_call_opens_what_an_export_wrote(tmp_path: Path) -> None:
