@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,23 @@ def pruning_minutes(seconds: Mapping[str, float]) -> float:
     return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
 
 
+def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """How much worse the sparse model predicts a token than the dense one, in nats, the mean over the texts; None for none.
+
+    Args:
+        perplexity: as in `metrics.json`.
+    """
+    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
+    shared = [name for name in dense if name in sparse]
+    differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in shared]
+    return sum(differences) / len(differences) if differences else None  # some may be infinite
+
+
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """The figures of a run as one level, keys joined by slashes; channel groups are summarised by their mean.
 
-    `minutes` (`pruning_minutes`) is there as well: a logger's scatter plot has its horizontal axis from it.
+    `minutes` (`pruning_minutes`) is there as well, a logger's scatter plot has its horizontal axis from it, and where there is
+    a perplexity `nats_above_dense`: the one number of several texts.
     """
     shown = {
         key: {"mean": _mean(value)} if key in _BY_GROUP else value
@@ -105,4 +119,6 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
         if key not in ("protocol", "units")
     }
     flat = {name: value for name, value in flatten(shown, "/").items() if isinstance(value, int | float | str)}
-    return flat | {"minutes": pruning_minutes(metrics["seconds"])}
+    nats = nats_above_dense(metrics.get("perplexity", {}))
+    above = {} if nats is None else {"nats_above_dense": nats}
+    return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above

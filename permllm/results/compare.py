@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.results.summary import Measure, Row, Scored, mean_log
+from permllm.results.summary import Gap, Measure, Row, Scored, mean_log
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -25,7 +25,8 @@ class Paired:
     """The difference of two rows in one measure.
 
     Attributes:
-        kind: of the measure: of a `perplexity` the differences are those of its logarithm, of an `accuracy` its own.
+        kind: of the measure: of a `perplexity` the differences are those of its logarithm, of an `accuracy` or a gap (`share`)
+            its own.
         difference: the first row's value less the second's, over the windows or items and seeds that both have.
         low: lower end of the interval that holds 95 % of the resampled differences.
         high: its upper end.
@@ -54,7 +55,7 @@ def change_between(ours: Measure, theirs: Measure) -> float:
     """
     if ours.kind == "perplexity":
         return relative(mean_log(ours) - mean_log(theirs))
-    return ours.mean - theirs.mean if ours.kind == "accuracy" else ours.mean / theirs.mean - 1
+    return ours.mean - theirs.mean if ours.kind in ("accuracy", "share") else ours.mean / theirs.mean - 1
 
 
 def relative(logarithm: float) -> float:
@@ -73,14 +74,19 @@ def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
     resampled on their own. The interval is the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap,
     chapter 13).
 
+    Of a gap the windows of each text are resampled on their own, with what the rows, their unpermuted models and the dense
+    model made of them, each averaged over its seeds; the gaps follow from these, and their mean over the texts.
+
     Args:
         ours: a row.
         theirs: the row that it is compared with.
-        name: of a perplexity or an accuracy.
+        name: of a perplexity, a gap or an accuracy.
     """
     first, second = ours.measures.get(name), theirs.measures.get(name)
     if first is None or second is None:
         return "not measured in both rows"
+    if first.gaps or second.gaps:
+        return _paired_gaps(first.gaps, second.gaps)
     what = "windows" if first.kind == "perplexity" else "items"
     runs, others = _by_seed(ours, first), _by_seed(theirs, second)
     seeds = sorted(runs.keys() & others.keys())
@@ -108,6 +114,44 @@ def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
     over = f"{count} {what}" + (f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "")
     value = float(np.mean([part.mean() for part in differences]))
     return Paired(first.kind, value, float(low), float(high), over, runs.keys() == others.keys())
+
+
+def _paired_gaps(ours: dict[str, Gap], theirs: dict[str, Gap]) -> Paired | str:
+    """The difference of two gaps, or why it has no interval."""
+    if ours.keys() != theirs.keys():
+        return "not the same texts"
+    generator = np.random.default_rng(0)
+    value, resampled, count = 0.0, np.zeros(RESAMPLES), 0
+    for name, gap in ours.items():
+        other = theirs[name]
+        six = (gap.here, gap.start, gap.end, other.here, other.start, other.end)
+        if not all(one.scored and all(one.scored) for one in six):
+            return "windows were not kept"
+        read = [[scored for of_run in one.scored for scored in of_run.values()] for one in six]
+        if len({scored.of for scored in read[0]} ^ {scored.of for scored in read[3]}):
+            return "not the same windows"
+        # The same text in the same windows; a random model is another one for each seed.
+        if len({scored.of[:1] + scored.of[2:] for runs in read for scored in runs}) > 1:
+            return "not the same windows"
+        nats = np.array(
+            [np.mean([np.array(one.values, dtype=np.float64) / one.tokens for one in runs], axis=0) for runs in read]
+        )
+        size = nats.shape[1]
+        value += _difference(nats.mean(axis=1))
+        for start in range(0, RESAMPLES, _AT_ONCE):
+            drawn = generator.integers(size, size=(min(_AT_ONCE, RESAMPLES - start), size))
+            resampled[start : start + len(drawn)] += _difference(nats[:, drawn].mean(axis=-1))
+        count += size
+    low, high = np.quantile(resampled / len(ours), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    over = f"{count} windows" + (f" of {len(ours)} texts" if len(ours) > 1 else "")
+    return Paired("share", float(value) / len(ours), float(low), float(high), over, True)
+
+
+def _difference(logarithms: NDArray[np.float64]) -> Any:
+    """Of the gaps of two rows, from the logarithms of their perplexities: float64 `(6, ...)` to `(...)`."""
+    here, start, end, other, its_start, its_end = logarithms
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (start - here) / (start - end) - (its_start - other) / (its_start - its_end)
 
 
 def bootstrap(parts: Sequence[NDArray[np.float64]], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:

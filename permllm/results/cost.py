@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from permllm.record.figures import PRUNING_STAGES, pruning_minutes
-from permllm.results.summary import Row, Summary, row_labels
+from permllm.results.summary import GAP, Row, Summary, row_labels
 
 MINUTES = f"minutes: {' + '.join(PRUNING_STAGES)}"
 
@@ -69,8 +69,20 @@ def lower_is_better(summary: Summary, measure: str) -> bool:
 
 
 def measures(summary: Summary) -> list[str]:
-    """What is worth its minutes: perplexities, gaps closed, accuracies."""
-    return [name for name in summary.measures if kind(summary, name) in ("perplexity", "accuracy") or name.startswith("gap ")]
+    """What is worth its minutes: gaps closed, their mean first; perplexities and accuracies."""
+    gaps = [name for name in summary.measures if any(name in row.measures and row.measures[name].gaps for row in summary.rows)]
+    return sorted(gaps, key=lambda name: name != GAP) + [
+        name for name in summary.measures if kind(summary, name) in ("perplexity", "accuracy")
+    ]
+
+
+def method(row: Row) -> str:
+    """What a row's order, mask and weights come from: the names of those groups that are not as they are by themselves."""
+    config = row.runs[0].config
+    usual = {"mask": "pruner", "reconstruction": "none"}
+    others = [str((config.get(group) or {}).get("name", name)) for group, name in usual.items()]
+    changed = [name for name, plain in zip(others, usual.values(), strict=True) if name != plain]
+    return ", ".join([str(config["permutation"]["name"]), *changed])
 
 
 def front(found: Sequence[Point], lower: bool) -> list[Point]:

@@ -114,7 +114,7 @@ def sections(summary: Summary, labels: list[str]) -> dict[str, dict[str, _Json]]
 def _cost(summary: Summary, labels: list[str], name: str) -> _Json:
     """A point a row, peak memory as its area, in the colour of its method."""
     points = cost.points(summary, name)
-    methods = [", ".join(row.runs[0].config[group]["name"] for group in ("pruner", "permutation")) for row in summary.rows]
+    methods = [f"{row.runs[0].config['pruner']['name']}, {cost.method(row)}" for row in summary.rows]
     largest = max([1, *(point.memory for point in points)])
     traces = []
     for point in points:
@@ -128,6 +128,7 @@ def _cost(summary: Summary, labels: list[str], name: str) -> _Json:
     meta = {"join": "lower" if cost.lower_is_better(summary, name) else "higher"}
     front = {"mode": "lines", "name": "Pareto front", "line": {"shape": "hv", "dash": "dot"}, "meta": meta}
     y = _axis(heading(summary, name), [point.value for point in points if cost.kind(summary, name) == "perplexity"])
+    y |= {"tickformat": ".0%"} if cost.kind(summary, name) in ("accuracy", "share") else {}
     x = _axis(cost.MINUTES, [point.minutes for point in points])
     return _figure([*traces, *[front] * bool(traces)], x, y, dense=summary.dense.get(name))
 

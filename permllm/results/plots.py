@@ -88,7 +88,7 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
         [p.minutes for p in best], [p.value for p in best], where="post", linestyle=":", color="grey", label="Pareto front"
     )
     largest = max([1, *(point.memory for point in found)])
-    methods = {point.row: summary.rows[point.row].runs[0].config["permutation"]["name"] for point in found}
+    methods = {point.row: cost.method(summary.rows[point.row]) for point in found}
     for method in dict.fromkeys(methods[point.row] for point in sorted(found, key=lambda point: point.minutes)):
         some = [point for point in found if methods[point.row] == method]
         sizes = [30 + 150 * point.memory / largest for point in some]
@@ -108,6 +108,8 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
         one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
         one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         one.set_minor_locator(ticker.NullLocator())
+    if cost.kind(summary, name) == "share":
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     axis.margins(x=0.15, y=0.1)
     configs = [summary.rows[point.row].runs[0].config for point in found]
     shared = [{config["model"]["name"] for config in configs}, {config["sparsity"] for config in configs}]

@@ -12,7 +12,7 @@ from permllm.errors import ConfigError
 from permllm.nested import finite
 from permllm.results.compare import Paired, change_between, paired
 from permllm.results.published import Comparison
-from permllm.results.summary import Measure, Row, Summary, close_gaps
+from permllm.results.summary import GAP, Measure, Row, Summary, close_gaps, shared_perplexities
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -108,14 +108,19 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
 
 
 def main_measure(summary: Summary) -> str | None:
-    """What runs are compared by: the first perplexity, else the average accuracy, else the first one."""
+    """What runs are compared by.
+
+    The perplexity that all rows have; where they have several, the mean gap that they close, if there is one. Else the
+    average accuracy, else the first accuracy; where rows share nothing, the first perplexity or accuracy.
+    """
     kinds = {name: _kind(summary, name) for name in summary.measures}
-    for name, kind in kinds.items():
-        if kind == "perplexity":
-            return name
+    shared = shared_perplexities(summary)
     accuracies = [name for name, kind in kinds.items() if kind == "accuracy"]
-    averages = [name for name in accuracies if name.startswith("average acc")]
-    return next(iter([*averages, *accuracies]), None)
+    accuracies.sort(key=lambda name: not name.startswith("average acc"))
+    of_all = [name for name in accuracies if all(name in row.measures for row in summary.rows)]
+    first = [GAP] * (len(shared) > 1 and GAP in kinds) + shared + of_all
+    perplexities = [name for name, kind in kinds.items() if kind == "perplexity"]
+    return next(iter([*first, *perplexities, *accuracies]), None)
 
 
 def take_baseline(summary: Summary, text: str | None) -> Row | None:
@@ -181,7 +186,7 @@ def _change(ours: Measure | None, baseline: Measure | None) -> float | None:
 
 
 def interval(row: Row, baseline: Row, name: str) -> tuple[float, float] | None:
-    """The 95 % interval of a change, as a share of a perplexity or a difference of an accuracy.
+    """The 95 % interval of a change, as a share of a perplexity or a difference of an accuracy or a gap.
 
     None where a row is its own baseline, or a row lacks what it needs (`without_interval` says what).
     """
@@ -207,16 +212,16 @@ def _whole(pair: Paired | str) -> bool:
 
 
 def comparison(first: Row, second: Row, summary: Summary) -> list[dict[str, Any]]:
-    """Two rows in each perplexity and accuracy that both have, as plain values.
+    """Two rows in each perplexity, gap and accuracy that both have, as plain values.
 
     Returns:
-        Of each its name, both values, the difference (of a perplexity the share of the second row's, of an accuracy the
-        difference), `interval`, its 95 % interval, or None, and `over`, what was resampled, or why there is no interval.
+        Of each its name, both values, the difference (of a perplexity as a share of the second row's value), `interval`, its
+        95 % interval, or None, and `over`, what was resampled, or why there is no interval.
     """
     found = []
     for name in summary.measures:
         ours, theirs = first.measures.get(name), second.measures.get(name)
-        if ours is None or theirs is None or ours.kind not in ("perplexity", "accuracy"):
+        if ours is None or theirs is None or not (ours.kind in ("perplexity", "accuracy") or ours.gaps):
             continue
         pair = paired(first, second, name)
         line: dict[str, Any] = {"measure": heading(summary, name), "kind": ours.kind}
@@ -252,7 +257,7 @@ def compared(found: list[dict[str, Any]], first: str, second: str, format: str) 
 
 
 def _unit(kind: str) -> str:
-    return " points" if kind == "accuracy" else "%"
+    return " points" if kind in ("accuracy", "share") else "%"
 
 
 def heading(summary: Summary, name: str) -> str:

@@ -20,6 +20,8 @@ from permllm.renamed import typed_name, typed_value
 from permllm.results.collect import Run
 
 GAP = "gap closed"
+ZEROS = "zeros"
+_PERPLEXITY = " perplexity ("
 
 # Settings that only repeat others or name files, whose digests stand beside them.
 _LEFT_OUT = ("name", "seed", "inputs", "save_weights")
@@ -55,6 +57,35 @@ class Scored:
     tokens: int = 1
 
 
+@dataclass(frozen=True)
+class Gap:
+    """What a row closes of the log-perplexity on one text between the unpermuted model and the dense one.
+
+    Attributes:
+        here: the row's perplexity.
+        start: the unpermuted model's.
+        end: the dense model's.
+        own: place in `start` of the value that has the seed of each run of the row; empty where not all seeds are the same.
+    """
+
+    here: Measure
+    start: Measure
+    end: Measure
+    own: list[int]
+
+    def shares(self) -> list[float] | None:
+        """The share of each run of the row; their mean is `(ln p_start - ln p_here) / (ln p_start - ln p_end)`.
+
+        In it the logarithms are means over seeds. A run's share is that of its distance from the unpermuted model of its seed,
+        if there is one. None where a perplexity is not finite, or the unpermuted model as good as the dense one.
+        """
+        start, end = mean_log(self.start), mean_log(self.end)
+        if not math.isfinite(start) or not math.isfinite(end) or start == end or not math.isfinite(mean_log(self.here)):
+            return None
+        starts = [math.log(self.start.values[place]) for place in self.own] or [start] * len(self.here.values)
+        return [(own - math.log(value)) / (start - end) for own, value in zip(starts, self.here.values, strict=True)]
+
+
 @dataclass
 class Measure:
     """One number of a row.
@@ -65,6 +96,7 @@ class Measure:
         stderr: standard error of a single run's accuracy.
         limited: it was measured on a part of the items.
         scored: of each run, what its value is made of, by text or task; nothing where that was not kept.
+        gaps: of a gap, what it is the mean of, by the name of the perplexity.
     """
 
     values: list[float]
@@ -72,6 +104,7 @@ class Measure:
     stderr: float | None = None
     limited: bool = False
     scored: list[dict[str, Scored]] = field(default_factory=list, compare=False)
+    gaps: dict[str, Gap] = field(default_factory=dict, compare=False)
 
     @property
     def mean(self) -> float:
@@ -153,6 +186,11 @@ def summarise(runs: list[Run]) -> Summary:
     dense = [each[id(row.runs[0])]["dense"] for row in ordered]
     shared = {named[key]: value for key, value in dense[0].items() if all(other.get(key) == value for other in dense)}
     summary = Summary(settings, names, ordered, shared, notes)
+    if not _patterns_differ(ordered):
+        summary.measures.remove(ZEROS)
+        for row in ordered:
+            del row.measures[ZEROS]
+    _note_texts(summary)
     close_gaps(summary)
     return summary
 
@@ -174,8 +212,9 @@ def frame_of(runs: list[Run]) -> pd.DataFrame:
 def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     """Say in the measure `gap closed` how much of the log-perplexity between the unpermuted and the dense model goes.
 
-    `(ln p_baseline - ln p_row) / (ln p_baseline - ln p_dense)`, of the means of the logarithms over seeds, and the mean over
-    the perplexities that a row and its baseline share. Nothing where a row has no baseline, or that is as good as dense.
+    `(ln p_baseline - ln p_row) / (ln p_baseline - ln p_dense)`, of the means of the logarithms over seeds. Where there are
+    several perplexities it is the mean over those that all rows with a baseline have, and each has a measure of its own beside
+    it. Nothing where a row has no baseline, or that is as good as dense.
 
     Args:
         summary: of which the rows are.
@@ -183,7 +222,7 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
             `reconstruction=none`.
     """
     _forget_gaps(summary)
-    texts: set[str] = set()
+    found: list[tuple[Row, dict[str, Gap]]] = []
     settings = [_beside_the_order(row) for row in summary.rows]
     starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
     for row, ours in zip(summary.rows, settings, strict=True):
@@ -192,29 +231,73 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
         reference = next(own, None) if baseline is None else baseline if _model(baseline) == _model(row) else None
         if reference is None:
             continue
-        shares = {}
-        for name, measure in row.measures.items():
-            if measure.kind == "perplexity" and name in reference.measures and name in row.dense:
-                here, start, end = map(mean_log, (measure, reference.measures[name], row.dense[name]))
-                if math.isfinite(here) and math.isfinite(start) and math.isfinite(end) and start != end:
-                    shares[name] = (start - here) / (start - end)
-        if shares:
-            row.measures[GAP] = Measure([statistics.fmean(shares.values())], "share")
-            texts |= shares.keys()
+        seeds, theirs = ([run.config["seed"] for run in one.runs] for one in (row, reference))
+        places = [theirs.index(seed) for seed in seeds] if set(seeds) == set(theirs) else []
+        gaps = {
+            name: Gap(measure, reference.measures[name], row.dense[name], places)
+            for name, measure in row.measures.items()
+            if measure.kind == "perplexity" and name in reference.measures and name in row.dense
+        }
+        if gaps := {name: gap for name, gap in gaps.items() if gap.shares() is not None}:
+            found.append((row, gaps))
+    texts = [name for name in summary.measures if any(name in gaps for _, gaps in found)]
     if not texts:
         return
-    last = max((position for position, name in enumerate(summary.measures) if name in texts), default=-1)
-    summary.measures.insert(last + 1, GAP)
+    shared = [name for name in texts if all(name in gaps for _, gaps in found)]
+    for row, gaps in found:
+        if shared:
+            row.measures[GAP] = _mean_gap({name: gaps[name] for name in shared})
+        if len(texts) > 1:
+            row.measures |= {gap_of(name): _mean_gap({name: gap}) for name, gap in gaps.items()}
+    last = summary.measures.index(texts[-1]) + 1
+    summary.measures[last:last] = [GAP] * bool(shared) + [gap_of(name) for name in texts] * (len(texts) > 1)
     if len(texts) > 1:
-        summary.notes.append(f"{GAP}: the mean over {', '.join(name for name in summary.measures if name in texts)}")
+        mean = f"the mean over {', '.join(shared)}" if shared else "no text is in all rows, so that each stands alone"
+        alone = [name for name in texts if name not in shared] if shared else []
+        summary.notes.append(f"{GAP}: {mean}" + (f", without {', '.join(alone)}, which some rows lack" if alone else ""))
+
+
+def gap_of(name: str) -> str:
+    """The measure of the gap on one text alone, by the name of the perplexity."""
+    return name.replace(_PERPLEXITY, f" {GAP} (", 1)
+
+
+def _mean_gap(gaps: dict[str, Gap]) -> Measure:
+    """One value a run, the mean over the texts."""
+    shares = [gap.shares() or [] for gap in gaps.values()]
+    return Measure([statistics.fmean(of_run) for of_run in zip(*shares, strict=True)], "share", gaps=gaps)
 
 
 def _forget_gaps(summary: Summary) -> None:
     """Those from other baselines."""
     for row in summary.rows:
-        row.measures.pop(GAP, None)
-    summary.measures = [name for name in summary.measures if name != GAP]
+        row.measures = {name: measure for name, measure in row.measures.items() if not measure.gaps}
+    summary.measures = [name for name in summary.measures if any(name in row.measures for row in summary.rows)]
     summary.notes = [note for note in summary.notes if not note.startswith(f"{GAP}: ")]
+
+
+def _patterns_differ(rows: list[Row]) -> bool:
+    """Whether not all rows were pruned to the same pattern in the same linears."""
+    configs = [row.runs[0].config for row in rows]
+    asked = [[config["sparsity"], config.get("keep_dense") or [], config.get("sparsity_of") or {}] for config in configs]
+    zeros = [f"{row.measures[ZEROS].mean:.2%}" for row in rows]
+    return any(pair != (asked[0], zeros[0]) for pair in zip(asked, zeros, strict=True))
+
+
+def shared_perplexities(summary: Summary) -> list[str]:
+    """The perplexities that every row has."""
+    each = [{name for name, measure in row.measures.items() if measure.kind == "perplexity"} for row in summary.rows]
+    return [name for name in summary.measures if all(name in names for names in each)]
+
+
+def _note_texts(summary: Summary) -> None:
+    """Say what rows are not compared by, as not all of them have it."""
+    shared = shared_perplexities(summary)
+    every = {name for row in summary.rows for name, measure in row.measures.items() if measure.kind == "perplexity"}
+    alone = [name for name in summary.measures if name in every and name not in shared]
+    if alone:
+        by = f"rows are compared by {', '.join(shared)}" if shared else "no perplexity compares all rows"
+        summary.notes.append(f"{by}: some rows lack {', '.join(alone)}")
 
 
 def _model(row: Row) -> str:
@@ -367,6 +450,9 @@ def _measures(run: Run, which: str) -> dict[_Key, Measure]:
         ):
             if key in metrics:
                 found[name, ()] = Measure([_mean(metrics[key].values())], kind)
+        # Of all linears of the decoder layers; records of earlier versions pruned them all.
+        sparsity = metrics["sparsity"]
+        found[ZEROS, ()] = Measure([sparsity.get("of_model", sparsity["fraction"])], "share")
         # Loading, calibration and the dense model's evaluation may be what an earlier job left.
         seconds = metrics["seconds"].get("permute", 0.0) + metrics["seconds"].get("prune", 0.0)
         found["seconds", ()] = Measure([seconds], "seconds")
@@ -385,7 +471,7 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         limited = how.get("perplexity", {}).get("limit") is not None
         losses = scores.get("perplexity", {}).get(which, {}).get(text, [])
         scored = _windows(losses, values, (text_digest, run.metrics.get("model")))
-        key = (f"{plain(text)} perplexity (window {window})", facts)
+        key = (f"{plain(text)}{_PERPLEXITY}window {window})", facts)
         found[key] = Measure([values["value"]], "perplexity", None, limited, [{text: scored} if scored else {}])
     tasks = entry.get("zero_shot", {}).get(which, {})
     bos = f"add_bos_token={setting_text(how.get('zero_shot', {}).get('add_bos_token'))}"

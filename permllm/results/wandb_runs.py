@@ -24,8 +24,8 @@ from permllm.results.summary import Summary, summarise
 
 # What the logger adds to the settings that make a result.
 _ADDED = ("run_directory", "config_hash")
-# And to the final values: `permllm.record.figures.pruning_minutes`.
-MINUTES = "minutes"
+# And to the final values: `pruning_minutes` and `nats_above_dense` of `permllm.record.figures`.
+MINUTES, NATS = "minutes", "nats_above_dense"
 # JSON has no such numbers; W&B writes them as words.
 _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
@@ -193,7 +193,7 @@ def _nested(summary: dict[str, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, value in summary.items():
         *folders, key = name.split("/")
-        if name.startswith("_") or name == MINUTES or (folders and folders[0] in ("lcp", "pass")):
+        if name.startswith("_") or name in (MINUTES, NATS) or (folders and folders[0] in ("lcp", "pass")):
             continue
         place = metrics
         for folder in folders:
@@ -294,9 +294,10 @@ def _scatters(table: Table) -> list[Any]:
     wr = _workspaces("reports.v2")
     panels = []
     for name in _results(table.summary):
-        lower = name.startswith("perplexity")
+        lower = name.startswith(("perplexity", NATS))
         line = {"running_ymin": True} if lower else {"running_ymax": True}
-        panels.append(wr.ScatterPlot(title=f"{name} over minutes", x=MINUTES, y=name, log_x=True, log_y=lower, **line))
+        log = name.startswith("perplexity")
+        panels.append(wr.ScatterPlot(title=f"{name} over minutes", x=MINUTES, y=name, log_x=True, log_y=log, **line))
     return panels
 
 
@@ -322,11 +323,15 @@ def _varying(summary: Summary) -> list[str]:
 
 
 def _results(summary: Summary) -> list[str]:
-    """Names of the final values that the table is about: perplexities, then accuracies."""
+    """Names of the final values that the table is about: perplexities, of several first their one number, then accuracies."""
     metrics = summary.rows[0].runs[0].metrics
     names = [f"perplexity/sparse/{name}/value" for name in metrics.get("perplexity", {}).get("sparse", {})]
-    return names + [
-        f"zero_shot/sparse/{task}/acc"
-        for task, values in metrics.get("zero_shot", {}).get("sparse", {}).items()
-        if values["acc"] is not None
-    ]
+    return (
+        [NATS] * (len(names) > 1)
+        + names
+        + [
+            f"zero_shot/sparse/{task}/acc"
+            for task, values in metrics.get("zero_shot", {}).get("sparse", {}).items()
+            if values["acc"] is not None
+        ]
+    )

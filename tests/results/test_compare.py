@@ -20,7 +20,7 @@ from permllm.record.files import write_record
 from permllm.results import frame
 from permllm.results.collect import collect
 from permllm.results.compare import Paired, bootstrap, paired
-from permllm.results.render import cells, find_row, records, take_baseline
+from permllm.results.render import cells, comparison, find_row, main_measure, records, take_baseline
 from permllm.results.summary import Summary, summarise
 from tests.conftest import run_python
 from tests.results.test_results import make_run
@@ -243,6 +243,10 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     start, here = (math.log(40) + math.log(50)) / 2, (math.log(20) + math.log(24)) / 2
     expected = {"none": 0.0, "lcp": (start - here) / (start - math.log(10))}
     assert gaps(summary) == pytest.approx(expected)
+    rows = {row.labels["permutation"]: row.measures["gap closed"] for row in summary.rows}
+    # Of each seed its own distance from the unpermuted model, which is none for that one.
+    own = np.log([40 / 20, 50 / 24]) / (start - math.log(10))
+    assert (rows["lcp"].deviation, rows["none"].deviation) == (pytest.approx(np.std(own, ddof=1)), 0.0)
     header, _ = cells(summary)
     assert header.index("gap closed") == header.index(PERPLEXITY) + 1
     assert summary.notes == []
@@ -337,6 +341,119 @@ def test_the_gap_is_the_mean_over_texts_that_both_rows_have(tmp_path: Path) -> N
     summary = summarise(collect([tmp_path]).runs)
     assert gaps(summary)["lcp"] == pytest.approx((math.log(2) / math.log(4) + math.log(4) / math.log(8)) / 2)
     assert summary.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
+    assert main_measure(summary) == "gap closed"
+    alone = [f"{text} gap closed (window 2048)" for text in ("wikitext2", "c4")]
+    assert summary.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *alone]
+    (lcp,) = (row for row in summary.rows if row.labels["permutation"] == "lcp")
+    assert [lcp.measures[name].mean for name in alone] == pytest.approx([math.log(2) / math.log(4), math.log(4) / math.log(8)])
+
+
+def texts_run(folder: Path, nats: dict[str, dict[str, NDArray[np.float64]]], **settings: Any) -> Path:
+    """A run whose windows have these nats a token: by `dense` and `sparse`, by text."""
+    make_run(folder, 1.0, **settings)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["perplexity"] = {
+        which: {
+            text: {"value": math.exp(of.mean()), "window": WINDOW, "tokens": of.size * (WINDOW - 1)}
+            for text, of in texts.items()
+        }
+        for which, texts in nats.items()
+    }
+    names, several = list(nats["dense"]), len(nats["dense"]) > 1
+    digests = {name: f"digest of {name}" for name in names}
+    metrics["texts"] = {"perplexity": digests if several else digests[names[0]]}
+    how = {"dataset": names if several else names[0], "window": WINDOW}
+    metrics["evaluation"] = evaluation_of({"evaluation": {"perplexity": how}})
+    losses = {which: {text: (of * (WINDOW - 1)).tolist() for text, of in texts.items()} for which, texts in nats.items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    write_record(folder / "scores.json", {"evaluations": {digest_of(metrics["evaluation"]): {"perplexity": losses}}})
+    return folder
+
+
+def nats_of(seed: int, sizes: dict[str, int], shift: float) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Windows that are hard for the dense model are hard for the sparse one; `shift` is how much worse that one is."""
+    found: dict[str, dict[str, NDArray[np.float64]]] = {"dense": {}, "sparse": {}}
+    for place, (text, size) in enumerate(sizes.items()):
+        dense = np.random.default_rng(place).normal(3.0, 0.5, size)
+        found["dense"][text] = dense
+        found["sparse"][text] = dense + np.random.default_rng(100 * seed + place).normal(shift, 0.2, size)
+    return found
+
+
+SIZES = {"boolq-passages": 24, "wikitext2": 40, "sciq-support": 32}
+
+
+def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_path: Path) -> None:
+    made = {"none": [nats_of(1, SIZES, 2.0)], "heuristic": [nats_of(2, SIZES, 1.6)]}
+    made["lcp"] = [nats_of(3, SIZES, 0.9), nats_of(4, SIZES, 1.0)]
+    for name, seeds in made.items():
+        for seed, nats in enumerate(seeds):
+            texts_run(tmp_path / f"{name}{seed}", nats, permutation=name, seed=seed)
+    summary = summarise(collect([tmp_path]).runs)
+
+    def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
+        here = np.mean([nats["sparse"][text][of].mean() for nats in made[name]])
+        start, end = made["none"][0]["sparse"][text][of].mean(), made["none"][0]["dense"][text][of].mean()
+        return float((start - here) / (start - end))
+
+    def mean_gap(name: str, generator: np.random.Generator | None) -> tuple[float, float]:
+        """Of the row, and its difference from the heuristic's; of all windows without a generator."""
+        drawn = {t: np.arange(n) if generator is None else generator.integers(n, size=n) for t, n in SIZES.items()}
+        one, other = (float(np.mean([drawn_gap(row, t, of) for t, of in drawn.items()])) for row in (name, "heuristic"))
+        return one, one - other
+
+    rows = {row.labels["permutation"]: row for row in summary.rows}
+    gap, difference = mean_gap("lcp", None)
+    assert rows["lcp"].measures["gap closed"].mean == pytest.approx(gap, abs=1e-12)
+    (none,), each = made["none"], []
+    for nats in made["lcp"]:
+        closed = [
+            np.mean(none["sparse"][t] - nats["sparse"][t]) / np.mean(none["sparse"][t] - none["dense"][t]) for t in SIZES
+        ]
+        each.append(np.mean(closed))
+    assert rows["lcp"].measures["gap closed"].deviation == pytest.approx(np.std(each, ddof=1), abs=1e-12)
+    generator = np.random.default_rng(7)
+    resampled = np.array([mean_gap("lcp", generator) for _ in range(3000)])
+    for other, value, column in (("none", gap, 0), ("heuristic", difference, 1)):
+        found = paired(rows["lcp"], rows[other], "gap closed")
+        assert isinstance(found, Paired)
+        low, high = np.quantile(resampled[:, column], [0.025, 0.975])
+        assert found.difference == pytest.approx(value, abs=1e-12)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+        assert (found.kind, found.over, found.whole) == ("share", "96 windows of 3 texts", True)
+    lines = {line["measure"]: line for line in comparison(rows["lcp"], rows["heuristic"], summary)}
+    assert lines["gap closed"]["difference"] == pytest.approx(difference)
+    assert lines["wikitext2 gap closed (window 2048)"]["over"] == "40 windows"
+    header, body = cells(summary, take_baseline(summary, "permutation=none"))
+    (lcp,) = (line for line in body if line[0] == "lcp")
+    low, high = (100 * end for end in paired(rows["lcp"], rows["none"], "gap closed").shown()[1:])  # type: ignore[union-attr]
+    assert lcp[header.index("against the baseline")] == f"{gap * 100:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
+def test_rows_whose_texts_differ_are_compared_by_those_that_all_have(tmp_path: Path) -> None:
+    texts_run(tmp_path / "none", nats_of(1, SIZES, 2.0), permutation="none")
+    texts_run(tmp_path / "lcp", nats_of(2, SIZES, 1.0))
+    two = {text: SIZES[text] for text in ("wikitext2", "sciq-support")}
+    texts_run(tmp_path / "heuristic", nats_of(3, two, 1.5), permutation="heuristic")
+    summary = summarise(collect([tmp_path]).runs)
+    names = {text: f"{text} perplexity (window {WINDOW})" for text in SIZES}
+    both = ", ".join(names[text] for text in two)
+    lacks = names["boolq-passages"]
+    assert summary.notes == [
+        f"rows are compared by {both}: some rows lack {lacks}",
+        f"gap closed: the mean over {both}, without {lacks}, which some rows lack",
+    ]
+    rows = {row.labels["permutation"]: row for row in summary.rows}
+    of_each = [rows["lcp"].measures[f"{text} gap closed (window {WINDOW})"].mean for text in two]
+    assert rows["lcp"].measures["gap closed"].mean == pytest.approx(np.mean(of_each))
+    assert isinstance(paired(rows["lcp"], rows["heuristic"], "gap closed"), Paired)
+    # One text alone is what all have: it compares, also where another one stands first.
+    texts_run(tmp_path / "other", nats_of(3, {"wikitext2": 40}, 1.5), permutation="other")
+    assert main_measure(summarise(collect([tmp_path]).runs)) == names["wikitext2"]
+    texts_run(tmp_path / "c4", nats_of(3, {"c4": 40}, 1.5), permutation="none", model="another")
+    notes = summarise(collect([tmp_path]).runs).notes
+    assert notes[0].startswith("no perplexity compares all rows: some rows lack ")
+    assert notes[1] == "gap closed: no text is in all rows, so that each stands alone"
 
 
 def test_runs_are_a_frame(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from permllm import runner
 from permllm.commands import main
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
+from permllm.record.figures import nats_above_dense
 from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, job_group, job_name, open_logger
 from permllm.record.mlflow_runs import DATABASE, MLFLOW_ID, MlflowLogger, open_mlflow
 from permllm.results import wandb_runs
@@ -146,6 +148,8 @@ def test_final_values_are_those_of_the_metrics(sweep: Path, logged: dict[str, li
         assert summary["status"] == "finished"
         seconds = metrics["seconds"]
         assert summary["minutes"] == pytest.approx((seconds["calibrate"] + seconds["permute"] + seconds["prune"]) / 60)
+        dense, sparse = (metrics["perplexity"][which]["builtin"]["value"] for which in ("dense", "sparse"))
+        assert summary["nats_above_dense"] == pytest.approx(math.log(sparse / dense))
         assert {key[8:]: value for key, value in summary.items() if key.startswith("seconds/")} == metrics["seconds"]
         mean = sum(metrics["retained_saliency"].values()) / len(metrics["retained_saliency"])
         assert summary["retained_saliency/mean"] == pytest.approx(mean)
@@ -681,6 +685,22 @@ def test_the_report_has_the_table_and_panels_of_the_runs_behind_it(monkeypatch: 
     assert ("lcp/step", "lcp/loss") in lines
     assert ("lcp/step", "lcp/temperature") in lines
     assert ("lcp/pass", "pass/measured_loss") in lines
+
+
+def test_several_texts_have_one_number_in_wandb() -> None:
+    perplexity = {"dense": {"a": {"value": 5.0}, "b": {"value": 8.0}}, "sparse": {"a": {"value": 10.0}, "b": {"value": 64.0}}}
+    assert nats_above_dense(perplexity) == pytest.approx((math.log(2) + math.log(8)) / 2)
+    run = online_run(1)
+    for which in ("dense", "sparse"):
+        for key in ("value", "window", "tokens"):
+            run.summary_metrics[f"perplexity/{which}/c4/{key}"] = run.summary_metrics[f"perplexity/{which}/wikitext2/{key}"]
+    run.summary_metrics["nats_above_dense"] = 0.6
+    found, notes = wandb_runs.tables(wandb_runs.read_api(FakeApi([run]), "x", ["*"]), published("table6"))
+    assert notes == []
+    view = specified(wandb_runs.workspace(found, "permllm", "me", "PermLLM"))
+    (section,) = view["spec"]["section"]["panelBankConfig"]["sections"]
+    first = section["panels"][0]["config"]
+    assert (first["yAxis"], first["showMinYAxisLine"], first["yAxisLogScale"]) == ("summary:nats_above_dense", True, False)
 
 
 def test_the_workspace_shows_quality_over_minutes_of_the_same_runs() -> None:

@@ -303,7 +303,8 @@ def test_quality_over_minutes_has_a_point_a_row_and_leaves_out_what_was_learned_
     make_run(tmp_path / "from_file", 20.0, permutation="from_file", acc=0.5)
     summary = summary_of(tmp_path)
     figures = figures_of(summary)["Quality over minutes"]
-    assert {PERPLEXITY, "rte acc"} <= set(figures)
+    assert list(figures) == ["gap closed", PERPLEXITY, "rte acc"]
+    assert figures["gap closed"]["layout"]["yaxis"]["tickformat"] == ".0%"
     rows = {row.labels["permutation"]: number for number, row in enumerate(summary.rows)}
     data = figures[PERPLEXITY]["data"]
     points = {trace["meta"]["row"]: trace for trace in data if "row" in trace["meta"]}
@@ -587,6 +588,7 @@ def test_a_header_sorts_up_and_down_with_mouse_and_keyboard(browser: Any, tmp_pa
 def test_the_filter_wants_all_words_and_plots_and_runs_follow(browser: Any, tmp_path: Path) -> None:
     with Opened(browser, write_page(tmp_path / "page.html", ablation_like(tmp_path / "runs"))) as page:
         count, words = page.locator(".dt-info"), page.get_by_label("Filter rows")
+        figure(page, "Quality over minutes").get_by_label("Measure").select_option(PERPLEXITY)
         front = figure(page, "Quality over minutes").locator(".scatterlayer .js-line")
         assert count.inner_text() == "9 of 9 rows"
         assert figure(page, "Measures").locator(".bars .point").count() == 9

@@ -111,6 +111,23 @@ def test_settings_that_only_some_runs_have_tell_rows_apart_where_nothing_else_do
     assert [row[:2] for row in rows] == [["", "20.00"], ["foldable", "30.00"]]
 
 
+def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    make_run(tmp_path / "b", 30.0, permutation="none")
+    assert "zeros" not in table(tmp_path)[0]
+    dense_layers = make_run(tmp_path / "c", 15.0, keep_dense=["0"])
+    metrics = json.loads((dense_layers / "metrics.json").read_text())
+    metrics["sparsity"]["of_model"] = 0.4375
+    (dense_layers / "metrics.json").write_text(json.dumps(metrics))
+    header, dense, *rows = table(tmp_path)
+    place = header.index("zeros")
+    assert dense[place] == ""
+    assert {row[header.index("keep_dense")]: row[place] for row in rows} == {"": "50.00%", "0": "43.75%"}
+    make_run(tmp_path / "d" / "one", 20.0)
+    make_run(tmp_path / "d" / "other", 20.0, sparsity="4:8")  # as many, in another pattern
+    assert "zeros" in table(tmp_path / "d")[0]
+
+
 def test_limited_accuracy_says_so_and_has_its_error(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 20.0, acc=0.5)
     header, dense, row = table(tmp_path)

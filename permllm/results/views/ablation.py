@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -119,8 +121,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _perplexity(metrics: dict[str, Any], which: str) -> float:
-    (result,) = metrics["perplexity"][which].values()
-    return float(result["value"])
+    """The geometric mean over the texts."""
+    found = [float(result["value"]) for result in metrics["perplexity"][which].values()]
+    return found[0] if len(found) == 1 else math.exp(statistics.fmean(map(math.log, found)))
 
 
 def _spread(values: pd.Series, digits: int) -> str:

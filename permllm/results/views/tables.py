@@ -20,7 +20,7 @@ from permllm.results.summary import Row, Summary, summarise
 from permllm.results.views import Marker, markers
 
 # Measures of a table that says nothing else: parts of their names.
-_SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, seconds"
+_SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
 _OFFLINE = "model=smollm2-135m budget=cpu"
 
 
@@ -32,7 +32,7 @@ def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str
         records: the file of the runs.
         baseline: the row that the others are compared with.
         columns: settings, with commas; whatever else varies follows from them.
-        measures: with commas; each is a part of a measure's name.
+        measures: with commas; each is a measure's name, or a part of those of several.
     """
     runs = runs_of(folder / records)
     summary, row = _narrowed(runs, columns, measures, baseline)
@@ -232,7 +232,11 @@ def _narrowed(runs: list[Run], columns: str, measures: str, baseline: str = "") 
     for row in summary.rows:
         row.labels = {name: row.labels[name] for name in summary.settings}
     reference = take_baseline(summary, baseline)
-    summary.measures = [name for name in summary.measures if any(part in name for part in measures.split(", "))]
+    asked = measures.split(", ")
+    # A measure's whole name is that one alone: the mean gap without those of each text.
+    whole = [part for part in asked if part in summary.measures]
+    parts = [part for part in asked if part not in whole]
+    summary.measures = [name for name in summary.measures if name in whole or any(part in name for part in parts)]
     return summary, reference
 
 
