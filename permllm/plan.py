@@ -13,6 +13,8 @@ from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
+from permllm.models.head import tokens_at_a_time
+from permllm.models.losses import CHUNK
 from permllm.permutation.contract import LearningPlan
 from permllm.runtime.terminal import terminal
 
@@ -87,10 +89,13 @@ def _memory(
     of_gradients = 4 * pruned * len(gradient_kinds(pruner.statistics))
     scores = 4 * pruned if of_gradients else 0
     vocabulary = model.config.vocab_size
-    logits_batch = max(config.evaluation.perplexity.batch_tokens, config.evaluation.perplexity.seqlen) * vocabulary * item
+    perplexity = config.evaluation.perplexity
+    # Of the tokens of a batch those whose logits exist together, and in float32 those of a window.
+    evaluated = tokens_at_a_time(vocabulary, max(perplexity.batch_tokens, perplexity.seqlen))
+    of_window = tokens_at_a_time(vocabulary, perplexity.seqlen)
     stages = {
         "weights": float(weights),
-        "evaluate": weights + logits_batch + 4 * config.evaluation.perplexity.seqlen * vocabulary,
+        "evaluate": weights + (evaluated * item + of_window * 4) * vocabulary,
         # Two streams of states and the learning target; masks are kept as bool until they are written.
         "on host, beside it": float(3 * states + pruned + of_gradients),
         "calibrate": float(weights + forward + sums),
@@ -98,12 +103,16 @@ def _memory(
     if of_gradients:
         # One sample: the states between the layers, one layer's internals, the logits, and one gradient.
         between = config.calibration.seqlen * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
-        stages["gradients"] = weights + between + config.calibration.seqlen * vocabulary * (item + 12) + largest * item
+        together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
+        stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
     if permutation.learned:
         batch_states = permutation.batch_size * config.calibration.seqlen * hidden * item
         layer_states = permutation.batch_size * config.calibration.seqlen * (8 * hidden + 4 * widest) * item
+        # Where the loss goes through the head: its weight in the format of the products, and four numbers a token and a word.
+        words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if getattr(permutation, "loss", None) == "kl" else 0
         # Logits, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
         stages["learn"] = weights + 16 * logits + batch_states * depth + layer_states + 3 * largest * item
+        stages["learn"] += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
         stages["learn"] += scores * depth / len(decoder_layers(model))
     stages["prune"] = weights + forward + sums + 4 * 3 * largest
     return {name: math.ceil(size) for name, size in stages.items()}

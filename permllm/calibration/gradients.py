@@ -16,7 +16,7 @@ from permllm.calibration.statistics.base import GradientStatistic, Statistic, gr
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import decoder_layers, linear_at
-from permllm.models.head import Head
+from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.memory import to_host
 from permllm.runtime.precision import products_in
 
@@ -34,7 +34,8 @@ def weight_gradients(
     """Statistics of the gradients of the calibration loss: of each sample, the mean cross-entropy of its next tokens.
 
     One backward a sample, in which each decoder layer is computed anew: the device holds the states between the layers, the
-    activations of one layer and the logits of one sample, and of the gradients one at a time, which goes to the host.
+    activations of one layer and the logits of one sample, or of a part of it where the vocabulary is large, and one gradient,
+    which goes to the host.
 
     Args:
         model: dense, of a known family; as it was afterwards.
@@ -82,9 +83,21 @@ def _summed_loss(model: nn.Module, head: Head, sample: Tensor) -> Tensor:
     hidden = inputs.hidden
     for layer, kwargs in zip(decoder_layers(model), inputs.kwargs, strict=True):
         hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
-    logits = head.logits(head.reads(hidden)[0, :-1])
+    states = head.reads(hidden)[0, :-1]
+    targets = sample[0, 1:].to(states.device)
+    at_a_time = tokens_at_a_time(len(head.weight), len(states))
+    if at_a_time == len(states):
+        return _cross_entropy(head, states, targets)
+    total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
+    for part, following in zip(states.split(at_a_time), targets.split(at_a_time), strict=True):
+        total = total + checkpoint(_cross_entropy, head, part, following, use_reentrant=False)
+    return total
+
+
+def _cross_entropy(head: Head, states: Tensor, targets: Tensor) -> Tensor:
+    logits = head.logits(states)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(wide, sample[0, 1:].to(wide.device), reduction="sum")
+    return nn.functional.cross_entropy(wide, targets, reduction="sum")
 
 
 @contextmanager

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
 from permllm.data.calibration import all_tokens, begun, bos_of
 from permllm.data.named import NamedText
 from permllm.errors import DataError
+from permllm.models.checkpoint import vocabulary_of
+from permllm.models.head import Head, tokens_at_a_time
 
 
 def perplexity_windows(
@@ -48,12 +50,17 @@ def perplexity_windows(
     return begun(tokens[: count * piece].view(count, piece), first)
 
 
+def _nats(logits: Tensor, targets: Tensor) -> float:
+    """Negative log-likelihood, a sum: logits `(tokens, vocabulary)`, targets int64 `(tokens,)`."""
+    return float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+
+
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, Any]:
+def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, Any]:
     """Perplexity of `model` on `windows` int64 `(windows, seqlen)`.
 
     The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the seqlen - 1 predicted
-    tokens of every window)`.
+    tokens of every window)`. Of a large vocabulary the logits exist for some tokens at a time.
 
     Returns:
         `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over its predicted tokens).
@@ -62,12 +69,19 @@ def perplexity(model: nn.Module, windows: Tensor, batch_tokens: int, label: str 
     count, window = windows.shape
     losses: list[float] = []
     batches = windows.split(max(1, batch_tokens // window))
+    at_a_time = tokens_at_a_time(vocabulary_of(model), batches[0].numel())
+    head = Head(model) if at_a_time < batches[0].numel() else None
     for batch in tqdm(batches, desc=label, unit="batch", leave=False):
         batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
-            loss = nn.functional.cross_entropy(sequence[:-1].float(), targets[1:], reduction="sum")
-            losses.append(float(loss))
+        if head is None:
+            logits = model(input_ids=batch, use_cache=False).logits
+            for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
+                losses.append(_nats(sequence[:-1], targets[1:]))
+        else:
+            states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+            for sequence, targets in zip(states, batch, strict=True):
+                parts = zip(sequence[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True)
+                losses.append(math.fsum(_nats(head.logits(part), following) for part, following in parts))
     total = 0.0
     for nats in losses:  # one after the other: `sum` rounds in another way from Python 3.12 on
         total += nats

@@ -32,7 +32,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, s
 windows = load_file(sys.argv[2])["windows"]
 total, count = 0.0, 0
 with torch.no_grad():
-    for window in windows.split(4):
+    for window in windows.split(4 if model.config.vocab_size <= 160_000 else 1):
         logits = model(input_ids=window).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="none")
         total, count = total + float(losses.double().sum()), count + losses.numel()

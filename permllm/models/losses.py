@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.models.head import Head
+from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.precision import product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
 
-# Tokens whose logits over the vocabulary exist at a time.
-_CHUNK = 128
+# Tokens whose logits over the vocabulary exist at a time, at most.
+CHUNK = 128
 
 
 def loss_named(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -53,7 +53,7 @@ def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
     chunk = _plain_chunk(head.weight, product_dtype(sparse)) if head.plain else _own_chunk(head)
-    return _HeadDivergence.apply(sparse, dense, chunk)
+    return _HeadDivergence.apply(sparse, dense, chunk, tokens_at_a_time(len(head.weight), CHUNK))
 
 
 # The divergence of some tokens, `sparse` and `dense (tokens, hidden)`, a sum, and its gradient over the number of all tokens;
@@ -65,11 +65,11 @@ class _HeadDivergence(torch.autograd.Function):
     """The head is frozen and the loss is a mean, so the gradient is known in forward, chunk by chunk: no logits are kept."""
 
     @staticmethod
-    def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Chunk) -> Tensor:
+    def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Chunk, tokens: int) -> Tensor:
         total = _wide(sparse.new_zeros(()))
         grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
-        for first in range(0, len(sparse), _CHUNK):
-            part = slice(first, first + _CHUNK)
+        for first in range(0, len(sparse), tokens):
+            part = slice(first, first + tokens)
             divergence, of_part = chunk(sparse[part], dense[part], None if grad is None else len(sparse))
             total += divergence
             if grad is not None and of_part is not None:
@@ -78,9 +78,9 @@ class _HeadDivergence(torch.autograd.Function):
         return total / len(sparse)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None
+        return grad * grads[0].to(grad.dtype), None, None, None
 
 
 def _plain_chunk(weight: Tensor, dtype: torch.dtype) -> _Chunk:

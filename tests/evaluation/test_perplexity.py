@@ -14,6 +14,7 @@ from permllm.data.named import perplexity_texts
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
+from permllm.models import head
 from tests.conftest import tiny_model
 
 
@@ -31,6 +32,21 @@ def test_value_equals_the_definition() -> None:
     assert (result["window"], result["tokens"]) == (10, 27)
     assert result["losses"] == pytest.approx(losses, rel=1e-5)
     assert perplexity(model, windows, batch_tokens=1)["value"] == pytest.approx(result["value"], rel=1e-6)
+
+
+def test_a_large_vocabulary_has_the_logits_of_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma3_text", dtype=torch.float64)
+    windows = torch.randint(0, 259, (3, 10), generator=torch.Generator().manual_seed(0))
+    log_p = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+    expected = -log_p.gather(-1, windows[:, 1:, None]).sum((1, 2))
+    monkeypatch.setattr(head, "_VOCABULARY", 8)  # three tokens of 259
+    at_a_time = []
+    handle = model.lm_head.register_forward_hook(lambda _, __, output: at_a_time.append(output.shape[-2]))
+    result = perplexity(model, windows, batch_tokens=20)
+    handle.remove()
+    assert result["losses"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert at_a_time[-9:] == [3, 3, 3] * 3
+    assert max(at_a_time) < 10
 
 
 def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from permllm.models import losses
 from permllm.models.families import _LLAMA, FAMILIES, Family, GroupTable, after_layers, decoder_layers
-from permllm.models.head import Head
+from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.losses import cosine_loss, head_divergence, mean_square_loss
 from tests.conftest import tiny_model
 
@@ -34,7 +34,7 @@ def test_mean_square_loss_against_its_formula() -> None:
 
 
 def test_head_divergence_and_its_gradient_against_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK", 4)  # 14 tokens: three chunks and a rest
+    monkeypatch.setattr(losses, "CHUNK", 4)  # 14 tokens: three chunks and a rest
     model = tiny_model("llama", dtype=torch.float64)
     hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(1)
@@ -51,6 +51,18 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(monkeypatch:
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
     assert float(head_divergence(Head(model), target, target)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("vocabulary", [49_152, 151_936, 262_144])
+def test_a_large_vocabulary_has_the_logits_of_fewer_tokens_at_a_time(vocabulary: int) -> None:
+    numbers = 128 * 160_000
+    assert tokens_at_a_time(vocabulary, 128) * vocabulary <= numbers
+    if 128 * vocabulary <= numbers:
+        assert tokens_at_a_time(vocabulary, 5000) == 5000  # as it always was
+    else:
+        assert (tokens_at_a_time(vocabulary, 5000) + 1) * vocabulary > numbers
+    assert tokens_at_a_time(vocabulary, 3) == 3
+    assert tokens_at_a_time(10**9, 3) == 1
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -105,7 +117,7 @@ def model_of(model_type: str, settings: dict[str, Any], monkeypatch: pytest.Monk
 def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_CHUNK", 4)
+    monkeypatch.setattr(losses, "CHUNK", 4)
     model = model_of(model_type, {}, monkeypatch)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 259, (2, 9), generator=generator)

@@ -24,6 +24,7 @@ from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError, TrainingError
 from permllm.export.verify import verify
+from permllm.models import head
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
 from permllm.permutation.identity import Identity
@@ -83,6 +84,21 @@ def test_gblm_is_its_formula_entry_by_entry(family: str, norm_over: NormOver) ->
         of_released_code = norm[path] * math.sqrt(length) + 3.0 * (samples * square).sqrt()
         expected = linear_at(model, path).weight.abs() * of_released_code * scale
         torch.testing.assert_close(saliency(linear_at(model, path).weight, factors[path]), expected, rtol=1e-6, atol=0)
+
+
+def test_a_large_vocabulary_has_the_gradients_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma3_text", dtype=torch.float64)
+    expected = by_autograd(model)
+    monkeypatch.setattr(head, "_VOCABULARY", 8)  # three tokens of 259 at a time
+    at_a_time = []
+    handle = model.lm_head.register_forward_hook(lambda _, __, output: at_a_time.append(output.shape[-2]))
+    found = weight_gradients(model, paths_of(model), (GradientSquare,), tokens())
+    handle.remove()
+    assert max(at_a_time[-12:]) == 3
+    for path, square in expected.items():
+        (statistic,) = found[path]
+        assert isinstance(statistic, GradientSquare)
+        torch.testing.assert_close(statistic.value, square, rtol=1e-5, atol=0)
 
 
 def test_without_gradients_it_is_wanda() -> None:
