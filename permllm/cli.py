@@ -16,7 +16,18 @@ from permllm.runtime.interruption import started
 from permllm.usage import completions, help_text, reported
 
 # Groups that every job has an option of.
-_NEEDED = ("model", "pruner", "permutation", "temperature", "reconstruction", "calibration", "evaluation", "export", "logger")
+_NEEDED = (
+    "model",
+    "pruner",
+    "permutation",
+    "temperature",
+    "mask",
+    "reconstruction",
+    "calibration",
+    "evaluation",
+    "export",
+    "logger",
+)
 # Hydra answers these itself.
 _QUESTIONS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
 

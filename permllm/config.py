@@ -1,7 +1,7 @@
 """What `conf/` must hold, typed, and every check of a value that can be made before anything is loaded.
 
-The groups `pruner`, `permutation`, `temperature` and `reconstruction` stay mappings here: each names a class (`_target_`) that
-takes the other keys as its arguments and checks them itself, so that a new method needs no change in this file.
+The groups `pruner`, `permutation`, `temperature`, `mask` and `reconstruction` stay mappings here: each names a class
+(`_target_`) that takes the other keys as its arguments and checks them itself, so that a new method needs no change here.
 """
 
 from __future__ import annotations
@@ -303,6 +303,7 @@ class RunConfig:
     pruner: dict[str, Any]
     permutation: dict[str, Any]
     temperature: dict[str, Any]
+    mask: dict[str, Any]
     reconstruction: dict[str, Any]
     sparsity: str = "2:4"
     keep_dense: list[str] = field(default_factory=list)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from permllm.calibration.shared import packed_factors, unpacked_factors
-from permllm.config import RunConfig, instantiate_permutation, read_config
+from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
+from permllm.job import methods_of
 from permllm.learning.problem import LearningProblem
 from permllm.models.loading import LoadedModel, load_model
 from permllm.models.patterns import groups_to_prune
@@ -47,42 +50,48 @@ def assist() -> float:
                 reason = f"its model is {loaded.identity}, and that of the first process {given['model']}"
             if not any(parallel.gathered(reason)) and loaded is not None:
                 _learn(config, loaded, given)
-            loaded = None  # its memory is free while the first process goes on
+            if given["orders"] is not None or "mask" not in methods_of(config).learned:
+                loaded = None  # its memory is free while the first process goes on
         word, given = parallel.told()
     return float(given)
 
 
-def call_helpers(problem: LearningProblem, identity: str, products: torch.dtype) -> None:
+def call_helpers(
+    problem: LearningProblem, identity: str, products: torch.dtype, orders: Mapping[str, Tensor] | None = None
+) -> None:
     """In the first process: have the others learn the same from now on; nothing happens without torchrun.
 
     Args:
         problem: what is learned from.
         identity: of its model (`LoadedModel.identity`).
         products: dtype of its matrix products.
+        orders: of all channel groups, where masks are learned in them; None where the orders are.
 
     Raises:
         DataError: one of them cannot.
     """
     if parallel.world_size() == 1:
         return
-    given = {"model": identity, "products": str(products).removeprefix("torch."), "tokens": problem.tokens}
+    given: dict[str, Any] = {"model": identity, "products": str(products).removeprefix("torch."), "tokens": problem.tokens}
+    given["orders"] = None if orders is None else dict(orders)
     parallel.tell(parallel.LEARN, given | {"factors": packed_factors(problem.factors), "target": problem.target})
     for number, reason in enumerate(parallel.gathered("")):
         if reason:
             raise DataError(f"the process of rank {number} cannot learn: {reason}")
 
 
-def check_shares(permutation: Any, samples: int) -> None:
+def check_shares(learned: Mapping[str, Any], samples: int) -> None:
     """Raise ConfigError where one of several processes would never have a sample to learn from.
 
     Args:
-        permutation: a method that learns from `batch_size` samples a step.
+        learned: methods that learn from `batch_size` samples a step, by their group.
         samples: `calibration.samples`.
     """
     processes = parallel.world_size()
     if processes == 1:
         return
-    for name, value in (("permutation.batch_size", permutation.batch_size), ("calibration.samples", samples)):
+    sizes = {f"{group}.batch_size": method.batch_size for group, method in learned.items()}
+    for name, value in (sizes | {"calibration.samples": samples}).items():
         if value < processes:
             raise ConfigError(
                 f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"
@@ -112,6 +121,10 @@ def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> Non
     )
     try:
         with parallel.in_step(), products_in(getattr(torch, given["products"]), problem.device):
-            instantiate_permutation(config).orders(problem)
+            methods = methods_of(config)
+            if given["orders"] is None:
+                methods.permutation.orders(problem)
+            else:
+                methods.mask.masks(problem, given["orders"], methods.permutation)
     except TrainingError:
         pass  # the first process has met it at the same step, and says so

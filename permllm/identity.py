@@ -24,6 +24,7 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.norm_over": "tokens",
     "permutation.temperature_every": "step",
     "permutation.sinkhorn_start": "exponential",
+    "mask": {"name": "pruner"},
     "permutation.steps": None,
     "permutation.samples": None,
     "calibration.sampling": "disjoint",

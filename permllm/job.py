@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from inspect import isabstract
+from inspect import isabstract, signature
 from typing import Any, get_args
 
 import torch
@@ -17,6 +17,7 @@ from permllm.export.checkpoint import Request
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.permutation.from_file import FromFile
+from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint
 from permllm.permutation.shared import check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction
@@ -37,17 +38,30 @@ class Methods:
     Attributes:
         pruner: the base pruner.
         permutation: finds the order of each channel group.
+        mask: chooses the masks where it is learned, else the pruner does.
         reconstruction: changes the kept weights.
     """
 
     pruner: Pruner
     permutation: Any
+    mask: Any
     reconstruction: Reconstruction
 
     @property
     def change_weights(self) -> bool:
         """Whether the kept weights become others than the dense model's."""
         return self.pruner.updates_weights or self.reconstruction.changes_weights
+
+    @property
+    def orders_learn_with_masks(self) -> bool:
+        """The permutation only gives the orders that learning starts from."""
+        return bool(self.mask.learned and self.mask.learns_orders)
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What trains, by its group, in the order in which it does."""
+        orders = {} if self.orders_learn_with_masks else {"permutation": self.permutation}
+        return {group: method for group, method in (orders | {"mask": self.mask}).items() if method.learned}
 
 
 @dataclass
@@ -85,12 +99,17 @@ def methods_of(config: RunConfig) -> Methods:
         ConfigError: one cannot be made or lacks what it will be asked for, or the masks would be made from other
             statistics than those that their order is learned with.
     """
-    methods = Methods(instantiate(config.pruner), instantiate_permutation(config), instantiate(config.reconstruction))
+    methods = Methods(
+        instantiate(config.pruner),
+        instantiate_permutation(config),
+        instantiate(config.mask),
+        instantiate(config.reconstruction),
+    )
     _check_contracts(config, methods)
     statistics = config.calibration.statistics
-    if methods.permutation.learned and statistics != "dense":
+    for group in methods.learned if statistics != "dense" else ():
         raise ConfigError(
-            f"calibration.statistics={statistics} is not valid with permutation={config.permutation['name']}, which is "
+            f"calibration.statistics={statistics} is not valid with {group}={getattr(config, group)['name']}, which is "
             "learned with dense statistics and keeps them"
         )
     return methods
@@ -112,6 +131,21 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     constraint = getattr(permutation, "constraint", "missing")
     if constraint is not None or not permutation.local:  # a file's is known once the groups are
         check_one_of(f"{key}: constraint", constraint, get_args(Constraint))
+    key = f"mask={config.mask.get('name')}"
+    check_contract(key, methods.mask, ("learned",), ())
+    if methods.mask.learned:
+        check_contract(key, methods.mask, ("learns_orders",), ("masks", "plan"))
+        check_whole(f"{key}: batch_size", getattr(methods.mask, "batch_size", None), 1)
+        if methods.mask.learns_orders and not isinstance(permutation, LCPSettings):
+            raise ConfigError(
+                f"mask.orders={config.mask.get('orders')} needs permutation=lcp, whose settings say how the order learns, not "
+                f"permutation={config.permutation.get('name')}"
+            )
+        if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "
+                f"and pruner={config.pruner.get('name')} only does so under its own"
+            )
     key = f"reconstruction={config.reconstruction.get('name')}"
     check_contract(key, methods.reconstruction, ("changes_weights",), ("linear", "layer", "network"))
     _check_statistics(key, methods.reconstruction)
@@ -129,7 +163,9 @@ def _check_statistics(key: str, method: object) -> None:
 def code_of(config: RunConfig, methods: Methods) -> str:
     """Digest of the modules that a pruned model follows from: those of its text and its methods, and all that they import."""
     of_text = calibration_text(config.calibration).code or ()
-    of_methods = [type(part).__module__ for part in (methods.pruner, methods.permutation, methods.reconstruction)]
+    of_methods = [
+        type(part).__module__ for part in (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
+    ]
     return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)
 
 

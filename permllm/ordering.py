@@ -1,8 +1,11 @@
-"""Where the order of each channel group comes from: found group by group, searched or learned for all of them, or kept."""
+"""Where the order of each channel group comes from: found group by group, searched or learned for all of them, or kept.
+
+And where the masks do, if it is not the pruner that chooses them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,8 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
         return kept
     job.record.begin_learning()
     orders: dict[str, Tensor]
+    if job.methods.orders_learn_with_masks:
+        return job.methods.permutation.start(problem)
     if job.methods.permutation.learned:
         call_helpers(problem, job.loaded.identity, job.products)
         with parallel.in_step():
@@ -103,18 +108,63 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     return orders
 
 
+def learned_masks(
+    job: Job, tokens: Tensor, dense: DenseCalibration | None, order: Order
+) -> tuple[Order, dict[str, Tensor] | None]:
+    """The masks of all linears, bool `(C_out, C_in)` on the CPU, and the orders that they are N:M in; None for the pruner's.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        tokens: int64 `(samples, length)`.
+        dense: what the dense model tells.
+        order: of the channel groups, as `order_of` gives it.
+    """
+    mask, record = job.methods.mask, job.record
+    if not mask.learned:
+        return order, None
+    assert dense is not None
+    problem = learning_problem(job.config, job.loaded, job.groups, tokens, dense, record.directory)
+    orders = {group.name: _order_by(order, problem, group) for group in job.groups}
+    with record.stage("mask", job.device):
+        problem.on_step = lambda step, values: job.logger.log(values, step)
+        passes = _Passes(record, job.logger, [] if mask.learns_orders else [p for p in record.passes() if not _of_masks(p)])
+        problem.on_pass, problem.on_resume = passes.add, passes.resume
+        shapes = {
+            path: (rows, group.channels) for group in job.groups for path, rows in zip(group.members, group.rows, strict=True)
+        }
+        masks = record.kept_masks(shapes)
+        if masks is None:
+            with products_in(job.products, job.device):
+                call_helpers(problem, job.loaded.identity, job.products, orders)
+                with parallel.in_step():
+                    orders, masks = mask.masks(problem, orders, job.methods.permutation)
+            record.keep_orders(orders)
+            record.keep_masks(masks)
+    return lambda name, saliency, pattern: orders[name], masks
+
+
+def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Tensor:
+    scores = [problem.saliency_of(path) for path in group.members]
+    return order(group.name, torch.cat(scores), problem.pattern_of(group)).cpu()
+
+
+def _of_masks(line: Mapping[str, Any]) -> bool:
+    return "mask_flips" in line
+
+
 class _Passes:
     """The epochs of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
 
-    def __init__(self, record: Progress, logger: RunLogger) -> None:
-        self._record, self._logger = record, logger
-        self._done = 0
+    def __init__(self, record: Progress, logger: RunLogger, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        self._record, self._logger, self._earlier = record, logger, list(earlier)
+        self._done = len(self._earlier)
 
     def resume(self, passes: list[dict[str, Any]]) -> None:
-        held = self._record.restart_history(passes)
-        for number, values in enumerate(passes[held:], held + 1):
+        lines = [*self._earlier, *passes]
+        held = self._record.restart_history(lines)
+        for number, values in enumerate(lines[held:], held + 1):
             self._logger.log_pass(values, number)
-        self._done = len(passes)
+        self._done = len(lines)
 
     def add(self, values: dict[str, Any]) -> None:
         self._done += 1

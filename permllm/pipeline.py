@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,7 @@ def prune(
     factors: dict[str, SaliencyFactors] | None,
     reconstruction: Reconstruction | None = None,
     compute_dtype: torch.dtype | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -68,6 +69,7 @@ def prune(
         factors: of every linear, from the dense model; None takes them from the inputs that the pruned layers before give.
         reconstruction: of the kept weights; None leaves them as the pruner does.
         compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
+        masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
     """
     reconstruction = reconstruction or NoReconstruction()
     compute_dtype = compute_dtype or next(model.parameters()).dtype
@@ -91,7 +93,7 @@ def prune(
                 else member_factors(model, group, pruner, statistics[group.name], gradients)
             )
             read = statistics.get(group.name)
-            _prune_group(model, group, pruner, reconstruction, pattern, order, found, read, gradients, weights, result)
+            _prune_group(model, group, pruner, reconstruction, pattern, order, found, read, gradients, masks, weights, result)
             for path in group.members:
                 gradients.pop(path, None)
         with _comparing(model, members, weights, result.output_error):
@@ -102,10 +104,10 @@ def prune(
             if weights and reconstruction.changes_weights:
                 inputs, kwargs = pruned.batches(index)
                 linears = [linear_at(model, path) for path in weights]
-                masks = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
+                kept = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
                 layer = decoder_layers(model)[index]
                 with products_in(compute_dtype, linears[0].weight.device):
-                    reconstruction.layer(PrunedLayer(layer, linears, masks, inputs, kwargs, dense.batches(index)[0]))
+                    reconstruction.layer(PrunedLayer(layer, linears, kept, inputs, kwargs, dense.batches(index)[0]))
             pruned.advance(index)
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
@@ -129,6 +131,7 @@ def _prune_group(
     factors: dict[str, SaliencyFactors],
     statistics: InputStatistics | None,
     gradients: Gradients,
+    masks: Mapping[str, Tensor] | None,
     weights: dict[str, Tensor],
     result: PrunedModel,
 ) -> None:
@@ -143,9 +146,10 @@ def _prune_group(
         perm = perm.to(weight.device)
         mine = None if statistics is None else statistics.of_linear(gradients.get(path, ()))
         if pruner.updates_weights:
-            new, mask = pruner.update(weight, mine, perm, pattern)  # type: ignore[attr-defined]
+            given = {} if masks is None else {"mask": masks[path].to(weight.device)}
+            new, mask = pruner.update(weight, mine, perm, pattern, **given)  # type: ignore[attr-defined]
         else:
-            mask = permuted_nm_mask(scores[path], perm, pattern)
+            mask = permuted_nm_mask(scores[path], perm, pattern) if masks is None else masks[path].to(weight.device)
             new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
         weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, mine))
         result.masks[path] = mask.cpu()

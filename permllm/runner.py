@@ -85,8 +85,9 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         else:
             if record.begun:
                 record.forget_what_is_broken(groups_to_prune(meta_model(config.model), config), config.pattern)
-            if methods.permutation.learned and not record.begun:
-                check_shares(methods.permutation, config.calibration.samples)
+            learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
+            if learns:
+                check_shares(learns, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
             with job_log(record.path(LOG)), open_logger(config, record.directory) as logger:
                 _stages(config, methods, record, logger, device)

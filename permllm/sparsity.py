@@ -7,8 +7,10 @@ tie often (in 15 % of the groups of four, the second and third magnitudes are eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +22,11 @@ __all__ = [
     "keep_largest",
     "keep_largest_of",
     "nm_mask",
+    "packed_mask",
     "permuted_nm_mask",
     "ranks_of",
     "retained_saliency",
+    "unpacked_mask",
     "violations",
 ]
 
@@ -129,3 +133,20 @@ def retained_saliency(saliency: Tensor, mask: Tensor) -> float:
     """Share of the total saliency that the mask keeps, in [0, 1] (RIA's objective for a permutation)."""
     total = saliency.sum(dtype=torch.float64)
     return float((saliency * mask).sum(dtype=torch.float64) / total.clamp_min(1e-300))
+
+
+def packed_mask(mask: Tensor) -> Tensor:
+    """A mask of any shape on the CPU with one bit an entry: uint8 `(bytes,)`, row by row, the first in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+
+
+def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """What `packed_mask` has packed, bool.
+
+    Args:
+        bits: uint8 `(bytes,)` on the CPU.
+        shape: of the mask; None leaves the entries in one row, to the end of the last byte.
+    """
+    count = None if shape is None else math.prod(shape)
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
+    return mask if shape is None else mask.view(*shape)

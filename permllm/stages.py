@@ -1,4 +1,4 @@
-"""The stages that make a pruned model out of a dense one, whoever asks for them: calibrate, permute, prune."""
+"""The stages that make a pruned model out of a dense one, whoever asks for them: calibrate, permute, learn masks, prune."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import calibrate, order_of
+from permllm.ordering import calibrate, learned_masks, order_of
 from permllm.pipeline import PrunedModel, prune
 
 
@@ -30,7 +30,7 @@ def prune_model(
         tokens = read_tokens()
         if not job.methods.permutation.local or config.calibration.statistics == "dense":
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
-    order = order_of(job, tokens, dense)
+    order, masks = learned_masks(job, tokens, dense, order_of(job, tokens, dense))
     with record.stage("prune", job.device):
         pruned = prune(
             job.loaded.model,
@@ -43,6 +43,7 @@ def prune_model(
             dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
             job.methods.reconstruction,
             job.products,
+            masks,
         )
         keep(pruned)
     return pruned

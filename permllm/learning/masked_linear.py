@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.learning.kernels import EAGER, Kernels
+from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
 from permllm.learning.settings import StraightThrough
 from permllm.learning.stacks import BlockStack
@@ -99,7 +100,7 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
-        of_scores = layout.scores.gradients(grad_masked_t, weight_t) if any(ctx.needs_input_grad[7 + ctx.orders :]) else []
+        of_scores = layout.scores.gradients(grad_masked_t, weight_t) if len(ctx.needs_input_grad) > 7 + ctx.orders else []
         return grad_x, *nothing, *grad_soft, *of_scores
 
 
@@ -216,18 +217,17 @@ class PermutedMaskedLinear(nn.Module):
             raise RuntimeError("set_order must be called before forward")
         perm, hard, soft = self._order
         self._order = None  # or the soft permutations and their graph would live until the next step
-        scores = self.scores.parameters() if torch.is_grad_enabled() else ()
-        learning = [*soft, *(values for values in scores)]
+        scores = [values for values in self.scores.parameters() if values.requires_grad and torch.is_grad_enabled()]
+        learning = [*soft, *scores]
         weight, bias = self.linear.weight, self.linear.bias
         return _PermutedMaskedLinear.apply(x, weight, bias, self._layout, perm, hard, len(soft), *learning)
 
 
 @contextmanager
 def masked_linears(
-    model: nn.Module,
+    problem: LearningProblem,
     places: Iterable[tuple[ChannelGroup, list[BlockStack]]],
     scores_of: Callable[[str], Scores],
-    pattern: NMPattern,
     straight_through: StraightThrough = "swap",
     kernels: Kernels = EAGER,
 ) -> Iterator[dict[str, list[PermutedMaskedLinear]]]:
@@ -236,15 +236,15 @@ def masked_linears(
     The weights are stored column by column meanwhile, which makes a permutation of channels a gather of rows.
 
     Args:
-        model: of a known family.
+        problem: whose model.
         places: the groups, each with how its positions split into blocks.
         scores_of: what the mask of a linear is chosen by, by its path.
-        pattern: N:M.
         straight_through, kernels: as in `PermutedMaskedLinear`.
 
     Yields:
         The masked linears by the name of their group.
     """
+    model = problem.model
     replaced: dict[str, nn.Linear] = {}
     masked: dict[str, list[PermutedMaskedLinear]] = {}
     try:
@@ -255,7 +255,7 @@ def masked_linears(
                 scores = scores_of(path)
                 linear.weight.data = linear.weight.data.t().contiguous().t()
                 replaced[path] = linear
-                stand_in = PermutedMaskedLinear(linear, scores, pattern, stacks, straight_through, kernels)
+                stand_in = PermutedMaskedLinear(linear, scores, problem.pattern_of(group), stacks, straight_through, kernels)
                 model.set_submodule(path, stand_in)
                 masked[group.name].append(stand_in)
         yield masked

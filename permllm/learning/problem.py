@@ -50,6 +50,10 @@ class LearningProblem:
     on_pass: Callable[[dict[str, Any]], None] = lambda values: None
     on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None
 
+    def pattern_of(self, group: ChannelGroup) -> NMPattern:
+        """N:M of a channel group."""
+        return group.pattern or self.pattern
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

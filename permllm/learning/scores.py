@@ -39,6 +39,11 @@ class Scores(nn.Module):
         chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
         return self.factors.power, chosen, self.factors.row
 
+    def values_t(self, weight_t: Tensor) -> Tensor:
+        """All scores of a transposed weight `(C_in, C_out)`, same shape."""
+        channels = torch.arange(len(weight_t), device=weight_t.device)
+        return saliency_t(weight_t, SaliencyFactors(*self.piece(weight_t, channels)))
+
     def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
         """Gradients of the parameters, in their order, from that of the masked weight.
 
@@ -58,15 +63,15 @@ class FreeScores(Scores):
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
         super().__init__(factors)
-        self.values = nn.Parameter(log_saliency_t(weight.t(), factors))
+        self.free = nn.Parameter(log_saliency_t(weight.t(), factors))
 
     @override
     def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
-        return 0, self.values.data.index_select(0, channels).t(), None
+        return 0, self.free.data.index_select(0, channels).t(), None
 
     @override
     def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
-        return [grad.to(self.values.dtype) * weight_t]
+        return [grad.to(self.free.dtype) * weight_t]
 
 
 class LowRankScores(Scores):

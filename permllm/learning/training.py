@@ -80,7 +80,17 @@ class Moment(NamedTuple):
 
 
 class Learner(ABC):
-    """What learns in a window, such as the orders or the masks, and sets the masked linears accordingly."""
+    """What learns in a window, such as the orders or the masks, and sets the masked linears accordingly.
+
+    Attributes:
+        turn: it learns in every other step only, in those with this remainder; None in each.
+    """
+
+    turn: int | None = None
+
+    def learns(self, moment: Moment | None) -> bool:
+        """Whether it learns in a step; None is no step."""
+        return moment is not None and (self.turn is None or moment.step % 2 == self.turn)
 
     @abstractmethod
     def parameters(self) -> list[dict[str, Any]]:
@@ -243,7 +253,7 @@ class Training:
         value, *flips = torch.stack([total.double(), *(count.double() for count in counted if count is not None)]).tolist()
         if not math.isfinite(value):
             raise TrainingError(self._failure(self._where(batch)))
-        self._add_up_gradients()
+        self._add_up_gradients(moment)
         self.optimizer.step()
         self.scheduler.step()
         values: dict[str, float] = {}
@@ -258,9 +268,10 @@ class Training:
             except ValueError as error:
                 raise TrainingError(self._failure(str(error))) from error
 
-    def _add_up_gradients(self) -> None:
+    def _add_up_gradients(self, moment: Moment) -> None:
         if parallel.world_size() > 1:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            groups = [group for learner in self.learners if learner.learns(moment) for group in learner.parameters()]
+            parameters = [parameter for group in groups for parameter in group["params"]]
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -399,7 +410,8 @@ class Training:
         self.done, self.best_loss = state["done"], state["best_loss"]
         self._sequence = None if state["sequence"] is None else state["sequence"].cpu()
         self._losses, self._seconds = list(state["losses"]), state["seconds"]
-        log.info("continuing after step %d of %d", self.done * self.steps_an_epoch + len(self._losses), self.steps)
+        further = f" and {len(self._losses)} steps" if self._losses else ""
+        log.info("continuing after epoch %d of %d%s", self.done, self.epochs, further)
 
 
 class Checkpoint(TypedDict):

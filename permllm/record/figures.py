@@ -17,7 +17,7 @@ from permllm.runtime.terminal import terminal
 
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
 # The stages that make the pruned model; reconstruction is a part of pruning.
-PRUNING_STAGES = ("calibrate", "permute", "prune")
+PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 
 
 def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:

@@ -76,6 +76,10 @@ class Progress:
         self.history = list(passes)
         return held
 
+    def passes(self) -> list[dict[str, Any]]:
+        """The lines of the history."""
+        return list(self.history)
+
     def begin_learning(self) -> None:
         """Forget the passes of an earlier attempt, where nothing is left that learning could go on from."""
         self.restart_history([])
@@ -93,4 +97,19 @@ class Progress:
 
         Args:
             orders: int64 `(C_in,)` by channel group.
+        """
+
+    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor] | None:
+        """The masks that an earlier process has learned; None where there are none.
+
+        Args:
+            shapes: `(C_out, C_in)` of each linear, by its path.
+        """
+        return None
+
+    def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Keep the masks that were learned, for a process that goes on.
+
+        Args:
+            masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
         """

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -22,7 +21,7 @@ from permllm.errors import DataError
 from permllm.record.schema import Positive, validated
 from permllm.record.tensor_file import check_file, read_header, read_tensors
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import NMPattern, violations
+from permllm.sparsity import NMPattern, packed_mask, unpacked_mask, violations
 
 _SHAPES = "shapes"
 _Shapes = dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]]
@@ -73,7 +72,7 @@ def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
             highest bit; the shape stands in the metadata.
         masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
     """
-    packed = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in masks.items()}
+    packed = {name: packed_mask(mask) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     write_tensors(path, packed, {_SHAPES: json.dumps(shapes)})
 
@@ -102,10 +101,8 @@ def mask_reader(path: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
                 raise DataError(f"{path}: the mask of {name} is {tuple(stated[name])}, and the linear {shape}")
 
     def read(name: str) -> Tensor:
-        rows, channels = stated[name]
         with _opened(path) as file:
-            bits = np.unpackbits(file.get_tensor(name).numpy(), count=rows * channels)
-        return torch.from_numpy(bits.astype(bool)).view(rows, channels)
+            return unpacked_mask(file.get_tensor(name), stated[name])
 
     return read
 

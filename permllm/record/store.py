@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from permllm.record.names import (
     ENVIRONMENT,
     EXPORT,
     HISTORY,
+    MASK_CHECKPOINT,
     MASKS,
     METRICS,
     PERMUTATIONS,
@@ -38,7 +39,7 @@ from permllm.record.names import (
 )
 from permllm.record.progress import Progress
 from permllm.record.pruned import Group, Pruned
-from permllm.record.run_tensors import read_orders, write_orders
+from permllm.record.run_tensors import check_mask, mask_reader, read_orders, write_masks, write_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
 from permllm.record.tensor_file import read_header
 from permllm.sparsity import NMPattern
@@ -46,7 +47,7 @@ from permllm.sparsity import NMPattern
 log = logging.getLogger(__name__)
 
 # Needed while orders are learned, and to continue.
-_WHILE_LEARNING = (CHECKPOINT, BEST_SO_FAR)
+_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, BEST_SO_FAR)
 # Files without a checksum of their own: metrics.json states them once the run is finished.
 _STATED = (CONFIG, HISTORY, ENVIRONMENT)
 # What pruning adds to the metrics.
@@ -136,7 +137,7 @@ class RunRecord(Progress):
         asked = evaluations.head(self._config.evaluation_identity, resolved["evaluation"])
         with self._locked(asked["evaluation_hash"]):
             if self._force:
-                for name in (METRICS, SCORES, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, CHECKPOINT, BEST_SO_FAR):
+                for name in (METRICS, SCORES, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, *_WHILE_LEARNING):
                     (self.directory / name).unlink(missing_ok=True)
                 shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
             self._clear()
@@ -236,8 +237,12 @@ class RunRecord(Progress):
 
     @property
     def begun(self) -> bool:
-        """An earlier process has left orders or a pruned model."""
-        return self.pruned or self.path(PERMUTATIONS).is_file()
+        """An earlier process has left orders, masks or a pruned model."""
+        return self.has("permutation") or self.has("mask")
+
+    def has(self, group: str) -> bool:
+        """Whether an earlier process has left what a method of this group finds, `permutation` or `mask`."""
+        return self.pruned or self.path({"permutation": PERMUTATIONS, "mask": MASKS}[group]).is_file()
 
     @property
     def pruned(self) -> bool:
@@ -280,6 +285,22 @@ class RunRecord(Progress):
                 log.warning("%s: finding the permutations again", error)
                 orders.unlink()
                 self.metrics["seconds"].pop("permute", None)
+        masks = self.path(MASKS)
+        if not self.pruned and masks.is_file():
+            try:
+                self._check_masks(masks, groups, pattern)
+            except DataError as error:
+                log.warning("%s: finding the masks again", error)
+                masks.unlink()
+                self.metrics["seconds"].pop("mask", None)
+
+    def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern) -> None:
+        """Raise DataError unless masks that were learned are N:M in the orders that are there."""
+        shapes = {path: (rows, g.channels) for g in groups for path, rows in zip(g.members, g.rows, strict=True)}
+        read, orders = mask_reader(file, shapes), read_orders(self.path(PERMUTATIONS), {g.name: g.channels for g in groups})
+        for group in groups:
+            for path in group.members:
+                check_mask(file, path, read(path), orders[group.name], group.pattern or pattern)
 
     def _forget_pruning(self) -> None:
         self.metrics["status"] = "running"
@@ -343,6 +364,30 @@ class RunRecord(Progress):
     def keep_orders(self, orders: Mapping[str, Tensor]) -> None:
         """Write the orders."""
         write_orders(self.path(PERMUTATIONS), orders)
+
+    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor] | None:
+        """The masks that an earlier process has learned, as `Progress.kept_masks`; errors as `mask_reader`."""
+        file = self.path(MASKS)
+        if not file.is_file():
+            return None
+        log.info("continuing %s with the masks that it learned", self.directory)
+        read = mask_reader(file, shapes)
+        return {path: read(path) for path in shapes}
+
+    def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Write the masks."""
+        write_masks(self.path(MASKS), masks)
+
+    def passes(self) -> list[dict[str, Any]]:
+        """The lines of `history.jsonl` that can be read."""
+        file = self.path(HISTORY)
+        if not file.is_file():
+            return []
+        found = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def _clear(self) -> None:
         """Remove what processes that were killed were writing; this one holds the directory."""

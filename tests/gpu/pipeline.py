@@ -49,6 +49,9 @@ JOBS: dict[str, tuple[str, ...]] = {
     "admm": ("permutation=heuristic", "reconstruction=admm"),
     "block": ("permutation=heuristic", "reconstruction=block"),
     "distill": ("permutation=heuristic", "reconstruction=distill"),
+    "lcp, then a score": ("mask=score", "mask.learning_rate=0.1", "mask.compile=true"),
+    "a score with the order": ("mask=score", "mask.orders=together", "mask.learning_rate=0.1"),
+    "lowrank": ("permutation=none", "mask=lowrank", "mask.learning_rate=0.3", "export=folded"),
     "bfloat16": ("permutation.compile=true", "model.dtype=bfloat16", "calibration.samples=3"),
     "opt": (*OPT, "permutation.compile=true"),
 }

@@ -33,9 +33,24 @@ from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
 
 def output_loss(orders: dict[str, Tensor]) -> float:
     """Loss of the pruned model under given orders, by pruning for real."""
+    return output_loss_of(orders, None)
+
+
+def output_loss_of(orders: dict[str, Tensor], masks: dict[str, Tensor] | None) -> float:
+    """The same under given masks, or None for the pruner's."""
     model = tiny_model("llama")
     learning = problem(model, Wanda())
-    prune(model, learning.groups, tokens(), Wanda(), PATTERN, lambda name, _, __: orders[name], 4, learning.factors)
+    prune(
+        model,
+        learning.groups,
+        tokens(),
+        Wanda(),
+        PATTERN,
+        lambda name, _, __: orders[name],
+        4,
+        learning.factors,
+        masks=masks,
+    )
     stream = LayerStream(model, tokens(), 4)
     for index in range(len(decoder_layers(model))):
         stream.advance(index)

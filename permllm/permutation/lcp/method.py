@@ -7,6 +7,7 @@ layer. The weights stay as they are. Forward uses hard permutations and hard mas
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,7 +18,7 @@ from permllm.learning.kernels import Kernels, chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
-from permllm.learning.stacks import count_logits
+from permllm.learning.stacks import BlockStack, count_logits
 from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.learning.windows import WindowStream
 from permllm.models.families import ChannelGroup, decoder_layers
@@ -127,8 +128,17 @@ class LCP(LCPSettings):
                 factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
             return Scores(factors)
 
-        places = ((group, order.group_stacks(self.block_size)) for order, group in members(shared, window))
-        return masked_linears(problem.model, places, scores_of, problem.pattern, self.straight_through, kernels)
+        return masked_linears(problem, self.places(shared, window), scores_of, self.straight_through, kernels)
+
+    def places(self, shared: list[SharedOrder], window: Window) -> Iterator[tuple[ChannelGroup, list[BlockStack]]]:
+        """The channel groups of a window, each with its blocks."""
+        for order, group in members(shared, window):
+            yield group, order.group_stacks(self.block_size)
+
+    def start(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Where learning starts from, int64 `(C_in,)` on the CPU by group."""
+        shared = shared_orders(problem.groups, self.constraint)
+        return expanded(shared, self.start_orders(problem, shared, self.spans(len(decoder_layers(problem.model)))[0][0]))
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""

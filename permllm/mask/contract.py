@@ -1,0 +1,63 @@
+"""What a mask method is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from permllm.learning.problem import LearningProblem
+from permllm.models.families import ChannelGroup
+
+
+class Mask(Protocol):
+    """What every method has.
+
+    Attributes:
+        learned: it trains (`LearnedMask`); otherwise the pruner chooses the masks.
+    """
+
+    learned: bool
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What a learned mask will do, for `plan=true`.
+
+    Attributes:
+        windows: first decoder layer and the one after the last of what learns together, one after the other.
+        parameters: that learn, by decoder layer; those of orders are not among them.
+    """
+
+    windows: list[tuple[int, int]]
+    parameters: dict[int, int]
+
+
+class LearnedMask(Mask, Protocol):
+    """Trains, in all processes of torchrun together.
+
+    Attributes:
+        batch_size: samples a step.
+        learns_orders: the orders learn with the masks, by the settings of the permutation.
+    """
+
+    batch_size: int
+    learns_orders: bool
+
+    def masks(
+        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The orders by group, int64 `(C_in,)`, and the masks by linear, bool `(C_out, C_in)` in original channel order.
+
+        Both on the CPU; each group of M in the order keeps N.
+
+        Args:
+            problem: what is learned from.
+            orders: of all groups; where orders learn too, those of the permutation's start.
+            permutation: the method that found them.
+        """
+
+    def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
+        """What it will learn on a model of these groups and so many decoder layers."""

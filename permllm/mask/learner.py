@@ -1,0 +1,120 @@
+"""The masks of a window as they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from permllm.errors import DataError
+from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.problem import LearningProblem
+from permllm.learning.training import Learner, Moment
+from permllm.models.families import ChannelGroup
+from permllm.sparsity import packed_mask, permuted_nm_mask, unpacked_mask
+
+
+class MaskLearner(Learner):
+    """The masks of a window, in orders that it is given.
+
+    Args:
+        groups: of the window.
+        linears: masked linears by group, whose scores learn.
+        order_of: present order of a group, int64 `(C_in,)` on the device, by its name.
+        problem: what is learned from.
+        learning_rate: of the scores.
+        earlier: masks of the windows before, like `best`.
+        sets_orders: nobody else does.
+
+    Attributes:
+        best: masks by linear, original channel order, on the CPU, as `packed_mask` gives them.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        linears: dict[str, list[PermutedMaskedLinear]],
+        order_of: Callable[[str], Tensor],
+        problem: LearningProblem,
+        learning_rate: float,
+        earlier: Mapping[str, Tensor],
+        sets_orders: bool = True,
+    ) -> None:
+        self.groups = groups
+        self.linears = linears
+        self.order_of = order_of
+        self.problem = problem
+        self.earlier = earlier
+        self.sets_orders = sets_orders
+        self.learning_rate = learning_rate
+        self.best: dict[str, Tensor] = {}
+        self._at_epoch: dict[str, Tensor] = {}
+        each = [(path, linear) for group in groups for path, linear in zip(group.members, linears[group.name], strict=True)]
+        self.scores = nn.ModuleDict({path.replace(".", "/"): linear.scores for path, linear in each})
+
+    @override
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.scores.parameters()), "lr": self.learning_rate}]
+
+    @override
+    def set_layer(self, index: int, moment: Moment | None) -> None:
+        if self.sets_orders:
+            for group in self.groups:
+                if group.layer == index:
+                    for linear in self.linears[group.name]:
+                        linear.set_order(self.order_of(group.name))
+
+    @override
+    def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
+        if self.turn is not None:
+            self.scores.requires_grad_(self.learns(moment))
+
+    @torch.no_grad()
+    def present(self) -> dict[str, Tensor]:
+        """The masks as they are now, like `best`."""
+        found = {}
+        for group in self.groups:
+            order, pattern = self.order_of(group.name), self.problem.pattern_of(group)
+            for path, linear in zip(group.members, self.linears[group.name], strict=True):
+                score = linear.scores.values_t(linear.linear.weight.t()).t()
+                found[path] = packed_mask(permuted_nm_mask(score, order, pattern).cpu())
+        return found
+
+    @override
+    def begin_epoch(self) -> None:
+        self._at_epoch = self.present()
+
+    @override
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        now = self.present()
+        changed = sum(int(unpacked_mask(now[path] ^ before).sum()) for path, before in self._at_epoch.items())
+        return {"mask_flips": changed / sum(8 * len(bits) for bits in now.values())}
+
+    @override
+    def keep(self) -> None:
+        self.best = self.present()
+
+    @override
+    def state(self) -> dict[str, Any]:
+        masks = {"best": self.best, "at_epoch": self._at_epoch, "earlier": dict(self.earlier)}
+        return {"scores": self.scores.state_dict()} | masks
+
+    @staticmethod
+    def check(state: dict[str, Any]) -> None:
+        """Raise DataError where a state is not one of masks."""
+        for key in ("scores", "best", "at_epoch", "earlier"):
+            values = state.get(key)
+            if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+                raise DataError("it holds no masks")
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        mine, its = self.scores.state_dict(), state.get("scores", {})
+        if {name: values.shape for name, values in mine.items()} != {name: values.shape for name, values in its.items()}:
+            raise DataError("it has scores of other shapes")
+        self.scores.load_state_dict(its)
+        self.best = {path: bits.cpu() for path, bits in state["best"].items()}
+        self._at_epoch = {path: bits.cpu() for path, bits in state["at_epoch"].items()}

@@ -1,0 +1,24 @@
+"""A mask that is learned with few parameters: a factor a channel, and a term of low rank on the logarithm of the saliency."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.learning.scores import LowRankScores, Scores
+from permllm.mask.method import MaskLearning
+from permllm.mask.settings import LowRankSettings
+from permllm.models.families import ChannelGroup
+
+
+class LowRankMask(LowRankSettings, MaskLearning):
+    """About as many parameters as an order has, which need no memory to speak of."""
+
+    def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
+        """What the mask of a linear is chosen by."""
+        return LowRankScores(weight, factors, self.rank, generator)
+
+    def count(self, group: ChannelGroup) -> int:
+        """Parameters of the linears of a group."""
+        return sum(group.channels + self.rank * (group.channels + rows) for rows in group.rows)

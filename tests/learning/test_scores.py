@@ -1,0 +1,102 @@
+"""Scores that learn: their gradients against autograd of the whole formula, and what they start from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.scores import FreeScores, LowRankScores, Scores
+from permllm.learning.stacks import split_blocks
+from permllm.permutation.lcp.assignment import harden
+from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.sparsity import NMPattern, permuted_nm_mask
+
+ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
+
+
+def given(form: str = "one term", seed: int = 0) -> tuple[nn.Linear, SaliencyFactors, Tensor]:
+    """A linear with a weight that is zero, its factors, and an order."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
+    linear.weight.copy_(torch.randn(ROWS, CHANNELS, generator=generator, dtype=torch.float64))
+    linear.weight[1, 3] = 0.0
+    terms = {"one term": 1, "two terms": 2, "dense": ROWS}[form]
+    column = torch.rand(terms, CHANNELS, generator=generator, dtype=torch.float64) + 0.5
+    row = torch.rand(2, ROWS, generator=generator, dtype=torch.float64) + 0.5 if form == "two terms" else None
+    return linear, SaliencyFactors(1, column, row), torch.randperm(CHANNELS, generator=generator)
+
+
+def made(kind: str, linear: nn.Linear, factors: SaliencyFactors) -> Scores:
+    if kind == "free":
+        return FreeScores(linear.weight, factors)
+    return LowRankScores(linear.weight, factors, 3, torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("form", ["one term", "two terms", "dense"])
+@pytest.mark.parametrize("kind", ["free", "lowrank"])
+def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
+    linear, factors, order = given(form)
+    scores = made(kind, linear, factors)
+    found = permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN)
+    assert torch.equal(found, permuted_nm_mask(saliency(linear.weight, factors), order, PATTERN))
+
+
+@pytest.mark.parametrize("form", ["one term", "dense"])
+@pytest.mark.parametrize("kind", ["free", "lowrank"])
+def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> None:
+    linear, factors, order = given(form)
+    scores = made(kind, linear, factors)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in scores.parameters():  # away from the start
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    module = PermutedMaskedLinear(linear, scores, PATTERN, split_blocks(CHANNELS, 16))
+    x = torch.randn(5, CHANNELS, generator=generator, dtype=torch.float64)
+    grad = torch.randn(5, ROWS, generator=generator, dtype=torch.float64)
+    module.set_order(order)
+    ours_x = x.clone().requires_grad_()
+    ours = module(ours_x)
+    ours.backward(grad)
+
+    base = saliency(linear.weight, factors).clamp_min(torch.finfo(torch.float64).tiny).log()
+    leaves = [parameter.detach().clone().requires_grad_() for parameter in scores.parameters()]
+    if kind == "free":
+        values = leaves[0].t()
+    else:
+        channel, left, right = leaves
+        values = base + channel + left @ right.t()
+    hard = permuted_nm_mask(values.detach(), order, PATTERN).double()
+    mask = hard + values - values.detach()  # straight through
+    reference_x = x.clone().requires_grad_()
+    expected = reference_x @ (linear.weight * mask).t() + linear.bias
+    expected.backward(grad)
+
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours_x.grad, reference_x.grad, rtol=1e-10, atol=1e-12)
+    for parameter, leaf in zip(scores.parameters(), leaves, strict=True):
+        torch.testing.assert_close(parameter.grad, leaf.grad, rtol=1e-10, atol=1e-12)
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["swap", "hard", "soft"])
+def test_orders_learn_through_scores_as_through_a_saliency_of_the_same_values(variant: str) -> None:
+    linear, factors, _ = given()
+    logits = BlockLogits(torch.arange(CHANNELS), split_blocks(CHANNELS, 12), [torch.randn(2, 12, 12, dtype=torch.float64)])
+    soft, potentials = logits.normalized(0.7, 3)
+    hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
+    free = FreeScores(linear.weight, factors)
+    free.free.data.copy_(saliency(linear.weight, factors).t())
+    x = torch.randn(5, CHANNELS, dtype=torch.float64)
+    found = []
+    for scores in (Scores(factors), free):
+        module = PermutedMaskedLinear(linear, scores, PATTERN, logits.stacks, variant)  # type: ignore[arg-type]
+        module.set_order(logits.order(hard), hard, logits.gradient_paths(0.7, potentials))
+        logits.zero_grad()
+        module(x).square().sum().backward()
+        assert logits.logits[0].grad is not None
+        found.append(logits.logits[0].grad.clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    assert free.free.grad is not None  # both learn at once

@@ -1,0 +1,164 @@
+"""Learned masks: they learn, in any order or with it, are N:M in it, continue where they stopped, and are what is pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.errors import ConfigError
+from permllm.learning import training as training_module
+from permllm.learning.problem import LearningProblem
+from permllm.mask.lowrank import LowRankMask
+from permllm.mask.score import ScoreMask
+from permllm.models.families import linear_at
+from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.shared import foldable
+from permllm.pipeline import prune
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.wanda import Wanda
+from permllm.sparsity import permuted_nm_mask, violations
+from tests.conftest import tiny_model
+from tests.permutation.test_lcp import output_loss_of
+from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
+
+METHODS = {"score": ScoreMask, "lowrank": LowRankMask}
+
+
+def mask(name: str, **settings: Any) -> Any:
+    return METHODS[name](**{"batch_size": 3, "loss": "cosine", "learning_rate": 0.1} | settings)
+
+
+def ordered(learning: LearningProblem, permutation: str) -> dict[str, Tensor]:
+    if permutation == "none":
+        return {group.name: torch.arange(group.channels) for group in learning.groups}
+    return {
+        group.name: Heuristic().order(group.name, torch.cat([learning.saliency_of(path) for path in group.members]), PATTERN)
+        for group in learning.groups
+    }
+
+
+def pruners(learning: LearningProblem, orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        path: permuted_nm_mask(learning.saliency_of(path), orders[group.name], PATTERN)
+        for group in learning.groups
+        for path in group.members
+    }
+
+
+def check_masks(learning: LearningProblem, orders: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    for group in learning.groups:
+        for path in group.members:
+            assert not violations(masks[path].float(), orders[group.name], PATTERN)
+            assert int(masks[path].sum()) * 2 == masks[path].numel()
+
+
+@pytest.mark.parametrize("permutation", ["none", "heuristic"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutation: str) -> None:
+    measured: list[float] = []
+    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    orders = ordered(learning, permutation)
+    found, masks = mask(name, epochs=12, select_from=12).masks(learning, orders)
+    assert all(torch.equal(found[group], order) for group, order in orders.items())
+    check_masks(learning, orders, masks)
+    assert output_loss_of(orders, masks) == pytest.approx(min(measured), rel=1e-4)
+    assert output_loss_of(orders, masks) < 0.9 * output_loss_of(orders, pruners(learning, orders))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_have_it(name: str) -> None:
+    learning = problem(tiny_model("llama"), Wanda())
+    orders = ordered(learning, "heuristic")
+    start = pruners(learning, orders)
+    _, still = mask(name, learning_rate=1e-12).masks(learning, orders)
+    assert all(torch.equal(still[path], start[path]) for path in start)
+    _, last = mask(name, epochs=6, last_layers=1).masks(learning, orders)
+    same = {path: torch.equal(last[path], start[path]) for path in start}
+    assert all(same[path] == path.startswith("model.layers.0.") for path in same)
+
+
+@pytest.mark.parametrize("orders", ["fixed", "together", "turns"])
+@pytest.mark.parametrize("stage", ["all", 1])
+def test_an_interrupted_training_continues_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orders: str, stage: str | int
+) -> None:
+    monkeypatch.setattr(training_module, "_CHECKPOINT_EVERY", 0.0)
+    method = mask("score", epochs=3, batch_size=2, layers_per_stage=stage, orders=orders)
+    permutation = lcp(init="random", learning_rate=0.1)
+
+    def learned(**extra: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        learning = problem(tiny_model("llama"), Wanda(), **extra)
+        start = permutation.start(learning) if orders != "fixed" else ordered(learning, "heuristic")
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = method.masks(learning, start, permutation)
+        check_masks(learning, *found)
+        return found
+
+    class Interrupt(Exception):
+        pass
+
+    steps: list[int] = []
+    stop_at = [4, 11]  # in the middle of an epoch, of the first stage and of the second
+
+    def stop(step: int, values: dict[str, float]) -> None:
+        steps.append(step)
+        if stop_at and len(steps) == stop_at[0]:
+            stop_at.pop(0)
+            raise Interrupt
+
+    whole = learned()
+    for _ in range(2):
+        if stop_at and (stage == 1 or len(stop_at) == 2):
+            with pytest.raises(Interrupt):
+                learned(directory=tmp_path, on_step=stop)
+    stop_at.clear()
+    continued = learned(directory=tmp_path, on_step=stop)
+    assert 9 <= len(steps) <= 22  # the step in which it stopped is done again, those before are not
+    for before, after in zip(whole, continued, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("orders", ["together", "turns"])
+def test_orders_learn_through_the_masks(orders: str) -> None:
+    learning = problem(tiny_model("llama"), Wanda())
+    permutation = lcp(init="heuristic", learning_rate=0.1, constraint="foldable", block_size=16, temperature=lambda _: 0.5)
+    start = permutation.start(learning)
+    found, masks = mask("score", epochs=8, orders=orders, learning_rate=0.03).masks(learning, start, permutation)
+    check_masks(learning, found, masks)
+    assert any(not torch.equal(found[name], order) for name, order in start.items())
+    foldable(learning.groups, found)  # raises where one does not
+    assert output_loss_of(found, masks) < output_loss_of(start, pruners(learning, start))
+
+
+def test_a_pruner_that_corrects_weights_does_so_under_the_learned_masks() -> None:
+    model = tiny_model("llama")
+    learning = problem(model, SparseGPT())
+    orders = ordered(learning, "heuristic")
+    _, masks = mask("score").masks(learning, orders)
+    dense = {path: linear_at(model, path).weight.clone() for path in masks}
+    result = prune(model, learning.groups, tokens(), SparseGPT(), PATTERN, lambda n, _, __: orders[n], 4, None, masks=masks)
+    for path, kept in masks.items():
+        assert torch.equal(result.masks[path], kept)
+        weight = linear_at(model, path).weight
+        assert not weight[~kept].any()
+        assert not torch.equal(weight[kept], dense[path][kept])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"orders": "both"}, "mask.orders='both'"),
+        ({"rank": -1}, "mask.rank=-1"),
+        ({"steps": 0}, "mask.steps=0"),
+        ({"samples": 0}, "mask.samples=0"),
+        ({"select_from": -1}, "mask.select_from=-1"),
+        ({"learning_rate": 0}, "mask.learning_rate=0"),
+        ({"layers_per_stage": 2, "loss": "kl"}, "mask.loss=kl needs mask.layers_per_stage=all"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mask("lowrank", **settings)
