@@ -70,6 +70,17 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return identity
 
 
+def later_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that came later, dotted, with their values in an identity also where it leaves them out."""
+    found = {}
+    for path, before in _ADDED_LATER.items():
+        value: Any = identity
+        for key in path.split("."):
+            value = value.get(key, before) if isinstance(value, Mapping) else before
+        found[path] = value
+    return found
+
+
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The part of resolved settings that says how a model is evaluated: `perplexity`, `zero_shot`, `tasks`, where asked for.
 

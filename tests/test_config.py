@@ -320,6 +320,15 @@ def test_an_option_of_calibration_says_how_the_papers_code_draws_windows(option:
     assert config("model=tiny", f"calibration={option}", "calibration.sampling=null").calibration.sampling == "disjoint"
 
 
+def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
+    held_out, small = (config(f"evaluation={option}") for option in ("held-out", "small"))
+    assert held_out.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
+    assert held_out.hash == small.hash
+    assert [job.evaluation.perplexity.limit for job in (held_out, config("evaluation=held-out", "budget=cpu"))] == [32, 32]
+    alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
+    assert alone.evaluation_identity == small.evaluation_identity
+
+
 def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
     settings = config("model=hub", "model.hub_name=owner/Some-Model-1.5B", "permutation=none")
     assert settings.name == "Some-Model-1.5B-wanda-none-2x4"

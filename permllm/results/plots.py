@@ -94,10 +94,14 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
         sizes = [30 + 150 * point.memory / largest for point in some]
         axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8)
     named = found if len(found) <= 12 else best
+    middle = math.sqrt(min(point.minutes for point in found) * max(point.minutes for point in found))
     for number, point in enumerate(sorted(named, key=lambda point: (point.minutes, point.value))):
-        # Above and below in turn, as neighbours often are at one place.
-        text, offset = point.label[:32], (6, -13 if number % 2 else 6)
-        axis.annotate(text, (point.minutes, point.value), offset, textcoords="offset points", fontsize="small")
+        # Above and below in turn, as neighbours often are at one place; to the left of what is slow, where there is room.
+        slow = point.minutes > middle
+        offset, side = (-6 if slow else 6, -13 if number % 2 else 6), "right" if slow else "left"
+        axis.annotate(
+            point.label[:32], (point.minutes, point.value), offset, textcoords="offset points", ha=side, fontsize="small"
+        )
     if name in summary.dense and math.isfinite(summary.dense[name].mean):
         axis.axhline(summary.dense[name].mean, linestyle="--", color="grey", linewidth=1, label="dense")
     if min(point.minutes for point in found) > 0:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from permllm.identity import digest_of, identity_of
+from permllm.identity import digest_of, identity_of, later_settings
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
@@ -33,6 +33,7 @@ _FIRST = (
     "pruner",
     "permutation",
     "permutation.constraint",
+    "mask",
     "reconstruction",
     "temperature",
     "block_size",
@@ -226,7 +227,7 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     settings = [_beside_the_order(row) for row in summary.rows]
     starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
     for row, ours in zip(summary.rows, settings, strict=True):
-        # A setting that came later stands in one of the two alone.
+        # A record of an earlier version lacks settings.
         own = (other for other, flat in starts if all(flat[key] == ours[key] for key in flat.keys() & ours.keys()))
         reference = next(own, None) if baseline is None else baseline if _model(baseline) == _model(row) else None
         if reference is None:
@@ -304,21 +305,40 @@ def _model(row: Row) -> str:
     return str(row.runs[0].config["model"]["name"])
 
 
-# Of a baseline's settings, what need not be those of the row: the method that orders channels and what comes with it.
-_OF_THE_ORDER = ("permutation", "temperature", "block_size", "reconstruction", "name", "seed", "save_weights", "inputs")
+# Of a baseline's settings, what need not be those of the row: methods of order, mask and weights and what comes with them.
+_OF_THE_ORDER = (
+    "permutation",
+    "temperature",
+    "block_size",
+    "mask",
+    "reconstruction",
+    "name",
+    "seed",
+    "save_weights",
+    "inputs",
+)
 # A learned permutation has statistics of its own.
 _OF_THE_ORDER_TOO = "calibration.statistics"
 
 
 def _beside_the_order(row: Row) -> dict[str, Any]:
     identity = identity_of(row.runs[0].config)
-    flat = flatten({key: value for key, value in identity.items() if key not in _OF_THE_ORDER})
-    return {key: value for key, value in flat.items() if key != _OF_THE_ORDER_TOO}
+    later = later_settings(identity)
+    flat = {key: value for key, value in flatten(identity).items() if not any(key.startswith(f"{path}.") for path in later)}
+    return {
+        key: value
+        for key, value in (flat | later).items()
+        if key.split(".")[0] not in _OF_THE_ORDER and key != _OF_THE_ORDER_TOO
+    }
+
+
+# By itself a mask is the pruner's.
+_UNPERMUTED = {"permutation": ("none",), "mask": ("none", "pruner"), "reconstruction": ("none",)}
 
 
 def _unpermuted(row: Row) -> bool:
     config = row.runs[0].config
-    return all((config.get(group) or {}).get("name", "none") == "none" for group in ("permutation", "reconstruction"))
+    return all((config.get(group) or {}).get("name", "none") in names for group, names in _UNPERMUTED.items())
 
 
 def mean_log(measure: Measure) -> float:

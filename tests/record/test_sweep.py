@@ -140,6 +140,8 @@ def test_what_a_search_minimises() -> None:
     accuracy = {"zero_shot": {"sparse": {"rte": {"acc": 0.5, "n": 8}, "group": {"acc": 0.9, "n": None}}}}
     assert objective(accuracy) == pytest.approx(0.5)
     assert objective(accuracy | {"perplexity": {"sparse": {"wikitext2": {"value": 7.0}}}}) == 7.0
+    several = {"a": {"value": 2.0}, "b": {"value": 8.0}}
+    assert objective({"perplexity": {"sparse": several}}) == pytest.approx(4.0)
     assert objective({}) == float("inf")
 
 

@@ -277,6 +277,22 @@ def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> 
     assert found == pytest.approx(share)
 
 
+def test_a_baseline_is_of_the_same_linears_and_learns_no_mask(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="none")
+    make_run(tmp_path / "b", 20.0)
+    make_run(tmp_path / "c", 15.0, permutation="none", mask={"name": "score"})
+    make_run(tmp_path / "d", 12.0, keep_dense=["0"])
+    make_run(tmp_path / "e", 12.0, sparsity_of={"mlp": "6:8"})
+    summary = summarise(collect([tmp_path]).runs)
+    closed = {row.runs[0].directory.name: row.measures.get("gap closed") for row in summary.rows}
+    expected = {"a": 0.0, "b": math.log(2) / math.log(4), "c": math.log(40 / 15) / math.log(4)}
+    assert {name: measure.mean for name, measure in closed.items() if measure} == pytest.approx(expected)
+    make_run(tmp_path / "f", 24.0, permutation="none", keep_dense=["0"])
+    summary = summarise(collect([tmp_path]).runs)
+    (row,) = (row for row in summary.rows if row.runs[0].directory.name == "d")
+    assert row.measures["gap closed"].mean == pytest.approx(math.log(2) / math.log(2.4))
+
+
 def test_with_a_baseline_all_gaps_are_from_that_row(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 60.0, permutation="none")
     make_run(tmp_path / "b", 40.0, permutation="heuristic")
