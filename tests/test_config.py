@@ -392,7 +392,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["calibration.data_files=x.txt"], "needs calibration=text"),
         (["model=local", "model.path=nowhere"], "model.path='nowhere' is not a folder"),
         (["model=local", "model.path=."], "config.json cannot be read"),
-        (["model.architecture.model_type=gpt2"], "model type 'gpt2' is not known; known are: gemma3_text, llama"),
+        (["model.architecture.model_type=gpt2"], "'gpt2' cannot be told: GPT2LMHeadModel has no list of layers"),
         (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder"),
     ],
 )

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup, decoder_layers, family_of
+from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
+from permllm.models.head import head_path
 from permllm.permutation.shared import RESIDUAL, foldable, local_order
 
 FORMS = ("simulate", "folded", "gathered")
@@ -81,11 +82,12 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
 
     stream = shared.get(RESIDUAL)
     for group in groups:
+        if not group.table.folds:  # its order is none
+            continue
         order = orders.get(group.name) if group.table.producers else stream
         if order is not None:
             put(stored.columns, group.members, order)
-            for producer in group.table.producers:
-                put(stored.rows, [group.prefix + producer], shared[group.name])
+            _put_producers(stored, parameters, group, shared.get(group.name, order))
     if stream is None:  # nothing that reads it was pruned
         return stored
     for index in range(len(decoder_layers(model))):
@@ -99,8 +101,17 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     else:
         put(stored.rows, [into], stream)
     # A head tied to the embedding is no parameter of its own, and follows it.
-    put(stored.columns, ["lm_head"] if out_of is None else [out_of], stream)
+    put(stored.columns, [head_path(model) if out_of is None else out_of], stream)
     return stored
+
+
+def _put_producers(stored: StoredOrder, parameters: dict[str, nn.Parameter], group: ChannelGroup, order: Tensor) -> None:
+    """The rows that a group's producers write as its channels; of a fused one, a part each time."""
+    for producer, part in group.table.produced():
+        for name in (f"{group.prefix}{producer}.weight", f"{group.prefix}{producer}.bias"):
+            if name in parameters:
+                rows = produced_rows(len(parameters[name]), part, order)
+                stored.rows[name] = stored.rows[name][rows] if name in stored.rows else rows
 
 
 def _gathered(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
@@ -111,9 +122,7 @@ def _gathered(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Te
         stored.columns |= {f"{path}.weight": order for path in group.members}
         absorbed = local_order(group).shared(order) if group.table.producers else None
         if absorbed is not None:
-            for producer in group.table.producers:
-                names = [f"{group.prefix}{producer}.{kind}" for kind in ("weight", "bias")]
-                stored.rows |= {name: absorbed for name in names if name in parameters}
+            _put_producers(stored, parameters, group, absorbed)
         elif not torch.equal(order, torch.arange(len(order))):
             stored.gathers[group.prefix + group.table.reader] = order
     return stored

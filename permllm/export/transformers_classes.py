@@ -28,6 +28,7 @@ from permllm.export.packed import packed_shapes, unpack
 from permllm.models.checkpoint import META, check_checkpoint, check_values
 from permllm.models.families import channel_groups, family_names, linear_at
 from permllm.models.patterns import recorded_groups
+from permllm.models.structure import causal_types
 from permllm.record.schema import Patterns, validated
 from permllm.sparsity import NMPattern
 from permllm.version import __version__
@@ -64,7 +65,7 @@ def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConf
         gathers: paths of the modules whose input is gathered.
     """
     settings = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
-    config = CONFIG_MAPPING[model_type_of(dense.model_type)](**settings)
+    config = _config_class(dense.model_type, _HINT)(**settings)
     config.gathers = gathers
     return config
 
@@ -262,16 +263,37 @@ class PackedQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make gathered and packed models of all families known to transformers."""
+    """Make gathered and packed models known to transformers: of all families, and of other types once one is read."""
     for dense_type, hint in product(family_names(), (_HINT, *_EARLIER_HINTS)):
-        label = model_type_of(dense_type, hint)
-        if label in CONFIG_MAPPING or dense_type not in CONFIG_MAPPING:  # a package's may be for another transformers
-            continue
-        dense_config: Any = CONFIG_MAPPING[dense_type]
-        dense_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-        defaults = {"model_type": label, "dense_type": dense_type, "gathers": [], "keep_packed": False}
-        name = dense_config.__name__.removesuffix("Config")
-        config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
-        model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})
-        AutoConfig.register(label, config)
-        AutoModelForCausalLM.register(config, model)
+        if dense_type in CONFIG_MAPPING:  # a package's may be for another transformers
+            _config_class(dense_type, hint)
+    for dense_type in causal_types():
+        label = model_type_of(dense_type)
+        if label not in CONFIG_MAPPING:
+            AutoConfig.register(label, type("SparseConfigOnDemand", (_OnDemand,), {"dense_type": dense_type}))
+
+
+class _OnDemand:
+    """In the place of a config class: what transformers has for a type is imported where one is read."""
+
+    dense_type: str
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return _config_class(cls.dense_type, _HINT).from_dict(config_dict, **kwargs)
+
+
+def _config_class(dense_type: str, hint: str) -> Any:
+    """The config class of gathered and packed models of a type; it and the model class are known to transformers after."""
+    label = model_type_of(dense_type, hint)
+    if label in CONFIG_MAPPING and not issubclass(CONFIG_MAPPING[label], _OnDemand):
+        return CONFIG_MAPPING[label]
+    dense_config: Any = CONFIG_MAPPING[dense_type]
+    dense_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    defaults = {"model_type": label, "dense_type": dense_type, "gathers": [], "keep_packed": False}
+    name = dense_config.__name__.removesuffix("Config")
+    config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
+    model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})
+    AutoConfig.register(label, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model)
+    return config

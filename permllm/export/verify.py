@@ -31,7 +31,7 @@ from permllm.models.checkpoint import (
     transformers_reads,
     weight_files,
 )
-from permllm.models.families import decoder_layers, family_named, family_names
+from permllm.models.families import decoder_layers, family_of
 from permllm.models.head import tokens_at_a_time
 from permllm.models.patterns import DENSE
 from permllm.record.files import read_json
@@ -248,10 +248,10 @@ def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) ->
 
 def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...] | None, int | None]:
     """How the names of the weights end that should be sparse, and how many there are; None of a family that we do not know."""
-    model_type = getattr(skeleton.config, "dense_type", skeleton.config.model_type)
-    if model_type not in family_names():
+    try:
+        family = family_of(skeleton)
+    except ConfigError:
         return None, None
-    family = family_named(model_type)
     members = [member for group in family.groups for member in group.members]
     return tuple(f".{member}.weight" for member in members), len(members) * len(decoder_layers(skeleton))
 

@@ -1,15 +1,20 @@
 """What a model family is: where its decoder layers are, which linears of a layer share a channel order, and what absorbs it.
 
 A family is a short table, keyed by `config.model_type`. To add one, add a table; an installed package adds its own by an entry
-point (CONTRIBUTING.md, "A model family").
+point (CONTRIBUTING.md, "A model family"). A type without a table has what its structure shows (`permllm.models.structure`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import repeat
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from permllm.errors import ConfigError, first_line
@@ -17,6 +22,8 @@ from permllm.pattern import NMPattern
 
 # Of a package's families, by model type.
 _ENTRY_POINTS = "permllm.families"
+# Which rows of a producer are channels of a group: where projections are fused, the first or the last ones.
+Part = Literal["whole", "first", "last"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class GroupTable:
             empty where the channels are those of the residual stream.
         by_head: attention stands between, so that a channel must stay in its head, and query heads that share a key-value
             head must be permuted alike.
+        parts: of each producer, which rows are the channels; all of them where nothing is said.
+        folds: whether the producers, or all that touches the residual stream, absorb an order.
     """
 
     name: str
@@ -38,6 +47,13 @@ class GroupTable:
     reader: str
     producers: tuple[str, ...] = ()
     by_head: bool = False
+    parts: tuple[Part, ...] = ()
+    folds: bool = True
+
+    def produced(self) -> Iterator[tuple[str, Part]]:
+        """Each producer and which of its rows are the channels."""
+        whole: repeat[Part] = repeat("whole")
+        return zip(self.producers, self.parts or whole, strict=False)
 
 
 @dataclass(frozen=True)
@@ -141,17 +157,40 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
 }
+_OF_MODELS: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a transformers model, by `model.config.model_type`.
+    """The family of a transformers model, by the type that its config states, or by its structure.
 
     Raises:
-        ConfigError: the type is not known; the message lists those that are.
+        ConfigError: the type has no table, and its structure cannot be told.
     """
-    config = model.config
+    family = _OF_MODELS.get(model)
+    if family is None:
+        family = family_of_config(model.config)
+        remember(model, family)
+    return family
+
+
+def remember(model: nn.Module, family: Family) -> None:
+    """Take a model to be of a family: it is asked for at every step, and to look one up takes a while."""
+    _OF_MODELS[model] = family
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of a transformers config.
+
+    Raises:
+        ConfigError: as `family_of`.
+    """
     # A gathered or packed model has a type of its own and is built like the dense one.
-    return family_named(getattr(config, "dense_type", config.model_type))  # type: ignore[union-attr, arg-type]
+    model_type: str = getattr(config, "dense_type", config.model_type)
+    if model_type in FAMILIES or model_type in family_names():
+        return family_named(model_type)
+    from permllm.models.structure import family_by_structure
+
+    return family_by_structure(config, model_type)
 
 
 def family_named(model_type: str) -> Family:
@@ -165,6 +204,17 @@ def family_named(model_type: str) -> Family:
     if model_type not in family_names():
         raise ConfigError(f"model type {model_type!r} is not known; known are: {', '.join(family_names())}")
     return _from_a_package(model_type)
+
+
+def check_known(model_type: str) -> None:
+    """Raise ConfigError where a model type has no table and transformers no causal language model of it."""
+    from permllm.models.structure import causal_types
+
+    if model_type not in FAMILIES and model_type not in family_names() and model_type not in causal_types():
+        known = ", ".join(family_names())
+        raise ConfigError(
+            f"model type {model_type!r} is not known; known are: {known}, and decoders that transformers has a class of"
+        )
 
 
 def family_names() -> list[str]:
@@ -228,7 +278,7 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
                     channels=linears[0].in_features,
                     rows=tuple(linear.out_features for linear in linears),
                     table=table,
-                    heads=_heads(model) if table.by_head else (1, 1),
+                    heads=key_value_heads(model.config) if table.by_head else (1, 1),
                 )
             )
     if not groups:
@@ -236,11 +286,25 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     return groups
 
 
-def _heads(model: nn.Module) -> tuple[int, int]:
-    config = model.config
-    query: int = config.num_attention_heads  # type: ignore[union-attr, assignment]
+def key_value_heads(config: Any) -> tuple[int, int]:
+    """Key-value heads, and query heads for each of them, of a transformers config."""
+    query: int = config.num_attention_heads
     key_value: int = getattr(config, "num_key_value_heads", None) or query
     return key_value, query // key_value
+
+
+def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
+    """Index of a producer's rows that gives its channels in an order, int64 `(rows,)`.
+
+    Args:
+        rows: of the producer.
+        part: which of them are the channels.
+        order: int64 `(channels,)`.
+    """
+    start = rows - len(order) if part == "last" else 0
+    index = torch.arange(rows, device=order.device)
+    index[start : start + len(order)] = order + start
+    return index
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

@@ -30,6 +30,12 @@ def tokens_at_a_time(vocabulary: int, tokens: int) -> int:
     return tokens if vocabulary <= _VOCABULARY else min(tokens, max(1, _TOKENS * _VOCABULARY // vocabulary))
 
 
+def head_path(model: nn.Module) -> str:
+    """Path of the linear that gives the logits; it may share its weight with the embedding."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is head)
+
+
 class Head:
     """Norm and head of a causal language model.
 
@@ -83,7 +89,7 @@ class Head:
         if self.logits(zero).any():  # a bias
             return False
         # A part of the vocabulary in float64, so that no rounding, of the weights' format or of products, hides a difference.
-        name = next(name for name, module in self._model.named_modules() if module is self._module)
+        name = head_path(self._model)
         part = {f"{name}.{key}": value[:_ROWS].double() for key, value in self._module.named_parameters()}
         weight = part[f"{name}.weight"]
         states = torch.randn(_STATES, weight.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -34,7 +34,7 @@ from permllm.models.checkpoint import (
     transformers_reads,
     vocabulary_of,
 )
-from permllm.models.families import family_named
+from permllm.models.families import check_known, family_of_config
 from permllm.models.from_wheel import wheel_model, wheel_model_folder
 from permllm.runtime.devices import resolve_device
 
@@ -107,7 +107,7 @@ def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedMod
     if folder is None and config.source == "hub" and not config.architecture:
         folder = hub_snapshot(_hub_name(config), config.revision, ["config.json"])
     architecture = _architecture(config) if folder is None else _local_architecture(folder)
-    family_named(architecture.model_type)
+    family_of_config(architecture)
     with transformers_reads(folder or config.name), torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
 
@@ -149,7 +149,7 @@ def hub_commit(identity: str) -> str:
 
 def _architecture(config: ModelConfig) -> PreTrainedConfig:
     settings = dict(config.architecture)
-    family_named(str(settings.get("model_type")))
+    check_known(str(settings.get("model_type")))
     with transformers_reads(f"the architecture of model={config.name}"):
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
@@ -183,7 +183,7 @@ def _local_architecture(folder: Path) -> PreTrainedConfig:
 
 def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _local_architecture(folder)
-    family_named(config.model_type)
+    family_of_config(config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
     model = read_weights(folder, dtype, device)
@@ -223,7 +223,7 @@ def _hub_folder(config: ModelConfig) -> Path:
     name = _hub_name(config)
     folder = hub_snapshot(name, config.revision, _SETTINGS)
     architecture = _local_architecture(folder)
-    family_named(architecture.model_type)
+    family_of_config(architecture)
     _check_architecture(config, architecture)  # before gigabytes are downloaded
     for index, single in WEIGHTS:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]

@@ -114,9 +114,19 @@ class SharedOrder:
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
-    """The orders that a method may choose, in the order in which their first groups run."""
+    """The orders that a method may choose, in the order in which their first groups run.
+
+    Raises:
+        ConfigError: they must fold, and nothing absorbs an order of a group; the message names it.
+    """
     if constraint == "free":
         return [SharedOrder(group.name, group.channels, group.channels, 1, (group,)) for group in groups]
+    for group in groups:
+        if not group.table.folds:
+            raise ConfigError(
+                f"permutation.constraint=foldable: no neighbouring weights absorb an order of {group.name}; "
+                "permutation.constraint=free, for export=gathered, has none to ask"
+            )
     stream = tuple(group for group in groups if not group.table.producers)
     found = []
     for group in groups:
@@ -169,11 +179,15 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
         ConfigError: one of them does not fold; the message names it.
     """
     found: dict[str, Tensor] = {}
-    for shared in shared_orders(groups, "foldable"):
+    for group in groups:
+        order = orders[group.name]
+        if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
+            raise ConfigError(f"the permutation of {group.name} does not fold: no neighbouring weights absorb one")
+    for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
-            order = shared.shared(orders[group.name])
-            if order is None:
+            behind = shared.shared(orders[group.name])
+            if behind is None:
                 raise ConfigError(f"the permutation of {group.name} does not fold: it is not the same inside each head")
-            if not torch.equal(found.setdefault(shared.name, order), order):
+            if not torch.equal(found.setdefault(shared.name, behind), behind):
                 raise ConfigError(f"the permutation of {group.name} does not fold: it is not that of {shared.groups[0].name}")
     return found

@@ -1,0 +1,146 @@
+"""Families that have no table: what a small model of their config shows, and what is done with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
+
+import permllm
+from permllm import runner
+from permllm.config import read_config
+from permllm.errors import ConfigError
+from permllm.export.verify import verify
+from permllm.models.families import FAMILIES, Family, family_of, linear_at
+from permllm.models.structure import family_by_structure
+from tests.conftest import ROOT, tiny_config
+from tests.test_config import composed
+
+TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
+# What differs from LLaMA, by family: norms after instead of before, layers without positions, scales, fused projections.
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+STRANGERS: dict[str, dict[str, Any]] = {
+    "olmo2": {},
+    "smollm3": _TOKENS | {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+    "phi3": _TOKENS,
+    "gpt_neox": {"hidden_act": "gelu"},
+}
+
+
+def config_of(model_type: str, **extra: Any) -> Any:
+    settings = tiny_config("llama") | STRANGERS.get(model_type, {}) | {"model_type": model_type} | extra
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def model_of(model_type: str, **extra: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(model_type, **extra), dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+def present(family: Family, config: Any) -> Family:
+    """A table without the modules that a model of the config lacks."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {name for name, _ in model.named_modules()}
+    return replace(
+        family,
+        after=tuple(path for path in family.after if path in names),
+        projections=tuple(path for path in family.projections if path in names),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        *((family, {}) for family in sorted(FAMILIES)),
+        ("llama", {"num_hidden_layers": 1, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}),
+        ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    ],
+)
+def test_the_structure_of_a_known_family_is_its_table(model_type: str, extra: dict[str, Any]) -> None:
+    settings = tiny_config(model_type) | extra
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    before = torch.get_rng_state()
+    found = family_by_structure(config, model_type)
+    assert found == present(FAMILIES[model_type], config)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fused_projections_are_producers_by_their_rows() -> None:
+    groups = {group.name: group for group in family_by_structure(config_of("phi3"), "phi3").groups}
+    assert list(groups["mlp.down_proj"].produced()) == [("mlp.gate_up_proj", "first"), ("mlp.gate_up_proj", "last")]
+    assert list(groups["self_attn.o_proj"].produced()) == [("self_attn.qkv_proj", "last")]
+    assert groups["self_attn.o_proj"].by_head
+    assert all(group.folds for group in groups.values())
+
+
+def test_what_cannot_be_proved_does_not_fold() -> None:
+    # Queries, keys and values of a head stand together: the rows of the values are neither the first nor the last.
+    groups = family_by_structure(config_of("gpt_neox"), "gpt_neox").groups
+    assert {group.name for group in groups if not group.folds} == {"attention.dense"}
+    assert not any(group.producers or group.by_head for group in groups if not group.folds)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "olmo2", "phi3", "smollm3"])
+@pytest.mark.parametrize(
+    ("permutation", "form"), [("heuristic", "folded"), ("lcp", "gathered")], ids=["heuristic-folded", "lcp-gathered"]
+)
+def test_pruned_strangers_compute_the_same_in_every_form(model_type: str, permutation: str, form: str, tmp_path: Path) -> None:
+    model = model_of(model_type)
+    settings: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16, "block_size": 8}
+    settings |= {"permutation__epochs": 1} if permutation == "lcp" else {"permutation__constraint": "foldable"}
+    found = permllm.prune(model, ByT5Tokenizer(extra_ids=0), texts=[TEXT], permutation=permutation, **settings)
+    assert all(not torch.equal(order, torch.arange(len(order))) for order in found.orders.values())
+    permllm.save(model, tmp_path / "out", form=form)
+    report = verify(tmp_path / "out")
+    assert report.passed, report.problems
+    assert len(report.layers) == len(found.masks)
+    opened = permllm.load(tmp_path / "out", dtype=torch.float32)
+    assert hasattr(opened.config, "dense_type") == (form == "gathered")
+    tokens = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(opened(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+    for path, mask in found.masks.items():
+        assert not torch.equal(linear_at(opened, path).weight == 0, ~mask)  # the columns are in another order
+    assert family_of(opened) == family_of(model)
+
+
+def architecture(model_type: str, **extra: Any) -> list[str]:
+    settings = tiny_config("llama") | STRANGERS.get(model_type, {}) | {"model_type": model_type} | extra
+    words = [f"+model.architecture.{key}={value}" for key, value in settings.items()]
+    return ["model=tiny", "logger=none", *(word.replace("+", "++", 1) for word in words)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (architecture("mixtral"), "model type 'mixtral' is a mixture of experts (num_local_experts=8): only decoders"),
+        (architecture("mamba"), "model type 'mamba' is a state-space or convolutional model (state_size=16): only"),
+        (architecture("t5"), "model type 't5' is not known; known are: gemma3_text, llama, mistral, opt, qwen2, qwen3, and"),
+        (architecture("gemma3"), "model type 'gemma3' is more than a language model (Gemma3Config): only decoders"),
+        (architecture("gpt2"), "'gpt2' cannot be told: GPT2LMHeadModel has no list of layers with nn.Linear modules in them; "
+         "they hold Conv1D"),
+        (architecture("bert", is_decoder=False), "'bert' cannot be told: a token's logits depend on the tokens that follow"),
+        (
+            [*architecture("gpt_neox"), "permutation=heuristic", "permutation.constraint=foldable"],
+            "permutation.constraint=foldable: no neighbouring weights absorb an order of gpt_neox.layers.0.attention.dense;",
+        ),
+    ],
+    ids=["experts", "state-space", "encoder-decoder", "pictures", "no linears", "not causal", "not foldable"],
+)  # fmt: skip
+def test_what_cannot_be_pruned_is_one_line_before_anything_is_computed(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        runner.run(read_config(composed(*overrides, f"run_dir={tmp_path / 'run'}")))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").glob("permutations.safetensors"))
