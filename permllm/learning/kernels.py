@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -324,6 +324,8 @@ def chosen_kernels(
 ) -> Kernels:
     """Compiled kernels where `settings.compile` asks for them, or compiling is soon made up for; else eager ones.
 
+    The kernels of any pattern serve all; each is compiled for every pattern of the groups before it is used.
+
     Args:
         settings: of the descent.
         problem: what is learned from.
@@ -332,6 +334,7 @@ def chosen_kernels(
         straight_through: as in `KernelUse`.
         dense: the scores are a number for each weight, whatever the pruner's saliency is.
     """
+    groups = list(groups)
     wanted = settings.compile
     if wanted is None:
         wanted = steps * sum(group.channels * sum(group.rows) for group in groups) > _COMPILE_FROM
@@ -342,10 +345,11 @@ def chosen_kernels(
     use = KernelUse(
         weight.device.type,
         straight_through,
-        problem.pattern,
-        weight.dtype,
-        product_dtype(weight),
+        weights=weight.dtype,
+        products=product_dtype(weight),
         row=factors.row is not None and not dense,
         dense=factors.dense or dense,
     )
-    return compiled_kernels(use) or EAGER
+    patterns = dict.fromkeys(group.pattern or problem.pattern for group in groups)
+    made = [kernels for pattern in patterns if (kernels := compiled_kernels(replace(use, pattern=pattern)))]
+    return made[0] if made and len(made) == len(patterns) else EAGER

@@ -21,11 +21,11 @@ class LearningProblem:
 
     Attributes:
         model: dense, of a known family; unchanged afterwards.
-        groups: its channel groups, all layers.
+        groups: its channel groups that are pruned, all layers.
         tokens: int64 `(samples, length)`.
         factors: saliency factors of every linear, by module path.
         target: dense output of the last decoder layer, `(samples, length, hidden)` on the host.
-        pattern: N:M.
+        pattern: N:M of the groups that have none of their own.
         seed: of the initial logits and the order of samples.
         calibration_batch_size: samples a forward where nothing is learned.
         directory: where the checkpoint goes; None keeps none.

@@ -39,11 +39,12 @@ def by_places() -> Kernels:
 
 # N, M, power of the magnitude, factors of rows, the hard gradient.
 CASES = [(2, 4, 1, False, True), (2, 4, 1, False, False), (1, 4, 2, False, True), (4, 8, 1, True, False)]
+WIDE = [(2, 8, 1, False, True), (6, 8, 2, False, False), (8, 16, 1, True, True)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + WIDE)
 def test_places_and_eager_agree(by_places: Kernels, case: tuple[int, int, int, bool, bool], dtype: torch.dtype) -> None:
     check_mask_and_gradient(by_places, *case, dtype)
 
@@ -82,7 +83,10 @@ def check_mask_and_gradient(
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize(("n", "m", "dense"), [(2, 4, False), (2, 4, True), (1, 4, False), (3, 4, False), (4, 8, False)])
+@pytest.mark.parametrize(
+    ("n", "m", "dense"),
+    [(2, 4, False), (2, 4, True), (1, 4, False), (3, 4, False), (4, 8, False), (2, 8, True), (6, 8, False), (8, 16, False)],
+)
 def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(by_places: Kernels, n: int, m: int, dense: bool) -> None:
     check_changes(EAGER, torch.float64, n, m, dense)
     check_changes(by_places, torch.float64, n, m, dense)

@@ -84,7 +84,8 @@ class LCP(LCPSettings):
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
             score, order = problem.saliency_of(path), used_by[group.name]
-            return permuted_nm_mask(score, order.expand(orders[order.name]).to(score.device), problem.pattern)
+            perm = order.expand(orders[order.name]).to(score.device)
+            return permuted_nm_mask(score, perm, group.pattern or problem.pattern)
 
         for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
             learning = self.learning(shared, first, stop)
