@@ -350,6 +350,6 @@ def chosen_kernels(
         row=factors.row is not None and not dense,
         dense=factors.dense or dense,
     )
-    patterns = dict.fromkeys(group.pattern or problem.pattern for group in groups)
+    patterns = dict.fromkeys(map(problem.pattern_of, groups))
     made = [kernels for pattern in patterns if (kernels := compiled_kernels(replace(use, pattern=pattern)))]
     return made[0] if made and len(made) == len(patterns) else EAGER

@@ -86,7 +86,7 @@ class MaskLearning(ScoreSettings):
 
         stream = WindowStream(problem)
         for number, (first, stop) in enumerate(self.spans(len(decoder_layers(problem.model)))):
-            if number < begin:
+            if number < begin or not any(first <= group.layer < stop for group in problem.groups):
                 continue
             window = Window(number, 0, first, stop, stream.inputs(first, mask_of), stream.target(stop))
             with self._learners(problem, window, found, learned, lcp) as learners:

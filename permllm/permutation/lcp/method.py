@@ -85,7 +85,7 @@ class LCP(LCPSettings):
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
             score, order = problem.saliency_of(path), used_by[group.name]
             perm = order.expand(orders[order.name]).to(score.device)
-            return permuted_nm_mask(score, perm, group.pattern or problem.pattern)
+            return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
         for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
             learning = self.learning(shared, first, stop)
