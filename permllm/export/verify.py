@@ -32,7 +32,6 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import decoder_layers, family_of
-from permllm.models.head import tokens_at_a_time
 from permllm.models.patterns import DENSE
 from permllm.record.files import read_json
 from permllm.record.run_tensors import check_order
@@ -172,8 +171,7 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
         model = read_weights(folder, torch.float32, torch.device("cpu")).eval()
         if tokens is None:
             vocabulary = model.config.vocab_size
-            sequences = max(1, tokens_at_a_time(vocabulary, _SEQUENCES * _LENGTH) // _LENGTH)
-            tokens = torch.randint(vocabulary, (sequences, _LENGTH), generator=generator)
+            tokens = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=generator)
         elif model.config.vocab_size != vocabulary:
             raise ConfigError(f"{first} and {second} have vocabularies of {vocabulary} and {model.config.vocab_size} tokens")
         with transformers_reads(folder), torch.no_grad():

@@ -20,14 +20,14 @@ from permllm.models.families import after_layers, family_of
 _ROWS, _STATES = 64, 8
 # Largest logits of the comparison: where any cap shows, and where none of them does yet.
 _SIZES = (1e-2, 1.0, 1e4)
-# Vocabulary up to which the logits of all tokens exist together; of a larger one, as many numbers at a time as so many tokens
-# of this one have.
-_VOCABULARY, _TOKENS = 160_000, 128
+# Vocabulary up to which the logits of all tokens exist together, and how many logits of a larger one do: with fewer, a weight
+# would be read for too few products.
+_VOCABULARY, _LOGITS = 160_000, 1 << 26
 
 
 def tokens_at_a_time(vocabulary: int, tokens: int) -> int:
     """How many of `tokens` tokens have their logits at a time: all, unless the vocabulary is large."""
-    return tokens if vocabulary <= _VOCABULARY else min(tokens, max(1, _TOKENS * _VOCABULARY // vocabulary))
+    return tokens if vocabulary <= _VOCABULARY else min(tokens, max(1, _LOGITS // vocabulary))
 
 
 def head_path(model: nn.Module) -> str:

@@ -39,7 +39,8 @@ def test_a_large_vocabulary_has_the_logits_of_some_tokens_at_a_time(monkeypatch:
     windows = torch.randint(0, 259, (3, 10), generator=torch.Generator().manual_seed(0))
     log_p = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
     expected = -log_p.gather(-1, windows[:, 1:, None]).sum((1, 2))
-    monkeypatch.setattr(head, "_VOCABULARY", 8)  # three tokens of 259
+    monkeypatch.setattr(head, "_VOCABULARY", 8)
+    monkeypatch.setattr(head, "_LOGITS", 3 * 259 + 1)
     at_a_time = []
     handle = model.lm_head.register_forward_hook(lambda _, __, output: at_a_time.append(output.shape[-2]))
     result = perplexity(model, windows, batch_tokens=20)

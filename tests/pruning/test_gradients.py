@@ -89,7 +89,8 @@ def test_gblm_is_its_formula_entry_by_entry(family: str, norm_over: NormOver) ->
 def test_a_large_vocabulary_has_the_gradients_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma3_text", dtype=torch.float64)
     expected = by_autograd(model)
-    monkeypatch.setattr(head, "_VOCABULARY", 8)  # three tokens of 259 at a time
+    monkeypatch.setattr(head, "_VOCABULARY", 8)
+    monkeypatch.setattr(head, "_LOGITS", 3 * 259 + 1)
     at_a_time = []
     handle = model.lm_head.register_forward_hook(lambda _, __, output: at_a_time.append(output.shape[-2]))
     found = weight_gradients(model, paths_of(model), (GradientSquare,), tokens())
