@@ -51,6 +51,8 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(group.channels * sum(group.rows) for group in groups)
     console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
+    if config.model.bos:
+        console.print("windows                begin with BOS, in calibration and perplexity")
     console.print(f"logits                 {plan.logits if plan else 0}")
     for name in plan.stays if plan else []:
         console.print(f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers")

@@ -487,7 +487,8 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     scores = run.scores.get(digest_of(how), {})
     for text, values in entry.get("perplexity", {}).get(which, {}).items():
         window, text_digest = values["window"], evaluations.text_digest(entry, text)
-        facts = (f"{values['tokens'] // max(1, window - 1)} windows", f"{_NO_TEXT}{plain(text_digest)[:8]}")
+        begins = "with BOS" if how.get("perplexity", {}).get("bos") else "without BOS"
+        facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"{_NO_TEXT}{plain(text_digest)[:8]}")
         limited = how.get("perplexity", {}).get("limit") is not None
         losses = scores.get("perplexity", {}).get(which, {}).get(text, [])
         scored = _windows(losses, values, (text_digest, run.metrics.get("model")))
