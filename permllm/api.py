@@ -261,6 +261,9 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     )
     calibration = config.calibration
     if isinstance(texts, Tensor):
+        samples = config.reconstruction.get("samples")
+        if samples is not None and samples > texts.shape[0]:
+            raise ConfigError(f"reconstruction.samples={samples}: texts has {texts.shape[0]} windows of tokens, and no others")
         calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
     name = f"{of_model.name}-{config.pruner['name']}-{config.permutation['name']}-{config.sparsity.replace(':', 'x')}"
     return replace(config, model=of_model, calibration=calibration, name=name)
@@ -270,8 +273,8 @@ def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerB
     if isinstance(texts, Tensor):
         return texts.cpu()
     if isinstance(texts, str):
-        return calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos)
-    return windows_of(tokenizer, texts, config.calibration, config.seed, config.model.bos)
+        return calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+    return windows_of(tokenizer, texts, config.calibration, config.seed, config.model.bos, config.further)
 
 
 def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DenseSource:

@@ -332,6 +332,11 @@ class RunConfig:
         others = {NMPattern.parse(text, f"sparsity_of.{name}"): None for name, text in self.sparsity_of.items()}
         return list({self.pattern: None} | others)
 
+    @property
+    def further(self) -> int:
+        """Windows of the calibration text, after `calibration.samples`, that the reconstruction asks for."""
+        return max(0, (self.reconstruction.get("samples") or 0) - self.calibration.samples)
+
     # What a job is is asked many times, and follows from files that take time to read: once.
     @cached_property
     def resolved(self) -> dict[str, Any]:

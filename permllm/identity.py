@@ -29,6 +29,8 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.samples": None,
     "calibration.sampling": "disjoint",
     "reconstruction.columns": "permuted",
+    "reconstruction.samples": None,
+    "reconstruction.average": 0.0,
     "keep_dense": [],
     "sparsity_of": {},
 }

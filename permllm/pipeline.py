@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from permllm.calibration.dense import Pruner, by_layer, collecting, member_facto
 from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.calibration.statistics.base import InputStatistics
-from permllm.models.decoder import LayerStream
+from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runtime.precision import products_in
@@ -55,6 +56,9 @@ def prune(
     reconstruction: Reconstruction | None = None,
     compute_dtype: torch.dtype | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    network_tokens: Tensor | None = None,
+    directory: Path | None = None,
+    run: str = "",
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -70,11 +74,15 @@ def prune(
         reconstruction: of the kept weights; None leaves them as the pruner does.
         compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
         masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
+        network_tokens: those that the whole network is reconstructed on, where they are others than `tokens`.
+        directory: where a reconstruction may write a checkpoint.
+        run: digest of the settings, for it.
     """
     reconstruction = reconstruction or NoReconstruction()
     compute_dtype = compute_dtype or next(model.parameters()).dtype
     asked = (*(pruner.statistics if factors is None or pruner.updates_weights else ()), *reconstruction.statistics)
     gradients = weight_gradients(model, [path for group in groups for path in group.members], asked, tokens, compute_dtype)
+    target = None if network_tokens is None else last_states(model, network_tokens, batch_size, compute_dtype)
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
@@ -111,8 +119,11 @@ def prune(
             pruned.advance(index)
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
+        if network_tokens is None or target is None:
+            network_tokens, target = tokens, dense.states()
+        found_masks = list(result.masks.values())
         with products_in(compute_dtype, linears[0].weight.device):
-            reconstruction.network(PrunedNetwork(model, linears, list(result.masks.values()), tokens, dense.states()))
+            reconstruction.network(PrunedNetwork(model, linears, found_masks, network_tokens, target, directory, run))
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight

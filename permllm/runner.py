@@ -131,7 +131,7 @@ def _check_amounts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, pruned
     for named in perplexity_texts(config.evaluation.perplexity):
         perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)
     if not pruned:
-        calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos)
+        calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
 
 
 def _evaluate(job: Job, record: RunRecord, which: str) -> None:
@@ -147,7 +147,8 @@ def _prune(job: Job, record: RunRecord) -> None:
     def tokens() -> Tensor:
         digest = calibration_text(job.config.calibration).text.digest(calibration=True)
         record.metrics.setdefault("texts", {})["calibration"] = digest
-        return calibration_tokens(job.loaded.tokenizer, job.config.calibration, job.config.seed, job.config.model.bos)
+        config = job.config
+        return calibration_tokens(job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further)
 
     def keep(pruned: PrunedModel) -> None:
         write_orders(record.path(PERMUTATIONS), pruned.orders)

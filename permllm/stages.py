@@ -21,13 +21,15 @@ def prune_model(
 
     Args:
         job: what is pruned, by which methods.
-        read_tokens: gives the calibration windows, int64 `(samples, seqlen)`; its time counts as calibration.
+        read_tokens: gives the calibration windows and `config.further` ones after them, int64 `(samples, seqlen)`; its time
+            counts as calibration.
         keep: writes what was found; its time counts as pruning.
     """
     config, record = job.config, job.record
     dense = None
     with record.stage("calibrate", job.device):
-        tokens = read_tokens()
+        drawn = read_tokens()
+        tokens = drawn[: len(drawn) - config.further]
         if not job.methods.permutation.local or config.calibration.statistics == "dense":
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
     order, masks = learned_masks(job, tokens, dense, order_of(job, tokens, dense))
@@ -44,6 +46,9 @@ def prune_model(
             job.methods.reconstruction,
             job.products,
             masks,
+            drawn if config.further else None,
+            record.directory,
+            config.hash,
         )
         keep(pruned)
     return pruned

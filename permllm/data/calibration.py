@@ -20,7 +20,9 @@ from permllm.record.caching import cached_tensors
 _TOKENS = "tokens"
 
 
-def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig, seed: int, bos: bool = False) -> Tensor:
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig, seed: int, bos: bool = False, further: int = 0
+) -> Tensor:
     """Draw calibration windows, as `calibration.sampling` says.
 
     Args:
@@ -28,9 +30,10 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
         config: the settings of the group.
         seed: of the windows.
         bos: whether the first token of each is the tokenizer's BOS, and no other special token is added.
+        further: windows drawn after the `calibration.samples`, which are the same without them.
 
     Returns:
-        int64 `(samples, length)` on the CPU.
+        int64 `(samples + further, length)` on the CPU.
 
     Raises:
         ConfigError: the settings name no text, or the tokenizer has no BOS. DataError: there is not enough text.
@@ -38,17 +41,24 @@ def calibration_tokens(tokenizer: PreTrainedTokenizerBase, config: CalibrationCo
     named = calibration_text(config)
 
     def windows() -> Tensor:
-        return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos)
+        return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further)
 
     settings = {"sampling": config.sampling, "samples": config.samples, "length": config.seqlen, "seed": seed} | _special(bos)
+    settings |= {"further": further} if further else {}
     return _kept(tokenizer, named, settings, windows, calibration=True)
 
 
 def windows_of(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], config: CalibrationConfig, seed: int, bos: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    config: CalibrationConfig,
+    seed: int,
+    bos: bool = False,
+    further: int = 0,
 ) -> Tensor:
     """Draw calibration windows of documents, as `calibration_tokens`."""
-    return _WINDOWS[config.sampling](tokenizer, documents, config.samples, config.seqlen, seed, bos_of(tokenizer, bos))
+    draw, first = _WINDOWS[config.sampling], bos_of(tokenizer, bos)
+    return draw(tokenizer, documents, config.samples, config.seqlen, seed, first, further)
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
@@ -111,8 +121,9 @@ def joined_windows(
     length: int,
     seed: int,
     bos: int | None = None,
+    further: int = 0,
 ) -> Tensor:
-    """Random windows of the documents, joined by a blank line, none overlapping another: int64 `(samples, length)`.
+    """Random windows of the documents, joined by a blank line, none overlapping another: int64 `(samples + further, length)`.
 
     Raises:
         DataError: the text is too short.
@@ -122,14 +133,18 @@ def joined_windows(
     order.shuffle(documents)
     tokens = encode(tokenizer, "\n\n".join(documents), bos is None)
     piece = length if bos is None else length - 1
-    if len(tokens) < samples * piece:
+    if len(tokens) < (samples + further) * piece:
+        asked = f"calibration.samples={samples}" + (f" and {further} further ones" if further else "")
         raise DataError(
-            f"the calibration text has {len(tokens)} tokens, but calibration.samples={samples} of "
-            f"calibration.seqlen={length} need {samples * piece}: "
+            f"the calibration text has {len(tokens)} tokens, but {asked} of "
+            f"calibration.seqlen={length} need {(samples + further) * piece}: "
             f"take at most {len(tokens) // piece} samples of it, or another text"
         )
     offset = order.randrange(len(tokens) % piece + 1)
-    starts = order.sample(range(offset, len(tokens) - piece + 1, piece), samples)
+    places = range(offset, len(tokens) - piece + 1, piece)
+    starts = order.sample(places, samples)
+    if further:
+        starts += order.sample(sorted(set(places) - set(starts)), further)
     return begun(torch.stack([tokens[start : start + piece] for start in starts]), bos)
 
 
@@ -140,13 +155,14 @@ def document_windows(
     length: int,
     seed: int,
     bos: int | None = None,
+    further: int = 0,
 ) -> Tensor:
     """Each window a random piece of a random document that is longer, documents drawn with replacement.
 
     C4 and the Pile in the released code of SparseGPT, Wanda, RIA and PermLLM, draw by draw.
 
     Returns:
-        int64 `(samples, length)`.
+        int64 `(samples + further, length)`.
 
     Raises:
         DataError: no document is longer than a window.
@@ -155,7 +171,7 @@ def document_windows(
     short: set[int] = set()
     windows: list[Tensor] = []
     piece = length if bos is None else length - 1
-    while len(windows) < samples:
+    while len(windows) < samples + further:
         index = order.randint(0, len(documents) - 1)
         if index in short:
             continue
@@ -177,13 +193,14 @@ def overlapping_windows(
     length: int,
     seed: int,
     bos: int | None = None,
+    further: int = 0,
 ) -> Tensor:
     """Windows at random places of all documents joined by one space, which may overlap.
 
     WikiText-2 in the released code of SparseGPT, Wanda, RIA and PermLLM, draw by draw.
 
     Returns:
-        int64 `(samples, length)`.
+        int64 `(samples + further, length)`.
 
     Raises:
         DataError: the text is not longer than a window.
@@ -193,7 +210,7 @@ def overlapping_windows(
     piece = length if bos is None else length - 1
     if len(tokens) <= piece:
         raise DataError(f"the calibration text has {len(tokens)} tokens, not more than calibration.seqlen={length}")
-    starts = [order.randint(0, len(tokens) - piece - 1) for _ in range(samples)]
+    starts = [order.randint(0, len(tokens) - piece - 1) for _ in range(samples + further)]
     return begun(torch.stack([tokens[start : start + piece] for start in starts]), bos)
 
 

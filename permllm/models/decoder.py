@@ -72,6 +72,30 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
     return output[0] if isinstance(output, tuple) else output
 
 
+@torch.no_grad()
+def last_states(model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> Tensor:
+    """Output of the last decoder layer for `tokens` int64 `(samples, tokens)`, `(samples, tokens, hidden)` on the host.
+
+    Args:
+        model: of a known family.
+        tokens: of one length.
+        batch_size: samples a forward; the states of no other sample exist meanwhile.
+        compute_dtype: of matrix products.
+    """
+    found: Tensor | None = None
+    for indices in torch.arange(len(tokens)).split(batch_size):
+        inputs = layer_inputs(model, tokens[indices])
+        hidden = inputs.hidden
+        with products_in(compute_dtype, hidden.device):
+            for layer, kwargs in zip(decoder_layers(model), inputs.kwargs, strict=True):
+                hidden = run_layer(layer, hidden, kwargs)
+        if found is None:
+            found = torch.empty(len(tokens), *hidden.shape[1:], dtype=hidden.dtype)
+        found[indices] = hidden.to("cpu")
+    assert found is not None
+    return found
+
+
 class LayerStream:
     """Hidden states of many samples, advanced through the decoder one layer at a time.
 

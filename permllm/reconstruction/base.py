@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -63,8 +64,11 @@ class PrunedNetwork:
         model: with its pruned weights.
         linears: its pruned linears.
         masks: bool `(C_out, C_in)` for each of them, on the host.
-        tokens: int64 `(samples, length)`.
+        tokens: int64 `(samples, length)`; as many windows as the setting `samples` of the reconstruction asks for, at least
+            those of the calibration.
         target: the dense model's output of the last decoder layer, `(samples, length, hidden)` on the host.
+        directory: where a checkpoint may be written; None for nowhere.
+        run: digest of the settings; a checkpoint of another run is not continued.
     """
 
     model: nn.Module
@@ -72,6 +76,8 @@ class PrunedNetwork:
     masks: Sequence[Tensor]
     tokens: Tensor
     target: Tensor
+    directory: Path | None = None
+    run: str = ""
 
 
 class Reconstruction(Protocol):

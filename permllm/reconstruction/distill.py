@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
-from permllm.errors import TrainingError
+from permllm.errors import DataError, TrainingError
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import decoder_layers
 from permllm.models.head import Head
@@ -17,23 +21,40 @@ from permllm.models.losses import head_divergence
 from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
 from permllm.reconstruction.masked_adam import MaskedAdam
 from permllm.reconstruction.settings import DistillSettings
+from permllm.record.names import DISTILL_CHECKPOINT
+from permllm.record.tensors import read_torch, write_torch
+
+log = logging.getLogger(__name__)
+
+# Seconds between checkpoints.
+_CHECKPOINT_EVERY = 120.0
+
+
+class Checkpoint(TypedDict):
+    """A distillation after a step: `MaskedAdam.state`, and the run that it is of."""
+
+    run: str
+    optimizer: dict[str, Any]
 
 
 class Distill(DistillSettings, NoReconstruction):
     """Adam on all kept weights towards the dense model's next-token distributions, on the calibration text.
 
-    Holds weights, gradients and two moments at once, 16 bytes a weight in float32; layers are recomputed in backward.
+    Holds the weights and what `MaskedAdam` does; layers are recomputed in backward.
     """
 
     changes_weights = True
 
     def network(self, pruned: PrunedNetwork) -> None:
-        """Train the linears in place. Raises TrainingError when the loss is not finite."""
+        """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
         head = Head(pruned.model)
-        batches = torch.arange(len(pruned.tokens)).split(self.batch_size) * self.epochs
-        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, len(batches))
-        with tqdm(batches, desc="distill", unit="step") as progress:
-            for batch in progress:
+        samples = torch.arange(min(len(pruned.tokens), self.samples or len(pruned.tokens)))
+        batches = samples.split(self.batch_size) * self.epochs
+        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, len(batches), self.average)
+        _restore(pruned, optimizer)
+        saved = time.monotonic()
+        with tqdm(total=len(batches), initial=optimizer.done, desc="distill", unit="step") as progress:
+            for batch in batches[optimizer.done :]:
                 with optimizer.gradients():
                     loss = self._loss(pruned, head, batch)
                     value = float(loss.detach())
@@ -41,7 +62,13 @@ class Distill(DistillSettings, NoReconstruction):
                         raise TrainingError("reconstruction=distill: the loss is not finite; try a lower learning_rate")
                     loss.backward()
                 optimizer.step()
+                progress.update()
                 progress.set_postfix(loss=f"{value:.4f}")
+                if pruned.directory is not None and time.monotonic() - saved >= _CHECKPOINT_EVERY:
+                    state: Checkpoint = {"run": pruned.run, "optimizer": optimizer.state()}
+                    write_torch(pruned.directory / DISTILL_CHECKPOINT, state)
+                    saved = time.monotonic()
+        optimizer.finish()
 
     def _loss(self, pruned: PrunedNetwork, head: Head, batch: Tensor) -> Tensor:
         inputs = layer_inputs(pruned.model, pruned.tokens[batch])
@@ -49,3 +76,19 @@ class Distill(DistillSettings, NoReconstruction):
         for layer, kwargs in zip(decoder_layers(pruned.model), inputs.kwargs, strict=True):
             hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
         return head_divergence(head, hidden, pruned.target[batch].to(hidden.device))
+
+
+def _restore(pruned: PrunedNetwork, optimizer: MaskedAdam) -> None:
+    """Go on from what an interrupted run left, where that can be."""
+    file = pruned.directory / DISTILL_CHECKPOINT if pruned.directory else None
+    if file is None or not file.is_file():
+        return
+    try:
+        state = read_torch(file, Checkpoint, optimizer.weights[0].device)
+        if state["run"] != pruned.run:
+            raise DataError(f"{file} is of another run")
+        optimizer.restore(state["optimizer"])
+        log.info("distillation continues after step %d", optimizer.done)
+    except DataError as error:
+        log.warning("%s: distillation begins anew", error)
+        file.unlink()

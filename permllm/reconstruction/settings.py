@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from permllm.errors import ConfigError
 from permllm.validation import check_number, check_one_of, check_whole
 
 Columns = Literal["permuted", "costly"]
@@ -49,19 +50,29 @@ class DistillSettings:
     """Settings of the distillation.
 
     Attributes:
-        epochs: over the calibration samples, in their order.
+        epochs: over the samples, in their order.
         learning_rate: of Adam at the start, with a cosine schedule to zero.
         batch_size: samples a step.
+        samples: windows of the calibration text, the first ones those of `calibration.samples`, further ones drawn like them;
+            null takes those of `calibration.samples`.
+        average: share of the steps, the last ones, whose weights' mean is the result; 0 takes the last weights.
     """
 
     epochs: int = 2
     learning_rate: float = 1e-4
     batch_size: int = 4
+    samples: int | None = None
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole("reconstruction.epochs", self.epochs, 1)
         check_whole("reconstruction.batch_size", self.batch_size, 1)
         check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
+        if self.samples is not None:
+            check_whole("reconstruction.samples", self.samples, 1)
+        check_number("reconstruction.average", self.average, positive=False)
+        if self.average > 1:
+            raise ConfigError(f"reconstruction.average={self.average!r}: expected a share of the steps, from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from permllm.record.names import (
     BEST_SO_FAR,
     CHECKPOINT,
     CONFIG,
+    DISTILL_CHECKPOINT,
     ENVIRONMENT,
     EXPORT,
     HISTORY,
@@ -46,8 +47,8 @@ from permllm.sparsity import NMPattern
 
 log = logging.getLogger(__name__)
 
-# Needed while orders are learned, and to continue.
-_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, BEST_SO_FAR)
+# Needed while orders, masks or weights are learned, and to continue.
+_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR)
 # Files without a checksum of their own: metrics.json states them once the run is finished.
 _STATED = (CONFIG, HISTORY, ENVIRONMENT)
 # What pruning adds to the metrics.

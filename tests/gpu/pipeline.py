@@ -48,7 +48,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "obs": ("permutation=heuristic", "reconstruction=obs", "reconstruction.columns=costly"),
     "admm": ("permutation=heuristic", "reconstruction=admm"),
     "block": ("permutation=heuristic", "reconstruction=block"),
-    "distill": ("permutation=heuristic", "reconstruction=distill"),
+    "distill": ("permutation=heuristic", "reconstruction=distill", "reconstruction.samples=3", "reconstruction.average=0.5"),
     "lcp, then a score": ("mask=score", "mask.learning_rate=0.1", "mask.compile=true"),
     "a score with the order": ("mask=score", "mask.orders=together", "mask.learning_rate=0.1"),
     "lowrank": ("permutation=none", "mask=lowrank", "mask.learning_rate=0.3", "export=folded"),

@@ -1,0 +1,191 @@
+"""Distillation: its optimizer against Adam's formula, its text, and a distillation that is killed and continued."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer
+
+from permllm import runner
+from permllm.config import read_config
+from permllm.data.calibration import calibration_tokens, document_windows, joined_windows, overlapping_windows
+from permllm.errors import ConfigError
+from permllm.models.families import channel_groups, linear_at
+from permllm.permutation.identity import Identity
+from permllm.pipeline import prune
+from permllm.pruning.magnitude import Magnitude
+from permllm.reconstruction import distill
+from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
+from permllm.reconstruction.distill import Distill
+from permllm.reconstruction.masked_adam import MaskedAdam
+from permllm.record.names import DISTILL_CHECKPOINT
+from tests.conftest import tiny_model
+from tests.pruning.test_pipeline import PATTERN, tokens
+from tests.test_config import composed, config
+
+TOKENIZER = ByT5Tokenizer(extra_ids=0)
+STEPS, RATE = 7, 0.05
+
+
+def of_squares(masks: list[Tensor] | None, average: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Two linears, before and after so many steps down `sum(weight^4)`."""
+    generator = torch.Generator().manual_seed(0)
+    linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)]
+    for number, linear in enumerate(linears):
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator, dtype=torch.float64))
+        if masks:
+            linear.weight.mul_(masks[number])
+    before = [linear.weight.clone() for linear in linears]
+    optimizer = MaskedAdam(linears, masks, RATE, STEPS, average)
+    for _ in range(STEPS):
+        with optimizer.gradients():
+            torch.stack([linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears]).sum().backward()
+        assert all(linear.weight.grad is None and not linear.weight.requires_grad for linear in linears)
+        optimizer.step()
+    optimizer.finish()
+    return before, [linear.weight for linear in linears]
+
+
+@pytest.mark.parametrize(("masked", "average", "averaged"), [(True, 0.0, 1), (True, 0.4, 3), (False, 0.0, 1)])
+def test_masked_adam_is_adam_on_the_kept_weights_and_the_mean_of_the_last_steps(
+    masked: bool, average: float, averaged: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    masks = [torch.rand(rows, 8, generator=generator) < 0.5 for rows in (3, 5)] if masked else None
+    for number, (weight, after) in enumerate(zip(*of_squares(masks, average), strict=True)):
+        kept = masks[number] if masks else torch.ones_like(weight, dtype=torch.bool)
+        mean, square, last = torch.zeros_like(weight), torch.zeros_like(weight), []
+        for step in range(STEPS):
+            gradient = (4 * weight**3 + 1) * kept
+            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+            rate = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            corrected = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            weight = weight - rate * mean / (1 - 0.9 ** (step + 1)) / corrected
+            last.append(weight)
+        torch.testing.assert_close(after, torch.stack(last[-averaged:]).mean(0), rtol=1e-9, atol=1e-12)
+        assert not after[~kept].any()
+
+
+def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
+    model = tiny_model("llama")
+    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "average": 0.5} | settings)
+    prune(
+        model,
+        channel_groups(model),
+        tokens(),
+        Magnitude(),
+        PATTERN,
+        Identity().order,
+        4,
+        None,
+        reconstruction,
+        network_tokens=tokens(10),
+        directory=directory,
+        run="run",
+    )
+    return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
+
+
+def stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Every step writes a checkpoint, and the process ends after one of them."""
+    write = distill.write_torch
+
+    def write_and_stop(path: Path, state: Any) -> None:
+        write(path, state)
+        if state["optimizer"]["scheduler"]["last_epoch"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "_CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(distill, "write_torch", write_and_stop)
+
+
+@pytest.mark.parametrize("written", [2, 8])  # before weights are averaged, and after
+def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, written: int
+) -> None:
+    whole = distilled(None)
+    stops(monkeypatch, written)
+    with pytest.raises(KeyboardInterrupt):
+        distilled(tmp_path)
+    with caplog.at_level("INFO"):
+        continued = distilled(tmp_path)
+    assert f"continues after step {written}" in caplog.text
+    assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
+    # What is of something else, or broken, is not continued, and says so.
+    (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
+    monkeypatch.setattr(distill, "_CHECKPOINT_EVERY", math.inf)
+    assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
+    assert "distillation begins anew" in caplog.text
+
+
+def test_a_run_that_is_stopped_while_it_distils_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("model=tiny", "logger=none", "permutation=none", "reconstruction=distill", "reconstruction.samples=6")
+    words = (*words, "calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=2")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    runner.run(read_config(composed(*words, f"run_dir={whole}")))
+    stops(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(read_config(composed(*words, f"run_dir={stopped}")))
+    assert (stopped / DISTILL_CHECKPOINT).is_file()
+    runner.run(read_config(composed(*words, f"run_dir={stopped}")))
+    assert not (stopped / DISTILL_CHECKPOINT).exists()
+    before, after = (load_file(folder / "weights.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(weight, after[path]) for path, weight in before.items())
+
+
+def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() -> None:
+    model = tiny_model("llama")
+    expected = model.model(input_ids=tokens(10)).last_hidden_state
+    seen: list[PrunedNetwork] = []
+
+    class Sees(NoReconstruction):
+        changes_weights = True
+
+        def network(self, pruned: PrunedNetwork) -> None:
+            seen.append(pruned)
+
+    prune(
+        model,
+        channel_groups(model),
+        tokens(),
+        Magnitude(),
+        PATTERN,
+        Identity().order,
+        4,
+        None,
+        Sees(),
+        network_tokens=tokens(10),
+    )
+    assert torch.equal(seen[0].tokens, tokens(10))
+    torch.testing.assert_close(model.model.norm(seen[0].target), expected)
+
+
+def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> None:
+    documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
+    for draw in (joined_windows, document_windows, overlapping_windows):
+        more = draw(TOKENIZER, documents, 8, 40, seed=0, further=6)
+        assert more.shape == (14, 40)
+        assert torch.equal(more[:8], draw(TOKENIZER, documents, 8, 40, seed=0))
+        assert len(more.unique(dim=0)) == 14
+    disjoint = joined_windows(TOKENIZER, documents, 8, 40, seed=0, further=6)
+    found = [documents[0].index(TOKENIZER.decode(window[1:-1])) for window in disjoint]
+    assert min(abs(a - b) for number, a in enumerate(found) for b in found[:number]) >= 40
+
+
+def test_settings_say_how_many_windows_are_drawn() -> None:
+    words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16", "reconstruction=distill")
+    asked = config(*words, "reconstruction.samples=7")
+    assert asked.further == 3
+    assert calibration_tokens(TOKENIZER, asked.calibration, 0, further=asked.further).shape == (7, 16)
+    assert config(*words, "reconstruction.samples=2").further == config(*words).further == 0
+    assert config(*words, "reconstruction.samples=null").hash == config(*words).hash != asked.hash
+    with pytest.raises(ConfigError, match=r"reconstruction\.average=1\.5: expected a share"):
+        Distill(average=1.5)
+    with pytest.raises(ConfigError, match=r"reconstruction\.samples=0"):
+        Distill(samples=0)
