@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from permllm.record.figures import PRUNING_STAGES, pruning_minutes
-from permllm.results.summary import GAP, Row, Summary, row_labels
+from permllm.results.summary import GAP, LEARNED_TOO, Row, Summary, row_labels
 
 MINUTES = f"minutes: {' + '.join(PRUNING_STAGES)}"
 
@@ -79,10 +79,8 @@ def measures(summary: Summary) -> list[str]:
 def method(row: Row) -> str:
     """What a row's order, mask and weights come from: the names of those groups that are not as they are by themselves."""
     config = row.runs[0].config
-    usual = {"mask": "pruner", "reconstruction": "none"}
-    others = [str((config.get(group) or {}).get("name", name)) for group, name in usual.items()]
-    changed = [name for name, plain in zip(others, usual.values(), strict=True) if name != plain]
-    return ", ".join([str(config["permutation"]["name"]), *changed])
+    others = [(str((config.get(group) or {}).get("name", usual)), usual) for group, usual in LEARNED_TOO.items()]
+    return ", ".join([str(config["permutation"]["name"]), *(name for name, usual in others if name != usual)])
 
 
 def front(found: Sequence[Point], lower: bool) -> list[Point]:

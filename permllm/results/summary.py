@@ -16,6 +16,7 @@ from permllm.identity import digest_of, identity_of, later_settings
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
+from permllm.record.figures import PRUNING_STAGES
 from permllm.renamed import typed_name, typed_value
 from permllm.results.collect import Run
 
@@ -41,6 +42,8 @@ _FIRST = (
 
 # Settings that a row's name always has; of the others it has those with an unusual value.
 _NAMES_A_ROW = ("model", "sparsity", "pruner", "permutation")
+# Groups that a row's name has where more than the order is learned, and what they are by themselves.
+LEARNED_TOO = {"mask": "pruner", "reconstruction": "none"}
 
 
 @dataclass(frozen=True)
@@ -363,8 +366,8 @@ def row_labels(summary: Summary) -> list[str]:
             group, _, below = name.partition(".")
             # What is usual for an order that is learned says nothing about the heuristic one.
             rows = [other for other in summary.rows if not below or other.labels.get(group) == row.labels.get(group)]
-            if name in _NAMES_A_ROW:
-                parts.append(value)
+            if name in _NAMES_A_ROW or name in LEARNED_TOO:
+                parts.append(value if value != LEARNED_TOO.get(name) else "")
             elif value and (few or value != Counter(other.labels[name] for other in rows).most_common(1)[0][0]):
                 parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
         labels.append(", ".join(filter(None, parts)) or row.runs[0].metrics["name"])
@@ -373,7 +376,7 @@ def row_labels(summary: Summary) -> list[str]:
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that make a result, dotted, as they are typed; a group's `name` stands under the group's own."""
-    flat = flatten(identity_of(config))
+    flat = flatten({"mask": {"name": LEARNED_TOO["mask"]}} | identity_of(config))
     kept = {}
     for key, value in flat.items():
         if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
@@ -474,7 +477,7 @@ def _measures(run: Run, which: str) -> dict[_Key, Measure]:
         sparsity = metrics["sparsity"]
         found[ZEROS, ()] = Measure([sparsity.get("of_model", sparsity["fraction"])], "share")
         # Loading, calibration and the dense model's evaluation may be what an earlier job left.
-        seconds = metrics["seconds"].get("permute", 0.0) + metrics["seconds"].get("prune", 0.0)
+        seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate")
         found["seconds", ()] = Measure([seconds], "seconds")
     return found
 

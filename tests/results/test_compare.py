@@ -17,11 +17,11 @@ from permllm.commands import call
 from permllm.errors import ConfigError
 from permllm.identity import digest_of, evaluation_of
 from permllm.record.files import write_record
-from permllm.results import frame
+from permllm.results import cost, frame
 from permllm.results.collect import collect
 from permllm.results.compare import Paired, bootstrap, paired
 from permllm.results.render import cells, comparison, find_row, main_measure, records, take_baseline
-from permllm.results.summary import Summary, summarise
+from permllm.results.summary import Summary, row_labels, summarise
 from tests.conftest import run_python
 from tests.results.test_results import make_run
 
@@ -287,6 +287,8 @@ def test_a_baseline_is_of_the_same_linears_and_learns_no_mask(tmp_path: Path) ->
     closed = {row.runs[0].directory.name: row.measures.get("gap closed") for row in summary.rows}
     expected = {"a": 0.0, "b": math.log(2) / math.log(4), "c": math.log(40 / 15) / math.log(4)}
     assert {name: measure.mean for name, measure in closed.items() if measure} == pytest.approx(expected)
+    assert {cost.method(row) for row in summary.rows} == {"none", "none, score", "lcp"}
+    assert sum(label == "none, score" for label in row_labels(summary)) == 1
     make_run(tmp_path / "f", 24.0, permutation="none", keep_dense=["0"])
     summary = summarise(collect([tmp_path]).runs)
     (row,) = (row for row in summary.rows if row.runs[0].directory.name == "d")

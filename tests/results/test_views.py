@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from permllm.commands import call
 from permllm.errors import ConfigError, DataError
+from permllm.results.collect import collect
 from permllm.results.published import published
 from permllm.results.views import markers, with_views
+from permllm.results.views.ablation import _differing, _perplexity
 from permllm.results.views.tables import published_table
+from tests.kept import EXPERIMENTS
 from tests.results.test_results import make_run
+
+
+def test_the_ablation_tells_masks_apart_and_takes_several_texts() -> None:
+    run = next(run for run in collect([EXPERIMENTS / "lcp_ablation" / "records.jsonl"], apart=True).runs if not run.history)
+    mask = {"name": "score", "_target_": "permllm.mask.ScoreMask", "learning_rate": 0.25}
+    other = replace(run, config=run.config | {"mask": mask})
+    assert set(_differing(other)) - set(_differing(run)) == {("mask", "score"), ("mask.learning_rate", 0.25)}
+    texts = {"a": {"value": 2.0}, "b": {"value": 8.0}}
+    assert _perplexity({"perplexity": {"sparse": texts}}, "sparse") == pytest.approx(4.0)
 
 
 def document(folder: Path, words: str, block: str = "old\n") -> Path:

@@ -22,7 +22,7 @@ from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
 from permllm.results.views.tables import processor
 
-_GROUPS = ("pruner", "permutation", "reconstruction", "temperature")
+_GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
 # Single settings that make a result; of a group that is named above, all.
 _SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.length", "calibration.statistics")
 # What a record ran with that is older than the setting.
@@ -33,6 +33,8 @@ _BEFORE = {
     "permutation.loss": "cosine",
     "permutation.window": "model",
 }
+# A group that came later.
+_ABSENT = {"mask": {"name": "pruner"}}
 # Settings that follow from others, or say nothing about a result.
 _LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_", "uses")
 
@@ -86,20 +88,20 @@ def _line(run: Run) -> dict[str, Any]:
 
 def _differing(run: Run) -> Iterator[tuple[str, Any]]:
     """What sets a run apart from `python run.py` with its pruner and reconstruction, on a device that multiplies bfloat16."""
-    options = [run.config.get(group, {}).get("name", "none") for group in ("pruner", "reconstruction")]
-    usual = _usual(*options)
+    options = {group: run.config[group]["name"] for group in ("pruner", "mask", "reconstruction") if group in run.config}
+    usual = _usual(**options) | {"mask.name": "pruner"}
     for key, value in _settings(run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}).items():
         group, _, rest = key.partition(".")
-        if value != usual.get(key) and not (rest == "name" and group != "temperature"):
+        if value != usual.get(key) and not (rest == "name" and group not in ("temperature", "mask")):
             yield group if rest == "name" else key, value
 
 
 @cache
-def _usual(pruner: str, reconstruction: str) -> dict[str, Any]:
+def _usual(**options: str) -> dict[str, Any]:
     register_resolvers()
     register()
     with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
-        composed = compose("config", overrides=[f"pruner={pruner}", f"reconstruction={reconstruction}"])
+        composed = compose("config", overrides=[f"{group}={option}" for group, option in options.items()])
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     return _settings(in_records(config) | {"compute_dtype": "bfloat16"})
 
@@ -111,7 +113,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     found = {key: flat.get(key) for key in _SETTINGS if learned or key != "block_size"}
     for group in _GROUPS:
         if group != "temperature" or learned:
-            found |= {f"{group}.{key}": value for key, value in config.get(group, {"name": "none"}).items()}
+            found |= {
+                f"{group}.{key}": value for key, value in config.get(group, _ABSENT.get(group, {"name": "none"})).items()
+            }
     for key, value in _BEFORE.items():
         if key not in found and (learned or not key.startswith("permutation.")):
             found[key] = value

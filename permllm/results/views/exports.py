@@ -57,6 +57,8 @@ def _default(run: Run) -> bool:
         return False
     if config.get("reconstruction", {"name": "none"})["name"] != "none" or config["calibration"]["samples"] != 128:
         return False
+    if config.get("mask", {"name": "pruner"})["name"] != "pruner":
+        return False
     if permutation["name"] in ("none", "heuristic"):
         return True
     temperature = config["temperature"]
