@@ -265,7 +265,9 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
         if samples is not None and samples > texts.shape[0]:
             raise ConfigError(f"reconstruction.samples={samples}: texts has {texts.shape[0]} windows of tokens, and no others")
         calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
-    name = f"{of_model.name}-{config.pruner['name']}-{config.permutation['name']}-{config.sparsity.replace(':', 'x')}"
+    mask = "" if config.mask["name"] == "pruner" else f"-{config.mask['name']}"
+    methods = f"{config.pruner['name']}-{config.permutation['name']}{mask}"
+    name = f"{of_model.name}-{methods}-{config.sparsity.replace(':', 'x')}"
     return replace(config, model=of_model, calibration=calibration, name=name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.config import RunConfig
+from permllm.mask.contract import MaskPlan
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
 from permllm.models.head import tokens_at_a_time
 from permllm.models.losses import CHUNK
@@ -19,7 +21,7 @@ from permllm.permutation.contract import LearningPlan
 from permllm.runtime.terminal import terminal
 
 
-def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any) -> None:
+def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any, mask: Any) -> None:
     """Print the plan of a run.
 
     Args:
@@ -27,6 +29,7 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
         model: on the meta device.
         pruner: the base pruner.
         permutation: the permutation method; one that is learned says what it will learn.
+        mask: the mask method, likewise.
     """
     console = terminal()
     groups = channel_groups(model)
@@ -61,9 +64,20 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     if windows:
         console.print(f"stages                 {len(windows)}, of at most {depth} layers")
     console.print(f"learnable parameters   {plan.parameters if plan else 0}")
+    masks: MaskPlan | None = mask.plan(groups, layers) if mask.learned else None
+    of_masks = 0
+    if masks is not None:
+        each = [sum(masks.parameters.get(layer, 0) for layer in range(first, stop)) for first, stop in masks.windows]
+        of_masks = max(each)
+        console.print(f"mask parameters        {sum(each)}, in stages of at most {of_masks}")
     console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
     of_window = plan.logits * depth // (layers - windows[0][0]) if plan and windows else 0
-    for stage, size in _memory(config, model, groups, pruner, permutation, parameters, of_window, depth).items():
+    learning = [("learn", permutation, of_window, depth)] if plan and not getattr(mask, "learns_orders", False) else []
+    if masks is not None:
+        depth_of_masks = max(stop - first for first, stop in masks.windows)
+        with_orders = of_window if plan and mask.learns_orders else 0
+        learning.append(("learn masks", mask, of_masks + with_orders, depth_of_masks))
+    for stage, size in _memory(config, model, groups, pruner, parameters, learning).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
 
 
@@ -72,11 +86,10 @@ def _memory(
     model: PreTrainedModel,
     groups: list[ChannelGroup],
     pruner: Pruner,
-    permutation: Any,
     parameters: int,
-    logits: int,
-    depth: int,
+    learning: Sequence[tuple[str, Any, int, int]],
 ) -> dict[str, float]:
+    """Bytes by stage; `learning` has what learns: a stage's name, the method, its parameters and layers in a window."""
     item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     hidden = model.config.hidden_size
     widest = max(sum(group.rows) for group in groups)
@@ -107,14 +120,14 @@ def _memory(
         between = config.calibration.seqlen * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
         together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
         stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
-    if permutation.learned:
-        batch_states = permutation.batch_size * config.calibration.seqlen * hidden * item
-        layer_states = permutation.batch_size * config.calibration.seqlen * (8 * hidden + 4 * widest) * item
+    for name, method, learned, depth in learning:
+        batch_states = method.batch_size * config.calibration.seqlen * hidden * item
+        layer_states = method.batch_size * config.calibration.seqlen * (8 * hidden + 4 * widest) * item
         # Where the loss goes through the head: its weight in the format of the products, and four numbers a token and a word.
-        words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if getattr(permutation, "loss", None) == "kl" else 0
-        # Logits, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
-        stages["learn"] = weights + 16 * logits + batch_states * depth + layer_states + 3 * largest * item
-        stages["learn"] += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
-        stages["learn"] += scores * depth / len(decoder_layers(model))
+        words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if getattr(method, "loss", None) == "kl" else 0
+        # Parameters, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
+        stages[name] = weights + 16 * learned + batch_states * depth + layer_states + 3 * largest * item
+        stages[name] += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
+        stages[name] += scores * depth / len(decoder_layers(model))
     stages["prune"] = weights + forward + sums + 4 * 3 * largest
     return {name: math.ceil(size) for name, size in stages.items()}

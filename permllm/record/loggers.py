@@ -164,12 +164,12 @@ def described(config: RunConfig) -> dict[str, Any]:
 
 def _tags(config: RunConfig) -> dict[str, str | None]:
     """What runs are found by."""
-    methods = {"pruner": config.pruner.get("name"), "permutation": config.permutation.get("name")}
+    methods = {group: getattr(config, group).get("name") for group in ("pruner", "permutation", "mask")}
     return methods | {"sparsity": config.sparsity, "model": config.model.name, "group": job_group(config)}
 
 
 def _job_type(config: RunConfig) -> str:
-    return "learn" if "epochs" in config.permutation else "prune"
+    return "learn" if "epochs" in config.permutation or "epochs" in config.mask else "prune"
 
 
 def job_group(config: RunConfig) -> str | None:
