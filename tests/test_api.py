@@ -46,6 +46,7 @@ def tokenizer() -> ByT5Tokenizer:
         ("wanda", "lcp", {}),
         ("ria", "heuristic", {"permutation__constraint": "foldable"}),
         ("sparsegpt", "none", {"sparsity": "4:8", "seed": 3}),
+        ("wanda", "heuristic", {"mask": "score", "mask__learning_rate": 0.1}),
     ],
 )
 def test_it_finds_what_the_command_finds(

@@ -427,6 +427,7 @@ class Pass(TypedDict):
     measured_loss: NotRequired[float | None]
     temperature: NotRequired[float | None]
     flips: NotRequired[float | None]
+    mask_flips: NotRequired[float]
     round: NotRequired[Positive]
     first_layer: NotRequired[Whole]
     last_layer: NotRequired[Whole]

@@ -1,0 +1,101 @@
+"""Learned masks in whole runs: exported, verified, continued, refused where they cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permllm import runner, stages
+from permllm.config import read_config
+from permllm.errors import ConfigError
+from permllm.export.verify import verify
+from permllm.learning.training import Training
+from permllm.record.files import read_json
+from permllm.record.schema import Metrics, Pass, validated
+from tests.test_config import composed
+from tests.test_runner import run
+
+LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")
+
+
+def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(cache: Path, tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "permutation=none", "mask=lowrank", *LEARNING, "export=folded")
+    assert read_json(directory / "metrics.json", Metrics) == metrics
+    assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
+    assert metrics["seconds"]["mask"] > 0
+    assert verify(directory / "export").passed
+    plain, _ = run(tmp_path, "permutation=none")
+    assert plain["perplexity"]["sparse"] != metrics["perplexity"]["sparse"]
+    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    assert [validated("history", line, Pass)["mask_flips"] > 0 for line in lines] == [True]
+
+
+@pytest.mark.parametrize("interrupted", ["prune", "masks"])
+def test_a_run_that_learns_both_goes_on_where_it_stopped(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    overrides = ("mask=score", "mask.epochs=2", *LEARNING)
+    whole, whole_directory = run(tmp_path / "whole", *overrides)
+
+    real = Training.run
+
+    def fail(*args: Any, **keywords: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if interrupted == "prune":
+            patched.setattr(stages, "prune", fail)
+        else:
+            patched.setattr(Training, "run", lambda self: fail() if self.name == "mask" else real(self))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *overrides)
+    learned: list[str] = []
+
+    def counted(self: Any) -> None:
+        learned.append(self.name)
+        real(self)
+
+    monkeypatch.setattr("permllm.learning.training.Training.run", counted)
+    metrics, directory = run(tmp_path, *overrides)
+    assert learned == ([] if interrupted == "prune" else ["mask"])
+    assert metrics["perplexity"] == whole["perplexity"]
+    for file in ("masks", "permutations"):
+        name = f"{file}.safetensors"
+        assert (directory / name).read_bytes() == (whole_directory / name).read_bytes()
+    lines, expected = (
+        [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()] for run in (directory, whole_directory)
+    )
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert sum("mask_flips" in line for line in lines) == 2
+    assert not list(directory.glob("*.pt"))
+
+
+def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ("permutation=heuristic", "mask=score", *LEARNING)
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *overrides)
+    (directory,) = (tmp_path / "runs").iterdir()
+    _, other_directory = run(tmp_path / "other", "permutation=none")
+    (directory / "masks.safetensors").write_bytes((other_directory / "masks.safetensors").read_bytes())
+    metrics, _ = run(tmp_path, *overrides)
+    assert metrics["sparsity"]["violations"] == 0
+    again, _ = run(tmp_path, *overrides, "force=true")
+    assert metrics["perplexity"] == again["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mask=score", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=score"),
+        (("mask=score", "mask.orders=together", "permutation=heuristic"), "mask.orders=together needs permutation=lcp"),
+    ],
+)
+def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
+    assert not list(tmp_path.rglob("metrics.json"))
