@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from permllm.models.families import after_layers, family_of
 
@@ -74,7 +74,7 @@ class Head:
     def _answering(self, states: Tensor) -> Iterator[None]:
         """The body answers with these states, whatever it is asked."""
         before = vars(self._body).get("forward")
-        answer = BaseModelOutputWithPast(last_hidden_state=states[None])  # type: ignore[arg-type]
+        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])  # type: ignore[arg-type]
         self._body.forward = lambda *_, **__: answer
         try:
             yield

@@ -114,6 +114,23 @@ def test_pruned_strangers_compute_the_same_in_every_form(model_type: str, permut
     assert family_of(opened) == family_of(model)
 
 
+def test_a_group_that_nothing_absorbs_is_gathered_or_stays_as_it_is(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(0))
+    few = {"calibration__samples": 4, "calibration__seqlen": 16}
+    for permutation, form in (("heuristic", "gathered"), ("none", "folded")):
+        model = model_of("gpt_neox")
+        permllm.prune(model, ByT5Tokenizer(extra_ids=0), texts=[TEXT], permutation=permutation, **few)
+        if form == "gathered":
+            with pytest.raises(
+                ConfigError, match=r"of gpt_neox\.layers\.0\.attention\.dense does not fold: no neighbouring weights"
+            ):
+                permllm.save(model, tmp_path / "never", form="folded")
+        permllm.save(model, tmp_path / form, form=form)
+        with torch.no_grad():
+            found = permllm.load(tmp_path / form, dtype=torch.float32)(tokens).logits
+            torch.testing.assert_close(found, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def architecture(model_type: str, **extra: Any) -> list[str]:
     settings = tiny_config("llama") | STRANGERS.get(model_type, {}) | {"model_type": model_type} | extra
     words = [f"+model.architecture.{key}={value}" for key, value in settings.items()]

@@ -22,16 +22,17 @@ class Proof:
 
     Args:
         model: the small model; it is as it was after each method.
+        whole: its logits.
         family: what is known of it; `writers`, `norms`, `after` and `embeddings` are what is proved of the residual stream.
         heads: key-value heads and query heads for each.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, heads: tuple[int, int]) -> None:
+    def __init__(self, model: PreTrainedModel, whole: Tensor, family: Family, heads: tuple[int, int]) -> None:
         self._model, self._family, self._heads = model, family, heads
         self._parameters = dict(model.named_parameters())
         self._depth = len(list(model.get_submodule(family.layers).children()))
         self._generator = torch.Generator().manual_seed(3)
-        self._logits = logits(model)
+        self._whole = whole
 
     def gathers(self, group: GroupTable) -> bool:
         """Whether gathering what the reader is given does what permuting the members' columns asks for."""
@@ -107,9 +108,9 @@ class Proof:
 
     def _undone(self, changed: Callable[[bool], Tensor]) -> bool:
         state = self._generator.get_state()
-        columns = (changed(False) - self._logits).abs().max()
+        columns = (changed(False) - self._whole).abs().max()
         self._generator.set_state(state)
-        whole = (changed(True) - self._logits).abs().max()
+        whole = (changed(True) - self._whole).abs().max()
         return bool(whole < _UNDONE * columns)
 
     def _prefixes(self) -> list[str]:

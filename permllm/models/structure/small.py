@@ -62,6 +62,8 @@ def check_kind(config: PreTrainedConfig, model_type: str) -> None:
         refuse("an encoder and a decoder", "is_encoder_decoder", True)
     if config.get_text_config(decoder=True) is not config:
         refuse("more than a language model", type(config).__name__, None)
+    if "moe" in type(config).__name__.lower():
+        refuse("a mixture of experts", type(config).__name__, None)
     for key, value in _settings(config.to_dict()):
         if isinstance(value, int) and value > 1 and _EXPERTS.search(key):
             refuse("a mixture of experts", key, value)
