@@ -37,7 +37,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def tokenizer() -> ByT5Tokenizer:
-    return ByT5Tokenizer(extra_ids=0)
+    return ByT5Tokenizer(extra_ids=0, bos_token="<unk>")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def tokenizer() -> ByT5Tokenizer:
     [
         ("wanda", "lcp", {}),
         ("ria", "heuristic", {"permutation__constraint": "foldable"}),
-        ("sparsegpt", "none", {"sparsity": "4:8", "seed": 3}),
+        ("sparsegpt", "none", {"sparsity": "4:8", "seed": 3, "model__bos": True}),
         ("wanda", "heuristic", {"mask": "score", "mask__learning_rate": 0.1}),
     ],
 )
