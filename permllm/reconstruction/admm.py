@@ -78,26 +78,28 @@ def masked_least_squares(
         iterations: of the conjugate gradients, at most.
     """
     mask = mask.to(dense.dtype)
-    target = dense @ hessian
+    target, before = dense @ hessian, start @ hessian
     found = _admm(target, start, mask, inverse)
+    after = found @ hessian
+    worse = _error(start - dense, before - target) <= _error(found - dense, after - target)
+    found, product = torch.where(worse, start, found), torch.where(worse, before, after)
+    error = _error(found - dense, product - target).sum()
     # Preconditioned conjugate gradients, each row with step lengths of its own; none of them makes its error larger.
-    found = torch.where(_error(found, dense, hessian) < _error(start, dense, hessian), found, start)
-    residual = (target - found @ hessian) * mask
+    residual = (target - product) * mask
     conditioned = (residual @ inverse) * mask
-    direction, product = conditioned, (residual * conditioned).sum(1, keepdim=True)
-    error = _error(found, dense, hessian).sum()
+    direction, slope = conditioned, (residual * conditioned).sum(1, keepdim=True)
     for _ in range(iterations):
         curved = (direction @ hessian) * mask
-        length = _ratio(product, (direction * curved).sum(1, keepdim=True))
+        length = _ratio(slope, (direction * curved).sum(1, keepdim=True))
         found = found + length * direction
-        gain = (length * product).sum()
+        gain = (length * slope).sum()
         error = error - gain
         if gain <= _LEAST_GAIN * error:
             break
         residual = residual - length * curved
         conditioned = (residual @ inverse) * mask
-        before, product = product, (residual * conditioned).sum(1, keepdim=True)
-        direction = conditioned + _ratio(product, before) * direction
+        last, slope = slope, (residual * conditioned).sum(1, keepdim=True)
+        direction = conditioned + _ratio(slope, last) * direction
     return found
 
 
@@ -111,9 +113,9 @@ def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tenso
     return kept
 
 
-def _error(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
-    difference = weight - dense
-    return ((difference @ hessian) * difference).sum(1, keepdim=True)
+def _error(difference: Tensor, product: Tensor) -> Tensor:
+    """Of each row, from its difference to the dense one and the Hessian's product with that."""
+    return (difference * product).sum(1, keepdim=True)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
