@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
@@ -56,7 +56,7 @@ class Distill(DistillSettings, NoReconstruction):
         with tqdm(total=len(batches), initial=optimizer.done, desc="distill", unit="step") as progress:
             for batch in batches[optimizer.done :]:
                 with optimizer.gradients():
-                    loss = self._loss(pruned, head, batch)
+                    loss = distillation_loss(pruned.model, head, pruned.tokens[batch], pruned.target[batch])
                     value = float(loss.detach())
                     if not math.isfinite(value):
                         raise TrainingError("reconstruction=distill: the loss is not finite; try a lower learning_rate")
@@ -70,12 +70,21 @@ class Distill(DistillSettings, NoReconstruction):
                     saved = time.monotonic()
         optimizer.finish()
 
-    def _loss(self, pruned: PrunedNetwork, head: Head, batch: Tensor) -> Tensor:
-        inputs = layer_inputs(pruned.model, pruned.tokens[batch])
-        hidden = inputs.hidden
-        for layer, kwargs in zip(decoder_layers(pruned.model), inputs.kwargs, strict=True):
-            hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
-        return head_divergence(head, hidden, pruned.target[batch].to(hidden.device))
+
+def distillation_loss(model: nn.Module, head: Head, tokens: Tensor, target: Tensor) -> Tensor:
+    """`KL(dense || sparse)` of the next-token distributions, mean over tokens; backward computes each layer anew.
+
+    Args:
+        model: with the weights as they are now.
+        head: of the model.
+        tokens: int64 `(batch, length)`.
+        target: the dense model's output of the last decoder layer, `(batch, length, hidden)` on any device.
+    """
+    inputs = layer_inputs(model, tokens)
+    hidden = inputs.hidden
+    for layer, kwargs in zip(decoder_layers(model), inputs.kwargs, strict=True):
+        hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
+    return head_divergence(head, hidden, target.to(hidden.device))
 
 
 def _restore(pruned: PrunedNetwork, optimizer: MaskedAdam) -> None:
