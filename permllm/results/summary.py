@@ -40,7 +40,6 @@ _FIRST = (
     "block_size",
 )
 
-_PRUNERS_MASK = "pruner"
 # Settings that a row's name always has; of the others it has those with an unusual value.
 _NAMES_A_ROW = ("model", "sparsity", "pruner", "permutation")
 # Groups that a row's name has where more than the order is learned, and what they are by themselves.
@@ -377,14 +376,14 @@ def row_labels(summary: Summary) -> list[str]:
 
 def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Settings that make a result, dotted, as they are typed; a group's `name` stands under the group's own."""
-    flat = flatten({"mask": {"name": LEARNED_TOO["mask"]}} | identity_of(config))
+    flat = flatten(identity_of(config))
     kept = {}
     for key, value in flat.items():
         if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
             continue
         kept[plain(typed_name(key).removesuffix(".name"))] = typed_value(key, value)
     if not kept.get("study"):
-        kept.setdefault("mask", _PRUNERS_MASK)  # which an identity leaves out
+        kept.setdefault("mask", LEARNED_TOO["mask"])  # which an identity leaves out
     inputs = config.get("inputs") or {}
     return kept | {f"{plain(key)} (digest)": digest[:8] for key, digest in inputs.items() if digest}
 
