@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.config import RunConfig
 from permllm.mask.contract import MaskPlan
-from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, family_of
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.models.losses import CHUNK
+from permllm.models.patterns import groups_to_prune
+from permllm.pattern import NMPattern
 from permllm.permutation.contract import LearningPlan
 from permllm.runtime.terminal import terminal
 
@@ -32,28 +35,40 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
         mask: the mask method, likewise.
     """
     console = terminal()
-    groups = channel_groups(model)
+    every, groups = channel_groups(model), groups_to_prune(model, config)
     layers = len(decoder_layers(model))
     plan: LearningPlan | None = permutation.plan(groups, layers) if permutation.learned else None
     table = Table(title=f"{config.model.name}: channel groups of each of the {layers} decoder layers", title_justify="left")
     for heading in ("group", "members", "channels", "rows", "blocks", "logits"):
         table.add_column(heading, justify="left" if heading in ("group", "members") else "right")
-    prefix = f"{family_of(model).layers}.0."
+    of_parts = config.keep_dense or config.sparsity_of
+    if of_parts:
+        table.add_column("N:M")
+        table.add_column("layers")
+    alike: dict[tuple[str, ...], list[ChannelGroup]] = {}
     for group in groups:
-        if group.layer:
-            break
+        members = ", ".join(member.rsplit(".", 1)[-1] for member in group.members)
+        alike.setdefault((group.table.name, members, str(group.pattern or config.pattern)), []).append(group)
+    for (name, members, pattern), (group, *others) in alike.items():
         table.add_row(
-            group.name.removeprefix(prefix),
-            ", ".join(member.rsplit(".", 1)[-1] for member in group.members),
+            name,
+            members,
             str(group.channels),
             " + ".join(map(str, group.rows)),
             plan.blocks[group.name] if plan else "-",
             plan.sizes[group.name] if plan else "-",
+            *([pattern, _ranges([group.layer, *(other.layer for other in others)])] if of_parts else []),
         )
     console.print(table)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    pruned = sum(group.channels * sum(group.rows) for group in groups)
-    console.print(f"parameters             {parameters}, of which {pruned} are pruned to {config.sparsity}")
+    weights: Counter[NMPattern] = Counter()
+    for group in groups:
+        weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
+    console.print(f"parameters             {parameters}, {_pruned(weights)}")
+    if of_parts:
+        zeros = sum(count * (pattern.m - pattern.n) / pattern.m for pattern, count in weights.items())
+        share = zeros / sum(group.channels * sum(group.rows) for group in every)
+        console.print(f"zeros                  {share:.2%} of all linears of the decoder layers")
     if config.model.bos:
         console.print("windows                begin with BOS, in calibration and perplexity")
     console.print(f"logits                 {plan.logits if plan else 0}")
@@ -77,8 +92,25 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
         depth_of_masks = max(stop - first for first, stop in masks.windows)
         with_orders = of_window if plan and mask.learns_orders else 0
         learning.append(("learn masks", mask, of_masks + with_orders, depth_of_masks))
-    for stage, size in _memory(config, model, groups, pruner, parameters, learning).items():
+    for stage, size in _memory(config, model, every, pruner, parameters, learning).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
+
+
+def _pruned(weights: Mapping[NMPattern, int]) -> str:
+    """How many weights are pruned to what."""
+    (pattern, count), *others = weights.items()
+    return f"of which {count} are pruned to {pattern}" + "".join(f", {more} to {other}" for other, more in others)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers with what follows one another drawn together: `0, 2-5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _memory(

@@ -82,6 +82,24 @@ def test_it_finds_what_the_command_finds(
         assert not linear_at(model, path).weight[~mask].any()
 
 
+def test_layers_stay_dense_and_modules_have_patterns_of_their_own(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(model)
+    settings: dict[str, Any] = FEW | {"keep_dense": [0], "sparsity_of": {"down_proj": "4:8"}, "permutation": "heuristic"}
+    found = permllm.prune(model, tokenizer, texts=[TEXT], permutation__constraint="foldable", **settings)
+    assert all(path.startswith("model.layers.1.") for path in found.masks)
+    for name, parameter in model.named_parameters():
+        assert name.removesuffix(".weight") in found.masks or torch.equal(parameter, before.get_parameter(name))
+    permllm.save(model, tmp_path / "out")
+    report = verify(tmp_path / "out")
+    assert report.passed, report.problems
+    assert len(report.dense) == 7
+    assert [layer.pattern for layer in report.layers] == ["4:8", *["2:4"] * 6]
+    with pytest.raises(ConfigError, match="keep_dense: the model has no layer 5; valid are -2 to 1"):
+        permllm.prune(before, tokenizer, texts=[TEXT], keep_dense=[5], **FEW)
+
+
 def test_texts_may_be_tokens_or_a_name(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
     tokens = torch.randint(0, 256, (4, 16), generator=torch.Generator().manual_seed(0))
     one, other = copy.deepcopy(model), copy.deepcopy(model)

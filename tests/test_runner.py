@@ -21,6 +21,7 @@ from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
 from permllm.export.rebuild import apply_record
+from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
 from permllm.record.files import read_json
@@ -329,3 +330,28 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplo
     before = (directory / "run.log").read_bytes()
     run(tmp_path, *small)  # is finished, and nothing happens
     assert (directory / "run.log").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["permutation=lcp"], ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1"]])
+def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_form(
+    words: list[str], cache: Path, tmp_path: Path
+) -> None:
+    words = ["permutation.constraint=foldable", "keep_dense=[0,v_proj]", "sparsity_of={down_proj: 4:8}", *words]
+    metrics, directory = run(tmp_path, *words, "export=folded")
+    dense = {f"model.layers.0.{name}_proj" for name in ("mlp.gate", "mlp.up", "mlp.down", *map("self_attn.{}".format, "qkvo"))}
+    told = dict.fromkeys([*dense, "model.layers.1.self_attn.v_proj"], "dense") | {"model.layers.1.mlp.down_proj": "4:8"}
+    assert metrics["sparsity"]["patterns"] == told
+    assert metrics["sparsity"]["violations"] == 0
+    # Widths 32 and 64, two key-value heads of four: 32 x (32 + 16 + 32) of attention and 3 x 32 x 64 of the MLP are pruned.
+    assert metrics["sparsity"]["of_model"] == (2560 + 6144) / 2 / (2 * (3072 + 6144))
+    assert len(read_masks(directory / "masks.safetensors")) == 6
+    for form in ([], ["export=folded", "export.format=packed"], ["export=gathered"]):
+        if form:
+            run(tmp_path, *words, *form)
+        report = verify(directory / "export")
+        assert report.passed, report.problems
+        assert report.dense == sorted(f"{path}.weight" for path, text in told.items() if text == "dense")
+    assert "2:4, 1 linear 4:8, 8 dense, 23.61% zeros" in (directory / "export" / "README.md").read_text()
+    # What was pruned is rebuilt from the record, to be evaluated in another way.
+    again, _ = run(tmp_path, *words, "evaluation.perplexity.limit=1")
+    assert again["sparsity"] == metrics["sparsity"]

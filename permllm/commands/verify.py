@@ -2,10 +2,10 @@
 
 Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
 hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
-linear N:M. With --against DENSE also the difference of the logits from another model's: of a folded model from its simulate
-form none, from the dense model what pruning costs. With --stock RUN also its perplexity in a process that cannot import this
-project, beside that of the run that it was exported from. The exit code is 0 where that is so, 1 where it is not, 2 where the
-checkpoint cannot be read.
+linear N:M, as an export of ours says of it, or dense where it says that. With --against DENSE also the difference of the
+logits from another model's: of a folded model from its simulate form none, from the dense model what pruning costs. With
+--stock RUN also its perplexity in a process that cannot import this project, beside that of the run that it was exported
+from. The exit code is 0 where that is so, 1 where it is not, 2 where the checkpoint cannot be read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHOWN = 20
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What may be typed."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
-    parser.add_argument("--pattern", help="N:M (default: what an export of ours states, else 2:4)")
+    parser.add_argument("--pattern", help="N:M of every linear (default: what an export of ours states, else 2:4)")
     parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
     parser.add_argument("--stock", type=Path, metavar="RUN", help="its run, whose perplexity stock transformers must find")
 
@@ -53,17 +53,20 @@ def work(options: argparse.Namespace) -> Answer:
 def _show(folder: Path, report: Report, stock: dict[str, Any] | None) -> None:
     console = terminal()
     table = Table(title=f"{escape(str(folder))}: {report.pattern} in stored order", title_justify="left")
-    for heading in ("weight", "shape", "zeros", "violations", "-0.0", "not finite"):
+    for heading in ("weight", "N:M", "shape", "zeros", "violations", "-0.0", "not finite"):
         table.add_column(heading, justify="left" if heading == "weight" else "right")
     for layer in report.layers:
         counted = f"M does not divide {layer.shape[1]}" if layer.violations is None else str(layer.violations)
         cells = [counted, str(layer.negative_zeros), str(layer.nan)]
-        table.add_row(escape(printable(layer.name)), f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells)
+        cells = [layer.pattern, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.2%}", *cells]
+        table.add_row(escape(printable(layer.name)), *cells)
     console.print(table)
     weights = sum(math.prod(layer.shape) for layer in report.layers)
     zeros = sum(layer.zeros * math.prod(layer.shape) for layer in report.layers) / max(weights, 1)
     bad = sum(layer.violations or 0 for layer in report.layers)
     console.print(f"{len(report.layers)} weights, {zeros:.2%} zeros, {bad} violations, {report.bytes / 1e6:.1f} MB on disk")
+    if report.dense:
+        console.print(f"dense, as it says: {', '.join(escape(printable(name)) for name in report.dense)}")
     if report.difference is not None:
         found = report.difference
         console.print(

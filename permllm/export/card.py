@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from permllm.export.transformers_classes import writer
-from permllm.record.figures import result_rows
+from permllm.record.figures import patterns_text, result_rows
 
 _FORMS = {
     "simulate": "The channels are in the dense model's order. The weights are N:M in the order of the run, not as they are "
@@ -75,6 +75,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     lines += [f"This is {name}, pruned to {summary['sparsity']} with PermLLM: {_text(method)}.", ""]
     notice = model_notice(config)
     lines += [f"{_text(notice)} The terms: {_text(model['terms'])}", ""] if notice else []
+    if summary.get("patterns"):
+        lines += [f"Not every linear of its decoder layers is so: {_text(patterns_text(metrics['sparsity']))}.", ""]
     lines += [_FORMS[summary["form"]], ""]
     if summary["format"] == "packed" or summary["gathers"]:
         lines += [

@@ -26,8 +26,14 @@ from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
 
 log = logging.getLogger(__name__)
 
-# Weights times steps. Compiling takes 10 to 20 s and saves some 100 ns a weight and step on two cores.
-_COMPILE_FROM = 4e8
+# Weights times steps. Compiling takes 10 to 20 s and saves some 100 ns a weight and step on two cores; with wide groups one or
+# two minutes, and saves half of that.
+_COMPILE_FROM, _COMPILE_WIDE_FROM = 4e8, 2.5e9
+
+
+def _wide(pattern: NMPattern, device_type: str) -> bool:
+    """Whether a CPU has fewer registers than a compiled mask has comparisons: it is slower than one of whole tensors then."""
+    return pattern.m > 8 and device_type == "cpu"
 
 
 class Exchange(NamedTuple):
@@ -286,7 +292,12 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
     # Without fullgraph: where the recompile limit is reached, a call runs as it stands instead of raising.
     forms: tuple[Any, ...] = (_mask_by_places, _gradient_by_places, _exchange_by_places, _foreign)
     mask, gradient, exchange, foreign = (torch.compile(form, dynamic=True) for form in forms)
-    kernels = Kernels(mask, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
+
+    def mask_of(*piece: Any) -> Tensor:
+        *_, n, m, _ = piece
+        return _mask(*piece) if _wide(NMPattern(n, m), use.device_type) else mask(*piece)
+
+    kernels = Kernels(mask_of, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
     try:
         _try(kernels, use)
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
@@ -335,10 +346,15 @@ def chosen_kernels(
         dense: the scores are a number for each weight, whatever the pruner's saliency is.
     """
     groups = list(groups)
+    patterns = list(dict.fromkeys(map(problem.pattern_of, groups)))
+    narrow = [pattern for pattern in patterns if not _wide(pattern, problem.device.type)]
     wanted = settings.compile
     if wanted is None:
-        wanted = steps * sum(group.channels * sum(group.rows) for group in groups) > _COMPILE_FROM
-    if not wanted:
+        weights = sum(group.channels * sum(group.rows) for group in groups)
+        wanted = steps * weights > (_COMPILE_FROM if narrow == patterns else _COMPILE_WIDE_FROM)
+    if straight_through is None:  # the mask alone
+        patterns = narrow
+    if not wanted or not patterns:
         return EAGER
     path = problem.groups[0].members[0]
     weight, factors = linear_at(problem.model, path).weight, problem.factors[path]
@@ -350,6 +366,5 @@ def chosen_kernels(
         row=factors.row is not None and not dense,
         dense=factors.dense or dense,
     )
-    patterns = dict.fromkeys(map(problem.pattern_of, groups))
     made = [kernels for pattern in patterns if (kernels := compiled_kernels(replace(use, pattern=pattern)))]
-    return made[0] if made and len(made) == len(patterns) else EAGER
+    return made[0] if len(made) == len(patterns) else EAGER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,24 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     console.print(table)
     sparsity = metrics["sparsity"]
     console.print(
-        f"sparsity  {sparsity['pattern']} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
+        f"sparsity  {patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
         f"{_mean(metrics['retained_saliency']):.2%} of the saliency retained)"
     )
     stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in metrics["seconds"].items())
     console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")
     console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak")
     console.print(f"files     {directory}", soft_wrap=True)
+
+
+def patterns_text(sparsity: Mapping[str, Any]) -> str:
+    """N:M of `sparsity` of `metrics.json`; where not every linear has it how many are otherwise, and the zeros of all."""
+    others = Counter(sparsity.get("patterns", {}).values())
+    dense = others.pop("dense", 0)
+    parts = [f"{count} {'linear' if count == 1 else 'linears'} {other}" for other, count in sorted(others.items())]
+    parts = [sparsity["pattern"], *parts, *([f"{dense} dense"] if dense else [])]
+    if len(parts) > 1 and "of_model" in sparsity:
+        parts.append(f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers")
+    return ", ".join(parts)
 
 
 def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -119,6 +131,8 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
         if key not in ("protocol", "units")
     }
     flat = {name: value for name, value in flatten(shown, "/").items() if isinstance(value, int | float | str)}
+    # A name for each linear that has its own: the settings say it in a word.
+    flat = {name: value for name, value in flat.items() if not name.startswith(("sparsity/patterns/", "export/patterns/"))}
     nats = nats_above_dense(metrics.get("perplexity", {}))
     above = {} if nats is None else {"nats_above_dense": nats}
     return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above

@@ -18,8 +18,9 @@ from permllm.calibration.statistics.gram import Gram
 from permllm.data.calibration import calibration_tokens
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup, channel_groups, linear_at
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import load_model
+from permllm.models.patterns import groups_to_prune
 from permllm.permutation.heuristic import heuristic_order
 from permllm.record.schema import MeasuredOrders
 from permllm.runtime.precision import compute_dtype
@@ -127,8 +128,9 @@ class SaliencyAndError(SaliencyAndErrorSettings):
         """Both measures of every order. Raises ConfigError when the layer or the group does not exist."""
         config = inputs.config
         loaded = load_model(config.model, config.seed)
-        group = self._group(channel_groups(loaded.model))
-        check_divides(config.pattern, group.channels, group.name)
+        group = self._group(groups_to_prune(loaded.model, config))
+        pattern = group.pattern or config.pattern
+        check_divides(pattern, group.channels, group.name)
         tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed, loaded.bos)
         products = compute_dtype(config.compute_dtype, loaded.model.dtype, inputs.device)
         asked = (*inputs.pruner.statistics, Gram)
@@ -140,7 +142,7 @@ class SaliencyAndError(SaliencyAndErrorSettings):
             weight=torch.cat(list(weights.values())).float(),
             saliency=torch.cat([saliency(weight, factors[path]) for path, weight in weights.items()]),
             gram=read[Gram].value / read.tokens,
-            pattern=config.pattern,
+            pattern=pattern,
         )
         points = [
             {"order": kind, "retained_saliency": layer.retained(perm), "output_error": layer.error(perm)}
@@ -153,7 +155,7 @@ class SaliencyAndError(SaliencyAndErrorSettings):
             "group": group.name,
             "members": list(group.members),
             "pruner": config.pruner["name"],
-            "sparsity": config.sparsity,
+            "sparsity": str(pattern),
             "points": points,
         }
 

@@ -152,6 +152,22 @@ def test_a_kernel_that_cannot_be_compiled_is_a_warning_before_learning_and_no_er
     assert "story" not in caplog.text
 
 
+def test_the_mask_of_wide_groups_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By places it would take a compiler minutes, to be slower."""
+    tried: list[str] = []
+
+    def recorded(form: Any, **_: Any) -> Any:
+        return lambda *piece: (tried.append(form.__name__), form(*piece))[1]
+
+    monkeypatch.setattr(kernels.torch, "compile", recorded)
+    for pattern, expected in ((NMPattern(4, 8), ["_mask_by_places"]), (NMPattern(8, 16), [])):
+        compiled_kernels.cache_clear()
+        assert compiled_kernels(KernelUse("cpu", None, pattern)) is not None
+        assert tried == expected
+        tried.clear()
+    compiled_kernels.cache_clear()
+
+
 @pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
 @pytest.mark.parametrize("form", ["row", "dense"])
 def test_what_is_tried_is_what_a_step_uses(monkeypatch: pytest.MonkeyPatch, straight_through: str, form: str) -> None:
