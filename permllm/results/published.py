@@ -11,7 +11,7 @@ from typing import Any
 
 from permllm.errors import ConfigError
 from permllm.results.collect import Run
-from permllm.results.summary import Row
+from permllm.results.summary import LEARNED_TOO, Row
 
 _FILE = Path(__file__).parent / "published.csv"
 _METHODS = {
@@ -136,7 +136,9 @@ class Comparison:
 
     def _as_in_the_paper(self, config: dict[str, Any]) -> bool:
         """Whether nothing that this table does not vary is other than in the paper."""
-        if config.get("reconstruction", {"name": "none"})["name"] != "none":
+        if any((config.get(group) or {}).get("name", usual) != usual for group, usual in LEARNED_TOO.items()):
+            return False
+        if config.get("keep_dense") or config.get("sparsity_of"):
             return False
         if config["permutation"].get("constraint", "free") != "free":
             return False

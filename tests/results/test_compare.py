@@ -20,6 +20,7 @@ from permllm.record.files import write_record
 from permllm.results import cost, frame
 from permllm.results.collect import collect
 from permllm.results.compare import Paired, bootstrap, paired
+from permllm.results.published import Comparison, published
 from permllm.results.render import cells, comparison, find_row, main_measure, records, take_baseline
 from permllm.results.summary import Summary, row_labels, summarise
 from tests.conftest import run_python
@@ -287,6 +288,9 @@ def test_a_baseline_is_of_the_same_linears_and_learns_no_mask(tmp_path: Path) ->
     closed = {row.runs[0].directory.name: row.measures.get("gap closed") for row in summary.rows}
     expected = {"a": 0.0, "b": math.log(2) / math.log(4), "c": math.log(40 / 15) / math.log(4)}
     assert {name: measure.mean for name, measure in closed.items() if measure} == pytest.approx(expected)
+    paper = Comparison(published("table1"), "smollm2-135m")
+    known = {row.runs[0].directory.name for row in summary.rows if paper.value(row, PERPLEXITY) is not None}
+    assert known == {"a", "b"}
     assert {cost.method(row) for row in summary.rows} == {"none", "none, score", "lcp"}
     assert sum(label == "none, score" for label in row_labels(summary)) == 1
     make_run(tmp_path / "f", 24.0, permutation="none", keep_dense=["0"])
