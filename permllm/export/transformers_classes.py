@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permllm.errors import DataError
 from permllm.export.packed import packed_shapes, unpack
-from permllm.models.checkpoint import META, check_checkpoint, check_values
+from permllm.models.checkpoint import META, TRIPWIRES, check_checkpoint, check_values
 from permllm.models.families import channel_groups, family_names, linear_at
 from permllm.models.patterns import recorded_groups
 from permllm.models.structure import causal_types
@@ -40,8 +40,6 @@ _HINT = "make a checkout of the project importable and import permllm.export bef
 _EARLIER_HINTS = ("make a checkout of the project importable and import permllm before loading this checkpoint",)
 # Of what `from_pretrained` takes: where on the hub a checkpoint is, and how it may be had.
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-# What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward.
-_TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
 
 def model_type_of(dense_type: str, hint: str = _HINT) -> str:
@@ -80,16 +78,14 @@ class _SparseConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         inner = config_dict.get("dense_config")
         if inner is not None:
-            config_dict = {
-                key: value for key, value in config_dict.items() if key not in ("dense_config", *_TRIPWIRES)
-            } | inner
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("dense_config", *TRIPWIRES)} | inner
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         inner = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         outer = {key: inner.pop(key) for key in ("model_type", "architectures", "transformers_version") if key in inner}
         inner.pop("keep_packed", None)
-        written = outer | dict.fromkeys(_TRIPWIRES, f"written by {writer()}: {_HINT}") | {"dense_config": inner}
+        written = outer | dict.fromkeys(TRIPWIRES, f"written by {writer()}: {_HINT}") | {"dense_config": inner}
         Path(json_file_path).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -29,6 +29,9 @@ WEIGHTS = (
 )
 # Where a gathered model keeps the order of a module's input.
 ORDER = ".input_order"
+# What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward;
+# a gathered or packed model has a text there.
+TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 # For `device_map`: the model without values.
 META = {"": "meta"}
 # What safetensors calls the formats whose numbers are the weights themselves, and those of an order.
@@ -268,9 +271,10 @@ def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
 def _settings(folder: Path) -> ModelSettings:
     file = folder / "config.json"
     written = read_json(file, Object)
-    # A gathered or packed model has the dense one's config inside of its own.
+    # A gathered or packed model has the dense one's config inside of its own, and its widths there alone.
     inner = validated(f"{file}: dense_config", written.get("dense_config", {}), Object)
-    return validated(str(file), written | inner, ModelSettings)
+    outer = {key: value for key, value in written.items() if not inner or key not in TRIPWIRES}
+    return validated(str(file), outer | inner, ModelSettings)
 
 
 def _differences(report: dict[str, Any]) -> Differences:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.models.families import decoder_layers
+from permllm.models.families import decoder_layers, family_of
 from permllm.runtime.precision import products_in
 
 
@@ -34,16 +34,16 @@ class LayerInputs:
 @torch.no_grad()
 def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
     """Embed `tokens` int64 `(batch, tokens)` and record what each decoder layer would be called with."""
-    layers = decoder_layers(model)
+    layers, tuples = decoder_layers(model), family_of(model).tuples
     hidden: list[Tensor] = []
     kwargs: list[dict[str, Any]] = []
 
-    def stand_in(*args: Tensor, **keywords: Any) -> Tensor:
+    def stand_in(*args: Tensor, **keywords: Any) -> Tensor | tuple[Tensor]:
         states = args[0] if args else keywords.pop("hidden_states")
         if not hidden:
             hidden.append(states)
         kwargs.append(keywords)
-        return states
+        return (states,) if tuples else states
 
     with _replaced_forwards(layers, stand_in):
         # The base model, without the head: its logits over the vocabulary would dwarf the embedding's cost.

@@ -70,6 +70,7 @@ class Family:
             while no projection stands between (`projections`).
         projections: paths of the linears from the embeddings into the stream and from the stream to the head, which a model
             may lack.
+        tuples: whether a decoder layer returns a tuple, the states first.
     """
 
     layers: str
@@ -79,6 +80,7 @@ class Family:
     writers: tuple[str, ...]
     embeddings: tuple[str, ...]
     projections: tuple[str, ...] = ()
+    tuples: bool = False
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
         if not group.table.folds:
             raise ConfigError(
                 f"permutation.constraint=foldable: no neighbouring weights absorb an order of {group.name}; "
-                "permutation.constraint=free, for export=gathered, has none to ask"
+                "permutation.constraint=free asks none to, and export=gathered keeps any order"
             )
     stream = tuple(group for group in groups if not group.table.producers)
     found = []

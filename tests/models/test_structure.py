@@ -18,11 +18,14 @@ from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.models.families import FAMILIES, Family, family_of, linear_at
 from permllm.models.structure import family_by_structure
+from permllm.models.structure.proof import Proof
+from permllm.models.structure.small import logits, small_model
 from tests.conftest import ROOT, tiny_config
 from tests.test_config import composed
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
-# What differs from LLaMA, by family: norms after instead of before, layers without positions, scales, fused projections.
+# What differs from LLaMA, by family: norms after instead of before, layers without positions, scales, fused projections; MPT's
+# layers give tuples, and its config has other names.
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STRANGERS: dict[str, dict[str, Any]] = {
     "olmo2": {},
@@ -30,17 +33,23 @@ STRANGERS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     "phi3": _TOKENS,
     "gpt_neox": {"hidden_act": "gelu"},
+    "mpt": {"num_key_value_heads": None, "intermediate_size": None},
 }
 
 
-def config_of(model_type: str, **extra: Any) -> Any:
-    settings = tiny_config("llama") | STRANGERS.get(model_type, {}) | {"model_type": model_type} | extra
+def settings_of(model_type: str) -> dict[str, Any]:
+    settings = tiny_config("llama") | STRANGERS.get(model_type, {}) | {"model_type": model_type}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def config_of(model_type: str) -> Any:
+    settings = settings_of(model_type)
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def model_of(model_type: str, **extra: Any) -> PreTrainedModel:
+def model_of(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(model_type, **extra), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config_of(model_type), dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
     return model.eval().requires_grad_(False)
@@ -75,6 +84,25 @@ def test_the_structure_of_a_known_family_is_its_table(model_type: str, extra: di
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_proof_refuses_a_table_that_lacks_something() -> None:
+    model = small_model(config_of("olmo2"), "olmo2")
+    table = family_by_structure(config_of("olmo2"), "olmo2")
+    stream, attention, gated, inner = table.groups
+
+    def proof(family: Family) -> Proof:
+        return Proof(model, logits(model), family, (2, 2))
+
+    assert proof(table).stream_folds([stream, gated])
+    assert all(proof(table).folds(group) for group in (attention, inner))
+    assert all(proof(table).gathers(group) for group in table.groups)
+    assert not proof(table).folds(replace(inner, producers=inner.producers[:1]))
+    assert not proof(table).folds(replace(attention, producers=("self_attn.k_proj",)))
+    assert not proof(table).gathers(replace(gated, reader="self_attn"))
+    assert not proof(table).stream_folds([stream])
+    for lacking in ({"norms": table.norms[:1]}, {"writers": table.writers[1:]}, {"after": ()}):
+        assert not proof(replace(table, **lacking)).stream_folds([stream, gated])
+
+
 def test_fused_projections_are_producers_by_their_rows() -> None:
     groups = {group.name: group for group in family_by_structure(config_of("phi3"), "phi3").groups}
     assert list(groups["mlp.down_proj"].produced()) == [("mlp.gate_up_proj", "first"), ("mlp.gate_up_proj", "last")]
@@ -90,7 +118,7 @@ def test_what_cannot_be_proved_does_not_fold() -> None:
     assert not any(group.producers or group.by_head for group in groups if not group.folds)
 
 
-@pytest.mark.parametrize("model_type", ["granite", "olmo2", "phi3", "smollm3"])
+@pytest.mark.parametrize("model_type", ["granite", "mpt", "olmo2", "phi3", "smollm3"])
 @pytest.mark.parametrize(
     ("permutation", "form"), [("heuristic", "folded"), ("lcp", "gathered")], ids=["heuristic-folded", "lcp-gathered"]
 )
@@ -132,9 +160,8 @@ def test_a_group_that_nothing_absorbs_is_gathered_or_stays_as_it_is(tmp_path: Pa
 
 
 def architecture(model_type: str, **extra: Any) -> list[str]:
-    settings = tiny_config("llama") | STRANGERS.get(model_type, {}) | {"model_type": model_type} | extra
-    words = [f"+model.architecture.{key}={value}" for key, value in settings.items()]
-    return ["model=tiny", "logger=none", *(word.replace("+", "++", 1) for word in words)]
+    words = [f"++model.architecture.{key}={value}" for key, value in (settings_of(model_type) | extra).items()]
+    return ["model=tiny", "logger=none", *words]
 
 
 @pytest.mark.parametrize(
@@ -146,13 +173,14 @@ def architecture(model_type: str, **extra: Any) -> list[str]:
         (architecture("gemma3"), "model type 'gemma3' is more than a language model (Gemma3Config): only decoders"),
         (architecture("gpt2"), "'gpt2' cannot be told: GPT2LMHeadModel has no list of layers with nn.Linear modules in them; "
          "they hold Conv1D"),
+        (architecture("falcon"), "'falcon' cannot be told: what a linear gives is changed in place, which nothing can learn"),
         (architecture("bert", is_decoder=False), "'bert' cannot be told: a token's logits depend on the tokens that follow"),
         (
             [*architecture("gpt_neox"), "permutation=heuristic", "permutation.constraint=foldable"],
             "permutation.constraint=foldable: no neighbouring weights absorb an order of gpt_neox.layers.0.attention.dense;",
         ),
     ],
-    ids=["experts", "state-space", "encoder-decoder", "pictures", "no linears", "not causal", "not foldable"],
+    ids=["experts", "state-space", "encoder-decoder", "pictures", "no linears", "in place", "not causal", "not foldable"],
 )  # fmt: skip
 def test_what_cannot_be_pruned_is_one_line_before_anything_is_computed(
     overrides: list[str], message: str, tmp_path: Path

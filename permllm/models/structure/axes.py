@@ -45,12 +45,14 @@ class Axes:
         read: what each module was given, `(..., channels)`, with the graph behind it.
         modules: the modules of the paths.
         called: paths in the order of the calls.
+        tuples: whether a layer returns a tuple, the states first.
     """
 
     written: dict[str, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
+    tuples: bool = False
 
     def keeps_channels(self, path: str) -> bool:
         """Whether a module gives back the channels that it reads: a norm, an activation, or a whole decoder layer."""
@@ -127,6 +129,9 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
         model: the small model.
         layers: path of the decoder layers.
         model_type: for messages.
+
+    Raises:
+        Refused: a linear is called twice, or what it gives is changed in place.
     """
     axes, calls, handles = Axes(), Counter[str](), []
     depth = len(list(model.get_submodule(layers).children()))
@@ -140,7 +145,8 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
 
     def leaf(path: str, values: Tensor) -> Tensor:
         axes.written[path] = values.detach().requires_grad_()
-        return axes.written[path].clone()  # a leaf cannot be changed in place
+        # A leaf cannot be changed in place, nor can what a linear gives while orders or masks are learned.
+        return axes.written[path] if isinstance(axes.modules[path], nn.Linear) else axes.written[path].clone()
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -169,13 +175,16 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
         return hook
 
     def after_layers(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return (leaf(second, output[0]), *output[1:]) if isinstance(output, tuple) else leaf(second, output)
+        axes.tuples = isinstance(output, tuple)
+        if depth == 1:  # what follows reads what the layer's modules wrote
+            return None
+        return (leaf(second, output[0]), *output[1:]) if axes.tuples else leaf(second, output)
 
     first, second, last = (f"{layers}.{index}" for index in (0, 1, depth - 1))
     for name, module in model.named_modules():
         if name in (first, second):
             handles.append(module.register_forward_pre_hook(before_layer(name), with_kwargs=True))
-        if name == last and depth > 1:
+        if name == last:
             handles.append(module.register_forward_hook(after_layers))
         outside = not name.startswith(f"{layers}.")
         if (outside or name.startswith(f"{first}.")) and not list(module.children()):
@@ -183,6 +192,10 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
     try:
         with torch.enable_grad():
             model(input_ids=tokens(), use_cache=False)
+    except RuntimeError as error:
+        if "in-place" not in str(error):
+            raise
+        raise Refused(model_type, "what a linear gives is changed in place, which nothing can learn through") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -192,7 +192,7 @@ def _family(model: PreTrainedModel, axes: Axes, stream: _Stream, layers: str, ta
     return Family(
         layers=layers,
         groups=tuple(tables),
-        after=tuple(after),
+        after=tuple(path.partition("#")[0] for path in after),
         norms=tuple(
             path.removeprefix(prefix)
             for path in inner
@@ -208,6 +208,7 @@ def _family(model: PreTrainedModel, axes: Axes, stream: _Stream, layers: str, ta
             ),
         ),
         projections=(into, out_of) if into and out_of else (),
+        tuples=axes.tuples,
     )
 
 
