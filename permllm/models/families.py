@@ -34,8 +34,8 @@ class GroupTable:
         name: key of the group; the module's own path when it has one member, a joint name when it has several.
         members: the linears that read the same activations and therefore share one permutation.
         reader: the module whose input these activations are, as its first argument or as `hidden_states`.
-        producers: the linears whose outputs, row by row, are the channels, with only elementwise work or attention between;
-            empty where the channels are those of the residual stream.
+        producers: the linears whose outputs, row by row, are the channels, with only elementwise work or attention between,
+            and a norm over the channels that stands there; empty where the channels are those of the residual stream.
         by_head: attention stands between, so that a channel must stay in its head, and query heads that share a key-value
             head must be permuted alike.
         parts: of each producer, which rows are the channels; all of them where nothing is said.
