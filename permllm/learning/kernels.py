@@ -75,6 +75,7 @@ class Kernels:
 
     Attributes:
         mask: the piece times its N:M mask, `(k, C_out)`.
+        select: takes a piece itself, its scores, both `(k, C_out)`, n, m and dtype: the piece times the mask of the scores.
         gradient: takes before `n` also `grad`, `(C_in, C_out)`, the gradient of the masked weight_t, and at the end also
             `hard`, bool: which mask is given back. Returns the piece times its mask; the saliency; the gradient of the
             saliency; the gradient of the mask; the mask, hard or soft.
@@ -86,6 +87,7 @@ class Kernels:
     """
 
     mask: Callable[..., Tensor]
+    select: Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor]
     gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     exchange: Callable[..., Exchange]
     changes: Callable[[Exchange, int, int, int], Tensor]
@@ -102,6 +104,11 @@ def _mask(
     w = weight_t.index_select(0, channels)
     s = saliency_t(w, SaliencyFactors(power, column, row))
     return w.mul_(keep_largest(s.unflatten(0, (-1, m)), n, dim=1).flatten(0, 1)).to(dtype)
+
+
+def _select(w: Tensor, scores: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    keep = keep_largest(scores.unflatten(0, (-1, m)), n, dim=1).flatten(0, 1)
+    return torch.where(keep, w, 0.0).to(dtype)
 
 
 def _gradient(
@@ -153,6 +160,11 @@ def _mask_by_places(
     w = _places(weight_t.index_select(0, channels), m)
     keep = keep_largest_of(_saliency_places(w, power, column, row), n)
     return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
+
+
+def _select_by_places(w: Tensor, scores: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    keep = keep_largest_of(_places(scores, m), n)
+    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, _places(w, m), strict=True)], dtype)
 
 
 def _gradient_by_places(
@@ -258,7 +270,7 @@ def _changes_with(foreign: Callable[[list[Tensor], float], Tensor]) -> Callable[
 
 
 # The temporaries of a dozen passes should stay in a core's second-level cache.
-EAGER = Kernels(_mask, _gradient, _exchange_by_places, _changes_with(_foreign_by_group), cpu_piece=1 << 17)
+EAGER = Kernels(_mask, _select, _gradient, _exchange_by_places, _changes_with(_foreign_by_group), cpu_piece=1 << 17)
 
 
 @dataclass(frozen=True)
@@ -290,14 +302,18 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
     What a step will use runs here once, on a small piece: at its first use a failure would come in the middle of backward.
     """
     # Without fullgraph: where the recompile limit is reached, a call runs as it stands instead of raising.
-    forms: tuple[Any, ...] = (_mask_by_places, _gradient_by_places, _exchange_by_places, _foreign)
-    mask, gradient, exchange, foreign = (torch.compile(form, dynamic=True) for form in forms)
+    forms: tuple[Any, ...] = (_mask_by_places, _select_by_places, _gradient_by_places, _exchange_by_places, _foreign)
+    mask, select, gradient, exchange, foreign = (torch.compile(form, dynamic=True) for form in forms)
 
     def mask_of(*piece: Any) -> Tensor:
         *_, n, m, _ = piece
         return _mask(*piece) if _wide(NMPattern(n, m), use.device_type) else mask(*piece)
 
-    kernels = Kernels(mask_of, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
+    def select_of(w: Tensor, scores: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
+        form = _select if _wide(NMPattern(n, m), use.device_type) else select
+        return form(w, scores, n, m, dtype)
+
+    kernels = Kernels(mask_of, select_of, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
     try:
         _try(kernels, use)
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
@@ -316,7 +332,10 @@ def _try(kernels: Kernels, use: KernelUse) -> None:
     column = torch.ones(2 * size, rows, **options).t() if use.dense else torch.ones(terms, 2 * size, **options)
     piece = (weight_t, channels, 1, column, row)
     grad = torch.ones(2 * size, rows, **options | {"dtype": use.products})
-    kernels.mask(*piece, n, m, use.products)
+    if use.straight_through is None:
+        kernels.select(weight_t, weight_t.to(torch.float32), n, m, use.products)
+    else:
+        kernels.mask(*piece, n, m, use.products)
     if use.straight_through == "swap":
         kernels.changes(kernels.exchange(*piece, grad, n, m, use.products), size, n, m)
     elif use.straight_through is not None:

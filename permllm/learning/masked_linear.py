@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ from permllm.learning.settings import StraightThrough
 from permllm.learning.stacks import BlockStack
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.runtime.precision import product_dtype
-from permllm.sparsity import NMPattern
+from permllm.sparsity import NMPattern, permuted_nm_mask
+
+StandIn = TypeVar("StandIn", bound=nn.Module)
 
 
 def _pieces(layout: _Layout, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -222,6 +224,10 @@ class PermutedMaskedLinear(nn.Module):
         weight, bias = self.linear.weight, self.linear.bias
         return _PermutedMaskedLinear.apply(x, weight, bias, self._layout, perm, hard, len(soft), *learning)
 
+    def mask(self, perm: Tensor) -> Tensor:
+        """The mask in an order int64 `(C_in,)`: bool `(C_out, C_in)`, original channel order."""
+        return permuted_nm_mask(self.scores.values_t(self.linear.weight.t()).t(), perm, self._layout.pattern)
+
 
 @contextmanager
 def masked_linears(
@@ -244,22 +250,47 @@ def masked_linears(
     Yields:
         The masked linears by the name of their group.
     """
-    model = problem.model
-    replaced: dict[str, nn.Linear] = {}
-    masked: dict[str, list[PermutedMaskedLinear]] = {}
+    stacks_of = dict(places)
+
+    def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> PermutedMaskedLinear:
+        scores = scores_of(path)
+        linear.weight.data = linear.weight.data.t().contiguous().t()
+        return PermutedMaskedLinear(linear, scores, problem.pattern_of(group), stacks_of[group], straight_through, kernels)
+
+    with standing_in(problem.model, stacks_of, stand_in, lambda group, weight: weight.contiguous()) as masked:
+        yield masked
+
+
+@contextmanager
+def standing_in(
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    stand_in: Callable[[ChannelGroup, str, nn.Linear], StandIn],
+    back: Callable[[ChannelGroup, Tensor], Tensor],
+) -> Iterator[dict[str, list[StandIn]]]:
+    """Put something else in the place of every linear of some groups, and the linears back at the end.
+
+    Args:
+        model: of a known family.
+        groups: whose linears.
+        stand_in: makes what stands in for a linear at a path; may store its weight in another way.
+        back: that weight as it was stored before.
+
+    Yields:
+        What stands in for them, by the name of their group.
+    """
+    replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []
+    made: dict[str, list[StandIn]] = {}
     try:
-        for group, stacks in places:
-            masked[group.name] = []
+        for group in groups:
+            made[group.name] = []
             for path in group.members:
                 linear = linear_at(model, path)
-                scores = scores_of(path)
-                linear.weight.data = linear.weight.data.t().contiguous().t()
-                replaced[path] = linear
-                stand_in = PermutedMaskedLinear(linear, scores, problem.pattern_of(group), stacks, straight_through, kernels)
-                model.set_submodule(path, stand_in)
-                masked[group.name].append(stand_in)
-        yield masked
+                made[group.name].append(stand_in(group, path, linear))
+                replaced.append((group, path, linear))
+                model.set_submodule(path, made[group.name][-1])
+        yield made
     finally:
-        for path, linear in replaced.items():
-            linear.weight.data = linear.weight.data.contiguous()
+        for group, path, linear in replaced:
+            linear.weight.data = back(group, linear.weight.data)
             model.set_submodule(path, linear)

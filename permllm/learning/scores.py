@@ -20,29 +20,36 @@ class Scores(nn.Module):
     """The saliency of the pruner, as it is.
 
     Args:
-        factors: of the saliency of a linear, in original channel order, on its device.
+        factors: of the saliency of a linear, in the order that its weight is stored in, on its device.
+
+    Attributes:
+        keeps_masked: a masked weight that forward has made may wait for backward: it is little beside the scores.
     """
+
+    keeps_masked = False
 
     def __init__(self, factors: SaliencyFactors) -> None:
         super().__init__()
         # Like the weight: what belongs to a channel in a row, for the channels are gathered.
         self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
 
-    def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
-        """Saliency factors of some channels int64 `(k,)`, as the kernels take them (`permllm.learning.kernels`).
+    def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
+        """Saliency factors of some channels, as the kernels take them (`permllm.learning.kernels`).
 
         Args:
             weight_t: `(C_in, C_out)`.
-            channels: which.
+            channels: which, int64 `(k,)`, or consecutive ones.
         """
         column = self.factors.column
-        chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
+        if isinstance(channels, slice):
+            chosen = column[:, channels]
+        else:
+            chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
         return self.factors.power, chosen, self.factors.row
 
     def values_t(self, weight_t: Tensor) -> Tensor:
         """All scores of a transposed weight `(C_in, C_out)`, same shape."""
-        channels = torch.arange(len(weight_t), device=weight_t.device)
-        return saliency_t(weight_t, SaliencyFactors(*self.piece(weight_t, channels)))
+        return saliency_t(weight_t, SaliencyFactors(*self.piece(weight_t, slice(None))))
 
     def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
         """Gradients of the parameters, in their order, from that of the masked weight.
@@ -61,13 +68,15 @@ class FreeScores(Scores):
         factors: as in `Scores`.
     """
 
+    keeps_masked = True
+
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
         super().__init__(factors)
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors))
 
     @override
-    def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
-        return 0, self.free.data.index_select(0, channels).t(), None
+    def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
+        return 0, rows_at(self.free.data, channels).t(), None
 
     @override
     def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
@@ -93,17 +102,22 @@ class LowRankScores(Scores):
         self.right = nn.Parameter(right.to(device, dtype))
 
     @override
-    def piece(self, weight_t: Tensor, channels: Tensor) -> tuple[int, Tensor, Tensor | None]:
+    def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
         power, column, row = super().piece(weight_t, channels)
-        scores = log_saliency_t(weight_t.index_select(0, channels), SaliencyFactors(power, column, row))
-        scores += self.channel.data.index_select(0, channels).unsqueeze(1)
-        scores.addmm_(self.right.data.index_select(0, channels), self.left.data.t())
+        scores = log_saliency_t(rows_at(weight_t, channels), SaliencyFactors(power, column, row))
+        scores += rows_at(self.channel.data, channels).unsqueeze(1)
+        scores.addmm_(rows_at(self.right.data, channels), self.left.data.t())
         return 0, scores.t(), None
 
     @override
     def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
         of_scores = grad.to(self.channel.dtype) * weight_t
         return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
+
+
+def rows_at(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """Some rows of a tensor: a copy of those at int64 `(k,)`, or a view of consecutive ones."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.errors import DataError
-from permllm.learning.masked_linear import PermutedMaskedLinear
-from permllm.learning.problem import LearningProblem
+from permllm.learning.masked_linear import StandIn
 from permllm.learning.training import Learner, Moment
 from permllm.models.families import ChannelGroup
-from permllm.sparsity import packed_mask, permuted_nm_mask, unpacked_mask
+from permllm.sparsity import packed_mask, unpacked_mask
 
 
-class MaskLearner(Learner):
+class MaskLearner(Learner, Generic[StandIn]):
     """The masks of a window, in orders that it is given.
 
     Args:
         groups: of the window.
         linears: masked linears by group, whose scores learn.
-        order_of: present order of a group, int64 `(C_in,)` on the device, by its name.
-        problem: what is learned from.
+        mask_of: the mask of one of them as it now is, bool `(C_out, C_in)` in original channel order.
         learning_rate: of the scores.
         earlier: masks of the windows before, like `best`.
-        sets_orders: nobody else does.
 
     Attributes:
         best: masks by linear, original channel order, on the CPU, as `packed_mask` gives them.
@@ -36,36 +33,24 @@ class MaskLearner(Learner):
     def __init__(
         self,
         groups: Sequence[ChannelGroup],
-        linears: dict[str, list[PermutedMaskedLinear]],
-        order_of: Callable[[str], Tensor],
-        problem: LearningProblem,
+        linears: Mapping[str, Sequence[StandIn]],
+        mask_of: Callable[[ChannelGroup, StandIn], Tensor],
         learning_rate: float,
         earlier: Mapping[str, Tensor],
-        sets_orders: bool = True,
     ) -> None:
         self.groups = groups
         self.linears = linears
-        self.order_of = order_of
-        self.problem = problem
+        self.mask_of = mask_of
         self.earlier = earlier
-        self.sets_orders = sets_orders
         self.learning_rate = learning_rate
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
         each = [(path, linear) for group in groups for path, linear in zip(group.members, linears[group.name], strict=True)]
-        self.scores = nn.ModuleDict({path.replace(".", "/"): linear.scores for path, linear in each})
+        self.scores = nn.ModuleDict({path.replace(".", "/"): cast(nn.Module, linear.scores) for path, linear in each})
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.scores.parameters()), "lr": self.learning_rate}]
-
-    @override
-    def set_layer(self, index: int, moment: Moment | None) -> None:
-        if self.sets_orders:
-            for group in self.groups:
-                if group.layer == index:
-                    for linear in self.linears[group.name]:
-                        linear.set_order(self.order_of(group.name))
 
     @override
     def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
@@ -75,13 +60,11 @@ class MaskLearner(Learner):
     @torch.no_grad()
     def present(self) -> dict[str, Tensor]:
         """The masks as they are now, like `best`."""
-        found = {}
-        for group in self.groups:
-            order, pattern = self.order_of(group.name), self.problem.pattern_of(group)
-            for path, linear in zip(group.members, self.linears[group.name], strict=True):
-                score = linear.scores.values_t(linear.linear.weight.t()).t()
-                found[path] = packed_mask(permuted_nm_mask(score, order, pattern).cpu())
-        return found
+        return {
+            path: packed_mask(self.mask_of(group, linear).cpu())
+            for group in self.groups
+            for path, linear in zip(group.members, self.linears[group.name], strict=True)
+        }
 
     @override
     def begin_epoch(self) -> None:

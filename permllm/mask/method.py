@@ -12,10 +12,10 @@ from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.kernels import chosen_kernels
-from permllm.learning.masked_linear import masked_linears
+from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
+from permllm.learning.ordered_linear import ordered_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
-from permllm.learning.stacks import BlockStack, split_blocks
 from permllm.learning.training import Checkpoint, Learner, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.learning.windows import WindowStream
 from permllm.mask.contract import MaskPlan
@@ -28,9 +28,6 @@ from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.record.names import MASK_CHECKPOINT
 from permllm.runtime import parallel
 from permllm.sparsity import permuted_nm_mask, unpacked_mask
-
-# Channels of a piece that elementwise work is done on at a time.
-_PIECE = 64
 
 
 class MaskLearning(ScoreSettings):
@@ -114,17 +111,18 @@ class MaskLearning(ScoreSettings):
         groups = [group for group in problem.groups if group.layer in window]
         generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
 
-        def scores_of(path: str) -> Scores:
-            return self.scores(linear_at(problem.model, path).weight, problem.factors_of(path), generator)
+        def scores_of(weight: Tensor, factors: SaliencyFactors) -> Scores:
+            return self.scores(weight, factors, generator)
+
+        def scores_at(path: str) -> Scores:
+            return scores_of(linear_at(problem.model, path).weight, problem.factors_of(path))
 
         steps = steps_of(self, samples_of(self, problem))
         rate = self.learning_rate
         if lcp is None:
             kernels = chosen_kernels(self, problem, groups, steps, None, dense=True)
-            places = ((group, _pieces(problem, group)) for group in groups)
-            fixed = {group.name: orders[group.name].to(problem.device) for group in groups}
-            with masked_linears(problem, places, scores_of, kernels=kernels) as linears:
-                yield [MaskLearner(groups, linears, fixed.__getitem__, problem, rate, earlier)]
+            with ordered_linears(problem, groups, orders, scores_of, kernels) as ordered:
+                yield [MaskLearner(groups, ordered, lambda _, linear: linear.mask(), rate, earlier)]
             return
         shared = shared_orders(problem.groups, lcp.constraint)
         start = {order.name: _shared(order, orders) for order in shared}
@@ -132,14 +130,15 @@ class MaskLearning(ScoreSettings):
         logits = lcp.start_logits(problem, learning, start, near=lcp.init == "heuristic")
         kernels = chosen_kernels(self, problem, groups, steps, lcp.straight_through, dense=True)
         used_by = {group.name: order for order, group in members(shared, window)}
-        with masked_linears(problem, lcp.places(shared, window), scores_of, lcp.straight_through, kernels) as linears:
+        with masked_linears(problem, lcp.places(shared, window), scores_at, lcp.straight_through, kernels) as linears:
             of_orders = OrderLearner(lcp, problem, shared, window, start, logits, linears)
 
-            def present(name: str) -> Tensor:
-                order = used_by[name]
-                return order.expand(of_orders.present[order.name] if order.name in logits else of_orders.fixed[order.name])
+            def mask_of(group: ChannelGroup, linear: PermutedMaskedLinear) -> Tensor:
+                order = used_by[group.name]
+                present = of_orders.present[order.name] if order.name in logits else of_orders.fixed[order.name]
+                return linear.mask(order.expand(present))
 
-            of_masks = MaskLearner(groups, linears, present, problem, rate, earlier, sets_orders=False)
+            of_masks = MaskLearner(groups, linears, mask_of, rate, earlier)
             if self.orders == "turns":
                 of_orders.turn, of_masks.turn = 0, 1
             yield [of_orders, of_masks]
@@ -150,12 +149,6 @@ def _shared(order: SharedOrder, orders: Mapping[str, Tensor]) -> Tensor:
     found = order.shared(orders[order.groups[0].name])
     assert found is not None
     return found
-
-
-def _pieces(problem: LearningProblem, group: ChannelGroup) -> list[BlockStack]:
-    """Some groups of M at a time: nothing ties them together."""
-    m = problem.pattern_of(group).m
-    return split_blocks(group.channels, m * max(1, _PIECE // m))
 
 
 def _check(state: Checkpoint) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.learning.masked_linear import PermutedMaskedLinear
+from permllm.learning.ordered_linear import OrderedMaskedLinear
 from permllm.learning.scores import FreeScores, LowRankScores, Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
@@ -44,21 +45,38 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     assert torch.equal(found, permuted_nm_mask(saliency(linear.weight, factors), order, PATTERN))
 
 
+@pytest.mark.parametrize("stored", ["as it was", "in the order"])
 @pytest.mark.parametrize("form", ["one term", "dense"])
 @pytest.mark.parametrize("kind", ["free", "lowrank"])
-def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> None:
+def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stored: str) -> None:
     linear, factors, order = given(form)
     scores = made(kind, linear, factors)
     generator = torch.Generator().manual_seed(1)
     for parameter in scores.parameters():  # away from the start
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    module = PermutedMaskedLinear(linear, scores, PATTERN, split_blocks(CHANNELS, 16))
     x = torch.randn(5, CHANNELS, generator=generator, dtype=torch.float64)
     grad = torch.randn(5, ROWS, generator=generator, dtype=torch.float64)
-    module.set_order(order)
     ours_x = x.clone().requires_grad_()
-    ours = module(ours_x)
-    ours.backward(grad)
+    if stored == "in the order":
+        there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
+        there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
+        moved = made(kind, there, factors.permuted(order))
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                values = getattr(scores, name)
+                parameter.copy_(values if name == "left" else values[order])
+        ordered = OrderedMaskedLinear(there, moved, PATTERN, order)
+        ours = ordered(ours_x)
+        ours.backward(grad)
+        for name, parameter in scores.named_parameters():
+            found = getattr(moved, name).grad
+            parameter.grad = found if name == "left" else found[order.argsort()]
+        assert torch.equal(ordered.mask(), permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN))
+    else:
+        module = PermutedMaskedLinear(linear, scores, PATTERN, split_blocks(CHANNELS, 16))
+        module.set_order(order)
+        ours = module(ours_x)
+        ours.backward(grad)
 
     base = saliency(linear.weight, factors).clamp_min(torch.finfo(torch.float64).tiny).log()
     leaves = [parameter.detach().clone().requires_grad_() for parameter in scores.parameters()]

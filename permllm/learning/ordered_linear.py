@@ -1,0 +1,144 @@
+"""The linear layer that scores of a mask are learned in, while the order of its channels is fixed.
+
+Nothing of a weight's size moves: the weight and its scores are stored in the order meanwhile, transposed, so that a group of M
+is M consecutive rows, and the activations, which are small, are permuted instead. Otherwise as `masked_linear.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.calibration.saliency import SaliencyFactors, saliency_t
+from permllm.learning.kernels import EAGER, Kernels
+from permllm.learning.masked_linear import standing_in
+from permllm.learning.problem import LearningProblem
+from permllm.learning.scores import Scores
+from permllm.models.families import ChannelGroup
+from permllm.runtime.precision import product_dtype
+from permllm.sparsity import NMPattern, nm_mask
+
+
+class _OrderedMaskedLinear(torch.autograd.Function):
+    """`y = x[order] (W * mask)^T + b`, differentiable in x and, straight through, in what the mask is chosen by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: OrderedMaskedLinear, *learning: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        flat = x.flatten(0, -2).to(dtype)
+        if module.order is not None:
+            flat = flat.index_select(1, module.order)
+        masked_t = module.masked_weight_t(dtype)
+        y = flat @ masked_t
+        if module.linear.bias is not None:
+            y += module.linear.bias
+        ctx.save_for_backward(flat if learning else None, masked_t if module.scores.keeps_masked else None)
+        ctx.module, ctx.learning = module, len(learning)
+        ctx.input_shape, ctx.input_dtype, ctx.product_dtype = x.shape, x.dtype, dtype
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, masked_t = ctx.saved_tensors
+        module: OrderedMaskedLinear = ctx.module
+        grad_y = grads[0].flatten(0, -2)
+        grad_x: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            if masked_t is None:
+                masked_t = module.masked_weight_t(ctx.product_dtype)
+            grad_x = grad_y @ masked_t.t()
+            if module.inverse is not None:
+                grad_x = grad_x.index_select(1, module.inverse)
+            grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
+        del masked_t  # before the gradients of the scores, which may be as large
+        of_scores = module.scores.gradients(x.t() @ grad_y, module.linear.weight.t()) if ctx.learning else []
+        return grad_x, None, *of_scores
+
+
+class OrderedMaskedLinear(nn.Module):
+    """Stands in for a frozen `nn.Linear` while the scores of its mask are learned.
+
+    Args:
+        linear: the layer; its weight `(C_out, C_in)` is stored in the order: `weight[:, order]` of the dense model, with
+            `weight.t()` contiguous. It gets no gradient.
+        scores: what the mask is chosen by, in the order too; their parameters learn where they require gradients.
+        pattern: N:M.
+        order: int64 `(C_in,)`; None is that of the dense model.
+        kernels: of the elementwise work, eager or compiled.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, scores: Scores, pattern: NMPattern, order: Tensor | None, kernels: Kernels = EAGER
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scores = scores
+        self.pattern = pattern
+        self.order = order
+        self.inverse = None if order is None else order.argsort()
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., C_in)`, in the dense model's order, to `(..., C_out)`."""
+        learning = [values for values in self.scores.parameters() if values.requires_grad and torch.is_grad_enabled()]
+        return _OrderedMaskedLinear.apply(x, self, *learning)
+
+    @torch.no_grad()
+    def masked_weight_t(self, dtype: torch.dtype) -> Tensor:
+        """`(W * mask)^T`, `(C_in, C_out)`, in the order."""
+        weight_t = self.linear.weight.t()
+        channels, rows = weight_t.shape
+        n, m = self.pattern.n, self.pattern.m
+        masked_t = torch.empty(channels, rows, dtype=dtype, device=weight_t.device)
+        step = m * max(1, self.kernels.piece(weight_t.device.type) // (m * rows))
+        for first in range(0, channels, step):
+            part = slice(first, first + step)
+            scores = saliency_t(weight_t[part], SaliencyFactors(*self.scores.piece(weight_t, part)))
+            masked_t[part] = self.kernels.select(weight_t[part], scores, n, m, dtype)
+        return masked_t
+
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """The mask as it is now: bool `(C_out, C_in)`, in the dense model's order."""
+        found = nm_mask(self.scores.values_t(self.linear.weight.t()).t(), self.pattern)
+        return found if self.inverse is None else found[:, self.inverse]
+
+
+@contextmanager
+def ordered_linears(
+    problem: LearningProblem,
+    groups: Iterable[ChannelGroup],
+    orders: Mapping[str, Tensor],
+    scores_of: Callable[[Tensor, SaliencyFactors], Scores],
+    kernels: Kernels = EAGER,
+) -> Iterator[dict[str, list[OrderedMaskedLinear]]]:
+    """Put a masked linear in the place of every linear of some groups, and the linears back at the end.
+
+    Args:
+        problem: whose model.
+        groups: whose linears.
+        orders: int64 `(C_in,)` by group.
+        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` and its saliency factors, both in the order.
+        kernels: as in `OrderedMaskedLinear`.
+
+    Yields:
+        The masked linears by the name of their group.
+    """
+
+    def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> OrderedMaskedLinear:
+        order = orders[group.name].to(linear.weight.device)
+        factors = problem.factors_of(path).permuted(order)
+        linear.weight.data = linear.weight.data.t()[order].t()
+        scores = scores_of(linear.weight.data, factors)
+        moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
+        return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels)
+
+    def back(group: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t()[orders[group.name].to(weight.device).argsort()].t().contiguous()
+
+    with standing_in(problem.model, groups, stand_in, back) as masked:
+        yield masked
