@@ -160,7 +160,7 @@ def test_the_mask_of_wide_groups_is_not_compiled(monkeypatch: pytest.MonkeyPatch
         return lambda *piece: (tried.append(form.__name__), form(*piece))[1]
 
     monkeypatch.setattr(kernels.torch, "compile", recorded)
-    for pattern, expected in ((NMPattern(4, 8), ["_mask_by_places"]), (NMPattern(8, 16), [])):
+    for pattern, expected in ((NMPattern(4, 8), ["_select_by_places"]), (NMPattern(8, 16), [])):
         compiled_kernels.cache_clear()
         assert compiled_kernels(KernelUse("cpu", None, pattern)) is not None
         assert tried == expected
