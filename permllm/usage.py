@@ -31,6 +31,8 @@ from permllm.renamed import RENAMED
 _WIDTH = 100
 # Beside the nearest name, all are listed where there are no more than these.
 _MOST_NAMES = 20
+# Settings whose keys are anybody's names.
+_GIVEN_WHOLE = ("evaluation.tasks", "sparsity_of")
 # In a group, what nobody sets.
 _NOT_SET = {"_target_", "uses", *(entry.old.rpartition(".")[2] for entry in RENAMED if entry.old != entry.new)}
 _HELP = """\
@@ -185,6 +187,8 @@ def _unknown(key: str, words: Sequence[str]) -> str:
     prefix, _, name = key.rpartition(".")
     composed = _composed_without(key, words)
     inside = OmegaConf.select(composed, prefix) if prefix else composed
+    if prefix in _GIVEN_WHOLE:
+        return f"{key}: {prefix} is given whole, as in '{prefix}={{{name}: VALUE}}'"
     if prefix and not isinstance(inside, DictConfig):
         return _unknown(prefix, words)
     unset = _NOT_SET | ({"name"} if "_target_" in (inside or {}) else set())  # the name of an option that names a class

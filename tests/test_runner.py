@@ -24,6 +24,7 @@ from permllm.export.rebuild import apply_record
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
+from permllm.record.figures import flat_figures
 from permllm.record.files import read_json
 from permllm.record.run_tensors import read_masks, write_masks
 from permllm.record.schema import Environment, Metrics
@@ -352,6 +353,7 @@ def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_for
         assert report.passed, report.problems
         assert report.dense == sorted(f"{path}.weight" for path, text in told.items() if text == "dense")
     assert "2:4, 1 linear 4:8, 8 dense, 23.61% zeros" in (directory / "export" / "README.md").read_text()
+    assert not any("patterns" in name for name in flat_figures(metrics))  # a curve for each linear
     # What was pruned is rebuilt from the record, to be evaluated in another way.
     again, _ = run(tmp_path, *words, "evaluation.perplexity.limit=1")
     assert again["sparsity"] == metrics["sparsity"]

@@ -51,6 +51,7 @@ def test_hydras_help_is_the_same(tmp_path: Path) -> None:
         (["permutation.margin=wide"], "permutation.margin=wide: expected a number"),
         (["evaluation.zero_shot.limit=x"], "evaluation.zero_shot.limit=x: expected a whole number or null"),
         (["save_weights=perhaps"], "save_weights=perhaps: expected true or false"),
+        (["sparsity_of.mlp=4:8"], "sparsity_of.mlp: sparsity_of is given whole, as in 'sparsity_of={mlp: VALUE}'"),
         (["modle.name=x"], "modle: no group or setting; did you mean model?"),
         (["experiment=tabel1"], "experiment=tabel1: no such option; did you mean table1?"),
         (["-m", "pruner=wandaa,ria"], "pruner=wandaa: no such option; did you mean wanda?"),

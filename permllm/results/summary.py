@@ -396,6 +396,14 @@ def _varying(groups: list[dict[str, Any]]) -> list[str]:
         for other in groups[:index]:
             if _labels(values, varying) == _labels(other, varying):
                 varying += [name for name in names if name not in varying and values.get(name) != other.get(name)]
+    # Which linears are pruned to what is always told, where it is not the same of all.
+    varying += [
+        name
+        for name in names
+        if name.split(".")[0] in ("keep_dense", "sparsity_of")
+        and name not in varying
+        and any(name not in values for values in groups)
+    ]
     # What every run shares is still worth a column when nothing varies: the method.
     if not varying:
         varying = [name for name in ("pruner", "permutation") if name in names]

@@ -126,6 +126,8 @@ def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None
     make_run(tmp_path / "d" / "one", 20.0)
     make_run(tmp_path / "d" / "other", 20.0, sparsity="4:8")  # as many, in another pattern
     assert "zeros" in table(tmp_path / "d")[0]
+    make_run(tmp_path / "d" / "third", 20.0, permutation="none", sparsity_of={"down_proj": "4:8"})
+    assert "sparsity_of.down_proj" in table(tmp_path / "d")[0]  # though the permutation tells the rows apart
 
 
 def test_limited_accuracy_says_so_and_has_its_error(tmp_path: Path) -> None:
