@@ -57,9 +57,8 @@ class FromFile(FromFileSettings):
     def _order(self, group: str, channels: int) -> Tensor:
         perm = self._orders.get(group)
         if perm is None:
-            raise ConfigError(
-                f"permutation.path={self.path}: no permutation for {group}; is it from another model, or from a run that kept it dense?"
-            )
+            reasons = "is it from another model, or from a run that kept it dense?"
+            raise ConfigError(f"permutation.path={self.path}: no permutation for {group}; {reasons}")
         if len(perm) != channels:
             raise ConfigError(
                 f"permutation.path={self.path}: the permutation of {group} is of {len(perm)} channels, not {channels}"
