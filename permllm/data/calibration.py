@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from permllm.config import CalibrationConfig
+from permllm.data.bos import bos_of
 from permllm.data.named import NamedText, calibration_text
-from permllm.errors import ConfigError, DataError
+from permllm.errors import DataError
 from permllm.record.caching import cached_tensors
 
 _TOKENS = "tokens"
@@ -59,15 +60,6 @@ def windows_of(
     """Draw calibration windows of documents, as `calibration_tokens`."""
     draw, first = _WINDOWS[config.sampling], bos_of(tokenizer, bos)
     return draw(tokenizer, documents, config.samples, config.seqlen, seed, first, further)
-
-
-def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
-    """The token that windows begin with; None for none. Raises ConfigError where the tokenizer has no such token."""
-    if not bos:
-        return None
-    if tokenizer.bos_token_id is None:
-        raise ConfigError("model.bos=true: the model's tokenizer has no BOS token; false adds none")
-    return int(tokenizer.bos_token_id)
 
 
 def begun(windows: Tensor, bos: int | None) -> Tensor:

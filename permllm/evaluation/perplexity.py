@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
-from permllm.data.calibration import all_tokens, begun, bos_of
+from permllm.data.bos import bos_of
+from permllm.data.calibration import all_tokens, begun
 from permllm.data.named import NamedText
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
