@@ -18,7 +18,7 @@ from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.settings import Constraint
+from permllm.permutation.settings import Constraint, HeuristicSettings
 from permllm.permutation.shared import check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction
 from permllm.record.code import code_digest
@@ -136,6 +136,11 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     if methods.mask.learned:
         check_contract(key, methods.mask, ("learns_orders",), ("masks", "plan"))
         check_whole(f"{key}: batch_size", getattr(methods.mask, "batch_size", None), 1)
+        if config.mask.get("orders") == "searched" and not isinstance(permutation, LCPSettings | HeuristicSettings):
+            raise ConfigError(
+                "mask.orders=searched needs permutation=heuristic or permutation=lcp, not "
+                f"permutation={config.permutation.get('name')}"
+            )
         if methods.mask.learns_orders and not isinstance(permutation, LCPSettings):
             raise ConfigError(
                 f"mask.orders={config.mask.get('orders')} needs permutation=lcp, whose settings say how the order learns, not "

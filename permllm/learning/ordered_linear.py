@@ -113,7 +113,7 @@ def ordered_linears(
     problem: LearningProblem,
     groups: Iterable[ChannelGroup],
     orders: Mapping[str, Tensor],
-    scores_of: Callable[[Tensor, SaliencyFactors], Scores],
+    scores_of: Callable[[str, Tensor, SaliencyFactors, Tensor], Scores],
     kernels: Kernels = EAGER,
 ) -> Iterator[dict[str, list[OrderedMaskedLinear]]]:
     """Put a masked linear in the place of every linear of some groups, and the linears back at the end.
@@ -122,7 +122,8 @@ def ordered_linears(
         problem: whose model.
         groups: whose linears.
         orders: int64 `(C_in,)` by group.
-        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` and its saliency factors, both in the order.
+        scores_of: what a mask is chosen by, from the path of a linear, its weight `(C_out, C_in)` and saliency factors, both
+            in the order, and the order.
         kernels: as in `OrderedMaskedLinear`.
 
     Yields:
@@ -133,7 +134,7 @@ def ordered_linears(
         order = orders[group.name].to(linear.weight.device)
         factors = problem.factors_of(path).permuted(order)
         linear.weight.data = linear.weight.data.t()[order].t()
-        scores = scores_of(linear.weight.data, factors)
+        scores = scores_of(path, linear.weight.data, factors, order)
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels)
 

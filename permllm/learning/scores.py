@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ class Scores(nn.Module):
         factors: of the saliency of a linear, in the order that its weight is stored in, on its device.
 
     Attributes:
+        by_channel: names of the parameters that have a row for each channel.
         keeps_masked: a masked weight that forward has made may wait for backward: it is little beside the scores.
     """
 
+    by_channel: ClassVar[tuple[str, ...]] = ()
     keeps_masked = False
 
     def __init__(self, factors: SaliencyFactors) -> None:
@@ -46,6 +49,11 @@ class Scores(nn.Module):
         else:
             chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
         return self.factors.power, chosen, self.factors.row
+
+    def state_in(self, order: Tensor) -> dict[str, Tensor]:
+        """A copy of the parameters by name, those by channel in another order, int64 `(C_in,)` of the present positions."""
+        values = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {name: value[order] if name in self.by_channel else value.clone() for name, value in values.items()}
 
     def values_t(self, weight_t: Tensor) -> Tensor:
         """All scores of a transposed weight `(C_in, C_out)`, same shape."""
@@ -68,6 +76,7 @@ class FreeScores(Scores):
         factors: as in `Scores`.
     """
 
+    by_channel = ("free",)
     keeps_masked = True
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
@@ -91,6 +100,8 @@ class LowRankScores(Scores):
         rank: of the product; 0 leaves the terms of the channels.
         generator: of its start.
     """
+
+    by_channel = ("channel", "right")
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator) -> None:
         super().__init__(factors)

@@ -11,8 +11,10 @@ from typing_extensions import override
 
 from permllm.errors import DataError
 from permllm.learning.masked_linear import StandIn
+from permllm.learning.scores import Scores
 from permllm.learning.training import Learner, Moment
 from permllm.models.families import ChannelGroup
+from permllm.record.run_tensors import check_order
 from permllm.sparsity import packed_mask, unpacked_mask
 
 
@@ -25,6 +27,8 @@ class MaskLearner(Learner, Generic[StandIn]):
         mask_of: the mask of one of them as it now is, bool `(C_out, C_in)` in original channel order.
         learning_rate: of the scores.
         earlier: masks of the windows before, like `best`.
+        orders: int64 `(C_in,)` of all channel groups at the start, by name, for the checkpoint.
+        orders_of_earlier: those that `earlier` is N:M in.
 
     Attributes:
         best: masks by linear, original channel order, on the CPU, as `packed_mask` gives them.
@@ -37,11 +41,14 @@ class MaskLearner(Learner, Generic[StandIn]):
         mask_of: Callable[[ChannelGroup, StandIn], Tensor],
         learning_rate: float,
         earlier: Mapping[str, Tensor],
+        orders: Mapping[str, Tensor],
+        orders_of_earlier: Mapping[str, Tensor],
     ) -> None:
         self.groups = groups
         self.linears = linears
         self.mask_of = mask_of
-        self.earlier = earlier
+        self.earlier = dict(earlier)
+        self._orders = {"orders": orders, "orders_of_earlier": orders_of_earlier}
         self.learning_rate = learning_rate
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
@@ -66,6 +73,17 @@ class MaskLearner(Learner, Generic[StandIn]):
             for path, linear in zip(group.members, self.linears[group.name], strict=True)
         }
 
+    def scores_of_the_dense_order(self) -> dict[str, dict[str, Tensor]]:
+        """A copy of the parameters of the scores, by linear and name, channels in the dense model's order."""
+        found = {}
+        for group in self.groups:
+            for path, linear in zip(group.members, self.linears[group.name], strict=True):
+                scores = linear.scores
+                assert isinstance(scores, Scores)
+                back = getattr(linear, "inverse", None)
+                found[path] = scores.state_in(torch.arange(group.channels) if back is None else back)
+        return found
+
     @override
     def begin_epoch(self) -> None:
         self._at_epoch = self.present()
@@ -82,16 +100,19 @@ class MaskLearner(Learner, Generic[StandIn]):
 
     @override
     def state(self) -> dict[str, Any]:
-        masks = {"best": self.best, "at_epoch": self._at_epoch, "earlier": dict(self.earlier)}
-        return {"scores": self.scores.state_dict()} | masks
+        masks = {"best": self.best, "at_epoch": self._at_epoch, "earlier": self.earlier}
+        orders = {key: {name: order.cpu() for name, order in of.items()} for key, of in self._orders.items()}
+        return {"scores": self.scores.state_dict()} | masks | orders
 
     @staticmethod
     def check(state: dict[str, Any]) -> None:
         """Raise DataError where a state is not one of masks."""
-        for key in ("scores", "best", "at_epoch", "earlier"):
+        for key in ("scores", "best", "at_epoch", "earlier", "orders", "orders_of_earlier"):
             values = state.get(key)
             if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
                 raise DataError("it holds no masks")
+        for name, order in [*state["orders"].items(), *state["orders_of_earlier"].items()]:
+            check_order(f"the permutation of {name}", order)
 
     @override
     def restore(self, state: dict[str, Any]) -> None:

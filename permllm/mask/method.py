@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.kernels import chosen_kernels
@@ -22,12 +25,16 @@ from permllm.mask.contract import MaskPlan
 from permllm.mask.learner import MaskLearner
 from permllm.mask.settings import ScoreSettings
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.record.names import MASK_CHECKPOINT
 from permllm.runtime import parallel
 from permllm.sparsity import permuted_nm_mask, unpacked_mask
+
+ScoresOf: TypeAlias = dict[str, dict[str, Tensor]]
+"""Parameters of scores by the path of a linear and their name, channels in the dense model's order."""
 
 
 class MaskLearning(ScoreSettings):
@@ -37,8 +44,8 @@ class MaskLearning(ScoreSettings):
 
     @property
     def learns_orders(self) -> bool:
-        """The orders learn with the masks."""
-        return self.orders != "fixed"
+        """The orders learn with the masks, by descent."""
+        return self.orders in ("together", "turns")
 
     @abstractmethod
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
@@ -68,61 +75,102 @@ class MaskLearning(ScoreSettings):
         passes = [] if state is None else list(state["passes"])
         begin = 0 if state is None else state["window"]
         learned: dict[str, Tensor] = {}
+        present = dict(orders)
         if state is not None:
-            learned = {path: bits.cpu() for path, bits in state["learners"][-1]["earlier"].items()}
-        lcp = permutation if self.learns_orders else None
-        found = dict(orders)
+            of_masks = state["learners"][-1]
+            learned = {path: bits.cpu() for path, bits in of_masks["earlier"].items()}
+            present |= {name: order.cpu() for name, order in of_masks["orders"].items()}
+        best = dict(present)
+        if state is not None:
+            best |= {name: order.cpu() for name, order in state["learners"][-1]["orders_of_earlier"].items()}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
             if path in learned:
                 return unpacked_mask(learned[path], linear_at(problem.model, path).weight.shape)
-            return permuted_nm_mask(problem.saliency_of(path), order_of(group.name), problem.pattern_of(group))
-
-        def order_of(name: str) -> Tensor:
-            return found[name].to(problem.device)
+            order = best[group.name].to(problem.device)
+            return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
         stream = WindowStream(problem)
-        for number, (first, stop) in enumerate(self.spans(len(decoder_layers(problem.model)))):
+        spans = self.spans(len(decoder_layers(problem.model)))
+        scores: ScoresOf = {}
+        best_loss = math.inf
+        for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
             if number < begin or not any(first <= group.layer < stop for group in problem.groups):
                 continue
-            window = Window(number, 0, first, stop, stream.inputs(first, mask_of), stream.target(stop))
-            with self._learners(problem, window, found, learned, lcp) as learners:
-                training = Training(self, problem, window, learners, "mask", MASK_CHECKPOINT, passes=passes)
+            round_ = number % self.rounds
+            scores, best_loss = (scores, best_loss) if round_ else ({}, math.inf)
+            if scores and self.orders == "searched":
+                present |= parallel.from_first(partial(self._searched, problem, permutation, scores, (first, stop)))
+            window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
+            lcp = permutation if self.learns_orders else None
+            with self._learners(problem, window, (present, best), learned, scores, lcp) as learners:
+                training = Training(self, problem, window, learners, "mask", MASK_CHECKPOINT, best_loss, passes)
                 if state is not None and number == begin:
                     training.restore(state)
                 training.run()
-                for learner in learners:
-                    if isinstance(learner, OrderLearner):
-                        found |= expanded(learner.shared, learner.best)
-                    elif isinstance(learner, MaskLearner):
-                        learned |= learner.best
-        return found, {path: mask_of(group, path).cpu() for group in problem.groups for path in group.members}
+                best_loss = training.best_loss
+                *of_orders, masks = learners
+                assert isinstance(masks, MaskLearner)
+                for learner in of_orders:
+                    assert isinstance(learner, OrderLearner)
+                    present |= expanded(learner.shared, learner.best)
+                if masks.best:
+                    learned |= masks.best
+                    best |= present
+                scores = masks.scores_of_the_dense_order() if round_ + 1 < self.rounds else {}
+        return best, {path: mask_of(group, path).cpu() for group in problem.groups for path in group.members}
+
+    def _searched(
+        self, problem: LearningProblem, permutation: Any, scores: ScoresOf, span: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Orders by group that retain the most of what masks have learned, of the orders that a window holds all groups of."""
+
+        def saliency_of(path: str) -> Tensor:
+            weight, generator = linear_at(problem.model, path).weight, torch.Generator()
+            present = self.scores(weight, problem.factors_of(path), generator)
+            present.load_state_dict(scores[path])
+            return present.values_t(weight.t()).t().exp()  # as the saliency, whose logarithm they started at
+
+        shared = [
+            order
+            for order in shared_orders(problem.groups, permutation.constraint)
+            if span[0] <= order.layers.start and order.layers.stop <= span[1]
+        ]
+        found = {order.name: search_order(order, saliency_of, problem.pattern) for order in tqdm(shared, desc="permutation")}
+        return expanded(shared, found)
 
     @contextmanager
     def _learners(
         self,
         problem: LearningProblem,
         window: Window,
-        orders: Mapping[str, Tensor],
+        orders_and_best: tuple[dict[str, Tensor], dict[str, Tensor]],
         earlier: Mapping[str, Tensor],
+        scores: ScoresOf,
         lcp: LCP | None,
     ) -> Iterator[list[Learner]]:
         """What learns in a window, whose linears are masked linears meanwhile: the masks, and the orders before them."""
+        orders = orders_and_best[0]
         groups = [group for group in problem.groups if group.layer in window]
         generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
 
-        def scores_of(weight: Tensor, factors: SaliencyFactors) -> Scores:
-            return self.scores(weight, factors, generator)
+        def scores_of(path: str, weight: Tensor, factors: SaliencyFactors, order: Tensor | None = None) -> Scores:
+            made = self.scores(weight, factors, generator)
+            if path in scores:
+                order_ = torch.arange(weight.shape[1], device=weight.device) if order is None else order
+                values = {n: v[order_] if n in made.by_channel else v for n, v in scores[path].items()}
+                made.load_state_dict(values)
+            return made
 
         def scores_at(path: str) -> Scores:
-            return scores_of(linear_at(problem.model, path).weight, problem.factors_of(path))
+            return scores_of(path, linear_at(problem.model, path).weight, problem.factors_of(path))
 
-        steps = steps_of(self, samples_of(self, problem))
+        steps = self.rounds * steps_of(self, samples_of(self, problem))
         rate = self.learning_rate
         if lcp is None:
             kernels = chosen_kernels(self, problem, groups, steps, None, dense=True)
             with ordered_linears(problem, groups, orders, scores_of, kernels) as ordered:
-                yield [MaskLearner(groups, ordered, lambda _, linear: linear.mask(), rate, earlier)]
+                yield [MaskLearner(groups, ordered, lambda _, linear: linear.mask(), rate, earlier, *orders_and_best)]
             return
         shared = shared_orders(problem.groups, lcp.constraint)
         start = {order.name: _shared(order, orders) for order in shared}
@@ -138,7 +186,7 @@ class MaskLearning(ScoreSettings):
                 present = of_orders.present[order.name] if order.name in logits else of_orders.fixed[order.name]
                 return linear.mask(order.expand(present))
 
-            of_masks = MaskLearner(groups, linears, mask_of, rate, earlier)
+            of_masks = MaskLearner(groups, linears, mask_of, rate, earlier, *orders_and_best)
             if self.orders == "turns":
                 of_orders.turn, of_masks.turn = 0, 1
             yield [of_orders, of_masks]

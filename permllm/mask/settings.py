@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from permllm.learning.settings import LearningSettings
 from permllm.validation import check_one_of, check_whole
 
-Orders = Literal["fixed", "together", "turns"]
+Orders = Literal["fixed", "together", "turns", "searched"]
 
 
 @dataclass(kw_only=True)
@@ -19,16 +19,20 @@ class ScoreSettings(LearningSettings):
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
         orders: `fixed`, the mask learns in the order that the permutation found; `together`, the order learns through the
             mask, with the settings of `permutation=lcp`, from where that starts; `turns`, the same with order and mask in
-            every other step.
+            every other step; `searched`, between rounds the heuristic searches an order anew that retains the most of what
+            the masks have learned by then.
+        rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
     """
 
     epochs: int = 1
     select_from: int = 0
     orders: Orders = "fixed"
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         self.check("mask")
         check_one_of("mask.orders", self.orders, get_args(Orders))
+        check_whole("mask.rounds", self.rounds, 1)
 
 
 @dataclass(kw_only=True)

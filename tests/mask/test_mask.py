@@ -81,18 +81,21 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
     assert all(same[path] == path.startswith("model.layers.0.") for path in same)
 
 
-@pytest.mark.parametrize("orders", ["fixed", "together", "turns"])
-@pytest.mark.parametrize("stage", ["all", 1])
+@pytest.mark.parametrize(
+    ("orders", "stage"),
+    [("fixed", "all"), ("fixed", 1), ("together", "all"), ("turns", 1), ("searched", "all"), ("searched", 1)],
+)
 def test_an_interrupted_training_continues_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orders: str, stage: str | int
 ) -> None:
     monkeypatch.setattr(training_module, "_CHECKPOINT_EVERY", 0.0)
-    method = mask("score", epochs=3, batch_size=2, layers_per_stage=stage, orders=orders)
+    rounds = {"epochs": 1, "rounds": 3} if orders == "searched" else {"epochs": 3}
+    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, **rounds)
     permutation = lcp(init="random", learning_rate=0.1)
 
     def learned(**extra: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         learning = problem(tiny_model("llama"), Wanda(), **extra)
-        start = permutation.start(learning) if orders != "fixed" else ordered(learning, "heuristic")
+        start = permutation.start(learning) if orders in ("together", "turns") else ordered(learning, "heuristic")
         found: tuple[dict[str, Tensor], dict[str, Tensor]] = method.masks(learning, start, permutation)
         check_masks(learning, *found)
         return found
@@ -121,12 +124,14 @@ def test_an_interrupted_training_continues_to_the_same_result(
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("orders", ["together", "turns"])
-def test_orders_learn_through_the_masks(orders: str) -> None:
+@pytest.mark.parametrize("orders", ["together", "turns", "searched"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_orders_follow_from_the_masks(name: str, orders: str) -> None:
     learning = problem(tiny_model("llama"), Wanda())
     permutation = lcp(init="heuristic", learning_rate=0.1, constraint="foldable", block_size=16, temperature=lambda _: 0.5)
     start = permutation.start(learning)
-    found, masks = mask("score", epochs=8, orders=orders, learning_rate=0.03).masks(learning, start, permutation)
+    method = mask(name, epochs=4, rounds=2, orders=orders, learning_rate=0.03, select_from=1)
+    found, masks = method.masks(learning, start, permutation)
     check_masks(learning, found, masks)
     assert any(not torch.equal(found[name], order) for name, order in start.items())
     foldable(learning.groups, found)  # raises where one does not
