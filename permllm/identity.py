@@ -31,6 +31,7 @@ _ADDED_LATER: dict[str, Any] = {
     "reconstruction.columns": "permuted",
     "reconstruction.samples": None,
     "reconstruction.average": 0.0,
+    "reconstruction.start": "masked",
     "keep_dense": [],
     "sparsity_of": {},
 }

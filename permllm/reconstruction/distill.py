@@ -13,13 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
+from permllm.calibration.statistics.base import Statistics
 from permllm.errors import DataError, TrainingError
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import decoder_layers
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
-from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
+from permllm.reconstruction.admm import ADMM
+from permllm.reconstruction.base import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.reconstruction.masked_adam import MaskedAdam
+from permllm.reconstruction.obs import OBS
 from permllm.reconstruction.settings import DistillSettings
 from permllm.record.names import DISTILL_CHECKPOINT
 from permllm.record.tensors import read_torch, write_torch
@@ -44,6 +47,19 @@ class Distill(DistillSettings, NoReconstruction):
     """
 
     changes_weights = True
+
+    @property
+    def statistics(self) -> Statistics:  # type: ignore[override]
+        """Those of what the weights start from."""
+        return self._before.statistics
+
+    @property
+    def _before(self) -> Reconstruction:
+        return {"masked": NoReconstruction, "obs": OBS, "admm": ADMM}[self.start]()
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The weight that learning starts from."""
+        return self._before.linear(pruned)
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""

@@ -9,6 +9,7 @@ from permllm.errors import ConfigError
 from permllm.validation import check_number, check_one_of, check_whole
 
 Columns = Literal["permuted", "costly"]
+Start = Literal["masked", "obs", "admm"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class DistillSettings:
         samples: windows of the calibration text, the first ones those of `calibration.samples`, further ones drawn like them;
             null takes those of `calibration.samples`.
         average: share of the steps, the last ones, whose weights' mean is the result; 0 takes the last weights.
+        start: what the kept weights are before, linear by linear: `masked`, as the pruner left them; `obs` or `admm`, what
+            `reconstruction=obs` or `reconstruction=admm` makes of them.
     """
 
     epochs: int = 2
@@ -63,6 +66,7 @@ class DistillSettings:
     batch_size: int = 4
     samples: int | None = None
     average: float = 0.0
+    start: Start = "masked"
 
     def __post_init__(self) -> None:
         check_whole("reconstruction.epochs", self.epochs, 1)
@@ -71,6 +75,7 @@ class DistillSettings:
         if self.samples is not None:
             check_whole("reconstruction.samples", self.samples, 1)
         check_number("reconstruction.average", self.average, positive=False)
+        check_one_of("reconstruction.start", self.start, get_args(Start))
         if self.average > 1:
             raise ConfigError(f"reconstruction.average={self.average!r}: expected a share of the steps, from 0 to 1")
 

@@ -21,9 +21,11 @@ from permllm.permutation.identity import Identity
 from permllm.pipeline import prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.reconstruction import distill
+from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
 from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.masked_adam import MaskedAdam
+from permllm.reconstruction.obs import OBS
 from permllm.record.names import DISTILL_CHECKPOINT
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, tokens
@@ -189,3 +191,15 @@ def test_settings_say_how_many_windows_are_drawn() -> None:
         Distill(average=1.5)
     with pytest.raises(ConfigError, match=r"reconstruction\.samples=0"):
         Distill(samples=0)
+
+
+@pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
+def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type) -> None:
+    found = []
+    for reconstruction in (Distill(start=start, learning_rate=1e-12, epochs=1), like()):  # type: ignore[arg-type]
+        model = tiny_model("llama", dtype=torch.float64)
+        groups = channel_groups(model)
+        prune(model, groups, tokens(), Magnitude(), PATTERN, Identity().order, 4, None, reconstruction)
+        found.append([linear_at(model, path).weight for group in groups for path in group.members])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
