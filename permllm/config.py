@@ -334,8 +334,9 @@ class RunConfig:
 
     @property
     def further(self) -> int:
-        """Windows of the calibration text, after `calibration.samples`, that the reconstruction asks for."""
-        return max(0, (self.reconstruction.get("samples") or 0) - self.calibration.samples)
+        """Windows of the calibration text, after `calibration.samples`, that a method learns from."""
+        asked = [getattr(self, group).get("samples") or 0 for group in ("permutation", "mask", "reconstruction")]
+        return max(0, max(asked) - self.calibration.samples)
 
     # What a job is is asked many times, and follows from files that take time to read: once.
     @cached_property

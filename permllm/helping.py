@@ -91,7 +91,8 @@ def check_shares(learned: Mapping[str, Any], samples: int) -> None:
     if processes == 1:
         return
     sizes = {f"{group}.batch_size": method.batch_size for group, method in learned.items()}
-    for name, value in (sizes | {"calibration.samples": samples}).items():
+    counts = {f"{group}.samples": method.samples for group, method in learned.items() if getattr(method, "samples", None)}
+    for name, value in (sizes | counts | {"calibration.samples": samples}).items():
         if value < processes:
             raise ConfigError(
                 f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"

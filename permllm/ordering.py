@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.dense import DenseCalibration, Pruner
-from permllm.calibration.shared import shared_calibration
+from permllm.calibration.shared import shared_calibration, shared_target
 from permllm.config import RunConfig
 from permllm.helping import call_helpers
 from permllm.job import Job
@@ -39,21 +39,49 @@ def calibrate(
     return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)
 
 
+def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
+    """The target of the calibration samples, and of the further ones that what is learned asks for.
+
+    Args:
+        job: of the dense model.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        target: of the former, `(calibration samples, length, hidden)`.
+    """
+    most = max((method.samples or 0 for method in job.methods.learned.values() if hasattr(method, "samples")), default=0)
+    further = drawn[len(target) : most]
+    if not len(further):
+        return target
+    found = shared_target(job.loaded, further, job.config.calibration.batch_size, job.products)
+    return torch.cat([target, found])
+
+
 def learning_problem(
     config: RunConfig,
     loaded: LoadedModel,
     groups: list[ChannelGroup],
-    tokens: Tensor,
+    drawn: Tensor,
     dense: DenseCalibration,
     directory: Path | None = None,
+    samples: int | None = None,
 ) -> LearningProblem:
-    """What a method is given that orders all groups from the whole model; its checkpoint goes into the directory."""
+    """What a method is given that learns from the whole model; its checkpoint goes into the directory.
+
+    Args:
+        config: of the job.
+        loaded: the dense model.
+        groups: that are pruned.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells, of so many of them as are learned from.
+        directory: None keeps no checkpoint.
+        samples: to learn from; None is those of the calibration.
+    """
+    count = samples or config.calibration.samples
     return LearningProblem(
         model=loaded.model,
         groups=groups,
-        tokens=tokens,
+        tokens=drawn[:count],
         factors=dense.factors,
-        target=dense.target,
+        target=dense.target[:count],
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
@@ -62,12 +90,12 @@ def learning_problem(
     )
 
 
-def order_of(job: Job, tokens: Tensor, dense: DenseCalibration | None) -> Order:
+def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
     """What gives the order of a channel group, int64 `(C_in,)`, for its name and saliency: each when it is pruned, or all now.
 
     Args:
         job: whose record and logger learn of what is found.
-        tokens: int64 `(samples, length)`.
+        drawn: int64 `(samples, length)`, those of the calibration first.
         dense: what the dense model tells; needed where the method orders all groups together.
     """
     permutation, record = job.methods.permutation, job.record
@@ -81,7 +109,8 @@ def order_of(job: Job, tokens: Tensor, dense: DenseCalibration | None) -> Order:
         return order
     assert dense is not None
     with record.stage("permute", job.device):
-        problem = learning_problem(job.config, job.loaded, job.groups, tokens, dense, record.directory)
+        samples = getattr(permutation, "samples", None)
+        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, samples)
         problem.on_step = lambda step, values: job.logger.log(values, step)
         passes = _Passes(record, job.logger)
         problem.on_pass, problem.on_resume = passes.add, passes.resume
@@ -109,13 +138,13 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
 
 
 def learned_masks(
-    job: Job, tokens: Tensor, dense: DenseCalibration | None, order: Order
+    job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
 ) -> tuple[Order, dict[str, Tensor] | None]:
     """The masks of all linears, bool `(C_out, C_in)` on the CPU, and the orders that they are N:M in; None for the pruner's.
 
     Args:
         job: whose record and logger learn of what is found.
-        tokens: int64 `(samples, length)`.
+        drawn: int64 `(samples, length)`, those of the calibration first.
         dense: what the dense model tells.
         order: of the channel groups, as `order_of` gives it.
     """
@@ -123,7 +152,8 @@ def learned_masks(
     if not mask.learned:
         return order, None
     assert dense is not None
-    problem = learning_problem(job.config, job.loaded, job.groups, tokens, dense, record.directory)
+    samples = getattr(mask, "samples", None)
+    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, samples)
     orders = {group.name: _order_by(order, problem, group) for group in job.groups}
     with record.stage("mask", job.device):
         problem.on_step = lambda step, values: job.logger.log(values, step)

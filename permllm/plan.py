@@ -127,7 +127,7 @@ def _memory(
     widest = max(sum(group.rows) for group in groups)
     largest = max(group.channels * sum(group.rows) for group in groups)
     weights = parameters * item
-    states = config.calibration.samples * config.calibration.seqlen * hidden * item
+    states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
     forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
     channels = max(group.channels for group in groups)
     sums = sum(kind.memory(channels) for kind in input_kinds(pruner.statistics))

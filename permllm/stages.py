@@ -10,7 +10,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import calibrate, learned_masks, order_of
+from permllm.ordering import calibrate, learned_masks, order_of, target_of_all
 from permllm.pipeline import PrunedModel, prune
 
 
@@ -32,7 +32,8 @@ def prune_model(
         tokens = drawn[: len(drawn) - config.further]
         if not job.methods.permutation.local or config.calibration.statistics == "dense":
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
-    order, masks = learned_masks(job, tokens, dense, order_of(job, tokens, dense))
+            dense.target = target_of_all(job, drawn, dense.target)
+    order, masks = learned_masks(job, drawn, dense, order_of(job, drawn, dense))
     with record.stage("prune", job.device):
         pruned = prune(
             job.loaded.model,

@@ -11,6 +11,7 @@ from torch import Tensor
 from permllm.calibration.dense import DenseCalibration, Pruner, calibrate_dense
 from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
+from permllm.models.decoder import last_states
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.record.caching import cached_tensors, digest_of
@@ -46,13 +47,7 @@ def shared_calibration(
     """
     if not loaded.identity:
         return calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over)
-    identity = {
-        "model": loaded.identity,
-        "tokens": digest_of(tokens),
-        "batch_size": batch_size,
-        "compute_dtype": str(compute_dtype),
-        "device": loaded.model.device.type,
-    }
+    identity = _identity(loaded, tokens, batch_size, compute_dtype)
     found: list[DenseCalibration] = []
 
     def calibrated() -> DenseCalibration:
@@ -70,6 +65,38 @@ def shared_calibration(
         factors = calibrated().factors
     target = cached_tensors("target", identity, _CODE, lambda: {_TARGET: calibrated().target})
     return DenseCalibration(factors, target[_TARGET])
+
+
+def shared_target(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> Tensor:
+    """Output of the dense model's last decoder layer for further tokens, or what an earlier job kept of it.
+
+    Args:
+        loaded: the dense model.
+        tokens: int64 `(samples, length)`.
+        batch_size: samples a forward.
+        compute_dtype: of the model's matrix products.
+
+    Returns:
+        `(samples, length, hidden)` on the host.
+    """
+
+    def computed() -> Tensor:
+        return last_states(loaded.model, tokens, batch_size, compute_dtype)
+
+    if not loaded.identity:
+        return computed()
+    identity = _identity(loaded, tokens, batch_size, compute_dtype)
+    return cached_tensors("target", identity, _CODE, lambda: {_TARGET: computed()})[_TARGET]
+
+
+def _identity(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "model": loaded.identity,
+        "tokens": digest_of(tokens),
+        "batch_size": batch_size,
+        "compute_dtype": str(compute_dtype),
+        "device": loaded.model.device.type,
+    }
 
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:

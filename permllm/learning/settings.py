@@ -21,7 +21,8 @@ class LearningSettings:
         weight_decay: of AdamW.
         epochs: over the calibration samples.
         steps: how many steps there are in all, over as many epochs as that takes; null is what `epochs` says.
-        samples: learn from the first so many calibration samples; null is all of them.
+        samples: windows of the calibration text to learn from, the first ones those of `calibration.samples`, further ones
+            drawn like them; null takes those of `calibration.samples`.
         batch_size: samples a step.
         loss: `kl` of the next-token distributions, which needs `layers_per_stage=all`; `cosine` of the stage's output (the
             paper), or `mse` of it. None is `kl` where the whole model learns together, else `cosine`.

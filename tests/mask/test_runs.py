@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from permllm import runner, stages
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
+from permllm.learning.problem import LearningProblem
 from permllm.learning.training import Training
+from permllm.models.decoder import last_states
+from permllm.models.loading import load_model
 from permllm.record.files import read_json
 from permllm.record.schema import Metrics, Pass, validated
 from tests.test_config import composed
@@ -71,6 +75,34 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert sum("mask_flips" in line for line in lines) == 2
     assert not list(directory.glob("*.pt"))
+
+
+def test_each_method_learns_from_its_own_amount_of_text(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LearningProblem] = []
+    real = Training.__init__
+
+    def watched(self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any) -> None:
+        seen.append(problem)
+        dense = last_states(tiny, problem.tokens, 4, torch.float32)
+        torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
+        real(self, settings, problem, *more, **others)
+
+    monkeypatch.setattr(Training, "__init__", watched)
+    words = (
+        "mask=score",
+        *LEARNING,
+        "calibration.samples=8",
+        "permutation.samples=4",
+        "mask.samples=12",
+        "compute_dtype=float32",
+    )
+    settings = read_config(composed("model=tiny", *words))
+    tiny = load_model(settings.model, settings.seed).model
+    run(tmp_path, *words)
+    orders, masks = seen
+    assert (len(orders.tokens), len(masks.tokens)) == (4, 12)
+    assert torch.equal(orders.tokens, masks.tokens[:4])
+    assert len(masks.tokens.unique(dim=0)) == 12
 
 
 def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
