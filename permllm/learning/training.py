@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 
 # What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory others use too.
 _SHARE_OF_FREE, _KEPT_ON_A_HOST = 0.8, 4e9
-# Seconds between checkpoints: one is written at the end of an epoch, and in the middle of one that takes longer.
-_CHECKPOINT_EVERY = 120.0
+# Seconds between checkpoints: one is written at the end of an epoch, and in the middle of one that takes longer; and how many
+# times as long as writing one takes learning goes on.
+_CHECKPOINT_EVERY, _TIMES_WRITING = 120.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Training:
         self._sequence: Tensor | None = None  # of the samples in an epoch that is not at its end
         self._losses: list[float] = []
         self._seconds = 0.0
-        self._saved = time.perf_counter()
+        self._next_save = time.perf_counter() + _CHECKPOINT_EVERY
 
     def run(self) -> None:
         """All epochs that are left; the learners know the best."""
@@ -215,7 +216,7 @@ class Training:
                     self.problem.on_step(self.window.number * self.steps + moment.step, told | {"seconds": seconds})
                     progress.update()
                     progress.set_postfix({key: f"{value:.4f}" for key, value in told.items()})
-                    if time.perf_counter() - self._saved > _CHECKPOINT_EVERY and after is not None:
+                    if time.perf_counter() > self._next_save and after is not None:
                         self._save()
                 self._end_of_epoch(moment)
 
@@ -372,9 +373,9 @@ class Training:
         return text
 
     def _save(self) -> None:
-        self._saved = time.perf_counter()
         if self.problem.directory is None or parallel.rank():
             return
+        started = time.perf_counter()
         state: Checkpoint = {
             "run": self.problem.run,
             "window": self.window.number,
@@ -390,6 +391,8 @@ class Training:
             "learners": [learner.state() for learner in self.learners],
         }
         write_torch(self.problem.directory / self.file, state)
+        now = time.perf_counter()
+        self._next_save = now + max(_CHECKPOINT_EVERY, _TIMES_WRITING * (now - started))
 
     def restore(self, state: Checkpoint) -> None:
         """Continue from a checkpoint of the same window (see `read_checkpoint`).

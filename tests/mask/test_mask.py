@@ -89,6 +89,7 @@ def test_an_interrupted_training_continues_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orders: str, stage: str | int
 ) -> None:
     monkeypatch.setattr(training_module, "_CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(training_module, "_TIMES_WRITING", 0.0)
     rounds = {"epochs": 1, "rounds": 3} if orders == "searched" else {"epochs": 3}
     method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, **rounds)
     permutation = lcp(init="random", learning_rate=0.1)
