@@ -18,8 +18,10 @@ from permllm.config import RunConfig
 from permllm.helping import call_helpers
 from permllm.job import Job
 from permllm.learning.problem import LearningProblem
-from permllm.models.families import ChannelGroup, channel_groups
+from permllm.learning.training import steps_in_all
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
+from permllm.permutation.lcp.settings import LCPSettings
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
 from permllm.runtime import parallel
@@ -148,15 +150,19 @@ def learned_masks(
         dense: what the dense model tells.
         order: of the channel groups, as `order_of` gives it.
     """
-    mask, record = job.methods.mask, job.record
+    permutation, mask, record = job.methods.permutation, job.methods.mask, job.record
     if not mask.learned:
         return order, None
     assert dense is not None
     samples = getattr(mask, "samples", None)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, samples)
     orders = {group.name: _order_by(order, problem, group) for group in job.groups}
+    first = 0
+    if isinstance(permutation, LCPSettings) and not mask.learns_orders:
+        count = permutation.samples or job.config.calibration.samples
+        first = steps_in_all(permutation, count, len(decoder_layers(problem.model)), permutation.rounds)
     with record.stage("mask", job.device):
-        problem.on_step = lambda step, values: job.logger.log(values, step)
+        problem.on_step = lambda step, values: job.logger.log(values, first + step)  # after those of the orders
         passes = _Passes(record, job.logger, [] if mask.learns_orders else [p for p in record.passes() if not _of_masks(p)])
         problem.on_pass, problem.on_resume = passes.add, passes.resume
         shapes = {
@@ -167,7 +173,7 @@ def learned_masks(
             with products_in(job.products, job.device):
                 call_helpers(problem, job.loaded.identity, job.products, orders)
                 with parallel.in_step():
-                    orders, masks = mask.masks(problem, orders, job.methods.permutation)
+                    orders, masks = mask.masks(problem, orders, permutation)
             record.keep_orders(orders)
             record.keep_masks(masks)
     return lambda name, saliency, pattern: orders[name], masks

@@ -178,7 +178,8 @@ def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
     metrics, _ = run(tmp_path, f"sparsity='{sparsity}'", "permutation.epochs=1")
     n, m = map(int, sparsity.split(":"))
     assert metrics["sparsity"] | {"weights_changed": None} == {
-        "pattern": sparsity, "fraction": 1 - n / m, "violations": 0, "weights_changed": None, "weights_kept": False,
+        "pattern": sparsity, "fraction": 1 - n / m, "of_model": 1 - n / m, "violations": 0, "weights_changed": None,
+        "weights_kept": False,
     }  # fmt: skip
 
 

@@ -472,6 +472,11 @@ def steps_of(settings: LearningSettings, samples: int) -> int:
     return settings.steps or settings.epochs * math.ceil(samples / settings.batch_size)
 
 
+def steps_in_all(settings: LearningSettings, samples: int, layers: int, rounds: int) -> int:
+    """How many steps all windows have, gone through so often, of a model of so many decoder layers."""
+    return len(settings.spans(layers)) * rounds * steps_of(settings, samples)
+
+
 def _kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:
     """Numbers that a decoder layer keeps for backward, a token: about 11 vectors of the residual stream and 4 of the MLP."""
     inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)

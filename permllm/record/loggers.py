@@ -164,7 +164,9 @@ def described(config: RunConfig) -> dict[str, Any]:
 
 def _tags(config: RunConfig) -> dict[str, str | None]:
     """What runs are found by."""
-    methods = {group: getattr(config, group).get("name") for group in ("pruner", "permutation", "mask")}
+    methods = {group: getattr(config, group).get("name") for group in ("pruner", "permutation")}
+    if "epochs" in config.mask:  # learned
+        methods["mask"] = config.mask.get("name")
     return methods | {"sparsity": config.sparsity, "model": config.model.name, "group": job_group(config)}
 
 
