@@ -175,7 +175,7 @@ class MaskLearning(ScoreSettings):
         shared = shared_orders(problem.groups, lcp.constraint)
         start = {order.name: _shared(order, orders) for order in shared}
         learning = lcp.learning(shared, window.first, window.stop)
-        logits = lcp.start_logits(problem, learning, start, near=lcp.init == "heuristic")
+        logits = lcp.start_logits(problem, learning, start, near=lcp.init == "heuristic" or window.round > 0)
         kernels = chosen_kernels(self, problem, groups, steps, lcp.straight_through, dense=True)
         used_by = {group.name: order for order, group in members(shared, window)}
         with masked_linears(problem, lcp.places(shared, window), scores_at, lcp.straight_through, kernels) as linears:
