@@ -102,7 +102,9 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
-        of_scores = layout.scores.gradients(grad_masked_t, weight_t) if len(ctx.needs_input_grad) > 7 + ctx.orders else []
+        of_scores: list[Tensor] = []
+        if len(ctx.needs_input_grad) > 7 + ctx.orders:
+            of_scores = layout.scores.gradients(grad_masked_t, weight_t, layout.pattern.m, perm)
         return grad_x, *nothing, *grad_soft, *of_scores
 
 

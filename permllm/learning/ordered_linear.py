@@ -55,8 +55,9 @@ class _OrderedMaskedLinear(torch.autograd.Function):
                 grad_x = grad_x.index_select(1, module.inverse)
             grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
-        of_scores = module.scores.gradients(x.t() @ grad_y, module.linear.weight.t()) if ctx.learning else []
-        return grad_x, None, *of_scores
+        if not ctx.learning:
+            return grad_x, None
+        return grad_x, None, *module.scores.gradients(x.t() @ grad_y, module.linear.weight.t(), module.pattern.m)
 
 
 class OrderedMaskedLinear(nn.Module):

@@ -1,7 +1,9 @@
 """What a mask is chosen by: a score for each weight, of which each group of M keeps the N largest.
 
 The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would gain if the weight came
-in, or loses while it stays. It is linear in the mask, as `straight_through=swap` is for orders.
+in, or loses while it stays. It is linear in the mask, as `straight_through=swap` is for orders. What a group keeps follows
+from the differences between its scores alone, so that the mean of its gradients says nothing and may be taken away
+(`centered`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ class Scores(nn.Module):
 
     Args:
         factors: of the saliency of a linear, in the order that its weight is stored in, on its device.
+        centered: the mean of each group's gradients is taken away.
 
     Attributes:
         by_channel: names of the parameters that have a row for each channel.
@@ -31,8 +34,9 @@ class Scores(nn.Module):
     by_channel: ClassVar[tuple[str, ...]] = ()
     keeps_masked = False
 
-    def __init__(self, factors: SaliencyFactors) -> None:
+    def __init__(self, factors: SaliencyFactors, centered: bool = False) -> None:
         super().__init__()
+        self.centered = centered
         # Like the weight: what belongs to a channel in a row, for the channels are gathered.
         self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
 
@@ -59,12 +63,26 @@ class Scores(nn.Module):
         """All scores of a transposed weight `(C_in, C_out)`, same shape."""
         return saliency_t(weight_t, SaliencyFactors(*self.piece(weight_t, slice(None))))
 
-    def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
+    def gradients(self, grad: Tensor, weight_t: Tensor, m: int, order: Tensor | None = None) -> list[Tensor]:
         """Gradients of the parameters, in their order, from that of the masked weight.
 
         Args:
             grad, weight_t: `(C_in, C_out)`.
+            m: channels of a group.
+            order: int64 `(C_in,)`, in which they are groups; None where they are as they are stored.
         """
+        if not any(True for _ in self.parameters()):
+            return []
+        of_scores = grad.to(self.factors.column.dtype) * weight_t
+        if self.centered:
+            groups = (of_scores if order is None else of_scores.index_select(0, order)).unflatten(0, (-1, m))
+            groups -= groups.mean(1, keepdim=True)
+            if order is not None:
+                of_scores.index_copy_(0, order, groups.flatten(0, 1))
+        return self.of_parameters(of_scores)
+
+    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
+        """Gradients of the parameters, in their order, from those of the scores `(C_in, C_out)`."""
         return []
 
 
@@ -73,14 +91,14 @@ class FreeScores(Scores):
 
     Args:
         weight: `(C_out, C_in)`, of the linear.
-        factors: as in `Scores`.
+        factors, centered: as in `Scores`.
     """
 
     by_channel = ("free",)
     keeps_masked = True
 
-    def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
-        super().__init__(factors)
+    def __init__(self, weight: Tensor, factors: SaliencyFactors, centered: bool = False) -> None:
+        super().__init__(factors, centered)
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors))
 
     @override
@@ -88,8 +106,8 @@ class FreeScores(Scores):
         return 0, rows_at(self.free.data, channels).t(), None
 
     @override
-    def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
-        return [grad.to(self.free.dtype) * weight_t]
+    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
+        return [of_scores]
 
 
 class LowRankScores(Scores):
@@ -99,12 +117,15 @@ class LowRankScores(Scores):
         weight, factors: as in `FreeScores`.
         rank: of the product; 0 leaves the terms of the channels.
         generator: of its start.
+        centered: as in `Scores`.
     """
 
     by_channel = ("channel", "right")
 
-    def __init__(self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator) -> None:
-        super().__init__(factors)
+    def __init__(
+        self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator, centered: bool = False
+    ) -> None:
+        super().__init__(factors, centered)
         rows, channels = weight.shape
         dtype, device = factors.column.dtype, weight.device
         self.channel = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
@@ -121,8 +142,7 @@ class LowRankScores(Scores):
         return 0, scores.t(), None
 
     @override
-    def gradients(self, grad: Tensor, weight_t: Tensor) -> list[Tensor]:
-        of_scores = grad.to(self.channel.dtype) * weight_t
+    def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
         return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
 
 

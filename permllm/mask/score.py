@@ -16,7 +16,7 @@ class ScoreMask(MaskLearning):
 
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
         """What the mask of a linear is chosen by."""
-        return FreeScores(weight, factors)
+        return FreeScores(weight, factors, self.centered)
 
     def count(self, group: ChannelGroup) -> int:
         """Parameters of the linears of a group."""

@@ -21,12 +21,14 @@ class ScoreSettings(LearningSettings):
             mask, with the settings of `permutation=lcp`, from where that starts; `turns`, the same with order and mask in
             every other step; `searched`, between rounds the heuristic searches an order anew that retains the most of what
             the masks have learned by then.
+        centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
     """
 
     epochs: int = 1
     select_from: int = 0
     orders: Orders = "fixed"
+    centered: bool = True
     rounds: int = 1
 
     def __post_init__(self) -> None:

@@ -30,10 +30,10 @@ def given(form: str = "one term", seed: int = 0) -> tuple[nn.Linear, SaliencyFac
     return linear, SaliencyFactors(1, column, row), torch.randperm(CHANNELS, generator=generator)
 
 
-def made(kind: str, linear: nn.Linear, factors: SaliencyFactors) -> Scores:
+def made(kind: str, linear: nn.Linear, factors: SaliencyFactors, centered: bool = False) -> Scores:
     if kind == "free":
-        return FreeScores(linear.weight, factors)
-    return LowRankScores(linear.weight, factors, 3, torch.Generator().manual_seed(2))
+        return FreeScores(linear.weight, factors, centered)
+    return LowRankScores(linear.weight, factors, 3, torch.Generator().manual_seed(2), centered)
 
 
 @pytest.mark.parametrize("form", ["one term", "two terms", "dense"])
@@ -45,12 +45,13 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     assert torch.equal(found, permuted_nm_mask(saliency(linear.weight, factors), order, PATTERN))
 
 
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("stored", ["as it was", "in the order"])
 @pytest.mark.parametrize("form", ["one term", "dense"])
 @pytest.mark.parametrize("kind", ["free", "lowrank"])
-def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stored: str) -> None:
+def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stored: str, centered: bool) -> None:
     linear, factors, order = given(form)
-    scores = made(kind, linear, factors)
+    scores = made(kind, linear, factors, centered)
     generator = torch.Generator().manual_seed(1)
     for parameter in scores.parameters():  # away from the start
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -60,7 +61,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
     if stored == "in the order":
         there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
         there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
-        moved = made(kind, there, factors.permuted(order))
+        moved = made(kind, there, factors.permuted(order), centered)
         with torch.no_grad():
             for name, parameter in moved.named_parameters():
                 values = getattr(scores, name)
@@ -86,7 +87,11 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
         channel, left, right = leaves
         values = base + channel + left @ right.t()
     hard = permuted_nm_mask(values.detach(), order, PATTERN).double()
-    mask = hard + values - values.detach()  # straight through
+    chosen_by = values
+    if centered:  # from the mean of each group, which leaves every choice as it is
+        groups = values[:, order].unflatten(1, (-1, PATTERN.m))
+        chosen_by = (groups - groups.mean(2, keepdim=True)).flatten(1)[:, order.argsort()]
+    mask = hard + chosen_by - chosen_by.detach()  # straight through
     reference_x = x.clone().requires_grad_()
     expected = reference_x @ (linear.weight * mask).t() + linear.bias
     expected.backward(grad)
