@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.config import RunConfig
+from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token
 from permllm.mask.contract import MaskPlan
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
@@ -21,6 +23,8 @@ from permllm.models.losses import CHUNK
 from permllm.models.patterns import groups_to_prune
 from permllm.pattern import NMPattern
 from permllm.permutation.contract import LearningPlan
+from permllm.runtime.devices import resolve_device
+from permllm.runtime.memory import peak_host_memory
 from permllm.runtime.terminal import terminal
 
 
@@ -79,21 +83,29 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     if windows:
         console.print(f"stages                 {len(windows)}, of at most {depth} layers")
     console.print(f"learnable parameters   {plan.parameters if plan else 0}")
-    masks: MaskPlan | None = mask.plan(groups, layers) if mask.learned else None
-    of_masks = 0
-    if masks is not None:
-        each = [sum(masks.parameters.get(layer, 0) for layer in range(first, stop)) for first, stop in masks.windows]
-        of_masks = max(each)
-        console.print(f"mask parameters        {sum(each)}, in stages of at most {of_masks}")
-    console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
     of_window = plan.logits * depth // (layers - windows[0][0]) if plan and windows else 0
-    learning = [("learn", permutation, of_window, depth)] if plan and not getattr(mask, "learns_orders", False) else []
-    if masks is not None:
-        depth_of_masks = max(stop - first for first, stop in masks.windows)
-        with_orders = of_window if plan and mask.learns_orders else 0
-        learning.append(("learn masks", mask, of_masks + with_orders, depth_of_masks))
-    for stage, size in _memory(config, model, every, pruner, parameters, learning).items():
+    learns_alone = plan is not None and not getattr(mask, "learns_orders", False)
+    learning = [_Learning("learn", permutation, of_window, depth)] if learns_alone else []
+    if mask.learned:
+        learning.append(_masks(console, mask, mask.plan(groups, layers), of_window))
+    console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
+    stages = _memory(config, model, every, pruner, parameters, learning)
+    for stage, size in stages.items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
+    if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
+        process = peak_host_memory() + stages.pop("on host, beside it")
+        console.print(f"  {'peak, with Python':<20} {(process + max(stages.values())) / 1e9:.2f} GB")
+
+
+def _masks(console: Console, mask: Any, plan: MaskPlan, logits: int) -> _Learning:
+    """Print what masks learn; `logits` is how many logits of orders learn in the largest window."""
+    each = [sum(plan.parameters.get(layer, 0) for layer in range(first, stop)) for first, stop in plan.windows]
+    console.print(f"mask parameters        {sum(each)}, in stages of at most {max(each)}")
+    depth = max(stop - first for first, stop in plan.windows)
+    if mask.learns_orders:
+        return _Learning("learn masks", mask, max(each) + logits, depth)
+    # A masked weight in the format of the products, which are bfloat16 where they are not the weights' own.
+    return _Learning("learn masks", mask, max(each), depth, 2 * max(each) if plan.keeps_masked else 0)
 
 
 def _pruned(weights: Mapping[NMPattern, int]) -> str:
@@ -113,15 +125,25 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
+class _Learning(NamedTuple):
+    """What learns in a stage: the method, its parameters and layers in the largest window, bytes that wait for backward."""
+
+    name: str
+    method: Any
+    parameters: int
+    depth: int
+    waiting: int = 0
+
+
 def _memory(
     config: RunConfig,
     model: PreTrainedModel,
     groups: list[ChannelGroup],
     pruner: Pruner,
     parameters: int,
-    learning: Sequence[tuple[str, Any, int, int]],
+    learning: Sequence[_Learning],
 ) -> dict[str, float]:
-    """Bytes by stage; `learning` has what learns: a stage's name, the method, its parameters and layers in a window."""
+    """Bytes by stage."""
     item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     hidden = model.config.hidden_size
     widest = max(sum(group.rows) for group in groups)
@@ -152,13 +174,17 @@ def _memory(
         between = config.calibration.seqlen * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
         together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
         stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
-    for name, method, learned, depth in learning:
-        batch_states = method.batch_size * config.calibration.seqlen * hidden * item
-        layer_states = method.batch_size * config.calibration.seqlen * (8 * hidden + 4 * widest) * item
+    for name, method, learned, depth, waiting in learning:
+        tokens = method.batch_size * config.calibration.seqlen
+        # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
+        activations = tokens * kept_a_token(groups, hidden) * item * depth
+        recomputes = getattr(method, "activation_checkpointing", None)
+        if recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
+            activations = tokens * (hidden * depth + 8 * hidden + 4 * widest) * item
         # Where the loss goes through the head: its weight in the format of the products, and four numbers a token and a word.
         words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if getattr(method, "loss", None) == "kl" else 0
-        # Parameters, their gradient and two moments; the states between layers; one layer's internals and its masked weight.
-        stages[name] = weights + 16 * learned + batch_states * depth + layer_states + 3 * largest * item
+        # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
+        stages[name] = weights + 16 * learned + waiting + activations + 3 * largest * item
         stages[name] += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
         stages[name] += scores * depth / len(decoder_layers(model))
     stages["prune"] = weights + forward + sums + 4 * 3 * largest

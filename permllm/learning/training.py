@@ -33,7 +33,7 @@ from permllm.runtime.memory import free_memory, peak_memory
 log = logging.getLogger(__name__)
 
 # What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory others use too.
-_SHARE_OF_FREE, _KEPT_ON_A_HOST = 0.8, 4e9
+_SHARE_OF_FREE, KEPT_ON_A_HOST = 0.8, 4e9
 # Seconds between checkpoints: one is written at the end of an epoch, and in the middle of one that takes longer; and how many
 # times as long as writing one takes learning goes on.
 _CHECKPOINT_EVERY, _TIMES_WRITING = 120.0, 50.0
@@ -351,8 +351,8 @@ class Training:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
             tokens = hidden.numel() // hidden.shape[-1]
-            kept = tokens * _kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
-            allowed = _SHARE_OF_FREE * free_memory(self.device) if self.device.type == "cuda" else _KEPT_ON_A_HOST
+            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
+            allowed = _SHARE_OF_FREE * free_memory(self.device) if self.device.type == "cuda" else KEPT_ON_A_HOST
             self._recomputes = kept * (self.window.stop - self.window.first) > allowed
         return self._recomputes
 
@@ -477,7 +477,12 @@ def steps_in_all(settings: LearningSettings, samples: int, layers: int, rounds: 
     return len(settings.spans(layers)) * rounds * steps_of(settings, samples)
 
 
-def _kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:
-    """Numbers that a decoder layer keeps for backward, a token: about 11 vectors of the residual stream and 4 of the MLP."""
+def kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:
+    """Numbers that a decoder layer keeps for backward, a token: about 11 vectors of the residual stream and 4 of the MLP.
+
+    Args:
+        groups: channel groups of the model.
+        hidden: width of the residual stream.
+    """
     inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)
     return 11 * hidden + 4 * inner

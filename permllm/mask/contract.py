@@ -29,10 +29,12 @@ class MaskPlan:
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
         parameters: that learn, by decoder layer; those of orders are not among them.
+        keeps_masked: masked weights wait for backward.
     """
 
     windows: list[tuple[int, int]]
     parameters: dict[int, int]
+    keeps_masked: bool = False
 
 
 class LearnedMask(Mask, Protocol):

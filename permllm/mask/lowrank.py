@@ -15,6 +15,8 @@ from permllm.models.families import ChannelGroup
 class LowRankMask(LowRankSettings, MaskLearning):
     """About as many parameters as an order has, which need no memory to speak of."""
 
+    kind = LowRankScores
+
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
         """What the mask of a linear is chosen by."""
         return LowRankScores(weight, factors, self.rank, generator, self.centered)

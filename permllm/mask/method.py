@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class MaskLearning(ScoreSettings):
     """What the methods share; what they choose masks by is theirs."""
 
     learned = True
+    kind: ClassVar[type[Scores]]
 
     @property
     def learns_orders(self) -> bool:
@@ -60,7 +61,7 @@ class MaskLearning(ScoreSettings):
         parameters: dict[int, int] = {}
         for group in groups:
             parameters[group.layer] = parameters.get(group.layer, 0) + self.count(group)
-        return MaskPlan(self.spans(layers), parameters)
+        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked)
 
     def masks(
         self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None

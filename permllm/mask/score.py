@@ -14,6 +14,8 @@ from permllm.models.families import ChannelGroup
 class ScoreMask(MaskLearning):
     """A score for each weight, from the logarithm of the pruner's saliency; 16 bytes a weight of a window in float32."""
 
+    kind = FreeScores
+
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
         """What the mask of a linear is chosen by."""
         return FreeScores(weight, factors, self.centered)
