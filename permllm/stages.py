@@ -34,6 +34,7 @@ def prune_model(
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
             dense.target = target_of_all(job, drawn, dense.target)
     order, masks = learned_masks(job, drawn, dense, order_of(job, drawn, dense))
+    asked = config.reconstruction.get("samples") or 0
     with record.stage("prune", job.device):
         pruned = prune(
             job.loaded.model,
@@ -47,7 +48,7 @@ def prune_model(
             job.methods.reconstruction,
             job.products,
             masks,
-            drawn if config.further else None,
+            drawn[:asked] if asked > len(tokens) else None,
             record.directory,
             config.hash,
         )

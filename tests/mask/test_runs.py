@@ -98,7 +98,15 @@ def test_each_method_learns_from_its_own_amount_of_text(cache: Path, tmp_path: P
     )
     settings = read_config(composed("model=tiny", *words))
     tiny = load_model(settings.model, settings.seed).model
+    forwards: list[int] = []
+
+    def counted(model: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
+        forwards.append(len(tokens))
+        return last_states(model, tokens, *more)
+
+    monkeypatch.setattr("permllm.pipeline.last_states", counted)
     run(tmp_path, *words)
+    assert not forwards  # no weight changes: nobody asks for the target of the further text again
     orders, masks = seen
     assert (len(orders.tokens), len(masks.tokens)) == (4, 12)
     assert torch.equal(orders.tokens, masks.tokens[:4])
