@@ -24,6 +24,7 @@ from permllm.models.loading import LoadedModel
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
+from permllm.record.pruned import linear_shapes
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern
@@ -165,10 +166,7 @@ def learned_masks(
         problem.on_step = lambda step, values: job.logger.log(values, first + step)  # after those of the orders
         passes = _Passes(record, job.logger, [] if mask.learns_orders else [p for p in record.passes() if not _of_masks(p)])
         problem.on_pass, problem.on_resume = passes.add, passes.resume
-        shapes = {
-            path: (rows, group.channels) for group in job.groups for path, rows in zip(group.members, group.rows, strict=True)
-        }
-        masks = record.kept_masks(shapes)
+        masks = record.kept_masks(linear_shapes(job.groups))
         if masks is None:
             with products_in(job.products, job.device):
                 call_helpers(problem, job.loaded.identity, job.products, orders)

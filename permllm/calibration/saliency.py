@@ -24,7 +24,7 @@ class SaliencyFactors:
     """Factors of one linear layer's saliency.
 
     Attributes:
-        power: exponent of `|W|`: 1, 2, or 0 where the factors are the saliency.
+        power: exponent of `|W|`: 1, 2, or 0 where a dense score is the saliency itself.
         column: `(K, C_in)`, float32 or float64, nonnegative; a dense score is `(C_out, C_in)`.
         row: `(K, C_out)`, like `column`; None stands for ones (and K = 1), or belongs to a dense score.
     """
@@ -66,12 +66,10 @@ def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
 
     The transposed layout is the one that learning uses: a channel is a row there, so a permutation is a gather of rows.
     """
-    if factors.power == 0 and factors.row is None:
-        return factors.column.t().expand_as(weight_t)
-    magnitude = weight_t.to(factors.column.dtype).abs()
     if factors.power == 0:
-        magnitude.fill_(1.0)
-    elif factors.power == 2:
+        return factors.column.t()
+    magnitude = weight_t.to(factors.column.dtype).abs()
+    if factors.power == 2:
         magnitude = magnitude.square_()
     if factors.row is None:
         return magnitude.mul_(factors.column.t())

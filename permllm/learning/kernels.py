@@ -103,7 +103,7 @@ def _mask(
 ) -> Tensor:
     w = weight_t.index_select(0, channels)
     s = saliency_t(w, SaliencyFactors(power, column, row))
-    return w.mul_(keep_largest(s.unflatten(0, (-1, m)), n, dim=1).flatten(0, 1)).to(dtype)
+    return _select(w, s, n, m, dtype)
 
 
 def _select(w: Tensor, scores: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
@@ -158,13 +158,16 @@ def _mask_by_places(
     weight_t: Tensor, channels: Tensor, power: int, column: Tensor, row: Tensor | None, n: int, m: int, dtype: torch.dtype
 ) -> Tensor:
     w = _places(weight_t.index_select(0, channels), m)
-    keep = keep_largest_of(_saliency_places(w, power, column, row), n)
-    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
+    return _selected(w, _saliency_places(w, power, column, row), n, dtype)
 
 
 def _select_by_places(w: Tensor, scores: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    keep = keep_largest_of(_places(scores, m), n)
-    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, _places(w, m), strict=True)], dtype)
+    return _selected(_places(w, m), _places(scores, m), n, dtype)
+
+
+def _selected(w: list[Tensor], scores: list[Tensor], n: int, dtype: torch.dtype) -> Tensor:
+    keep = keep_largest_of(scores, n)
+    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
 
 
 def _gradient_by_places(

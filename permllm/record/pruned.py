@@ -39,6 +39,11 @@ class Group(Protocol):
         """N:M, where it is not that of the run."""
 
 
+def linear_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, int]]:
+    """`(C_out, C_in)` of each linear of some groups, by its path."""
+    return {path: (rows, group.channels) for group in groups for path, rows in zip(group.members, group.rows, strict=True)}
+
+
 class Pruned:
     """What a run that has pruned its model left, checked against the model: its orders, and its weights one at a time.
 
@@ -53,9 +58,7 @@ class Pruned:
     """
 
     def __init__(self, directory: Path, metrics: Mapping[str, Any], groups: Sequence[Group], pattern: NMPattern) -> None:
-        shapes = {
-            path: (rows, group.channels) for group in groups for path, rows in zip(group.members, group.rows, strict=True)
-        }
+        shapes = linear_shapes(groups)
         self.orders = read_orders(directory / PERMUTATIONS, {group.name: group.channels for group in groups})
         self._order_of = {path: self.orders[group.name] for group in groups for path in group.members}
         self._pattern_of = {path: group.pattern or pattern for group in groups for path in group.members}

@@ -39,7 +39,7 @@ from permllm.record.names import (
     WRITTEN_EXPORT,
 )
 from permllm.record.progress import Progress
-from permllm.record.pruned import Group, Pruned
+from permllm.record.pruned import Group, Pruned, linear_shapes
 from permllm.record.run_tensors import check_mask, mask_reader, read_orders, write_masks, write_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
 from permllm.record.tensor_file import read_header
@@ -297,8 +297,8 @@ class RunRecord(Progress):
 
     def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern) -> None:
         """Raise DataError unless masks that were learned are N:M in the orders that are there."""
-        shapes = {path: (rows, g.channels) for g in groups for path, rows in zip(g.members, g.rows, strict=True)}
-        read, orders = mask_reader(file, shapes), read_orders(self.path(PERMUTATIONS), {g.name: g.channels for g in groups})
+        read = mask_reader(file, linear_shapes(groups))
+        orders = read_orders(self.path(PERMUTATIONS), {group.name: group.channels for group in groups})
         for group in groups:
             for path in group.members:
                 check_mask(file, path, read(path), orders[group.name], group.pattern or pattern)

@@ -74,23 +74,14 @@ def test_masked_adam_is_adam_on_the_kept_weights_and_the_mean_of_the_last_steps(
         assert not after[~kept].any()
 
 
+def pruned_with(model: nn.Module, reconstruction: Any, **more: Any) -> None:
+    prune(model, channel_groups(model), tokens(), Magnitude(), PATTERN, Identity().order, 4, None, reconstruction, **more)
+
+
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
     model = tiny_model("llama")
     reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "average": 0.5} | settings)
-    prune(
-        model,
-        channel_groups(model),
-        tokens(),
-        Magnitude(),
-        PATTERN,
-        Identity().order,
-        4,
-        None,
-        reconstruction,
-        network_tokens=tokens(10),
-        directory=directory,
-        run="run",
-    )
+    pruned_with(model, reconstruction, network_tokens=tokens(10), directory=directory, run="run")
     return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
 
 
@@ -152,18 +143,7 @@ def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() 
         def network(self, pruned: PrunedNetwork) -> None:
             seen.append(pruned)
 
-    prune(
-        model,
-        channel_groups(model),
-        tokens(),
-        Magnitude(),
-        PATTERN,
-        Identity().order,
-        4,
-        None,
-        Sees(),
-        network_tokens=tokens(10),
-    )
+    pruned_with(model, Sees(), network_tokens=tokens(10))
     assert torch.equal(seen[0].tokens, tokens(10))
     torch.testing.assert_close(model.model.norm(seen[0].target), expected)
 
@@ -199,7 +179,7 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
     for reconstruction in (Distill(start=start, learning_rate=1e-12, epochs=1), like()):  # type: ignore[arg-type]
         model = tiny_model("llama", dtype=torch.float64)
         groups = channel_groups(model)
-        prune(model, groups, tokens(), Magnitude(), PATTERN, Identity().order, 4, None, reconstruction)
+        pruned_with(model, reconstruction)
         found.append([linear_at(model, path).weight for group in groups for path in group.members])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
