@@ -38,7 +38,7 @@ class Methods:
     Attributes:
         pruner: the base pruner.
         permutation: finds the order of each channel group.
-        mask: chooses the masks where it is learned, else the pruner does.
+        mask: finds the masks, unless it leaves them to the pruner.
         reconstruction: changes the kept weights.
     """
 
@@ -55,7 +55,7 @@ class Methods:
     @property
     def orders_learn_with_masks(self) -> bool:
         """The permutation only gives the orders that learning starts from."""
-        return bool(self.mask.learned and self.mask.learns_orders)
+        return bool(not self.mask.local and self.mask.learns_orders)
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -107,10 +107,11 @@ def methods_of(config: RunConfig) -> Methods:
     )
     _check_contracts(config, methods)
     statistics = config.calibration.statistics
-    for group in methods.learned if statistics != "dense" else ():
+    kept = methods.learned if methods.mask.local else methods.learned | {"mask": methods.mask}
+    for group in kept if statistics != "dense" else ():
         raise ConfigError(
             f"calibration.statistics={statistics} is not valid with {group}={getattr(config, group)['name']}, which is "
-            "learned with dense statistics and keeps them"
+            "found with dense statistics and keeps them"
         )
     return methods
 
@@ -132,10 +133,13 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     if constraint is not None or not permutation.local:  # a file's is known once the groups are
         check_one_of(f"{key}: constraint", constraint, get_args(Constraint))
     key = f"mask={config.mask.get('name')}"
-    check_contract(key, methods.mask, ("learned",), ())
+    check_contract(key, methods.mask, ("learned", "local"), ())
     if methods.mask.learned:
-        check_contract(key, methods.mask, ("learns_orders",), ("masks", "plan"))
+        check_contract(key, methods.mask, (), ("plan",))
         check_whole(f"{key}: batch_size", getattr(methods.mask, "batch_size", None), 1)
+    if not methods.mask.local:
+        check_contract(key, methods.mask, ("learns_orders",), ("masks",))
+        _check_statistics(key, methods.mask)
         if config.mask.get("orders") == "searched" and not isinstance(permutation, LCPSettings | HeuristicSettings):
             raise ConfigError(
                 "mask.orders=searched needs permutation=heuristic or permutation=lcp, not "

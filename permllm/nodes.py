@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 
 from permllm.config import BudgetConfig, CalibrationConfig, EvaluationConfig, ModelConfig, PerplexityConfig, RunConfig
 from permllm.identity import FROM_THE_TOP
-from permllm.mask.settings import LowRankSettings, ScoreSettings
+from permllm.mask.settings import LowRankSettings, RefinedSettings, ScoreSettings
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, type]] = {
     "pruner": {"gblm": GBLMSettings, "ria": RIASettings, "sparsegpt": SparseGPTSettings},
     "permutation": {"heuristic": HeuristicSettings, "from_file": FromFileSettings, "lcp": LCPSettings},
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
-    "mask": {"score": ScoreSettings, "lowrank": LowRankSettings},
+    "mask": {"refined": RefinedSettings, "score": ScoreSettings, "lowrank": LowRankSettings},
     "reconstruction": {"obs": OBSSettings, "admm": ADMMSettings, "block": BlockSettings, "distill": DistillSettings},
     "study": {
         "export_memory": ExportMemorySettings,

@@ -88,6 +88,7 @@ def learning_problem(
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
+        calibration_samples=config.calibration.samples,
         directory=directory,
         run=config.hash,
     )
@@ -152,7 +153,7 @@ def learned_masks(
         order: of the channel groups, as `order_of` gives it.
     """
     permutation, mask, record = job.methods.permutation, job.methods.mask, job.record
-    if not mask.learned:
+    if mask.local:
         return order, None
     assert dense is not None
     samples = getattr(mask, "samples", None)
@@ -169,8 +170,11 @@ def learned_masks(
         masks = record.kept_masks(linear_shapes(job.groups))
         if masks is None:
             with products_in(job.products, job.device):
-                call_helpers(problem, job.loaded.identity, job.products, orders)
-                with parallel.in_step():
+                if mask.learned:
+                    call_helpers(problem, job.loaded.identity, job.products, orders)
+                    with parallel.in_step():
+                        orders, masks = mask.masks(problem, orders, permutation)
+                else:  # found by the first process alone
                     orders, masks = mask.masks(problem, orders, permutation)
             record.keep_orders(orders)
             record.keep_masks(masks)

@@ -89,7 +89,7 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     if mask.learned:
         learning.append(_masks(console, mask, mask.plan(groups, layers), of_window))
     console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
-    stages = _memory(config, model, every, pruner, parameters, learning)
+    stages = _memory(config, model, every, pruner, parameters, learning, mask)
     for stage, size in stages.items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
     if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
@@ -142,6 +142,7 @@ def _memory(
     pruner: Pruner,
     parameters: int,
     learning: Sequence[_Learning],
+    mask: Any,
 ) -> dict[str, float]:
     """Bytes by stage."""
     item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
@@ -174,6 +175,10 @@ def _memory(
         between = config.calibration.seqlen * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
         together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
         stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
+    read = () if mask.local else input_kinds(mask.statistics)
+    if read:
+        # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
+        stages["refine masks"] = weights + forward + sum(kind.memory(channels) for kind in read) + 6 * 4 * largest
     for name, method, learned, depth, waiting in learning:
         tokens = method.batch_size * config.calibration.seqlen
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.

@@ -106,6 +106,11 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     learned, activations = (4 * 4 + 2) * 4 * a_layer, 4 * 1024 * (11 * 3584 + 4 * 18944) * 2 * 4
     a_group = 3 * 2 * 3584 * 2 * 18944  # the widest: its masked weight, and gradients of it
     assert (held - weights) * 1e9 == pytest.approx(learned + activations + a_group, abs=2e7)
+    refined = run_command("model=qwen2.5-7b", "plan=true", "permutation=none", "mask=refined", cwd=tmp_path)
+    sizes = {name: float(re.search(rf"  {name} +([\d.]+) GB", refined.stdout)[1]) for name in ("calibrate", "refine masks")}  # type: ignore[index]
+    # The Gram matrix of the widest input and its copies; weights, masks and what they take away of the widest group.
+    more = 5 * 4 * 18944**2 + 6 * 4 * 3584 * 2 * 18944
+    assert (sizes["refine masks"] - sizes["calibrate"]) * 1e9 == pytest.approx(more, abs=2e7)
     assert not (tmp_path / "runs").exists()
 
 

@@ -101,6 +101,22 @@ class FreeScores(Scores):
         super().__init__(factors, centered)
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors))
 
+    def start_at(self, keep_t: Tensor, m: int, order: Tensor | None = None) -> None:
+        """Have the scores choose a given mask: within each group of M they change places, so that it is as close as before.
+
+        Args:
+            keep_t: bool `(C_in, C_out)`, N:M.
+            m: channels of a group.
+            order: int64 `(C_in,)`, in which they are groups; None where they are as they are stored.
+        """
+        order = torch.arange(len(keep_t), device=keep_t.device) if order is None else order
+        values = self.free.data[order].unflatten(0, (-1, m))
+        keep = keep_t[order].view_as(values)
+        largest, by_value = values.sort(dim=1, descending=True, stable=True)
+        # By value still, but the kept ones first.
+        kept_first = keep.gather(1, by_value).byte().sort(dim=1, descending=True, stable=True).indices
+        self.free.data[order] = values.scatter(1, by_value.gather(1, kept_first), largest).flatten(0, 1)
+
     @override
     def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
         return 0, rows_at(self.free.data, channels).t(), None

@@ -6,6 +6,7 @@ __getattr__ = imported_when_asked(
     __name__,
     {
         "PrunerMask": "permllm.mask.pruner",
+        "RefinedMask": "permllm.mask.refined",
         "ScoreMask": "permllm.mask.score",
         "LowRankMask": "permllm.mask.lowrank",
     },

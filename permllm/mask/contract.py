@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from permllm.calibration.statistics.base import Statistics
 from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
 
@@ -16,10 +17,37 @@ class Mask(Protocol):
     """What every method has.
 
     Attributes:
-        learned: it trains (`LearnedMask`); otherwise the pruner chooses the masks.
+        learned: it trains (`LearnedMask`).
+        local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all found before (`FoundMask`).
     """
 
     learned: bool
+    local: bool
+
+
+class FoundMask(Mask, Protocol):
+    """Finds the masks of all linears together; where it does not train, the first process of torchrun does.
+
+    Attributes:
+        statistics: of what the linears read, that it sums over the calibration text (`permllm.calibration.statistics`).
+        learns_orders: the orders learn with the masks, by the settings of the permutation.
+    """
+
+    statistics: Statistics
+    learns_orders: bool
+
+    def masks(
+        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The orders by group, int64 `(C_in,)`, and the masks by linear, bool `(C_out, C_in)` in original channel order.
+
+        Both on the CPU; each group of M in the order keeps N.
+
+        Args:
+            problem: what they are found for.
+            orders: of all groups; where orders learn too, those of the permutation's start.
+            permutation: the method that found them.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,29 +65,14 @@ class MaskPlan:
     keeps_masked: bool = False
 
 
-class LearnedMask(Mask, Protocol):
+class LearnedMask(FoundMask, Protocol):
     """Trains, in all processes of torchrun together.
 
     Attributes:
         batch_size: samples a step.
-        learns_orders: the orders learn with the masks, by the settings of the permutation.
     """
 
     batch_size: int
-    learns_orders: bool
-
-    def masks(
-        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The orders by group, int64 `(C_in,)`, and the masks by linear, bool `(C_out, C_in)` in original channel order.
-
-        Both on the CPU; each group of M in the order keeps N.
-
-        Args:
-            problem: what is learned from.
-            orders: of all groups; where orders learn too, those of the permutation's start.
-            permutation: the method that found them.
-        """
 
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
         """What it will learn on a model of these groups and so many decoder layers."""

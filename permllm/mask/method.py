@@ -14,16 +14,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.statistics.base import Statistics
 from permllm.learning.kernels import chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.ordered_linear import ordered_linears
 from permllm.learning.problem import LearningProblem
-from permllm.learning.scores import Scores
+from permllm.learning.scores import FreeScores, Scores
 from permllm.learning.training import Checkpoint, Learner, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.learning.windows import WindowStream
 from permllm.mask.contract import MaskPlan
 from permllm.mask.learner import MaskLearner
-from permllm.mask.settings import ScoreSettings
+from permllm.mask.refined import Refining
+from permllm.mask.settings import MaskSettings
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.learner import OrderLearner, members
@@ -37,11 +39,17 @@ ScoresOf: TypeAlias = dict[str, dict[str, Tensor]]
 """Parameters of scores by the path of a linear and their name, channels in the dense model's order."""
 
 
-class MaskLearning(ScoreSettings):
+class MaskLearning(MaskSettings):
     """What the methods share; what they choose masks by is theirs."""
 
     learned = True
+    local = False
     kind: ClassVar[type[Scores]]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of what the linears read, for the masks that learning starts from."""
+        return ()
 
     @property
     def learns_orders(self) -> bool:
@@ -55,6 +63,10 @@ class MaskLearning(ScoreSettings):
     @abstractmethod
     def count(self, group: ChannelGroup) -> int:
         """Parameters of the linears of a group."""
+
+    def refining(self, problem: LearningProblem) -> Refining | None:
+        """What makes the masks that learning starts from; None where it is the pruner."""
+        return None
 
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
         """What learns on a model of these groups and so many decoder layers."""
@@ -91,7 +103,7 @@ class MaskLearning(ScoreSettings):
             order = best[group.name].to(problem.device)
             return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
-        stream = WindowStream(problem)
+        stream, refining = WindowStream(problem), self.refining(problem)
         spans = self.spans(len(decoder_layers(problem.model)))
         scores: ScoresOf = {}
         best_loss = math.inf
@@ -104,7 +116,11 @@ class MaskLearning(ScoreSettings):
                 present |= parallel.from_first(partial(self._searched, problem, permutation, scores, (first, stop)))
             window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
             lcp = permutation if self.learns_orders else None
-            with self._learners(problem, window, (present, best), learned, scores, lcp) as learners:
+            start: dict[str, Tensor] = {}
+            if refining is not None and not scores and not (state is not None and number == begin):
+                of_window = [group for group in problem.groups if group.layer in window]
+                start = parallel.from_first(partial(refining.packed, of_window, present))
+            with self._learners(problem, window, (present, best), learned, scores, start, lcp) as learners:
                 training = Training(self, problem, window, learners, "mask", MASK_CHECKPOINT, best_loss, passes)
                 if state is not None and number == begin:
                     training.restore(state)
@@ -148,12 +164,17 @@ class MaskLearning(ScoreSettings):
         orders_and_best: tuple[dict[str, Tensor], dict[str, Tensor]],
         earlier: Mapping[str, Tensor],
         scores: ScoresOf,
+        refined: Mapping[str, Tensor],
         lcp: LCP | None,
     ) -> Iterator[list[Learner]]:
-        """What learns in a window, whose linears are masked linears meanwhile: the masks, and the orders before them."""
+        """What learns in a window, whose linears are masked linears meanwhile: the masks, and the orders before them.
+
+        They start from scores, where there are some, else from refined masks, else from those of the pruner.
+        """
         orders = orders_and_best[0]
         groups = [group for group in problem.groups if group.layer in window]
         generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
+        group_of = {path: group for group in groups for path in group.members}
 
         def scores_of(path: str, weight: Tensor, factors: SaliencyFactors, order: Tensor | None = None) -> Scores:
             made = self.scores(weight, factors, generator)
@@ -161,6 +182,14 @@ class MaskLearning(ScoreSettings):
                 order_ = torch.arange(weight.shape[1], device=weight.device) if order is None else order
                 values = {n: v[order_] if n in made.by_channel else v for n, v in scores[path].items()}
                 made.load_state_dict(values)
+            elif path in refined:
+                assert isinstance(made, FreeScores)
+                keep_t = unpacked_mask(refined[path], weight.shape).to(weight.device).t()
+                m = problem.pattern_of(group_of[path]).m
+                if order is None:
+                    made.start_at(keep_t, m, orders[group_of[path].name].to(weight.device))
+                else:
+                    made.start_at(keep_t[order], m)
             return made
 
         def scores_at(path: str) -> Scores:

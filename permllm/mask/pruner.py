@@ -10,3 +10,4 @@ class PrunerMask:
     """Nothing learns."""
 
     learned = False
+    local = True

@@ -9,10 +9,28 @@ from permllm.learning.settings import LearningSettings
 from permllm.validation import check_one_of, check_whole
 
 Orders = Literal["fixed", "together", "turns", "searched"]
+Start = Literal["pruner", "refined"]
+
+# Sweeps over the groups of a linear: most of what there is to gain comes in the first ones.
+_SWEEPS = 3
 
 
 @dataclass(kw_only=True)
-class ScoreSettings(LearningSettings):
+class RefinedSettings:
+    """Settings of masks that exchanges refine.
+
+    Attributes:
+        sweeps: over the groups of a linear, at most; in each of them a row of a group exchanges one pair.
+    """
+
+    sweeps: int = _SWEEPS
+
+    def __post_init__(self) -> None:
+        check_whole("mask.sweeps", self.sweeps, 1)
+
+
+@dataclass(kw_only=True)
+class MaskSettings(LearningSettings):
     """Settings of a mask that is learned.
 
     Attributes:
@@ -38,7 +56,23 @@ class ScoreSettings(LearningSettings):
 
 
 @dataclass(kw_only=True)
-class LowRankSettings(ScoreSettings):
+class ScoreSettings(MaskSettings):
+    """Settings of a mask that is learned with a score for each weight.
+
+    Attributes:
+        start: the masks that learning starts from: `pruner`, those of the pruner's saliency; `refined`, what `mask=refined`
+            makes of them.
+    """
+
+    start: Start = "pruner"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("mask.start", self.start, get_args(Start))
+
+
+@dataclass(kw_only=True)
+class LowRankSettings(MaskSettings):
     """Settings of a mask that is learned with few parameters.
 
     Attributes:

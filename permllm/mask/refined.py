@@ -1,0 +1,145 @@
+"""Masks of a lower output error: exchanges within the groups of the pruner's masks, by the Gram matrix of the inputs.
+
+What a mask takes away of a row of a weight, `e`, adds `e H e^T` to the squared error of its output, with `H = X^T X`. A
+saliency ranks by the diagonal of `H` alone. Here a kept and a pruned weight of a group change places where the whole error
+falls, group after group, given the masks of all the others: coordinate descent, which ends where no exchange within a group
+gains anything. Exchanges by their true error are SparseSwaps' (arXiv 2512.10922); there one pair of a row is exchanged a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from permllm.calibration.dense import collecting
+from permllm.calibration.statistics.base import InputStatistics, Statistics
+from permllm.calibration.statistics.gram import Gram
+from permllm.learning.problem import LearningProblem
+from permllm.mask.settings import RefinedSettings
+from permllm.models.decoder import LayerStream
+from permllm.models.families import ChannelGroup, linear_at
+from permllm.runtime.precision import products_in
+from permllm.sparsity import NMPattern, packed_mask, permuted_nm_mask, unpacked_mask
+
+# Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
+_BLOCK = 64
+
+
+@dataclass(kw_only=True)
+class RefinedMask(RefinedSettings):
+    """The pruner's masks, refined on what the linears read in the dense model. Nothing learns, no weight changes."""
+
+    learned: ClassVar[bool] = False
+    local: ClassVar[bool] = False
+    learns_orders: ClassVar[bool] = False
+    statistics: ClassVar[Statistics] = (Gram,)
+
+    def masks(
+        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The orders as they are, and the masks of all linears; as `permllm.mask.contract.FoundMask`."""
+        found = Refining(problem, self.sweeps).packed(problem.groups, orders)
+        return dict(orders), {
+            path: unpacked_mask(bits, linear_at(problem.model, path).weight.shape) for path, bits in found.items()
+        }
+
+
+class Refining:
+    """Refines masks layer by layer, in ascending order; the hidden states of one layer's boundary are kept.
+
+    Args:
+        problem: the dense model, what its pruner makes masks of, and windows, of which those of the calibration are read.
+        sweeps: over the groups of a linear, at most.
+    """
+
+    def __init__(self, problem: LearningProblem, sweeps: int) -> None:
+        self.problem = problem
+        self.sweeps = sweeps
+        self._stream: LayerStream | None = None
+        self._layer = 0
+
+    @torch.no_grad()
+    def packed(self, groups: Sequence[ChannelGroup], orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masks of the linears of some groups, in original channel order, as `packed_mask` gives them.
+
+        Args:
+            groups: of layers that no earlier call has passed; no linear is masked meanwhile.
+            orders: int64 `(C_in,)` by group, in which masks are N:M.
+        """
+        problem = self.problem
+        found: dict[str, Tensor] = {}
+        if self._stream is None:
+            tokens = problem.tokens[: problem.calibration_samples]
+            self._stream = LayerStream(problem.model, tokens, problem.calibration_batch_size)
+        for layer in tqdm(sorted({group.layer for group in groups}), desc="refine masks", unit="layer"):
+            for index in range(self._layer, layer):
+                self._stream.advance(index)
+            members = [group for group in groups if group.layer == layer]
+            with collecting(problem.model, members, (Gram,)) as statistics:
+                self._stream.advance(layer)
+            self._layer = layer + 1
+            for group in members:
+                found |= self._of_group(group, orders[group.name].to(problem.device), statistics[group.name])
+        return found
+
+    def _of_group(self, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
+        problem, pattern = self.problem, self.problem.pattern_of(group)
+        gram = statistics[Gram].value[order][:, order]
+        weights = [linear_at(problem.model, path).weight for path in group.members]
+        start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
+        # What reads the same channels is refined together: the more rows, the fewer passes.
+        with products_in(gram.dtype, problem.device):  # what is narrower in a model's products would decide wrongly
+            mask = refined_mask(torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern, self.sweeps)
+        parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
+        return {path: packed_mask(part) for path, part in zip(group.members, parts, strict=True)}
+
+
+@torch.no_grad()
+def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int) -> Tensor:
+    """A mask that takes away no more of any row of the output: each `e H e^T` is at most what it was, up to rounding.
+
+    Args:
+        weight: `(C_out, C_in)`; groups are M consecutive columns.
+        mask: bool, same shape, N:M.
+        gram: float `(C_in, C_in)`, symmetric: H.
+        pattern: N:M.
+        sweeps: how often each group is visited, at most; it ends where a sweep changes nothing.
+
+    Returns:
+        bool `(C_out, C_in)`.
+    """
+    m = pattern.m
+    weight_t = weight.t().to(gram.dtype).contiguous()  # groups are M consecutive rows, which vectorise along the others
+    keep = mask.t().contiguous()
+    away = torch.where(keep, 0.0, weight_t)
+    product = gram @ away
+    squares = weight_t.square() * gram.diagonal().unsqueeze(1)
+    places = torch.arange(m, device=weight.device).unsqueeze(1)
+    size = m * max(1, _BLOCK // m)
+    for _ in range(sweeps):
+        before = keep.clone()
+        for first in range(0, len(keep), size):
+            block = slice(first, min(first + size, len(keep)))
+            of_block, away_before = product[block].clone(), away[block].clone()
+            for start in range(first, block.stop, m):
+                group = slice(start, start + m)
+                w, kept = weight_t[group], keep[group]
+                linear = 2 * w * of_block[start - first : start - first + m]
+                leaves = torch.where(kept, squares[group] + linear, torch.inf)  # what the error gains if a kept one goes
+                comes = torch.where(kept, torch.inf, squares[group] - linear)
+                both = (2 * gram[group, group]).unsqueeze(2) * w.unsqueeze(0) * w.unsqueeze(1)
+                gain, pair = (leaves.unsqueeze(1) + comes.unsqueeze(0) - both).flatten(0, 1).min(0)
+                pair = pair.where(gain < 0, -m - 1)  # at no place
+                kept ^= (places == pair // m) | (places == pair % m).logical_and_(gain < 0)
+                now = torch.where(kept, 0.0, w)
+                of_block.addmm_(gram[block, group], now - away[group])
+                away[group] = now
+            product.addmm_(gram[:, block], away[block] - away_before)
+        if torch.equal(keep, before):
+            break
+    return keep.t()

@@ -1,0 +1,179 @@
+"""Refined masks: N:M, of a lower output error that no exchange lowers further, and what learning may start from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm import runner, stages
+from permllm.config import read_config
+from permllm.errors import ConfigError
+from permllm.export.verify import verify
+from permllm.learning.scores import FreeScores
+from permllm.mask.refined import RefinedMask, refined_mask
+from permllm.models.families import channel_groups, linear_at
+from permllm.pipeline import prune
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.wanda import Wanda
+from permllm.sparsity import NMPattern, nm_mask, permuted_nm_mask, retained_saliency
+from tests.conftest import tiny_model
+from tests.learning.test_scores import PATTERN, given
+from tests.mask.test_mask import check_masks, mask, ordered, pruners
+from tests.pruning.test_pipeline import lcp, problem, tokens
+from tests.test_config import composed
+from tests.test_runner import run
+
+
+def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
+    """Squared error of each row of the output, from the outputs themselves."""
+    return (inputs @ torch.where(keep, weight, 0.0).t() - inputs @ weight.t()).square().sum(0)
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(6, 8)])
+def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPattern) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # More channels than the products follow at once, and inputs that belong together.
+    weight = torch.randn(3, 72, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(200, 72, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(72, 72, generator=generator, dtype=torch.float64) + 0.5
+    start = nm_mask(weight.abs() * inputs.norm(dim=0), pattern)
+    gram = inputs.t() @ inputs
+    found = refined_mask(weight, start, gram, pattern, 100)
+    before, after = errors(weight, start, inputs), errors(weight, found, inputs)
+    assert (found.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()
+    assert (after < before).all()
+    assert after.sum() < 0.95 * before.sum()
+    for row, first in itertools.product(range(3), range(0, 72, pattern.m)):
+        places = range(first, first + pattern.m)
+        for out, into in itertools.product(places, places):
+            if found[row, out] and not found[row, into]:
+                other = found[row : row + 1].clone()
+                other[0, out], other[0, into] = False, True
+                assert errors(weight[row : row + 1], other, inputs) >= after[row] * (1 - 1e-9)
+    # What is the best already stays, and fewer sweeps are between.
+    assert torch.equal(refined_mask(weight, found, gram, pattern, 1), found)
+    once = errors(weight, refined_mask(weight, start, gram, pattern, 1), inputs)
+    assert (once <= before * (1 + 1e-12)).all()
+    assert after.sum() <= once.sum()
+
+
+@pytest.mark.parametrize("permutation", ["none", "heuristic"])
+def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(permutation: str) -> None:
+    def pruned(refined: bool) -> Any:
+        model = tiny_model("llama")
+        learning = problem(model, Wanda())
+        orders = ordered(learning, permutation)
+        found, masks = RefinedMask().masks(learning, orders) if refined else (orders, pruners(learning, orders))
+        assert all(torch.equal(found[name], order) for name, order in orders.items())
+        check_masks(learning, orders, masks)
+        order = lambda name, _, __: orders[name]  # noqa: E731
+        return prune(model, learning.groups, tokens(), Wanda(), PATTERN, order, 4, learning.factors, masks=masks)
+
+    plain, better = pruned(refined=False), pruned(refined=True)
+    assert better.violations == 0
+    # That of the first layer, whose inputs are those of the dense model in both.
+    for name in (name for name in plain.output_error if ".0." in name):
+        assert better.output_error[name] < 0.95 * plain.output_error[name]
+        assert better.retained[name] < plain.retained[name]
+
+
+def test_only_the_calibration_samples_are_read() -> None:
+    learning = problem(tiny_model("llama"), Wanda(), calibration_samples=4)
+    orders = ordered(learning, "none")
+    _, masks = RefinedMask().masks(learning, orders)
+    learning.tokens = learning.tokens[:4]
+    _, same = RefinedMask().masks(learning, orders)
+    assert all(torch.equal(masks[path], same[path]) for path in masks)
+
+
+@pytest.mark.parametrize("stored", ["as it was", "in the order"])
+@pytest.mark.parametrize("form", ["one term", "dense"])
+def test_scores_start_at_a_given_mask(form: str, stored: str) -> None:
+    linear, factors, order = given(form)
+    keep = permuted_nm_mask(torch.randn(linear.weight.shape, dtype=torch.float64), order, PATTERN)
+    if stored == "in the order":
+        linear.weight.data, keep = linear.weight.data[:, order], keep[:, order]
+        factors = factors.permuted(order)
+    along = torch.arange(len(order)) if stored == "in the order" else order
+    scores = FreeScores(linear.weight, factors)
+    before = scores.free.data.clone()
+    scores.start_at(keep.t(), PATTERN.m, None if stored == "in the order" else order)
+    assert torch.equal(permuted_nm_mask(scores.values_t(linear.weight.t()).t(), along, PATTERN), keep)
+    groups = [values[along].unflatten(0, (-1, PATTERN.m)) for values in (before, scores.free.data)]
+    assert torch.equal(groups[0].sort(1).values, groups[1].sort(1).values)  # each group has the scores that it had
+    # Of the kept, and of the others, those that were larger are.
+    kept = keep.t()[along].unflatten(0, (-1, PATTERN.m))
+    for which in (kept, ~kept):
+        rank = [torch.where(which, values, -torch.inf).argsort(1) for values in groups]
+        assert torch.equal(*rank)
+
+
+@pytest.mark.parametrize(("orders", "stage"), [("fixed", "all"), ("fixed", 1), ("together", "all")])
+def test_learning_starts_at_them(orders: str, stage: str | int) -> None:
+    learning = problem(tiny_model("llama"), Wanda())
+    start = ordered(learning, "heuristic")
+    _, refined = RefinedMask().masks(learning, start)
+    still = lcp(init="heuristic", learning_rate=1e-12)
+    method = mask("score", start="refined", learning_rate=1e-12, orders=orders, layers_per_stage=stage)
+    found, masks = method.masks(learning, start, still)
+    check_masks(learning, found, masks)
+    if orders == "fixed":
+        assert all(torch.equal(masks[path], refined[path]) for path in refined)
+    else:  # a shared order may begin with its groups elsewhere, which changes no mask
+        weights = {path: learning.saliency_of(path) for path in refined}
+        assert all(
+            retained_saliency(weights[path], masks[path]) == pytest.approx(retained_saliency(weights[path], refined[path]))
+            for path in refined
+        )
+
+
+def test_a_pruner_that_corrects_weights_does_so_under_them(cache: Path, tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "mask=refined", "export=folded")
+    plain, _ = run(tmp_path, "pruner=sparsegpt", "permutation=none")
+    assert verify(directory / "export").passed
+    assert metrics["sparsity"] == plain["sparsity"]
+    assert metrics["perplexity"]["sparse"] != plain["perplexity"]["sparse"]
+
+
+def test_a_run_goes_on_with_them_after_an_interruption(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ("permutation=heuristic", "mask=refined")
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *overrides)
+    with monkeypatch.context() as patched:
+        patched.setattr(RefinedMask, "masks", lambda *_: pytest.fail("they are there already"))
+        metrics, directory = run(tmp_path, *overrides)
+    assert directory.name.startswith("tiny-wanda-heuristic-refined-2x4-")
+    assert not (directory / "history.jsonl").exists() or not json.loads((directory / "history.jsonl").read_text() or "[]")
+    again, _ = run(tmp_path, *overrides, "force=true")
+    assert metrics["perplexity"] == again["perplexity"]
+
+
+def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path) -> None:
+    for words, message in (
+        (("mask=refined", "mask.sweeps=0"), "mask.sweeps=0"),
+        (("mask=refined", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=refined"),
+        (("mask=score", "mask.start=both"), "mask.start='both'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
+
+
+def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:
+    learning = problem(tiny_model("llama"), Wanda())
+    orders = ordered(learning, "none")
+    _, masks = RefinedMask(sweeps=1).masks(learning, orders)
+    group = channel_groups(learning.model)[0]
+    learning.groups = [group]
+    _, alone = RefinedMask(sweeps=1).masks(learning, orders)
+    assert set(alone) == set(group.members)
+    assert all(torch.equal(masks[path], alone[path]) for path in alone)
+    assert SparseGPT.updates_weights
+    assert all(linear_at(learning.model, path).weight.all() for path in masks)  # the model is dense still
