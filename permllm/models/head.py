@@ -53,7 +53,14 @@ class Head:
         # The module that holds the layers, norms what they give, and is all that the forward asks before the head.
         self._body = model.get_submodule(family_of(model).layers.rpartition(".")[0])
         self.weight: Tensor = self._module.weight  # type: ignore[assignment]
+        self._rounded = self.weight.detach()
         self.plain = self._is_plain()
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in the format of products, rounded once: it is frozen, and too large to be rounded in every step."""
+        if self._rounded.dtype != dtype:
+            self._rounded = self.weight.detach().to(dtype)
+        return self._rounded
 
     def reads(self, output: Tensor) -> Tensor:
         """What the head reads, given the output `(..., hidden)` of the last decoder layer: the norm, for the most part."""

@@ -52,7 +52,7 @@ def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
-    chunk = _plain_chunk(head.weight, product_dtype(sparse)) if head.plain else _own_chunk(head)
+    chunk = _plain_chunk(head.weight_in(product_dtype(sparse))) if head.plain else _own_chunk(head)
     return _HeadDivergence.apply(sparse, dense, chunk, tokens_at_a_time(len(head.weight), CHUNK))
 
 
@@ -83,9 +83,9 @@ class _HeadDivergence(torch.autograd.Function):
         return grad * grads[0].to(grad.dtype), None, None, None
 
 
-def _plain_chunk(weight: Tensor, dtype: torch.dtype) -> _Chunk:
-    """Of a head that is a product with its weight `(vocabulary, hidden)`, in a dtype: the gradient has a closed form."""
-    weight = weight.to(dtype)
+def _plain_chunk(weight: Tensor) -> _Chunk:
+    """Of a head that is a product with its weight `(vocabulary, hidden)`, in its format: the gradient has a closed form."""
+    dtype = weight.dtype
 
     def chunk(sparse: Tensor, dense: Tensor, tokens: int | None) -> tuple[Tensor, Tensor | None]:
         log_p = _wide(dense.to(dtype) @ weight.t()).log_softmax(-1)
