@@ -350,10 +350,7 @@ class Training:
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
-            tokens = hidden.numel() // hidden.shape[-1]
-            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
-            allowed = _SHARE_OF_FREE * free_memory(self.device) if self.device.type == "cuda" else KEPT_ON_A_HOST
-            self._recomputes = kept * (self.window.stop - self.window.first) > allowed
+            self._recomputes = too_much_to_keep(hidden, self.problem.groups, self.window.stop - self.window.first)
         return self._recomputes
 
     @torch.no_grad()
@@ -475,6 +472,19 @@ def steps_of(settings: LearningSettings, samples: int) -> int:
 def steps_in_all(settings: LearningSettings, samples: int, layers: int, rounds: int) -> int:
     """How many steps all windows have, gone through so often, of a model of so many decoder layers."""
     return len(settings.spans(layers)) * rounds * steps_of(settings, samples)
+
+
+def too_much_to_keep(hidden: Tensor, groups: Iterable[ChannelGroup], layers: int) -> bool:
+    """Whether backward computes each decoder layer anew: what it would keep is more than the device has room for.
+
+    Args:
+        hidden: the states of a batch between two layers, `(samples, tokens, hidden)`.
+        groups: channel groups of the model.
+        layers: how many of its layers learn together.
+    """
+    tokens = hidden.numel() // hidden.shape[-1]
+    kept = layers * tokens * kept_a_token(groups, hidden.shape[-1]) * hidden.element_size()
+    return kept > (_SHARE_OF_FREE * free_memory(hidden.device) if hidden.device.type == "cuda" else KEPT_ON_A_HOST)
 
 
 def kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:

@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 
 from permllm.calibration.statistics.base import Statistics
 from permllm.errors import DataError, TrainingError
+from permllm.learning.training import too_much_to_keep
 from permllm.models.decoder import layer_inputs, run_layer
-from permllm.models.families import decoder_layers
+from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.reconstruction.admm import ADMM
@@ -43,7 +44,7 @@ class Checkpoint(TypedDict):
 class Distill(DistillSettings, NoReconstruction):
     """Adam on all kept weights towards the dense model's next-token distributions, on the calibration text.
 
-    Holds the weights and what `MaskedAdam` does; layers are recomputed in backward.
+    Holds the weights and what `MaskedAdam` does; layers are recomputed in backward where what it needs is large.
     """
 
     changes_weights = True
@@ -88,7 +89,7 @@ class Distill(DistillSettings, NoReconstruction):
 
 
 def distillation_loss(model: nn.Module, head: Head, tokens: Tensor, target: Tensor) -> Tensor:
-    """`KL(dense || sparse)` of the next-token distributions, mean over tokens; backward computes each layer anew.
+    """`KL(dense || sparse)` of the next-token distributions, mean over tokens.
 
     Args:
         model: with the weights as they are now.
@@ -97,9 +98,13 @@ def distillation_loss(model: nn.Module, head: Head, tokens: Tensor, target: Tens
         target: the dense model's output of the last decoder layer, `(batch, length, hidden)` on any device.
     """
     inputs = layer_inputs(model, tokens)
-    hidden = inputs.hidden
-    for layer, kwargs in zip(decoder_layers(model), inputs.kwargs, strict=True):
-        hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
+    hidden, layers = inputs.hidden, decoder_layers(model)
+    recompute = too_much_to_keep(hidden, channel_groups(model), len(layers))
+    for layer, kwargs in zip(layers, inputs.kwargs, strict=True):
+        if recompute:
+            hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
+        else:
+            hidden = run_layer(layer, hidden, kwargs)
     return head_divergence(head, hidden, target.to(hidden.device))
 
 

@@ -183,3 +183,21 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
         found.append([linear_at(model, path).weight for group in groups for path in group.members])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = distill.checkpoint
+
+    def counted(*given: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return real(*given, **keywords)
+
+    monkeypatch.setattr(distill, "checkpoint", counted)
+    kept = distilled(None)
+    assert not calls  # what a tiny model needs is little
+    monkeypatch.setattr("permllm.learning.training.KEPT_ON_A_HOST", 0.0)
+    recomputed = distilled(None)
+    assert calls
+    for path, weight in kept.items():
+        torch.testing.assert_close(recomputed[path], weight)
