@@ -257,6 +257,8 @@ class BudgetConfig:
         samples: windows of calibration text.
         seqlen: tokens in a window of calibration text.
         epochs: of learning over the samples.
+        steps: of learning in all, in place of epochs: a method divides them among what learns, by what a step of it takes.
+        text: windows of calibration text to learn from, the first ones those of `samples`; likewise.
         windows: of perplexity; None is all.
         items: of each zero-shot task; None is all.
     """
@@ -265,6 +267,8 @@ class BudgetConfig:
     samples: int = MISSING
     seqlen: int = MISSING
     epochs: int = MISSING
+    steps: int = MISSING
+    text: int = MISSING
     windows: int | None = MISSING
     items: int | None = MISSING
 
@@ -566,11 +570,13 @@ def register_resolvers() -> None:
     """Make the resolvers that `conf/` uses known to OmegaConf.
 
     `nm`: N:M as a part of a file name (`2:4` as `2x4`). `last`: what follows the last slash.
-    `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them where CASE is a list, else B.
+    `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them where CASE is a list, else B. `times:COUNT,FACTOR`: so many
+    times a whole number, as a whole number; nothing of nothing.
     """
     register_resolver("nm", lambda pattern: str(pattern).replace(":", "x"))
     register_resolver("last", lambda path: str(path).rsplit("/", 1)[-1])
     register_resolver("either", _either)
+    register_resolver("times", _times)
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
@@ -579,6 +585,10 @@ def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
     new = "replace" in signature(OmegaConf.register_resolver).parameters
     register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
     register(name, resolver, replace=True)
+
+
+def _times(count: int | None, factor: float) -> int | None:
+    return None if count is None else round(count * factor)
 
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:

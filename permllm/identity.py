@@ -32,6 +32,7 @@ _ADDED_LATER: dict[str, Any] = {
     "reconstruction.samples": None,
     "reconstruction.average": 0.0,
     "reconstruction.start": "masked",
+    "reconstruction.steps": None,
     "keep_dense": [],
     "sparsity_of": {},
 }

@@ -12,6 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
+from permllm.job import methods_of
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, published
 from permllm.results.summary import Row
@@ -97,7 +98,7 @@ def test_the_peers_are_run_by_their_protocol() -> None:
         assert not job.evaluation.zero_shot.tasks
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "peers"])  # whose text is the hub's
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier")])  # texts of the hub
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
     for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "budget=cpu"):
         assert config.model.source == "wheel"  # nothing of the hub
@@ -109,6 +110,32 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         instantiate_permutation(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["epochs"] == 2
+
+
+def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> None:
+    found = {}
+    for config in jobs("experiment=frontier", "budget.steps=100", "budget.text=400"):
+        assert config.model.name == "smollm2-135m"
+        assert config.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
+        assert not config.evaluation.zero_shot.tasks
+        assert config.calibration.dataset == "boolq-passages"
+        methods = methods_of(config)
+        parts = {"permutation": methods.permutation, "mask": methods.mask, "reconstruction": methods.reconstruction}
+        learned = {group: method for group, method in parts.items() if getattr(method, "steps", None)}
+        # Four windows a step, each once.
+        assert all(method.samples == 4 * method.steps for method in learned.values())
+        whole = {group: (config.permutation if group == "permutation" else getattr(config, group))["name"] for group in parts}
+        steps = {group: method.steps * getattr(method, "rounds", 1) for group, method in learned.items()}
+        found[tuple(whole.values())] = max(steps.values(), default=0)
+        assert sum(steps.values()) <= 100
+        if "select_from" in config.mask:
+            assert config.mask["select_from"] == 0  # nothing measures all of the text
+    assert len(found) >= 12
+    assert found["heuristic", "score", "none"] == 100
+    assert found["none", "pruner", "distill"] == 70
+    # Without a budget they learn from the calibration samples.
+    for config in jobs("experiment=frontier", "budget=cpu"):
+        assert config.further == 0
 
 
 @pytest.mark.usefixtures("downloads")

@@ -66,12 +66,14 @@ class Distill(DistillSettings, NoReconstruction):
         """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
         head = Head(pruned.model)
         samples = torch.arange(min(len(pruned.tokens), self.samples or len(pruned.tokens)))
-        batches = samples.split(self.batch_size) * self.epochs
-        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, len(batches), self.average)
+        batches = samples.split(self.batch_size)
+        steps = self.steps or self.epochs * len(batches)
+        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, steps, self.average)
         _restore(pruned, optimizer)
         saved = time.monotonic()
-        with tqdm(total=len(batches), initial=optimizer.done, desc="distill", unit="step") as progress:
-            for batch in batches[optimizer.done :]:
+        with tqdm(total=steps, initial=optimizer.done, desc="distill", unit="step") as progress:
+            for step in range(optimizer.done, steps):
+                batch = batches[step % len(batches)]
                 with optimizer.gradients():
                     loss = distillation_loss(pruned.model, head, pruned.tokens[batch], pruned.target[batch])
                     value = float(loss.detach())

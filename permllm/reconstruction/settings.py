@@ -52,6 +52,7 @@ class DistillSettings:
 
     Attributes:
         epochs: over the samples, in their order.
+        steps: how many there are in all, over as many epochs as that takes; null is what `epochs` says.
         learning_rate: of Adam at the start, with a cosine schedule to zero.
         batch_size: samples a step.
         samples: windows of the calibration text, the first ones those of `calibration.samples`, further ones drawn like them;
@@ -62,6 +63,7 @@ class DistillSettings:
     """
 
     epochs: int = 2
+    steps: int | None = None
     learning_rate: float = 1e-4
     batch_size: int = 4
     samples: int | None = None
@@ -72,8 +74,9 @@ class DistillSettings:
         check_whole("reconstruction.epochs", self.epochs, 1)
         check_whole("reconstruction.batch_size", self.batch_size, 1)
         check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
-        if self.samples is not None:
-            check_whole("reconstruction.samples", self.samples, 1)
+        for name in ("steps", "samples"):
+            if getattr(self, name) is not None:
+                check_whole(f"reconstruction.{name}", getattr(self, name), 1)
         check_number("reconstruction.average", self.average, positive=False)
         check_one_of("reconstruction.start", self.start, get_args(Start))
         if self.average > 1:

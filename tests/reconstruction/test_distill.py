@@ -201,3 +201,21 @@ def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch
     assert calls
     for path, weight in kept.items():
         torch.testing.assert_close(recomputed[path], weight)
+
+
+def test_steps_go_through_the_samples_as_often_as_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, counted = distilled(None, average=0.0), distilled(None, epochs=1, steps=10, average=0.0)
+    assert all(torch.equal(weight, counted[path]) for path, weight in whole.items())
+    seen: list[Tensor] = []
+    real = distill.distillation_loss
+
+    def watched(model: nn.Module, head: Any, batch: Tensor, target: Tensor) -> Tensor:
+        seen.append(batch)
+        return real(model, head, batch, target)
+
+    monkeypatch.setattr(distill, "distillation_loss", watched)
+    distilled(None, epochs=1, steps=7)
+    assert len(seen) == 7  # five batches, and the first two again
+    assert all(torch.equal(first, again) for first, again in zip(seen[:2], seen[5:], strict=True))
+    with pytest.raises(ConfigError, match=r"reconstruction\.steps=0"):
+        Distill(steps=0)
