@@ -351,8 +351,8 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["model.dtype=int4"], "model.dtype='int4' is not valid; valid are: float32"),
         (
             ["calibration.dataset=mars", "plan=true"],
-            "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, pile, pile-10k, "
-            "sciq-support, wikitext2, text",
+            "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
+            "passages-and-questions, pile, pile-10k, sciq-support, wikitext2, text",
         ),
         (["calibration.dataset=pile_10k"], "calibration.dataset='pile_10k' is not valid"),
         (["calibration.dataset=base", "study=saliency_and_error"], "calibration.dataset='base' is not valid"),

