@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,23 @@ def test_a_block_is_made_anew_and_all_else_stays(kept: Path, capsys: pytest.Capt
     )
     assert call("results", ["--document", str(file)]) == 0
     assert capsys.readouterr().out == "nothing is new\n"
+
+
+def test_the_frontier_has_the_row_that_closes_most_first_and_what_it_costs(kept: Path) -> None:
+    file = document(kept, "frontier columns=block_size baseline=block_size=32")
+    for size, seconds in ((32, 60.0), (64, 90.0)):
+        metrics = kept / "runs" / f"run{size}" / "metrics.json"
+        values = json.loads(metrics.read_text()) | {"peak_memory_bytes": 2_500_000_000}
+        values["seconds"] = {"load": 7.0, "calibrate": 30.0, "permute": seconds, "mask": 30.0, "evaluate sparse": 9.0}
+        metrics.write_text(json.dumps(values))
+    assert call("records", [str(kept / "runs"), "--to", str(kept / "records.jsonl"), "--replace"]) == 0
+    _, *block = with_views(file).partition("-->\n")[2].partition("<!-- /view -->")[0].splitlines()[1:]
+    gap = math.log(30 / 20) / math.log(30 / 10)
+    assert block[:3] == [
+        "| dense |  |  |  | 10.00 |",
+        f"| 64 | 2.5 | 2.50 GB | {gap:.2%} | 20.00 |",
+        "| 32 | 2.0 | 2.50 GB | 0.00% | 30.00 |",
+    ]
 
 
 def test_each_block_of_a_document_is_its_own(kept: Path) -> None:

@@ -31,6 +31,7 @@ _MODULES = {
     "peers": "tables",
     "study": "studies",
     "ablation": "ablation",
+    "frontier": "frontier",
     "orders": "exports",
     "stock": "exports",
     "verify": "exports",

@@ -35,7 +35,7 @@ def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str
         measures: with commas; each is a measure's name, or a part of those of several.
     """
     runs = runs_of(folder / records)
-    summary, row = _narrowed(runs, columns, measures, baseline)
+    summary, row = narrowed(runs, columns, measures, baseline)
     return [*render(summary, "md", row).splitlines(), "", machine(run.environment for run in runs)]
 
 
@@ -64,13 +64,13 @@ def paper(
         command: what was run.
     """
     runs = runs_of(folder / records)
-    summary, row = _narrowed(runs, columns, measures, baseline)
+    summary, row = narrowed(runs, columns, measures, baseline)
     compared = Comparison(published(table), runs[0].config["model"]["name"])
     lines = ["", f"    {typed(table, command)}", ""]
     lines += [*render(summary, "md", row, compared).splitlines(), "", compared.note, ""]
     lines += [*_provenance(runs), ""]
     if recipe:
-        of_recipe = render(_narrowed(runs_of(folder / recipe), columns, measures)[0], "md").splitlines()
+        of_recipe = render(narrowed(runs_of(folder / recipe), columns, measures)[0], "md").splitlines()
         lines += ["The paper's recipe at the same budget:", "", *of_recipe, ""]
     return [*lines, f"The paper's {table.replace('table', 'table ')}:", "", *published_table(published(table))]
 
@@ -162,7 +162,7 @@ def _paper_entry(
 ) -> Entry:
     """Arguments as `paper`."""
     runs = runs_of(folder / records)
-    summary = _narrowed(runs, columns, measures)[0]
+    summary = narrowed(runs, columns, measures)[0]
     rows, of_table = summary.rows, published(table)
     of_tasks = measures != _SHOWN  # whoever shows each task compares accuracies
     name = "average acc" if of_tasks else main_measure(summary)
@@ -224,7 +224,7 @@ def processor(environment: dict[str, Any]) -> str:
     return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
 
 
-def _narrowed(runs: list[Run], columns: str, measures: str, baseline: str = "") -> tuple[Summary, Row | None]:
+def narrowed(runs: list[Run], columns: str, measures: str, baseline: str = "") -> tuple[Summary, Row | None]:
     """A table with some of its columns, and the row of it that the others are compared with."""
     summary = summarise(runs)
     if columns:

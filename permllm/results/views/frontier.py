@@ -1,0 +1,42 @@
+"""The view of what closes how much of the gap in how many minutes: the most first, with its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from permllm.errors import DataError
+from permllm.record.names import RECORDS
+from permllm.results.cost import memory, minutes
+from permllm.results.render import as_text, shown
+from permllm.results.summary import GAP, Row
+from permllm.results.views.tables import machine, narrowed, runs_of
+
+
+def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> list[str]:
+    """Rows by their mean gap closed; minutes are those of calibration, permutation, mask and pruning, memory the peak.
+
+    Args:
+        folder: of the document.
+        columns: settings, with commas; whatever else varies follows from them.
+        baseline: the row that the gap is measured from.
+        records: the file of the runs.
+    """
+    runs = runs_of(folder / records)
+    summary, _ = narrowed(runs, columns, "gap closed, perplexity", baseline)
+    if lacking := [row for row in summary.rows if GAP not in row.measures]:
+        raise DataError(f"{folder / records}: {lacking[0].runs[0].directory.name} has no text that all have: no gap is closed")
+    several = any(len(row.runs) > 1 for row in summary.rows)
+    perplexities = [name for name in summary.measures if "perplexity (" in name]
+
+    def line(row: Row) -> list[str]:
+        found = [*(row.labels[name] for name in summary.settings), *([str(len(row.runs))] if several else [])]
+        found += [f"{minutes(row):.1f}", f"{memory(row) / 1e9:.2f} GB", shown(row.measures[GAP])]
+        return found + [shown(row.measures[name]) if name in row.measures else "" for name in perplexities]
+
+    header = [*summary.settings, *(["seeds"] if several else []), "minutes", "peak memory", GAP, *perplexities]
+    dense = ["dense", *[""] * (len(header) - 1 - len(perplexities)), *(shown(summary.dense[name]) for name in perplexities)]
+    body = [line(row) for row in sorted(summary.rows, key=lambda row: -row.measures[GAP].mean)]
+    table = as_text(pd.DataFrame([dense, *body], columns=header), "md")
+    return [*table.splitlines(), "", machine(run.environment for run in runs)]
