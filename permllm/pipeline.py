@@ -59,6 +59,7 @@ def prune(
     network_tokens: Tensor | None = None,
     directory: Path | None = None,
     run: str = "",
+    seed: int = 0,
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -77,6 +78,7 @@ def prune(
         network_tokens: those that the whole network is reconstructed on, where they are others than `tokens`.
         directory: where a reconstruction may write a checkpoint.
         run: digest of the settings, for it.
+        seed: of the order of samples, where it takes them at random.
     """
     reconstruction = reconstruction or NoReconstruction()
     compute_dtype = compute_dtype or next(model.parameters()).dtype
@@ -123,7 +125,9 @@ def prune(
             network_tokens, target = tokens, dense.states()
         found_masks = list(result.masks.values())
         with products_in(compute_dtype, linears[0].weight.device):
-            reconstruction.network(PrunedNetwork(model, linears, found_masks, network_tokens, target, directory, run))
+            reconstruction.network(
+                PrunedNetwork(model, linears, found_masks, network_tokens, target, directory, run, pattern, seed)
+            )
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight

@@ -51,6 +51,7 @@ def prune_model(
             drawn[:asked] if asked > len(tokens) else None,
             record.directory,
             config.hash,
+            config.seed,
         )
         keep(pruned)
     return pruned

@@ -69,6 +69,8 @@ class PrunedNetwork:
         target: the dense model's output of the last decoder layer, `(samples, length, hidden)` on the host.
         directory: where a checkpoint may be written; None for nowhere.
         run: digest of the settings; a checkpoint of another run is not continued.
+        pattern: N:M of most of them.
+        seed: of the order of samples.
     """
 
     model: nn.Module
@@ -78,6 +80,8 @@ class PrunedNetwork:
     target: Tensor
     directory: Path | None = None
     run: str = ""
+    pattern: NMPattern = NMPattern(2, 4)  # noqa: RUF009 - frozen
+    seed: int = 0
 
 
 class Reconstruction(Protocol):

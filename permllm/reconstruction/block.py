@@ -9,7 +9,7 @@ from permllm.errors import TrainingError
 from permllm.models.decoder import run_layer
 from permllm.models.losses import mean_square_loss
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer
-from permllm.reconstruction.masked_adam import MaskedAdam
+from permllm.reconstruction.kept_weights import KeptWeights
 from permllm.reconstruction.settings import BlockSettings
 
 
@@ -23,19 +23,24 @@ class Block(BlockSettings, NoReconstruction):
 
     def layer(self, pruned: PrunedLayer) -> None:
         """Train the layer's linears in place. Raises TrainingError when the loss is not finite."""
-        optimizer = MaskedAdam(pruned.linears, pruned.masks, self.learning_rate, self.epochs * len(pruned.inputs))
+        trained = KeptWeights(pruned.linears, pruned.masks)
+        fused = trained.values[0].device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(trained.values, lr=self.learning_rate, fused=fused)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(pruned.inputs))
         best = self._loss(pruned)
-        kept = [weight.detach().clone() for weight in optimizer.weights]
+        kept = [value.clone() for value in trained.values]
         for _ in range(self.epochs):
             for batch in range(len(pruned.inputs)):
-                with optimizer.gradients():
+                optimizer.zero_grad(set_to_none=True)
+                with trained.gradients():
                     self._batch_loss(pruned, batch).backward()
                 optimizer.step()
+                scheduler.step()
+                trained.write()
             loss = self._loss(pruned)
             if loss < best:
-                best, kept = loss, [weight.detach().clone() for weight in optimizer.weights]
-        for weight, found in zip(optimizer.weights, kept, strict=True):
-            weight.data.copy_(found)
+                best, kept = loss, [value.clone() for value in trained.values]
+        trained.write(kept)
 
     @torch.no_grad()
     def _loss(self, pruned: PrunedLayer) -> float:

@@ -51,7 +51,7 @@ class DistillSettings:
     """Settings of the distillation.
 
     Attributes:
-        epochs: over the samples, in their order.
+        epochs: over the samples, each time in an order of its own.
         steps: how many there are in all, over as many epochs as that takes; null is what `epochs` says.
         learning_rate: of Adam at the start, with a cosine schedule to zero.
         batch_size: samples a step.

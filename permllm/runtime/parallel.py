@@ -45,6 +45,7 @@ class _State:
 
     watch: Watch | None = None
     out_of_step = False
+    alone = False
 
 
 def several() -> bool:
@@ -73,12 +74,12 @@ def stop(how: bytes = DONE) -> None:
 
 def rank() -> int:
     """Number of this process; 0 keeps the records."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _State.alone else 0
 
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _State.alone else 1
 
 
 def local_device() -> int:
@@ -156,6 +157,16 @@ def told() -> tuple[str, Any]:
     """In the others: the next word, and what belongs to it."""
     word, value = cast(tuple[str, Any], broadcast(None))
     return word, value
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as if there were no others: they wait until they are told something."""
+    _State.alone = True
+    try:
+        yield
+    finally:
+        _State.alone = False
 
 
 @contextmanager

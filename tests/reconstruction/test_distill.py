@@ -16,17 +16,19 @@ from permllm import runner
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens, document_windows, joined_windows, overlapping_windows
 from permllm.errors import ConfigError
+from permllm.learning import training
+from permllm.learning.training import Moment
 from permllm.models.families import channel_groups, linear_at
 from permllm.permutation.identity import Identity
 from permllm.pipeline import prune
 from permllm.pruning.magnitude import Magnitude
-from permllm.reconstruction import distill
 from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
 from permllm.reconstruction.distill import Distill
-from permllm.reconstruction.masked_adam import MaskedAdam
+from permllm.reconstruction.kept_weights import KeptWeights, WeightLearner
 from permllm.reconstruction.obs import OBS
 from permllm.record.names import DISTILL_CHECKPOINT
+from permllm.runtime import parallel
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, tokens
 from tests.test_config import composed, config
@@ -35,33 +37,38 @@ TOKENIZER = ByT5Tokenizer(extra_ids=0)
 STEPS, RATE = 7, 0.05
 
 
-def of_squares(masks: list[Tensor] | None, average: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Two linears, before and after so many steps down `sum(weight^4)`."""
+def of_squares(masks: list[Tensor], averaged: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Two linears, before and after so many steps down `sum(weight^4)`, as the training loop asks for them."""
     generator = torch.Generator().manual_seed(0)
     linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)]
     for number, linear in enumerate(linears):
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator, dtype=torch.float64))
-        if masks:
-            linear.weight.mul_(masks[number])
+        linear.weight.mul_(masks[number])
     before = [linear.weight.clone() for linear in linears]
-    optimizer = MaskedAdam(linears, masks, RATE, STEPS, average)
-    for _ in range(STEPS):
-        with optimizer.gradients():
+    kept = KeptWeights(linears, masks)
+    learner = WeightLearner(kept, RATE, STEPS - averaged if averaged else None)
+    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        learner.begin(Moment(step, STEPS, step // 4, 2), generator)
+        with kept.gradients():
             torch.stack([linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears]).sum().backward()
         assert all(linear.weight.grad is None and not linear.weight.requires_grad for linear in linears)
         optimizer.step()
-    optimizer.finish()
+        scheduler.step()
+        if step in (3, STEPS - 1):  # the end of an epoch
+            learner.begin(Moment(step, STEPS, step // 4, 2), None)
+    learner.finish()
     return before, [linear.weight for linear in linears]
 
 
-@pytest.mark.parametrize(("masked", "average", "averaged"), [(True, 0.0, 1), (True, 0.4, 3), (False, 0.0, 1)])
-def test_masked_adam_is_adam_on_the_kept_weights_and_the_mean_of_the_last_steps(
-    masked: bool, average: float, averaged: int
-) -> None:
+@pytest.mark.parametrize("averaged", [0, 3, 5])
+def test_kept_weights_learn_as_adam_says_and_end_with_the_mean_of_the_last_steps(averaged: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    masks = [torch.rand(rows, 8, generator=generator) < 0.5 for rows in (3, 5)] if masked else None
-    for number, (weight, after) in enumerate(zip(*of_squares(masks, average), strict=True)):
-        kept = masks[number] if masks else torch.ones_like(weight, dtype=torch.bool)
+    masks = [torch.rand(rows, 8, generator=generator) < 0.5 for rows in (3, 5)]
+    for number, (weight, after) in enumerate(zip(*of_squares(masks, averaged), strict=True)):
+        kept = masks[number]
         mean, square, last = torch.zeros_like(weight), torch.zeros_like(weight), []
         for step in range(STEPS):
             gradient = (4 * weight**3 + 1) * kept
@@ -70,7 +77,7 @@ def test_masked_adam_is_adam_on_the_kept_weights_and_the_mean_of_the_last_steps(
             corrected = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
             weight = weight - rate * mean / (1 - 0.9 ** (step + 1)) / corrected
             last.append(weight)
-        torch.testing.assert_close(after, torch.stack(last[-averaged:]).mean(0), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(after, torch.stack(last[-max(1, averaged) :]).mean(0), rtol=1e-9, atol=1e-12)
         assert not after[~kept].any()
 
 
@@ -87,20 +94,21 @@ def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
 
 def stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Every step writes a checkpoint, and the process ends after one of them."""
-    write = distill.write_torch
+    write = training.write_torch
 
     def write_and_stop(path: Path, state: Any) -> None:
         write(path, state)
-        if state["optimizer"]["scheduler"]["last_epoch"] == step:
+        if state["scheduler"]["last_epoch"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill, "_CHECKPOINT_EVERY", 0.0)
-    monkeypatch.setattr(distill, "write_torch", write_and_stop)
+    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(training, "write_torch", write_and_stop)
 
 
-@pytest.mark.parametrize("written", [2, 8])  # before weights are averaged, and after
+@pytest.mark.parametrize(("written", "where"), [(2, "epoch 0 of 2 and 2 steps"), (8, "epoch 1 of 2 and 3 steps")])
 def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, written: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, written: int, where: str
 ) -> None:
     whole = distilled(None)
     stops(monkeypatch, written)
@@ -108,13 +116,14 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
         distilled(tmp_path)
     with caplog.at_level("INFO"):
         continued = distilled(tmp_path)
-    assert f"continues after step {written}" in caplog.text
+    assert f"continuing after {where}" in caplog.text  # before weights are averaged, and after
     assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
-    monkeypatch.setattr(distill, "_CHECKPOINT_EVERY", math.inf)
+    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", math.inf)
+    monkeypatch.setattr(training, "write_torch", lambda *_: None)
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
-    assert "distillation begins anew" in caplog.text
+    assert "learning begins anew" in caplog.text
 
 
 def test_a_run_that_is_stopped_while_it_distils_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,16 +196,16 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
 
 def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = distill.checkpoint
+    real = training.checkpoint
 
     def counted(*given: Any, **keywords: Any) -> Any:
         calls.append(1)
         return real(*given, **keywords)
 
-    monkeypatch.setattr(distill, "checkpoint", counted)
+    monkeypatch.setattr(training, "checkpoint", counted)
     kept = distilled(None)
     assert not calls  # what a tiny model needs is little
-    monkeypatch.setattr("permllm.learning.training.KEPT_ON_A_HOST", 0.0)
+    monkeypatch.setattr(training, "KEPT_ON_A_HOST", 0.0)
     recomputed = distilled(None)
     assert calls
     for path, weight in kept.items():
@@ -204,18 +213,39 @@ def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch
 
 
 def test_steps_go_through_the_samples_as_often_as_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, counted = distilled(None, average=0.0), distilled(None, epochs=1, steps=10, average=0.0)
+    whole, counted = distilled(None), distilled(None, epochs=1, steps=10)
     assert all(torch.equal(weight, counted[path]) for path, weight in whole.items())
     seen: list[Tensor] = []
-    real = distill.distillation_loss
+    real = training.Training.step
 
-    def watched(model: nn.Module, head: Any, batch: Tensor, target: Tensor) -> Tensor:
+    def watched(self: training.Training, batch: Tensor, *more: Any) -> Any:
         seen.append(batch)
-        return real(model, head, batch, target)
+        return real(self, batch, *more)
 
-    monkeypatch.setattr(distill, "distillation_loss", watched)
+    monkeypatch.setattr(training.Training, "step", watched)
     distilled(None, epochs=1, steps=7)
-    assert len(seen) == 7  # five batches, and the first two again
-    assert all(torch.equal(first, again) for first, again in zip(seen[:2], seen[5:], strict=True))
+    assert [len(batch) for batch in seen] == 7 * [2]
+    assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
+    assert len(torch.cat(seen[5:]).unique()) == 4
     with pytest.raises(ConfigError, match=r"reconstruction\.steps=0"):
         Distill(steps=0)
+
+
+def test_the_seed_says_in_which_order_the_samples_come() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny_model("llama")
+        pruned_with(model, Distill(epochs=1, batch_size=2, learning_rate=0.003), network_tokens=tokens(10), seed=seed)
+        found.append(linear_at(model, channel_groups(model)[0].members[0]).weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_among_several_processes_the_first_alone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = distilled(None)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    assert parallel.world_size() == 2
+    assert all(torch.equal(weight, whole[path]) for path, weight in distilled(None).items())
+    assert parallel.world_size() == 2
