@@ -51,6 +51,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "distill": ("permutation=heuristic", "reconstruction=distill", "reconstruction.samples=3", "reconstruction.average=0.5"),
     "lcp, then a score": ("mask=score", "mask.learning_rate=0.1", "mask.compile=true"),
     "a score with the order": ("mask=score", "mask.orders=together", "mask.learning_rate=0.1"),
+    "refined": ("permutation=none", "mask=refined", "export=folded"),
+    "refined, then a score": ("permutation=heuristic", "mask=score", "mask.start=refined", "mask.learning_rate=0.1"),
     "lowrank": ("permutation=none", "mask=lowrank", "mask.learning_rate=0.3", "export=folded"),
     "bfloat16": ("permutation.compile=true", "model.dtype=bfloat16", "calibration.samples=3"),
     "opt": (*OPT, "permutation.compile=true"),
