@@ -257,7 +257,8 @@ class BudgetConfig:
         samples: windows of calibration text.
         seqlen: tokens in a window of calibration text.
         epochs: of learning over the samples.
-        steps: of learning in all, in place of epochs: a method divides them among what learns, by what a step of it takes.
+        steps: of learning in all, which the methods of the frontier (group `method`) divide among what learns, by what a step
+            takes; nothing else reads them.
         text: windows of calibration text to learn from, the first ones those of `samples`; likewise.
         windows: of perplexity; None is all.
         items: of each zero-shot task; None is all.

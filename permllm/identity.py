@@ -33,6 +33,7 @@ _ADDED_LATER: dict[str, Any] = {
     "reconstruction.average": 0.0,
     "reconstruction.start": "masked",
     "reconstruction.steps": None,
+    "reconstruction.activation_checkpointing": None,
     "keep_dense": [],
     "sparsity_of": {},
 }

@@ -150,6 +150,11 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 f"mask.orders={config.mask.get('orders')} needs permutation=lcp, whose settings say how the order learns, not "
                 f"permutation={config.permutation.get('name')}"
             )
+        if methods.orders_learn_with_masks and config.mask.get("start") == "refined" and permutation.init == "random":
+            raise ConfigError(
+                "mask.start=refined is not valid with permutation.init=random: the masks are refined in the order that it starts "
+                "from, and random logits begin with another"
+            )
         if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
             raise ConfigError(
                 f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "

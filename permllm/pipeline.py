@@ -15,6 +15,7 @@ from permllm.calibration.dense import Pruner, by_layer, collecting, member_facto
 from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.calibration.statistics.base import InputStatistics
+from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
@@ -125,9 +126,10 @@ def prune(
             network_tokens, target = tokens, dense.states()
         found_masks = list(result.masks.values())
         with products_in(compute_dtype, linears[0].weight.device):
-            reconstruction.network(
-                PrunedNetwork(model, linears, found_masks, network_tokens, target, directory, run, pattern, seed)
+            problem = LearningProblem(
+                model, groups, network_tokens, factors or {}, target, pattern, seed, batch_size, directory=directory, run=run
             )
+            reconstruction.network(PrunedNetwork(problem, linears, found_masks))
     for group in groups:
         for path in group.members:
             weight = linear_at(model, path).weight

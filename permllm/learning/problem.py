@@ -1,4 +1,4 @@
-"""What learnable channel permutation learns from."""
+"""What orders, masks and weights are learned from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from permllm.sparsity import NMPattern
 
 @dataclass
 class LearningProblem:
-    """What LCP learns from.
+    """What is learned from.
 
     Attributes:
-        model: dense, of a known family; unchanged afterwards.
+        model: of a known family: dense, and unchanged afterwards, where orders and masks learn.
         groups: its channel groups that are pruned, all layers.
         tokens: int64 `(samples, length)`.
         factors: saliency factors of every linear, by module path.

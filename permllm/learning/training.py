@@ -29,6 +29,7 @@ from permllm.record.schema import Object, Whole
 from permllm.record.tensors import read_torch, write_torch
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory
+from permllm.runtime.precision import product_dtype
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Training:
 
     Args:
         settings: of the descent.
-        problem: the model, whose linears in the window are masked linears now, and the samples.
+        problem: the model, whose linears in the window are masked linears now or hold the weights that learn, and the samples.
         window: the layers.
         learners: what learns, in the order in which they set a layer.
         name: of the method, for a person.
@@ -350,8 +351,29 @@ class Training:
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
-            self._recomputes = too_much_to_keep(hidden, self.problem.groups, self.window.stop - self.window.first)
+            tokens = hidden.numel() // hidden.shape[-1]
+            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
+            kept *= self.window.stop - self.window.first
+            if self.device.type == "cuda":
+                allowed = _SHARE_OF_FREE * (free_memory(self.device) - self._not_yet_taken(hidden))
+            else:
+                allowed = KEPT_ON_A_HOST
+            self._recomputes = kept > allowed
         return self._recomputes
+
+    def _not_yet_taken(self, hidden: Tensor) -> float:
+        """Bytes that a step takes beside activations, and that are free as long as none was made."""
+        learning = [values for group in self.optimizer.param_groups for values in group["params"]]
+        size = sum(values.numel() * values.element_size() for values in learning)
+        moments = 0 if self.optimizer.state else 2  # a checkpoint has brought them
+        # What a weight that learns is rounded to for products waits for backward.
+        product = product_dtype(hidden)
+        rounded = sum(
+            weight.numel() * product.itemsize
+            for weight in self.problem.model.parameters()
+            if weight.requires_grad and weight.dtype != product
+        )
+        return size * (1 + moments) + rounded
 
     @torch.no_grad()
     def _where(self, indices: Tensor) -> str:
@@ -472,19 +494,6 @@ def steps_of(settings: LearningSettings, samples: int) -> int:
 def steps_in_all(settings: LearningSettings, samples: int, layers: int, rounds: int) -> int:
     """How many steps all windows have, gone through so often, of a model of so many decoder layers."""
     return len(settings.spans(layers)) * rounds * steps_of(settings, samples)
-
-
-def too_much_to_keep(hidden: Tensor, groups: Iterable[ChannelGroup], layers: int) -> bool:
-    """Whether backward computes each decoder layer anew: what it would keep is more than the device has room for.
-
-    Args:
-        hidden: the states of a batch between two layers, `(samples, tokens, hidden)`.
-        groups: channel groups of the model.
-        layers: how many of its layers learn together.
-    """
-    tokens = hidden.numel() // hidden.shape[-1]
-    kept = layers * tokens * kept_a_token(groups, hidden.shape[-1]) * hidden.element_size()
-    return kept > (_SHARE_OF_FREE * free_memory(hidden.device) if hidden.device.type == "cuda" else KEPT_ON_A_HOST)
 
 
 def kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:

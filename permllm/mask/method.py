@@ -124,6 +124,7 @@ class MaskLearning(MaskSettings):
                 training = Training(self, problem, window, learners, "mask", MASK_CHECKPOINT, best_loss, passes)
                 if state is not None and number == begin:
                     training.restore(state)
+                    state = None  # which is as large as what learns
                 training.run()
                 best_loss = training.best_loss
                 *of_orders, masks = learners

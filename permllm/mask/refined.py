@@ -1,9 +1,10 @@
 """Masks of a lower output error: exchanges within the groups of the pruner's masks, by the Gram matrix of the inputs.
 
-What a mask takes away of a row of a weight, `e`, adds `e H e^T` to the squared error of its output, with `H = X^T X`. A
+What a mask takes away of a row of a weight, `e`, adds `e H e^T` to the squared error of its output, with `H = X^T X`. Wanda's
 saliency ranks by the diagonal of `H` alone. Here a kept and a pruned weight of a group change places where the whole error
-falls, group after group, given the masks of all the others: coordinate descent, which ends where no exchange within a group
-gains anything. Exchanges by their true error are SparseSwaps' (arXiv 2512.10922); there one pair of a row is exchanged a step.
+falls, group after group, given the masks of all the others: coordinate descent, whose end, after more sweeps than pay, is
+where no exchange within a group gains anything. Exchanges by their true error are SparseSwaps' (arXiv 2512.10922); there one
+pair of a row is exchanged a step.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern,
     """
     m = pattern.m
     weight_t = weight.t().to(gram.dtype).contiguous()  # groups are M consecutive rows, which vectorise along the others
-    keep = mask.t().contiguous()
+    keep = mask.t().clone(memory_format=torch.contiguous_format)
     away = torch.where(keep, 0.0, weight_t)
     product = gram @ away
     squares = weight_t.square() * gram.diagonal().unsqueeze(1)

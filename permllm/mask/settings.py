@@ -61,7 +61,7 @@ class ScoreSettings(MaskSettings):
 
     Attributes:
         start: the masks that learning starts from: `pruner`, those of the pruner's saliency; `refined`, what `mask=refined`
-            makes of them.
+            makes of them, in the layers that learn.
     """
 
     start: Start = "pruner"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from permllm.calibration.statistics.base import InputStatistics, Statistics
+from permllm.learning.problem import LearningProblem
 from permllm.sparsity import NMPattern
 
 
@@ -61,27 +61,15 @@ class PrunedNetwork:
     """The model when all of its layers are pruned.
 
     Attributes:
-        model: with its pruned weights.
+        problem: the model with its pruned weights, as many windows as the setting `samples` of the reconstruction asks for, at
+            least those of the calibration, and the dense model's output for them.
         linears: its pruned linears.
         masks: bool `(C_out, C_in)` for each of them, on the host.
-        tokens: int64 `(samples, length)`; as many windows as the setting `samples` of the reconstruction asks for, at least
-            those of the calibration.
-        target: the dense model's output of the last decoder layer, `(samples, length, hidden)` on the host.
-        directory: where a checkpoint may be written; None for nowhere.
-        run: digest of the settings; a checkpoint of another run is not continued.
-        pattern: N:M of most of them.
-        seed: of the order of samples.
     """
 
-    model: nn.Module
+    problem: LearningProblem
     linears: Sequence[nn.Linear]
     masks: Sequence[Tensor]
-    tokens: Tensor
-    target: Tensor
-    directory: Path | None = None
-    run: str = ""
-    pattern: NMPattern = NMPattern(2, 4)  # noqa: RUF009 - frozen
-    seed: int = 0
 
 
 class Reconstruction(Protocol):

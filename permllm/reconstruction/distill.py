@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from permllm.calibration.statistics.base import Statistics
 from permllm.errors import DataError
-from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
 from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
-from permllm.models.families import channel_groups, decoder_layers
+from permllm.models.families import decoder_layers
 from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.reconstruction.kept_weights import KeptWeights, WeightLearner
@@ -42,6 +43,7 @@ class Distill(DistillSettings, NoReconstruction):
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
+        problem = pruned.problem
         settings = LearningSettings(
             learning_rate=self.learning_rate,
             epochs=self.epochs,
@@ -50,33 +52,26 @@ class Distill(DistillSettings, NoReconstruction):
             batch_size=self.batch_size,
             loss="kl",
             select_from=0,
-        )
-        problem = LearningProblem(
-            model=pruned.model,
-            groups=channel_groups(pruned.model),
-            tokens=pruned.tokens,
-            factors={},  # of what masks are chosen by, which they are
-            target=pruned.target,
-            pattern=pruned.pattern,
-            seed=pruned.seed,
-            directory=pruned.directory,
-            run=pruned.run,
+            activation_checkpointing=self.activation_checkpointing,
         )
         steps = steps_of(settings, samples_of(settings, problem))
         kept = KeptWeights(pruned.linears, pruned.masks)
         learner = WeightLearner(kept, self.learning_rate, steps - round(self.average * steps) if self.average else None)
-        window = Window(0, 0, 0, len(decoder_layers(pruned.model)), None, pruned.target)
-        state = read_checkpoint(problem, DISTILL_CHECKPOINT, _check)
+        window = Window(0, 0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with parallel.alone(), kept.gradients():
             training = Training(settings, problem, window, [learner], "distill", DISTILL_CHECKPOINT)
+            state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
             if state is not None:
                 training.restore(state)
+            del state  # which is as large as the weights
             training.run()
         learner.finish()
 
 
-def _check(state: Checkpoint) -> None:
-    """Raise DataError where a checkpoint is not one of weights."""
+def _check(kept: KeptWeights, state: Checkpoint) -> None:
+    """Raise DataError where a checkpoint is not one of these weights."""
     if len(state["learners"]) != 1:
         raise DataError("it is of something else than weights")
     WeightLearner.check(state["learners"][0])
+    if state["learners"][0].get("places") != kept.digest:
+        raise DataError("it is of other masks")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +40,14 @@ class KeptWeights:
             value.to(torch.promote_types(value.dtype, torch.float32))
             for value in (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
         ]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of where the kept weights are: masks of one pattern keep equally many."""
+        found = hashlib.sha256()
+        for places in self._places:
+            found.update(places.cpu().numpy().data)
+        return found.hexdigest()
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -113,7 +123,8 @@ class WeightLearner(Learner):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"values": self.kept.values, "mean": self._mean, "averaged": self._averaged, "done": self._done}
+        means = {"mean": self._mean, "averaged": self._averaged, "done": self._done}
+        return {"values": self.kept.values, "places": self.kept.digest} | means
 
     @staticmethod
     def check(state: dict[str, Any]) -> None:
@@ -125,8 +136,6 @@ class WeightLearner(Learner):
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        if [value.shape for value in state["values"]] != [value.shape for value in self.kept.values]:
-            raise DataError("it is of other masks")
         for value, found in zip(self.kept.values, state["values"], strict=True):
             value.copy_(found)
         self._mean = [value.to(self.kept.values[0].device) for value in state["mean"]]

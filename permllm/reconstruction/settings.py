@@ -57,6 +57,7 @@ class DistillSettings:
         batch_size: samples a step.
         samples: windows of the calibration text, the first ones those of `calibration.samples`, further ones drawn like them;
             null takes those of `calibration.samples`.
+        activation_checkpointing: recompute each decoder layer in backward; null decides by the size of the activations.
         average: share of the steps, the last ones, whose weights' mean is the result; 0 takes the last weights.
         start: what the kept weights are before, linear by linear: `masked`, as the pruner left them; `obs` or `admm`, what
             `reconstruction=obs` or `reconstruction=admm` makes of them.
@@ -67,6 +68,7 @@ class DistillSettings:
     learning_rate: float = 1e-4
     batch_size: int = 4
     samples: int | None = None
+    activation_checkpointing: bool | None = None
     average: float = 0.0
     start: Start = "masked"
 

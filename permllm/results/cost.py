@@ -41,11 +41,16 @@ def points(summary: Summary, measure: str) -> list[Point]:
     """
     found = []
     for number, (row, label) in enumerate(zip(summary.rows, row_labels(summary), strict=True)):
-        if row.runs[0].config["permutation"]["name"] == "from_file":
+        if spent_elsewhere(row):
             continue
         if measure in row.measures and math.isfinite(value := row.measures[measure].mean):
             found.append(Point(number, label, minutes(row), value, row.measures[measure].error, memory(row)))
     return found
+
+
+def spent_elsewhere(row: Row) -> bool:
+    """Whether the permutation is another run's, so that its own minutes say nothing."""
+    return bool(row.runs[0].config["permutation"]["name"] == "from_file")
 
 
 def minutes(row: Row) -> float:

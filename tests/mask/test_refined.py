@@ -19,7 +19,6 @@ from permllm.learning.scores import FreeScores
 from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import channel_groups, linear_at
 from permllm.pipeline import prune
-from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity import NMPattern, nm_mask, permuted_nm_mask, retained_saliency
 from tests.conftest import tiny_model
@@ -57,7 +56,9 @@ def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPat
                 other[0, out], other[0, into] = False, True
                 assert errors(weight[row : row + 1], other, inputs) >= after[row] * (1 - 1e-9)
     # What is the best already stays, and fewer sweeps are between.
-    assert torch.equal(refined_mask(weight, found, gram, pattern, 1), found)
+    best = found.clone()
+    assert torch.equal(refined_mask(weight, found, gram, pattern, 1), best)
+    assert torch.equal(found, best)  # what is given stays as it is
     once = errors(weight, refined_mask(weight, start, gram, pattern, 1), inputs)
     assert (once <= before * (1 + 1e-12)).all()
     assert after.sum() <= once.sum()
@@ -141,6 +142,19 @@ def test_a_pruner_that_corrects_weights_does_so_under_them(cache: Path, tmp_path
     assert metrics["perplexity"]["sparse"] != plain["perplexity"]["sparse"]
 
 
+def test_patterns_of_modules_dense_layers_and_orders_that_fold(cache: Path, tmp_path: Path) -> None:
+    words = ("permutation=heuristic", "permutation.constraint=foldable", "keep_dense=[0]", "sparsity_of={down_proj: 4:8}")
+    metrics, directory = run(tmp_path, *words, "mask=refined", "export=folded")
+    plain, _ = run(tmp_path, *words)
+    assert verify(directory / "export").passed
+    assert metrics["sparsity"] == plain["sparsity"]
+    assert any("4:8" in pattern for pattern in metrics["sparsity"]["patterns"].values())
+    # The first layer that is pruned reads what the dense model gives it, in both.
+    for name, error in metrics["output_error"].items():
+        assert ".0." not in name
+        assert ".1." not in name or error < plain["output_error"][name]
+
+
 def test_a_run_goes_on_with_them_after_an_interruption(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ("permutation=heuristic", "mask=refined")
     with monkeypatch.context() as patched:
@@ -161,6 +175,10 @@ def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path) -> None:
         (("mask=refined", "mask.sweeps=0"), "mask.sweeps=0"),
         (("mask=refined", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=refined"),
         (("mask=score", "mask.start=both"), "mask.start='both'"),
+        (
+            ("mask=score", "mask.start=refined", "mask.orders=together", "permutation=lcp", "permutation.init=random"),
+            "mask.start=refined is not valid with permutation.init=random",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
@@ -175,5 +193,4 @@ def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:
     _, alone = RefinedMask(sweeps=1).masks(learning, orders)
     assert set(alone) == set(group.members)
     assert all(torch.equal(masks[path], alone[path]) for path in alone)
-    assert SparseGPT.updates_weights
     assert all(linear_at(learning.model, path).weight.all() for path in masks)  # the model is dense still

@@ -20,6 +20,14 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))  # type: ignore[return-value]
 
 
+def test_the_heads_weight_is_rounded_once() -> None:
+    head = Head(tiny_model("llama"))
+    rounded = head.weight_in(torch.bfloat16)
+    assert torch.equal(rounded, head.weight.to(torch.bfloat16))
+    assert head.weight_in(torch.bfloat16) is rounded
+    assert head.weight_in(torch.float32).data_ptr() == head.weight.data_ptr()
+
+
 def test_cosine_loss_against_its_formula() -> None:
     a, b = pair()
     total = sum(1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm())) for i in range(2) for j in range(3))

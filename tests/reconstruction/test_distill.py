@@ -17,11 +17,14 @@ from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens, document_windows, joined_windows, overlapping_windows
 from permllm.errors import ConfigError
 from permllm.learning import training
-from permllm.learning.training import Moment
+from permllm.learning.problem import LearningProblem
+from permllm.learning.settings import LearningSettings
+from permllm.learning.training import Moment, Window
 from permllm.models.families import channel_groups, linear_at
 from permllm.permutation.identity import Identity
 from permllm.pipeline import prune
 from permllm.pruning.magnitude import Magnitude
+from permllm.reconstruction import distill
 from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import NoReconstruction, PrunedNetwork
 from permllm.reconstruction.distill import Distill
@@ -29,6 +32,7 @@ from permllm.reconstruction.kept_weights import KeptWeights, WeightLearner
 from permllm.reconstruction.obs import OBS
 from permllm.record.names import DISTILL_CHECKPOINT
 from permllm.runtime import parallel
+from permllm.runtime.precision import products_in
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, tokens
 from tests.test_config import composed, config
@@ -153,8 +157,8 @@ def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() 
             seen.append(pruned)
 
     pruned_with(model, Sees(), network_tokens=tokens(10))
-    assert torch.equal(seen[0].tokens, tokens(10))
-    torch.testing.assert_close(model.model.norm(seen[0].target), expected)
+    assert torch.equal(seen[0].problem.tokens, tokens(10))
+    torch.testing.assert_close(model.model.norm(seen[0].problem.target), expected)
 
 
 def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> None:
@@ -249,3 +253,40 @@ def test_among_several_processes_the_first_alone_learns(monkeypatch: pytest.Monk
     assert parallel.world_size() == 2
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(None).items())
     assert parallel.world_size() == 2
+
+
+def test_a_checkpoint_of_other_masks_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        stops(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(tmp_path)
+    real = distill.KeptWeights.__init__
+
+    def others(self: KeptWeights, linears: Any, masks: list[Tensor]) -> None:  # that keep as many
+        real(self, linears, [mask.flip(1) for mask in masks])
+
+    monkeypatch.setattr(distill.KeptWeights, "__init__", others)
+    distilled(tmp_path)
+    assert "it is of other masks: learning begins anew" in caplog.text
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> None:
+    model = tiny_model("llama")
+    groups = channel_groups(model)
+    linears = [linear_at(model, path) for group in groups for path in group.members]
+    masks = [torch.rand(linear.weight.shape) < 0.5 for linear in linears]
+    kept = KeptWeights(linears, masks)
+    target = model.model(input_ids=tokens()).last_hidden_state.detach()
+    learning = LearningProblem(model, groups, tokens(), {}, target, PATTERN, seed=0)
+    settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
+    with kept.gradients(), products_in(products, torch.device("cpu")):
+        window = Window(0, 0, 0, 2, None, target)
+        loop = training.Training(settings, learning, window, [WeightLearner(kept, 1e-3)], "distill", "file")
+        values = sum(int(mask.sum()) for mask in masks)
+        rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
+        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments
+        loop.step(torch.arange(2), Moment(0, 4, 0, 1))
+        assert loop._not_yet_taken(target) == 4 * values + rounded

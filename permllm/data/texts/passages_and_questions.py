@@ -1,4 +1,4 @@
-"""The calibration half of BoolQ's passages, and as much of MMLU's questions on two dozen subjects: to calibrate on.
+"""The calibration half of BoolQ's passages, and as much of MMLU's questions on 27 subjects: to calibrate on.
 
 Twice the text of the passages alone, and of more kinds. Who measures MMLU afterwards measures what was calibrated on.
 """

@@ -8,7 +8,7 @@ import pandas as pd
 
 from permllm.errors import DataError
 from permllm.record.names import RECORDS
-from permllm.results.cost import memory, minutes
+from permllm.results.cost import memory, minutes, spent_elsewhere
 from permllm.results.render import as_text, shown
 from permllm.results.summary import GAP, Row
 from permllm.results.views.tables import machine, narrowed, runs_of
@@ -16,6 +16,8 @@ from permllm.results.views.tables import machine, narrowed, runs_of
 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> list[str]:
     """Rows by their mean gap closed; minutes are those of calibration, permutation, mask and pruning, memory the peak.
+
+    Rows whose permutation is another run's are left out, as in the picture.
 
     Args:
         folder: of the document.
@@ -27,7 +29,8 @@ def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) 
     summary, _ = narrowed(runs, columns, "gap closed, perplexity", baseline)
     if lacking := [row for row in summary.rows if GAP not in row.measures]:
         raise DataError(f"{folder / records}: {lacking[0].runs[0].directory.name} has no text that all have: no gap is closed")
-    several = any(len(row.runs) > 1 for row in summary.rows)
+    rows = [row for row in summary.rows if not spent_elsewhere(row)]
+    several = any(len(row.runs) > 1 for row in rows)
     perplexities = [name for name in summary.measures if "perplexity (" in name]
 
     def line(row: Row) -> list[str]:
@@ -37,6 +40,6 @@ def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) 
 
     header = [*summary.settings, *(["seeds"] if several else []), "minutes", "peak memory", GAP, *perplexities]
     dense = ["dense", *[""] * (len(header) - 1 - len(perplexities)), *(shown(summary.dense[name]) for name in perplexities)]
-    body = [line(row) for row in sorted(summary.rows, key=lambda row: -row.measures[GAP].mean)]
+    body = [line(row) for row in sorted(rows, key=lambda row: -row.measures[GAP].mean)]
     table = as_text(pd.DataFrame([dense, *body], columns=header), "md")
     return [*table.splitlines(), "", machine(run.environment for run in runs)]
