@@ -152,7 +152,7 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
             )
         if methods.orders_learn_with_masks and config.mask.get("start") == "refined" and permutation.init == "random":
             raise ConfigError(
-                "mask.start=refined is not valid with permutation.init=random: the masks are refined in the order that it starts "
+                "mask.start=refined is not valid with permutation.init=random: masks are refined in the order that it starts "
                 "from, and random logits begin with another"
             )
         if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
