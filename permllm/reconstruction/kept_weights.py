@@ -105,7 +105,9 @@ class WeightLearner(Learner):
     @override
     def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
         done = moment.step + (generator is None)  # at the end of an epoch the moment is that of its last step
-        if done > self._done and self.averaged_from is not None and done > self.averaged_from:
+        if done == self._done:  # no step was made: the weights are the values
+            return
+        if self.averaged_from is not None and done > self.averaged_from:
             self._mean = self._mean or [value.clone() for value in self.kept.values]
             get_swa_multi_avg_fn()(self._mean, self.kept.values, self._averaged)
             self._averaged += 1

@@ -9,8 +9,8 @@ import pandas as pd
 from permllm.errors import DataError
 from permllm.record.names import RECORDS
 from permllm.results.cost import memory, minutes, spent_elsewhere
-from permllm.results.render import as_text, shown
-from permllm.results.summary import GAP, Row
+from permllm.results.render import as_text, cells
+from permllm.results.summary import GAP
 from permllm.results.views.tables import machine, narrowed, runs_of
 
 
@@ -30,16 +30,13 @@ def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) 
     if lacking := [row for row in summary.rows if GAP not in row.measures]:
         raise DataError(f"{folder / records}: {lacking[0].runs[0].directory.name} has no text that all have: no gap is closed")
     rows = [row for row in summary.rows if not spent_elsewhere(row)]
-    several = any(len(row.runs) > 1 for row in rows)
-    perplexities = [name for name in summary.measures if "perplexity (" in name]
-
-    def line(row: Row) -> list[str]:
-        found = [*(row.labels[name] for name in summary.settings), *([str(len(row.runs))] if several else [])]
-        found += [f"{minutes(row):.1f}", f"{memory(row) / 1e9:.2f} GB", shown(row.measures[GAP])]
-        return found + [shown(row.measures[name]) if name in row.measures else "" for name in perplexities]
-
-    header = [*summary.settings, *(["seeds"] if several else []), "minutes", "peak memory", GAP, *perplexities]
-    dense = ["dense", *[""] * (len(header) - 1 - len(perplexities)), *(shown(summary.dense[name]) for name in perplexities)]
-    body = [line(row) for row in sorted(rows, key=lambda row: -row.measures[GAP].mean)]
-    table = as_text(pd.DataFrame([dense, *body], columns=header), "md")
-    return [*table.splitlines(), "", machine(run.environment for run in runs)]
+    summary.rows = sorted(rows, key=lambda row: -row.measures[GAP].mean)
+    summary.measures = [GAP, *(name for name in summary.measures if "perplexity (" in name)]
+    header, body = cells(summary)
+    table = pd.DataFrame(body, columns=header)
+    costs = [[f"{minutes(row):.1f}", f"{memory(row) / 1e9:.2f} GB"] for row in summary.rows]
+    costs = [["", ""]] * (len(body) - len(costs)) + costs  # the dense model's row has none
+    place = header.index(GAP)
+    table.insert(place, "minutes", [cost[0] for cost in costs])
+    table.insert(place + 1, "peak memory", [cost[1] for cost in costs])
+    return [*as_text(table, "md").splitlines(), "", machine(run.environment for run in runs)]
