@@ -161,7 +161,7 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 f"and pruner={config.pruner.get('name')} only does so under its own"
             )
     key = f"reconstruction={config.reconstruction.get('name')}"
-    check_contract(key, methods.reconstruction, ("changes_weights",), ("linear", "layer", "network"))
+    check_contract(key, methods.reconstruction, ("changes_weights", "learned"), ("linear", "layer", "network"))
     _check_statistics(key, methods.reconstruction)
 
 

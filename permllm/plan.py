@@ -28,7 +28,9 @@ from permllm.runtime.memory import peak_host_memory
 from permllm.runtime.terminal import terminal
 
 
-def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any, mask: Any) -> None:
+def print_plan(
+    config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any, mask: Any, reconstruction: Any
+) -> None:
     """Print the plan of a run.
 
     Args:
@@ -37,6 +39,7 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
         pruner: the base pruner.
         permutation: the permutation method; one that is learned says what it will learn.
         mask: the mask method, likewise.
+        reconstruction: of the kept weights.
     """
     console = terminal()
     every, groups = channel_groups(model), groups_to_prune(model, config)
@@ -88,8 +91,12 @@ def print_plan(config: RunConfig, model: PreTrainedModel, pruner: Pruner, permut
     learning = [_Learning("learn", permutation, of_window, depth)] if learns_alone else []
     if mask.learned:
         learning.append(_masks(console, mask, mask.plan(groups, layers), of_window))
+    kept = sum(count * pattern.n // pattern.m for pattern, count in weights.items())
+    if reconstruction.learned:
+        console.print(f"kept weights           {kept}, which learn together")
+        learning.append(_weights(config, reconstruction, kept, sum(weights.values()), layers))
     console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
-    stages = _memory(config, model, every, pruner, parameters, learning, mask)
+    stages = _memory(config, model, every, (pruner, reconstruction), parameters, learning, mask)
     for stage, size in stages.items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
     if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
@@ -106,6 +113,14 @@ def _masks(console: Console, mask: Any, plan: MaskPlan, logits: int) -> _Learnin
         return _Learning("learn masks", mask, max(each) + logits, depth)
     # A masked weight in the format of the products, which are bfloat16 where they are not the weights' own.
     return _Learning("learn masks", mask, max(each), depth, 2 * max(each) if plan.keeps_masked else 0)
+
+
+def _weights(config: RunConfig, reconstruction: Any, kept: int, pruned: int, layers: int) -> _Learning:
+    """Kept weights that learn: their places, their mean where it is wanted, and the weights as products read them."""
+    waiting = 4 * kept * (2 if reconstruction.average else 1)
+    # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded for the products.
+    waiting += 2 * pruned if config.model.dtype == "float32" else 0
+    return _Learning("learn weights", reconstruction, kept, layers, waiting)
 
 
 def _pruned(weights: Mapping[NMPattern, int]) -> str:
@@ -139,7 +154,7 @@ def _memory(
     config: RunConfig,
     model: PreTrainedModel,
     groups: list[ChannelGroup],
-    pruner: Pruner,
+    pruning: tuple[Pruner, Any],
     parameters: int,
     learning: Sequence[_Learning],
     mask: Any,
@@ -153,6 +168,7 @@ def _memory(
     states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
     forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
     channels = max(group.channels for group in groups)
+    pruner, reconstruction = pruning
     sums = sum(kind.memory(channels) for kind in input_kinds(pruner.statistics))
     pruned = sum(group.channels * sum(group.rows) for group in groups)
     # A float32 number a weight and statistic; a saliency that follows from them, a dense score, takes their place.
@@ -192,5 +208,6 @@ def _memory(
         stages[name] = weights + 16 * learned + waiting + activations + 3 * largest * item
         stages[name] += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
         stages[name] += scores * depth / len(decoder_layers(model))
-    stages["prune"] = weights + forward + sums + 4 * 3 * largest
+    asked = input_kinds((*pruner.statistics, *reconstruction.statistics))
+    stages["prune"] = weights + forward + sum(kind.memory(channels) for kind in asked) + 4 * 3 * largest
     return {name: math.ceil(size) for name, size in stages.items()}

@@ -73,7 +73,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         skeleton = meta_model(config.model)
         check_groups(config, groups_to_prune(skeleton, config), methods.permutation)
         if config.plan:
-            print_plan(config, skeleton, methods.pruner, methods.permutation, methods.mask)
+            print_plan(config, skeleton, methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
             return None
 
     record = RunRecord(run_directory(config), config, config.force)

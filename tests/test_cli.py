@@ -111,6 +111,14 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     # The Gram matrix of the widest input and its copies; weights, masks and what they take away of the widest group.
     more = 5 * 4 * 18944**2 + 6 * 4 * 3584 * 2 * 18944
     assert (sizes["refine masks"] - sizes["calibrate"]) * 1e9 == pytest.approx(more, abs=2e7)
+    weights_learn = run_command("model=qwen2.5-7b", "plan=true", "reconstruction=distill", "permutation=none", cwd=tmp_path)
+    kept = 28 * a_layer // 2
+    assert f"kept weights           {kept}," in weights_learn.stdout
+    held = float(re.search(r"learn weights +([\d.]+) GB", weights_learn.stdout)[1])  # type: ignore[index]
+    # Values, gradients and two moments in float32, and places; of all layers the states alone, as they are recomputed.
+    states = 4 * 1024 * (3584 * 28 + 8 * 3584 + 4 * 2 * 18944) * 2
+    head = 4 * 4 * 128 * 152064 + 2 * 152064 * 3584
+    assert (held - weights) * 1e9 == pytest.approx(5 * 4 * kept + states + a_group + head, abs=2e7)
     assert not (tmp_path / "runs").exists()
 
 

@@ -52,6 +52,7 @@ class Learned:
 @dataclass
 class Reconstruction:
     changes_weights = False
+    learned = False
     statistics = ()
 
     def linear(self, pruned: Any) -> Any:
@@ -60,7 +61,7 @@ class Reconstruction:
     layer = network = linear
 
 
-OF_A_RECONSTRUCTION = ("changes_weights", "statistics", "linear", "layer", "network")
+OF_A_RECONSTRUCTION = ("changes_weights", "learned", "statistics", "linear", "layer", "network")
 CASES: list[tuple[type, str, str]] = [
     *((Pruner, name, "pruner=wanda") for name in ("statistics", "updates_weights", "factors")),
     *((Local, name, "permutation=none") for name in ("learned", "local", "constraint", "order")),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from typing_extensions import override
 
 from permllm.errors import ConfigError
 from permllm.validation import check_number, check_one_of, check_whole
@@ -13,17 +15,42 @@ StraightThrough = Literal["swap", "hard", "soft"]
 
 
 @dataclass(kw_only=True)
-class LearningSettings:
-    """Settings of descent through the model, whatever learns.
+class DescentSettings:
+    """Settings of descent through the whole model, whatever learns.
 
     Attributes:
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
-        weight_decay: of AdamW.
-        epochs: over the calibration samples.
+        epochs: over the calibration samples, each time in an order of its own.
         steps: how many steps there are in all, over as many epochs as that takes; null is what `epochs` says.
         samples: windows of the calibration text to learn from, the first ones those of `calibration.samples`, further ones
             drawn like them; null takes those of `calibration.samples`.
         batch_size: samples a step.
+        activation_checkpointing: recompute each decoder layer in backward; null decides by the size of the activations.
+    """
+
+    learning_rate: float = 1e-2
+    epochs: int = 3
+    steps: int | None = None
+    samples: int | None = None
+    batch_size: int = 4
+    activation_checkpointing: bool | None = None
+
+    def check(self, group: str) -> None:
+        """Raise ConfigError for a value that cannot work; its key is in `group`."""
+        for name in ("epochs", "batch_size"):
+            check_whole(f"{group}.{name}", getattr(self, name), 1)
+        check_number(f"{group}.learning_rate", self.learning_rate, positive=True)
+        for name in ("steps", "samples"):
+            if getattr(self, name) is not None:
+                check_whole(f"{group}.{name}", getattr(self, name), 1)
+
+
+@dataclass(kw_only=True)
+class LearningSettings(DescentSettings):
+    """Settings of descent that may go through some layers at a time.
+
+    Attributes:
+        weight_decay: of AdamW.
         loss: `kl` of the next-token distributions, which needs `layers_per_stage=all`; `cosine` of the stage's output (the
             paper), or `mse` of it. None is `kl` where the whole model learns together, else `cosine`.
         layers_per_stage: how many consecutive decoder layers learn together: `all` of them (the paper), 1, or so many. Stages
@@ -33,24 +60,23 @@ class LearningSettings:
         select_from: after each of the last so many epochs the loss of all samples is measured with what was learned so far,
             and the best is the result; 0 takes the last one and measures nothing. Losses during an epoch do not tell: each
             step has its own state and its own samples.
-        activation_checkpointing: recompute each decoder layer in backward; None decides by the size of the activations.
         compile: compile the elementwise work of the masked linears, which takes 10 to 20 seconds; None does it where that
             is soon made up for. Without a compiler the step is the slower one.
     """
 
-    learning_rate: float = 1e-2
     weight_decay: float = 0.0
-    epochs: int = 3
-    steps: int | None = None
-    samples: int | None = None
-    batch_size: int = 4
     loss: Loss | None = None
     layers_per_stage: int | str = "all"
     last_layers: int | None = None
     select_from: int = 2
-    activation_checkpointing: bool | None = None
     compile: bool | None = None
 
+    @classmethod
+    def of(cls, descent: DescentSettings, **more: Any) -> LearningSettings:
+        """The settings of a descent, and what else is to be said."""
+        return cls(**{field.name: getattr(descent, field.name) for field in fields(DescentSettings)}, **more)
+
+    @override
     def check(self, group: str) -> None:
         """Set the loss that follows, and raise ConfigError for a value that cannot work; its key is in `group`."""
         if self.loss is None:
@@ -66,14 +92,11 @@ class LearningSettings:
                 raise ConfigError(
                     f"{group}.loss=kl needs {group}.layers_per_stage=all: only the last layer has next-token logits"
                 )
-        for name in ("epochs", "batch_size"):
-            check_whole(f"{group}.{name}", getattr(self, name), 1)
+        super().check(group)
         check_whole(f"{group}.select_from", self.select_from, 0)
-        check_number(f"{group}.learning_rate", self.learning_rate, positive=True)
         check_number(f"{group}.weight_decay", self.weight_decay, positive=False)
-        for name in ("steps", "samples", "last_layers"):
-            if getattr(self, name) is not None:
-                check_whole(f"{group}.{name}", getattr(self, name), 1)
+        if self.last_layers is not None:
+            check_whole(f"{group}.last_layers", self.last_layers, 1)
 
     def spans(self, layers: int) -> list[tuple[int, int]]:
         """First layer and the one after the last of each stage, for a model of so many decoder layers."""

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from permllm.errors import DataError, TrainingError
 from permllm.learning.batches import Batch, Batches
 from permllm.learning.problem import LearningProblem
-from permllm.learning.settings import LearningSettings
+from permllm.learning.settings import DescentSettings, LearningSettings
 from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.losses import loss_named
@@ -481,12 +481,12 @@ def read_checkpoint(
     return state
 
 
-def samples_of(settings: LearningSettings, problem: LearningProblem) -> int:
+def samples_of(settings: DescentSettings, problem: LearningProblem) -> int:
     """How many of the samples are learned from."""
     return min(len(problem.tokens), settings.samples or len(problem.tokens))
 
 
-def steps_of(settings: LearningSettings, samples: int) -> int:
+def steps_of(settings: DescentSettings, samples: int) -> int:
     """How many steps a window has."""
     return settings.steps or settings.epochs * math.ceil(samples / settings.batch_size)
 

@@ -77,10 +77,12 @@ class Reconstruction(Protocol):
 
     Attributes:
         changes_weights: false only where it does nothing.
+        learned: it trains the kept weights of the whole model (`LearnedReconstruction`).
         statistics: what it asks of the calibration text (`permllm.calibration.statistics`).
     """
 
     changes_weights: bool
+    learned: bool
 
     @property
     def statistics(self) -> Statistics:
@@ -96,10 +98,25 @@ class Reconstruction(Protocol):
         """Change the weights of all linears in place, zero outside of their masks."""
 
 
+class LearnedReconstruction(Reconstruction, Protocol):
+    """Trains the kept weights of all layers together.
+
+    Attributes:
+        batch_size: samples a step.
+        loss: towards the dense model, as `permllm.models.losses` names them.
+        average: above 0 where a mean of the weights is the result.
+    """
+
+    batch_size: int
+    loss: str
+    average: float
+
+
 class NoReconstruction:
     """The kept weights stay as the pruner left them."""
 
     changes_weights = False
+    learned = False
     statistics: ClassVar[Statistics] = ()
 
     def linear(self, pruned: PrunedLinear) -> Tensor:

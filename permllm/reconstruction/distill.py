@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
 from permllm.calibration.statistics.base import Statistics
 from permllm.errors import DataError
-from permllm.learning.settings import LearningSettings
+from permllm.learning.settings import LearningSettings, Loss
 from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.models.families import decoder_layers
 from permllm.reconstruction.admm import ADMM
@@ -27,6 +28,8 @@ class Distill(DistillSettings, NoReconstruction):
     """
 
     changes_weights = True
+    learned = True
+    loss: ClassVar[Loss] = "kl"
 
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]
@@ -44,16 +47,7 @@ class Distill(DistillSettings, NoReconstruction):
     def network(self, pruned: PrunedNetwork) -> None:
         """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
         problem = pruned.problem
-        settings = LearningSettings(
-            learning_rate=self.learning_rate,
-            epochs=self.epochs,
-            steps=self.steps,
-            samples=self.samples,
-            batch_size=self.batch_size,
-            loss="kl",
-            select_from=0,
-            activation_checkpointing=self.activation_checkpointing,
-        )
+        settings = LearningSettings.of(self, loss=self.loss, select_from=0)
         steps = steps_of(settings, samples_of(settings, problem))
         kept = KeptWeights(pruned.linears, pruned.masks)
         learner = WeightLearner(kept, self.learning_rate, steps - round(self.average * steps) if self.average else None)

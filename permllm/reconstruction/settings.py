@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from permllm.errors import ConfigError
+from permllm.learning.settings import DescentSettings
 from permllm.validation import check_number, check_one_of, check_whole
 
 Columns = Literal["permuted", "costly"]
@@ -46,39 +47,23 @@ class BlockSettings:
         check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
 
 
-@dataclass(frozen=True)
-class DistillSettings:
+@dataclass(kw_only=True)
+class DistillSettings(DescentSettings):
     """Settings of the distillation.
 
     Attributes:
-        epochs: over the samples, each time in an order of its own.
-        steps: how many there are in all, over as many epochs as that takes; null is what `epochs` says.
-        learning_rate: of Adam at the start, with a cosine schedule to zero.
-        batch_size: samples a step.
-        samples: windows of the calibration text, the first ones those of `calibration.samples`, further ones drawn like them;
-            null takes those of `calibration.samples`.
-        activation_checkpointing: recompute each decoder layer in backward; null decides by the size of the activations.
         average: share of the steps, the last ones, whose weights' mean is the result; 0 takes the last weights.
         start: what the kept weights are before, linear by linear: `masked`, as the pruner left them; `obs` or `admm`, what
             `reconstruction=obs` or `reconstruction=admm` makes of them.
     """
 
-    epochs: int = 2
-    steps: int | None = None
     learning_rate: float = 1e-4
-    batch_size: int = 4
-    samples: int | None = None
-    activation_checkpointing: bool | None = None
+    epochs: int = 2
     average: float = 0.0
     start: Start = "masked"
 
     def __post_init__(self) -> None:
-        check_whole("reconstruction.epochs", self.epochs, 1)
-        check_whole("reconstruction.batch_size", self.batch_size, 1)
-        check_number("reconstruction.learning_rate", self.learning_rate, positive=True)
-        for name in ("steps", "samples"):
-            if getattr(self, name) is not None:
-                check_whole(f"reconstruction.{name}", getattr(self, name), 1)
+        self.check("reconstruction")
         check_number("reconstruction.average", self.average, positive=False)
         check_one_of("reconstruction.start", self.start, get_args(Start))
         if self.average > 1:
