@@ -261,10 +261,13 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     )
     calibration = config.calibration
     if isinstance(texts, Tensor):
-        samples = config.reconstruction.get("samples")
-        if samples is not None and samples > texts.shape[0]:
-            raise ConfigError(f"reconstruction.samples={samples}: texts has {texts.shape[0]} windows of tokens, and no others")
         calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
+        further = replace(config, calibration=calibration).further
+        if further:
+            raise ConfigError(
+                f"texts has {texts.shape[0]} windows of tokens, and {texts.shape[0] + further} are asked for: `samples` and "
+                "`skip` of the permutation, the mask and the reconstruction say how many are learned from"
+            )
     mask = "" if config.mask["name"] == "pruner" else f"-{config.mask['name']}"
     methods = f"{config.pruner['name']}-{config.permutation['name']}{mask}"
     name = f"{of_model.name}-{methods}-{config.sparsity.replace(':', 'x')}"

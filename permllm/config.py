@@ -340,8 +340,9 @@ class RunConfig:
     @property
     def further(self) -> int:
         """Windows of the calibration text, after `calibration.samples`, that a method learns from."""
-        asked = [getattr(self, group).get("samples") or 0 for group in ("permutation", "mask", "reconstruction")]
-        return max(0, max(asked) - self.calibration.samples)
+        asked = [getattr(self, group) for group in ("permutation", "mask", "reconstruction")]
+        first = self.calibration.samples
+        return max([0, *(one["skip"] + (one["samples"] or first) - first for one in asked if "skip" in one)])
 
     # What a job is is asked many times, and follows from files that take time to read: once.
     @cached_property

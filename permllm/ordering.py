@@ -18,6 +18,7 @@ from permllm.config import RunConfig
 from permllm.helping import call_helpers
 from permllm.job import Job
 from permllm.learning.problem import LearningProblem
+from permllm.learning.settings import DescentSettings
 from permllm.learning.training import steps_in_all
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
@@ -50,12 +51,18 @@ def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
         drawn: int64 `(samples, length)`, those of the calibration first.
         target: of the former, `(calibration samples, length, hidden)`.
     """
-    most = max((method.samples or 0 for method in job.methods.learned.values() if hasattr(method, "samples")), default=0)
+    first = job.config.calibration.samples
+    most = max((windows_for(method, first).stop for method in job.methods.learned.values()), default=0)
     further = drawn[len(target) : most]
     if not len(further):
         return target
     found = shared_target(job.loaded, further, job.config.calibration.batch_size, job.products)
     return torch.cat([target, found])
+
+
+def windows_for(method: object, calibration: int) -> slice:
+    """The windows of the text that a method learns from, where the first so many are those of the calibration."""
+    return method.windows(calibration) if isinstance(method, DescentSettings) else slice(0, calibration)
 
 
 def learning_problem(
@@ -65,7 +72,7 @@ def learning_problem(
     drawn: Tensor,
     dense: DenseCalibration,
     directory: Path | None = None,
-    samples: int | None = None,
+    windows: slice | None = None,
 ) -> LearningProblem:
     """What a method is given that learns from the whole model; its checkpoint goes into the directory.
 
@@ -74,21 +81,21 @@ def learning_problem(
         loaded: the dense model.
         groups: that are pruned.
         drawn: int64 `(samples, length)`, those of the calibration first.
-        dense: what the dense model tells, of so many of them as are learned from.
+        dense: what the dense model tells, of all of them up to those that are learned from.
         directory: None keeps no checkpoint.
-        samples: to learn from; None is those of the calibration.
+        windows: to learn from; None is those of the calibration.
     """
-    count = samples or config.calibration.samples
+    windows = windows or slice(0, config.calibration.samples)
     return LearningProblem(
         model=loaded.model,
         groups=groups,
-        tokens=drawn[:count],
+        tokens=drawn[windows],
         factors=dense.factors,
-        target=dense.target[:count],
+        target=dense.target[windows],
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
-        calibration_samples=config.calibration.samples,
+        calibration=drawn[: config.calibration.samples],
         directory=directory,
         run=config.hash,
     )
@@ -113,8 +120,8 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
         return order
     assert dense is not None
     with record.stage("permute", job.device):
-        samples = getattr(permutation, "samples", None)
-        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, samples)
+        windows = windows_for(permutation, job.config.calibration.samples)
+        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, windows)
         problem.on_step = lambda step, values: job.logger.log(values, step)
         passes = _Passes(record, job.logger)
         problem.on_pass, problem.on_resume = passes.add, passes.resume
@@ -156,8 +163,8 @@ def learned_masks(
     if mask.local:
         return order, None
     assert dense is not None
-    samples = getattr(mask, "samples", None)
-    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, samples)
+    windows = windows_for(mask, job.config.calibration.samples)
+    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, windows)
     orders = {group.name: _order_by(order, problem, group) for group in job.groups}
     first = 0
     if isinstance(permutation, LCPSettings) and not mask.learns_orders:

@@ -10,7 +10,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import calibrate, learned_masks, order_of, target_of_all
+from permllm.ordering import calibrate, learned_masks, order_of, target_of_all, windows_for
 from permllm.pipeline import PrunedModel, prune
 
 
@@ -34,7 +34,8 @@ def prune_model(
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
             dense.target = target_of_all(job, drawn, dense.target)
     order, masks = learned_masks(job, drawn, dense, order_of(job, drawn, dense))
-    asked = config.reconstruction.get("samples") or 0
+    count = len(tokens)
+    of_network = windows_for(job.methods.reconstruction, count)
     with record.stage("prune", job.device):
         pruned = prune(
             job.loaded.model,
@@ -48,7 +49,7 @@ def prune_model(
             job.methods.reconstruction,
             job.products,
             masks,
-            drawn[:asked] if asked > len(tokens) else None,
+            drawn[of_network] if of_network.start or of_network.stop > count else None,
             record.directory,
             config.hash,
             config.seed,

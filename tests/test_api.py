@@ -27,6 +27,7 @@ from tests.conftest import ROOT, tiny_model
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
+WINDOWS = torch.full((2, 16), 7)
 SMALL = FEW | {"permutation__epochs": 1, "block_size": 16}
 
 
@@ -170,6 +171,11 @@ def test_weights_that_were_trained_afterwards_are_saved_under_the_masks(
         ({"blok_size": 1}, "blok_size"),
         ({"permutation__learning_rate": -1.0}, "learning_rate"),
         ({"texts": torch.zeros(3)}, "texts: expected int64 tokens (samples, seqlen)"),
+        (
+            {"texts": WINDOWS, "reconstruction": "distill", "reconstruction__samples": 3},
+            "texts has 2 windows of tokens, and 3 are",
+        ),
+        ({"texts": WINDOWS, "mask": "score", "mask__skip": 1}, "texts has 2 windows of tokens, and 3 are asked for"),
         ({"texts": "nowhere"}, "texts='nowhere': expected a list of documents, or one of boolq-passages,"),
         ({"texts": TEXT}, "texts='A neural network spends most of [...]': expected a list of documents"),
         ({"texts": []}, "texts: expected at least one document"),

@@ -28,7 +28,7 @@ class LearningProblem:
         pattern: N:M of the groups that have none of their own.
         seed: of the initial logits and the order of samples.
         calibration_batch_size: samples a forward where nothing is learned.
-        calibration_samples: how many of the tokens, the first ones, are those of the calibration; None is all of them.
+        calibration: int64 `(samples, length)`, what the factors are of; None where that is the tokens.
         directory: where the checkpoint goes; None keeps none.
         run: digest of the settings; a checkpoint of another run is not continued.
         on_step: called after each step with loss, temperature, flips and seconds.
@@ -45,7 +45,7 @@ class LearningProblem:
     pattern: NMPattern
     seed: int
     calibration_batch_size: int = 8
-    calibration_samples: int | None = None
+    calibration: Tensor | None = None
     directory: Path | None = None
     run: str = ""
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None

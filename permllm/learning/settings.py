@@ -23,7 +23,9 @@ class DescentSettings:
         epochs: over the calibration samples, each time in an order of its own.
         steps: how many steps there are in all, over as many epochs as that takes; null is what `epochs` says.
         samples: windows of the calibration text to learn from, the first ones those of `calibration.samples`, further ones
-            drawn like them; null takes those of `calibration.samples`.
+            drawn like them; null takes as many as `calibration.samples`.
+        skip: how many windows of the text are passed over before, so that something learns from others than what learned
+            before it, or than the statistics are of.
         batch_size: samples a step.
         activation_checkpointing: recompute each decoder layer in backward; null decides by the size of the activations.
     """
@@ -32,6 +34,7 @@ class DescentSettings:
     epochs: int = 3
     steps: int | None = None
     samples: int | None = None
+    skip: int = 0
     batch_size: int = 4
     activation_checkpointing: bool | None = None
 
@@ -43,6 +46,11 @@ class DescentSettings:
         for name in ("steps", "samples"):
             if getattr(self, name) is not None:
                 check_whole(f"{group}.{name}", getattr(self, name), 1)
+        check_whole(f"{group}.skip", self.skip, 0)
+
+    def windows(self, calibration: int) -> slice:
+        """The windows of the text that are learned from, where the first so many are those of the calibration."""
+        return slice(self.skip, self.skip + (self.samples or calibration))
 
 
 @dataclass(kw_only=True)

@@ -75,7 +75,7 @@ class Refining:
         problem = self.problem
         found: dict[str, Tensor] = {}
         if self._stream is None:
-            tokens = problem.tokens[: problem.calibration_samples]
+            tokens = problem.tokens if problem.calibration is None else problem.calibration
             self._stream = LayerStream(problem.model, tokens, problem.calibration_batch_size)
         for layer in tqdm(sorted({group.layer for group in groups}), desc="refine masks", unit="layer"):
             for index in range(self._layer, layer):

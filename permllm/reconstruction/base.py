@@ -61,8 +61,8 @@ class PrunedNetwork:
     """The model when all of its layers are pruned.
 
     Attributes:
-        problem: the model with its pruned weights, as many windows as the setting `samples` of the reconstruction asks for, at
-            least those of the calibration, and the dense model's output for them.
+        problem: the model with its pruned weights, the dense model's output, and the windows that `samples` and `skip` of the
+            reconstruction ask for, or those of the calibration where they begin with all of these.
         linears: its pruned linears.
         masks: bool `(C_out, C_in)` for each of them, on the host.
     """

@@ -85,7 +85,7 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(perm
 
 
 def test_only_the_calibration_samples_are_read() -> None:
-    learning = problem(tiny_model("llama"), Wanda(), calibration_samples=4)
+    learning = problem(tiny_model("llama"), Wanda(), calibration=tokens()[:4])
     orders = ordered(learning, "none")
     _, masks = RefinedMask().masks(learning, orders)
     learning.tokens = learning.tokens[:4]

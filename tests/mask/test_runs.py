@@ -11,6 +11,7 @@ import torch
 
 from permllm import runner, stages
 from permllm.config import read_config
+from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.learning.problem import LearningProblem
@@ -111,6 +112,41 @@ def test_each_method_learns_from_its_own_amount_of_text(cache: Path, tmp_path: P
     assert (len(orders.tokens), len(masks.tokens)) == (4, 12)
     assert torch.equal(orders.tokens, masks.tokens[:4])
     assert len(masks.tokens.unique(dim=0)) == 12
+
+
+def test_what_learns_later_can_pass_over_the_text_before(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LearningProblem] = []
+    real = Training.__init__
+
+    def watched(self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any) -> None:
+        seen.append(problem)
+        dense = last_states(tiny, problem.tokens, 4, torch.float32)
+        torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
+        real(self, settings, problem, *more, **others)
+
+    monkeypatch.setattr(Training, "__init__", watched)
+    words = ("mask=score", "reconstruction=distill", *LEARNING, "calibration.samples=8", "compute_dtype=float32")
+    words = (
+        *words,
+        "permutation.samples=4",
+        "mask.skip=4",
+        "mask.samples=6",
+        "reconstruction.skip=2",
+        "reconstruction.samples=3",
+    )
+    settings = read_config(composed("model=tiny", *words))
+    loaded = load_model(settings.model, settings.seed)
+    tiny = loaded.model
+    drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=settings.further)
+    run(tmp_path, *words)
+    assert settings.further == 2
+    for problem, windows in zip(seen, (slice(0, 4), slice(4, 10), slice(2, 5)), strict=True):
+        assert torch.equal(problem.tokens, drawn[windows])
+    # Without an amount it is as much as without passing over anything.
+    plain, skipping = (read_config(composed("model=tiny", "mask=score", f"mask.skip={skip}")) for skip in (0, 3))
+    assert skipping.further == 3
+    assert plain.hash == read_config(composed("model=tiny", "mask=score")).hash != skipping.hash
+    assert "skip" not in plain.identity["mask"]
 
 
 def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
