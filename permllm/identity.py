@@ -28,6 +28,7 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.steps": None,
     "permutation.samples": None,
     "permutation.skip": 0,
+    "permutation.deal": "random",
     "mask.skip": 0,
     "calibration.sampling": "disjoint",
     "reconstruction.columns": "permuted",

@@ -241,11 +241,7 @@ class Training:
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._begin(moment, self.generator)
-        mine = parallel.share(batch)
-        loss = torch.zeros((), device=self.device)
-        if len(mine):
-            loss = self._loss(mine, moment) * (len(mine) / len(batch))
-            loss.backward()
+        loss = self._backward(batch, moment)
         if after is not None:
             self.samples.fetch(parallel.share(after))
         total = loss.detach().clone()
@@ -262,6 +258,22 @@ class Training:
         for learner, count in zip(self.learners, counted, strict=True):
             values |= learner.step_values(moment, None if count is None else flips.pop(0))
         return value, values
+
+    def gradients(self, batches: Iterable[Tensor], moment: Moment) -> None:
+        """Leave with what learns the sum of its gradients over batches of samples at indices; nothing is updated."""
+        self._begin(moment, None)
+        for batch in batches:
+            self._backward(batch, moment)
+        self._add_up_gradients(moment)
+
+    def _backward(self, batch: Tensor, moment: Moment) -> Tensor:
+        """The loss of this process's share of a batch, a part of the mean over all of it, whose gradients are left."""
+        mine = parallel.share(batch)
+        if not len(mine):
+            return torch.zeros((), device=self.device)
+        loss = self._loss(mine, moment) * (len(mine) / len(batch))
+        loss.backward()
+        return loss
 
     def _begin(self, moment: Moment, generator: torch.Generator | None) -> None:
         for learner in self.learners:

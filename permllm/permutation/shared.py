@@ -11,6 +11,7 @@ folds into the neighbouring weights for free (`constraint=foldable`) is:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -101,12 +102,18 @@ class SharedOrder:
             return None
         return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
 
-    def deal(self, order: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
-        """The groups of M of a shared order in random sequence inside their segments: the same masks, other neighbours."""
-        dealt = []
-        for segment in order.split(self.segment):
-            groups = segment.view(-1, self.m(pattern))
-            dealt.append(groups[torch.randperm(len(groups), generator=generator)].flatten())
+    def deal(self, order: Tensor, pattern: NMPattern, sequences: Iterable[Tensor]) -> Tensor:
+        """The groups of M of a shared order in another sequence: the same masks, other neighbours.
+
+        Args:
+            order: int64 `(channels,)`.
+            pattern: N:M of the groups that have none of their own.
+            sequences: of groups, int64, for pieces of the order one after the other, none of which crosses a segment.
+        """
+        groups, dealt, first = order.view(-1, self.m(pattern)), [], 0
+        for sequence in sequences:
+            dealt.append(groups[first + sequence.to(order.device)].flatten())
+            first += len(sequence)
         return torch.cat(dealt)
 
     def _starts(self, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from permllm.permutation.lcp import method as lcp_module
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
-from permllm.permutation.shared import RESIDUAL, SharedOrder, foldable, shared_orders
+from permllm.permutation.shared import RESIDUAL, foldable, shared_orders
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from tests.conftest import tiny_model
@@ -344,13 +344,6 @@ def test_rounds_let_channels_leave_their_blocks_and_never_lose_the_best(tmp_path
         lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
     continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
     assert all(torch.equal(orders[name], continued[name]) for name in orders)
-
-
-def test_dealing_moves_whole_groups() -> None:
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    dealt = SharedOrder("x", 32, 32, 1, ()).deal(order, PATTERN, torch.Generator().manual_seed(1))
-    assert not torch.equal(order, dealt)
-    assert {tuple(group) for group in dealt.view(-1, 4).tolist()} == {tuple(group) for group in order.view(-1, 4).tolist()}
 
 
 def test_gumbel_noise_moves_channels_that_nothing_else_moves(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ layer. The weights stay as they are. Forward uses hard permutations and hard mas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,18 +21,22 @@ from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import BlockStack, count_logits
-from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
+from permllm.learning.training import Checkpoint, Moment, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.learning.windows import WindowStream
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.contract import LearningPlan
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.dealing import WIDEST, Exchanges, contested_deal, exchange_deal, random_deal
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.record.names import CHECKPOINT
 from permllm.runtime import parallel
 from permllm.sparsity import permuted_nm_mask
+
+# Batches whose exchanges decide which groups share a block.
+_DEALT_FROM = 4
 
 
 class LCP(LCPSettings):
@@ -92,10 +98,9 @@ class LCP(LCPSettings):
             if number < begin or not learning:
                 continue
             round_ = number % self.rounds
-            if round_:
-                generator = torch.Generator().manual_seed(problem.seed + 2 + number)
-                orders |= {order.name: order.deal(orders[order.name], problem.pattern, generator) for order in learning}
             window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
+            if round_ and (state is None or number > begin):
+                orders |= self._dealt(problem, shared, window, orders)
             logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or round_ > 0)
             with self.masked(problem, shared, window) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
@@ -106,6 +111,34 @@ class LCP(LCPSettings):
                 training.run()
                 orders, best_loss = learner.best, training.best_loss
         return expanded(shared, orders)
+
+    def _dealt(
+        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, orders: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The orders that learn in a window with their groups dealt anew to the blocks."""
+        learning = self.learning(shared, window.first, window.stop)
+        generator = torch.Generator().manual_seed(problem.seed + 2 + window.number)
+        if self.deal == "random":
+            return {order.name: random_deal(order, orders[order.name], problem.pattern, generator) for order in learning}
+        if self.deal == "contested":
+            of = partial(contested_deal, pattern=problem.pattern, saliency_of=problem.saliency_of)
+            return parallel.from_first(lambda: {order.name: of(order, orders[order.name]) for order in learning})
+        wide = replace(self, block_size=WIDEST, straight_through="swap")
+        with wide.masked(problem, shared, window) as linears:
+            exchanges = Exchanges(learning, shared, window, orders, linears, problem)
+            training = Training(self, problem, window, [exchanges], "lcp", CHECKPOINT)
+            samples = torch.randperm(training.count, generator=generator)[: _DEALT_FROM * self.batch_size]
+            training.gradients(samples.split(self.batch_size), Moment(0, 1, 0, 1))
+
+        def dealt() -> dict[str, Tensor]:
+            return {
+                order.name: exchange_deal(
+                    order, orders[order.name], problem.pattern, exchanges.changes(order, problem.pattern), self.block_size
+                )
+                for order in learning
+            }
+
+        return parallel.from_first(dealt)
 
     def masked(
         self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None

@@ -14,6 +14,7 @@ from permllm.validation import check_number, check_one_of, check_whole
 Init = Literal["heuristic", "random"]
 TemperatureEvery = Literal["step", "epoch"]
 SinkhornStart = Literal["exponential", "softmax"]
+Deal = Literal["random", "contested", "exchanges"]
 
 
 @dataclass(kw_only=True)
@@ -39,6 +40,9 @@ class LCPSettings(LearningSettings):
             and the softmax over each group is sharper where the saliency is not normalised.
         rounds: how often the epochs are gone through, schedules and all, each time from the best order so far with its groups
             of M dealt anew to the blocks. The mask is the same, and channels meet others than before.
+        deal: how they are dealt: at `random`; `contested`, so that groups share a block where little decides what is kept; or
+            `exchanges`, so that those do whose best exchange of a channel promises the most by the gradient of
+            `straight_through=swap`, measured on some batches.
         straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
@@ -56,6 +60,7 @@ class LCPSettings(LearningSettings):
     sinkhorn_start: SinkhornStart = "exponential"
     norm_over: NormOver = "tokens"
     rounds: int = 1
+    deal: Deal = "random"
     straight_through: StraightThrough = "swap"
     normalize_saliency: bool = True
     gumbel: float = 0.0
@@ -74,5 +79,6 @@ class LCPSettings(LearningSettings):
         check_one_of("permutation.norm_over", self.norm_over, get_args(NormOver))
         self.check("permutation")
         check_whole("permutation.rounds", self.rounds, 1)
+        check_one_of("permutation.deal", self.deal, get_args(Deal))
         for name in ("gumbel", "margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
