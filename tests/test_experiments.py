@@ -122,8 +122,9 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
         methods = methods_of(config)
         parts = {"permutation": methods.permutation, "mask": methods.mask, "reconstruction": methods.reconstruction}
         learned = {group: method for group, method in parts.items() if getattr(method, "steps", None)}
-        # Four windows a step, each once.
-        assert all(method.samples == 4 * method.steps for method in learned.values())
+        # Four windows a step, each once; the paper's recipe takes the same ones again.
+        if config.permutation["name"] != "lcp-paper":
+            assert all(method.samples == 4 * method.steps for method in learned.values())
         whole = {group: (config.permutation if group == "permutation" else getattr(config, group))["name"] for group in parts}
         steps = {group: method.steps * getattr(method, "rounds", 1) for group, method in learned.items()}
         found[tuple(whole.values())] = max(steps.values(), default=0)
