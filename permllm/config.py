@@ -340,9 +340,9 @@ class RunConfig:
     @property
     def further(self) -> int:
         """Windows of the calibration text, after `calibration.samples`, that a method learns from."""
-        asked = [getattr(self, group) for group in ("permutation", "mask", "reconstruction")]
         first = self.calibration.samples
-        return max([0, *(one["skip"] + (one["samples"] or first) - first for one in asked if "skip" in one)])
+        asked = [getattr(self, group) for group in ("permutation", "mask", "reconstruction")]
+        return max(first, *(windows_learned_from(one.get("samples"), one.get("skip"), first).stop for one in asked)) - first
 
     # What a job is is asked many times, and follows from files that take time to read: once.
     @cached_property
@@ -595,3 +595,14 @@ def _times(count: int | None, factor: float) -> int | None:
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
     return a if value in (case if isinstance(case, list) else [case]) else b
+
+
+def windows_learned_from(samples: int | None, skip: int | None, calibration: int) -> slice:
+    """The windows of the text that a method learns from.
+
+    Args:
+        samples, skip: its settings; None where it has none.
+        calibration: how many windows, the first ones, are those of the calibration.
+    """
+    first = skip or 0
+    return slice(first, first + (samples or calibration))

@@ -72,9 +72,12 @@ def call_helpers(
     """
     if parallel.world_size() == 1:
         return
-    given: dict[str, Any] = {"model": identity, "products": str(products).removeprefix("torch."), "tokens": problem.tokens}
+    given: dict[str, Any] = {"model": identity, "products": str(products).removeprefix("torch.")}
     given["orders"] = None if orders is None else dict(orders)
-    parallel.tell(parallel.LEARN, given | {"factors": packed_factors(problem.factors), "target": problem.target})
+    # A view would be sent with all that it is a view of.
+    given |= {"tokens": problem.tokens.clone(), "target": problem.target.clone()}
+    given["calibration"] = None if problem.calibration is None else problem.calibration.clone()
+    parallel.tell(parallel.LEARN, given | {"factors": packed_factors(problem.factors)})
     for number, reason in enumerate(parallel.gathered("")):
         if reason:
             raise DataError(f"the process of rank {number} cannot learn: {reason}")
@@ -119,6 +122,7 @@ def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> Non
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
+        calibration=given["calibration"],
     )
     try:
         with parallel.in_step(), products_in(getattr(torch, given["products"]), problem.device):

@@ -25,7 +25,7 @@ from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
 from permllm.sparsity import check_divides
-from permllm.validation import check_contract, check_one_of, check_whole
+from permllm.validation import check_contract, check_number, check_one_of, check_whole
 
 # What a pruned model follows from, beside its methods.
 _MAKES_RESULTS = ("permllm.calibration.shared", "permllm.data.calibration", "permllm.models.loading", "permllm.pipeline")
@@ -162,6 +162,9 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
             )
     key = f"reconstruction={config.reconstruction.get('name')}"
     check_contract(key, methods.reconstruction, ("changes_weights", "learned"), ("linear", "layer", "network"))
+    if methods.reconstruction.learned:
+        check_whole(f"{key}: batch_size", getattr(methods.reconstruction, "batch_size", None), 1)
+        check_number(f"{key}: average", getattr(methods.reconstruction, "average", None), positive=False)
     _check_statistics(key, methods.reconstruction)
 
 

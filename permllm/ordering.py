@@ -14,11 +14,10 @@ from torch import Tensor
 
 from permllm.calibration.dense import DenseCalibration, Pruner
 from permllm.calibration.shared import shared_calibration, shared_target
-from permllm.config import RunConfig
+from permllm.config import RunConfig, windows_learned_from
 from permllm.helping import call_helpers
 from permllm.job import Job
 from permllm.learning.problem import LearningProblem
-from permllm.learning.settings import DescentSettings
 from permllm.learning.training import steps_in_all
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
@@ -51,18 +50,23 @@ def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
         drawn: int64 `(samples, length)`, those of the calibration first.
         target: of the former, `(calibration samples, length, hidden)`.
     """
-    first = job.config.calibration.samples
-    most = max((windows_for(method, first).stop for method in job.methods.learned.values()), default=0)
-    further = drawn[len(target) : most]
+    asked = {
+        number
+        for method in job.methods.learned.values()
+        for number in range(len(drawn))[windows_for(method, job.config.calibration.samples)]
+    }
+    further = torch.tensor(sorted(asked - set(range(len(target)))), dtype=torch.int64)
     if not len(further):
         return target
-    found = shared_target(job.loaded, further, job.config.calibration.batch_size, job.products)
-    return torch.cat([target, found])
+    whole = target.new_empty(len(drawn), *target.shape[1:])  # what nobody asks for is not even touched
+    whole[: len(target)] = target
+    whole[further] = shared_target(job.loaded, drawn[further], job.config.calibration.batch_size, job.products)
+    return whole
 
 
 def windows_for(method: object, calibration: int) -> slice:
     """The windows of the text that a method learns from, where the first so many are those of the calibration."""
-    return method.windows(calibration) if isinstance(method, DescentSettings) else slice(0, calibration)
+    return windows_learned_from(getattr(method, "samples", None), getattr(method, "skip", None), calibration)
 
 
 def learning_problem(
@@ -72,7 +76,7 @@ def learning_problem(
     drawn: Tensor,
     dense: DenseCalibration,
     directory: Path | None = None,
-    windows: slice | None = None,
+    chosen: slice | None = None,
 ) -> LearningProblem:
     """What a method is given that learns from the whole model; its checkpoint goes into the directory.
 
@@ -81,17 +85,17 @@ def learning_problem(
         loaded: the dense model.
         groups: that are pruned.
         drawn: int64 `(samples, length)`, those of the calibration first.
-        dense: what the dense model tells, of all of them up to those that are learned from.
+        dense: what the dense model tells, of those that are learned from too.
         directory: None keeps no checkpoint.
-        windows: to learn from; None is those of the calibration.
+        chosen: windows to learn from; None is those of the calibration.
     """
-    windows = windows or slice(0, config.calibration.samples)
+    chosen = chosen or slice(0, config.calibration.samples)
     return LearningProblem(
         model=loaded.model,
         groups=groups,
-        tokens=drawn[windows],
+        tokens=drawn[chosen],
         factors=dense.factors,
-        target=dense.target[windows],
+        target=dense.target[chosen],
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
@@ -120,8 +124,8 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
         return order
     assert dense is not None
     with record.stage("permute", job.device):
-        windows = windows_for(permutation, job.config.calibration.samples)
-        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, windows)
+        chosen = windows_for(permutation, job.config.calibration.samples)
+        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
         problem.on_step = lambda step, values: job.logger.log(values, step)
         passes = _Passes(record, job.logger)
         problem.on_pass, problem.on_resume = passes.add, passes.resume
@@ -163,8 +167,8 @@ def learned_masks(
     if mask.local:
         return order, None
     assert dense is not None
-    windows = windows_for(mask, job.config.calibration.samples)
-    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, windows)
+    chosen = windows_for(mask, job.config.calibration.samples)
+    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
     orders = {group.name: _order_by(order, problem, group) for group in job.groups}
     first = 0
     if isinstance(permutation, LCPSettings) and not mask.learns_orders:

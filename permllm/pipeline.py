@@ -127,7 +127,7 @@ def prune(
         found_masks = list(result.masks.values())
         with products_in(compute_dtype, linears[0].weight.device):
             problem = LearningProblem(
-                model, groups, network_tokens, factors or {}, target, pattern, seed, batch_size, directory=directory, run=run
+                model, groups, network_tokens, factors or {}, target, pattern, seed, batch_size, tokens, directory, run
             )
             reconstruction.network(PrunedNetwork(problem, linears, found_masks))
     for group in groups:

@@ -87,14 +87,14 @@ def print_plan(
         console.print(f"stages                 {len(windows)}, of at most {depth} layers")
     console.print(f"learnable parameters   {plan.parameters if plan else 0}")
     of_window = plan.logits * depth // (layers - windows[0][0]) if plan and windows else 0
-    learns_alone = plan is not None and not getattr(mask, "learns_orders", False)
-    learning = [_Learning("learn", permutation, of_window, depth)] if learns_alone else []
+    learning = []
+    if plan and not getattr(mask, "learns_orders", False):
+        between = 4 * plan.between * depth // (layers - windows[0][0])
+        learning.append(_Learning("learn", permutation, of_window, depth, max(0, between - 16 * of_window)))  # not at once
     if mask.learned:
         learning.append(_masks(console, mask, mask.plan(groups, layers), of_window))
-    kept = sum(count * pattern.n // pattern.m for pattern, count in weights.items())
     if reconstruction.learned:
-        console.print(f"kept weights           {kept}, which learn together")
-        learning.append(_weights(config, reconstruction, kept, sum(weights.values()), layers))
+        learning.append(_weights(console, config, reconstruction, weights, layers))
     console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
     stages = _memory(config, model, every, (pruner, reconstruction), parameters, learning, mask)
     for stage, size in stages.items():
@@ -115,8 +115,12 @@ def _masks(console: Console, mask: Any, plan: MaskPlan, logits: int) -> _Learnin
     return _Learning("learn masks", mask, max(each), depth, 2 * max(each) if plan.keeps_masked else 0)
 
 
-def _weights(config: RunConfig, reconstruction: Any, kept: int, pruned: int, layers: int) -> _Learning:
-    """Kept weights that learn: their places, their mean where it is wanted, and the weights as products read them."""
+def _weights(
+    console: Console, config: RunConfig, reconstruction: Any, weights: Mapping[NMPattern, int], layers: int
+) -> _Learning:
+    """Print how many kept weights learn, with their places, their mean where it is wanted, and as products read them."""
+    kept, pruned = sum(count * pattern.n // pattern.m for pattern, count in weights.items()), sum(weights.values())
+    console.print(f"kept weights           {kept}, which learn together")
     waiting = 4 * kept * (2 if reconstruction.average else 1)
     # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded for the products.
     waiting += 2 * pruned if config.model.dtype == "float32" else 0

@@ -20,12 +20,12 @@ class DescentSettings:
 
     Attributes:
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
-        epochs: over the calibration samples, each time in an order of its own.
+        epochs: over the samples, each time in an order of its own.
         steps: how many steps there are in all, over as many epochs as that takes; null is what `epochs` says.
-        samples: windows of the calibration text to learn from, the first ones those of `calibration.samples`, further ones
+        samples: windows of the calibration text to learn from: those of `calibration.samples` come first, further ones are
             drawn like them; null takes as many as `calibration.samples`.
-        skip: how many windows of the text are passed over before, so that something learns from others than what learned
-            before it, or than the statistics are of.
+        skip: how many of these windows are passed over before, so that something learns from others than what learned before
+            it, or than the statistics are of. Where `calibration.sampling` lets windows overlap, text may come again.
         batch_size: samples a step.
         activation_checkpointing: recompute each decoder layer in backward; null decides by the size of the activations.
     """
@@ -47,10 +47,6 @@ class DescentSettings:
             if getattr(self, name) is not None:
                 check_whole(f"{group}.{name}", getattr(self, name), 1)
         check_whole(f"{group}.skip", self.skip, 0)
-
-    def windows(self, calibration: int) -> slice:
-        """The windows of the text that are learned from, where the first so many are those of the calibration."""
-        return slice(self.skip, self.skip + (self.samples or calibration))
 
 
 @dataclass(kw_only=True)

@@ -260,10 +260,17 @@ class Training:
         return value, values
 
     def gradients(self, batches: Iterable[Tensor], moment: Moment) -> None:
-        """Leave with what learns the sum of its gradients over batches of samples at indices; nothing is updated."""
+        """Leave with what learns the sum of its gradients over batches of samples at indices; nothing is updated.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
         self._begin(moment, None)
         for batch in batches:
-            self._backward(batch, moment)
+            total = self._backward(batch, moment).detach().clone()
+            parallel.add_up([total])
+            if not math.isfinite(float(total)):
+                raise TrainingError(self._failure(self._where(batch)))
         self._add_up_gradients(moment)
 
     def _backward(self, batch: Tensor, moment: Moment) -> Tensor:

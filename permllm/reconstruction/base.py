@@ -61,8 +61,8 @@ class PrunedNetwork:
     """The model when all of its layers are pruned.
 
     Attributes:
-        problem: the model with its pruned weights, the dense model's output, and the windows that `samples` and `skip` of the
-            reconstruction ask for, or those of the calibration where they begin with all of these.
+        problem: the model with its pruned weights, and windows with the dense model's output: those that `samples` and `skip`
+            of the reconstruction ask for, or all of the calibration where they are its first ones.
         linears: its pruned linears.
         masks: bool `(C_out, C_in)` for each of them, on the host.
     """
@@ -77,7 +77,7 @@ class Reconstruction(Protocol):
 
     Attributes:
         changes_weights: false only where it does nothing.
-        learned: it trains the kept weights of the whole model (`LearnedReconstruction`).
+        learned: it trains the kept weights of the whole model (`LearnedReconstruction`), in the first process of torchrun.
         statistics: what it asks of the calibration text (`permllm.calibration.statistics`).
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from permllm import runner, stages
+from permllm import ordering, runner, stages
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError
@@ -138,8 +138,17 @@ def test_what_learns_later_can_pass_over_the_text_before(cache: Path, tmp_path: 
     loaded = load_model(settings.model, settings.seed)
     tiny = loaded.model
     drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=settings.further)
+    computed: list[torch.Tensor] = []
+    real_target = ordering.shared_target
+
+    def watched_target(loaded: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
+        computed.append(tokens)
+        return real_target(loaded, tokens, *more)
+
+    monkeypatch.setattr(ordering, "shared_target", watched_target)
     run(tmp_path, *words)
     assert settings.further == 2
+    assert torch.equal(torch.cat(computed), drawn[8:10])
     for problem, windows in zip(seen, (slice(0, 4), slice(4, 10), slice(2, 5)), strict=True):
         assert torch.equal(problem.tokens, drawn[windows])
     # Without an amount it is as much as without passing over anything.
@@ -147,6 +156,12 @@ def test_what_learns_later_can_pass_over_the_text_before(cache: Path, tmp_path: 
     assert skipping.further == 3
     assert plain.hash == read_config(composed("model=tiny", "mask=score")).hash != skipping.hash
     assert "skip" not in plain.identity["mask"]
+    words = ("permutation=none", "mask=score", "mask.skip=20", "mask.samples=2", *LEARNING, "compute_dtype=float32")
+    far = read_config(composed("model=tiny", *words))
+    computed.clear()
+    run(tmp_path / "far", *words)
+    assert far.further == 22 - far.calibration.samples
+    assert [len(tokens) for tokens in computed] == [2]  # of the windows that nobody asks for there is no target
 
 
 def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

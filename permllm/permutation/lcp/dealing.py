@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,17 @@ from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.problem import LearningProblem
 from permllm.learning.training import Learner, Moment, Window
 from permllm.permutation.lcp.learner import members
+from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder
 from permllm.sparsity import NMPattern
 
-# Positions among which exchanges are looked for, at most: their gradients are so many numbers a channel.
-WIDEST = 1024
+# Positions among which exchanges are looked for, about: their gradients are so many numbers a channel.
+_WIDE = 1024
+
+
+def span_size(block_size: int) -> int:
+    """Positions among which exchanges are looked for: whole blocks, two at least."""
+    return block_size * max(2, _WIDE // block_size)
 
 
 def random_deal(order: SharedOrder, present: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
@@ -58,16 +64,18 @@ def contest(saliency: Tensor, m: int, pattern: NMPattern) -> Tensor:
     return ratio.view(-1, m // pattern.m).mean(1)
 
 
-def exchange_deal(order: SharedOrder, present: Tensor, pattern: NMPattern, changes: list[Tensor], size: int) -> Tensor:
+def exchange_deal(
+    order: SharedOrder, present: Tensor, pattern: NMPattern, changes: Iterable[Tensor], block_size: int
+) -> Tensor:
     """The groups so that those share a block whose best exchange of a channel promises the most.
 
     Args:
         order, present, pattern: as in `random_deal`.
         changes: as `Exchanges.changes` gives them.
-        size: positions of a block.
+        block_size: B.
     """
-    sequences = [by_affinity(exchange_gain(part), size // order.m(pattern)) for stack in changes for part in stack]
-    return order.deal(present, pattern, sequences)
+    groups = block_size // order.m(pattern)
+    return order.deal(present, pattern, [by_affinity(exchange_gain(part), groups) for stack in changes for part in stack])
 
 
 def exchange_gain(changes: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def exchange_gain(changes: Tensor) -> Tensor:
 
     Args:
         changes: `(G M, G)`, of the loss when the channel at a position takes the place of a random member of a group; for its
-            own group, when it stays.
+            own group, if it stays.
 
     Returns:
         `(G, G)`, symmetric, nonnegative.
@@ -115,6 +123,7 @@ class Exchanges(Learner):
     """What any channel would change in any group of its span of positions, as gradients; nothing learns.
 
     Args:
+        settings: of LCP, whose blocks are the spans.
         learning: orders whose exchanges are looked for.
         shared: all orders of the model.
         window: of layers.
@@ -125,6 +134,7 @@ class Exchanges(Learner):
 
     def __init__(
         self,
+        settings: LCPSettings,
         learning: list[SharedOrder],
         shared: list[SharedOrder],
         window: Window,
@@ -132,23 +142,31 @@ class Exchanges(Learner):
         linears: Mapping[str, list[PermutedMaskedLinear]],
         problem: LearningProblem,
     ) -> None:
+        self.size = settings.block_size
         self.shared, self.window, self.linears = shared, window, linears
         self.orders = {name: order.to(problem.device) for name, order in orders.items()}
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         self.spans: dict[str, list[Tensor]] = {}
         for order in learning:
-            shapes = [(stack.count, stack.size, stack.size) for stack in order.stacks(WIDEST)]
+            shapes = [(stack.count, stack.size, stack.size) for stack in order.stacks(self.size)]
             # Only gradients are wanted: the values take no memory.
             self.spans[order.name] = [
                 torch.zeros((), dtype=dtype, device=problem.device).expand(shape).requires_grad_() for shape in shapes
             ]
 
     def changes(self, order: SharedOrder, pattern: NMPattern) -> list[Tensor]:
-        """The sum over what backward went through: `(spans, G M, G)` for each stack of spans of an order that learns."""
-        found = []
-        for span in self.spans[order.name]:
-            assert span.grad is not None
-            found.append(span.grad[..., :: order.m(pattern)])
+        """The sum over what backward went through: `(spans, G M, G)` for each stack of spans of an order that learns.
+
+        M is the largest of the groups that use the order. What a channel changes in a group is the mean over its places,
+        which differ where some of these have a smaller M; in its own group it is that of the place where it stays.
+        """
+        m, found = order.m(pattern), []
+        for stack in self.spans[order.name]:
+            assert stack.grad is not None
+            changes = stack.grad.unflatten(-1, (-1, m)).mean(-1)
+            own = torch.arange(stack.shape[1], device=stack.device).div(m, rounding_mode="floor").view(1, -1, 1)
+            stays = stack.grad.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            found.append(changes.scatter(2, own.expand(len(stack), -1, -1), stays))
         return found
 
     @override
@@ -156,7 +174,7 @@ class Exchanges(Learner):
         for order, group in members(self.shared, self.window, index):
             present = self.orders[order.name]
             spans = self.spans.get(order.name, []) if moment is not None else []
-            hard = order.expand_rows(torch.cat(list(_positions(order, present.device)))) if spans else None
+            hard = order.expand_rows(torch.cat([_positions(stack) for stack in spans])) if spans else None
             for linear in self.linears[group.name]:
                 linear.set_order(order.expand(present), hard, order.expand_blocks(spans))
 
@@ -177,6 +195,5 @@ class Exchanges(Learner):
         """Nothing."""
 
 
-def _positions(order: SharedOrder, device: torch.device) -> Iterator[Tensor]:
-    for stack in order.stacks(WIDEST):
-        yield torch.arange(stack.size, device=device).repeat(stack.count)
+def _positions(spans: Tensor) -> Tensor:
+    return torch.arange(spans.shape[1], device=spans.device).repeat(len(spans))

@@ -27,7 +27,7 @@ from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.contract import LearningPlan
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.dealing import WIDEST, Exchanges, contested_deal, exchange_deal, random_deal
+from permllm.permutation.lcp.dealing import Exchanges, contested_deal, exchange_deal, random_deal, span_size
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
@@ -57,7 +57,9 @@ class LCP(LCPSettings):
         logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
         scales = len(learning) if self.init == "random" else 0
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
-        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
+        by_exchanges = self.rounds > 1 and self.deal == "exchanges"
+        between = sum(order.channels for order in learning) * span_size(self.block_size) if by_exchanges else 0
+        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays, between)
 
     @staticmethod
     def learning(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
@@ -110,6 +112,7 @@ class LCP(LCPSettings):
                     training.restore(state)
                 training.run()
                 orders, best_loss = learner.best, training.best_loss
+                del logits, learner, training  # before what the next round needs
         return expanded(shared, orders)
 
     def _dealt(
@@ -118,27 +121,24 @@ class LCP(LCPSettings):
         """The orders that learn in a window with their groups dealt anew to the blocks."""
         learning = self.learning(shared, window.first, window.stop)
         generator = torch.Generator().manual_seed(problem.seed + 2 + window.number)
-        if self.deal == "random":
-            return {order.name: random_deal(order, orders[order.name], problem.pattern, generator) for order in learning}
         if self.deal == "contested":
             of = partial(contested_deal, pattern=problem.pattern, saliency_of=problem.saliency_of)
             return parallel.from_first(lambda: {order.name: of(order, orders[order.name]) for order in learning})
-        wide = replace(self, block_size=WIDEST, straight_through="swap")
+        dealt = {order.name: random_deal(order, orders[order.name], problem.pattern, generator) for order in learning}
+        if self.deal == "random":
+            return dealt
+        wide = replace(self, block_size=span_size(self.block_size), straight_through="swap")
         with wide.masked(problem, shared, window) as linears:
-            exchanges = Exchanges(learning, shared, window, orders, linears, problem)
+            exchanges = Exchanges(wide, learning, shared, window, {**orders, **dealt}, linears, problem)
             training = Training(self, problem, window, [exchanges], "lcp", CHECKPOINT)
             samples = torch.randperm(training.count, generator=generator)[: _DEALT_FROM * self.batch_size]
             training.gradients(samples.split(self.batch_size), Moment(0, 1, 0, 1))
 
-        def dealt() -> dict[str, Tensor]:
-            return {
-                order.name: exchange_deal(
-                    order, orders[order.name], problem.pattern, exchanges.changes(order, problem.pattern), self.block_size
-                )
-                for order in learning
-            }
+        def by_exchanges(order: SharedOrder) -> Tensor:
+            changes = exchanges.changes(order, problem.pattern)
+            return exchange_deal(order, dealt[order.name], problem.pattern, changes, self.block_size)
 
-        return parallel.from_first(dealt)
+        return parallel.from_first(lambda: {order.name: by_exchanges(order) for order in learning})
 
     def masked(
         self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None

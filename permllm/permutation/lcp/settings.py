@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from permllm.calibration.norm_over import NormOver
+from permllm.errors import ConfigError
 from permllm.learning.settings import LearningSettings, StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
 from permllm.validation import check_number, check_one_of, check_whole
@@ -42,7 +43,7 @@ class LCPSettings(LearningSettings):
             of M dealt anew to the blocks. The mask is the same, and channels meet others than before.
         deal: how they are dealt: at `random`; `contested`, so that groups share a block where little decides what is kept; or
             `exchanges`, so that those do whose best exchange of a channel promises the most by the gradient of
-            `straight_through=swap`, measured on some batches.
+            `straight_through=swap`, measured on some batches, among about a thousand positions that are chosen at random.
         straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
@@ -80,5 +81,9 @@ class LCPSettings(LearningSettings):
         self.check("permutation")
         check_whole("permutation.rounds", self.rounds, 1)
         check_one_of("permutation.deal", self.deal, get_args(Deal))
+        if self.deal != "random" and self.rounds == 1:
+            raise ConfigError(
+                f"permutation.deal={self.deal} needs permutation.rounds=2 or more: groups are dealt between rounds"
+            )
         for name in ("gumbel", "margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
