@@ -37,7 +37,6 @@ _GIVEN_WHOLE = ("evaluation.tasks", "sparsity_of")
 _NOT_SET = {"_target_", "uses", *(entry.old.rpartition(".")[2] for entry in RENAMED if entry.old != entry.new)}
 _HELP = """\
 {program}: prune a language model to N:M, learn its channel permutations, evaluate it.
-
 usage: {program} [GROUP=OPTION | KEY=VALUE]...     with -m, A,B,C for a value sweeps
 
 groups and their options (* unless another is chosen):

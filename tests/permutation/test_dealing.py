@@ -88,7 +88,9 @@ def test_blocks_are_of_groups_that_belong_together() -> None:
     block_of[shuffled] = torch.arange(10) // 4  # two blocks of four, and what is left
     noise = torch.rand(10, 10, generator=generator)
     affinity = (block_of[:, None] == block_of).float() * 5 + (noise + noise.t()) * 0.1
-    sequence = by_affinity(affinity, 4)
+    given = affinity.double()
+    sequence = by_affinity(given, 4)
+    assert torch.equal(given, affinity.double())
     assert sorted(sequence.tolist()) == list(range(10))
     assert [len(set(block_of[part].tolist())) for part in sequence.split(4)] == [1, 1, 1]
 

@@ -105,7 +105,7 @@ def by_affinity(affinity: Tensor, size: int) -> Tensor:
     Returns:
         int64 `(G,)` on the CPU.
     """
-    affinity = affinity.detach().cpu().double().fill_diagonal_(-1.0)
+    affinity = affinity.detach().to("cpu", torch.float64, copy=True).fill_diagonal_(-1.0)
     pairs = affinity.clone()  # of groups that are in no block yet
     sequence: list[int] = []
     for number in range(len(affinity)):
