@@ -127,7 +127,17 @@ def prune(
         found_masks = list(result.masks.values())
         with products_in(compute_dtype, linears[0].weight.device):
             problem = LearningProblem(
-                model, groups, network_tokens, factors or {}, target, pattern, seed, batch_size, tokens, directory, run
+                model,
+                groups,
+                network_tokens,
+                factors or {},
+                target,
+                pattern,
+                seed,
+                batch_size,
+                calibration=tokens,
+                directory=directory,
+                run=run,
             )
             reconstruction.network(PrunedNetwork(problem, linears, found_masks))
     for group in groups:

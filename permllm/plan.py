@@ -96,7 +96,7 @@ def print_plan(
     if reconstruction.learned:
         learning.append(_weights(console, config, reconstruction, weights, layers))
     console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
-    stages = _memory(config, model, every, (pruner, reconstruction), parameters, learning, mask)
+    stages = _memory(config, model, every, pruner, parameters, learning, mask, reconstruction)
     for stage, size in stages.items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
     if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
@@ -158,10 +158,11 @@ def _memory(
     config: RunConfig,
     model: PreTrainedModel,
     groups: list[ChannelGroup],
-    pruning: tuple[Pruner, Any],
+    pruner: Pruner,
     parameters: int,
     learning: Sequence[_Learning],
     mask: Any,
+    reconstruction: Any,
 ) -> dict[str, float]:
     """Bytes by stage."""
     item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
@@ -172,7 +173,6 @@ def _memory(
     states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
     forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
     channels = max(group.channels for group in groups)
-    pruner, reconstruction = pruning
     sums = sum(kind.memory(channels) for kind in input_kinds(pruner.statistics))
     pruned = sum(group.channels * sum(group.rows) for group in groups)
     # A float32 number a weight and statistic; a saliency that follows from them, a dense score, takes their place.

@@ -164,7 +164,7 @@ class Exchanges(Learner):
         for stack in self.spans[order.name]:
             assert stack.grad is not None
             changes = stack.grad.unflatten(-1, (-1, m)).mean(-1)
-            own = torch.arange(stack.shape[1], device=stack.device).div(m, rounding_mode="floor").view(1, -1, 1)
+            own = (torch.arange(stack.shape[1], device=stack.device) // m).view(1, -1, 1)
             stays = stack.grad.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             found.append(changes.scatter(2, own.expand(len(stack), -1, -1), stays))
         return found
