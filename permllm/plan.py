@@ -200,7 +200,8 @@ def _memory(
         # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
         stages["refine masks"] = weights + forward + sum(kind.memory(channels) for kind in read) + 6 * 4 * largest
     for name, method, learned, depth, waiting in learning:
-        tokens = method.batch_size * config.calibration.seqlen
+        together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
+        tokens = together * config.calibration.seqlen
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
         activations = tokens * kept_a_token(groups, hidden) * item * depth
         recomputes = getattr(method, "activation_checkpointing", None)

@@ -27,6 +27,8 @@ class DescentSettings:
         skip: how many of these windows are passed over before, so that something learns from others than what learned before
             it, or than the statistics are of. Where `calibration.sampling` lets windows overlap, text may come again.
         batch_size: samples a step.
+        micro_batch_size: how many of them are computed at a time, to hold the activations of so few: their gradients add up to
+            the same step. None computes all of a step's together.
         activation_checkpointing: recompute each decoder layer in backward; null decides by the size of the activations.
     """
 
@@ -36,6 +38,7 @@ class DescentSettings:
     samples: int | None = None
     skip: int = 0
     batch_size: int = 4
+    micro_batch_size: int | None = None
     activation_checkpointing: bool | None = None
 
     def check(self, group: str) -> None:
@@ -43,7 +46,7 @@ class DescentSettings:
         for name in ("epochs", "batch_size"):
             check_whole(f"{group}.{name}", getattr(self, name), 1)
         check_number(f"{group}.learning_rate", self.learning_rate, positive=True)
-        for name in ("steps", "samples"):
+        for name in ("steps", "samples", "micro_batch_size"):
             if getattr(self, name) is not None:
                 check_whole(f"{group}.{name}", getattr(self, name), 1)
         check_whole(f"{group}.skip", self.skip, 0)

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,10 +242,7 @@ class Training:
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._begin(moment, self.generator)
-        loss = self._backward(batch, moment)
-        if after is not None:
-            self.samples.fetch(parallel.share(after))
-        total = loss.detach().clone()
+        total = self._backward(batch, moment, after)
         parallel.add_up([total])
         counted = [learner.flips() for learner in self.learners]
         # One transfer for all of them.
@@ -267,20 +265,30 @@ class Training:
         """
         self._begin(moment, None)
         for batch in batches:
-            total = self._backward(batch, moment).detach().clone()
+            total = self._backward(batch, moment)
             parallel.add_up([total])
             if not math.isfinite(float(total)):
                 raise TrainingError(self._failure(self._where(batch)))
         self._add_up_gradients(moment)
 
-    def _backward(self, batch: Tensor, moment: Moment) -> Tensor:
+    def _backward(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> Tensor:
         """The loss of this process's share of a batch, a part of the mean over all of it, whose gradients are left."""
+        portions = self._portions(batch)
+        following = [] if after is None else self._portions(after)
+        total = torch.zeros((), device=self.device)
+        for portion, ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
+            if portion is not None:
+                loss = self._loss(portion, moment) * (len(portion) / len(batch))
+                loss.backward()
+                total = total + loss.detach()
+            if ahead is not None:
+                self.samples.fetch(ahead)
+        return total
+
+    def _portions(self, batch: Tensor) -> list[Tensor]:
+        """The share of a batch that falls to this process, in parts that are computed together; none where it is empty."""
         mine = parallel.share(batch)
-        if not len(mine):
-            return torch.zeros((), device=self.device)
-        loss = self._loss(mine, moment) * (len(mine) / len(batch))
-        loss.backward()
-        return loss
+        return list(mine.split(self.settings.micro_batch_size or len(mine))) if len(mine) else []
 
     def _begin(self, moment: Moment, generator: torch.Generator | None) -> None:
         for learner in self.learners:

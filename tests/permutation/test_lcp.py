@@ -101,6 +101,36 @@ def test_seeds_give_equal_results_and_other_seeds_others() -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize("portion", [1, 3, 4, 5])
+def test_a_step_in_portions_is_the_undivided_step(portion: int) -> None:
+    def learned(micro_batch_size: int | None) -> tuple[dict[str, Tensor], list[float], list[float], list[int]]:
+        steps: list[float] = []
+        passes: list[float] = []
+        learning = problem(
+            tiny_model("llama", dtype=torch.float64),
+            Wanda(),
+            on_step=lambda _, values: steps.append(values["loss"]),
+            on_pass=lambda values: passes.append(values["measured_loss"]),
+        )
+        samples: list[int] = []
+
+        def count(_: Any, args: tuple[Tensor]) -> None:
+            if torch.is_grad_enabled():
+                samples.append(len(args[0]))
+
+        decoder_layers(learning.model)[0].mlp.register_forward_pre_hook(count)  # type: ignore[union-attr, operator]
+        settings = lcp(init="random", learning_rate=0.05, micro_batch_size=micro_batch_size, gumbel=0.1)
+        return settings.orders(learning), steps, passes, samples
+
+    orders, steps, passes, samples = learned(None)
+    assert samples == [4, 2] * 2
+    again, again_steps, again_passes, portions = learned(portion)
+    assert portions == {1: [1] * 12, 3: [3, 1, 2] * 2, 4: [4, 2] * 2, 5: [4, 2] * 2}[portion]
+    assert all(torch.equal(orders[name], again[name]) for name in orders)
+    assert again_steps == pytest.approx(steps, rel=1e-12)
+    assert again_passes == pytest.approx(passes, rel=1e-12)
+
+
 def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) -> None:
     whole = lcp(epochs=4, init="random").orders(problem(tiny_model("llama"), Wanda()))
 

@@ -1,0 +1,90 @@
+"""Write a checkpoint of an architecture with random weights, tensor by tensor, so that it takes the memory of one.
+
+    python scripts/random_checkpoint.py FOLDER model=llama-2-13b model.dtype=bfloat16
+    python scripts/random_checkpoint.py FOLDER model=qwen2.5-7b model.architecture.num_hidden_layers=4
+
+For what a model of that size costs, not for what it is worth. `model=local model.path=FOLDER` takes it like any other; its
+tokenizer is one of bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from transformers import ByT5Tokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from permllm.config import HYDRA_DEFAULTS, ModelConfig, conf_directory, read_config, register_resolvers  # noqa: E402
+from permllm.models.loading import meta_model  # noqa: E402
+from permllm.models.source import parameter_names  # noqa: E402
+from permllm.nodes import register  # noqa: E402
+from permllm.record.files import write_json  # noqa: E402
+from permllm.record.tensor_file import write_file  # noqa: E402
+
+
+def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
+    """Normal values for what has two dimensions, ones for a norm's weight, zeros for a bias; the same for the same name."""
+    if like.dim() < 2:
+        return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=like.dtype)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(like.shape, dtype=like.dtype).normal_(std=deviation, generator=generator)
+
+
+def write_random(folder: Path, model: ModelConfig, shard_gb: float) -> None:
+    """Write the checkpoint.
+
+    Args:
+        folder: to write into, new or empty.
+        model: whose architecture and dtype.
+        shard_gb: of a file, at most, where no tensor is larger.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty")
+    skeleton = meta_model(model)
+    state = skeleton.state_dict()
+    planned = {name: state[name] for name in parameter_names(skeleton)}
+    split = split_torch_state_dict_into_shards(
+        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=int(shard_gb * 1e9)
+    )
+    deviation = float(getattr(skeleton.config, "initializer_range", 0.02))
+    for file, names in split.filename_to_tensors.items():
+        write_file(
+            folder / file,
+            {name: planned[name] for name in names},
+            lambda name: random_tensor(name, planned[name], deviation),
+        )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    skeleton.config.save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+
+
+def main() -> None:
+    """Write the checkpoint that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the settings, as for run.py")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, at most")
+    options = parser.parse_args()
+    register_resolvers()
+    register()
+    with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
+        config = read_config(compose("config", overrides=options.overrides))
+    write_random(options.folder, config.model, options.shard_gb)
+    print(f"{options.folder}: {config.model.name}, {config.model.dtype}, random")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Random checkpoints: transformers reads them, in shards, and the same command writes the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from permllm.models.checkpoint import indexed_files
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(folder: Path, *words: str) -> Path:
+    command = [sys.executable, "scripts/random_checkpoint.py", str(folder), "model=tiny", *words]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_a_random_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
+    whole = written(tmp_path / "whole", "model.dtype=bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    assert model.dtype == torch.bfloat16
+    assert model.config.num_hidden_layers == 2
+    weights = model.model.layers[1].mlp.down_proj.weight.float()
+    assert 0.015 < float(weights.std()) < 0.025
+    assert bool((model.model.norm.weight == 1).all())
+    assert AutoTokenizer.from_pretrained(whole)("ab")["input_ids"]
+    ids = torch.arange(16).unsqueeze(0)
+    assert bool(model(ids).logits.isfinite().all())
+
+
+def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
+    whole = written(tmp_path / "whole")
+    shards = written(tmp_path / "shards", "--shard-gb", "0.00005")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    assert indexed_files(shards / "model.safetensors.index.json")
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, shards))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    command = [sys.executable, "scripts/random_checkpoint.py", str(tmp_path), "model=tiny"]
+    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr == f"{tmp_path} is not empty\n"
