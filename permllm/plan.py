@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import gradient_kinds, input_kinds
-from permllm.config import RunConfig
+from permllm.config import PLACEMENTS, RunConfig
 from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token
 from permllm.mask.contract import MaskPlan
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
@@ -95,13 +96,29 @@ def print_plan(
         learning.append(_masks(console, mask, mask.plan(groups, layers), of_window))
     if reconstruction.learned:
         learning.append(_weights(console, config, reconstruction, weights, layers))
-    console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
-    stages = _memory(config, model, every, pruner, parameters, learning, mask, reconstruction)
-    for stage, size in stages.items():
+    of_placement = partial(_memory, config, model, every, pruner, parameters, learning, mask, reconstruction)
+    _print_memory(console, config, model, of_placement, len(windows) > 1)
+
+
+def _print_memory(
+    console: Console, config: RunConfig, model: PreTrainedModel, of_placement: Callable[[str], dict[str, int]], staged: bool
+) -> None:
+    """Print bytes by stage, and what each placement of the weights needs."""
+    console.print("memory (estimates, of the largest stage):" if staged else "memory (estimates):")
+    for stage, size in of_placement(config.model.placement).items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
-    if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
-        process = peak_host_memory() + stages.pop("on host, beside it")
-        console.print(f"  {'peak, with Python':<20} {(process + max(stages.values())) / 1e9:.2f} GB")
+    moved = _of_layers(model) * _item(config)
+    console.print("with the weights in a placement, and Python:")
+    for placement in PLACEMENTS:
+        stages = of_placement(placement)
+        beside = (stages.pop(_BESIDE) + peak_host_memory()) / 1e9
+        largest = max(stages.values()) / 1e9
+        if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
+            needs = f"{beside + largest:.2f} GB"
+        else:
+            needs = f"{largest:.2f} GB of the device's, {beside:.2f} GB of the host's"
+        comes = "" if placement == "device" else f"; {moved / 1e9:.2f} GB come to it in each pass over the layers"
+        console.print(f"  {placement:<20} {needs}{comes}")
 
 
 def _masks(console: Console, mask: Any, plan: MaskPlan, logits: int) -> _Learning:
@@ -144,6 +161,10 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
+# Of the stages, what the host holds beside what the device does.
+_BESIDE = "on host, beside it"
+
+
 class _Learning(NamedTuple):
     """What learns in a stage: the method, its parameters and layers in the largest window, bytes that wait for backward."""
 
@@ -152,6 +173,17 @@ class _Learning(NamedTuple):
     parameters: int
     depth: int
     waiting: int = 0
+
+
+def _item(config: RunConfig) -> int:
+    """Bytes a weight."""
+    return torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
+
+
+def _of_layers(model: PreTrainedModel, layers: int | None = None) -> int:
+    """Parameters of the decoder layers, or of the largest so many."""
+    sizes = sorted((sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(model)), reverse=True)
+    return sum(sizes[:layers])
 
 
 def _memory(
@@ -163,13 +195,16 @@ def _memory(
     learning: Sequence[_Learning],
     mask: Any,
     reconstruction: Any,
-) -> dict[str, float]:
-    """Bytes by stage."""
-    item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
+    placement: str,
+) -> dict[str, int]:
+    """Bytes by stage, with the weights in a placement."""
+    item = _item(config)
     hidden = model.config.hidden_size
     widest = max(sum(group.rows) for group in groups)
     largest = max(group.channels * sum(group.rows) for group in groups)
-    weights = parameters * item
+    in_layers = _of_layers(model) * item
+    # Of the layers that come and go, the one that is computed with and the next, which is on its way.
+    weights = parameters * item - (0 if placement == "device" else in_layers - 2 * _of_layers(model, 1) * item)
     states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
     forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
     channels = max(group.channels for group in groups)
@@ -187,7 +222,7 @@ def _memory(
         "weights": float(weights),
         "evaluate": weights + (evaluated * item + of_window * 4) * vocabulary,
         # Two streams of states and the learning target; masks are kept as bool until they are written.
-        "on host, beside it": float(3 * states + pruned + of_gradients),
+        _BESIDE: float(3 * states + pruned + of_gradients + (in_layers if placement == "host" else 0)),
         "calibrate": float(weights + forward + sums),
     }
     if of_gradients:
@@ -205,7 +240,7 @@ def _memory(
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
         activations = tokens * kept_a_token(groups, hidden) * item * depth
         recomputes = getattr(method, "activation_checkpointing", None)
-        if recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
+        if placement != "device" or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
             activations = tokens * (hidden * depth + 8 * hidden + 4 * widest) * item
         # Where the loss goes through the head: its weight in the format of the products, and four numbers a token and a word.
         words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if getattr(method, "loss", None) == "kl" else 0

@@ -22,7 +22,6 @@ from permllm.export.checkpoint import Request, clear_left_over, export_run, pres
 from permllm.export.rebuild import apply_record
 from permllm.helping import check_shares
 from permllm.job import Job, Methods, check_groups, code_of, export_request, methods_of
-from permllm.models.families import linear_at
 from permllm.models.loading import load_model, meta_model
 from permllm.models.patterns import groups_to_prune
 from permllm.pipeline import PrunedModel
@@ -155,8 +154,7 @@ def _prune(job: Job, record: RunRecord) -> None:
         write_masks(record.path(MASKS), pruned.masks)
         found = figures(job, pruned)
         if found["sparsity"]["weights_kept"]:
-            weights = {path: linear_at(job.loaded.model, path).weight.data.cpu() for path in pruned.masks}
-            write_tensors(record.path(WEIGHTS), weights)
+            write_tensors(record.path(WEIGHTS), {path: job.weight(path).cpu() for path in pruned.masks})
         record.metrics |= found
 
     prune_model(job, tokens, keep)

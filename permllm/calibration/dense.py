@@ -17,6 +17,7 @@ from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistic, Statistics
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.placement import placement_of
 
 
 class Pruner(Protocol):
@@ -124,11 +125,14 @@ def member_factors(
 
 
 def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
-    """The groups of each decoder layer, layer by layer, with a bar of progress; none of a layer that stays dense."""
+    """The groups of each decoder layer, whose weights are there, with a bar of progress; none of a layer that stays dense."""
     layers: dict[int, list[ChannelGroup]] = {index: [] for index in range(len(decoder_layers(model)))}
     for group in groups:
         layers[group.layer].append(group)
-    yield from tqdm(layers.items(), desc=label, unit="layer")
+    placement = placement_of(model)
+    for index, members in tqdm(layers.items(), desc=label, unit="layer"):
+        with placement.layer(index):
+            yield index, members
 
 
 @contextmanager
@@ -138,9 +142,10 @@ def collecting(
     """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     statistics = {}
     handles = []
+    device = next(model.parameters()).device
     for group in groups:
         linear = linear_at(model, group.members[0])
-        sums = InputStatistics(group.channels, linear.weight.device, kinds, norm_tokens)
+        sums = InputStatistics(group.channels, device, kinds, norm_tokens)
         statistics[group.name] = sums
         handles.append(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from permllm.data.calibration import all_tokens, begun
 from permllm.data.named import NamedText
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
+from permllm.models.decoder import LayerStream
+from permllm.models.families import after_layers, decoder_layers
 from permllm.models.head import Head, tokens_at_a_time
+from permllm.models.placement import placement_of
 
 
 def perplexity_windows(
@@ -66,21 +70,21 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label
     Returns:
         `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over its predicted tokens).
     """
-    device = next(model.parameters()).device
     count, window = windows.shape
     losses: list[float] = []
-    batches = windows.split(max(1, batch_tokens // window))
+    batches = windows.to(next(model.parameters()).device).split(max(1, batch_tokens // window))
     at_a_time = tokens_at_a_time(vocabulary_of(model), batches[0].numel())
-    head = Head(model) if at_a_time < batches[0].numel() else None
+    together, streams = at_a_time == batches[0].numel(), placement_of(model).streams
+    head = None if together and not streams else Head(model)
+    states_of = _streamed_states(model, windows, len(batches[0]), label) if streams else _states(model, batches)
     for batch in tqdm(batches, desc=label, unit="batch", leave=False):
-        batch = batch.to(device)
-        if head is None:
-            logits = model(input_ids=batch, use_cache=False).logits
+        if together:
+            logits = model(input_ids=batch, use_cache=False).logits if head is None else head.logits(next(states_of))
             for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
                 losses.append(_nats(sequence[:-1], targets[1:]))
         else:
-            states = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
-            for sequence, targets in zip(states, batch, strict=True):
+            assert head is not None
+            for sequence, targets in zip(next(states_of), batch, strict=True):
                 parts = zip(sequence[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True)
                 losses.append(math.fsum(_nats(head.logits(part), following) for part, following in parts))
     total = 0.0
@@ -89,3 +93,19 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label
     tokens = count * (window - 1)
     mean = total / tokens
     return {"value": math.exp(mean) if mean < 700 else math.inf, "window": window, "tokens": tokens, "losses": losses}
+
+
+def _states(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What the head reads, `(windows, seqlen, hidden)` of each batch."""
+    for batch in batches:
+        yield model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+
+
+def _streamed_states(model: PreTrainedModel, windows: Tensor, batch_size: int, label: str) -> Iterator[Tensor]:
+    """The same, all windows through one layer and then through the next, so that each layer comes once."""
+    stream = LayerStream(model, windows, batch_size)
+    for index in tqdm(range(len(decoder_layers(model))), desc=label, unit="layer", leave=False):
+        stream.advance(index)
+    device = next(model.parameters()).device
+    for hidden in stream.batches(0)[0]:
+        yield after_layers(model, hidden.to(device))

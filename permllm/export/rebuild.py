@@ -9,6 +9,7 @@ from torch import nn
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.patterns import recorded_groups
+from permllm.models.placement import placement_of
 from permllm.record.files import read_json
 from permllm.record.names import METRICS
 from permllm.record.pruned import Pruned
@@ -37,7 +38,10 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     pattern = NMPattern.parse(sparsity["pattern"])
     groups = recorded_groups(channel_groups(model), pattern, sparsity.get("patterns", {}))
     kept = Pruned(directory, metrics, groups, pattern)
+    placement = placement_of(model)
     for group in groups:
-        for path in group.members:
-            weight = linear_at(model, path).weight
-            weight.data = kept.weight(path, weight.data)
+        with placement.layer(group.layer):
+            for path in group.members:
+                linear = linear_at(model, path)
+                mask = kept.mask(path) if placement.streams and not kept.weights_changed else None
+                placement.replace(linear, kept.weight(path, linear.weight.data), mask)

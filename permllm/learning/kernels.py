@@ -20,7 +20,7 @@ from permllm.calibration.saliency import SaliencyFactors, saliency_t
 from permllm.errors import first_line
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.families import ChannelGroup
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
 
@@ -379,12 +379,12 @@ def chosen_kernels(
     if not wanted or not patterns:
         return EAGER
     path = problem.groups[0].members[0]
-    weight, factors = linear_at(problem.model, path).weight, problem.factors[path]
+    factors, model_weight = problem.factors[path], next(problem.model.parameters())
     use = KernelUse(
-        weight.device.type,
+        model_weight.device.type,
         straight_through,
-        weights=weight.dtype,
-        products=product_dtype(weight),
+        weights=model_weight.dtype,
+        products=product_dtype(model_weight),
         row=factors.row is not None and not dense,
         dense=factors.dense or dense,
     )

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ from permllm.learning.scores import Scores
 from permllm.learning.settings import StraightThrough
 from permllm.learning.stacks import BlockStack
 from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.placement import placement_of
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
@@ -256,10 +258,15 @@ def masked_linears(
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> PermutedMaskedLinear:
         scores = scores_of(path)
-        linear.weight.data = linear.weight.data.t().contiguous().t()
         return PermutedMaskedLinear(linear, scores, problem.pattern_of(group), stacks_of[group], straight_through, kernels)
 
-    with standing_in(problem.model, stacks_of, stand_in, lambda group, weight: weight.contiguous()) as masked:
+    def by_columns(_: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t().contiguous().t()
+
+    def by_rows(_: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    with standing_in(problem.model, stacks_of, stand_in, by_columns, by_rows) as masked:
         yield masked
 
 
@@ -268,6 +275,7 @@ def standing_in(
     model: nn.Module,
     groups: Iterable[ChannelGroup],
     stand_in: Callable[[ChannelGroup, str, nn.Linear], StandIn],
+    change: Callable[[ChannelGroup, Tensor], Tensor],
     back: Callable[[ChannelGroup, Tensor], Tensor],
 ) -> Iterator[dict[str, list[StandIn]]]:
     """Put something else in the place of every linear of some groups, and the linears back at the end.
@@ -275,24 +283,28 @@ def standing_in(
     Args:
         model: of a known family.
         groups: whose linears.
-        stand_in: makes what stands in for a linear at a path; may store its weight in another way.
+        stand_in: makes what stands in for a linear at a path, whose weight is not changed yet.
+        change: a weight as it is stored meanwhile.
         back: that weight as it was stored before.
 
     Yields:
         What stands in for them, by the name of their group.
     """
+    placement = placement_of(model)
     replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []
     made: dict[str, list[StandIn]] = {}
     try:
         for group in groups:
             made[group.name] = []
-            for path in group.members:
-                linear = linear_at(model, path)
-                made[group.name].append(stand_in(group, path, linear))
-                replaced.append((group, path, linear))
-                model.set_submodule(path, made[group.name][-1])
+            with placement.layer(group.layer):
+                for path in group.members:
+                    linear = linear_at(model, path)
+                    made[group.name].append(stand_in(group, path, linear))
+                    placement.rearrange(linear, partial(change, group))
+                    replaced.append((group, path, linear))
+                    model.set_submodule(path, made[group.name][-1])
         yield made
     finally:
         for group, path, linear in replaced:
-            linear.weight.data = back(group, linear.weight.data)
+            placement.restore(linear, partial(back, group))
             model.set_submodule(path, linear)

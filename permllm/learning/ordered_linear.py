@@ -36,20 +36,22 @@ class _OrderedMaskedLinear(torch.autograd.Function):
         y = flat @ masked_t
         if module.linear.bias is not None:
             y += module.linear.bias
-        ctx.save_for_backward(flat if learning else None, masked_t if module.scores.keeps_masked else None)
+        # The weight itself: the module's own may have left the device by then.
+        weight = module.linear.weight
+        ctx.save_for_backward(flat if learning else None, masked_t if module.scores.keeps_masked else None, weight)
         ctx.module, ctx.learning = module, len(learning)
         ctx.input_shape, ctx.input_dtype, ctx.product_dtype = x.shape, x.dtype, dtype
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, masked_t = ctx.saved_tensors
+        x, masked_t, weight = ctx.saved_tensors
         module: OrderedMaskedLinear = ctx.module
         grad_y = grads[0].flatten(0, -2)
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             if masked_t is None:
-                masked_t = module.masked_weight_t(ctx.product_dtype)
+                masked_t = module.masked_weight_t(ctx.product_dtype, weight)
             grad_x = grad_y @ masked_t.t()
             if module.inverse is not None:
                 grad_x = grad_x.index_select(1, module.inverse)
@@ -57,7 +59,7 @@ class _OrderedMaskedLinear(torch.autograd.Function):
         del masked_t  # before the gradients of the scores, which may be as large
         if not ctx.learning:
             return grad_x, None
-        return grad_x, None, *module.scores.gradients(x.t() @ grad_y, module.linear.weight.t(), module.pattern.m)
+        return grad_x, None, *module.scores.gradients(x.t() @ grad_y, weight.t(), module.pattern.m)
 
 
 class OrderedMaskedLinear(nn.Module):
@@ -89,9 +91,9 @@ class OrderedMaskedLinear(nn.Module):
         return _OrderedMaskedLinear.apply(x, self, *learning)
 
     @torch.no_grad()
-    def masked_weight_t(self, dtype: torch.dtype) -> Tensor:
-        """`(W * mask)^T`, `(C_in, C_out)`, in the order."""
-        weight_t = self.linear.weight.t()
+    def masked_weight_t(self, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
+        """`(W * mask)^T`, `(C_in, C_out)`, in the order; of the weight that is given where the module's own is not there."""
+        weight_t = (self.linear.weight if weight is None else weight).t()
         channels, rows = weight_t.shape
         n, m = self.pattern.n, self.pattern.m
         masked_t = torch.empty(channels, rows, dtype=dtype, device=weight_t.device)
@@ -133,14 +135,15 @@ def ordered_linears(
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> OrderedMaskedLinear:
         order = orders[group.name].to(linear.weight.device)
-        factors = problem.factors_of(path).permuted(order)
-        linear.weight.data = linear.weight.data.t()[order].t()
-        scores = scores_of(path, linear.weight.data, factors, order)
+        scores = scores_of(path, ordered(group, linear.weight.data), problem.factors_of(path).permuted(order), order)
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels)
+
+    def ordered(group: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t()[orders[group.name].to(weight.device)].t()
 
     def back(group: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.t()[orders[group.name].to(weight.device).argsort()].t().contiguous()
 
-    with standing_in(problem.model, groups, stand_in, back) as masked:
+    with standing_in(problem.model, groups, stand_in, ordered, back) as masked:
         yield masked

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.placement import placement_of
 from permllm.sparsity import NMPattern
 
 
@@ -62,9 +63,10 @@ class LearningProblem:
         return next(self.model.parameters()).device
 
     def factors_of(self, path: str) -> SaliencyFactors:
-        """Saliency factors of a linear, on its device."""
-        return self.factors[path].to(linear_at(self.model, path).weight.device)
+        """Saliency factors of a linear, on the device."""
+        return self.factors[path].to(self.device)
 
     def saliency_of(self, path: str) -> Tensor:
-        """Saliency of a linear, `(C_out, C_in)` on its device."""
-        return saliency(linear_at(self.model, path).weight, self.factors_of(path))
+        """Saliency of a linear, `(C_out, C_in)` on the device."""
+        with placement_of(self.model).layer_of(path):
+            return saliency(linear_at(self.model, path).weight, self.factors_of(path))

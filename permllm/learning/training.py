@@ -24,8 +24,9 @@ from permllm.learning.batches import Batch, Batches
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import DescentSettings, LearningSettings
 from permllm.models.decoder import layer_inputs, run_layer
-from permllm.models.families import ChannelGroup, decoder_layers
+from permllm.models.families import ChannelGroup
 from permllm.models.losses import loss_named
+from permllm.models.placement import placement_of
 from permllm.record.schema import Object, Whole
 from permllm.record.tensors import read_torch, write_torch
 from permllm.runtime import parallel
@@ -171,7 +172,7 @@ class Training:
         self.window = window
         self.learners = learners
         self.name, self.file = name, file
-        self.layers = decoder_layers(problem.model)
+        self._placement = placement_of(problem.model)
         self.device = problem.device
         self.loss = loss_named(str(settings.loss), problem.model)
         # Fused: no temporaries of the size of all parameters.
@@ -362,7 +363,8 @@ class Training:
         """One decoder layer as the learners set it; what gradients go through is rebuilt in backward, one layer at a time."""
         for learner in self.learners:
             learner.set_layer(index, moment if torch.is_grad_enabled() else None)
-        return run_layer(self.layers[index], hidden, kwargs)
+        with self._placement.layer(index) as layer:
+            return run_layer(layer, hidden, kwargs)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, list[dict[str, Any]]]:
         """Input of the window's first layer, and the keyword arguments of all layers."""
@@ -375,6 +377,8 @@ class Training:
 
     def _recompute(self, hidden: Tensor) -> bool:
         """Whether backward computes each decoder layer anew instead of keeping what it needs; decided at the first step."""
+        if self._placement.streams:  # else what backward needs would hold the weights of all layers
+            return True
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
         if self._recomputes is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.placement import placement_of
 
 MaskOf: TypeAlias = Callable[[ChannelGroup, str], Tensor]
 """The mask of a linear, bool `(C_out, C_in)` in original channel order on any device, by its group and path."""
@@ -39,10 +40,11 @@ class WindowStream:
             return None
         stream, position = self._pruned or (self._new(), 0)
         for index in range(position, first):
-            dense = self._prune_layer(index, mask_of)
-            stream.advance(index)
-            for path, weight in dense.items():
-                linear_at(self.problem.model, path).weight.data = weight
+            with placement_of(self.problem.model).layer(index):
+                dense = self._prune_layer(index, mask_of)
+                stream.advance(index)
+                for path, weight in dense.items():
+                    linear_at(self.problem.model, path).weight.data = weight
         self._pruned = (stream, first)
         return stream.states()
 

@@ -17,7 +17,7 @@ from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import Statistics
 from permllm.learning.kernels import chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
-from permllm.learning.ordered_linear import ordered_linears
+from permllm.learning.ordered_linear import OrderedMaskedLinear, ordered_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import FreeScores, Scores
 from permllm.learning.training import Checkpoint, Learner, Training, Window, read_checkpoint, samples_of, steps_of
@@ -27,6 +27,7 @@ from permllm.mask.learner import MaskLearner
 from permllm.mask.refined import Refining
 from permllm.mask.settings import MaskSettings
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.method import LCP
@@ -144,10 +145,11 @@ class MaskLearning(MaskSettings):
         """Orders by group that retain the most of what masks have learned, of the orders that a window holds all groups of."""
 
         def saliency_of(path: str) -> Tensor:
-            weight, generator = linear_at(problem.model, path).weight, torch.Generator()
-            present = self.scores(weight, problem.factors_of(path), generator)
-            present.load_state_dict(scores[path])
-            return present.values_t(weight.t()).t().exp()  # as the saliency, whose logarithm they started at
+            with placement_of(problem.model).layer_of(path):
+                weight, generator = linear_at(problem.model, path).weight, torch.Generator()
+                present = self.scores(weight, problem.factors_of(path), generator)
+                present.load_state_dict(scores[path])
+                return present.values_t(weight.t()).t().exp()  # as the saliency, whose logarithm they started at
 
         shared = [
             order
@@ -172,7 +174,7 @@ class MaskLearning(MaskSettings):
 
         They start from scores, where there are some, else from refined masks, else from those of the pruner.
         """
-        orders = orders_and_best[0]
+        orders, placement = orders_and_best[0], placement_of(problem.model)
         groups = [group for group in problem.groups if group.layer in window]
         generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
         group_of = {path: group for group in groups for path in group.members}
@@ -201,7 +203,12 @@ class MaskLearning(MaskSettings):
         if lcp is None:
             kernels = chosen_kernels(self, problem, groups, steps, None, dense=True)
             with ordered_linears(problem, groups, orders, scores_of, kernels) as ordered:
-                yield [MaskLearner(groups, ordered, lambda _, linear: linear.mask(), rate, earlier, *orders_and_best)]
+
+                def fixed_mask(group: ChannelGroup, linear: OrderedMaskedLinear) -> Tensor:
+                    with placement.layer(group.layer):
+                        return linear.mask()
+
+                yield [MaskLearner(groups, ordered, fixed_mask, rate, earlier, *orders_and_best)]
             return
         shared = shared_orders(problem.groups, lcp.constraint)
         start = {order.name: _shared(order, orders) for order in shared}
@@ -215,7 +222,8 @@ class MaskLearning(MaskSettings):
             def mask_of(group: ChannelGroup, linear: PermutedMaskedLinear) -> Tensor:
                 order = used_by[group.name]
                 present = of_orders.present[order.name] if order.name in logits else of_orders.fixed[order.name]
-                return linear.mask(order.expand(present))
+                with placement.layer(group.layer):
+                    return linear.mask(order.expand(present))
 
             of_masks = MaskLearner(groups, linears, mask_of, rate, earlier, *orders_and_best)
             if self.orders == "turns":

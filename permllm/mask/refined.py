@@ -24,6 +24,7 @@ from permllm.learning.problem import LearningProblem
 from permllm.mask.settings import RefinedSettings
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.placement import placement_of
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, packed_mask, permuted_nm_mask, unpacked_mask
 
@@ -81,11 +82,12 @@ class Refining:
             for index in range(self._layer, layer):
                 self._stream.advance(index)
             members = [group for group in groups if group.layer == layer]
-            with collecting(problem.model, members, (Gram,)) as statistics:
-                self._stream.advance(layer)
-            self._layer = layer + 1
-            for group in members:
-                found |= self._of_group(group, orders[group.name].to(problem.device), statistics[group.name])
+            with placement_of(problem.model).layer(layer):
+                with collecting(problem.model, members, (Gram,)) as statistics:
+                    self._stream.advance(layer)
+                self._layer = layer + 1
+                for group in members:
+                    found |= self._of_group(group, orders[group.name].to(problem.device), statistics[group.name])
         return found
 
     def _of_group(self, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:

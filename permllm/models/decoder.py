@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.families import decoder_layers, family_of
+from permllm.models.placement import placement_of
 from permllm.runtime.precision import products_in
 
 
@@ -82,6 +83,11 @@ def last_states(model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype
         batch_size: samples a forward; the states of no other sample exist meanwhile.
         compute_dtype: of matrix products.
     """
+    if placement_of(model).streams:  # each layer comes once, and the states of all samples wait
+        stream = LayerStream(model, tokens, batch_size, compute_dtype)
+        for index in range(len(decoder_layers(model))):
+            stream.advance(index)
+        return stream.states()
     found: Tensor | None = None
     for indices in torch.arange(len(tokens)).split(batch_size):
         inputs = layer_inputs(model, tokens[indices])
@@ -109,7 +115,7 @@ class LayerStream:
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype | None = None) -> None:
-        self._layers = decoder_layers(model)
+        self._placement = placement_of(model)
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
@@ -126,12 +132,13 @@ class LayerStream:
 
     def forward(self, index: int) -> Iterator[Tensor]:
         """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
-        for hidden in self._hidden:
-            kwargs = self._kwargs[len(hidden)][index]
-            dtype = self._compute_dtype
-            with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
-                output = run_layer(self._layers[index], hidden.to(self._device), kwargs)
-            yield output
+        dtype = self._compute_dtype
+        with self._placement.layer(index) as layer:
+            for hidden in self._hidden:
+                kwargs = self._kwargs[len(hidden)][index]
+                with torch.no_grad(), products_in(dtype, self._device) if dtype else nullcontext():
+                    output = run_layer(layer, hidden.to(self._device), kwargs)
+                yield output
 
     def advance(self, index: int) -> None:
         """Replace the states by the outputs of layer `index` as it now is."""

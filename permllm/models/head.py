@@ -67,21 +67,22 @@ class Head:
         return after_layers(self._model, output)
 
     def logits(self, states: Tensor) -> Tensor:
-        """The model's own logits `(tokens, vocabulary)` of states `(tokens, hidden)` that the head reads."""
-        with self._answering(states):
-            return self._forward(len(states))
+        """The model's own logits `(..., vocabulary)` of what the head reads: states `(tokens, hidden)`, or windows of them."""
+        windows = states if states.dim() == 3 else states[None]
+        return self._forward(windows).view(*states.shape[:-1], -1)
 
-    def _forward(self, tokens: int, replaced: dict[str, Tensor] | None = None) -> Tensor:
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.weight.device)
-        output = functional_call(self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False})
+    def _forward(self, windows: Tensor, replaced: dict[str, Tensor] | None = None) -> Tensor:
+        ids = torch.zeros(windows.shape[:2], dtype=torch.long, device=self.weight.device)
+        with self._answering(windows):
+            output = functional_call(self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False})
         logits: Tensor = output.logits
-        return logits[0]
+        return logits
 
     @contextmanager
-    def _answering(self, states: Tensor) -> Iterator[None]:
-        """The body answers with these states, whatever it is asked."""
+    def _answering(self, windows: Tensor) -> Iterator[None]:
+        """The body answers with these states `(windows, tokens, hidden)`, whatever it is asked."""
         before = vars(self._body).get("forward")
-        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])  # type: ignore[arg-type]
+        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=windows)  # type: ignore[arg-type]
         self._body.forward = lambda *_, **__: answer
         try:
             yield
@@ -104,8 +105,7 @@ class Head:
         product = states @ weight.t()
         largest = product.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         for size in _SIZES:
-            with self._answering(states * (size / largest)):
-                found = self._forward(_STATES, part).double()
+            found = self._forward((states * (size / largest))[None], part)[0].double()
             # Logits may be given in float32.
             if not torch.allclose(found, product * (size / largest), rtol=1e-5, atol=1e-6 * size):
                 return False

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +29,7 @@ from permllm.data.hub import hub_snapshot
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
+    check_checkpoint,
     check_runs,
     check_values,
     indexed_files,
@@ -33,9 +37,12 @@ from permllm.models.checkpoint import (
     read_weights,
     transformers_reads,
     vocabulary_of,
+    weight_files,
 )
-from permllm.models.families import check_known, family_of_config
+from permllm.models.families import check_known, decoder_layers, family_of, family_of_config
 from permllm.models.from_wheel import wheel_model, wheel_model_folder
+from permllm.models.mapped_file import MappedFile
+from permllm.models.placement import OnDisk, OnHost, place, placement_of
 from permllm.runtime.devices import resolve_device
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
@@ -78,15 +85,20 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
     else:
-        model, tokenizer = _from_folder(folder, dtype, device)
+        model, tokenizer = _from_folder(folder, dtype, device, config.placement)
         identity = folder_identity(config, folder)
     _check_architecture(config, model.config)
-    # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
-    nn.Module.to(model, device=device)
     model.eval().requires_grad_(False)
+    if config.placement == "device":
+        # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
+        nn.Module.to(model, device=device)
+    elif config.placement == "host":
+        place(model, OnHost(model, device))
+        _outside_to(model, device)
     what = config.path or config.hub_name or config.name
     _check_vocabulary(what, model, tokenizer)
-    check_runs(what, model)
+    with placement_of(model).whole():
+        check_runs(what, model)
     bos_of(tokenizer, config.bos)
     return LoadedModel(model, tokenizer, identity, config.bos)
 
@@ -126,6 +138,14 @@ def dense_folder(config: ModelConfig) -> Path | None:
     if config.source == "random":
         return None
     return _hub_folder(config)
+
+
+def generation_of(model: PreTrainedModel, folder: Path) -> GenerationConfig:
+    """The generation settings of a folder, or what the model's own config says where it has none."""
+    if (folder / "generation_config.json").is_file():
+        with transformers_reads(folder):
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(model.config)
 
 
 def folder_identity(config: ModelConfig, folder: Path) -> str:
@@ -181,16 +201,66 @@ def _local_architecture(folder: Path) -> PreTrainedConfig:
     return read_config(folder)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_folder(
+    folder: Path, dtype: torch.dtype, device: torch.device, placement: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _local_architecture(folder)
     family_of_config(config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
-    model = read_weights(folder, dtype, device)
+    if placement == "disk":
+        model = _mapped(folder, config, dtype, device)
+    else:
+        model = read_weights(folder, dtype, device if placement == "device" else torch.device("cpu"))
     with transformers_reads(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("The first words show what no file of it does.")
     return model, tokenizer
+
+
+def _mapped(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model of a folder whose decoder layers stay in its files; the rest is on the device."""
+    check_checkpoint(folder)
+    files = weight_files(folder)
+    if files[0].suffix != ".safetensors":
+        raise ConfigError(f"model.placement=disk reads safetensors files, and {folder} has {files[0].name}: take host")
+    with transformers_reads(folder), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    outside = f"{family_of(model).layers}."
+    mapped = [MappedFile(file) for file in files]
+    holds = {name: file for file in mapped for name in file.names}
+    tied = model.all_tied_weights_keys or {}
+    wanted = [name for name in model.state_dict() if name not in tied]
+    missing = next((name for name in wanted if name not in holds), None)
+    if missing is not None:
+        raise ConfigError(f"model.placement=disk: the files of {folder} have {missing} under another name: take host")
+    for name, source in tied.items():
+        if name in holds and source in holds and not torch.equal(holds[name].tensor(name), holds[source].tensor(source)):
+            raise ConfigError(f"model.placement=disk: {folder} has another {name} than {source}, which are tied: take host")
+    buffers = dict(model.named_buffers())
+    for name in wanted:
+        if name in buffers:  # some are no weights, such as an order
+            set_module_tensor_to_device(model, name, device, holds[name].tensor(name).clone(), buffers[name].dtype)
+        elif not name.startswith(outside):
+            set_module_tensor_to_device(model, name, device, holds[name].tensor(name).clone(), dtype)
+            holds[name].let_go([name])
+    model.tie_weights()
+    _outside_to(model, device)
+    model.generation_config = generation_of(model, folder)
+    placement = OnDisk(model, device, dtype, mapped)
+    place(model, placement)
+    check_values(folder, model)
+    for index, layer in enumerate(decoder_layers(model)):
+        with placement.layer(index):
+            check_values(f"{folder}: layer {index}", layer)
+    return model
+
+
+def _outside_to(model: nn.Module, device: torch.device) -> None:
+    """What has values now, in their own formats: all but what the layers are without."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
 
 
 def _check_vocabulary(what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

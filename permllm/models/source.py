@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
-from permllm.models.checkpoint import check_checkpoint, tensor_places, transformers_reads, weight_files
-from permllm.models.loading import dense_folder, folder_identity, load_model, meta_model
+from permllm.models.checkpoint import check_checkpoint, tensor_places, weight_files
+from permllm.models.loading import dense_folder, folder_identity, generation_of, load_model, meta_model
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -70,8 +70,8 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
         read = _files(folder, set(parameter_names(skeleton)))
         if read is not None:
             copy = partial(_copy_tokenizer, folder)
-            return DenseSource(skeleton, copy, _generation(skeleton, folder), folder_identity(config, folder), read)
-    loaded = load_model(config, seed)
+            return DenseSource(skeleton, copy, generation_of(skeleton, folder), folder_identity(config, folder), read)
+    loaded = load_model(replace(config, placement="device", device="cpu"), seed)  # whose weights are all there to be read
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(loaded.model.config, dtype=loaded.model.dtype)
     state = loaded.model.state_dict()
@@ -106,10 +106,3 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)
-
-
-def _generation(skeleton: PreTrainedModel, folder: Path) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        with transformers_reads(folder):
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(skeleton.config)

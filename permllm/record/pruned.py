@@ -83,7 +83,20 @@ class Pruned:
         Raises:
             DataError: as `check`.
         """
+        new = dense if self._weight is None else self._weight(path)
+        return torch.where(self.mask(path).to(dense.device), new.to(dense), 0.0)
+
+    def mask(self, path: str) -> Tensor:
+        """The mask of a linear, bool `(C_out, C_in)` in original channel order.
+
+        Raises:
+            DataError: it is not N:M in the order of its channels.
+        """
         mask = self._mask(path)
         check_mask(self._file, path, mask, self._order_of[path], self._pattern_of[path])
-        new = dense if self._weight is None else self._weight(path)
-        return torch.where(mask.to(dense.device), new.to(dense), 0.0)
+        return mask
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether the kept weights are others than the dense model's."""
+        return self._weight is not None

@@ -149,11 +149,19 @@ def check_file(file: Path) -> bool:
                 part = view[start + first : start + last]
                 found = _hexadecimal(zlib.crc32(part))
                 part.release()
+                advise(data, mmap.MADV_DONTNEED, start + first, start + last)
                 if found != expected[name]:
                     raise DataError(f"{file} is corrupt: {name} is not what was written")
         finally:
             view.release()
     return True
+
+
+def advise(data: mmap.mmap, advice: int, first: int, last: int) -> None:
+    """Advise the system on the whole pages between two places of a mapped file: what lies beside them belongs to others."""
+    first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        data.madvise(advice, first, last - first)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

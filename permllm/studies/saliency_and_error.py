@@ -21,6 +21,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import load_model
 from permllm.models.patterns import groups_to_prune
+from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import heuristic_order
 from permllm.record.schema import MeasuredOrders
 from permllm.runtime.precision import compute_dtype
@@ -136,14 +137,15 @@ class SaliencyAndError(SaliencyAndErrorSettings):
         asked = (*inputs.pruner.statistics, Gram)
         gradients = weight_gradients(loaded.model, group.members, asked, tokens, products)
         read = layer_statistics(loaded.model, [group], tokens, asked, config.calibration.batch_size, products)[group.name]
-        factors = member_factors(loaded.model, group, inputs.pruner, read, gradients)
-        weights = {path: linear_at(loaded.model, path).weight for path in group.members}
-        layer = Layer(
-            weight=torch.cat(list(weights.values())).float(),
-            saliency=torch.cat([saliency(weight, factors[path]) for path, weight in weights.items()]),
-            gram=read[Gram].value / read.tokens,
-            pattern=pattern,
-        )
+        with placement_of(loaded.model).layer(group.layer):
+            factors = member_factors(loaded.model, group, inputs.pruner, read, gradients)
+            weights = {path: linear_at(loaded.model, path).weight for path in group.members}
+            layer = Layer(
+                weight=torch.cat(list(weights.values())).float(),
+                saliency=torch.cat([saliency(weight, factors[path]) for path, weight in weights.items()]),
+                gram=read[Gram].value / read.tokens,
+                pattern=pattern,
+            )
         points = [
             {"order": kind, "retained_saliency": layer.retained(perm), "output_error": layer.error(perm)}
             for kind, perm in self._orders(layer, config.seed)

@@ -36,6 +36,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "lcp compiled, packed": ("permutation.compile=true", "export=gathered", "export.format=packed"),
     "sequential statistics": ("permutation=none", "calibration.statistics=sequential"),
     "lcp recomputed": ("permutation.activation_checkpointing=true",),
+    "lcp from host memory": ("model.placement=host",),
+    "masks from host memory": ("model.placement=host", "permutation=heuristic", "mask=score"),
     "lcp hard, cosine": ("permutation.straight_through=hard", "permutation.loss=cosine"),
     "lcp soft, mse": ("permutation.straight_through=soft", "permutation.loss=mse", "pruner=ria"),
     "lcp by windows": ("permutation.layers_per_stage=1", "permutation.rounds=2"),

@@ -26,7 +26,7 @@ def test_a_random_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert model.config.num_hidden_layers == 2
     weights = model.model.layers[1].mlp.down_proj.weight.float()
-    assert 0.015 < float(weights.std()) < 0.025
+    assert 0.015 < float(weights.detach().std()) < 0.025
     assert bool((model.model.norm.weight == 1).all())
     assert AutoTokenizer.from_pretrained(whole)("ab")["input_ids"]
     ids = torch.arange(16).unsqueeze(0)

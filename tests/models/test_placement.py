@@ -1,0 +1,251 @@
+"""Where weights wait changes nothing of what is computed, and only what is at work is in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from permllm.config import ModelConfig
+from permllm.errors import ConfigError, DataError
+from permllm.evaluation.perplexity import perplexity
+from permllm.models.decoder import last_states
+from permllm.models.families import FAMILIES, decoder_layers
+from permllm.models.loading import load_model
+from permllm.models.placement import OnHost, placement_of
+from tests.conftest import ROOT, run_command, tiny_model
+
+PLACEMENTS = ("host", "disk")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("llama", tmp_path_factory.mktemp("checkpoint"))
+
+
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    tiny_model(family, dtype=dtype).save_pretrained(folder, max_shard_size="20KB")
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)  # which every family's class reads
+    return folder
+
+
+def settings(folder: Path, placement: str, **more: Any) -> ModelConfig:
+    return ModelConfig(**{"name": "x", "source": "local", "path": str(folder), "device": "cpu", "placement": placement} | more)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_perplexity_is_the_same_to_the_bit(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    folder = saved(family, tmp_path, dtype)
+    windows = torch.randint(0, 259, (5, 16), generator=torch.Generator().manual_seed(0))
+    name = str(dtype).removeprefix("torch.")
+    found = [
+        perplexity(load_model(settings(folder, placement, dtype=name), 0).model, windows, 32)
+        for placement in ("device", *PLACEMENTS)
+    ]
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_files_of_another_format_give_the_weights_that_loading_gives(tmp_path: Path, placement: str) -> None:
+    folder = saved("qwen2", tmp_path, torch.bfloat16)
+    windows = torch.randint(0, 259, (3, 16), generator=torch.Generator().manual_seed(0))
+    found = [
+        perplexity(load_model(settings(folder, one, dtype="float32"), 0).model, windows, 32) for one in ("device", placement)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_models_own_forward_finds_its_layers(checkpoint: Path, placement: str) -> None:
+    ids = torch.arange(12).view(2, 6)
+    dense = load_model(settings(checkpoint, "device"), 0).model
+    model = load_model(settings(checkpoint, placement), 0).model
+    with placement_of(model).whole():
+        assert torch.equal(model(ids).logits, dense(ids).logits)
+        assert torch.equal(model.generate(ids, max_new_tokens=3), dense.generate(ids, max_new_tokens=3))
+    with pytest.raises(RuntimeError):
+        model(ids)
+
+
+def test_orders_and_generation_settings_come_from_the_files(tmp_path: Path, checkpoint: Path) -> None:
+    words = [*METHODS["heuristic"], "export=gathered"]
+    run(checkpoint, tmp_path, "device", *words)
+    gathered = tmp_path / "device" / "export"
+    (gathered / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5}))
+    windows = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+    models = [load_model(settings(gathered, one), 0).model for one in ("device", "disk")]
+    assert perplexity(models[0], windows, 32) == perplexity(models[1], windows, 32)
+    assert models[1].generation_config is not None
+    assert models[1].generation_config.repetition_penalty == 1.5
+
+
+def test_a_head_that_is_another_than_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("gemma3_text")
+    assert model.config.tie_word_embeddings
+    saved("gemma3_text", tmp_path)
+    file = next(file for file in tmp_path.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(file))
+    save_file(load_file(file) | {"lm_head.weight": torch.randn(259, model.config.hidden_size)}, file, {"format": "pt"})
+    (index,) = tmp_path.glob("*.index.json")
+    entries = json.loads(index.read_text())
+    entries["weight_map"]["lm_head.weight"] = file.name
+    index.write_text(json.dumps(entries))
+    with pytest.raises(ConfigError, match="which are tied: take host"):
+        load_model(settings(tmp_path, "disk"), 0)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_weights_are_there_inside_of_their_layer_alone(checkpoint: Path, placement: str) -> None:
+    dense = load_model(settings(checkpoint, "device"), 0).model
+    model = load_model(settings(checkpoint, placement), 0).model
+    layer, place = decoder_layers(model)[1], placement_of(model)
+    with place.layer(0):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+    with place.layer(1), place.layer(1):
+        expected = dict(decoder_layers(dense)[1].named_parameters())
+        assert all(torch.equal(value, expected[name]) for name, value in layer.named_parameters())
+        with place.layer(1):
+            pass
+        assert not any(parameter.is_meta for parameter in layer.parameters())
+        assert all(parameter.is_meta for parameter in decoder_layers(model)[0].parameters())
+    with place.layer(0):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+METHODS = {
+    "heuristic": ["permutation=heuristic"],
+    "sequential": ["permutation=none", "calibration.statistics=sequential"],
+    "lcp": ["permutation=lcp", "permutation.epochs=2", "block_size=16"],
+    "lcp-stages": ["permutation=lcp", "permutation.layers_per_stage=1", "block_size=16"],
+    "score": ["permutation=heuristic", "mask=score", "mask.epochs=2"],
+    "together": ["permutation=lcp", "mask=score", "mask.orders=together", "block_size=16"],
+    "lowrank": ["permutation=heuristic", "mask=lowrank", "mask.layers_per_stage=1"],
+    "refined": ["permutation=heuristic", "mask=refined"],
+    "obs": ["permutation=heuristic", "reconstruction=obs"],
+    "block": ["permutation=heuristic", "reconstruction=block", "reconstruction.epochs=2"],
+    "sparsegpt": ["pruner=sparsegpt", "permutation=heuristic"],
+}
+
+
+def run(checkpoint: Path, folder: Path, placement: str, *words: str) -> dict[str, Any]:
+    """The record of a run of its own directory for each placement."""
+    directory = folder / placement
+    of_model = ["model=local", f"model.path={checkpoint}", "model.architecture=null", "model.device=cpu"]
+    same = ["calibration=builtin", "evaluation=builtin", "logger=none", f"model.placement={placement}", f"run_dir={directory}"]
+    done = run_command(*of_model, *same, *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
+    return record
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_stage_gives_the_same_model(tmp_path: Path, checkpoint: Path, method: str) -> None:
+    records = {placement: run(checkpoint, tmp_path, placement, *METHODS[method]) for placement in ("device", *PLACEMENTS)}
+    for placement in PLACEMENTS:
+        for key in ("perplexity", "retained_saliency", "output_error", "sparsity", "config_hash"):
+            assert records[placement][key] == records["device"][key], (placement, key)
+        for file in ("permutations.safetensors", "masks.safetensors"):
+            assert (tmp_path / placement / file).read_bytes() == (tmp_path / "device" / file).read_bytes()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("method", ["heuristic", "obs"])
+def test_a_pruned_model_is_made_again_from_its_record_and_exported(
+    tmp_path: Path, checkpoint: Path, method: str, placement: str
+) -> None:
+    words = ["permutation.constraint=foldable", *METHODS[method]]
+    run(checkpoint, tmp_path, placement, *words)
+    again = run(checkpoint, tmp_path, placement, *words, "evaluation.perplexity.limit=3", "export=folded")
+    device = run(checkpoint, tmp_path, "device", *words, "evaluation.perplexity.limit=3", "export=folded")
+    assert device["perplexity"] in [entry["perplexity"] for entry in (again, *again["other_evaluations"])]
+    of_export = [tmp_path / one / "export" / "model.safetensors" for one in (placement, "device")]
+    assert of_export[0].read_bytes() == of_export[1].read_bytes()
+
+
+def test_a_store_that_changes_while_it_is_read_is_one_line(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    model = load_model(settings(folder, "disk"), 0).model
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match="has changed, or is gone, while it was read from"):
+        last_states(model, torch.zeros(1, 4, dtype=torch.long), 1, torch.float32)
+
+
+def test_what_cannot_be_read_from_disk_is_said(tmp_path: Path, checkpoint: Path) -> None:
+    folder = saved("llama", tmp_path / "one")
+    (index,) = folder.glob("*.index.json")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    index.unlink()
+    torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"model\.placement=disk reads safetensors files"):
+        load_model(settings(folder, "disk"), 0)
+
+
+def test_parameters_that_layers_share_are_refused() -> None:
+    model = tiny_model("llama")
+    first, second = decoder_layers(model)
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is model\.layers\.0\.mlp\.up_proj\.weight as well"
+    ):
+        OnHost(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: device, host, disk"),
+        (["model.placement=disk"], "model.placement=disk needs a model with files, and model=tiny is random: take host"),
+        (["model.placement=host", "pruner=gblm"], "pruner=gblm takes the gradients of all weights together"),
+        (["model.placement=host", "reconstruction=distill"], "reconstruction=distill trains all kept weights together"),
+    ],
+)
+def test_what_a_placement_cannot_do_is_one_line(tmp_path: Path, words: list[str], reason: str) -> None:
+    done = run_command("model=tiny", "logger=none", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert reason in done.stderr.strip().splitlines()[-1]
+
+
+LAYERS, HIDDEN, INTERMEDIATE = 12, 512, 2048
+CHILD = """
+import sys, torch
+from permllm.config import ModelConfig
+from permllm.models.decoder import last_states
+from permllm.models.loading import load_model
+from permllm.runtime.memory import peak_host_memory, reset_peak_memory
+
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = int(open("/proc/self/statm").read().split()[1]) * 4096
+reset_peak_memory(torch.device("cpu"))
+model = load_model(ModelConfig(name="x", source="local", path=sys.argv[1], device="cpu", placement=sys.argv[2]), 0).model
+last_states(model, torch.zeros(2, 8, dtype=torch.long), 1, torch.float32)
+print(peak_host_memory() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_only_what_is_at_work_is_in_memory(tmp_path: Path) -> None:
+    words = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_key_value_heads": 4}
+    overrides = [f"model.architecture.{key}={value}" for key, value in words.items()]
+    command = [sys.executable, "scripts/random_checkpoint.py", str(tmp_path / "model"), "model=tiny", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    def grown(placement: str) -> int:
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "model"), placement]
+        return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+    layer = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
+    assert grown("device") - grown("disk") > (LAYERS - 3) * layer
