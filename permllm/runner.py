@@ -154,7 +154,7 @@ def _prune(job: Job, record: RunRecord) -> None:
         write_masks(record.path(MASKS), pruned.masks)
         found = figures(job, pruned)
         if found["sparsity"]["weights_kept"]:
-            write_tensors(record.path(WEIGHTS), {path: job.weight(path).cpu() for path in pruned.masks})
+            write_tensors(record.path(WEIGHTS), {path: job.weight(path) for path in pruned.masks})
         record.metrics |= found
 
     prune_model(job, tokens, keep)

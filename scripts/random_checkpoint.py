@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from permllm.config import HYDRA_DEFAULTS, ModelConfig, conf_directory, read_config, register_resolvers  # noqa: E402
+from permllm.models.checkpoint import parameter_names  # noqa: E402
 from permllm.models.loading import meta_model  # noqa: E402
-from permllm.models.source import parameter_names  # noqa: E402
 from permllm.nodes import register  # noqa: E402
 from permllm.record.files import write_json  # noqa: E402
 from permllm.record.tensor_file import write_file  # noqa: E402

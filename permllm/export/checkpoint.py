@@ -21,11 +21,11 @@ from permllm.export.card import model_card, model_notice
 from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
 from permllm.export.transformers_classes import METHOD, sparse_config
-from permllm.models.checkpoint import all_finite, weight_files
+from permllm.models.checkpoint import all_finite, parameter_names, weight_files
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import hub_commit
 from permllm.models.patterns import recorded_groups
-from permllm.models.source import DenseSource, dense_source, parameter_names
+from permllm.models.source import DenseSource, dense_source
 from permllm.record.files import read_json, read_yaml, scratch_of, write_json, write_record
 from permllm.record.names import CONFIG, ENVIRONMENT, METRICS
 from permllm.record.pruned import Pruned

@@ -227,6 +227,12 @@ def all_finite(tensor: Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # the bounds of what holds a NaN are NaN
 
 
+def parameter_names(model: PreTrainedModel) -> list[str]:
+    """Names of all tensors that a checkpoint must hold: the state dict's, without those tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return [name for name in model.state_dict() if name not in tied]
+
+
 def vocabulary_of(model: PreTrainedModel) -> int:
     """How many tokens a model knows: the rows of its embedding."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings

@@ -33,6 +33,7 @@ from permllm.models.checkpoint import (
     check_runs,
     check_values,
     indexed_files,
+    parameter_names,
     read_config,
     read_weights,
     transformers_reads,
@@ -229,12 +230,11 @@ def _mapped(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: 
     outside = f"{family_of(model).layers}."
     mapped = [MappedFile(file) for file in files]
     holds = {name: file for file in mapped for name in file.names}
-    tied = model.all_tied_weights_keys or {}
-    wanted = [name for name in model.state_dict() if name not in tied]
+    wanted = parameter_names(model)
     missing = next((name for name in wanted if name not in holds), None)
     if missing is not None:
         raise ConfigError(f"model.placement=disk: the files of {folder} have {missing} under another name: take host")
-    for name, source in tied.items():
+    for name, source in (model.all_tied_weights_keys or {}).items():
         if name in holds and source in holds and not torch.equal(holds[name].tensor(name), holds[source].tensor(source)):
             raise ConfigError(f"model.placement=disk: {folder} has another {name} than {source}, which are tied: take host")
     buffers = dict(model.named_buffers())

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
-from permllm.models.checkpoint import check_checkpoint, tensor_places, weight_files
+from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, weight_files
 from permllm.models.loading import dense_folder, folder_identity, generation_of, load_model, meta_model
 
 _TOKENIZER_FILES = (
@@ -79,12 +79,6 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     assert generation is not None
     save = loaded.tokenizer.save_pretrained
     return DenseSource(skeleton, save, generation, loaded.identity, lambda name: state[name].cpu())
-
-
-def parameter_names(model: PreTrainedModel) -> list[str]:
-    """Names of all tensors that a checkpoint must hold: the state dict's, without those tied to another."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return [name for name in model.state_dict() if name not in tied]
 
 
 def _files(folder: Path, wanted: set[str]) -> TensorReader | None:
