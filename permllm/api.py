@@ -6,7 +6,7 @@ import copy
 import random
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class Pruned(NamedTuple):
     """
 
     orders: dict[str, Tensor]
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     report: dict[str, Any]
 
 

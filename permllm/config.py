@@ -45,7 +45,7 @@ _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
-PLACEMENTS = ("device", "host", "disk")
+PLACEMENTS = ("device", "host", "disk")  # the first that fits is the fastest
 # Those of the package index; the first where none is named.
 WHEEL_MODELS = ("smollm2-135m", "gemma3-270m")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -69,7 +69,8 @@ class ModelConfig:
         dtype: of the weights: `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         placement: where the decoder layers' weights are while nothing is computed with them: `device`, on it; `host`, in host
-            memory; `disk`, in the checkpoint's safetensors files, so that only what is at work is in memory.
+            memory; `disk`, in the checkpoint's safetensors files, so that only what is at work is in memory; `auto`, the first
+            of these that what `plan=true` estimates fits in.
         architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
         bos: whether the tokenizer's BOS is the first token of each window, of calibration and of perplexity, and stands before
             each item of lm-eval unless `evaluation.zero_shot.add_bos_token` says otherwise; Gemma needs it. Otherwise the
@@ -88,7 +89,7 @@ class ModelConfig:
     wheel: str | None = None
     dtype: str = "float32"
     device: str = "auto"
-    placement: str = "device"
+    placement: str = "auto"
     architecture: dict[str, Any] = field(default_factory=dict)
     bos: bool = False
     accept_terms: bool = False
@@ -504,7 +505,7 @@ def _check(config: RunConfig) -> None:
             "model.accept_terms=true where you do"
         )
     check_one_of("model.dtype", config.model.dtype, DTYPES)
-    check_one_of("model.placement", config.model.placement, PLACEMENTS)
+    check_one_of("model.placement", config.model.placement, ("auto", *PLACEMENTS))
     check_one_of("compute_dtype", config.compute_dtype, COMPUTE_DTYPES)
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
     check_one_of("calibration.sampling", config.calibration.sampling, SAMPLINGS)

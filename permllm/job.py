@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from inspect import isabstract, signature
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import Statistic, gradient_kinds
-from permllm.config import RunConfig, instantiate, instantiate_permutation
+from permllm.config import PLACEMENTS, RunConfig, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
+from permllm.footprint import Footprint
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.models.placement import placement_of
@@ -26,9 +29,14 @@ from permllm.reconstruction.base import NoReconstruction, Reconstruction
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
+from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity import check_divides
 from permllm.validation import check_contract, check_number, check_one_of, check_whole
 
+log = logging.getLogger(__name__)
+
+# Of the memory that is free, what a placement may be estimated to take: estimates are right to within 15 %.
+_FITS = 0.85
 # What a pruned model follows from, beside its methods.
 _MAKES_RESULTS = ("permllm.calibration.shared", "permllm.data.calibration", "permllm.models.loading", "permllm.pipeline")
 
@@ -130,8 +138,9 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     check_contract(key, pruner, ("updates_weights",), ("factors",))
     _check_statistics(key, pruner)
     check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
-    if config.model.placement != "device":
-        _check_placement(config, methods)
+    reason = needs_device(config, methods)
+    if reason and config.model.placement not in ("auto", "device"):
+        raise ConfigError(f"{reason}, which needs model.placement=device")
     key = f"permutation={config.permutation.get('name')}"
     check_contract(key, permutation, ("learned", "local"), ())
     check_contract(key, permutation, (), ("order",) if permutation.local else ("orders",))
@@ -177,18 +186,49 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     _check_statistics(key, methods.reconstruction)
 
 
-def _check_placement(config: RunConfig, methods: Methods) -> None:
-    """Raise ConfigError for what needs the weights of all layers at once, where they come one layer at a time."""
-    needs = "which needs model.placement=device"
+def needs_device(config: RunConfig, methods: Methods) -> str | None:
+    """What needs the weights of all layers at once, where they may come one layer at a time; None for nothing."""
     for group in ("pruner", "reconstruction"):
         if gradient_kinds(getattr(methods, group).statistics):
-            name = getattr(config, group).get("name")
-            raise ConfigError(f"{group}={name} takes the gradients of all weights together, {needs}")
+            return f"{group}={getattr(config, group).get('name')} takes the gradients of all weights together"
     if type(methods.reconstruction).network is not NoReconstruction.network:
-        raise ConfigError(f"reconstruction={config.reconstruction.get('name')} trains all kept weights together, {needs}")
+        return f"reconstruction={config.reconstruction.get('name')} trains all kept weights together"
     for group, method in methods.learned.items():
         if getattr(method, "activation_checkpointing", None) is False:
-            raise ConfigError(f"{group}.activation_checkpointing=false keeps all layers for backward, {needs}")
+            return f"{group}.activation_checkpointing=false keeps all layers for backward"
+    return None
+
+
+def footprint_of(config: RunConfig, methods: Methods, model: PreTrainedModel, device: torch.device) -> Footprint:
+    """What a job takes, from its model on the meta device."""
+    parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
+    return Footprint(config, model, *parts, device)
+
+
+def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> str:
+    """Where the weights of a job's model are to wait: what the settings say, or the first placement that fits here.
+
+    Where none fits, that which needs least is tried, as estimates are no more than that; a warning says so.
+    """
+    if config.model.placement != "auto":
+        return config.model.placement
+    if needs_device(config, methods):
+        return "device"
+    candidates = [name for name in PLACEMENTS if name != "disk" or config.model.source != "random"]
+    device, host = footprint.device, available_host_memory()
+    free = free_memory(device) if device.type == "cuda" else host
+    reasons: list[str] = []
+    for name in candidates:
+        needs = footprint.needs(name)
+        asked = (needs.device, needs.host) if device.type == "cuda" else (needs.device + needs.host, 0)
+        if asked[0] <= _FITS * free and asked[1] <= _FITS * host:
+            if reasons:
+                log.info("model.placement=%s, as %s", name, "; ".join(reasons))
+            return name
+        place, size, has = (device.type, asked[0], free) if asked[0] > _FITS * free else ("host", asked[1], host)
+        reasons.append(f"{name} needs {size / 1e9:.1f} GB of the {has / 1e9:.1f} GB that are free on the {place}")
+    log.warning("no model.placement fits: %s. Trying %s", "; ".join(reasons), candidates[-1])
+    return candidates[-1]
 
 
 def _check_statistics(key: str, method: object) -> None:

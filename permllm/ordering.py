@@ -154,7 +154,7 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
 
 def learned_masks(
     job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
-) -> tuple[Order, dict[str, Tensor] | None]:
+) -> tuple[Order, Mapping[str, Tensor] | None]:
     """The masks of all linears, bool `(C_out, C_in)` on the CPU, and the orders that they are N:M in; None for the pruner's.
 
     Args:

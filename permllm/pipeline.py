@@ -21,7 +21,7 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern, permuted_nm_mask, retained_saliency, violations
+from permllm.sparsity import NMPattern, PackedMasks, permuted_nm_mask, saliency_sum, violations
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PrunedModel:
 
     Attributes:
         orders: int64 `(C_in,)` by group.
-        masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU.
+        masks: bool `(C_out, C_in)` by linear, original channel order, on the CPU, packed while nobody asks for one.
         retained: share of the saliency retained, by group.
         moved: share of the channels that are not at their original position, by group.
         output_error: `||X (W - W')^T||^2 / ||X W^T||^2` by group, X the inputs in the dense model, W' before anything larger
@@ -39,7 +39,7 @@ class PrunedModel:
     """
 
     orders: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: PackedMasks = field(default_factory=PackedMasks)
     retained: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def prune(
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():
-            mask = None if pruner.updates_weights or reconstruction.changes_weights else result.masks[path]
+            mask = None if pruner.updates_weights or reconstruction.changes_weights else result.masks.packed(path)
             placement.replace(linear_at(model, path), weight, mask)
         if pruned is not None:
             if weights and reconstruction.changes_weights:
@@ -171,24 +171,28 @@ def _prune_group(
 ) -> None:
     pattern = group.pattern or pattern
     dense = {path: linear_at(model, path).weight for path in group.members}
-    scores = {path: saliency(weight, factors[path].to(weight.device)) for path, weight in dense.items()}
-    perm = order(group.name, torch.cat(list(scores.values())), pattern)
+
+    def score(path: str) -> Tensor:
+        return saliency(dense[path], factors[path].to(dense[path].device))
+
+    # Made anew for each linear afterwards: those of all members at once are the most memory that pruning takes.
+    perm = order(group.name, torch.cat([score(path) for path in group.members]), pattern)
     result.orders[group.name] = perm.cpu()
     result.moved[group.name] = float((perm.cpu() != torch.arange(group.channels)).float().mean())
-    kept = []
+    kept = total = 0.0
     for path, weight in dense.items():
-        perm = perm.to(weight.device)
+        perm, scores = perm.to(weight.device), score(path)
         mine = None if statistics is None else statistics.of_linear(gradients.get(path, ()))
         if pruner.updates_weights:
             given = {} if masks is None else {"mask": masks[path].to(weight.device)}
             new, mask = pruner.update(weight, mine, perm, pattern, **given)  # type: ignore[attr-defined]
         else:
-            mask = permuted_nm_mask(scores[path], perm, pattern) if masks is None else masks[path].to(weight.device)
+            mask = permuted_nm_mask(scores, perm, pattern) if masks is None else masks[path].to(weight.device)
             new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
         weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, mine))
         result.masks[path] = mask.cpu()
-        kept.append(mask)
-    result.retained[group.name] = retained_saliency(torch.cat(list(scores.values())), torch.cat(kept))
+        kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
+    result.retained[group.name] = kept / max(total, 1e-300)
 
 
 @contextmanager

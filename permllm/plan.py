@@ -1,51 +1,39 @@
-"""`plan=true`: the channel groups, the learnable parameters and the memory of each stage, without weights."""
+"""`plan=true`: the channel groups, the learnable parameters, memory and the least time, without weights."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
-from permllm.calibration.dense import Pruner
-from permllm.calibration.statistics.base import gradient_kinds, input_kinds
-from permllm.config import PLACEMENTS, RunConfig
-from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token
-from permllm.mask.contract import MaskPlan
-from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
-from permllm.models.head import tokens_at_a_time
-from permllm.models.losses import CHUNK
-from permllm.models.patterns import groups_to_prune
+from permllm.config import PLACEMENTS
+from permllm.footprint import Footprint
+from permllm.models.families import ChannelGroup
 from permllm.pattern import NMPattern
-from permllm.permutation.contract import LearningPlan
-from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import peak_host_memory
+from permllm.runtime.precision import compute_dtype
+from permllm.runtime.speed import copy_rate, product_rate
 from permllm.runtime.terminal import terminal
 
+# Sizes of accelerators' memory, GB.
+_CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
+# Of a card's memory, what the tensors of a run may take: the rest is CUDA's own, and what is free in pieces.
+_OF_A_CARD = 0.9
 
-def print_plan(
-    config: RunConfig, model: PreTrainedModel, pruner: Pruner, permutation: Any, mask: Any, reconstruction: Any
-) -> None:
+
+def print_plan(footprint: Footprint, chosen: str, alone: str | None) -> None:
     """Print the plan of a run.
 
     Args:
-        config: of the run.
-        model: on the meta device.
-        pruner: the base pruner.
-        permutation: the permutation method; one that is learned says what it will learn.
-        mask: the mask method, likewise.
-        reconstruction: of the kept weights.
+        footprint: what it takes.
+        chosen: the placement of its weights.
+        alone: why no other than `device` is possible; None where all are.
     """
     console = terminal()
-    every, groups = channel_groups(model), groups_to_prune(model, config)
-    layers = len(decoder_layers(model))
-    plan: LearningPlan | None = permutation.plan(groups, layers) if permutation.learned else None
+    config, plan = footprint.config, footprint.orders
+    layers = footprint.layers
     table = Table(title=f"{config.model.name}: channel groups of each of the {layers} decoder layers", title_justify="left")
     for heading in ("group", "members", "channels", "rows", "blocks", "logits"):
         table.add_column(heading, justify="left" if heading in ("group", "members") else "right")
@@ -54,7 +42,7 @@ def print_plan(
         table.add_column("N:M")
         table.add_column("layers")
     alike: dict[tuple[str, ...], list[ChannelGroup]] = {}
-    for group in groups:
+    for group in footprint.groups:
         members = ", ".join(member.rsplit(".", 1)[-1] for member in group.members)
         alike.setdefault((group.table.name, members, str(group.pattern or config.pattern)), []).append(group)
     for (name, members, pattern), (group, *others) in alike.items():
@@ -68,14 +56,10 @@ def print_plan(
             *([pattern, _ranges([group.layer, *(other.layer for other in others)])] if of_parts else []),
         )
     console.print(table)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights: Counter[NMPattern] = Counter()
-    for group in groups:
-        weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
-    console.print(f"parameters             {parameters}, {_pruned(weights)}")
+    console.print(f"parameters             {footprint.parameters}, {_pruned(footprint.weights)}")
     if of_parts:
-        zeros = sum(count * (pattern.m - pattern.n) / pattern.m for pattern, count in weights.items())
-        share = zeros / sum(group.channels * sum(group.rows) for group in every)
+        zeros = sum(count * (pattern.m - pattern.n) / pattern.m for pattern, count in footprint.weights.items())
+        share = zeros / sum(group.channels * sum(group.rows) for group in footprint.every)
         console.print(f"zeros                  {share:.2%} of all linears of the decoder layers")
     if config.model.bos:
         console.print("windows                begin with BOS, in calibration and perplexity")
@@ -83,65 +67,63 @@ def print_plan(
     for name in plan.stays if plan else []:
         console.print(f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers")
     windows = plan.windows if plan else []
-    depth = max((stop - first for first, stop in windows), default=0)
     if windows:
-        console.print(f"stages                 {len(windows)}, of at most {depth} layers")
+        console.print(
+            f"stages                 {len(windows)}, of at most {max(stop - first for first, stop in windows)} layers"
+        )
     console.print(f"learnable parameters   {plan.parameters if plan else 0}")
-    of_window = plan.logits * depth // (layers - windows[0][0]) if plan and windows else 0
-    learning = []
-    if plan and not getattr(mask, "learns_orders", False):
-        between = 4 * plan.between * depth // (layers - windows[0][0])
-        learning.append(_Learning("learn", permutation, of_window, depth, max(0, between - 16 * of_window)))  # not at once
-    if mask.learned:
-        learning.append(_masks(console, mask, mask.plan(groups, layers), of_window))
-    if reconstruction.learned:
-        learning.append(_weights(console, config, reconstruction, weights, layers))
-    of_placement = partial(_memory, config, model, every, pruner, parameters, learning, mask, reconstruction)
-    _print_memory(console, config, model, of_placement, len(windows) > 1)
-
-
-def _print_memory(
-    console: Console, config: RunConfig, model: PreTrainedModel, of_placement: Callable[[str], dict[str, int]], staged: bool
-) -> None:
-    """Print bytes by stage, and what each placement of the weights needs."""
-    console.print("memory (estimates, of the largest stage):" if staged else "memory (estimates):")
-    for stage, size in of_placement(config.model.placement).items():
+    if footprint.masks:
+        each = footprint.masks_by_window
+        console.print(f"mask parameters        {sum(each)}, in stages of at most {max(each)}")
+    if footprint.reconstructs:
+        console.print(f"kept weights           {footprint.kept}, which learn together")
+    needs = footprint.needs(chosen)
+    console.print("memory (estimates, of the largest stage):" if len(windows) > 1 else "memory (estimates):")
+    for stage, size in needs.stages.items():
         console.print(f"  {stage:<20} {size / 1e9:.2f} GB")
-    moved = _of_layers(model) * _item(config)
-    console.print("with the weights in a placement, and Python:")
-    for placement in PLACEMENTS:
-        stages = of_placement(placement)
-        beside = (stages.pop(_BESIDE) + peak_host_memory()) / 1e9
-        largest = max(stages.values()) / 1e9
-        if resolve_device(config.model.device).type == "cpu":  # where all of it is the host's
-            needs = f"{beside + largest:.2f} GB"
-        else:
-            needs = f"{largest:.2f} GB of the device's, {beside:.2f} GB of the host's"
-        comes = "" if placement == "device" else f"; {moved / 1e9:.2f} GB come to it in each pass over the layers"
-        console.print(f"  {placement:<20} {needs}{comes}")
+    console.print(f"  {'on host, beside it':<20} {needs.host / 1e9:.2f} GB")
+    _print_placements(console, footprint, chosen, alone)
 
 
-def _masks(console: Console, mask: Any, plan: MaskPlan, logits: int) -> _Learning:
-    """Print what masks learn; `logits` is how many logits of orders learn in the largest window."""
-    each = [sum(plan.parameters.get(layer, 0) for layer in range(first, stop)) for first, stop in plan.windows]
-    console.print(f"mask parameters        {sum(each)}, in stages of at most {max(each)}")
-    depth = max(stop - first for first, stop in plan.windows)
-    if mask.learns_orders:
-        return _Learning("learn masks", mask, max(each) + logits, depth)
-    # A masked weight in the format of the products, which are bfloat16 where they are not the weights' own.
-    return _Learning("learn masks", mask, max(each), depth, 2 * max(each) if plan.keeps_masked else 0)
+def _print_placements(console: Console, footprint: Footprint, chosen: str, alone: str | None) -> None:
+    """Print what each placement of the weights needs, and how long products, or the copies that they hide, take."""
+    device, on_a_host = footprint.device, footprint.device.type == "cpu"
+    config = footprint.config
+    dtype = compute_dtype(config.compute_dtype, getattr(torch, config.model.dtype), device)
+    rate = product_rate(device, dtype)
+    seconds = footprint.products / rate
+    table = Table(title="where the layers' weights wait (model.placement)", title_justify="left")
+    for heading in ("placement", *(("memory",) if on_a_host else ("device", "host")), "a card of", "products alone"):
+        table.add_column(heading, justify="left" if heading == "placement" else "right")
+    for placement in PLACEMENTS if alone is None else PLACEMENTS[:1]:
+        needs = footprint.needs(placement)
+        host = needs.host + peak_host_memory()
+        memory = [needs.device + host] if on_a_host else [needs.device, host]
+        takes = _duration(seconds)
+        if placement == "host" and not on_a_host:
+            takes = _duration(max(seconds, footprint.passes * footprint.streamed / copy_rate(device)))
+        elif placement == "disk":
+            takes = f"{takes}, {footprint.passes * footprint.streamed / 1e9:.0f} GB read"
+        table.add_row(
+            f"{placement}, taken here" if placement == chosen else placement,
+            *(f"{size / 1e9:.2f} GB" for size in memory),
+            _card(footprint.on_a_card(placement).device),
+            takes,
+        )
+    console.print(table)
+    console.print(f"at the {rate / 1e12:.2g} TFLOP/s of products in {str(dtype).removeprefix('torch.')} measured here")
+    if alone is not None:
+        console.print(alone)
 
 
-def _weights(
-    console: Console, config: RunConfig, reconstruction: Any, weights: Mapping[NMPattern, int], layers: int
-) -> _Learning:
-    """Print how many kept weights learn, with their places, their mean where it is wanted, and as products read them."""
-    kept, pruned = sum(count * pattern.n // pattern.m for pattern, count in weights.items()), sum(weights.values())
-    console.print(f"kept weights           {kept}, which learn together")
-    waiting = 4 * kept * (2 if reconstruction.average else 1)
-    # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded for the products.
-    waiting += 2 * pruned if config.model.dtype == "float32" else 0
-    return _Learning("learn weights", reconstruction, kept, layers, waiting)
+def _card(size: int) -> str:
+    return next((f"{card} GB" for card in _CARDS if size <= card * 1e9 * _OF_A_CARD), f"more than {_CARDS[-1]} GB")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _pruned(weights: Mapping[NMPattern, int]) -> str:
@@ -159,95 +141,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-# Of the stages, what the host holds beside what the device does.
-_BESIDE = "on host, beside it"
-
-
-class _Learning(NamedTuple):
-    """What learns in a stage: the method, its parameters and layers in the largest window, bytes that wait for backward."""
-
-    name: str
-    method: Any
-    parameters: int
-    depth: int
-    waiting: int = 0
-
-
-def _item(config: RunConfig) -> int:
-    """Bytes a weight."""
-    return torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
-
-
-def _of_layers(model: PreTrainedModel, layers: int | None = None) -> int:
-    """Parameters of the decoder layers, or of the largest so many."""
-    sizes = sorted((sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(model)), reverse=True)
-    return sum(sizes[:layers])
-
-
-def _memory(
-    config: RunConfig,
-    model: PreTrainedModel,
-    groups: list[ChannelGroup],
-    pruner: Pruner,
-    parameters: int,
-    learning: Sequence[_Learning],
-    mask: Any,
-    reconstruction: Any,
-    placement: str,
-) -> dict[str, int]:
-    """Bytes by stage, with the weights in a placement."""
-    item = _item(config)
-    hidden = model.config.hidden_size
-    widest = max(sum(group.rows) for group in groups)
-    largest = max(group.channels * sum(group.rows) for group in groups)
-    in_layers = _of_layers(model) * item
-    # Of the layers that come and go, the one that is computed with and the next, which is on its way.
-    weights = parameters * item - (0 if placement == "device" else in_layers - 2 * _of_layers(model, 1) * item)
-    states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
-    forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
-    channels = max(group.channels for group in groups)
-    sums = sum(kind.memory(channels) for kind in input_kinds(pruner.statistics))
-    pruned = sum(group.channels * sum(group.rows) for group in groups)
-    # A float32 number a weight and statistic; a saliency that follows from them, a dense score, takes their place.
-    of_gradients = 4 * pruned * len(gradient_kinds(pruner.statistics))
-    scores = 4 * pruned if of_gradients else 0
-    vocabulary = model.config.vocab_size
-    perplexity = config.evaluation.perplexity
-    # Of the tokens of a batch those whose logits exist together, and in float32 those of a window.
-    evaluated = tokens_at_a_time(vocabulary, max(perplexity.batch_tokens, perplexity.seqlen))
-    of_window = tokens_at_a_time(vocabulary, perplexity.seqlen)
-    stages = {
-        "weights": float(weights),
-        "evaluate": weights + (evaluated * item + of_window * 4) * vocabulary,
-        # Two streams of states and the learning target; masks are kept as bool until they are written.
-        _BESIDE: float(3 * states + pruned + of_gradients + (in_layers if placement == "host" else 0)),
-        "calibrate": float(weights + forward + sums),
-    }
-    if of_gradients:
-        # One sample: the states between the layers, one layer's internals, the logits, and one gradient.
-        between = config.calibration.seqlen * (len(decoder_layers(model)) * hidden + 8 * hidden + 4 * widest) * item
-        together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
-        stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
-    read = () if mask.local else input_kinds(mask.statistics)
-    if read:
-        # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
-        stages["refine masks"] = weights + forward + sum(kind.memory(channels) for kind in read) + 6 * 4 * largest
-    for name, method, learned, depth, waiting in learning:
-        together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
-        tokens = together * config.calibration.seqlen
-        # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
-        activations = tokens * kept_a_token(groups, hidden) * item * depth
-        recomputes = getattr(method, "activation_checkpointing", None)
-        if placement != "device" or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
-            activations = tokens * (hidden * depth + 8 * hidden + 4 * widest) * item
-        # Where the loss goes through the head: its weight in the format of the products, and four numbers a token and a word.
-        words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if getattr(method, "loss", None) == "kl" else 0
-        # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
-        stages[name] = weights + 16 * learned + waiting + activations + 3 * largest * item
-        stages[name] += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
-        stages[name] += scores * depth / len(decoder_layers(model))
-    asked = input_kinds((*pruner.statistics, *reconstruction.statistics))
-    stages["prune"] = weights + forward + sum(kind.memory(channels) for kind in asked) + 4 * 3 * largest
-    return {name: math.ceil(size) for name, size in stages.items()}

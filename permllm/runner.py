@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,17 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.helping import check_shares
-from permllm.job import Job, Methods, check_groups, code_of, export_request, methods_of
+from permllm.job import (
+    Job,
+    Methods,
+    check_groups,
+    code_of,
+    export_request,
+    footprint_of,
+    methods_of,
+    needs_device,
+    placement_for,
+)
 from permllm.models.loading import load_model, meta_model
 from permllm.models.patterns import groups_to_prune
 from permllm.pipeline import PrunedModel
@@ -72,7 +82,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         skeleton = meta_model(config.model)
         check_groups(config, groups_to_prune(skeleton, config), methods.permutation)
         if config.plan:
-            print_plan(config, skeleton, methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
+            footprint = footprint_of(config, methods, skeleton, device)
+            print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
             return None
 
     record = RunRecord(run_directory(config), config, config.force)
@@ -85,6 +96,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             if record.begun:
                 record.forget_what_is_broken(groups_to_prune(meta_model(config.model), config), config.pattern)
             learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
+            config = _placed(config, methods, device)
             if learns:
                 check_shares(learns, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
@@ -94,6 +106,14 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             _export(request, record)
         print_run(record.metrics, record.directory)
     return record.metrics, record.directory
+
+
+def _placed(config: RunConfig, methods: Methods, device: torch.device) -> RunConfig:
+    """The settings with a `model.placement` that is not `auto`."""
+    if config.model.placement != "auto":
+        return config
+    footprint = footprint_of(config, methods, meta_model(config.model), device)
+    return replace(config, model=replace(config.model, placement=placement_for(footprint, config, methods)))
 
 
 def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunLogger, device: torch.device) -> None:

@@ -8,7 +8,7 @@ tie often (in 15 % of the groups of four, the second and third magnitudes are eq
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from permllm.pattern import NMPattern, check_divides
 
 __all__ = [
     "NMPattern",
+    "PackedMasks",
     "check_divides",
     "keep_largest",
     "keep_largest_of",
@@ -26,6 +27,7 @@ __all__ = [
     "permuted_nm_mask",
     "ranks_of",
     "retained_saliency",
+    "saliency_sum",
     "unpacked_mask",
     "violations",
 ]
@@ -131,8 +133,13 @@ def violations(weight: Tensor, perm: Tensor, pattern: NMPattern) -> int:
 
 def retained_saliency(saliency: Tensor, mask: Tensor) -> float:
     """Share of the total saliency that the mask keeps, in [0, 1] (RIA's objective for a permutation)."""
-    total = saliency.sum(dtype=torch.float64)
-    return float((saliency * mask).sum(dtype=torch.float64) / total.clamp_min(1e-300))
+    return saliency_sum(saliency, mask) / max(saliency_sum(saliency), 1e-300)
+
+
+def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:
+    """Sum of a saliency, or of what a mask keeps of it, in float64."""
+    kept = saliency if mask is None else torch.where(mask, saliency, 0.0)
+    return float(kept.sum(dtype=torch.float64))
 
 
 def packed_mask(mask: Tensor) -> Tensor:
@@ -150,3 +157,39 @@ def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     count = None if shape is None else math.prod(shape)
     mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).view(bool))
     return mask if shape is None else mask.view(*shape)
+
+
+class PackedMasks(MutableMapping[str, Tensor]):
+    """Masks by name that take one bit an entry while they wait; each is unpacked when it is asked for.
+
+    Args:
+        masks: bool on the CPU, of any shape, by name.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = ()) -> None:
+        self._bits: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self.update(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpacked_mask(self._bits[name], self._shapes[name])
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self.set_packed(name, packed_mask(mask), mask.shape)
+
+    def __delitem__(self, name: str) -> None:
+        del self._bits[name], self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def packed(self, name: str) -> tuple[Tensor, torch.Size]:
+        """A mask as `packed_mask` gives it, and its shape."""
+        return self._bits[name], self._shapes[name]
+
+    def set_packed(self, name: str, bits: Tensor, shape: Sequence[int]) -> None:
+        """Have a mask that is packed already."""
+        self._bits[name], self._shapes[name] = bits, torch.Size(shape)

@@ -62,14 +62,16 @@ def figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     """What `metrics.json` says of a model that was pruned, before it is evaluated."""
     groups = channel_groups(job.loaded.model)
     patterns = differing_patterns(groups, job.groups)
-    zeros = sum(int((~mask).sum()) for mask in pruned.masks.values())
+    weights = kept = 0
+    for mask in pruned.masks.values():
+        weights, kept = weights + mask.numel(), kept + int(mask.sum())
     return {
         "compute_dtype": str(job.products).removeprefix("torch."),
         "sparsity": {
             "pattern": str(job.config.pattern),
             **({"patterns": patterns} if patterns else {}),
-            "fraction": zeros / sum(mask.numel() for mask in pruned.masks.values()),
-            "of_model": zeros / sum(group.channels * sum(group.rows) for group in groups),
+            "fraction": (weights - kept) / weights,
+            "of_model": (weights - kept) / sum(group.channels * sum(group.rows) for group in groups),
             "violations": pruned.violations,
             "weights_changed": job.methods.change_weights,
             "weights_kept": job.methods.change_weights and job.config.save_weights,

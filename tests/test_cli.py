@@ -91,20 +91,21 @@ def test_quickstart_compares_three_permutations_in_one_table(tmp_path: Path) -> 
 
 
 def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path: Path) -> None:
-    result = run_command("model=qwen2.5-7b", "plan=true", cwd=tmp_path)
+    plan = ("plan=true", "model.placement=device")
+    result = run_command("model=qwen2.5-7b", *plan, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for number in ("3584", "18944", "53215232"):
         assert number in result.stdout
     deals = ("permutation.rounds=2", "permutation.deal=exchanges")
     held = [
-        float(re.search(r"  learn +([\d.]+) GB", run_command("model=qwen2.5-7b", "plan=true", *more, cwd=tmp_path).stdout)[1])  # type: ignore[index]
+        float(re.search(r"  learn +([\d.]+) GB", run_command("model=qwen2.5-7b", *plan, *more, cwd=tmp_path).stdout)[1])  # type: ignore[index]
         for more in ((), deals)
     ]
     channels = 28 * (3 * 3584 + 18944)  # a gradient of 1024 numbers each, instead of four of 64
     assert (held[1] - held[0]) * 1e9 == pytest.approx(4 * channels * (1024 - 4 * 64), abs=2e7)
-    windows = run_command("model=qwen2.5-7b", "plan=true", "permutation.layers_per_stage=8", cwd=tmp_path)
+    windows = run_command("model=qwen2.5-7b", *plan, "permutation.layers_per_stage=8", cwd=tmp_path)
     assert "4, of at most 8 layers" in windows.stdout
-    masks = run_command("model=qwen2.5-7b", "plan=true", "mask=score", "mask.layers_per_stage=4", cwd=tmp_path)
+    masks = run_command("model=qwen2.5-7b", *plan, "mask=score", "mask.layers_per_stage=4", cwd=tmp_path)
     a_layer = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
     assert f"mask parameters        {28 * a_layer}, in stages of at most {4 * a_layer}" in masks.stdout
     held = float(re.search(r"learn masks +([\d.]+) GB", masks.stdout)[1])  # type: ignore[index]
@@ -113,12 +114,12 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     learned, activations = (4 * 4 + 2) * 4 * a_layer, 4 * 1024 * (11 * 3584 + 4 * 18944) * 2 * 4
     a_group = 3 * 2 * 3584 * 2 * 18944  # the widest: its masked weight, and gradients of it
     assert (held - weights) * 1e9 == pytest.approx(learned + activations + a_group, abs=2e7)
-    refined = run_command("model=qwen2.5-7b", "plan=true", "permutation=none", "mask=refined", cwd=tmp_path)
+    refined = run_command("model=qwen2.5-7b", *plan, "permutation=none", "mask=refined", cwd=tmp_path)
     sizes = {name: float(re.search(rf"  {name} +([\d.]+) GB", refined.stdout)[1]) for name in ("calibrate", "refine masks")}  # type: ignore[index]
     # The Gram matrix of the widest input and its copies; weights, masks and what they take away of the widest group.
     more = 5 * 4 * 18944**2 + 6 * 4 * 3584 * 2 * 18944
     assert (sizes["refine masks"] - sizes["calibrate"]) * 1e9 == pytest.approx(more, abs=2e7)
-    weights_learn = run_command("model=qwen2.5-7b", "plan=true", "reconstruction=distill", "permutation=none", cwd=tmp_path)
+    weights_learn = run_command("model=qwen2.5-7b", *plan, "reconstruction=distill", "permutation=none", cwd=tmp_path)
     kept = 28 * a_layer // 2
     assert f"kept weights           {kept}," in weights_learn.stdout
     held = float(re.search(r"learn weights +([\d.]+) GB", weights_learn.stdout)[1])  # type: ignore[index]

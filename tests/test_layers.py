@@ -36,6 +36,7 @@ ROOMS = (
     "evaluation",
     "export",
     "pipeline",
+    "footprint",
     "plan",
     "studies",
     "nodes",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permllm.errors import ConfigError
-from permllm.sparsity import NMPattern, keep_largest, nm_mask, permuted_nm_mask, retained_saliency, violations
+from permllm.sparsity import NMPattern, PackedMasks, keep_largest, nm_mask, permuted_nm_mask, retained_saliency, violations
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (8, 32)]
 
@@ -59,3 +59,17 @@ def test_other_patterns_are_refused(text: object) -> None:
 def test_m_must_divide_the_channels() -> None:
     with pytest.raises(ConfigError, match="does not divide the 30 input channels"):
         nm_mask(torch.rand(2, 30), NMPattern(2, 4))
+
+
+def test_packed_masks_are_those_that_were_given_in_an_eighth_of_their_bytes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in (("a", (3, 5)), ("b", (16, 8)))}
+    masks = PackedMasks(given)
+    assert list(masks) == ["a", "b"]
+    assert all(torch.equal(masks[name], mask) for name, mask in given.items())
+    assert [masks.packed(name)[0].numel() for name in given] == [2, 16]
+    masks["a"] = ~given["a"]
+    assert torch.equal(masks["a"], ~given["a"])
+    del masks["b"]
+    assert next(iter(masks.items()))[0] == "a"
+    assert len(masks) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from permllm.errors import DataError
@@ -14,7 +15,7 @@ from permllm.record.files import read_json
 from permllm.record.names import METRICS
 from permllm.record.pruned import Pruned
 from permllm.record.schema import Metrics
-from permllm.sparsity import NMPattern
+from permllm.sparsity import NMPattern, packed_mask
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
@@ -43,5 +44,10 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         with placement.layer(group.layer):
             for path in group.members:
                 linear = linear_at(model, path)
-                mask = kept.mask(path) if placement.streams and not kept.weights_changed else None
-                placement.replace(linear, kept.weight(path, linear.weight.data), mask)
+                dense = linear.weight.data
+                if kept.weights_changed:
+                    placement.replace(linear, kept.weight(path, dense))
+                else:
+                    mask = kept.mask(path)
+                    masked = torch.where(mask.to(dense.device), dense, 0.0)
+                    placement.replace(linear, masked, (packed_mask(mask), mask.shape))

@@ -122,6 +122,9 @@ class Learner(ABC):
     def set_layer(self, index: int, moment: Moment | None) -> None:  # noqa: B027
         """Before a decoder layer runs; None asks for no gradients."""
 
+    def collect(self) -> None:  # noqa: B027
+        """After backward: have the gradients where `parameters` are."""
+
     def flips(self) -> Tensor | None:
         """How much of what it decides has changed at the last `begin`, a scalar on the device; None where nobody counts."""
         return None
@@ -284,6 +287,8 @@ class Training:
                 total = total + loss.detach()
             if ahead is not None:
                 self.samples.fetch(ahead)
+        for learner in self.learners:
+            learner.collect()
         return total
 
     def _portions(self, batch: Tensor) -> list[Tensor]:

@@ -38,7 +38,7 @@ class FoundMask(Mask, Protocol):
 
     def masks(
         self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
         """The orders by group, int64 `(C_in,)`, and the masks by linear, bool `(C_out, C_in)` in original channel order.
 
         Both on the CPU; each group of M in the order keeps N.

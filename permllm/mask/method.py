@@ -34,7 +34,7 @@ from permllm.permutation.lcp.method import LCP
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.record.names import MASK_CHECKPOINT
 from permllm.runtime import parallel
-from permllm.sparsity import permuted_nm_mask, unpacked_mask
+from permllm.sparsity import PackedMasks, permuted_nm_mask, unpacked_mask
 
 ScoresOf: TypeAlias = dict[str, dict[str, Tensor]]
 """Parameters of scores by the path of a linear and their name, channels in the dense model's order."""
@@ -78,7 +78,7 @@ class MaskLearning(MaskSettings):
 
     def masks(
         self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], PackedMasks]:
         """Learn the masks of all linears; as `permllm.mask.contract.LearnedMask`.
 
         Raises:
@@ -137,7 +137,7 @@ class MaskLearning(MaskSettings):
                     learned |= masks.best
                     best |= present
                 scores = masks.scores_of_the_dense_order() if round_ + 1 < self.rounds else {}
-        return best, {path: mask_of(group, path).cpu() for group in problem.groups for path in group.members}
+        return best, PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
 
     def _searched(
         self, problem: LearningProblem, permutation: Any, scores: ScoresOf, span: tuple[int, int]

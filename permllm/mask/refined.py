@@ -26,7 +26,7 @@ from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern, packed_mask, permuted_nm_mask, unpacked_mask
+from permllm.sparsity import NMPattern, PackedMasks, packed_mask, permuted_nm_mask
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
 _BLOCK = 64
@@ -43,12 +43,12 @@ class RefinedMask(RefinedSettings):
 
     def masks(
         self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], PackedMasks]:
         """The orders as they are, and the masks of all linears; as `permllm.mask.contract.FoundMask`."""
-        found = Refining(problem, self.sweeps).packed(problem.groups, orders)
-        return dict(orders), {
-            path: unpacked_mask(bits, linear_at(problem.model, path).weight.shape) for path, bits in found.items()
-        }
+        masks = PackedMasks()
+        for path, bits in Refining(problem, self.sweeps).packed(problem.groups, orders).items():
+            masks.set_packed(path, bits, linear_at(problem.model, path).weight.shape)
+        return dict(orders), masks
 
 
 class Refining:

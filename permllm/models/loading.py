@@ -75,25 +75,27 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         config: the model's settings.
         seed: of the random weights of `source=random`; not used otherwise.
 
+    With `placement=auto`, which is chosen by who knows what will be done with the model, its weights are on the device.
+
     Raises:
         DataError: the model cannot be had (licence, token, name, network, wheel).
         ConfigError: its architecture is not the one that the settings state, its type is unknown, or its tokenizer has no BOS
             for the windows to begin with.
     """
-    device = resolve_device(config.device)
+    device, placement = resolve_device(config.device), "device" if config.placement == "auto" else config.placement
     dtype = getattr(torch, config.dtype)
     folder = dense_folder(config)
     if folder is None:
         model, tokenizer, identity = _random(config, seed, dtype)
     else:
-        model, tokenizer = _from_folder(folder, dtype, device, config.placement)
+        model, tokenizer = _from_folder(folder, dtype, device, placement)
         identity = folder_identity(config, folder)
     _check_architecture(config, model.config)
     model.eval().requires_grad_(False)
-    if config.placement == "device":
+    if placement == "device":
         # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
         nn.Module.to(model, device=device)
-    elif config.placement == "host":
+    elif placement == "host":
         place(model, OnHost(model, device))
         _outside_to(model, device)
     what = config.path or config.hub_name or config.name

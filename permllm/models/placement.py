@@ -26,9 +26,10 @@ from permllm.errors import ConfigError
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.mapped_file import MappedFile
 from permllm.runtime.memory import to_device
-from permllm.sparsity import packed_mask, unpacked_mask
+from permllm.sparsity import unpacked_mask
 
 Change = Callable[[Tensor], Tensor]
+Packed = tuple[Tensor, torch.Size]
 
 _PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
 
@@ -68,13 +69,13 @@ class Placement:
         """The decoder layer of the module at a path, as `layer`."""
         return self.layer(int(path.removeprefix(f"{self._prefix}.").partition(".")[0]))
 
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Tensor | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: Packed | None = None) -> None:
         """Give a linear another weight for good.
 
         Args:
             linear: of a layer that is there.
             weight: `(C_out, C_in)`.
-            mask: bool, same shape, where the weight is the present one times a mask.
+            mask: bits and shape of `PackedMasks`, where the weight is the present one times a mask.
         """
         linear.weight.data.copy_(weight)
 
@@ -205,7 +206,7 @@ class Streamed(Placement):
         with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
             self._ahead = index, [slot.value(self.device, self.dtype) for slot in self._slots[index]]
 
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Tensor | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: Packed | None = None) -> None:
         """Give a linear another weight for good, see `Placement.replace`."""
         slot = self._of_linear[linear]
         self.keep(slot, weight, mask)
@@ -231,7 +232,7 @@ class Streamed(Placement):
             for handle in handles:
                 handle.remove()
 
-    def keep(self, slot: _Slot, weight: Tensor, mask: Tensor | None) -> None:
+    def keep(self, slot: _Slot, weight: Tensor, mask: Packed | None) -> None:
         """Have the store give another weight from now on."""
         raise NotImplementedError
 
@@ -288,7 +289,7 @@ class OnHost(Streamed):
         self.store_changed(slot, change)
 
     @override
-    def keep(self, slot: _Slot, weight: Tensor, mask: Tensor | None) -> None:
+    def keep(self, slot: _Slot, weight: Tensor, mask: Packed | None) -> None:
         slot.stored.copy_(weight)
 
 
@@ -323,11 +324,11 @@ class OnDisk(Streamed):
         slot.changes.pop()
 
     @override
-    def keep(self, slot: _Slot, weight: Tensor, mask: Tensor | None) -> None:
+    def keep(self, slot: _Slot, weight: Tensor, mask: Packed | None) -> None:
         if mask is None:
             slot.stored, slot.changes = weight.detach().cpu().clone(), []
         else:
-            slot.changes.append(partial(_masked, packed_mask(mask.cpu()), mask.shape))
+            slot.changes.append(partial(_masked, mask))
 
     @override
     def check(self, index: int) -> None:
@@ -356,8 +357,8 @@ def _check_untied(model: nn.Module, prefix: str) -> None:
             )
 
 
-def _masked(bits: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
-    return torch.where(unpacked_mask(bits, shape).to(weight.device), weight, weight.new_zeros(()))
+def _masked(mask: Packed, weight: Tensor) -> Tensor:
+    return torch.where(unpacked_mask(*mask).to(weight.device), weight, weight.new_zeros(()))
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -99,7 +99,7 @@ class Progress:
             orders: int64 `(C_in,)` by channel group.
         """
 
-    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor] | None:
+    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor] | None:
         """The masks that an earlier process has learned; None where there are none.
 
         Args:

@@ -21,7 +21,7 @@ from permllm.errors import DataError
 from permllm.record.schema import Positive, validated
 from permllm.record.tensor_file import check_file, read_header, read_tensors
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import NMPattern, packed_mask, unpacked_mask, violations
+from permllm.sparsity import NMPattern, PackedMasks, unpacked_mask, violations
 
 _SHAPES = "shapes"
 _Shapes = dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]]
@@ -72,9 +72,12 @@ def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
             highest bit; the shape stands in the metadata.
         masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
     """
-    packed = {name: packed_mask(mask) for name, mask in masks.items()}
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    write_tensors(path, packed, {_SHAPES: json.dumps(shapes)})
+    packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
+    bits, shapes = {}, {}
+    for name in packed:
+        bits[name], shape = packed.packed(name)
+        shapes[name] = list(shape)
+    write_tensors(path, bits, {_SHAPES: json.dumps(shapes)})
 
 
 def mask_names(path: Path) -> list[str]:
@@ -107,10 +110,10 @@ def mask_reader(path: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
     return read
 
 
-def read_masks(path: Path) -> dict[str, Tensor]:
+def read_masks(path: Path) -> PackedMasks:
     """All masks of `write_masks`, bool `(C_out, C_in)` by linear."""
     read = mask_reader(path)
-    return {name: read(name) for name in mask_names(path)}
+    return PackedMasks((name, read(name)) for name in mask_names(path))
 
 
 def check_mask(path: Path, name: str, mask: Tensor, order: Tensor, pattern: NMPattern) -> None:

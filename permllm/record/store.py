@@ -43,7 +43,7 @@ from permllm.record.pruned import Group, Pruned, linear_shapes
 from permllm.record.run_tensors import check_mask, mask_reader, read_orders, write_masks, write_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
 from permllm.record.tensor_file import read_header
-from permllm.sparsity import NMPattern
+from permllm.sparsity import NMPattern, PackedMasks
 
 log = logging.getLogger(__name__)
 
@@ -366,14 +366,14 @@ class RunRecord(Progress):
         """Write the orders."""
         write_orders(self.path(PERMUTATIONS), orders)
 
-    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor] | None:
+    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor] | None:
         """The masks that an earlier process has learned, as `Progress.kept_masks`; errors as `mask_reader`."""
         file = self.path(MASKS)
         if not file.is_file():
             return None
         log.info("continuing %s with the masks that it learned", self.directory)
         read = mask_reader(file, shapes)
-        return {path: read(path) for path in shapes}
+        return PackedMasks((path, read(path)) for path in shapes)
 
     def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Write the masks."""

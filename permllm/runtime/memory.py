@@ -9,12 +9,15 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 # mallopt(3): what is freed above the top of the heap before it goes back, and from which size on memory is mapped.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MAP_THRESHOLD = 32 << 20
+# Where a control group says what a container may take.
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
@@ -61,6 +64,16 @@ def free_memory(device: torch.device) -> int:
     """Bytes that new tensors can take on a CUDA device now: what is free, and what the allocator holds and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def available_host_memory() -> int:
+    """Bytes that this process can still take on the host: what the system has free, or its control group allows."""
+    available = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # without a group, or a limit
+            most, taken = (int((_GROUP / name).read_text()) for name in (limit, used))
+            available = min(available, most - taken)
+    return max(0, available)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

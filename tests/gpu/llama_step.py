@@ -1,7 +1,7 @@
 """A step of LCP on layers of LLaMA-2-7B's size, on the simulated device without values: `python -m tests.gpu.llama_step`.
 
-Prints a JSON object: how often a step waits, what it keeps for backward, what the estimate of that is, and whether layers are
-recomputed on cards of two sizes.
+Prints a JSON object: how often a step waits, what it launches, reads and writes, copies between host and device and
+keeps for backward, what the estimate of that is, and whether layers are recomputed on cards of two sizes.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
     problem = LearningProblem(model, groups, tokens, factors, target, NMPattern(2, 4), seed=0)
     shared = shared_orders(groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
-    window = training.Window(0, 0, 0, LAYERS, None, target)
     ledger = simulated.LEDGER
 
-    def step(kernels: Any, **settings: Any) -> dict[str, Any]:
+    def step(kernels: Any, layers: int = LAYERS, **settings: Any) -> dict[str, Any]:
+        window = training.Window(0, 0, 0, layers, None, target)
         lcp = LCP(block_size=64, temperature=Linear(), **settings)
-        logits = lcp.start_logits(problem, shared, orders, near=True)
+        logits = lcp.start_logits(problem, [order for order in shared if order.layers.stop <= layers], orders, near=True)
         with lcp.masked(problem, shared, window, kernels) as linears:
             learner = OrderLearner(lcp, problem, shared, window, orders, logits, linears)
             learning = training.Training(lcp, problem, window, [learner], "lcp", "checkpoint")
@@ -67,14 +67,16 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
             learning._loss = watched  # type: ignore[method-assign]
             ledger.clear()
             learning.step(torch.arange(SAMPLES), training.Moment(1, 2, 0, 1), after=torch.arange(SAMPLES))
-            waits = ledger.totals()["syncs"]
-            return {"kept": held[1] - held[0], "waits": waits, "recomputes": learning._recomputes}
+            totals = ledger.totals()
+            counts = {name: totals[name] for name in ("syncs", "launches", "traffic", "transferred")}
+            return {"kept": held[1] - held[0], "recomputes": learning._recomputes} | counts
 
     compiled = compiled_kernels(KernelUse("cuda", weights=torch.bfloat16, products=torch.bfloat16))
     assert compiled is not None
     kept = training.kept_a_token(groups, 4096) * SAMPLES * LENGTH * 2 * LAYERS
     found = {"estimate": kept, "layers": LAYERS}
     found["compiled"] = step(compiled)
+    found["two layers"] = step(compiled, layers=2)
     found["recomputed"] = step(compiled, activation_checkpointing=True)
     found["eager"] = step(EAGER)
     training.free_memory = lambda device: kept  # type: ignore[attr-defined]

@@ -86,10 +86,10 @@ def test_output_mask_and_gradients_equal_the_dense_formula(
 
     logits = BlockLogits(base, split_blocks(channels, block_size), [stack.clone() for stack in start])
     module = PermutedMaskedLinear(linear, Scores(factors), NMPattern(n, m), logits.stacks, variant)
-    soft, potentials = logits.normalized(0.7, 3)
+    soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     perm = logits.order(hard)
-    module.set_order(perm, hard, logits.gradient_paths(0.7, potentials))
+    module.set_order(perm, hard, soft)
     ours_x = x.clone().requires_grad_()
     ours = module(ours_x)
     ours.backward(grad)
@@ -133,10 +133,10 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     logits = BlockLogits(base, split_blocks(channels, size), [stack.clone() for stack in start])
     factor = torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
     module = PermutedMaskedLinear(linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap")
-    soft, potentials = logits.normalized(0.7, 3)
+    soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     order = logits.order(hard)
-    module.set_order(order, hard, logits.gradient_paths(0.7, potentials))
+    module.set_order(order, hard, soft)
     module(x).backward(grad)
 
     slope = (grad.T @ x) * linear.weight  # of the loss by each entry of the mask
@@ -173,9 +173,9 @@ def test_the_straight_through_variants_differ() -> None:
         module = PermutedMaskedLinear(
             linear, Scores(SaliencyFactors(1, torch.ones(1, 16))), NMPattern(2, 4), logits.stacks, variant
         )  # type: ignore[arg-type]
-        soft, potentials = logits.normalized(1.0, 5)
+        soft = [sinkhorn(stack, 1.0, 5) for stack in logits.effective()]
         hard = harden(soft[0]).flatten()
-        module.set_order(logits.order(hard), hard, logits.gradient_paths(1.0, potentials))
+        module.set_order(logits.order(hard), hard, soft)
         module(torch.randn(5, 16)).square().sum().backward()
         grads[variant] = logits.logits[0].grad
     for first, second in itertools.combinations(grads.values(), 2):
@@ -184,11 +184,11 @@ def test_the_straight_through_variants_differ() -> None:
 
 def test_the_scale_of_the_paper_start_is_learned_and_clamped_with_a_gradient_that_passes() -> None:
     logits = BlockLogits(torch.arange(8), split_blocks(8, 8), [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
-    soft, potentials = logits.normalized(1.0, 2)
+    soft = [sinkhorn(stack, 1.0, 2) for stack in logits.effective()]
     expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
     torch.testing.assert_close(soft[0], expected)
     weight = torch.randn(8, 8)
-    (logits.gradient_paths(1.0, potentials)[0] * weight).sum().backward()
+    (soft[0] * weight).sum().backward()
     scale = torch.tensor(2.0, requires_grad=True)
     start = (torch.full((1, 8, 8), 0.3) + torch.eye(8)).requires_grad_()
     used = start * scale

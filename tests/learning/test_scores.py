@@ -13,6 +13,7 @@ from permllm.learning.scores import FreeScores, LowRankScores, Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
@@ -108,7 +109,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
 def test_orders_learn_through_scores_as_through_a_saliency_of_the_same_values(variant: str) -> None:
     linear, factors, _ = given()
     logits = BlockLogits(torch.arange(CHANNELS), split_blocks(CHANNELS, 12), [torch.randn(2, 12, 12, dtype=torch.float64)])
-    soft, potentials = logits.normalized(0.7, 3)
+    soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     free = FreeScores(linear.weight, factors)
     free.free.data.copy_(saliency(linear.weight, factors).t())
@@ -116,7 +117,7 @@ def test_orders_learn_through_scores_as_through_a_saliency_of_the_same_values(va
     found = []
     for scores in (Scores(factors), free):
         module = PermutedMaskedLinear(linear, scores, PATTERN, logits.stacks, variant)  # type: ignore[arg-type]
-        module.set_order(logits.order(hard), hard, logits.gradient_paths(0.7, potentials))
+        module.set_order(logits.order(hard), hard, [sinkhorn(stack, 0.7, 3) for stack in logits.effective()])
         logits.zero_grad()
         module(x).square().sum().backward()
         assert logits.logits[0].grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from permllm import job
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
 from permllm.models.decoder import last_states
 from permllm.models.families import FAMILIES, decoder_layers
-from permllm.models.loading import load_model
+from permllm.models.loading import load_model, meta_model
 from permllm.models.placement import OnHost, placement_of
+from permllm.runtime import memory
 from tests.conftest import ROOT, run_command, tiny_model
+from tests.test_config import config
 
 PLACEMENTS = ("host", "disk")
 
@@ -207,7 +211,7 @@ def test_parameters_that_layers_share_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: device, host, disk"),
+        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: auto, device, host, disk"),
         (["model.placement=disk"], "model.placement=disk needs a model with files, and model=tiny is random: take host"),
         (["model.placement=host", "pruner=gblm"], "pruner=gblm takes the gradients of all weights together"),
         (["model.placement=host", "reconstruction=distill"], "reconstruction=distill trains all kept weights together"),
@@ -217,6 +221,53 @@ def test_what_a_placement_cannot_do_is_one_line(tmp_path: Path, words: list[str]
     done = run_command("model=tiny", "logger=none", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert reason in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "host_gb", "chosen", "said"),
+    [
+        (40.0, 64.0, "device", ""),
+        (14.0, 64.0, "host", "model.placement=host, as device needs"),
+        (14.0, 12.0, "disk", "host needs"),
+        (2.0, 2.0, "disk", "no model.placement fits"),
+    ],
+)
+def test_auto_takes_the_first_placement_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device_gb: float,
+    host_gb: float,
+    chosen: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(job, "free_memory", lambda _: int(device_gb * 1e9))
+    monkeypatch.setattr(job, "available_host_memory", lambda: int(host_gb * 1e9))
+    asked = config("model=qwen2.5-7b")
+    methods = job.methods_of(asked)
+    footprint = job.footprint_of(asked, methods, meta_model(asked.model), torch.device("cuda"))
+    with caplog.at_level(logging.INFO):
+        assert job.placement_for(footprint, asked, methods) == chosen
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "available_host_memory", lambda: 0)
+    for words, expected in ((("pruner=gblm",), "device"), (("reconstruction=distill",), "device"), ((), "host")):
+        asked = config("model=tiny", *words)
+        methods = job.methods_of(asked)
+        footprint = job.footprint_of(asked, methods, meta_model(asked.model), torch.device("cpu"))
+        assert job.placement_for(footprint, asked, methods) == expected
+
+
+def test_a_control_group_bounds_what_the_host_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = memory.available_host_memory()
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert memory.available_host_memory() == pytest.approx(whole, rel=0.5)
+    (tmp_path / "memory.max").write_text("51000\n")
+    assert memory.available_host_memory() == 50_000
 
 
 LAYERS, HIDDEN, INTERMEDIATE = 12, 512, 2048
@@ -249,3 +300,45 @@ def test_only_what_is_at_work_is_in_memory(tmp_path: Path) -> None:
 
     layer = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
     assert grown("device") - grown("disk") > (LAYERS - 3) * layer
+
+
+WIDE = {
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    overrides = [f"model.architecture.{key}={value}" for key, value in WIDE.items()]
+    command = [sys.executable, "scripts/random_checkpoint.py", str(folder), "model=tiny", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("placement", ["device", "disk"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["permutation=none"],
+        ["permutation=lcp", "permutation.init=random", "permutation.epochs=1", "permutation.last_layers=1"],
+    ],
+    ids=["none", "lcp"],
+)
+def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str, method: list[str]) -> None:
+    words = ["model=local", f"model.path={wide}", "model.dtype=float32", f"model.placement={placement}", "calibration=builtin"]
+    words += ["calibration.samples=4", "calibration.seqlen=64", "evaluation.perplexity.limit=1", "logger=none", *method]
+    words += ["evaluation.perplexity.dataset=builtin", "evaluation.perplexity.seqlen=64", "evaluation.zero_shot.tasks=[]"]
+    plan = run_command(*words, "plan=true", cwd=tmp_path, fresh=True)
+    assert plan.returncode == 0, plan.stderr
+    (row,) = [line for line in plan.stdout.splitlines() if line.startswith(f"│ {placement}, taken here")]
+    planned = float(row.split("│")[2].split()[0])
+    done = run_command(*words, cwd=tmp_path, fresh=True)
+    assert done.returncode == 0, done.stderr
+    (metrics,) = tmp_path.glob("runs/*/metrics.json")
+    assert planned == pytest.approx(json.loads(metrics.read_text())["peak_memory_bytes"] / 1e9, rel=0.15)

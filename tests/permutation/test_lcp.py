@@ -393,11 +393,11 @@ def test_gumbel_noise_moves_channels_that_nothing_else_moves(tmp_path: Path) -> 
 def test_gumbel_noise_has_the_moments_of_its_distribution() -> None:
     logits = BlockLogits(torch.arange(256), split_blocks(256, 256), [torch.zeros(1, 256, 256)])
     logits.perturb(2.0, torch.Generator().manual_seed(0))
-    noise = logits._effective()[0].detach()
+    noise = logits.effective()[0].detach()
     assert float(noise.mean()) == pytest.approx(2.0 * 0.5772, abs=0.03)
     assert float(noise.std()) == pytest.approx(2.0 * torch.pi / 6**0.5, abs=0.03)
     logits.perturb(0.0, torch.Generator())
-    assert not logits._effective()[0].any()
+    assert not logits.effective()[0].any()
 
 
 def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.permutation.lcp import assignment
-from permllm.permutation.lcp.assignment import flatten, harden, harden_together
+from permllm.learning.stacks import BlockStack
+from permllm.permutation.lcp import assignment, blocks
+from permllm.permutation.lcp.assignment import harden, harden_together
+from permllm.permutation.lcp.blocks import BlockLogits, SoftBatch
 from permllm.permutation.lcp.settings import SinkhornStart
-from permllm.permutation.lcp.sinkhorn import gradient_path, normalize, sinkhorn
+from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize, sinkhorn
 from permllm.runtime import parallel
 
 
@@ -44,11 +47,9 @@ def test_values_and_gradients_equal_the_plain_formula(iterations: int, temperatu
     (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-9, atol=1e-10)
     # The same gradient without the values.
-    alone = logits().requires_grad_()
-    path = gradient_path(alone, temperature, normalize(alone, temperature, iterations, start)[1])
-    assert path.shape == soft.shape
-    (path * weight).sum().backward()
-    torch.testing.assert_close(alone.grad, reference.grad, rtol=1e-9, atol=1e-10)
+    _, potentials = normalize(logits(), temperature, iterations, start)
+    found = logit_gradient(logits(), temperature, potentials, weight)
+    torch.testing.assert_close(found, reference.grad, rtol=1e-9, atol=1e-10)
 
 
 def test_columns_sum_to_one_and_rows_approach_it() -> None:
@@ -95,39 +96,97 @@ def test_processes_solve_each_a_share_of_the_blocks_and_all_get_what_one_would(
     processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     softs = [plain(logits(blocks, size, 0.1), 1.0, 5) for blocks, size in ((9, 8), (1, 4), (1, 4), (1, 4), (12, 16))]
-    flat, shapes = flatten(softs, sum(soft.numel() for soft in softs))
     solve, solved = assignment.linear_sum_assignment, [0] * processes
     sent: list[Tensor] = []
 
-    def together(rank: int, values: Tensor) -> list[Tensor]:
+    def together(rank: int) -> list[Tensor]:
         def counted(costs: object) -> object:
             solved[rank] += 1
             return solve(costs)
 
         monkeypatch.setattr(parallel, "rank", lambda: rank)
         monkeypatch.setattr(assignment, "linear_sum_assignment", counted)
-        return harden_together(values, shapes)
+        return harden_together(softs)
 
     monkeypatch.setattr(parallel, "world_size", lambda: processes)
     monkeypatch.setattr(parallel, "add_up", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
     for rank in range(processes):
-        together(rank, flat)
+        together(rank)
     assert max(solved) <= math.ceil(24 / processes)
     assert sum(solved) == 21  # all but the three small ones, which are settled without
     total = torch.stack(sent).sum(0)
     monkeypatch.setattr(parallel, "add_up", lambda tensors: [tensor.copy_(total) for tensor in tensors])
     for rank in range(processes):
-        perms = together(rank, flat)
+        perms = together(rank)
         assert all(torch.equal(perm, harden(soft)) for perm, soft in zip(perms, softs, strict=True))
     # A block that one of them cannot solve fails in all, at the same step.
     sent.clear()
-    flat[-1] = torch.nan
+    softs[-1][-1, -1, -1] = torch.nan
     monkeypatch.setattr(parallel, "add_up", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
     for rank in range(processes):
         with contextlib.suppress(ValueError):
-            together(rank, flat)
+            together(rank)
     total = torch.stack(sent).sum(0)
     monkeypatch.setattr(parallel, "add_up", lambda tensors: [tensor.copy_(total) for tensor in tensors])
     for rank in range(processes):
         with pytest.raises(ValueError, match="not finite"):
-            together(rank, flat)
+            together(rank)
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_each_alone(scale: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def order(*counts: int) -> BlockLogits:
+        stacks = [BlockStack(8 * sum(counts[:number]), count, 8) for number, count in enumerate(counts)]
+        values = [torch.rand(count, 8, 8, dtype=torch.float64, generator=generator) for count in counts]
+        return BlockLogits(torch.arange(8 * sum(counts)), stacks, values, scale)
+
+    orders = {"a": order(2), "b": order(1, 3)}
+    batch = SoftBatch(orders, [("a", 0), ("b", 0), ("b", 1)], 0.5, 3, "exponential")
+    weights = [torch.randn(count, 8, 8, dtype=torch.float64, generator=generator) for count in (2, 1, 3)]
+    apart = copy.deepcopy(orders)
+    effective = [apart["a"].effective()[0], *apart["b"].effective()]
+    softs = [plain(stack, 0.5, 3) for stack in effective]
+    for found, soft in zip(batch.split(batch.soft), softs, strict=True):
+        torch.testing.assert_close(found, soft, rtol=1e-12, atol=0)
+    assert not any(bool(stand_in.any()) for stand_in in batch.stand_ins)
+    # The second is used twice, the third not at all.
+    ((batch.stand_ins[0] * weights[0]).sum() + 2 * (batch.stand_ins[1] * weights[1]).sum()).backward()
+    batch.backward()
+    batch.backward()  # which has nothing more to send
+    ((softs[0] * weights[0]).sum() + 2 * (softs[1] * weights[1]).sum()).backward()
+    for name, block in orders.items():
+        for mine, theirs in zip(block.parameters(), apart[name].parameters(), strict=True):
+            expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            torch.testing.assert_close(mine.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gpu_normalises_blocks_of_one_size_together_as_far_as_its_memory_goes() -> None:
+    stacks = [("a", 0, 30), ("b", 0, 30), ("b", 1, 50), ("c", 0, 200), ("d", 0, 10)]
+    assert list(blocks._batches(stacks, 100)) == [[("a", 0), ("b", 0)], [("b", 1)], [("c", 0)], [("d", 0)]]
+    assert len(list(blocks._batches(stacks, 0))) == 5
+
+
+def test_what_was_open_before_changes_when_blocks_travel_and_not_what_becomes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    softs = [plain(logits(200, 6, 3.0), 1.0, 5), torch.eye(4, dtype=torch.float64).expand(5, 4, 4)]
+    travelled: list[int] = []
+
+    def counted(tensor: Tensor) -> Tensor:
+        travelled.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(assignment, "to_host", counted)
+    still_open: dict[int, int] = {}
+    alone = assignment.harden_all(softs, still_open)
+    assert travelled == [1 + 200 + 5 + 200 * 36 + 5 * 16]
+    assert 20 < still_open[0] < 150
+    assert not still_open[1]
+    few = 36 * (still_open[0] + still_open[0] // 4 + 8)
+    for before, came in ((still_open, [206 + few + 5 * 16]), ({0: 1}, [206 + 9 * 36 + 5 * 16, still_open[0] * 36])):
+        travelled.clear()
+        present = dict(before)
+        found = assignment.harden_all(softs, present)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, alone, strict=True))
+        assert travelled == came
+        assert present == still_open

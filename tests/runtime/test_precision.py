@@ -13,6 +13,7 @@ from permllm.learning.stacks import split_blocks
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.runtime import precision
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask
@@ -58,7 +59,7 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
     for dtype in (torch.bfloat16, torch.float32):
         with products_in(dtype, CPU):
             logits.zero_grad()
-            module.set_order(perm, hard, logits.gradient_paths(1.0, logits.normalized(1.0, 5)[1]))
+            module.set_order(perm, hard, [sinkhorn(stack, 1.0, 5) for stack in logits.effective()])
             inputs = x.clone().requires_grad_()
             y = module(inputs)
             y.backward(grad.to(y.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from permllm.runtime import parallel
-from permllm.runtime.memory import to_host
+from permllm.runtime.memory import to_device, to_host
 
 # With fewer blocks than this, about 0.05 ms each at B = 64, a thread costs more than it saves.
 _BLOCKS_A_THREAD = 128
@@ -26,67 +26,78 @@ def harden(soft: Tensor) -> Tensor:
         soft: `(blocks, B, B)`, finite; row = source channel, column = target position.
 
     Returns:
-        int64 `(blocks, B)` on the CPU; entry j of a block is the source channel at position j (`P[perm[j], j] = 1`).
+        int64 `(blocks, B)` where `soft` is; entry j of a block is the source channel at position j (`P[perm[j], j] = 1`).
     """
-    return harden_flat(soft.detach().flatten(), [soft.shape])[0]
+    return harden_all([soft])[0]
 
 
-def flatten(softs: Iterable[Tensor], entries: int) -> tuple[Tensor, list[torch.Size]]:
-    """Several soft permutations of one device and dtype one behind the other, and their shapes.
+@torch.no_grad()
+def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = None) -> list[Tensor]:
+    """`harden` for blocks of several sizes, of one device.
+
+    The largest entry of every column bounds the objective from above: where these entries already form a permutation, they are
+    the optimum, and at low temperatures most blocks are of that kind. The device finds these, and only the others travel to
+    the host, which is waited for once, and once more where many more are open than before.
 
     Args:
-        softs: each `(blocks, B, B)`; may be made one at a time, none is kept.
-        entries: of all of them together, at least 1.
+        softs: each `(blocks, B, B)`, finite.
+        open_before: how many blocks of each, by its number, were not settled the last time, which is kept up to date: a few
+            more than these travel before anyone knows which are open, and all where nothing is known.
+
+    Raises:
+        ValueError: an entry is not finite.
     """
-    flat = torch.empty(0)
-    shapes: list[torch.Size] = []
-    start = 0
-    for soft in softs:
-        if not shapes:
-            flat = torch.empty(entries, dtype=soft.dtype, device=soft.device)
-        flat[start : start + soft.numel()] = soft.detach().flatten()
-        start += soft.numel()
-        shapes.append(soft.shape)
-    return flat, shapes
-
-
-def harden_flat(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """`harden` for what `flatten` gives, with a single copy to the host. Raises ValueError when an entry is not finite."""
-    host = to_host(flat).numpy()
-    if not np.isfinite(host.sum()):
+    before = {} if open_before is None else open_before
+    perms = [soft.argmax(1) for soft in softs]
+    # A channel that no position has taken.
+    left = [torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1) for perm in perms]
+    broken = ~torch.stack([soft.sum().isfinite() for soft in softs]).all()
+    likely = []
+    for number, (soft, part) in enumerate(zip(softs, left, strict=True)):
+        count = before[number] + before[number] // 4 + 8 if number in before else len(soft)
+        likely.append(soft[_first(part, count)] if count < len(soft) else soft)
+    told = [broken[None], *left]
+    host = to_host(torch.cat([part.flatten().to(softs[0].dtype) for part in (*told, *likely)]))
+    if host[0]:
         raise ValueError(_NOT_FINITE)
-    perms: list[np.ndarray[Any, Any]] = []
-    open_blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
-    start = 0
-    for shape in shapes:
-        scores = host[start : start + shape.numel()].reshape(shape)
-        start += shape.numel()
-        # The largest entry of every column bounds the objective from above: where these entries already form a permutation,
-        # they are the optimum, and at low temperatures most blocks are of that kind.
-        perms.append(scores.argmax(axis=1).astype(np.int64))
-        settled = (np.sort(perms[-1], axis=1) == np.arange(scores.shape[-1])).all(axis=1)
-        unsettled = np.flatnonzero(~settled)
-        open_blocks += zip(_costs(scores[unsettled]), (perms[-1][block] for block in unsettled), strict=True)
-    _assign(open_blocks)
-    return [torch.from_numpy(perm) for perm in perms]
+    flags, *came = host[1:].split([sum(map(len, softs)), *(part.numel() for part in likely)])
+    places = [part.nonzero().flatten() for part in flags.split([len(soft) for soft in softs])]
+    for number, (perm, soft, place, found) in enumerate(zip(perms, softs, places, came, strict=True)):
+        before[number] = len(place)
+        if not len(place):
+            continue
+        on_device = to_device(place, soft.device)
+        there = found.view(-1, *soft.shape[1:])
+        if len(there) == len(soft):
+            blocks = there[place]
+        else:
+            blocks = there[: len(place)] if len(place) <= len(there) else to_host(soft[on_device])
+        perm.index_copy_(0, on_device, to_device(_solved(blocks), soft.device))
+    return perms
 
 
-def harden_together(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """`harden_flat`, of which each process of torchrun does every n-th block; the same permutations in all of them."""
+def _first(flags: Tensor, count: int) -> Tensor:
+    """Indices of at most `count` entries, those that are True before the others, each kind in ascending order."""
+    return flags.to(torch.int8).argsort(descending=True, stable=True)[:count]
+
+
+def harden_together(softs: Sequence[Tensor], open_before: dict[int, int] | None = None) -> list[Tensor]:
+    """`harden_all`, of which each process of torchrun does every n-th block; the same permutations in all of them."""
     processes = parallel.world_size()
     if processes == 1:
-        return harden_flat(flat, shapes)
-    found = [torch.zeros(shape[:2], dtype=torch.int32) for shape in shapes]
+        return harden_all(softs, open_before)
+    found = [torch.zeros(soft.shape[:2], dtype=torch.int32) for soft in softs]
     failed = torch.zeros(1, dtype=torch.int32)
     parts, places = [], []
     before = 0
-    for stack, place in zip(flat.split([shape.numel() for shape in shapes]), found, strict=True):
+    for soft, place in zip(softs, found, strict=True):
         mine = slice((parallel.rank() - before) % processes, None, processes)
-        parts.append(stack.view(-1, *place.shape[1:], place.shape[1])[mine])
-        places.append(place[mine])
+        if len(place[mine]):
+            parts.append(soft[mine])
+            places.append(place[mine])
         before += len(place)
     try:
-        perms = harden_flat(torch.cat([part.flatten() for part in parts]), [part.shape for part in parts])
+        perms = harden_all(parts, open_before) if parts else []
     except ValueError:
         failed += 1
     else:
@@ -97,7 +108,14 @@ def harden_together(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     if everything[0]:
         raise ValueError(_NOT_FINITE)
     perms = everything[1:].long().split([place.numel() for place in found])
-    return [perm.view_as(place) for perm, place in zip(perms, found, strict=True)]
+    return [to_device(perm, soft.device).view(soft.shape[:2]) for perm, soft in zip(perms, softs, strict=True)]
+
+
+def _solved(soft: Tensor) -> Tensor:
+    """The permutations of blocks on the host, by the solver, int64 `(blocks, B)`."""
+    perms = np.empty(soft.shape[:2], dtype=np.int64)
+    _assign(list(zip(_costs(soft.numpy()), perms, strict=True)))
+    return torch.from_numpy(perms)
 
 
 def _costs(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

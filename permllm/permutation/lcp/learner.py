@@ -14,17 +14,15 @@ from typing_extensions import override
 from permllm.errors import DataError
 from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.problem import LearningProblem
-from permllm.learning.stacks import count_logits
 from permllm.learning.training import Learner, Moment, Window
 from permllm.models.families import ChannelGroup
-from permllm.permutation.lcp.assignment import flatten, harden_together
-from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.assignment import harden_together
+from permllm.permutation.lcp.blocks import BlockLogits, SoftBatch, soft_batches
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder, expanded
 from permllm.record.names import BEST_SO_FAR
 from permllm.record.run_tensors import check_order, write_orders
 from permllm.runtime import parallel
-from permllm.runtime.memory import to_device
 
 
 def members(
@@ -80,7 +78,9 @@ class OrderLearner(Learner):
         self.best = {name: order.cpu() for name, order in orders.items()}  # those outside of the window too
         self.harden_seconds = 0.0
         self._hard: dict[str, Tensor] = {}
-        self._potentials: dict[str, list[list[Tensor]]] = {}
+        self._softs: dict[str, list[Tensor]] = {}
+        self._batches: list[SoftBatch] = []
+        self._open: dict[int, int] = {}
         self._before = self._at_epoch = self.present
 
     @override
@@ -95,7 +95,7 @@ class OrderLearner(Learner):
 
     @override
     def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
-        """Every order that learns, from the present logits. Soft permutations exist one order at a time."""
+        """Every order that learns, from the present logits."""
         temperature = self.temperature(moment)
         if self.settings.gumbel:
             width = 0.0 if generator is None else self.settings.gumbel * temperature
@@ -106,33 +106,29 @@ class OrderLearner(Learner):
 
     @torch.no_grad()
     def _harden(self, temperature: float) -> None:
-        entries = sum(count_logits(self.blocks[order.name].stacks) for order in self.learning)
-        flat, shapes = flatten(self._softs(temperature), entries)
+        asked = (temperature, self.settings.sinkhorn_iterations, self.settings.sinkhorn_start)
+        self._batches = soft_batches(self.blocks, *asked)
         started = time.perf_counter()
         try:
-            hards = harden_together(flat, shapes)
+            hards = harden_together([batch.soft for batch in self._batches], self._open)
         except ValueError as error:
-            raise ValueError(f"the soft permutation of {self._broken(temperature)} is not finite") from error
+            broken = next(filter(None, (batch.broken() for batch in self._batches)), "some order")
+            raise ValueError(f"the soft permutation of {broken} is not finite") from error
         self.harden_seconds = time.perf_counter() - started
-        on_device = to_device(torch.cat([hard.flatten() for hard in hards]), self.problem.device)
-        parts = on_device.split([order.channels for order in self.learning])
-        self._hard = {order.name: hard for order, hard in zip(self.learning, parts, strict=True)}
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in self.blocks}
+        softs: dict[str, dict[int, Tensor]] = {name: {} for name in self.blocks}
+        for batch, hard in zip(self._batches, hards, strict=True):
+            del batch.soft
+            for (name, number), mine, stand_in in zip(batch.stacks, batch.split(hard), batch.stand_ins, strict=True):
+                found[name][number], softs[name][number] = mine.flatten(), stand_in
+        self._hard = {name: torch.cat([of[number] for number in range(len(of))]) for name, of in found.items()}
+        self._softs = {name: [of[number] for number in range(len(of))] for name, of in softs.items()}
         self.present = {name: self.blocks[name].order(hard) for name, hard in self._hard.items()}
 
-    def _softs(self, temperature: float) -> Iterator[Tensor]:
-        for name, block in self.blocks.items():
-            softs, self._potentials[name] = self._normalized(block, temperature)
-            yield from softs
-
-    def _normalized(self, block: BlockLogits, temperature: float) -> tuple[list[Tensor], list[list[Tensor]]]:
-        return block.normalized(temperature, self.settings.sinkhorn_iterations, self.settings.sinkhorn_start)
-
-    def _broken(self, temperature: float) -> str:
-        for name, block in self.blocks.items():
-            soft, _ = self._normalized(block, temperature)
-            if not all(bool(stack.isfinite().all()) for stack in soft):
-                return name
-        return "some order"
+    @override
+    def collect(self) -> None:
+        for batch in self._batches:
+            batch.backward()
 
     @override
     def set_layer(self, index: int, moment: Moment | None) -> None:
@@ -146,8 +142,7 @@ class OrderLearner(Learner):
             return
         soft = []
         if moment is not None:
-            soft = self.blocks[order.name].gradient_paths(self.temperature(moment), self._potentials[order.name])
-            soft = order.expand_blocks(soft)
+            soft = order.expand_blocks(self._softs[order.name])
         perm, hard = order.expand(self.present[order.name]), order.expand_rows(self._hard[order.name])
         for linear in linears:
             linear.set_order(perm, hard, soft)

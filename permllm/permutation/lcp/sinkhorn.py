@@ -25,19 +25,9 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_soft,) = grads
         logits, *potentials = ctx.saved_tensors
-        log_p = logits / ctx.temperature
-        for potential in potentials:
-            log_p -= potential
-        soft = log_p.exp()
-        grad = grad_soft * soft
-        for half in reversed(range(len(potentials))):
-            # y = x - logsumexp(x, dim), so dx = dy - softmax(x) sum(dy, dim), and softmax(x) is exp(y), the current state.
-            grad -= soft * grad.sum(_dim(half), keepdim=True)
-            if half:  # potentials after the first are at most log B, so this cannot overflow
-                soft *= potentials[half].exp()
-        return grad / ctx.temperature, None, None, *[None] * len(potentials)
+        grad = logit_gradient(logits, ctx.temperature, potentials, grads[0])
+        return grad, None, None, *[None] * len(potentials)
 
 
 def _dim(half: int) -> int:
@@ -67,16 +57,26 @@ def normalize(
     return log_p.exp_(), potentials
 
 
-def gradient_path(logits: Tensor, temperature: float, potentials: list[Tensor]) -> Tensor:
-    """Stands in for the soft permutation where only its gradient is wanted: zeros of its shape, without memory of their own.
-
-    A straight-through step uses the hard permutation in forward, so the values of the soft one are never read.
+@torch.no_grad()
+def logit_gradient(logits: Tensor, temperature: float, potentials: list[Tensor], grad_soft: Tensor) -> Tensor:
+    """The gradient of the logits from that of the soft permutation, `(blocks, B, B)`.
 
     Args:
         logits, temperature: as in `sinkhorn`.
         potentials: what `normalize` found for them.
+        grad_soft: `(blocks, B, B)`.
     """
-    return _Sinkhorn.apply(logits, temperature, logits.new_zeros(()).expand_as(logits), *potentials)
+    log_p = logits / temperature
+    for potential in potentials:
+        log_p -= potential
+    soft = log_p.exp_()
+    grad = grad_soft * soft
+    for half in reversed(range(len(potentials))):
+        # y = x - logsumexp(x, dim), so dx = dy - softmax(x) sum(dy, dim), and softmax(x) is exp(y), the current state.
+        grad -= soft * grad.sum(_dim(half), keepdim=True)
+        if half:  # potentials after the first are at most log B, so this cannot overflow
+            soft *= potentials[half].exp()
+    return grad.div_(temperature)
 
 
 def sinkhorn(logits: Tensor, temperature: float, iterations: int, start: SinkhornStart = "exponential") -> Tensor:

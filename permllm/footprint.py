@@ -1,0 +1,306 @@
+"""What a run takes, by its settings and the model's shapes: memory by stage and placement, products, weights that travel.
+
+A number here is an estimate. Memory is that of the tensors that exist together; a test holds it beside what is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from permllm.calibration.dense import Pruner
+from permllm.calibration.statistics.base import gradient_kinds, input_kinds
+from permllm.calibration.statistics.gram import Gram
+from permllm.config import RunConfig
+from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token, steps_of
+from permllm.mask.contract import MaskPlan
+from permllm.models.families import channel_groups, decoder_layers
+from permllm.models.head import tokens_at_a_time
+from permllm.models.losses import CHUNK
+from permllm.models.patterns import groups_to_prune
+from permllm.pattern import NMPattern
+from permllm.permutation.contract import LearningPlan
+
+# Tokens that a text of evaluation is taken to have where all of it is measured: WikiText-2 test has 280,000 to 340,000.
+_WHOLE_TEXT = 300_000
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What learns in a stage.
+
+    Attributes:
+        name: of the stage.
+        method: that learns.
+        parameters: that learn in the largest window.
+        windows: first decoder layer and the one after the last of each.
+        waiting: bytes that wait for backward, beside activations.
+    """
+
+    name: str
+    method: Any
+    parameters: int
+    windows: list[tuple[int, int]]
+    waiting: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Layers of the largest window."""
+        return max(stop - first for first, stop in self.windows)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a placement of the weights needs.
+
+    Attributes:
+        stages: bytes on the device, by stage.
+        host: bytes on the host beside it.
+    """
+
+    stages: dict[str, int]
+    host: int
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device in the largest stage."""
+        return max(self.stages.values())
+
+
+class Footprint:
+    """What a run takes.
+
+    Args:
+        config: of the run.
+        model: on the meta device.
+        pruner, permutation, mask, reconstruction: the methods.
+        device: where it computes.
+
+    Attributes:
+        every: all channel groups of the model.
+        groups: those that are pruned.
+        orders: what orders learn; None where they do not.
+        masks: what masks learn; None where they do not.
+        weights: how many weights are pruned to what.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        pruner: Pruner,
+        permutation: Any,
+        mask: Any,
+        reconstruction: Any,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model, self.device = config, model, device
+        self._pruner, self._permutation, self._mask, self._reconstruction = pruner, permutation, mask, reconstruction
+        self.every, self.groups = channel_groups(model), groups_to_prune(model, config)
+        self.layers = len(decoder_layers(model))
+        self.orders: LearningPlan | None = permutation.plan(self.groups, self.layers) if permutation.learned else None
+        self.masks: MaskPlan | None = mask.plan(self.groups, self.layers) if mask.learned else None
+        self.weights: Counter[NMPattern] = Counter()
+        for group in self.groups:
+            self.weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
+        self.item = torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def of_layers(self) -> list[int]:
+        """Parameters of each decoder layer."""
+        return [sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(self.model)]
+
+    @property
+    def reconstructs(self) -> bool:
+        """Kept weights learn."""
+        return bool(self._reconstruction.learned)
+
+    @property
+    def kept(self) -> int:
+        """Weights that pruning keeps."""
+        return sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
+
+    @cached_property
+    def learning(self) -> list[Learning]:
+        """What learns, in its order."""
+        found = []
+        together = bool(getattr(self._mask, "learns_orders", False))
+        of_window = depth = 0
+        if self.orders and self.orders.windows:
+            depth = max(stop - first for first, stop in self.orders.windows)
+            share = self.layers - self.orders.windows[0][0]
+            of_window = self.orders.logits * depth // share
+            if not together:
+                between = 4 * self.orders.between * depth // share  # which is not there at once with what learns
+                waiting = max(0, between - 16 * of_window)
+                found.append(Learning("learn", self._permutation, of_window, self.orders.windows, waiting))
+        if self.masks:
+            most = max(self.masks_by_window)
+            # A masked weight in the format of the products, which are bfloat16 where they are not the weights' own.
+            waiting = 2 * most if self.masks.keeps_masked and not together else 0
+            learned = most + (of_window if together else 0)
+            found.append(Learning("learn masks", self._mask, learned, self.masks.windows, waiting))
+        if self.reconstructs:
+            pruned = sum(self.weights.values())
+            waiting = 4 * self.kept * (2 if self._reconstruction.average else 1)  # places, and their mean where it is wanted
+            # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded.
+            waiting += 2 * pruned if self.config.model.dtype == "float32" else 0
+            windows = [(0, self.layers)]
+            found.append(Learning("learn weights", self._reconstruction, self.kept, windows, waiting))
+        return found
+
+    @property
+    def masks_by_window(self) -> list[int]:
+        """How many parameters of masks learn in each window."""
+        assert self.masks is not None
+        sizes: Mapping[int, int] = self.masks.parameters
+        return [sum(sizes.get(layer, 0) for layer in range(first, stop)) for first, stop in self.masks.windows]
+
+    @property
+    def streamed(self) -> int:
+        """Bytes of the weights that come to the device in each pass over the layers, where they wait elsewhere."""
+        return sum(self.of_layers) * self.item
+
+    @property
+    def _pinned(self) -> int:
+        """Bytes that the layers take in pinned memory, of which torch gives each tensor a power of two."""
+        sizes = [value.numel() * self.item for layer in decoder_layers(self.model) for value in layer.parameters()]
+        return sum(1 << (size - 1).bit_length() for size in sizes)
+
+    @property
+    def _measured(self) -> int:
+        """Tokens of a text whose perplexity is measured."""
+        perplexity = self.config.evaluation.perplexity
+        return perplexity.limit * perplexity.seqlen if perplexity.limit else _WHOLE_TEXT
+
+    def needs(self, placement: str) -> Needs:
+        """Memory with the weights in a placement."""
+        config, model, item = self.config, self.model, self.item
+        on_a_host = self.device.type == "cpu"
+        streams = placement == "disk" or (placement == "host" and not on_a_host)
+        hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
+        widest = max(sum(group.rows) for group in self.every)
+        largest = max(group.channels * sum(group.rows) for group in self.every)
+        channels = max(group.channels for group in self.every)
+        # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's.
+        weights = self.parameters * item - (self.streamed - 2 * max(self.of_layers) * item if streams else 0)
+        states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
+        forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
+        sums = sum(kind.memory(channels) for kind in input_kinds(self._pruner.statistics))
+        pruned = sum(group.channels * sum(group.rows) for group in self.every)
+        # A float32 number a weight and statistic; a saliency that follows from them, a dense score, takes their place.
+        of_gradients = 4 * pruned * len(gradient_kinds(self._pruner.statistics))
+        scores = 4 * pruned if of_gradients else 0
+        perplexity = config.evaluation.perplexity
+        # Of the tokens of a batch those whose logits exist together, and in float32 those of a window.
+        evaluated = tokens_at_a_time(vocabulary, max(perplexity.batch_tokens, perplexity.seqlen))
+        of_window = tokens_at_a_time(vocabulary, perplexity.seqlen)
+        stages: dict[str, float] = {
+            "weights": weights,
+            "evaluate": weights + (evaluated * item + of_window * 4) * vocabulary,
+            "calibrate": weights + forward + sums,
+        }
+        if of_gradients:
+            # One sample: the states between the layers, one layer's internals, the logits, and one gradient.
+            between = config.calibration.seqlen * (self.layers * hidden + 8 * hidden + 4 * widest) * item
+            together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
+            stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
+        read = () if self._mask.local else input_kinds(self._mask.statistics)
+        if read:
+            # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
+            stages["refine masks"] = weights + forward + sum(kind.memory(channels) for kind in read) + 6 * 4 * largest
+        # On a CPU weights lie in the mapped files, whose pages stay beside weights that learning stores in another way.
+        stays = self.streamed if on_a_host and not streams and config.model.source in ("hub", "local") else 0
+        weights += stays if self.orders or self.masks else 0
+        for learning in self.learning:
+            method, depth = learning.method, learning.depth
+            together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
+            tokens = together * config.calibration.seqlen
+            # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
+            activations = tokens * kept_a_token(self.every, hidden) * item * depth
+            recomputes = getattr(method, "activation_checkpointing", None)
+            if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
+                activations = tokens * (hidden * depth + 8 * hidden + 4 * widest) * item
+            # Where the loss goes through the head: its weight in the format of the products, four numbers a token and a word.
+            words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if _through_the_head(method) else 0
+            # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
+            held = 16 * learning.parameters + learning.waiting + activations + 3 * largest * item
+            held += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
+            stages[learning.name] = weights + held + scores * depth / self.layers
+        asked = input_kinds((*self._pruner.statistics, *self._reconstruction.statistics))
+        # The new weights of a layer beside the old ones, while their outputs are compared.
+        new = max(self.of_layers) * item
+        stages["prune"] = weights + new + forward + sum(kind.memory(channels) for kind in asked) + 4 * 2 * largest
+        # Two streams of states and the learning target, or the states of a text that goes through layer by layer.
+        beside = max(3 * states + of_gradients, self._measured * hidden * item if streams and perplexity.names else 0)
+        beside += pruned / 8 + (self._pinned if placement == "host" and streams else 0)  # masks, a bit a weight
+        return Needs({name: math.ceil(size) for name, size in stages.items()}, math.ceil(beside))
+
+    def on_a_card(self, placement: str) -> Needs:
+        """`needs`, were it a GPU."""
+        other = copy(self)
+        other.device = torch.device("cuda")
+        return other.needs(placement)
+
+    @property
+    def passes(self) -> float:
+        """How often all layers' weights come to the device in the run, zero-shot tasks not counted."""
+        texts = len(self.config.evaluation.perplexity.names)
+        found = 4.0 + 2 * texts  # checked, calibrated, pruned, counted; measured before and after
+        for learning in self.learning:
+            share = sum(stop - first for first, stop in learning.windows) / self.layers
+            found += share * (1 + 2 * self._steps(learning))  # to where it begins; forward and backward
+        return found
+
+    @property
+    def products(self) -> float:
+        """Floating-point operations of the run's matrix products; zero-shot tasks not counted."""
+        config, model = self.config, self.model
+        layers, head = 2 * sum(self.of_layers), 2 * model.config.vocab_size * model.config.hidden_size
+        perplexity = config.evaluation.perplexity
+        tokens = config.calibration.samples * config.calibration.seqlen
+        found = 2.0 * len(perplexity.names) * self._measured * (layers + head)
+        found += tokens * layers  # statistics
+        found += tokens * (layers + 2 * sum(self.weights.values()))  # dense outputs, and those of the pruned linears
+        if self._pruner.updates_weights or self._reconstruction.changes_weights or config.calibration.statistics != "dense":
+            found += 2 * tokens * layers  # inputs that the pruned layers before give
+        for asked in (
+            self._pruner.statistics,
+            () if self._mask.local else self._mask.statistics,
+            self._reconstruction.statistics,
+        ):
+            if Gram in asked:
+                found += 2 * tokens * sum(group.channels**2 for group in self.every)
+        for learning in self.learning:
+            a_step = learning.method.batch_size * config.calibration.seqlen
+            share = sum(stop - first for first, stop in learning.windows) / self.layers
+            # Forward, again in backward where layers are computed anew, and gradients of inputs and of weights.
+            found += self._steps(learning) * a_step * 4 * layers * share
+            if _through_the_head(learning.method):
+                found += self._steps(learning) * a_step * 3 * head
+            found += self._windows(learning) * config.calibration.seqlen * layers
+        return found
+
+    def _windows(self, learning: Learning) -> int:
+        return getattr(learning.method, "samples", None) or self.config.calibration.samples
+
+    def _steps(self, learning: Learning) -> int:
+        rounds = getattr(learning.method, "rounds", 1)
+        return int(rounds * steps_of(learning.method, self._windows(learning)))
+
+
+def _through_the_head(method: Any) -> bool:
+    return getattr(method, "loss", None) == "kl"
