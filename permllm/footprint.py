@@ -144,8 +144,7 @@ class Footprint:
             share = self.layers - self.orders.windows[0][0]
             of_window = self.orders.logits * depth // share
             if not together:
-                between = 4 * self.orders.between * depth // share  # which is not there at once with what learns
-                waiting = max(0, between - 16 * of_window)
+                waiting = 4 * of_window  # the gradients of soft permutations
                 found.append(Learning("learn", self._permutation, of_window, self.orders.windows, waiting))
         if self.masks:
             most = max(self.masks_by_window)

@@ -31,7 +31,6 @@ _ADDED_LATER: dict[str, Any] = {
     "permutation.micro_batch_size": None,
     "mask.micro_batch_size": None,
     "reconstruction.micro_batch_size": None,
-    "permutation.deal": "random",
     "mask.skip": 0,
     "calibration.sampling": "disjoint",
     "reconstruction.columns": "permuted",

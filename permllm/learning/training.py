@@ -261,20 +261,6 @@ class Training:
             values |= learner.step_values(moment, None if count is None else flips.pop(0))
         return value, values
 
-    def gradients(self, batches: Iterable[Tensor], moment: Moment) -> None:
-        """Leave with what learns the sum of its gradients over batches of samples at indices; nothing is updated.
-
-        Raises:
-            TrainingError: a loss is not finite.
-        """
-        self._begin(moment, None)
-        for batch in batches:
-            total = self._backward(batch, moment)
-            parallel.add_up([total])
-            if not math.isfinite(float(total)):
-                raise TrainingError(self._failure(self._where(batch)))
-        self._add_up_gradients(moment)
-
     def _backward(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> Tensor:
         """The loss of this process's share of a batch, a part of the mean over all of it, whose gradients are left."""
         portions = self._portions(batch)

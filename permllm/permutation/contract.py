@@ -66,7 +66,6 @@ class LearningPlan:
         logits: parameters that belong to channels.
         parameters: all that learn.
         stays: names of the orders that do not learn.
-        between: numbers that a gradient between rounds has, of all windows together; what learns makes room for it.
     """
 
     windows: list[tuple[int, int]]
@@ -75,4 +74,3 @@ class LearningPlan:
     logits: int
     parameters: int
     stays: list[str]
-    between: int = 0

@@ -182,17 +182,6 @@ def test_two_processes_learn_what_one_does_and_what_becomes_of_a_job_holds_for_b
     assert not list((tmp_path / "rank1").rglob("metrics.json"))
 
 
-def test_two_processes_deal_groups_to_blocks_as_one_does(tmp_path: Path) -> None:
-    words = (*OVERRIDES[:4], "permutation.rounds=2", "permutation.deal=exchanges", "block_size=8", "permutation.epochs=2")
-    words += ("permutation.learning_rate=0.05", "run_dir=run")
-    one = run_command(*words, cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    code, _, err = finished(torchrun(tmp_path, *words))
-    assert code == 0, err
-    alone, together = (load_file(tmp_path / run / "permutations.safetensors") for run in ("run", "rank0/run"))
-    assert all(torch.equal(alone[name], together[name]) for name in alone)
-
-
 def test_a_batch_that_leaves_processes_without_samples_is_refused(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

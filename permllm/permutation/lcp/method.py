@@ -7,10 +7,8 @@ layer. The weights stay as they are. Forward uses hard permutations and hard mas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,22 +19,18 @@ from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import BlockStack, count_logits
-from permllm.learning.training import Checkpoint, Moment, Training, Window, read_checkpoint, samples_of, steps_of
+from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.learning.windows import WindowStream
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.contract import LearningPlan
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.dealing import Exchanges, contested_deal, exchange_deal, random_deal, span_size
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.record.names import CHECKPOINT
 from permllm.runtime import parallel
-from permllm.sparsity import permuted_nm_mask
-
-# Batches whose exchanges decide which groups share a block.
-_DEALT_FROM = 4
+from permllm.sparsity import NMPattern, permuted_nm_mask
 
 
 class LCP(LCPSettings):
@@ -57,9 +51,7 @@ class LCP(LCPSettings):
         logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
         scales = len(learning) if self.init == "random" else 0
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
-        by_exchanges = self.rounds > 1 and self.deal == "exchanges"
-        between = sum(order.channels for order in learning) * span_size(self.block_size) if by_exchanges else 0
-        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays, between)
+        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
 
     @staticmethod
     def learning(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
@@ -102,7 +94,8 @@ class LCP(LCPSettings):
             round_ = number % self.rounds
             window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
             if round_ and (state is None or number > begin):
-                orders |= self._dealt(problem, shared, window, orders)
+                generator = torch.Generator().manual_seed(problem.seed + 2 + number)
+                orders |= {order.name: dealt(order, orders[order.name], problem.pattern, generator) for order in learning}
             logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or round_ > 0)
             with self.masked(problem, shared, window) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
@@ -114,31 +107,6 @@ class LCP(LCPSettings):
                 orders, best_loss = learner.best, training.best_loss
                 del logits, learner, training  # before what the next round needs
         return expanded(shared, orders)
-
-    def _dealt(
-        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, orders: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The orders that learn in a window with their groups dealt anew to the blocks."""
-        learning = self.learning(shared, window.first, window.stop)
-        generator = torch.Generator().manual_seed(problem.seed + 2 + window.number)
-        if self.deal == "contested":
-            of = partial(contested_deal, pattern=problem.pattern, saliency_of=problem.saliency_of)
-            return parallel.from_first(lambda: {order.name: of(order, orders[order.name]) for order in learning})
-        dealt = {order.name: random_deal(order, orders[order.name], problem.pattern, generator) for order in learning}
-        if self.deal == "random":
-            return dealt
-        wide = replace(self, block_size=span_size(self.block_size), straight_through="swap")
-        with wide.masked(problem, shared, window) as linears:
-            exchanges = Exchanges(wide, learning, shared, window, {**orders, **dealt}, linears, problem)
-            training = Training(self, problem, window, [exchanges], "lcp", CHECKPOINT)
-            samples = torch.randperm(training.count, generator=generator)[: _DEALT_FROM * self.batch_size]
-            training.gradients(samples.split(self.batch_size), Moment(0, 1, 0, 1))
-
-        def by_exchanges(order: SharedOrder) -> Tensor:
-            changes = exchanges.changes(order, problem.pattern)
-            return exchange_deal(order, dealt[order.name], problem.pattern, changes, self.block_size)
-
-        return parallel.from_first(lambda: {order.name: by_exchanges(order) for order in learning})
 
     def masked(
         self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None
@@ -202,6 +170,13 @@ class LCP(LCPSettings):
             scale = None if near else math.sqrt(self.block_size)
             logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
         return logits
+
+
+def dealt(order: SharedOrder, present: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
+    """The groups of M of an order, int64 `(channels,)`, in random sequence inside of its segments."""
+    groups = order.segment // order.m(pattern)
+    segments = range(order.channels // order.segment)
+    return order.deal(present, pattern, [torch.randperm(groups, generator=generator) for _ in segments])
 
 
 def _best(state: Checkpoint) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from permllm.calibration.norm_over import NormOver
-from permllm.errors import ConfigError
 from permllm.learning.settings import LearningSettings, StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
 from permllm.validation import check_number, check_one_of, check_whole
@@ -15,7 +14,6 @@ from permllm.validation import check_number, check_one_of, check_whole
 Init = Literal["heuristic", "random"]
 TemperatureEvery = Literal["step", "epoch"]
 SinkhornStart = Literal["exponential", "softmax"]
-Deal = Literal["random", "contested", "exchanges"]
 
 
 @dataclass(kw_only=True)
@@ -40,10 +38,7 @@ class LCPSettings(LearningSettings):
             paper's released code), which makes every norm larger by the root of a sample's length. The masks are the same,
             and the softmax over each group is sharper where the saliency is not normalised.
         rounds: how often the epochs are gone through, schedules and all, each time from the best order so far with its groups
-            of M dealt anew to the blocks. The mask is the same, and channels meet others than before.
-        deal: how they are dealt: at `random`; `contested`, so that groups share a block where little decides what is kept; or
-            `exchanges`, so that those do whose best exchange of a channel promises the most by the gradient of
-            `straight_through=swap`, measured on some batches, among about a thousand positions that are chosen at random.
+            of M dealt anew to the blocks, at random. The mask is the same, and channels meet others than before.
         straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
         normalize_saliency: divide each linear's saliency by its mean before the group softmax.
@@ -61,7 +56,6 @@ class LCPSettings(LearningSettings):
     sinkhorn_start: SinkhornStart = "exponential"
     norm_over: NormOver = "tokens"
     rounds: int = 1
-    deal: Deal = "random"
     straight_through: StraightThrough = "swap"
     normalize_saliency: bool = True
     gumbel: float = 0.0
@@ -80,10 +74,5 @@ class LCPSettings(LearningSettings):
         check_one_of("permutation.norm_over", self.norm_over, get_args(NormOver))
         self.check("permutation")
         check_whole("permutation.rounds", self.rounds, 1)
-        check_one_of("permutation.deal", self.deal, get_args(Deal))
-        if self.deal != "random" and self.rounds == 1:
-            raise ConfigError(
-                f"permutation.deal={self.deal} needs permutation.rounds=2 or more: groups are dealt between rounds"
-            )
         for name in ("gumbel", "margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
