@@ -29,6 +29,7 @@ from permllm.reconstruction.base import NoReconstruction, Reconstruction
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
+from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity import check_divides
 from permllm.validation import check_contract, check_number, check_one_of, check_whole
@@ -215,7 +216,7 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
     if needs_device(config, methods):
         return "device"
     candidates = [name for name in PLACEMENTS if name != "disk" or config.model.source != "random"]
-    device, host = footprint.device, available_host_memory()
+    device, host = footprint.device, available_host_memory() // parallel.local_processes()
     free = free_memory(device) if device.type == "cuda" else host
     reasons: list[str] = []
     for name in candidates:
@@ -225,8 +226,8 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
             if reasons:
                 log.info("model.placement=%s, as %s", name, "; ".join(reasons))
             return name
-        place, size, has = (device.type, asked[0], free) if asked[0] > _FITS * free else ("host", asked[1], host)
-        reasons.append(f"{name} needs {size / 1e9:.1f} GB of the {has / 1e9:.1f} GB that are free on the {place}")
+        place, size, has = (str(device), asked[0], free) if asked[0] > _FITS * free else ("the host", asked[1], host)
+        reasons.append(f"{name} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}")
     log.warning("no model.placement fits: %s. Trying %s", "; ".join(reasons), candidates[-1])
     return candidates[-1]
 

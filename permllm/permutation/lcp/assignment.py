@@ -62,17 +62,19 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
         raise ValueError(_NOT_FINITE)
     flags, *came = host[1:].split([sum(map(len, softs)), *(part.numel() for part in likely)])
     places = [part.nonzero().flatten() for part in flags.split([len(soft) for soft in softs])]
-    for number, (perm, soft, place, found) in enumerate(zip(perms, softs, places, came, strict=True)):
+    open_blocks = []
+    for number, (soft, place, found) in enumerate(zip(softs, places, came, strict=True)):
         before[number] = len(place)
-        if not len(place):
-            continue
-        on_device = to_device(place, soft.device)
         there = found.view(-1, *soft.shape[1:])
         if len(there) == len(soft):
-            blocks = there[place]
+            open_blocks.append(there[place])
+        elif len(place) <= len(there):
+            open_blocks.append(there[: len(place)])
         else:
-            blocks = there[: len(place)] if len(place) <= len(there) else to_host(soft[on_device])
-        perm.index_copy_(0, on_device, to_device(_solved(blocks), soft.device))
+            open_blocks.append(to_host(soft[to_device(place, soft.device)]))
+    for perm, place, solved in zip(perms, places, _solved(open_blocks), strict=True):
+        if len(place):
+            perm.index_copy_(0, to_device(place, perm.device), to_device(solved, perm.device))
     return perms
 
 
@@ -111,11 +113,11 @@ def harden_together(softs: Sequence[Tensor], open_before: dict[int, int] | None 
     return [to_device(perm, soft.device).view(soft.shape[:2]) for perm, soft in zip(perms, softs, strict=True)]
 
 
-def _solved(soft: Tensor) -> Tensor:
-    """The permutations of blocks on the host, by the solver, int64 `(blocks, B)`."""
-    perms = np.empty(soft.shape[:2], dtype=np.int64)
-    _assign(list(zip(_costs(soft.numpy()), perms, strict=True)))
-    return torch.from_numpy(perms)
+def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
+    """The permutations of blocks on the host, by the solver, each int64 `(blocks, B)`."""
+    perms = [np.empty(soft.shape[:2], dtype=np.int64) for soft in softs]
+    _assign([pair for soft, perm in zip(softs, perms, strict=True) for pair in zip(_costs(soft.numpy()), perm, strict=True)])
+    return [torch.from_numpy(perm) for perm in perms]
 
 
 def _costs(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

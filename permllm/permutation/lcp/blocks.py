@@ -132,7 +132,7 @@ class SoftBatch:
         torch.autograd.backward(logits, self.split(found))
 
     def _logits(self) -> list[Tensor]:
-        of = {name: self._orders[name].effective() for name, _ in self.stacks}
+        of = {name: self._orders[name].effective() for name in dict.fromkeys(name for name, _ in self.stacks)}
         return [of[name][number] for name, number in self.stacks]
 
 
