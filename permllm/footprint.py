@@ -221,9 +221,6 @@ class Footprint:
         if read:
             # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
             stages["refine masks"] = weights + forward + sum(kind.memory(channels) for kind in read) + 6 * 4 * largest
-        # On a CPU weights lie in the mapped files, whose pages stay beside weights that learning stores in another way.
-        stays = self.streamed if on_a_host and not streams and config.model.source in ("hub", "local") else 0
-        weights += stays if self.orders or self.masks else 0
         for learning in self.learning:
             method, depth = learning.method, learning.depth
             together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
@@ -245,6 +242,8 @@ class Footprint:
         stages["prune"] = weights + new + forward + sum(kind.memory(channels) for kind in asked) + 4 * 2 * largest
         # Two streams of states and the learning target, or the states of a text that goes through layer by layer.
         beside = max(3 * states + of_gradients, self._measured * hidden * item if streams and perplexity.names else 0)
+        if on_a_host and not streams and (self.orders or self.masks) and config.model.source in ("hub", "local"):
+            beside += self.streamed  # pages of the mapped files, beside weights that learning stores in another way
         beside += pruned / 8 + (self._pinned if placement == "host" and streams else 0)  # masks, a bit a weight
         return Needs({name: math.ceil(size) for name, size in stages.items()}, math.ceil(beside))
 

@@ -160,7 +160,9 @@ def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 
 
 class PackedMasks(MutableMapping[str, Tensor]):
-    """Masks by name that take one bit an entry while they wait; each is unpacked when it is asked for.
+    """Masks by name that take one bit an entry while they wait; each is unpacked anew when it is asked for.
+
+    Changing what was unpacked changes nothing here: a mask is set again for that.
 
     Args:
         masks: bool on the CPU, of any shape, by name.

@@ -92,7 +92,7 @@ def without_checksums(change: Callable[[dict[str, torch.Tensor]], object]) -> Ch
 
     def write(file: Path) -> object:
         if file.name == MASKS:
-            masks = read_masks(file)
+            masks = dict(read_masks(file))
             change(masks)
             write_masks(file, masks)
             from safetensors import safe_open

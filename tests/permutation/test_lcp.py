@@ -431,6 +431,7 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
             moment = Moment(0, 1, 0, 1)
             learner.begin(moment, None)
             training._loss(torch.arange(6), moment).backward()
+            learner.collect()
         found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
     free, tied = found["free"], found["foldable"]
     readers = [name for name in free if name.endswith(("qkv_proj", "gate_up_proj"))]
