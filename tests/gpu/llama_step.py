@@ -65,6 +65,8 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
                 return loss
 
             learning._loss = watched  # type: ignore[method-assign]
+            learning.step(torch.arange(SAMPLES), training.Moment(0, 2, 0, 1), after=torch.arange(SAMPLES))
+            held.clear()
             ledger.clear()
             learning.step(torch.arange(SAMPLES), training.Moment(1, 2, 0, 1), after=torch.arange(SAMPLES))
             totals = ledger.totals()

@@ -89,13 +89,15 @@ def test_a_step_of_the_size_of_llama_waits_three_times(llama: dict[str, Any], ke
     assert llama[kernels]["syncs"] <= 3
 
 
-def test_a_step_of_the_size_of_llama_is_few_launches_and_brings_no_soft_permutation_to_the_host(llama: dict[str, Any]) -> None:
+def test_a_step_of_the_size_of_llama_is_few_launches_and_brings_few_soft_permutations_to_the_host(
+    llama: dict[str, Any],
+) -> None:
     two, three = llama["two layers"], llama["compiled"]
     # 32 layers of which each takes what the third took.
     assert three["launches"] + 29 * (three["launches"] - two["launches"]) <= 10_000
-    # The batch and what it is compared with, in bfloat16, and its tokens; of the orders whether a block is settled.
-    batch = 4 * 1024 * (2 * 4096 * 2 + 2 * 8)
-    assert three["transferred"] <= batch + 10_000
+    # The batch and what it is compared with, in bfloat16, and its tokens; of the soft permutations at most two thirds.
+    batch, softs = 4 * 1024 * (2 * 4096 * 2 + 2 * 8), 3 * 4 * 64 * (3 * 4096 + 11008)
+    assert three["transferred"] <= batch + softs * 2 / 3
 
 
 def test_layers_are_recomputed_where_a_gpu_has_no_room_for_what_they_keep(llama: dict[str, Any]) -> None:

@@ -169,7 +169,8 @@ def test_a_gpu_normalises_blocks_of_one_size_together_as_far_as_its_memory_goes(
 
 
 def test_what_was_open_before_changes_when_blocks_travel_and_not_what_becomes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    softs = [plain(logits(200, 6, 3.0), 1.0, 5), torch.eye(4, dtype=torch.float64).expand(5, 4, 4)]
+    softs = [torch.eye(6, dtype=torch.float64).repeat(400, 1, 1), torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)]
+    softs[0][100:190] = plain(logits(90, 6, 0.1), 1.0, 5)
     travelled: list[int] = []
 
     def counted(tensor: Tensor) -> Tensor:
@@ -177,16 +178,17 @@ def test_what_was_open_before_changes_when_blocks_travel_and_not_what_becomes_of
         return tensor
 
     monkeypatch.setattr(assignment, "to_host", counted)
-    still_open: dict[int, int] = {}
-    alone = assignment.harden_all(softs, still_open)
-    assert travelled == [1 + 200 + 5 + 200 * 36 + 5 * 16]
-    assert 20 < still_open[0] < 150
-    assert not still_open[1]
-    few = 36 * (still_open[0] + still_open[0] // 4 + 8)
-    for before, came in ((still_open, [206 + few + 5 * 16]), ({0: 1}, [206 + 9 * 36 + 5 * 16, still_open[0] * 36])):
+    monkeypatch.setattr(assignment, "_ANYWAY", 32)
+    found: dict[int, int] = {}
+    alone = assignment.harden_all(softs, found)
+    assert travelled == [1 + 405 + 400 * 36 + 5 * 16]
+    assert 82 < found[0] <= 90
+    assert not found[1]
+    known = 36 * (2 * found[0] + 50 + 32)
+    for before, came in ((found, [406 + known + 5 * 16]), ({0: 0}, [406 + 82 * 36 + 5 * 16, found[0] * 36])):
         travelled.clear()
         present = dict(before)
-        found = assignment.harden_all(softs, present)
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, alone, strict=True))
+        again = assignment.harden_all(softs, present)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, alone, strict=True))
         assert travelled == came
-        assert present == still_open
+        assert present == found
