@@ -17,7 +17,7 @@ from permllm.config import PLACEMENTS, RunConfig, instantiate, instantiate_permu
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
-from permllm.footprint import Footprint
+from permllm.footprint import FITS, Footprint
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.models.placement import placement_of
@@ -36,8 +36,6 @@ from permllm.validation import check_contract, check_number, check_one_of, check
 
 log = logging.getLogger(__name__)
 
-# Of the memory that is free, what a placement may be estimated to take: estimates are right to within 15 %.
-_FITS = 0.85
 # What a pruned model follows from, beside its methods.
 _MAKES_RESULTS = ("permllm.calibration.shared", "permllm.data.calibration", "permllm.models.loading", "permllm.pipeline")
 
@@ -139,9 +137,6 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     check_contract(key, pruner, ("updates_weights",), ("factors",))
     _check_statistics(key, pruner)
     check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
-    reason = needs_device(config, methods)
-    if reason and config.model.placement not in ("auto", "device"):
-        raise ConfigError(f"{reason}, which needs model.placement=device")
     key = f"permutation={config.permutation.get('name')}"
     check_contract(key, permutation, ("learned", "local"), ())
     check_contract(key, permutation, (), ("order",) if permutation.local else ("orders",))
@@ -185,6 +180,9 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
         check_whole(f"{key}: batch_size", getattr(methods.reconstruction, "batch_size", None), 1)
         check_number(f"{key}: average", getattr(methods.reconstruction, "average", None), positive=False)
     _check_statistics(key, methods.reconstruction)
+    reason = needs_device(config, methods)
+    if reason and config.model.placement not in ("auto", "device"):
+        raise ConfigError(f"{reason}, which needs model.placement=device")
 
 
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
@@ -222,11 +220,11 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
     for name in candidates:
         needs = footprint.needs(name)
         asked = (needs.device, needs.host) if device.type == "cuda" else (needs.device + needs.host, 0)
-        if asked[0] <= _FITS * free and asked[1] <= _FITS * host:
+        if asked[0] <= FITS * free and asked[1] <= FITS * host:
             if reasons:
                 log.info("model.placement=%s, as %s", name, "; ".join(reasons))
             return name
-        place, size, has = (str(device), asked[0], free) if asked[0] > _FITS * free else ("the host", asked[1], host)
+        place, size, has = (str(device), asked[0], free) if asked[0] > FITS * free else ("the host", asked[1], host)
         reasons.append(f"{name} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}")
     log.warning("no model.placement fits: %s. Trying %s", "; ".join(reasons), candidates[-1])
     return candidates[-1]

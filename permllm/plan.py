@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from permllm.config import PLACEMENTS
-from permllm.footprint import Footprint
+from permllm.footprint import FITS, Footprint
 from permllm.models.families import ChannelGroup
 from permllm.pattern import NMPattern
 from permllm.runtime.memory import peak_host_memory
@@ -19,8 +19,6 @@ from permllm.runtime.terminal import terminal
 
 # Sizes of accelerators' memory, GB.
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
-# Of a card's memory, what the tensors of a run may take: the rest is CUDA's own, and what is free in pieces.
-_OF_A_CARD = 0.9
 
 
 def print_plan(footprint: Footprint, chosen: str, alone: str | None) -> None:
@@ -117,7 +115,7 @@ def _print_placements(console: Console, footprint: Footprint, chosen: str, alone
 
 
 def _card(size: int) -> str:
-    return next((f"{card} GB" for card in _CARDS if size <= card * 1e9 * _OF_A_CARD), f"more than {_CARDS[-1]} GB")
+    return next((f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS), f"more than {_CARDS[-1]} GB")
 
 
 def _duration(seconds: float) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
@@ -78,11 +80,11 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         return run_study(config, instantiate(config.study), methods.pruner)
     if device.type == "cpu":
         keep_freed_memory()
+    skeleton = cache(partial(meta_model, config.model))
     if config.plan or config.model.source != "hub" or config.model.architecture:
-        skeleton = meta_model(config.model)
-        check_groups(config, groups_to_prune(skeleton, config), methods.permutation)
+        check_groups(config, groups_to_prune(skeleton(), config), methods.permutation)
         if config.plan:
-            footprint = footprint_of(config, methods, skeleton, device)
+            footprint = footprint_of(config, methods, skeleton(), device)
             print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
             return None
 
@@ -94,9 +96,9 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
             if record.begun:
-                record.forget_what_is_broken(groups_to_prune(meta_model(config.model), config), config.pattern)
+                record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern)
             learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
-            config = _placed(config, methods, device)
+            config = _placed(config, methods, skeleton, device)
             if learns:
                 check_shares(learns, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
@@ -108,11 +110,11 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     return record.metrics, record.directory
 
 
-def _placed(config: RunConfig, methods: Methods, device: torch.device) -> RunConfig:
+def _placed(config: RunConfig, methods: Methods, skeleton: Callable[[], PreTrainedModel], device: torch.device) -> RunConfig:
     """The settings with a `model.placement` that is not `auto`."""
     if config.model.placement != "auto":
         return config
-    footprint = footprint_of(config, methods, meta_model(config.model), device)
+    footprint = footprint_of(config, methods, skeleton(), device)
     return replace(config, model=replace(config.model, placement=placement_for(footprint, config, methods)))
 
 

@@ -305,7 +305,7 @@ def test_only_what_is_at_work_is_in_memory(tmp_path: Path) -> None:
 WIDE = {
     "hidden_size": 1536,
     "intermediate_size": 4096,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
@@ -326,9 +326,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "method",
     [
         ["permutation=none"],
-        ["permutation=lcp", "permutation.init=random", "permutation.epochs=1", "permutation.last_layers=1"],
+        ["permutation=lcp", "permutation.init=random", "permutation.epochs=1"],
+        ["permutation=none", "mask=score", "mask.epochs=1"],
     ],
-    ids=["none", "lcp"],
+    ids=["none", "lcp", "score"],
 )
 def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str, method: list[str]) -> None:
     words = ["model=local", f"model.path={wide}", "model.dtype=float32", f"model.placement={placement}", "calibration=builtin"]
