@@ -38,7 +38,7 @@ from permllm.record.environment import environment
 from permllm.record.loggers import NO_LOGGER
 from permllm.record.progress import Progress
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
-from permllm.runtime.precision import compute_dtype
+from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
@@ -107,7 +107,7 @@ def prune(
     device, record = model.device, Progress()
     if device.type == "cpu":
         keep_freed_memory()
-    with _as_loaded(model), _random_numbers_kept(device):
+    with _as_loaded(model), _random_numbers_kept(device), half_products(model.dtype, device):
         seed_everything(config.seed)
         reset_peak_memory(device)
         products = compute_dtype(config.compute_dtype, model.dtype, device)

@@ -19,7 +19,7 @@ from permllm.record.cache_folder import choose_cache
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory
-from permllm.runtime.precision import products_in
+from permllm.runtime.precision import half_products, products_in
 from permllm.runtime.seeding import seed_everything
 
 
@@ -125,7 +125,8 @@ def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> Non
         calibration=given["calibration"],
     )
     try:
-        with parallel.in_step(), products_in(getattr(torch, given["products"]), problem.device):
+        half = half_products(loaded.model.dtype, problem.device)
+        with parallel.in_step(), half, products_in(getattr(torch, given["products"]), problem.device):
             methods = methods_of(config)
             if given["orders"] is None:
                 methods.permutation.orders(problem)

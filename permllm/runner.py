@@ -52,7 +52,7 @@ from permllm.record.tensors import write_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
-from permllm.runtime.precision import compute_dtype
+from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.stages import figures, prune_model
 from permllm.studies.base import run_study
@@ -102,7 +102,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             if learns:
                 check_shares(learns, config.calibration.samples)
                 parallel.tell(parallel.PREPARE, asdict(config))
-            with job_log(record.path(LOG)), open_logger(config, record.directory) as logger:
+            half = half_products(getattr(torch, config.model.dtype), device)
+            with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
                 _stages(config, methods, record, logger, device)
         if request is not None:
             _export(request, record)

@@ -1,15 +1,20 @@
 """The number format of the model's matrix products up to the evaluation: mixed precision by `torch.autocast`.
 
 Weights, logits, optimizer, norms, softmax and loss keep their own format; only what multiplies matrices is rounded. On a CPU
-that multiplies bfloat16 natively the products take a quarter of the time of float32.
+that multiplies bfloat16 natively the products take a quarter of the time of float32. On one that does not, products of a
+half-precision model go through float32 (`half_products`).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
@@ -34,6 +39,70 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Linear layers of a half-precision model inside multiply in float32 where a CPU has no instructions for less.
+
+    The result is that of a product of half-precision numbers which is summed up in float32 and rounded once, as where there
+    are instructions; it comes several times sooner than torch's own (see `ThroughFloat32`).
+
+    Args:
+        dtype: of the model's weights.
+        device: where it is.
+    """
+    needed = device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16(device)))
+    return ThroughFloat32() if needed else nullcontext()
+
+
+class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """`linear` of bfloat16 or float16 tensors is a product of float32 copies, rounded; so are its gradients."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.linear and not kwargs and args[0].dtype == args[1].dtype and args[0].dtype in _HALF:
+            return _LinearThroughFloat32.apply(*args, *[None] * (3 - len(args)))
+        return func(*args, **(kwargs or {}))
+
+
+_HALF = (torch.bfloat16, torch.float16)
+# Numbers of a weight whose float32 copy exists at a time.
+_PIECE = 1 << 24
+
+
+class _LinearThroughFloat32(torch.autograd.Function):
+    """A weight is copied in pieces, forward and backward: what waits for backward is in half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states if weight.requires_grad else None, weight)
+        wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
+        for rows in _pieces(weight):
+            of_rows = None if bias is None else bias[rows].float()
+            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(states.dtype)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        states, weight = ctx.saved_tensors
+        wide, dtype = gradient.float(), gradient.dtype
+        tokens = wide.flatten(0, -2)
+        of_states = None
+        if ctx.needs_input_grad[0]:
+            of_states = sum(wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)).to(dtype)
+        return (
+            of_states,
+            (tokens.t() @ states.flatten(0, -2).float()).to(dtype) if ctx.needs_input_grad[1] else None,
+            tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _pieces(weight: Tensor) -> list[slice]:
+    """Rows of a weight, as many at a time as `_PIECE` allows."""
+    count = max(1, _PIECE // weight.shape[1])
+    return [slice(first, first + count) for first in range(0, len(weight), count)]
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

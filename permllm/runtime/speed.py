@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from permllm.runtime.precision import half_products
 from permllm.runtime.timing import interleaved
 
 # Measurements, and the shapes of a product: tokens, and channels of a layer.
@@ -19,7 +20,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a matrix product of the size of a layer's."""
     left = torch.ones(_TOKENS, _CHANNELS, dtype=dtype, device=device)
     weight = torch.ones(_CHANNELS, _CHANNELS, dtype=dtype, device=device)
-    return 2 * _TOKENS * _CHANNELS**2 / _seconds(lambda: nn.functional.linear(left, weight), device)
+    with half_products(dtype, device):
+        return 2 * _TOKENS * _CHANNELS**2 / _seconds(lambda: nn.functional.linear(left, weight), device)
 
 
 def copy_rate(device: torch.device) -> float:

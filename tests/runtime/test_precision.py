@@ -15,7 +15,7 @@ from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.runtime import precision
-from permllm.runtime.precision import compute_dtype, products_in
+from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
 
@@ -98,3 +98,59 @@ def test_outside_of_it_and_for_other_formats_nothing_changes() -> None:
         with products_in(dtype, CPU):
             assert (a @ a).dtype == torch.float32
             assert torch.equal(a @ a, torch.mm(a, a))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("piece", [1, 50, 1 << 24])
+def test_half_precision_through_float32_rounds_once(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_PIECE", piece)
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 10).to(dtype)
+    x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(2, 3, 10, dtype=dtype)
+    with ThroughFloat32():
+        y = linear(x)
+        y.backward(gradient)
+    wide_x, wide_w, wide_g = x.detach().double(), linear.weight.detach().double(), gradient.double()
+    expected = {
+        "output": wide_x @ wide_w.T + linear.bias.detach().double(),
+        "x": wide_g @ wide_w,
+        "weight": torch.einsum("bto,bti->oi", wide_g, wide_x),
+        "bias": wide_g.sum((0, 1)),
+    }
+    assert x.grad is not None
+    found = {"output": y.detach(), "x": x.grad, "weight": linear.weight.grad, "bias": linear.bias.grad}
+    for name, value in expected.items():
+        actual = found[name]
+        assert actual is not None
+        assert actual.dtype == dtype
+        # Half a unit in the last place of what float64 gives, and what a sum in float32 is off by.
+        bound = torch.finfo(dtype).eps / 2 * value.abs() + 1e-5
+        assert bool(((actual.double() - value).abs() <= bound).all()), name
+
+
+def test_products_go_through_float32_where_a_cpu_cannot_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, dtype, expected in (
+        (True, torch.bfloat16, False),
+        (False, torch.bfloat16, True),
+        (True, torch.float16, True),
+        (False, torch.float32, False),
+        (False, torch.float64, False),
+    ):
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device, native=native: native)
+        assert isinstance(half_products(dtype, CPU), ThroughFloat32) is expected
+        assert not isinstance(half_products(dtype, torch.device("cuda")), ThroughFloat32)
+
+
+def test_other_products_stay_as_they_are_inside() -> None:
+    a, weight = torch.randn(4, 8), torch.randn(6, 8)
+    with ThroughFloat32():
+        assert torch.equal(nn.functional.linear(a, weight), a @ weight.T)
+        assert nn.functional.linear(a.double(), weight.double()).dtype == torch.float64
+        with products_in(torch.bfloat16, CPU):
+            assert nn.functional.linear(a, weight).dtype == torch.bfloat16
+        half = nn.Linear(8, 6, bias=False).bfloat16().requires_grad_(False)
+        states = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+        half(states).sum().backward()
+    assert states.grad is not None
+    assert half.weight.grad is None
