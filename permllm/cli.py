@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from permllm.config import HYDRA_MAIN, conf_directory, register_resolver, register_resolvers
 from permllm.nodes import register
 from permllm.runtime.interruption import started
+from permllm.runtime.slurm import adopt_step
 from permllm.usage import completions, help_text, reported
 
 # Groups that every job has an option of.
@@ -42,6 +43,7 @@ def job(composed: DictConfig) -> float:
 
 def main() -> int:
     """Run what Hydra makes of the command line, and end it: the exit code."""
+    adopt_step()
     register_resolvers()
     register()
     register_resolver("help_text", help_text)

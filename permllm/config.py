@@ -45,7 +45,7 @@ _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 
 MODEL_SOURCES = ("wheel", "hub", "local", "random")
-PLACEMENTS = ("device", "host", "disk")  # the first that fits is the fastest
+PLACEMENTS = ("device", "sharded", "host", "disk")  # the first that fits is the fastest
 # Those of the package index; the first where none is named.
 WHEEL_MODELS = ("smollm2-135m", "gemma3-270m")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -69,8 +69,9 @@ class ModelConfig:
         dtype: of the weights: `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         placement: where the decoder layers' weights are while nothing is computed with them: `device`, on it; `host`, in host
-            memory; `disk`, in the checkpoint's safetensors files, so that only what is at work is in memory; `auto`, the first
-            of these that what `plan=true` estimates fits in.
+            memory; `disk`, in the checkpoint's safetensors files, so that only what is at work is in memory; `sharded`, in
+            parts on the devices of several processes (torchrun or srun); `auto`, the first of these that what `plan=true`
+            estimates fits in.
         architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
         bos: whether the tokenizer's BOS is the first token of each window, of calibration and of perplexity, and stands before
             each item of lm-eval unless `evaluation.zero_shot.add_bos_token` says otherwise; Gemma needs it. Otherwise the

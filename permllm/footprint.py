@@ -28,6 +28,7 @@ from permllm.models.losses import CHUNK
 from permllm.models.patterns import groups_to_prune
 from permllm.pattern import NMPattern
 from permllm.permutation.contract import LearningPlan
+from permllm.runtime import parallel
 
 # Of the memory that there is, what a run may be estimated to take: estimates are right to within 15 %.
 FITS = 0.85
@@ -191,13 +192,14 @@ class Footprint:
         """Memory with the weights in a placement."""
         config, model, item = self.config, self.model, self.item
         on_a_host = self.device.type == "cpu"
-        streams = placement == "disk" or (placement == "host" and not on_a_host)
+        streams = placement in ("disk", "sharded") or (placement == "host" and not on_a_host)
         hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
         widest = max(sum(group.rows) for group in self.every)
         largest = max(group.channels * sum(group.rows) for group in self.every)
         channels = max(group.channels for group in self.every)
         # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's.
         weights = self.parameters * item - (self.streamed - 2 * max(self.of_layers) * item if streams else 0)
+        weights += self.streamed // parallel.world_size() if placement == "sharded" else 0
         states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
         forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
         sums = sum(kind.memory(channels) for kind in input_kinds(self._pruner.statistics))

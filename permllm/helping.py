@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ def assist() -> float:
     word, given = parallel.told()
     while word != parallel.OVER:
         if word == parallel.PREPARE:
+            config = read_config(given)
             try:
-                config = read_config(given)
-                loaded = _prepared(config)
+                with loaded_by_all(config):
+                    loaded = _prepared(config)
             except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
                 reason = one_line(error)
         elif word == parallel.LEARN:
@@ -50,10 +52,35 @@ def assist() -> float:
                 reason = f"its model is {loaded.identity}, and that of the first process {given['model']}"
             if not any(parallel.gathered(reason)) and loaded is not None:
                 _learn(config, loaded, given)
-            if given["orders"] is not None or "mask" not in methods_of(config).learned:
+            done = given["orders"] is not None or "mask" not in methods_of(config).learned
+            if done and config.model.placement != "sharded":
                 loaded = None  # its memory is free while the first process goes on
+        else:
+            parallel.serve(word, given)
         word, given = parallel.told()
+    parallel.serve_with(None)
     return float(given)
+
+
+@contextmanager
+def loaded_by_all(config: RunConfig) -> Iterator[None]:
+    """Around the loading of a model that each process has a part of: each learns afterwards whether all have theirs.
+
+    Raises:
+        DataError: another process could not load it.
+    """
+    several = config.model.placement == "sharded" and parallel.world_size() > 1
+    reason = ""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(error) or type(error).__name__
+        raise
+    finally:
+        found = parallel.gathered(reason) if several else []
+    for number, of_process in enumerate(found):
+        if of_process:
+            raise DataError(f"the process of rank {number} has no part of the model: {of_process}")
 
 
 def call_helpers(

@@ -183,6 +183,10 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
     reason = needs_device(config, methods)
     if reason and config.model.placement not in ("auto", "device"):
         raise ConfigError(f"{reason}, which needs model.placement=device")
+    if config.model.placement == "sharded" and parallel.world_size() == 1 and not config.plan:
+        raise ConfigError(
+            "model.placement=sharded needs several processes: torchrun --nproc-per-node 2 run.py model.placement=sharded"
+        )
 
 
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
@@ -213,7 +217,9 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
         return config.model.placement
     if needs_device(config, methods):
         return "device"
-    candidates = [name for name in PLACEMENTS if name != "disk" or config.model.source != "random"]
+    left_out = {"disk"} if config.model.source == "random" else set()
+    left_out |= {"sharded"} if parallel.world_size() == 1 else set()
+    candidates = [name for name in PLACEMENTS if name not in left_out]
     device, host = footprint.device, available_host_memory() // parallel.local_processes()
     free = free_memory(device) if device.type == "cuda" else host
     reasons: list[str] = []

@@ -22,7 +22,7 @@ from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
-from permllm.helping import check_shares
+from permllm.helping import check_shares, loaded_by_all
 from permllm.job import (
     Job,
     Methods,
@@ -34,7 +34,7 @@ from permllm.job import (
     needs_device,
     placement_for,
 )
-from permllm.models.loading import load_model, meta_model
+from permllm.models.loading import check_model_runs, load_model, meta_model
 from permllm.models.patterns import groups_to_prune
 from permllm.pipeline import PrunedModel
 from permllm.plan import print_plan
@@ -101,6 +101,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             config = _placed(config, methods, skeleton, device)
             if learns:
                 check_shares(learns, config.calibration.samples)
+            if learns or config.model.placement == "sharded":
                 parallel.tell(parallel.PREPARE, asdict(config))
             half = half_products(getattr(torch, config.model.dtype), device)
             with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
@@ -126,7 +127,10 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
     if not record.other_evaluations:  # of what is pruned, which is pruned already where they are
         write_record(record.path(ENVIRONMENT), environment(config.seed, device))
     with record.stage("load", device):
-        loaded = load_model(config.model, config.seed)
+        with loaded_by_all(config):
+            loaded = load_model(config.model, config.seed)
+        if config.model.placement == "sharded":
+            check_model_runs(config.model, loaded.model)
         if record.metrics.setdefault("model", loaded.identity) != loaded.identity:
             began = record.metrics["model"]
             raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")

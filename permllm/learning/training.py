@@ -265,22 +265,32 @@ class Training:
         """The loss of this process's share of a batch, a part of the mean over all of it, whose gradients are left."""
         portions = self._portions(batch)
         following = [] if after is None else self._portions(after)
-        total = torch.zeros((), device=self.device)
+        # In the format of the loss, which a process without a sample does not have.
+        dtype = torch.promote_types(next(self.problem.model.parameters()).dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=self.device)
         for portion, ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
-            if portion is not None:
+            if portion is not None and not len(portion):
+                self._visit(backward=True)
+            elif portion is not None:
                 loss = self._loss(portion, moment) * (len(portion) / len(batch))
                 loss.backward()
                 total = total + loss.detach()
-            if ahead is not None:
+            if ahead is not None and len(ahead):
                 self.samples.fetch(ahead)
         for learner in self.learners:
             learner.collect()
         return total
 
     def _portions(self, batch: Tensor) -> list[Tensor]:
-        """The share of a batch that falls to this process, in parts that are computed together; none where it is empty."""
-        mine = parallel.share(batch)
-        return list(mine.split(self.settings.micro_batch_size or len(mine))) if len(mine) else []
+        """The share of a batch that falls to this process, in parts that are computed together."""
+        return parallel.share(batch, self.settings.micro_batch_size)
+
+    def _visit(self, backward: bool) -> None:
+        """Have the layers come as they do where there is a sample: other processes may hold them together with this one."""
+        layers = range(self.window.first, self.window.stop)
+        for index in (*layers, *(reversed(layers) if backward else ())):
+            with self._placement.layer(index):
+                pass
 
     def _begin(self, moment: Moment, generator: torch.Generator | None) -> None:
         for learner in self.learners:
@@ -333,9 +343,11 @@ class Training:
     def _measure(self) -> float:
         """Loss of all samples with what was learned so far, mean over tokens."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in parallel.share(torch.arange(self.count)).split(self.problem.calibration_batch_size):
+        for batch in parallel.share(torch.arange(self.count), self.problem.calibration_batch_size):
             if len(batch):
                 total += self._loss(batch, None).double() * len(batch)
+            else:
+                self._visit(backward=False)
         parallel.add_up([total])
         return float(total) / self.count
 
@@ -400,11 +412,14 @@ class Training:
     @torch.no_grad()
     def _where(self, indices: Tensor) -> str:
         hidden, kwargs = self._inputs(self.samples.take(indices))
-        for index in range(self.window.first, self.window.stop):
+        broken = None
+        for index in range(self.window.first, self.window.stop):  # all of them, as other processes do
             hidden = self._layer(index, hidden, kwargs[index], None)
-            if not bool(hidden.isfinite().all()):
-                return f"the loss is not finite: the output of decoder layer {index} is not"
-        return "the loss is not finite, although the output of every layer is"
+            if broken is None and not bool(hidden.isfinite().all()):
+                broken = index
+        if broken is None:
+            return "the loss is not finite, although the output of every layer is"
+        return f"the loss is not finite: the output of decoder layer {broken} is not"
 
     def _failure(self, reason: str) -> str:
         text = f"{self.name.upper()} stopped in epoch {self.done + 1}: {reason}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from permllm.data.hub import hub_snapshot
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
+    all_finite,
     check_checkpoint,
     check_runs,
     check_values,
@@ -43,7 +45,7 @@ from permllm.models.checkpoint import (
 from permllm.models.families import check_known, decoder_layers, family_of, family_of_config
 from permllm.models.from_wheel import wheel_model, wheel_model_folder
 from permllm.models.mapped_file import MappedFile
-from permllm.models.placement import OnDisk, OnHost, place, placement_of
+from permllm.models.placement import OnDisk, OnHost, Placement, place, placement_of
 from permllm.runtime.devices import resolve_device
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
@@ -98,12 +100,20 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     elif placement == "host":
         place(model, OnHost(model, device))
         _outside_to(model, device)
-    what = config.path or config.hub_name or config.name
-    _check_vocabulary(what, model, tokenizer)
-    with placement_of(model).whole():
-        check_runs(what, model)
+    elif placement == "sharded" and placement_of(model).streams is False:
+        place(model, _sharded(model, device, dtype, lambda _, parameter: parameter.data))
+        _outside_to(model, device)
+    _check_vocabulary(_called(config), model, tokenizer)
+    if placement != "sharded":  # of which the first process has each layer when the others answer
+        check_model_runs(config, model)
     bos_of(tokenizer, config.bos)
     return LoadedModel(model, tokenizer, identity, config.bos)
+
+
+def check_model_runs(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Raise DataError where a model that was loaded cannot run, see `check_runs`."""
+    with placement_of(model).whole():
+        check_runs(_called(config), model)
 
 
 def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:
@@ -211,8 +221,8 @@ def _from_folder(
     family_of_config(config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
-    if placement == "disk":
-        model = _mapped(folder, config, dtype, device)
+    if placement in ("disk", "sharded"):
+        model = _mapped(folder, config, dtype, device, placement)
     else:
         model = read_weights(folder, dtype, device if placement == "device" else torch.device("cpu"))
     with transformers_reads(folder):
@@ -221,12 +231,14 @@ def _from_folder(
     return model, tokenizer
 
 
-def _mapped(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of a folder whose decoder layers stay in its files; the rest is on the device."""
+def _mapped(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, placement: str
+) -> PreTrainedModel:
+    """The model of a folder whose decoder layers stay in its files, or are read in parts; the rest is on the device."""
     check_checkpoint(folder)
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
-        raise ConfigError(f"model.placement=disk reads safetensors files, and {folder} has {files[0].name}: take host")
+        raise ConfigError(f"model.placement={placement} reads safetensors files, and {folder} has {files[0].name}: take host")
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     outside = f"{family_of(model).layers}."
@@ -235,10 +247,12 @@ def _mapped(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: 
     wanted = parameter_names(model)
     missing = next((name for name in wanted if name not in holds), None)
     if missing is not None:
-        raise ConfigError(f"model.placement=disk: the files of {folder} have {missing} under another name: take host")
+        raise ConfigError(f"model.placement={placement}: the files of {folder} have {missing} under another name: take host")
     for name, source in (model.all_tied_weights_keys or {}).items():
         if name in holds and source in holds and not torch.equal(holds[name].tensor(name), holds[source].tensor(source)):
-            raise ConfigError(f"model.placement=disk: {folder} has another {name} than {source}, which are tied: take host")
+            raise ConfigError(
+                f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host"
+            )
     buffers = dict(model.named_buffers())
     for name in wanted:
         if name in buffers:  # some are no weights, such as an order
@@ -249,13 +263,33 @@ def _mapped(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: 
     model.tie_weights()
     _outside_to(model, device)
     model.generation_config = generation_of(model, folder)
-    placement = OnDisk(model, device, dtype, mapped)
-    place(model, placement)
     check_values(folder, model)
+    if placement == "sharded":
+
+        def mapped_part(name: str, _: nn.Parameter) -> Tensor:
+            return holds[name].tensor(name)
+
+        place(model, _sharded(model, device, dtype, mapped_part))
+        return model
+    on_disk = OnDisk(model, device, dtype, mapped)
+    place(model, on_disk)
     for index, layer in enumerate(decoder_layers(model)):
-        with placement.layer(index):
+        with on_disk.layer(index):
             check_values(f"{folder}: layer {index}", layer)
     return model
+
+
+def _sharded(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
+) -> Placement:
+    """The layers of a model in parts. Raises DataError where this process's have values that are not finite."""
+    from permllm.models.sharded import Sharded  # seconds, for a single process in vain
+
+    sharded = Sharded(model, device, dtype, stored)
+    for name, part in sharded.parts():
+        if part.is_floating_point() and part.numel() and not all_finite(part):
+            raise DataError(f"{name} holds values that are not finite")
+    return sharded
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:
@@ -263,6 +297,10 @@ def _outside_to(model: nn.Module, device: torch.device) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
+
+
+def _called(config: ModelConfig) -> str:
+    return config.path or config.hub_name or config.name
 
 
 def _check_vocabulary(what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

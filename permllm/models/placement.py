@@ -3,6 +3,8 @@
 - `device`: on it, all of them, all the time.
 - `host`: in host memory, pinned for a GPU.
 - `disk`: in the safetensors files of the checkpoint, which are mapped; only what is at work is in memory.
+- `sharded`: in equal parts on the devices of several processes, which put a layer together when they compute with it
+  (`permllm.models.sharded`).
 
 Whoever computes with a layer, or reads or replaces its weights, does so inside of `placement_of(model).layer(index)`. What is
 outside of the layers (embedding, final norm, head) is on the device.
@@ -93,8 +95,8 @@ class Placement:
         yield
 
 
-@dataclass
-class _Slot:
+@dataclass(eq=False)
+class Slot:
     """A parameter of a layer: where it is in the model and in the store, and what is made of it when it comes."""
 
     module: nn.Module
@@ -103,18 +105,12 @@ class _Slot:
     outside: nn.Parameter
     changes: list[Change] = field(default_factory=list)
 
-    def value(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        value = to_device(self.stored, device)
-        if value.is_floating_point():
-            value = value.to(dtype)
-        for change in self.changes:
-            value = change(value)
-        return value
-
     def put(self, value: Tensor) -> None:
+        """Have the module compute with a value."""
         self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
 
     def clear(self) -> None:
+        """Have the module hold what it is without: a parameter on the meta device."""
         self.module._parameters[self.name] = self.outside
 
 
@@ -129,6 +125,9 @@ class Streamed(Placement):
         dtype: of the weights there.
         stored: gives a decoder layer's parameter on the host, by its name in the model and what the model has.
 
+    Attributes:
+        slots: the parameters of each layer.
+
     Raises:
         ConfigError: layers share parameters with each other, or with the rest of the model.
     """
@@ -141,8 +140,8 @@ class Streamed(Placement):
         super().__init__(model)
         _check_untied(model, self._prefix)
         self.device, self.dtype = device, dtype
-        self._slots: list[list[_Slot]] = []
-        self._of_linear: dict[nn.Module, _Slot] = {}
+        self.slots: list[list[Slot]] = []
+        self._of_linear: dict[nn.Module, Slot] = {}
         self._held = [0] * len(self._layers)
         self._there: set[int] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -154,12 +153,12 @@ class Streamed(Placement):
                 parent, _, name = path.rpartition(".")
                 outside = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), requires_grad=False)
                 module = layer.get_submodule(parent)
-                slot = _Slot(module, name, stored(f"{self._prefix}.{index}.{path}", parameter), outside)
+                slot = Slot(module, name, stored(f"{self._prefix}.{index}.{path}", parameter), outside)
                 slot.clear()
                 slots.append(slot)
                 if name == "weight":
                     self._of_linear[module] = slot
-            self._slots.append(slots)
+            self.slots.append(slots)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -174,24 +173,28 @@ class Streamed(Placement):
             if not self._held[index]:
                 self._fetch(self._latest + self._step)
 
-    def _bring(self, index: int) -> None:
-        for other in [other for other in self._there if not self._held[other]]:
-            for slot in self._slots[other]:
+    def _leave(self) -> None:
+        """Let go of the layers that nobody computes with."""
+        for index in [index for index in self._there if not self._held[index]]:
+            for slot in self.slots[index]:
                 slot.clear()
-            self._there.remove(other)
-            self.left(other)
+            self._there.remove(index)
+            self.left(index)
+
+    def _bring(self, index: int) -> None:
+        self._leave()
         self.check(index)
-        for slot, value in zip(self._slots[index], self._arrived(index), strict=True):
+        for slot, value in zip(self.slots[index], self._arrived(index), strict=True):
             slot.put(value)
         self._there.add(index)
         self._latest, self._step = index, 1 if index > self._latest else -1  # in backward they go down
-        if 0 <= index + self._step < len(self._slots):
+        if 0 <= index + self._step < len(self.slots):
             self.expect(index + self._step)
 
     def _arrived(self, index: int) -> list[Tensor]:
         ahead, self._ahead = self._ahead, None
         if self._stream is None or ahead is None or ahead[0] != index:
-            return [slot.value(self.device, self.dtype) for slot in self._slots[index]]
+            return [self._value(slot) for slot in self.slots[index]]
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._stream)
         for value in ahead[1]:
@@ -200,11 +203,23 @@ class Streamed(Placement):
 
     def _fetch(self, index: int) -> None:
         """Begin to bring a layer to a GPU, which has its work by now."""
-        if self._stream is None or not 0 <= index < len(self._slots) or index in self._there or self._ahead is not None:
+        if self._stream is None or not 0 <= index < len(self.slots) or index in self._there or self._ahead is not None:
             return
         self.check(index)
         with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
-            self._ahead = index, [slot.value(self.device, self.dtype) for slot in self._slots[index]]
+            self._ahead = index, [self._value(slot) for slot in self.slots[index]]
+
+    def _value(self, slot: Slot) -> Tensor:
+        value = self.brought(slot.stored)
+        if value.is_floating_point():
+            value = value.to(self.dtype)
+        for change in slot.changes:
+            value = change(value)
+        return value
+
+    def brought(self, stored: Tensor) -> Tensor:
+        """A parameter on the device, from what the store has of it."""
+        return to_device(stored, self.device)
 
     def replace(self, linear: nn.Linear, weight: Tensor, mask: Packed | None = None) -> None:
         """Give a linear another weight for good, see `Placement.replace`."""
@@ -232,7 +247,7 @@ class Streamed(Placement):
             for handle in handles:
                 handle.remove()
 
-    def keep(self, slot: _Slot, weight: Tensor, mask: Packed | None) -> None:
+    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
         """Have the store give another weight from now on."""
         raise NotImplementedError
 
@@ -255,11 +270,11 @@ class Streamed(Placement):
         self.store_restored(self._of_linear[linear], change)
         self._follow(linear, change)
 
-    def store_changed(self, slot: _Slot, change: Change) -> None:
+    def store_changed(self, slot: Slot, change: Change) -> None:
         """Have the store give a weight in another way."""
         raise NotImplementedError
 
-    def store_restored(self, slot: _Slot, change: Change) -> None:
+    def store_restored(self, slot: Slot, change: Change) -> None:
         """Have the store give a weight as before `store_changed`."""
         raise NotImplementedError
 
@@ -280,16 +295,16 @@ class OnHost(Streamed):
         super().__init__(model, device, next(model.parameters()).dtype, pinned)
 
     @override
-    def store_changed(self, slot: _Slot, change: Change) -> None:
+    def store_changed(self, slot: Slot, change: Change) -> None:
         # In the host's memory, so that none of it is done each time.
         slot.stored = _pinned(change(slot.stored), self.device)
 
     @override
-    def store_restored(self, slot: _Slot, change: Change) -> None:
+    def store_restored(self, slot: Slot, change: Change) -> None:
         self.store_changed(slot, change)
 
     @override
-    def keep(self, slot: _Slot, weight: Tensor, mask: Packed | None) -> None:
+    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
         slot.stored.copy_(weight)
 
 
@@ -316,19 +331,19 @@ class OnDisk(Streamed):
         super().__init__(model, device, dtype, mapped)
 
     @override
-    def store_changed(self, slot: _Slot, change: Change) -> None:
+    def store_changed(self, slot: Slot, change: Change) -> None:
         slot.changes.append(change)
 
     @override
-    def store_restored(self, slot: _Slot, change: Change) -> None:
+    def store_restored(self, slot: Slot, change: Change) -> None:
         slot.changes.pop()
 
     @override
-    def keep(self, slot: _Slot, weight: Tensor, mask: Packed | None) -> None:
+    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
         if mask is None:
             slot.stored, slot.changes = weight.detach().cpu().clone(), []
         else:
-            slot.changes.append(partial(_masked, mask))
+            slot.changes.append(partial(masked, mask))
 
     @override
     def check(self, index: int) -> None:
@@ -357,7 +372,8 @@ def _check_untied(model: nn.Module, prefix: str) -> None:
             )
 
 
-def _masked(mask: Packed, weight: Tensor) -> Tensor:
+def masked(mask: Packed, weight: Tensor) -> Tensor:
+    """A weight with zeros, never -0.0, where a mask of bits has none."""
     return torch.where(unpacked_mask(*mask).to(weight.device), weight, weight.new_zeros(()))
 
 

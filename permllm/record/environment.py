@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from permllm.runtime import parallel
 from permllm.version import __version__
 
 _PACKAGES = (
@@ -77,7 +78,7 @@ def _without_secret(word: str) -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, memory (bytes) and, where the model is on one, the GPU."""
+    """Processor, cores, memory (bytes), where there are several their processes and, where the model is on one, the GPU."""
     found: dict[str, Any] = {
         "system": platform.platform(),
         "processor": _processor(),
@@ -86,6 +87,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": str(device),
     }
+    if parallel.world_size() > 1:
+        found["processes"] = parallel.world_size()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}

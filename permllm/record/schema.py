@@ -451,6 +451,7 @@ class Hardware(TypedDict):
     threads: Positive
     memory_bytes: Whole
     device: str
+    processes: NotRequired[Positive]
     gpu: NotRequired[Object]
 
 

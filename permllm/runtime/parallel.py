@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the first does the work of a job and keeps its record, the others help it to learn.
+"""Several processes under torchrun or srun: the first does the work of a job and keeps its record, the others help to learn.
 
 What the first process decides about a job holds for all. The others decide nothing: in each job they do what they are told,
 until they are told that it is over.
@@ -6,6 +6,9 @@ until they are told that it is over.
 - `PREPARE`, with the settings of the job: it learns; load its model. Not said where the first process skips or fails it.
 - `LEARN`, with all that is learned from. Each process says whether it can (`gathered`); then all learn, or none does.
 - `OVER`, with what the job is worth to a search. Always said, so that no process can slide into another job.
+
+Where each process holds a part of the weights, the others serve the first one while it works alone: it tells them what it
+needs (`call`), and they answer (`serve_with`). While all learn together, each asks the others at the same points.
 
 A failure in one process alone while all learn leaves the others in the middle of a step: the command then ends as a whole, and
 the same command continues. One that all meet at the same step, a `TrainingError`, fails the job like any other.
@@ -19,16 +22,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from permllm.errors import TrainingError
+from permllm.runtime.slurm import adopt_step
 from permllm.runtime.watch import DONE, Watch
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 PREPARE, LEARN, OVER = "prepare", "learn", "over"
+_FOUND = "found"
+
+Server = Callable[[str, Any], None]
 
 Value = TypeVar("Value")
 
@@ -46,15 +56,19 @@ class _State:
     watch: Watch | None = None
     out_of_step = False
     alone = False
+    together = False
+    phase = 0
+    server: Server | None = None
 
 
 def several() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Whether torchrun, or srun where it is adopted, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def start() -> None:
-    """Join the processes that torchrun started; nothing happens without torchrun."""
+    """Join the processes that torchrun or srun started; nothing happens without these."""
+    adopt_step()
     if several() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         _State.watch = Watch(rank(), world_size(), broadcast)
@@ -98,9 +112,23 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def share(samples: Tensor) -> Tensor:
-    """The part of a batch of indices that falls to this process; may be empty."""
-    return samples[rank() :: world_size()]
+def mesh(device: torch.device) -> DeviceMesh:
+    """All processes in a row, with tensors on devices of this kind."""
+    from torch.distributed.device_mesh import DeviceMesh  # seconds, for a single process in vain
+
+    assert dist.group.WORLD is not None
+    return DeviceMesh.from_group(dist.group.WORLD, device.type)
+
+
+def share(samples: Tensor, at_once: int | None = None) -> list[Tensor]:
+    """The part of a batch of indices that falls to this process, `at_once` or all of them at a time.
+
+    There are as many portions in each process; one may be empty.
+    """
+    largest = -(-len(samples) // world_size())
+    at_once = at_once or max(1, largest)
+    mine = samples[rank() :: world_size()]
+    return [mine[first : first + at_once] for first in range(0, largest, at_once)]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
@@ -144,8 +172,19 @@ def gathered(value: Value) -> list[Value]:
 
 
 def from_first(compute: Callable[[], Value]) -> Value:
-    """What the first process computes, in all of them (see `broadcast`)."""
-    return broadcast(compute()) if rank() == 0 else cast(Value, broadcast(None))
+    """What the first process computes, in all of them (see `broadcast`); the others serve it meanwhile."""
+    if world_size() == 1:
+        return compute()
+    with _phase(together=False):
+        if rank() == 0:
+            value = compute()
+            tell(_FOUND, value)
+            return value
+        word, found = told()
+        while word != _FOUND:
+            serve(word, found)
+            word, found = told()
+        return cast(Value, found)
 
 
 def tell(word: str, value: Any = None) -> None:
@@ -157,6 +196,38 @@ def told() -> tuple[str, Any]:
     """In the others: the next word, and what belongs to it."""
     word, value = cast(tuple[str, Any], broadcast(None))
     return word, value
+
+
+def serve_with(server: Server | None) -> None:
+    """In the others: who answers what the first process calls for while it works alone."""
+    _State.server = server
+
+
+def serve(word: str, value: Any) -> None:
+    """In the others: answer a call of the first process."""
+    assert _State.server is not None, f"nobody here answers {word}"
+    _State.server(word, value)
+
+
+def call(word: str, value: Any) -> None:
+    """In the first process: where it works alone, have the others do their part of what comes now, which all do together."""
+    if world_size() > 1 and rank() == 0 and not _State.together:
+        tell(word, value)
+
+
+def phase() -> int:
+    """Another number whenever the processes begin to work together, or one of them alone."""
+    return _State.phase
+
+
+@contextmanager
+def _phase(together: bool) -> Iterator[None]:
+    before = _State.together
+    _State.together, _State.phase = together, _State.phase + 1
+    try:
+        yield
+    finally:
+        _State.together, _State.phase = before, _State.phase + 1
 
 
 @contextmanager
@@ -173,7 +244,8 @@ def alone() -> Iterator[None]:
 def in_step() -> Iterator[None]:
     """Around what all processes do together, step by step; notes where this process alone leaves it by an error."""
     try:
-        yield
+        with _phase(together=True):
+            yield
     except TrainingError:
         raise
     except BaseException:

@@ -54,13 +54,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def torchrun(cwd: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-    """Start two processes that share no folder: theirs are `rank0` and `rank1` in `cwd`."""
+def torchrun(cwd: Path, *overrides: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
+    """Start processes that share no folder: theirs are `rank0`, `rank1` and so on in `cwd`."""
     script = cwd / "apart.py"
     script.write_text(APART)
-    for rank in ("rank0", "rank1"):
-        (cwd / rank / "pid").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    for rank in range(processes):
+        (cwd / f"rank{rank}" / "pid").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(
         [*command, *overrides],

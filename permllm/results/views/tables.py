@@ -205,7 +205,7 @@ def published_table(rows: list[Published]) -> list[str]:
 def machine(environments: Iterable[dict[str, Any]]) -> str:
     """What records were computed with, in a line."""
     entries = list(environments)
-    hardware = sorted({f"{processor(e)}, {e['hardware']['threads']} threads" for e in entries})
+    hardware = sorted({_hardware(e) for e in entries})
     versions = sorted(
         {
             f"Python {e['versions']['python']}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
@@ -216,6 +216,12 @@ def machine(environments: Iterable[dict[str, Any]]) -> str:
     started = sorted(e["started"][:10] for e in entries)
     of_code = [f"commit {', '.join(commits)}"] if commits else []
     return "; ".join([*hardware, *versions, *of_code, started[0]]) + "."
+
+
+def _hardware(environment: dict[str, Any]) -> str:
+    found = environment["hardware"]
+    several = f", {found['processes']} processes" if "processes" in found else ""
+    return f"{processor(environment)}, {found['threads']} threads{several}"
 
 
 def processor(environment: dict[str, Any]) -> str:

@@ -1,0 +1,110 @@
+"""Layers in parts on several processes: what is pruned and learned is what one process makes of the whole model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from permllm.config import read_config
+from permllm.errors import ConfigError
+from permllm.job import methods_of
+from permllm.runtime import parallel
+from tests.conftest import ROOT, run_command
+from tests.runtime.test_parallel import finished, torchrun
+from tests.test_config import composed
+
+# Shares of 15 and of 4 samples differ between three processes; one of them has none of the last batch.
+WORDS = ("model.dtype=float64", "calibration=builtin", "evaluation=builtin", "calibration.samples=13", "debug=fast")
+LCP = ("permutation=lcp", "permutation.batch_size=4", "permutation.select_from=6")
+FILES = ("permutations.safetensors", "masks.safetensors", "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model, of several files."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    # No multiple of three: parts of other sizes.
+    shape = ["model.architecture.hidden_size=40", "model.architecture.num_attention_heads=5"]
+    shape += ["model.architecture.num_key_value_heads=5", "model.architecture.intermediate_size=52"]
+    words = [str(folder), "model=tiny", "model.dtype=float64", *shape, "--shard-gb", "0.0001"]
+    subprocess.run([sys.executable, "scripts/random_checkpoint.py", *words], cwd=ROOT, check=True, capture_output=True)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "method"),
+    [
+        # Windows of one layer, of which each knows the layers before; portions that one process has none of.
+        (3, [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
+        # The first process searches orders while the others wait in the middle of learning.
+        (2, ["permutation=heuristic", "mask=score", "mask.orders=searched", "mask.rounds=2", "mask.batch_size=4"]),
+        (2, [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4", "mask.start=refined"]),
+        # Weights that change go back to their parts.
+        (2, ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
+        (3, [*LCP, "reconstruction=block", "export=gathered"]),
+    ],
+    ids=["stages", "searched", "together", "sparsegpt", "block"],
+)
+def test_it_is_what_one_process_makes_of_the_model(
+    checkpoint: Path, tmp_path: Path, processes: int, method: list[str]
+) -> None:
+    words = ("model=local", f"model.path={checkpoint}", *WORDS, "logger=none", "run_dir=run", *method)
+    one = run_command(*words, cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    code, _, err = finished(torchrun(tmp_path, *words, "model.placement=sharded", processes=processes))
+    assert code == 0, err
+    single, several = tmp_path / "run", tmp_path / "rank0" / "run"
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (single, several)]
+    assert metrics[0]["perplexity"] == metrics[1]["perplexity"]
+    assert metrics[0]["sparsity"] == metrics[1]["sparsity"]
+    for file in FILES:
+        assert (single / file).is_file() == (several / file).is_file()
+        if (single / file).is_file():
+            found = [load_file(run / file) for run in (single, several)]
+            assert found[0].keys() == found[1].keys()
+            assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items()), file
+    assert not list((tmp_path / "rank1").rglob("*.json"))
+
+
+def test_a_process_that_has_no_part_of_the_model_is_named_and_the_next_job_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "rank0").mkdir()
+    (tmp_path / "rank0" / "here").symlink_to(checkpoint)
+    words = [*WORDS, "logger=none"]
+    words += ["model=local", f"model.path=here,{checkpoint}", "model.placement=sharded", "permutation=none"]
+    code, out, err = finished(torchrun(tmp_path, "-m", *words))
+    assert code == 1
+    assert "error: the process of rank 1 has no part of the model: model.path='here' is not a folder" in err
+    assert "1 ran, 1 failed" in out
+
+
+def test_one_process_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(composed("model=tiny", "logger=none", "permutation=none", "model.placement=sharded"))
+    with pytest.raises(ConfigError, match=r"^model\.placement=sharded needs several processes: torchrun"):
+        methods_of(config)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    methods_of(config)
+
+
+def test_what_trains_all_weights_is_refused() -> None:
+    words = ("model=tiny", "logger=none", "permutation=none", "model.placement=sharded", "reconstruction=distill")
+    with pytest.raises(ConfigError, match=r"^reconstruction=distill .*, which needs model\.placement=device$"):
+        methods_of(read_config(composed(*words)))
+
+
+def test_portions_are_as_many_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    for count, at_once in ((4, None), (4, 1), (13, 2), (3, 5), (1, 1)):
+        portions = []
+        for rank in range(3):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            portions.append(parallel.share(torch.arange(count), at_once))
+        assert len({len(of_rank) for of_rank in portions}) == 1
+        assert sorted(int(index) for of_rank in portions for part in of_rank for index in part) == list(range(count))
+        assert max(len(part) for of_rank in portions for part in of_rank) <= (at_once or count)

@@ -1,0 +1,145 @@
+"""A real SLURM of one node: a sweep, a job that is put back in its middle, and the tasks of a step as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from permllm.record.outcomes import kept
+from permllm.runtime.slurm import first_node, of_step, tasks_by_node
+from tests.conftest import ROOT
+
+TINY = ("model=tiny", "logger=none", "debug=fast")
+STEP = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NODELIST": "gpu[03-05,9],cpu1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands that find a running SLURM."""
+    missing = [
+        name
+        for name in ("munged", "slurmctld", "slurmd")
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
+    ]
+    if missing or os.geteuid():
+        text = f"needs root, and Debian's slurm-wlm and munge: without {', '.join(missing) or 'root'}"
+        if os.environ.get("CI"):
+            pytest.fail(text)
+        pytest.skip(text)
+    folder = tmp_path_factory.mktemp("slurm")
+    script = str(ROOT / "scripts" / "slurm_here.sh")
+    try:
+        said = subprocess.run([script, "start", str(folder)], check=True, capture_output=True, text=True, timeout=60).stdout
+        name, _, value = said.split()[1].partition("=")
+        yield os.environ | {name: value, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finally:
+        subprocess.run([script, "stop", str(folder)], check=True, timeout=60)
+
+
+def started(slurm: dict[str, str], cwd: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, cwd=cwd, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Its output, once it has ended well."""
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out
+
+
+def waited(what: str, found: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if found():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    pytest.fail(f"{what} never came")
+
+
+def test_what_torch_is_told_of_a_step() -> None:
+    found = of_step(STEP)
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": found["MASTER_PORT"],
+    }
+    assert of_step(STEP | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+    assert of_step(STEP | {"SLURM_STEP_ID": "4"})["MASTER_PORT"] != found["MASTER_PORT"]
+    assert of_step(STEP | {"SLURM_GPUS_PER_TASK": "1"})["LOCAL_RANK"] == "0"
+    assert of_step(STEP | {"SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
+    assert of_step(STEP | {"WORLD_SIZE": "2"}) == {}, "torchrun has said it"
+    assert of_step(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+    # A batch script of a job of several tasks.
+    assert of_step({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "7", "SLURM_PROCID": "0"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("vm", "vm"), ("a1,a2", "a1"), ("gpu[03-05,9],cpu1", "gpu03"), ("rack-2[7]-n,x", "rack-27-n"), ("n[1-2]", "n1")],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_how_many_tasks_a_node_has() -> None:
+    assert tasks_by_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_by_node("8") == [8]
+
+
+def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(slurm: dict[str, str], tmp_path: Path) -> None:
+    # Steps of a model of two narrow layers, enough of them to be met in the middle.
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation=lcp", "permutation.epochs=400", "seed=0,1"]
+    command += ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=30"]
+    sweep = started(slurm, tmp_path, *command)
+    waited("a checkpoint", lambda: len(list(tmp_path.glob("runs/*/lcp*.pt"))) == 2, sweep)
+    jobs = subprocess.run(["squeue", "--noheader", "--format=%i"], env=slurm, check=True, capture_output=True, text=True)
+    first = sorted(jobs.stdout.split())[0]
+    subprocess.run(["scontrol", "requeue", first], env=slurm, check=True)
+    assert "2 ran" in ended(sweep)
+    logs = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/*.log")}
+    assert sorted("continuing after epoch" in text for text in logs.values()) == [False, True]
+    for path in tmp_path.glob("runs/*/metrics.json"):
+        assert json.loads(path.read_text())["perplexity"]["sparse"]
+    assert "2 skipped" in ended(started(slurm, tmp_path, *command))
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert [job.outcome for job in kept(folder)] == ["skipped", "skipped"]
+
+
+def test_two_tasks_of_a_step_learn_together(slurm: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), *TINY, "permutation=lcp", "permutation.batch_size=2"]
+    ended(started(slurm, tmp_path, "srun", "--ntasks=2", "--cpus-per-task=1", *command))
+    (record,) = tmp_path.glob("runs/*/environment.json")
+    assert json.loads(record.read_text())["hardware"]["processes"] == 2
+    assert json.loads(record.with_name("metrics.json").read_text())["perplexity"]["sparse"]
+
+
+def test_a_job_of_a_sweep_may_have_two_tasks(slurm: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation=lcp", "permutation.batch_size=2", "seed=0"]
+    command += ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.tasks_per_node=2"]
+    ended(started(slurm, tmp_path, *command))
+    (record,) = tmp_path.glob("runs/*/environment.json")
+    assert json.loads(record.read_text())["hardware"]["processes"] == 2
