@@ -20,6 +20,7 @@ from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
+from permllm.record.pruned_layers import FoundLayer, PrunedLayers
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, PackedMasks, permuted_nm_mask, saliency_sum, violations
 
@@ -44,6 +45,23 @@ class PrunedModel:
     moved: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
     violations: int = 0
+
+    def add(self, layer: FoundLayer) -> None:
+        """Have what was found of a layer."""
+        self.orders |= layer.orders
+        for path in layer.masks:
+            self.masks.set_packed(path, *layer.masks.packed(path))
+        self.retained |= layer.retained
+        self.moved |= layer.moved
+        self.output_error |= layer.output_error
+
+    def of_layer(self, groups: list[ChannelGroup], weights: dict[str, Tensor]) -> FoundLayer:
+        """What was found of a layer, with weights that masks do not say."""
+        names, masks = [group.name for group in groups], PackedMasks()
+        for path in [path for group in groups for path in group.members]:
+            masks.set_packed(path, *self.masks.packed(path))
+        of_groups = ({name: found[name] for name in names} for found in (self.retained, self.moved, self.output_error))
+        return FoundLayer({name: self.orders[name] for name in names}, masks, weights, *of_groups)
 
 
 def prune(
@@ -78,8 +96,9 @@ def prune(
         compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
         masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
         network_tokens: those that the whole network is reconstructed on, where they are others than `tokens`.
-        directory: where a reconstruction may write a checkpoint.
-        run: digest of the settings, for it.
+        directory: where layers that are pruned wait until all are, and a reconstruction may write a checkpoint; an earlier
+            attempt's are taken from there.
+        run: digest of the settings, for both.
         seed: of the order of samples, where it takes them at random.
     """
     reconstruction = reconstruction or NoReconstruction()
@@ -92,8 +111,16 @@ def prune(
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
     result = PrunedModel()
-    placement = placement_of(model)
+    placement, kept_layers = placement_of(model), PrunedLayers(directory, run)
+    changes = pruner.updates_weights or reconstruction.changes_weights
     for index, members in by_layer(model, groups, "prune"):
+        kept_layer = kept_layers.read(index, members, pattern, changes) if members else None
+        if kept_layer is not None:
+            _take_over(model, index, kept_layer, dense, pruned)
+            result.add(kept_layer)
+            for path in kept_layer.masks:
+                gradients.pop(path, None)
+            continue
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
             with collecting(model, members, asked) as statistics:
@@ -113,19 +140,16 @@ def prune(
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():
-            mask = None if pruner.updates_weights or reconstruction.changes_weights else result.masks.packed(path)
+            mask = None if changes else result.masks.packed(path)
             placement.replace(linear_at(model, path), weight, mask)
         if pruned is not None:
             if weights and reconstruction.changes_weights:
-                inputs, kwargs = pruned.batches(index)
-                linears = [linear_at(model, path) for path in weights]
-                kept = [result.masks[path].to(linear.weight.device) for path, linear in zip(weights, linears, strict=True)]
-                layer = decoder_layers(model)[index]
                 with products_in(compute_dtype, device):
-                    reconstruction.layer(PrunedLayer(layer, linears, kept, inputs, kwargs, dense.batches(index)[0]))
-                for linear in linears if placement.streams else ():
-                    placement.replace(linear, linear.weight.data)
+                    _reconstruct(model, index, reconstruction, list(weights), result.masks, pruned, dense)
             pruned.advance(index)
+        if members:
+            new = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
+            kept_layers.write(index, result.of_layer(members, new))
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
         if network_tokens is None or target is None:
@@ -146,13 +170,52 @@ def prune(
                 run=run,
             )
             reconstruction.network(PrunedNetwork(problem, linears, found_masks))
+    result.violations = _violations(model, groups, result.orders, pattern)
+    return result
+
+
+def _violations(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor], pattern: NMPattern) -> int:
+    """Groups of M, in permuted order, with more than N nonzeros."""
+    found = 0
     for group in groups:
-        with placement.layer(group.layer):
+        with placement_of(model).layer(group.layer):
             for path in group.members:
                 weight = linear_at(model, path).weight
-                perm = result.orders[group.name].to(weight.device)
-                result.violations += violations(weight, perm, group.pattern or pattern)
-    return result
+                found += violations(weight, orders[group.name].to(weight.device), group.pattern or pattern)
+    return found
+
+
+def _reconstruct(
+    model: nn.Module,
+    index: int,
+    reconstruction: Reconstruction,
+    paths: list[str],
+    masks: Mapping[str, Tensor],
+    pruned: LayerStream,
+    dense: LayerStream,
+) -> None:
+    """Have a layer's kept weights reconstructed in place, from the states before it in the pruned model."""
+    inputs, kwargs = pruned.batches(index)
+    linears = [linear_at(model, path) for path in paths]
+    kept = [masks[path].to(linear.weight.device) for path, linear in zip(paths, linears, strict=True)]
+    layer, placement = decoder_layers(model)[index], placement_of(model)
+    reconstruction.layer(PrunedLayer(layer, linears, kept, inputs, kwargs, dense.batches(index)[0]))
+    for linear in linears if placement.streams else ():
+        placement.replace(linear, linear.weight.data)
+
+
+def _take_over(model: nn.Module, index: int, layer: FoundLayer, dense: LayerStream, pruned: LayerStream | None) -> None:
+    """Give a dense layer the weights that an earlier attempt has found, and advance the states before and after."""
+    dense.advance(index)
+    for path in layer.masks:
+        linear = linear_at(model, path)
+        if path in layer.weights:
+            placement_of(model).replace(linear, layer.weights[path].to(linear.weight))
+        else:
+            masked = torch.where(layer.masks[path].to(linear.weight.device), linear.weight, 0.0)
+            placement_of(model).replace(linear, masked, layer.masks.packed(path))
+    if pruned is not None:
+        pruned.advance(index)
 
 
 def _prune_group(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -58,13 +58,13 @@ def tiny_config(family: str) -> dict[str, object]:
     return settings | FAMILY_SETTINGS[family]
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A random model of `tiny_config`, in float32 unless it is said, with biases that are not zero."""
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None, **architecture: Any) -> PreTrainedModel:
+    """A random model of `tiny_config` and what is given of it, in float32 unless it is said, with biases that are not zero."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = dtype or torch.float32
-    settings = tiny_config(family)
+    settings = tiny_config(family) | architecture
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
     for name, parameter in model.named_parameters():

@@ -33,6 +33,7 @@ from permllm.record.names import (
     MASKS,
     METRICS,
     PERMUTATIONS,
+    PRUNED_LAYERS,
     SCHEMA_VERSION,
     SCORES,
     WEIGHTS,
@@ -138,8 +139,9 @@ class RunRecord(Progress):
         asked = evaluations.head(self._config.evaluation_identity, resolved["evaluation"])
         with self._locked(asked["evaluation_hash"]):
             if self._force:
-                for name in (METRICS, SCORES, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, *_WHILE_LEARNING):
+                for name in (METRICS, SCORES, HISTORY, PERMUTATIONS, MASKS, WEIGHTS):
                     (self.directory / name).unlink(missing_ok=True)
+                self._end_learning()
                 shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
             self._clear()
             self.metrics = self._read_metrics() or {
@@ -153,8 +155,7 @@ class RunRecord(Progress):
             self.scores = self._read_scores()
             self._ask_for(asked)
             if _finished(self.directory, self.metrics):
-                for name in _WHILE_LEARNING:
-                    (self.directory / name).unlink(missing_ok=True)
+                self._end_learning()
             else:
                 write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
             yield
@@ -257,8 +258,17 @@ class RunRecord(Progress):
         self.metrics["status"] = "finished"
         self.metrics["files"] = {name: file_checksum(self.directory / name) for name in _STATED if self.path(name).is_file()}
         self.save()
+        self._end_learning()
+
+    def _end_learning(self) -> None:
+        """Remove what only an interrupted run needs."""
         for name in _WHILE_LEARNING:
             self.path(name).unlink(missing_ok=True)
+        self._forget_layers()
+
+    def _forget_layers(self) -> None:
+        """Remove the layers that were pruned before all were."""
+        shutil.rmtree(self.path(PRUNED_LAYERS), ignore_errors=True)
 
     def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern) -> None:
         """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
@@ -285,6 +295,7 @@ class RunRecord(Progress):
             except DataError as error:
                 log.warning("%s: finding the permutations again", error)
                 orders.unlink()
+                self._forget_layers()
                 self.metrics["seconds"].pop("permute", None)
         masks = self.path(MASKS)
         if not self.pruned and masks.is_file():
@@ -293,6 +304,7 @@ class RunRecord(Progress):
             except DataError as error:
                 log.warning("%s: finding the masks again", error)
                 masks.unlink()
+                self._forget_layers()
                 self.metrics["seconds"].pop("mask", None)
 
     def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern) -> None:
@@ -315,6 +327,7 @@ class RunRecord(Progress):
             self.metrics["seconds"].pop(stage, None)
         for name in (MASKS, WEIGHTS):
             self.path(name).unlink(missing_ok=True)
+        self._forget_layers()
 
     def path(self, name: str) -> Path:
         """A file of the record."""

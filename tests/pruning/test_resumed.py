@@ -1,0 +1,121 @@
+"""Pruning that was stopped goes on after the last layer that was done, and ends with what it would have ended with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.calibration.dense import calibrate_dense
+from permllm.errors import DataError
+from permllm.models.families import channel_groups
+from permllm.permutation.heuristic import Heuristic
+from permllm.pipeline import PrunedModel, prune
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.wanda import Wanda
+from permllm.reconstruction.block import Block
+from permllm.record import pruned_layers
+from permllm.record.names import PRUNED_LAYERS
+from permllm.sparsity import NMPattern
+from tests.conftest import tiny_model
+from tests.pruning.test_pipeline import tokens
+
+PATTERN = NMPattern(2, 4)
+
+
+class Stopped(Exception):
+    """What a test stops pruning with."""
+
+
+def pruned(
+    directory: Path | None, method: str, order: Callable[[str, Tensor, NMPattern], Tensor], run: str = "a"
+) -> tuple[torch.nn.Module, PrunedModel]:
+    model = tiny_model("llama", num_hidden_layers=4)
+    groups = channel_groups(model)
+    pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
+    reconstruction = Block(epochs=1) if method == "block" else None
+    factors = calibrate_dense(model, groups, tokens(), pruner, batch_size=4).factors if method == "dense" else None
+    result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors, reconstruction, directory=directory, run=run)
+    return model, result
+
+
+class Orders:
+    """The heuristic order of each group; stops at the first group of a layer, and knows what it was asked for."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.asked: list[str] = []
+        self._stop = None if stop is None else f".{stop}."
+
+    def __call__(self, name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        if self._stop is not None and self._stop in name:
+            raise Stopped
+        self.asked.append(name)
+        return Heuristic().order(name, saliency, pattern)
+
+
+def check_equal(left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn.Module, PrunedModel]) -> None:
+    for name, value in left[0].state_dict().items():
+        assert torch.equal(value, right[0].state_dict()[name]), name
+    one, other = left[1], right[1]
+    assert one.orders.keys() == other.orders.keys()
+    assert all(torch.equal(order, other.orders[name]) for name, order in one.orders.items())
+    assert all(torch.equal(one.masks[path], other.masks[path]) for path in other.masks)
+    assert (one.retained, one.moved, one.output_error) == (other.retained, other.moved, other.output_error)
+    assert one.violations == other.violations == 0
+
+
+@pytest.mark.parametrize("method", ["dense", "sequential", "sparsegpt", "block"])
+def test_a_layer_that_was_done_is_not_done_again(method: str, tmp_path: Path) -> None:
+    whole = pruned(None, method, Orders())
+    with pytest.raises(Stopped):
+        pruned(tmp_path, method, Orders(stop=2))
+    assert [file.name for file in sorted((tmp_path / PRUNED_LAYERS).iterdir())] == ["00000.safetensors", "00001.safetensors"]
+    second = Orders()
+    check_equal(pruned(tmp_path, method, second), whole)
+    assert second.asked
+    assert not [name for name in second.asked if ".0." in name or ".1." in name]
+    third = Orders()  # stopped after the last layer: nothing is left to do
+    check_equal(pruned(tmp_path, method, third), whole)
+    assert third.asked == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "other run", "missing"])
+def test_what_cannot_be_used_is_done_anew_and_what_follows_from_it(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = pruned(None, "sparsegpt", Orders())
+    pruned(tmp_path, "sparsegpt", Orders())
+    file = tmp_path / PRUNED_LAYERS / "00001.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "missing":
+        file.unlink()
+    orders = Orders()
+    with caplog.at_level(logging.WARNING):
+        check_equal(pruned(tmp_path, "sparsegpt", orders, run="b" if damage == "other run" else "a"), whole)
+    first = 0 if damage == "other run" else 1
+    assert {int(name.split(".")[2]) for name in orders.asked} == set(range(first, 4))
+    assert ("the layer is pruned anew" in caplog.text) is (damage != "missing")
+
+
+def test_a_full_disk_does_not_stop_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, left = pruned_layers.write_tensors, [1]
+
+    def full(path: Path, *arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise DataError(f"no space left to write {path}")
+        write(path, *arguments)
+
+    monkeypatch.setattr(pruned_layers, "write_tensors", full)
+    with caplog.at_level(logging.WARNING):
+        check_equal(pruned(tmp_path, "dense", Orders()), pruned(None, "dense", Orders()))
+    assert caplog.text.count("no space left") == 1
+    assert not (tmp_path / PRUNED_LAYERS).exists()
