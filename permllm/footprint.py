@@ -24,7 +24,7 @@ from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token, steps_of
 from permllm.mask.contract import MaskPlan
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
-from permllm.models.losses import CHUNK
+from permllm.models.losses import chunk_of
 from permllm.models.patterns import groups_to_prune
 from permllm.pattern import NMPattern
 from permllm.permutation.contract import LearningPlan
@@ -235,7 +235,7 @@ class Footprint:
             if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
                 activations = tokens * (hidden * depth + 8 * hidden + 4 * widest) * item
             # Where the loss goes through the head: its weight in the format of the products, four numbers a token and a word.
-            words = tokens_at_a_time(vocabulary, CHUNK) * vocabulary if _through_the_head(method) else 0
+            words = chunk_of(self.device, vocabulary) * vocabulary if _through_the_head(method) else 0
             # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
             held = 16 * learning.parameters + learning.waiting + activations + 3 * largest * item
             held += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)

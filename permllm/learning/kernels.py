@@ -79,18 +79,17 @@ class Kernels:
         gradient: takes before `n` also `grad`, `(C_in, C_out)`, the gradient of the masked weight_t, and at the end also
             `hard`, bool: which mask is given back. Returns the piece times its mask; the saliency; the gradient of the
             saliency; the gradient of the mask; the mask, hard or soft.
-        exchange: takes before `n` also `grad`, as `gradient` does. Only `masked` is in `dtype`.
-        changes: takes an `Exchange`, `size` (B), n and m. Returns `(k / B, B, B / M)`: for each channel of a block and each
-            group of it the change of the linearised loss if the channel took the place of a random member of the group, and
-            for its own group the change if it stayed instead of being taken away.
+        exchanges: takes before `n` also `grad`, as `gradient` does, and at the end also `size` (B). Returns the piece times
+            its mask, and `(k / B, B, B / M)`: for each channel of a block and each group of it the change of the linearised
+            loss if the channel took the place of a random member of the group, and for its own group the change if it stayed
+            instead of being taken away. Only the former is in `dtype`.
         cpu_piece: number of weights to pass at a time on a CPU.
     """
 
     mask: Callable[..., Tensor]
     select: Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor]
     gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-    exchange: Callable[..., Exchange]
-    changes: Callable[[Exchange, int, int, int], Tensor]
+    exchanges: Callable[..., tuple[Tensor, Tensor]]
     cpu_piece: int
 
     def piece(self, device_type: str) -> int:
@@ -261,19 +260,67 @@ def _foreign_by_group(piece: list[Tensor], kept: float) -> Tensor:
     return torch.cat(parts, 2)
 
 
-def _changes_with(foreign: Callable[[list[Tensor], float], Tensor]) -> Callable[[Exchange, int, int, int], Tensor]:
-    def changes(exchange: Exchange, size: int, n: int, m: int) -> Tensor:
-        blocks = len(exchange.saliency) // size
-        found = foreign([part.view(blocks, -1, part.shape[-1]) for part in exchange[1:7]], n / m)
-        own = found.view(blocks, size // m, m, size // m).diagonal(dim1=1, dim2=3)  # (blocks, M, groups)
-        own.copy_(exchange.stay.view(blocks, size // m, m).mT)
-        return found
+def _thresholds_by_places(*piece: Any) -> tuple[Tensor, ...]:
+    """Of an `Exchange` what is of groups, or returned: its masked weight, thresholds, their gradients, and what stays."""
+    exchange = _exchange_by_places(*piece)
+    return exchange.masked, *exchange[3:]
 
-    return changes
+
+def _foreign_anew(
+    weight_t: Tensor,
+    channels: Tensor,
+    power: int,
+    column: Tensor,
+    row: Tensor | None,
+    grad: Tensor,
+    groups: list[Tensor],
+    size: int,
+    kept: float,
+) -> Tensor:
+    """`_foreign`, with saliency and gradient made again from 4 bytes a weight in half precision instead of read in 8."""
+    w = weight_t.index_select(0, channels)
+    s = saliency_t(w, SaliencyFactors(power, column, row))
+    d = grad.index_select(0, channels).to(s.dtype) * w
+    return _foreign([part.view(len(w) // size, -1, part.shape[-1]) for part in (s, d, *groups)], kept)
+
+
+def _with_own(foreign: Tensor, stay: Tensor, m: int) -> Tensor:
+    """Changes in other groups, those in the own group in their places."""
+    blocks, _, groups = foreign.shape
+    own = foreign.view(blocks, groups, m, groups).diagonal(dim1=1, dim2=3)  # (blocks, M, groups)
+    own.copy_(stay.view(blocks, groups, m).mT)
+    return foreign
+
+
+def _exchanges_with(
+    exchange: Callable[..., Exchange], foreign: Callable[[list[Tensor], float], Tensor]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Where what one kernel writes is still in a cache when the next one reads it."""
+
+    def exchanges(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *piece, n, m, dtype, size = arguments
+        found = exchange(*piece, n, m, dtype)
+        parts = [part.view(len(found.saliency) // size, -1, part.shape[-1]) for part in found[1:7]]
+        return found.masked, _with_own(foreign(parts, n / m), found.stay, m)
+
+    return exchanges
+
+
+def _exchanges_anew(
+    thresholds: Callable[..., tuple[Tensor, ...]], foreign: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Where it is not, as on a GPU, whose time goes into reading and writing."""
+
+    def exchanges(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *piece, n, m, dtype, size = arguments
+        masked, *groups, stay = thresholds(*piece, n, m, dtype)
+        return masked, _with_own(foreign(*piece, groups, size, n / m), stay, m)
+
+    return exchanges
 
 
 # The temporaries of a dozen passes should stay in a core's second-level cache.
-EAGER = Kernels(_mask, _select, _gradient, _exchange_by_places, _changes_with(_foreign_by_group), cpu_piece=1 << 17)
+EAGER = Kernels(_mask, _select, _gradient, _exchanges_with(_exchange_by_places, _foreign_by_group), cpu_piece=1 << 17)
 
 
 @dataclass(frozen=True)
@@ -305,8 +352,10 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
     What a step will use runs here once, on a small piece: at its first use a failure would come in the middle of backward.
     """
     # Without fullgraph: where the recompile limit is reached, a call runs as it stands instead of raising.
-    forms: tuple[Any, ...] = (_mask_by_places, _select_by_places, _gradient_by_places, _exchange_by_places, _foreign)
-    mask, select, gradient, exchange, foreign = (torch.compile(form, dynamic=True) for form in forms)
+    cached = use.device_type == "cpu"
+    forms: tuple[Any, ...] = (_mask_by_places, _select_by_places, _gradient_by_places)
+    forms += (_exchange_by_places, _foreign) if cached else (_thresholds_by_places, _foreign_anew)
+    mask, select, gradient, *of_exchanges = (torch.compile(form, dynamic=True) for form in forms)
 
     def mask_of(*piece: Any) -> Tensor:
         *_, n, m, _ = piece
@@ -316,7 +365,8 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
         form = _select if _wide(NMPattern(n, m), use.device_type) else select
         return form(w, scores, n, m, dtype)
 
-    kernels = Kernels(mask_of, select_of, gradient, exchange, _changes_with(foreign), cpu_piece=1 << 20)
+    exchanges = (_exchanges_with if cached else _exchanges_anew)(*of_exchanges)
+    kernels = Kernels(mask_of, select_of, gradient, exchanges, cpu_piece=1 << 20)
     try:
         _try(kernels, use)
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
@@ -340,7 +390,7 @@ def _try(kernels: Kernels, use: KernelUse) -> None:
     else:
         kernels.mask(*piece, n, m, use.products)
     if use.straight_through == "swap":
-        kernels.changes(kernels.exchange(*piece, grad, n, m, use.products), size, n, m)
+        kernels.exchanges(*piece, grad, n, m, use.products, size)
     elif use.straight_through is not None:
         kernels.gradient(*piece, grad, n, m, use.products, use.straight_through == "hard")
     if use.device_type == "cuda":

@@ -136,8 +136,8 @@ def _block_gradient(
     pattern, kernels, dtype = layout.pattern, layout.kernels, grad_masked_t.dtype
     piece = (weight_t, channels, *layout.scores.piece(weight_t, channels), grad_masked_t, pattern.n, pattern.m)
     if layout.straight_through == "swap":
-        exchange = kernels.exchange(*piece, dtype)
-        return exchange.masked, kernels.changes(exchange, size, pattern.n, pattern.m).repeat_interleave(pattern.m, 2)
+        masked, changes = kernels.exchanges(*piece, dtype, size)
+        return masked, changes.repeat_interleave(pattern.m, 2)
     # The sums of half-precision products over all rows would overflow or vanish in float16.
     block_dtype = torch.float32 if dtype == torch.float16 else dtype
     masked, s, grad_s, grad_mask, mask = kernels.gradient(*piece, block_dtype, layout.straight_through == "hard")

@@ -13,8 +13,10 @@ from permllm.runtime.precision import product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
 
-# Tokens whose logits over the vocabulary exist at a time, at most.
-CHUNK = 128
+
+def chunk_of(device: torch.device, vocabulary: int) -> int:
+    """Tokens whose logits over the vocabulary exist at a time, at most: a GPU reads the whole head for each such part."""
+    return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else 1024)
 
 
 def loss_named(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -53,7 +55,7 @@ def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
     chunk = _plain_chunk(head.weight_in(product_dtype(sparse))) if head.plain else _own_chunk(head)
-    return _HeadDivergence.apply(sparse, dense, chunk, tokens_at_a_time(len(head.weight), CHUNK))
+    return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
 # The divergence of some tokens, `sparse` and `dense (tokens, hidden)`, a sum, and its gradient over the number of all tokens;

@@ -37,6 +37,19 @@ def by_places() -> Kernels:
     return found
 
 
+@pytest.fixture(scope="module")
+def anew() -> Kernels:
+    """What a GPU's are made of, on the CPU."""
+    compiled_kernels.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.torch, "compile", lambda form, **_: form)
+        patch.setattr(kernels, "_try", lambda *_: None)
+        found = compiled_kernels(KernelUse("cuda"))
+    compiled_kernels.cache_clear()
+    assert found is not None
+    return found
+
+
 # N, M, power of the magnitude, factors of rows, the hard gradient.
 CASES = [(2, 4, 1, False, True), (2, 4, 1, False, False), (1, 4, 2, False, True), (4, 8, 1, True, False)]
 WIDE = [(2, 8, 1, False, True), (6, 8, 2, False, False), (8, 16, 1, True, True)]
@@ -87,9 +100,11 @@ def check_mask_and_gradient(
     ("n", "m", "dense"),
     [(2, 4, False), (2, 4, True), (1, 4, False), (3, 4, False), (4, 8, False), (2, 8, True), (6, 8, False), (8, 16, False)],
 )
-def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(by_places: Kernels, n: int, m: int, dense: bool) -> None:
-    check_changes(EAGER, torch.float64, n, m, dense)
-    check_changes(by_places, torch.float64, n, m, dense)
+def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
+    by_places: Kernels, anew: Kernels, n: int, m: int, dense: bool
+) -> None:
+    for form in (EAGER, by_places, anew):
+        check_changes(form, torch.float64, n, m, dense)
 
 
 @pytest.mark.parametrize(("m", "dense"), [(4, False), (4, True), pytest.param(8, False, marks=pytest.mark.slow)])
@@ -105,12 +120,11 @@ def check_changes(kernels: Kernels, dtype: torch.dtype, n: int, m: int, dense: b
     grad = torch.randn(size * blocks, rows, generator=generator, dtype=dtype)
     order = torch.randperm(size * blocks, generator=generator)
     # A dense score lies as a masked linear has it, a channel a row.
-    exchange = kernels.exchange(weight_t, order, 1, column.t()[order].t(), None, grad, n, m, dtype)
-    found = kernels.changes(exchange, size, n, m)
+    masked, found = kernels.exchanges(weight_t, order, 1, column.t()[order].t(), None, grad, n, m, dtype, size)
     score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()
     groups = torch.arange(size * blocks).view(-1, m).tolist()
     torch.testing.assert_close(
-        exchange.masked.double(), weight_t[order].double() * nm_mask(score.t(), NMPattern(n, m)).t(), rtol=1e-6, atol=1e-6
+        masked.double(), weight_t[order].double() * nm_mask(score.t(), NMPattern(n, m)).t(), rtol=1e-6, atol=1e-6
     )
 
     def loss(members: list[int]) -> float:
