@@ -15,6 +15,7 @@ from permllm import runner
 from permllm.config import read_config
 from permllm.export.checkpoint import Request, export_run
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.permutation.lcp.assignment import device_solver, harden
 from permllm.sparsity import NMPattern
 from tests.export.test_export import make_run, variant_model
 from tests.test_config import composed
@@ -46,6 +47,19 @@ def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptur
         assert torch.equal(order.sort().values, torch.arange(len(order)))
 
 
+def test_blocks_are_solved_where_they_are() -> None:
+    assert device_solver() is not None
+    generator = torch.Generator().manual_seed(0)
+    near = torch.eye(64)[torch.randperm(64, generator=generator)] + 0.1 * torch.rand(300, 64, 64, generator=generator)
+    for soft in (torch.rand(300, 64, 64, generator=generator), near, torch.rand(9, 24, 24, generator=generator)):
+        there, here = harden(soft.to(DEVICE)).cpu(), harden(soft)
+        values = [soft.double().gather(1, perm[:, None]).sum((1, 2)) for perm in (there, here)]
+        torch.testing.assert_close(*values, rtol=0, atol=1e-9)
+        assert torch.equal(there.sort().values, here.sort().values)
+    with pytest.raises(ValueError, match="not finite"):
+        harden(torch.full((1, 8, 8), torch.nan, device=DEVICE))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_triton_made_are_the_eager_ones(dtype: torch.dtype) -> None:
     compiled = compiled_kernels(KernelUse("cuda", "swap", NMPattern(2, 4), dtype, dtype))
@@ -55,7 +69,7 @@ def test_kernels_that_triton_made_are_the_eager_ones(dtype: torch.dtype) -> None
     channels, column = torch.randperm(256, generator=generator).to(DEVICE), torch.rand(1, 256, generator=generator).to(DEVICE)
     piece = (weight_t, channels, 1, column, None)
     torch.testing.assert_close(compiled.mask(*piece, 2, 4, dtype), EAGER.mask(*piece, 2, 4, dtype))
-    ours, theirs = (form.exchange(*piece, grad, 2, 4, dtype) for form in (compiled, EAGER))
+    ours, theirs = (form.exchanges(*piece, grad, 2, 4, dtype, 32) for form in (compiled, EAGER))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
     torch.testing.assert_close(compiled.changes(ours, 64, 2, 4), EAGER.changes(theirs, 64, 2, 4), rtol=1e-4, atol=1e-4)

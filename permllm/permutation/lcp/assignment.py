@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,18 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from permllm.errors import first_line
 from permllm.runtime import parallel
 from permllm.runtime.memory import to_device, to_host
+
+log = logging.getLogger(__name__)
 
 # With fewer blocks than this, about 0.05 ms each at B = 64, a thread costs more than it saves.
 _BLOCKS_A_THREAD = 128
 # Blocks that travel from a GPU in any case: 8 MB at B = 64, sooner copied than waited for a second time.
 _ANYWAY = 512
+# Channels of the largest block that a GPU solves, with a thread for a few of them.
+_LARGEST = 1024
 _NOT_FINITE = "soft permutations that are not finite have no assignment"
 
 
@@ -37,9 +44,11 @@ def harden(soft: Tensor) -> Tensor:
 def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = None) -> list[Tensor]:
     """`harden` for blocks of several sizes, of one device.
 
-    The largest entry of every column bounds the objective from above: where these entries already form a permutation, they are
-    the optimum, and at low temperatures most blocks are of that kind. The device finds these, and only the others travel to
-    the host, which is waited for once, and once more where many more are open than before.
+    A GPU with Triton solves them where they are (`permllm.permutation.lcp.assignment_kernel`), and the host learns only
+    whether all are finite. Without it the host does: the largest entry of every column bounds the objective from above; where
+    these entries already form a permutation, they are the optimum, and at low temperatures most blocks are of that kind. The
+    device finds these, and only the others travel to the host, which is waited for once, and once more where many more are
+    open than before.
 
     Args:
         softs: each `(blocks, B, B)`, finite.
@@ -49,11 +58,17 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
     Raises:
         ValueError: an entry is not finite.
     """
+    broken = ~torch.stack([soft.sum().isfinite() for soft in softs]).all()
+    solve = device_solver() if softs[0].device.type == "cuda" and max(soft.shape[1] for soft in softs) <= _LARGEST else None
+    if solve is not None:
+        found_there = [solve(soft) for soft in softs]
+        if to_host(broken):
+            raise ValueError(_NOT_FINITE)
+        return found_there
     before = {} if open_before is None else open_before
     perms = [soft.argmax(1) for soft in softs]
     # A channel that no position has taken.
     left = [torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1) for perm in perms]
-    broken = ~torch.stack([soft.sum().isfinite() for soft in softs]).all()
     likely = []
     for number, (soft, part) in enumerate(zip(softs, left, strict=True)):
         count = 2 * before[number] + len(soft) // 8 + _ANYWAY if number in before else len(soft)
@@ -78,6 +93,21 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
         if len(place):
             perm.index_copy_(0, to_device(place, perm.device), to_device(solved, perm.device))
     return perms
+
+
+@cache
+def device_solver() -> Callable[[Tensor], Tensor] | None:
+    """Solves blocks `(blocks, B, B)` on the GPU that they are on; None, with a word, where nothing here can."""
+    try:
+        from permllm.permutation.lcp.assignment_kernel import assign
+
+        exchange = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], device="cuda")
+        if assign(exchange).tolist() != [[1, 0]]:
+            raise RuntimeError("its answer is wrong")
+    except Exception as error:  # whatever Triton, its compiler or the driver may raise
+        log.warning("the host solves the assignments, as the GPU cannot: %s", first_line(error)[:200])
+        return None
+    return assign
 
 
 def _first(flags: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.problem import LearningProblem
 from permllm.learning.training import Learner, Moment, Window
 from permllm.models.families import ChannelGroup
-from permllm.permutation.lcp.assignment import harden_together
+from permllm.permutation.lcp.assignment import device_solver, harden_together
 from permllm.permutation.lcp.blocks import BlockLogits, SoftBatch, soft_batches
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder, expanded
@@ -82,6 +82,8 @@ class OrderLearner(Learner):
         self._batches: list[SoftBatch] = []
         self._open: dict[int, int] = {}
         self._before = self._at_epoch = self.present
+        if problem.device.type == "cuda":
+            device_solver()  # is compiled and tried before a step waits for it
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
