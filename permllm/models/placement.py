@@ -308,7 +308,30 @@ class OnHost(Streamed):
         slot.stored.copy_(weight)
 
 
-class OnDisk(Streamed):
+class Untouched(Streamed):
+    """What is stored stays as it is: another way to store a weight, and a mask, are applied each time when it comes."""
+
+    @override
+    def store_changed(self, slot: Slot, change: Change) -> None:
+        slot.changes.append(change)
+
+    @override
+    def store_restored(self, slot: Slot, change: Change) -> None:
+        slot.changes.pop()
+
+    @override
+    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
+        if mask is None:
+            self.hold(slot, weight)
+        else:
+            slot.changes.append(partial(masked, mask))
+
+    def hold(self, slot: Slot, weight: Tensor) -> None:
+        """Have a weight of its own, with no changes, in the place of what is stored."""
+        raise NotImplementedError
+
+
+class OnDisk(Untouched):
     """The layers' weights are in the safetensors files of a checkpoint, which nothing is written to.
 
     A weight that is masked is what the file has, masked when it comes; one that is changed otherwise is held by the host.
@@ -331,19 +354,8 @@ class OnDisk(Streamed):
         super().__init__(model, device, dtype, mapped)
 
     @override
-    def store_changed(self, slot: Slot, change: Change) -> None:
-        slot.changes.append(change)
-
-    @override
-    def store_restored(self, slot: Slot, change: Change) -> None:
-        slot.changes.pop()
-
-    @override
-    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
-        if mask is None:
-            slot.stored, slot.changes = weight.detach().cpu().clone(), []
-        else:
-            slot.changes.append(partial(masked, mask))
+    def hold(self, slot: Slot, weight: Tensor) -> None:
+        slot.stored, slot.changes = weight.detach().cpu().clone(), []
 
     @override
     def check(self, index: int) -> None:

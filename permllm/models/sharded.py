@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
-from permllm.models.placement import Change, Packed, Slot, Streamed, masked
+from permllm.models.placement import Slot, Untouched
 from permllm.runtime import parallel
 
 
-class Sharded(Streamed):
+class Sharded(Untouched):
     """Each process holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
 
     The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the storage of a layer that a graph
@@ -42,7 +41,8 @@ class Sharded(Streamed):
         super().__init__(model, device, dtype, part)
         self._stream = None  # nothing is on its way that another process does not send
         self._phase = parallel.phase()
-        parallel.serve_with(self.serve)
+        if parallel.rank():
+            parallel.serve_with(self.serve)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -74,30 +74,19 @@ class Sharded(Streamed):
 
     @override
     def _arrived(self, index: int) -> list[Tensor]:
-        parallel.call(self._LAYER, index)
-        return super()._arrived(index)
+        with parallel.called(self._LAYER, index):
+            return super()._arrived(index)
 
     @override
     def brought(self, stored: Tensor) -> Tensor:
         return stored.full_tensor() if isinstance(stored, DTensor) else stored
 
     @override
-    def store_changed(self, slot: Slot, change: Change) -> None:
-        slot.changes.append(change)
-
-    @override
-    def store_restored(self, slot: Slot, change: Change) -> None:
-        slot.changes.pop()
-
-    @override
-    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
-        if mask is not None:
-            slot.changes.append(partial(masked, mask))
-            return
+    def hold(self, slot: Slot, weight: Tensor) -> None:
         index = next(index for index, slots in enumerate(self.slots) if slot in slots)
         position = self.slots[index].index(slot)
-        parallel.call(self._REPLACE, (index, position, weight.detach().cpu()))
-        self._take(slot, weight)
+        with parallel.called(self._REPLACE, (index, position, weight.detach().cpu())):
+            self._take(slot, weight)
 
     def _take(self, slot: Slot, weight: Tensor) -> None:
         assert isinstance(slot.stored, DTensor)

@@ -8,7 +8,7 @@ until they are told that it is over.
 - `OVER`, with what the job is worth to a search. Always said, so that no process can slide into another job.
 
 Where each process holds a part of the weights, the others serve the first one while it works alone: it tells them what it
-needs (`call`), and they answer (`serve_with`). While all learn together, each asks the others at the same points.
+needs (`called`), and they answer (`serve_with`). While all learn together, each asks the others at the same points.
 
 A failure in one process alone while all learn leaves the others in the middle of a step: the command then ends as a whole, and
 the same command continues. One that all meet at the same step, a `TrainingError`, fails the job like any other.
@@ -209,10 +209,16 @@ def serve(word: str, value: Any) -> None:
     _State.server(word, value)
 
 
-def call(word: str, value: Any) -> None:
-    """In the first process: where it works alone, have the others do their part of what comes now, which all do together."""
+@contextmanager
+def called(word: str, value: Any) -> Iterator[None]:
+    """Around what all do together, each its part: the first process, where it works alone, has the others do theirs."""
     if world_size() > 1 and rank() == 0 and not _State.together:
         tell(word, value)
+    try:
+        yield
+    except BaseException:
+        _State.out_of_step = world_size() > 1  # the others wait for what does not come
+        raise
 
 
 def phase() -> int:

@@ -25,29 +25,26 @@ def compiled() -> Kernels:
     return found
 
 
-@pytest.fixture(scope="module")
-def by_places() -> Kernels:
-    """What `compiled` is made of."""
-    compiled_kernels.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels.torch, "compile", lambda form, **_: form)
-        found = compiled_kernels(KernelUse("cpu"))
-    compiled_kernels.cache_clear()
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def anew() -> Kernels:
-    """What a GPU's are made of, on the CPU."""
+def not_compiled(device_type: str) -> Kernels:
+    """What is compiled for a device, as it stands."""
     compiled_kernels.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.torch, "compile", lambda form, **_: form)
         patch.setattr(kernels, "_try", lambda *_: None)
-        found = compiled_kernels(KernelUse("cuda"))
+        found = compiled_kernels(KernelUse(device_type))
     compiled_kernels.cache_clear()
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def by_places() -> Kernels:
+    return not_compiled("cpu")
+
+
+@pytest.fixture(scope="module")
+def anew() -> Kernels:
+    return not_compiled("cuda")
 
 
 # N, M, power of the magnitude, factors of rows, the hard gradient.
