@@ -211,7 +211,7 @@ def test_parameters_that_layers_share_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: auto, device, host, disk"),
+        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: auto, device, sharded, host, disk"),
         (["model.placement=disk"], "model.placement=disk needs a model with files, and model=tiny is random: take host"),
         (["model.placement=host", "pruner=gblm"], "pruner=gblm takes the gradients of all weights together"),
         (["model.placement=host", "reconstruction=distill"], "reconstruction=distill trains all kept weights together"),
