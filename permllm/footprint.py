@@ -29,6 +29,7 @@ from permllm.models.patterns import groups_to_prune
 from permllm.pattern import NMPattern
 from permllm.permutation.contract import LearningPlan
 from permllm.runtime import parallel
+from permllm.runtime.memory import host_memory
 
 # Of the memory that there is, what a run may be estimated to take: estimates are right to within 15 %.
 FITS = 0.85
@@ -213,7 +214,8 @@ class Footprint:
         of_window = tokens_at_a_time(vocabulary, perplexity.seqlen)
         stages: dict[str, float] = {
             "weights": weights,
-            "evaluate": weights + (evaluated * item + of_window * 4) * vocabulary,
+            # In float32 as logarithms, and before it where that is another format.
+            "evaluate": weights + (evaluated * item + of_window * (4 if item == 4 else 8)) * vocabulary,
             "calibrate": weights + forward + sums,
         }
         if of_gradients:
@@ -252,6 +254,11 @@ class Footprint:
             beside += sum(self.of_layers[layer] for layer in learn) * item
         beside += pruned / 8 + (self._pinned if placement == "host" and streams else 0)  # masks, a bit a weight
         return Needs({name: math.ceil(size) for name, size in stages.items()}, math.ceil(beside))
+
+    def peak(self, placement: str) -> int:
+        """Bytes that a run's `peak_memory_bytes` is expected to be: of the device; on a host all, with Python's own of now."""
+        needs = self.needs(placement)
+        return needs.device + (needs.host + host_memory() if self.device.type == "cpu" else 0)
 
     def on_a_card(self, placement: str) -> Needs:
         """`needs`, were it a GPU."""

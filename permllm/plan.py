@@ -13,7 +13,7 @@ from permllm.footprint import FITS, Footprint
 from permllm.models.families import ChannelGroup
 from permllm.pattern import NMPattern
 from permllm.runtime import parallel
-from permllm.runtime.memory import peak_host_memory
+from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.runtime.speed import copy_rate, product_rate
 from permllm.runtime.terminal import terminal
@@ -97,8 +97,8 @@ def _print_placements(console: Console, footprint: Footprint, chosen: str, alone
     placements = [name for name in PLACEMENTS if name != "sharded" or parallel.world_size() > 1]
     for placement in placements if alone is None else placements[:1]:
         needs = footprint.needs(placement)
-        host = needs.host + peak_host_memory()
-        memory = [needs.device + host] if on_a_host else [needs.device, host]
+        peak = footprint.peak(placement)
+        memory = [peak] if on_a_host else [peak, needs.host + host_memory()]
         takes = _duration(seconds)
         if placement == "host" and not on_a_host:
             takes = _duration(max(seconds, footprint.passes * footprint.streamed / copy_rate(device)))

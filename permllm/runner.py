@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
@@ -98,7 +97,11 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             if record.begun:
                 record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern)
             learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
-            config = _placed(config, methods, skeleton, device)
+            footprint = footprint_of(config, methods, skeleton(), device)
+            placement = placement_for(footprint, config, methods)
+            config = replace(config, model=replace(config.model, placement=placement))
+            if not record.pruned:
+                record.metrics["planned_memory_bytes"] = footprint.peak(placement)
             if learns:
                 check_shares(learns, config.calibration.samples)
             if learns or config.model.placement == "sharded":
@@ -110,14 +113,6 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             _export(request, record)
         print_run(record.metrics, record.directory)
     return record.metrics, record.directory
-
-
-def _placed(config: RunConfig, methods: Methods, skeleton: Callable[[], PreTrainedModel], device: torch.device) -> RunConfig:
-    """The settings with a `model.placement` that is not `auto`."""
-    if config.model.placement != "auto":
-        return config
-    footprint = footprint_of(config, methods, skeleton(), device)
-    return replace(config, model=replace(config.model, placement=placement_for(footprint, config, methods)))
 
 
 def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunLogger, device: torch.device) -> None:

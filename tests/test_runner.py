@@ -54,6 +54,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     assert metrics["sparsity"]["fraction"] == 0.5
     assert metrics["sparsity"]["violations"] == 0
     assert metrics["peak_memory_bytes"] > 0
+    assert metrics["planned_memory_bytes"] > 0
     assert {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"} <= set(metrics["seconds"])
     assert (directory / "weights.safetensors").is_file() == (pruner == "sparsegpt")
 

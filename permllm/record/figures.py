@@ -38,7 +38,9 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     )
     stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in metrics["seconds"].items())
     console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")
-    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak")
+    planned = metrics.get("planned_memory_bytes")
+    plan = "" if planned is None else f" ({planned / 1e9:.2f} GB were planned)"
+    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{plan}")
     console.print(f"files     {directory}", soft_wrap=True)
 
 

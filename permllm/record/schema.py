@@ -290,6 +290,7 @@ class Metrics(_Metrics):
     perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
     zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
     tasks: NotRequired[dict[_Which, dict[str, TaskResult]]]
+    planned_memory_bytes: NotRequired[Whole]
     peak_memory_bytes: NotRequired[Whole]
     sparsity: NotRequired[Sparsity]
     retained_saliency: NotRequired[_ByGroup]
@@ -302,6 +303,7 @@ class FinishedRun(_Metrics):
     perplexity: NotRequired[_Compared[Perplexity]]
     zero_shot: NotRequired[_Compared[Accuracy]]
     tasks: NotRequired[_Compared[TaskResult]]
+    planned_memory_bytes: NotRequired[Whole]
     peak_memory_bytes: Whole
     sparsity: Sparsity
     retained_saliency: _ByGroup

@@ -49,7 +49,8 @@ def _measured(run: Run) -> dict[str, Any]:
     alone = summarise([run])
     seconds, environment = run.metrics["seconds"], run.environment
     where = flatten({key: value for key, value in environment.items() if key != "versions"})
-    peaks = {key: run.metrics[key] for key in ("peak_memory_bytes", "peak_host_memory_bytes") if key in run.metrics}
+    sizes = ("planned_memory_bytes", "peak_memory_bytes", "peak_host_memory_bytes")
+    peaks = {key: run.metrics[key] for key in sizes if key in run.metrics}
     facts = [(_named(key), _size_or_text(key, value)) for key, value in (where | peaks).items()]
     return {
         "measures": [

@@ -43,6 +43,11 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def host_memory() -> int:
+    """Resident size of this process now, bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_host_memory() -> int:
     """Largest resident size of this process since `reset_peak_memory`, bytes."""
     try:

@@ -78,7 +78,7 @@ class _LinearThroughFloat32(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(states if weight.requires_grad else None, weight)
         wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
-        for rows in _pieces(weight):
+        for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
             output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(states.dtype)
         return output
@@ -99,9 +99,9 @@ class _LinearThroughFloat32(torch.autograd.Function):
         )
 
 
-def _pieces(weight: Tensor) -> list[slice]:
-    """Rows of a weight, as many at a time as `_PIECE` allows."""
-    count = max(1, _PIECE // weight.shape[1])
+def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:
+    """Rows of a weight, as many at a time as `_PIECE` allows of them, and of what they give for tokens."""
+    count = max(1, _PIECE // max(weight.shape[1], tokens))
     return [slice(first, first + count) for first in range(0, len(weight), count)]
 
 
