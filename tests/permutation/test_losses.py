@@ -42,7 +42,7 @@ def test_mean_square_loss_against_its_formula() -> None:
 
 
 def test_head_divergence_and_its_gradient_against_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 4)  # 14 tokens: three chunks and a rest
+    monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 14 tokens: three chunks and a rest
     model = tiny_model("llama", dtype=torch.float64)
     hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(1)
@@ -120,7 +120,7 @@ def model_of(model_type: str, settings: dict[str, Any], monkeypatch: pytest.Monk
 def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 4)
+    monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)
     model = model_of(model_type, {}, monkeypatch)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 259, (2, 9), generator=generator)

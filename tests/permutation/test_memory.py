@@ -19,6 +19,7 @@ SAMPLES, LENGTH, BATCH, BLOCK = 4, 128, 2, 64
 CHILD = f"""
 import json, sys
 import torch
+import torch._dynamo  # which learning imports, and Triton with it where it is installed
 from transformers import AutoConfig, AutoModelForCausalLM
 from permllm.runtime.memory import peak_host_memory, reset_peak_memory
 from permllm.models.families import channel_groups
