@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 600
+SECONDS = 1800
 _IMPORTED = (
     "hydra.main",
     "hydra.core.plugins",
