@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.calibration.statistics.gram import Gram
-from permllm.config import RunConfig
+from permllm.config import PLACEMENTS, RunConfig
 from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token, steps_of
 from permllm.mask.contract import MaskPlan
 from permllm.models.families import channel_groups, decoder_layers
@@ -35,6 +35,11 @@ from permllm.runtime.memory import host_memory
 FITS = 0.85
 # Tokens that a text of evaluation is taken to have where all of it is measured: WikiText-2 test has 280,000 to 340,000.
 _WHOLE_TEXT = 300_000
+
+
+def placements() -> list[str]:
+    """Those that this command can have, the fastest first: one process has nobody to share with."""
+    return [name for name in PLACEMENTS if name != "sharded" or parallel.world_size() > 1]
 
 
 @dataclass(frozen=True)

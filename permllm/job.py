@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import Statistic, gradient_kinds
-from permllm.config import PLACEMENTS, RunConfig, instantiate, instantiate_permutation
+from permllm.config import RunConfig, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
-from permllm.footprint import FITS, Footprint
+from permllm.footprint import FITS, Footprint, placements
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.models.placement import placement_of
@@ -217,9 +217,7 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
         return config.model.placement
     if needs_device(config, methods):
         return "device"
-    left_out = {"disk"} if config.model.source == "random" else set()
-    left_out |= {"sharded"} if parallel.world_size() == 1 else set()
-    candidates = [name for name in PLACEMENTS if name not in left_out]
+    candidates = [name for name in placements() if name != "disk" or config.model.source != "random"]
     device, host = footprint.device, available_host_memory() // parallel.local_processes()
     free = free_memory(device) if device.type == "cuda" else host
     reasons: list[str] = []

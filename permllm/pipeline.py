@@ -18,7 +18,7 @@ from permllm.calibration.statistics.base import InputStatistics
 from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.models.placement import placement_of
+from permllm.models.placement import masked, placement_of
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.record.pruned_layers import FoundLayer, PrunedLayers
 from permllm.runtime.precision import products_in
@@ -212,8 +212,8 @@ def _take_over(model: nn.Module, index: int, layer: FoundLayer, dense: LayerStre
         if path in layer.weights:
             placement_of(model).replace(linear, layer.weights[path].to(linear.weight))
         else:
-            masked = torch.where(layer.masks[path].to(linear.weight.device), linear.weight, 0.0)
-            placement_of(model).replace(linear, masked, layer.masks.packed(path))
+            mask = layer.masks.packed(path)
+            placement_of(model).replace(linear, masked(mask, linear.weight), mask)
     if pruned is not None:
         pruned.advance(index)
 

@@ -8,11 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from permllm.config import PLACEMENTS
-from permllm.footprint import FITS, Footprint
+from permllm.footprint import FITS, Footprint, placements
 from permllm.models.families import ChannelGroup
 from permllm.pattern import NMPattern
-from permllm.runtime import parallel
 from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.runtime.speed import copy_rate, product_rate
@@ -94,8 +92,7 @@ def _print_placements(console: Console, footprint: Footprint, chosen: str, alone
     table = Table(title="where the layers' weights wait (model.placement)", title_justify="left")
     for heading in ("placement", *(("memory",) if on_a_host else ("device", "host")), "a card of", "products alone"):
         table.add_column(heading, justify="left" if heading == "placement" else "right")
-    placements = [name for name in PLACEMENTS if name != "sharded" or parallel.world_size() > 1]
-    for placement in placements if alone is None else placements[:1]:
+    for placement in placements() if alone is None else placements()[:1]:
         needs = footprint.needs(placement)
         peak = footprint.peak(placement)
         memory = [peak] if on_a_host else [peak, needs.host + host_memory()]

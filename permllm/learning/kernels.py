@@ -266,18 +266,9 @@ def _thresholds_by_places(*piece: Any) -> tuple[Tensor, ...]:
     return exchange.masked, *exchange[3:]
 
 
-def _foreign_anew(
-    weight_t: Tensor,
-    channels: Tensor,
-    power: int,
-    column: Tensor,
-    row: Tensor | None,
-    grad: Tensor,
-    groups: list[Tensor],
-    size: int,
-    kept: float,
-) -> Tensor:
+def _foreign_anew(arguments: list[Any], groups: list[Tensor], size: int, kept: float) -> Tensor:
     """`_foreign`, with saliency and gradient made again from 4 bytes a weight in half precision instead of read in 8."""
+    weight_t, channels, power, column, row, grad = arguments
     w = weight_t.index_select(0, channels)
     s = saliency_t(w, SaliencyFactors(power, column, row))
     d = grad.index_select(0, channels).to(s.dtype) * w
@@ -314,7 +305,7 @@ def _exchanges_anew(
     def exchanges(*arguments: Any) -> tuple[Tensor, Tensor]:
         *piece, n, m, dtype, size = arguments
         masked, *groups, stay = thresholds(*piece, n, m, dtype)
-        return masked, _with_own(foreign(*piece, groups, size, n / m), stay, m)
+        return masked, _with_own(foreign(piece, groups, size, n / m), stay, m)
 
     return exchanges
 

@@ -100,7 +100,7 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     elif placement == "host":
         place(model, OnHost(model, device))
         _outside_to(model, device)
-    elif placement == "sharded" and placement_of(model).streams is False:
+    elif placement == "sharded" and folder is None:  # of a folder it is read in parts
         place(model, _sharded(model, device, dtype, lambda _, parameter: parameter.data))
         _outside_to(model, device)
     _check_vocabulary(_called(config), model, tokenizer)
