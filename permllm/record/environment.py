@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from permllm.runtime import parallel
+from permllm.runtime.precision import multiplies_bfloat16
 from permllm.version import __version__
 
 _PACKAGES = (
@@ -78,10 +79,15 @@ def _without_secret(word: str) -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, memory (bytes), where there are several their processes and, where the model is on one, the GPU."""
+    """Processor, its vector instructions, cores, memory (bytes), the processes if there are several, the GPU if there is one.
+
+    Processors of one name may differ in their instructions, and so by a multiple in their speed.
+    """
     found: dict[str, Any] = {
         "system": platform.platform(),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_products": multiplies_bfloat16(device),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -449,6 +449,8 @@ class Hardware(TypedDict):
 
     system: str
     processor: str
+    instructions: NotRequired[str]
+    bfloat16_products: NotRequired[bool]
     cores: Positive | None
     threads: Positive
     memory_bytes: Whole

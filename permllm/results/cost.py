@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ class Point:
     Attributes:
         row: its place in the summary.
         label: its name.
-        minutes: mean over its runs (`pruning_minutes`).
+        minutes: of the fastest of its runs (`minutes`).
         value: mean of the measure.
         error: as `Measure.error`.
         memory: the largest peak of its runs, in bytes.
@@ -54,8 +53,11 @@ def spent_elsewhere(row: Row) -> bool:
 
 
 def minutes(row: Row) -> float:
-    """Mean over the runs of a row of the minutes of the stages that make the pruned model."""
-    return statistics.fmean(pruning_minutes(run.metrics["seconds"]) for run in row.runs)
+    """Of the stages that make the pruned model, those of the fastest run of a row.
+
+    Seeds do the same work, and whatever else a machine has to do only adds to it: the least is nearest to what the work takes.
+    """
+    return min(pruning_minutes(run.metrics["seconds"]) for run in row.runs)
 
 
 def memory(row: Row) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from permllm.results.collect import collect
 from permllm.results.published import published
 from permllm.results.views import markers, with_views
 from permllm.results.views.ablation import _differing, _perplexity
-from permllm.results.views.tables import published_table
+from permllm.results.views.tables import computed_on, published_table
 from tests.kept import EXPERIMENTS
 from tests.results.test_results import make_run
 
@@ -90,6 +91,19 @@ def test_the_frontier_has_the_row_that_closes_most_first_and_what_it_costs(kept:
         f"| 64 | 2.5 | 2.50 GB | {gap:.2%} | 20.00 |",
         "| 32 | 2.0 | 2.50 GB | 0.00% | 30.00 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "line"),
+    [
+        ({"processor": "P", "threads": 2}, "P, 2 threads"),
+        ({"processor": "P", "threads": 2, "instructions": "AVX2"}, "P (AVX2), 2 threads"),
+        ({"processor": "P", "threads": 2, "instructions": "AVX2", "gpu": {"name": "G"}}, "G, 2 threads"),
+        ({"processor": "P", "threads": 1, "instructions": "AVX512", "processes": 3}, "P (AVX512), 1 threads, 3 processes"),
+    ],
+)
+def test_the_line_below_a_table_tells_processors_apart_by_their_instructions(hardware: dict[str, Any], line: str) -> None:
+    assert computed_on(hardware) == line
 
 
 def test_each_block_of_a_document_is_its_own(kept: Path) -> None:

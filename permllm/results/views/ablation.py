@@ -81,7 +81,7 @@ def _line(run: Run) -> dict[str, Any]:
         "dense": _perplexity(metrics, "dense"),
         "loss": min(measured, default=None),
         "seconds": sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load"))),
-        "processor": processor(run.environment).replace("(R)", "").replace(" Processor", ""),
+        "processor": processor(run.environment["hardware"]).replace("(R)", "").replace(" Processor", ""),
         "record": run.directory.name.rsplit("-", 1)[-1],
     }
 

@@ -14,6 +14,7 @@ from permllm.record.names import RECORDS
 from permllm.record.schema import Object
 from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
+from permllm.results.views.tables import computed_on
 
 # The default recipe, in settings that records have had from the start.
 _RECIPE = {
@@ -106,7 +107,7 @@ def bench(folder: Path, files: str = "bench-*.json") -> list[str]:
     """Speed and loading of each file of `permllm bench`."""
     lines: list[str] = []
     for name, report in _json(folder, files):
-        hardware, sizes, memory = report["hardware"], report["file_bytes"], report["weight_bytes"]
+        sizes, memory = report["file_bytes"], report["weight_bytes"]
         speed = (
             {
                 "variant": row["variant"],
@@ -134,7 +135,7 @@ def bench(folder: Path, files: str = "bench-*.json") -> list[str]:
         )
         lines += [
             f"`{name.removeprefix('bench-')}`, {report['dtype']}, {report['gathers']} gathers, prompts of "
-            f"{report['prompt']} tokens, {hardware['processor']}, {hardware['threads']} threads; {report['note']}.",
+            f"{report['prompt']} tokens, {computed_on(report['hardware'])}; {report['note']}.",
             "",
         ]
         for rows in (speed, loading, layers):

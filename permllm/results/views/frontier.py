@@ -15,7 +15,7 @@ from permllm.results.views.tables import machine, narrowed, runs_of
 
 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> list[str]:
-    """Rows by their mean gap closed; minutes are those of calibration, permutation, mask and pruning, memory the peak.
+    """Rows by their mean gap closed; minutes are those of calibration, permutation, mask and pruning of the fastest seed.
 
     Rows whose permutation is another run's are left out, as in the picture.
 

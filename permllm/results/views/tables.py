@@ -205,7 +205,7 @@ def published_table(rows: list[Published]) -> list[str]:
 def machine(environments: Iterable[dict[str, Any]]) -> str:
     """What records were computed with, in a line."""
     entries = list(environments)
-    hardware = sorted({_hardware(e) for e in entries})
+    hardware = sorted({computed_on(e["hardware"]) for e in entries})
     versions = sorted(
         {
             f"Python {e['versions']['python']}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
@@ -218,15 +218,15 @@ def machine(environments: Iterable[dict[str, Any]]) -> str:
     return "; ".join([*hardware, *versions, *of_code, started[0]]) + "."
 
 
-def _hardware(environment: dict[str, Any]) -> str:
-    found = environment["hardware"]
-    several = f", {found['processes']} processes" if "processes" in found else ""
-    return f"{processor(environment)}, {found['threads']} threads{several}"
+def computed_on(hardware: dict[str, Any]) -> str:
+    """The processor with its vector instructions, or the GPU; threads; processes, if there are several."""
+    instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
+    several = f", {hardware['processes']} processes" if "processes" in hardware else ""
+    return f"{processor(hardware)}{instructions}, {hardware['threads']} threads{several}"
 
 
-def processor(environment: dict[str, Any]) -> str:
+def processor(hardware: dict[str, Any]) -> str:
     """The GPU that something was computed on, or else the processor."""
-    hardware = environment["hardware"]
     return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
 
 
