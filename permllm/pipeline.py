@@ -117,6 +117,7 @@ def prune(
         kept_layer = kept_layers.read(index, members, pattern, changes) if members else None
         if kept_layer is not None:
             _take_over(model, index, kept_layer, dense, pruned)
+            _read_from_file(model, kept_layers, index)
             result.add(kept_layer)
             for path in kept_layer.masks:
                 gradients.pop(path, None)
@@ -149,7 +150,7 @@ def prune(
             pruned.advance(index)
         if members:
             new = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
-            kept_layers.write(index, result.of_layer(members, new))
+            _keep_layer(model, index, result.of_layer(members, new), kept_layers)
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
         if network_tokens is None or target is None:
@@ -216,6 +217,20 @@ def _take_over(model: nn.Module, index: int, layer: FoundLayer, dense: LayerStre
             placement_of(model).replace(linear, masked(mask, linear.weight), mask)
     if pruned is not None:
         pruned.advance(index)
+
+
+def _keep_layer(model: nn.Module, index: int, layer: FoundLayer, kept_layers: PrunedLayers) -> None:
+    """Have a layer that is pruned in a file of its own."""
+    kept_layers.write(index, layer)
+    _read_from_file(model, kept_layers, index)
+
+
+def _read_from_file(model: nn.Module, kept_layers: PrunedLayers, index: int) -> None:
+    """Where weights stay on disk, have those of a layer that were changed read from the file that keeps them."""
+    placement = placement_of(model)
+    if placement.reads_files and (found := kept_layers.weights_of(index)) is not None:
+        file, names = found
+        placement.lies_in(file, {linear_at(model, path): name for path, name in names.items()})
 
 
 def _prune_group(

@@ -33,6 +33,7 @@ from permllm.job import (
     needs_device,
     placement_for,
 )
+from permllm.models.families import linear_at
 from permllm.models.loading import check_model_runs, load_model, meta_model
 from permllm.models.patterns import groups_to_prune
 from permllm.pipeline import PrunedModel
@@ -176,7 +177,8 @@ def _prune(job: Job, record: RunRecord) -> None:
         write_masks(record.path(MASKS), pruned.masks)
         found = figures(job, pruned)
         if found["sparsity"]["weights_kept"]:
-            write_tensors(record.path(WEIGHTS), {path: job.weight(path) for path in pruned.masks})
+            planned = {path: linear_at(job.loaded.model, path).weight for path in pruned.masks}
+            write_tensors(record.path(WEIGHTS), planned, make=job.weight)
         record.metrics |= found
 
     prune_model(job, tokens, keep)

@@ -12,7 +12,7 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.patterns import recorded_groups
 from permllm.models.placement import placement_of
 from permllm.record.files import read_json
-from permllm.record.names import METRICS
+from permllm.record.names import METRICS, WEIGHTS
 from permllm.record.pruned import Pruned
 from permllm.record.schema import Metrics
 from permllm.sparsity import NMPattern, packed_mask
@@ -47,6 +47,7 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                 dense = linear.weight.data
                 if kept.weights_changed:
                     placement.replace(linear, kept.weight(path, dense))
+                    placement.lies_in(directory / WEIGHTS, {linear: path})
                 else:
                     mask = kept.mask(path)
                     masked = torch.where(mask.to(dense.device), dense, 0.0)

@@ -14,10 +14,11 @@ A layer that leaves takes nothing along: a graph that backward will go through k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,9 +55,10 @@ class Placement:
 
     Attributes:
         streams: a layer's weights are on the device only inside of `layer`.
+        reads_files: they are read from files each time, `lies_in` too.
     """
 
-    streams = False
+    streams = reads_files = False
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = decoder_layers(model)
@@ -81,6 +83,14 @@ class Placement:
         """
         linear.weight.data.copy_(weight)
 
+    def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
+        """Weights that were replaced are in a file as well, which stays as it is while the model is used.
+
+        Args:
+            file: safetensors, with their very values.
+            names: of the tensors, by linear.
+        """
+
     def rearrange(self, linear: nn.Linear, change: Change) -> None:
         """Store a linear's weight in another way from now on."""
         linear.weight.data = change(linear.weight.data)
@@ -99,6 +109,7 @@ class Placement:
 class Slot:
     """A parameter of a layer: where it is in the model and in the store, and what is made of it when it comes."""
 
+    layer: int
     module: nn.Module
     name: str
     stored: Tensor
@@ -153,7 +164,7 @@ class Streamed(Placement):
                 parent, _, name = path.rpartition(".")
                 outside = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), requires_grad=False)
                 module = layer.get_submodule(parent)
-                slot = Slot(module, name, stored(f"{self._prefix}.{index}.{path}", parameter), outside)
+                slot = Slot(index, module, name, stored(f"{self._prefix}.{index}.{path}", parameter), outside)
                 slot.clear()
                 slots.append(slot)
                 if name == "weight":
@@ -334,16 +345,20 @@ class Untouched(Streamed):
 class OnDisk(Untouched):
     """The layers' weights are in the safetensors files of a checkpoint, which nothing is written to.
 
-    A weight that is masked is what the file has, masked when it comes; one that is changed otherwise is held by the host.
+    A weight that is masked is what the file has, masked when it comes; one that is changed otherwise is held by the host until
+    a file of its own has it.
 
     Args:
         model, device, dtype: as in `Streamed`.
         files: that hold all parameters of the layers, under their names in the model.
     """
 
+    reads_files = True
+
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, files: Sequence[MappedFile]) -> None:
         holds = {name: file for file in files for name in file.names}
         self._places: list[dict[MappedFile, list[str]]] = [{} for _ in decoder_layers(model)]
+        self._changed: dict[Path, MappedFile] = {}
         within = f"{family_of(model).layers}."
 
         def mapped(name: str, _: nn.Parameter) -> Tensor:
@@ -356,6 +371,15 @@ class OnDisk(Untouched):
     @override
     def hold(self, slot: Slot, weight: Tensor) -> None:
         slot.stored, slot.changes = weight.detach().cpu().clone(), []
+
+    @override
+    def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
+        mapped = self._changed.get(file) or MappedFile(file)
+        self._changed[file] = mapped
+        for linear, name in names.items():
+            slot = self._of_linear[linear]
+            slot.stored, slot.changes = mapped.tensor(name), []
+            self._places[slot.layer].setdefault(mapped, []).append(name)
 
     @override
     def check(self, index: int) -> None:

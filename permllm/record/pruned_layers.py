@@ -73,6 +73,8 @@ class PrunedLayers:
         self._run = run
         self._reads = self._folder is not None and self._folder.is_dir()
         self._writes = self._folder is not None
+        self._changed: dict[int, list[str]] = {}
+        self._asked = False
 
     def read(self, index: int, groups: Sequence[Group], pattern: NMPattern, changed: bool) -> FoundLayer | None:
         """A layer that an earlier attempt has pruned, in the same run and after all layers before; None for none.
@@ -88,14 +90,26 @@ class PrunedLayers:
         file = self._file(self._folder, index)
         if file.is_file():
             try:
-                return self._read(file, index, groups, pattern, changed)
+                found = self._read(file, index, groups, pattern, changed)
+                self._changed[index] = list(found.weights)
+                return found
             except DataError as error:
                 log.warning("%s: the layer is pruned anew", error)
         self._reads = False  # those after it may follow from another one
         return None
 
+    def weights_of(self, index: int) -> tuple[Path, dict[str, str]] | None:
+        """The file that has the changed weights of a layer, and their names in it by linear; None where none is kept.
+
+        Whoever asks may read from the file for as long as the run goes on: it stays, even if a later layer cannot be written.
+        """
+        if self._folder is None or not self._changed.get(index):
+            return None
+        self._asked = True
+        return self._file(self._folder, index), {path: _WEIGHT + path for path in self._changed[index]}
+
     def write(self, index: int, layer: FoundLayer) -> None:
-        """Keep a layer; where it cannot be written none is kept, and pruning goes on."""
+        """Keep a layer; where it cannot be written none is kept any more, and pruning goes on."""
         if not self._writes or self._folder is None:
             return
         tensors, shapes = {_ORDER + name: order for name, order in layer.orders.items()}, {}
@@ -108,10 +122,12 @@ class PrunedLayers:
         try:
             self._folder.mkdir(exist_ok=True)
             write_tensors(self._file(self._folder, index), tensors, {_STATED: json.dumps(stated)})
+            self._changed[index] = list(layer.weights)
         except (DataError, OSError) as error:
             log.warning("%s: should the run be stopped, it prunes all layers again", error)
             self._writes = False
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if not self._asked:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read(self, file: Path, index: int, groups: Sequence[Group], pattern: NMPattern, changed: bool) -> FoundLayer:
         _, metadata, _ = read_header(file)

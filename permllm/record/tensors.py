@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,21 @@ from permllm.record.schema import Schema, validated
 from permllm.record.tensor_file import write_file
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, each with a checksum (`permllm.record.tensor_file`)."""
-    write_atomically(path, lambda scratch: write_file(scratch, tensors, lambda name: tensors[name], metadata))
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    make: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write tensors as safetensors, each with a checksum (`permllm.record.tensor_file`).
+
+    Args:
+        path: of the file.
+        tensors: by name; where there is a `make`, their shapes and dtypes alone.
+        metadata: texts that are kept beside the checksums.
+        make: gives one tensor at a time, where all of them are more than the memory should hold.
+    """
+    write_atomically(path, lambda scratch: write_file(scratch, tensors, make or tensors.__getitem__, metadata))
 
 
 def read_torch(path: Path, schema: type[Schema], device: torch.device) -> Schema:

@@ -35,8 +35,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved("llama", tmp_path_factory.mktemp("checkpoint"))
 
 
-def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    tiny_model(family, dtype=dtype).save_pretrained(folder, max_shard_size="20KB")
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    tiny_model(family, dtype=dtype, **changes).save_pretrained(folder, max_shard_size="20KB")
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(letters, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
@@ -358,8 +358,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["permutation=none"],
         ["permutation=lcp", "permutation.init=random", "permutation.epochs=1"],
         ["permutation=none", "mask=score", "mask.epochs=1"],
+        ["permutation=none", "pruner=sparsegpt"],
     ],
-    ids=["none", "lcp", "score"],
+    ids=["none", "lcp", "score", "sparsegpt"],
 )
 def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str, method: list[str]) -> None:
     words = ["model=local", f"model.path={wide}", "model.dtype=float32", f"model.placement={placement}", "calibration=builtin"]

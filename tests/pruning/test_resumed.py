@@ -13,7 +13,9 @@ from torch import Tensor
 
 from permllm.calibration.dense import calibrate_dense
 from permllm.errors import DataError
-from permllm.models.families import channel_groups
+from permllm.models.families import channel_groups, decoder_layers
+from permllm.models.loading import load_model
+from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import Heuristic
 from permllm.pipeline import PrunedModel, prune
 from permllm.pruning.sparsegpt import SparseGPT
@@ -23,6 +25,7 @@ from permllm.record import pruned_layers
 from permllm.record.names import PRUNED_LAYERS
 from permllm.sparsity import NMPattern
 from tests.conftest import tiny_model
+from tests.models.test_placement import saved, settings
 from tests.pruning.test_pipeline import tokens
 
 PATTERN = NMPattern(2, 4)
@@ -33,9 +36,13 @@ class Stopped(Exception):
 
 
 def pruned(
-    directory: Path | None, method: str, order: Callable[[str, Tensor, NMPattern], Tensor], run: str = "a"
+    directory: Path | None,
+    method: str,
+    order: Callable[[str, Tensor, NMPattern], Tensor],
+    run: str = "a",
+    model: torch.nn.Module | None = None,
 ) -> tuple[torch.nn.Module, PrunedModel]:
-    model = tiny_model("llama", num_hidden_layers=4)
+    model = model or tiny_model("llama", num_hidden_layers=4)
     groups = channel_groups(model)
     pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
     reconstruction = Block(epochs=1) if method == "block" else None
@@ -59,8 +66,11 @@ class Orders:
 
 
 def check_equal(left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn.Module, PrunedModel]) -> None:
-    for name, value in left[0].state_dict().items():
-        assert torch.equal(value, right[0].state_dict()[name]), name
+    expected = right[0].state_dict()
+    for index, layer in enumerate(decoder_layers(left[0])):
+        with placement_of(left[0]).layer(index):
+            for name, value in layer.state_dict().items():
+                assert torch.equal(value, expected[f"model.layers.{index}.{name}"]), name
     one, other = left[1], right[1]
     assert one.orders.keys() == other.orders.keys()
     assert all(torch.equal(order, other.orders[name]) for name, order in one.orders.items())
@@ -103,10 +113,40 @@ def test_what_cannot_be_used_is_done_anew_and_what_follows_from_it(
     assert ("the layer is pruned anew" in caplog.text) is (damage != "missing")
 
 
-def test_a_full_disk_does_not_stop_pruning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Callable[[], torch.nn.Module]:
+    """Loads the tests' model with its layers in the checkpoint's files."""
+    folder = saved("llama", tmp_path / "checkpoint", num_hidden_layers=4)
+    return lambda: load_model(settings(folder, "disk"), 0).model
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "block"])
+def test_changed_weights_of_a_model_that_is_read_from_disk_are_read_from_there(
+    method: str, tmp_path: Path, on_disk: Callable[[], torch.nn.Module]
 ) -> None:
-    write, left = pruned_layers.write_tensors, [1]
+    whole = pruned(None, method, Orders())
+    with pytest.raises(Stopped):
+        pruned(tmp_path, method, Orders(stop=2), model=on_disk())
+    model, result = pruned(tmp_path, method, Orders(), model=on_disk())
+    check_equal((model, result), whole)
+    for index in (1, 3):  # of the attempt before, and of this one
+        (tmp_path / PRUNED_LAYERS / f"{index:05d}.safetensors").unlink()
+        with pytest.raises(DataError, match="has changed, or is gone"), placement_of(model).layer(index):
+            pass
+
+
+def test_files_that_weights_are_read_from_stay_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: Callable[[], torch.nn.Module]
+) -> None:
+    model = on_disk()
+    fill_the_disk(monkeypatch, after=2)
+    check_equal(pruned(tmp_path, "sparsegpt", Orders(), model=model), pruned(None, "sparsegpt", Orders()))
+    assert len(list((tmp_path / PRUNED_LAYERS).iterdir())) == 2
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Have no layer written after so many."""
+    write, left = pruned_layers.write_tensors, [after]
 
     def full(path: Path, *arguments: Any) -> None:
         left[0] -= 1
@@ -115,6 +155,12 @@ def test_a_full_disk_does_not_stop_pruning(
         write(path, *arguments)
 
     monkeypatch.setattr(pruned_layers, "write_tensors", full)
+
+
+def test_a_full_disk_does_not_stop_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill_the_disk(monkeypatch, after=1)
     with caplog.at_level(logging.WARNING):
         check_equal(pruned(tmp_path, "dense", Orders()), pruned(None, "dense", Orders()))
     assert caplog.text.count("no space left") == 1

@@ -315,7 +315,7 @@ def test_quality_over_minutes_has_a_point_a_row_and_leaves_out_what_was_learned_
     assert (none["x"], none["y"]) == ([5 / 60], [40.0])
     areas = [(point["marker"]["size"] - 8) ** 2 for point in (lcp, none)]
     assert areas[0] / areas[1] == pytest.approx(4)
-    assert lcp["text"] == [f"{rows['lcp'] + 1} lcp<br>21.00 ± 1.41<br>13.0 min<br>8.00 GB at the peak"]
+    assert lcp["text"] == [f"{rows['lcp'] + 1} lcp<br>21.00 ± 1.41<br>12.0 min<br>8.00 GB at the peak"]
     assert [trace["meta"] for trace in data if "join" in trace["meta"]] == [{"join": "lower"}]
     assert [trace["meta"] for trace in figures["rte acc"]["data"] if "join" in trace["meta"]] == [{"join": "higher"}]
     assert figures[PERPLEXITY]["layout"]["xaxis"]["title"]["text"].startswith("minutes: calibrate + permute + mask + prune")
