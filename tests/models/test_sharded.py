@@ -39,26 +39,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "method"),
+    ("processes", "placement", "method"),
     [
         # Windows of one layer, of which each knows the layers before; portions that one process has none of.
-        (3, [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
+        (3, "sharded", [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
         # The first process searches orders while the others wait in the middle of learning.
-        (2, ["permutation=heuristic", "mask=score", "mask.orders=searched", "mask.rounds=2", "mask.batch_size=4"]),
-        (2, [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4", "mask.start=refined"]),
+        (2, "sharded", ["permutation=heuristic", "mask=score", "mask.orders=searched", "mask.rounds=2", "mask.batch_size=4"]),
+        (2, "sharded", [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4", "mask.start=refined"]),
         # Weights that change go back to their parts.
-        (2, ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
-        (3, [*LCP, "reconstruction=block", "export=gathered"]),
+        (2, "sharded", ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
+        (3, "sharded", [*LCP, "reconstruction=block", "export=gathered"]),
+        # Each streams all layers for itself: from the same files, or from its own memory.
+        (2, "disk", [*LCP, "permutation.layers_per_stage=1", "reconstruction=block"]),
+        (2, "host", [*LCP, "mask=score", "mask.batch_size=4"]),
     ],
-    ids=["stages", "searched", "together", "sparsegpt", "block"],
+    ids=["stages", "searched", "together", "sparsegpt", "block", "disk", "host"],
 )
 def test_it_is_what_one_process_makes_of_the_model(
-    checkpoint: Path, tmp_path: Path, processes: int, method: list[str]
+    checkpoint: Path, tmp_path: Path, processes: int, placement: str, method: list[str]
 ) -> None:
     words = ("model=local", f"model.path={checkpoint}", *WORDS, "logger=none", "run_dir=run", *method)
     one = run_command(*words, cwd=tmp_path)
     assert one.returncode == 0, one.stderr
-    code, _, err = finished(torchrun(tmp_path, *words, "model.placement=sharded", processes=processes))
+    code, _, err = finished(torchrun(tmp_path, *words, f"model.placement={placement}", processes=processes))
     assert code == 0, err
     single, several = tmp_path / "run", tmp_path / "rank0" / "run"
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (single, several)]
