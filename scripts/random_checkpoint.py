@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import ByT5Tokenizer
@@ -27,8 +26,7 @@ from permllm.config import HYDRA_DEFAULTS, ModelConfig, conf_directory, read_con
 from permllm.models.checkpoint import parameter_names  # noqa: E402
 from permllm.models.loading import meta_model  # noqa: E402
 from permllm.nodes import register  # noqa: E402
-from permllm.record.files import write_json  # noqa: E402
-from permllm.record.tensor_file import write_file  # noqa: E402
+from permllm.record.shards import write_shards  # noqa: E402
 
 
 def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
@@ -54,19 +52,8 @@ def write_random(folder: Path, model: ModelConfig, shard_gb: float) -> None:
     skeleton = meta_model(model)
     state = skeleton.state_dict()
     planned = {name: state[name] for name in parameter_names(skeleton)}
-    split = split_torch_state_dict_into_shards(
-        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=int(shard_gb * 1e9)
-    )
     deviation = float(getattr(skeleton.config, "initializer_range", 0.02))
-    for file, names in split.filename_to_tensors.items():
-        write_file(
-            folder / file,
-            {name: planned[name] for name in names},
-            lambda name: random_tensor(name, planned[name], deviation),
-        )
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_shards(folder, planned, lambda name: random_tensor(name, planned[name], deviation), int(shard_gb * 1e9))
     skeleton.config.save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
 

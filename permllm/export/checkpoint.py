@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -26,11 +25,12 @@ from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import hub_commit
 from permllm.models.patterns import recorded_groups
 from permllm.models.source import DenseSource, dense_source
-from permllm.record.files import read_json, read_yaml, scratch_of, write_json, write_record
+from permllm.record.files import read_json, read_yaml, scratch_of, write_record
 from permllm.record.names import CONFIG, ENVIRONMENT, METRICS
 from permllm.record.pruned import Pruned
 from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
-from permllm.record.tensor_file import read_header, write_file
+from permllm.record.shards import write_shards
+from permllm.record.tensor_file import read_header
 from permllm.sparsity import NMPattern
 from permllm.validation import check_one_of
 
@@ -261,9 +261,6 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
             planned[name] = torch.empty(shape, dtype=dtype if shapes[name].is_floating_point() else None, device="meta")
     for path, order in stored.gathers.items():
         planned[f"{path}.input_order"] = torch.empty(order.shape, dtype=torch.int32, device="meta")
-    split = split_torch_state_dict_into_shards(
-        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=int(request.shard_gb * 1e9)
-    )
 
     held: dict[str, Tensor] = {}  # the other part of a packed weight, until it is asked for
 
@@ -278,11 +275,7 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
             held.update({f"{base}_values": values, f"{base}_places": places})
         return held.pop(name)
 
-    for file, names in split.filename_to_tensors.items():
-        write_file(folder / file, {name: planned[name] for name in names}, make)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_shards(folder, planned, make, int(request.shard_gb * 1e9))
 
     config = _config(source, stored, request, record, dtype)
     config.save_pretrained(folder)

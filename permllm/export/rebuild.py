@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.patterns import recorded_groups
-from permllm.models.placement import placement_of
+from permllm.models.placement import masked, placement_of
 from permllm.record.files import read_json
 from permllm.record.names import METRICS, WEIGHTS
 from permllm.record.pruned import Pruned
@@ -50,5 +49,5 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                     placement.lies_in(directory / WEIGHTS, {linear: path})
                 else:
                     mask = kept.mask(path)
-                    masked = torch.where(mask.to(dense.device), dense, 0.0)
-                    placement.replace(linear, masked, (packed_mask(mask), mask.shape))
+                    bits = packed_mask(mask), mask.shape
+                    placement.replace(linear, masked(bits, dense), bits)

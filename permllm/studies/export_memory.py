@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm.config import ModelConfig, RunConfig
@@ -23,12 +22,13 @@ from permllm.errors import ConfigError, DataError
 from permllm.models.families import channel_groups
 from permllm.models.loading import folder_identity
 from permllm.permutation.shared import expanded, shared_orders
-from permllm.record.files import write_json, write_record, write_text
+from permllm.record.files import write_record, write_text
 from permllm.record.names import CONFIG, MASKS, METRICS, PERMUTATIONS, SCHEMA_VERSION
 from permllm.record.run_tensors import write_masks
 from permllm.record.schema import ExportMemory as Form
+from permllm.record.shards import write_shards
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import permuted_nm_mask
+from permllm.sparsity import PackedMasks, permuted_nm_mask
 from permllm.studies.base import StudyInputs
 from permllm.studies.settings import ExportMemorySettings
 
@@ -109,26 +109,20 @@ def _make_run(config: RunConfig, folder: Path, layers: int, shard_gb: float) -> 
         found[order.name] = torch.cat([start + torch.randperm(order.segment, generator=generator) for start in starts])
     orders = expanded(shared, found)
     order_of = {f"{path}.weight": orders[group.name] for group in groups for path in group.members}
-    shard: dict[str, torch.Tensor] = {}
-    weight_map: dict[str, str] = {}
-    masks, total, number = {}, 0, 1
-    for name, parameter in skeleton.named_parameters():
-        shard[name] = torch.randn(parameter.shape, generator=generator).to(torch.bfloat16)
-        total += shard[name].numel() * 2
-        weight_map[name] = f"model-{number:05d}.safetensors"
+    planned = {name: torch.empty_like(value, dtype=torch.bfloat16) for name, value in skeleton.named_parameters()}
+    masks = PackedMasks()
+
+    def make(name: str) -> torch.Tensor:
+        weight = torch.randn(planned[name].shape, generator=generator).to(torch.bfloat16)
         if name in order_of:
-            saliency = shard[name].float().abs()
-            masks[name.removesuffix(".weight")] = permuted_nm_mask(saliency, order_of[name], config.pattern)
-        if sum(tensor.numel() * 2 for tensor in shard.values()) > shard_gb * 1e9:
-            save_file(shard, dense / weight_map[name], {"format": "pt"})
-            shard, number = {}, number + 1
-    if shard:
-        save_file(shard, dense / f"model-{number:05d}.safetensors", {"format": "pt"})
-    write_json(dense / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+            masks[name.removesuffix(".weight")] = permuted_nm_mask(weight.float().abs(), order_of[name], config.pattern)
+        return weight
+
+    write_shards(dense, planned, make, int(shard_gb * 1e9))
     _write_record(config, folder / "run", dense)
     write_tensors(folder / "run" / PERMUTATIONS, orders)
     write_masks(folder / "run" / MASKS, masks)
-    return total
+    return sum(tensor.numel() * tensor.element_size() for tensor in planned.values())
 
 
 def _write_record(config: RunConfig, run: Path, dense: Path) -> None:

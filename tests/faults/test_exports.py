@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM
 
 from permllm.commands import call
 from permllm.errors import ConfigError, DataError, PermLLMError
-from permllm.export import bench, checkpoint
+from permllm.export import bench
 from permllm.export.card import model_card
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.export.verify import verify
+from permllm.record import shards
 from permllm.record.tensor_file import read_header
 from tests.export.test_export import logits, make_run, variant_model
 
@@ -401,13 +402,13 @@ def test_what_a_killed_export_left_is_cleared_and_what_is_written_is_not(exports
     run, out = exports / "folded" / "run", tmp_path / "out"
     child = os.fork()
     if child == 0:
-        write = checkpoint.write_file
+        write = shards.write_file
 
         def killed(*arguments: Any) -> None:
             write(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.write_file = killed
+        shards.write_file = killed
         export_run(run, Request("folded"), out)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
