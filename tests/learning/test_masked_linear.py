@@ -15,8 +15,8 @@ from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.sparsity import NMPattern
+from tests.permutation.differentiable import sinkhorn
 
 Variant = Literal["hard", "soft"]
 

@@ -13,8 +13,8 @@ from permllm.learning.scores import FreeScores, LowRankScores, Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.sparsity import NMPattern, permuted_nm_mask
+from tests.permutation.differentiable import sinkhorn
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
 

@@ -16,8 +16,9 @@ from permllm.permutation.lcp import assignment, blocks
 from permllm.permutation.lcp.assignment import harden, harden_together
 from permllm.permutation.lcp.blocks import BlockLogits, SoftBatch
 from permllm.permutation.lcp.settings import SinkhornStart
-from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize, sinkhorn
+from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.runtime import parallel
+from tests.permutation.differentiable import sinkhorn
 
 
 def plain(logits: Tensor, temperature: float, iterations: int, start: str = "exponential") -> Tensor:

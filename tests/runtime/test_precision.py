@@ -13,11 +13,11 @@ from permllm.learning.stacks import split_blocks
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.permutation.lcp.sinkhorn import sinkhorn
 from permllm.runtime import precision
 from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
+from tests.permutation.differentiable import sinkhorn
 
 CPU = torch.device("cpu")
 

@@ -84,7 +84,7 @@ class SoftBatch:
     Args:
         orders: all that there are, by name.
         stacks: those of this batch, each by its order and its number there.
-        temperature, iterations, start: as in `sinkhorn`.
+        temperature, iterations, start: as in `normalize`.
 
     Attributes:
         stacks: as given.

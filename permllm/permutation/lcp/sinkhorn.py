@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from permllm.permutation.lcp.settings import SinkhornStart
-
-
-class _Sinkhorn(torch.autograd.Function):
-    """Each half iteration subtracts a log-sum-exp along rows or columns; only these vectors are kept for backward.
-
-    Autograd through the plain formula would keep 2 L matrices of B x B; here it is 2 L vectors of B, and the matrices are
-    rebuilt from the scaled logits going backwards.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: float, soft: Tensor, *potentials: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, *potentials)
-        ctx.temperature = temperature
-        return soft
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *potentials = ctx.saved_tensors
-        grad = logit_gradient(logits, ctx.temperature, potentials, grads[0])
-        return grad, None, None, *[None] * len(potentials)
 
 
 def _dim(half: int) -> int:
@@ -39,13 +17,21 @@ def _dim(half: int) -> int:
 def normalize(
     logits: Tensor, temperature: float, iterations: int, start: SinkhornStart = "exponential"
 ) -> tuple[Tensor, list[Tensor]]:
-    """Soft permutation of each block, not differentiable, and what a gradient needs to know of it.
+    """Soft permutation of each block: `S^L(logits / temperature)` (PermLLM, section 4.1; Adams and Zemel 2011).
+
+    Each half iteration subtracts a log-sum-exp along rows or columns. Autograd through this formula would keep 2 L matrices of
+    B x B; these vectors are all that `logit_gradient` needs.
 
     Args:
-        logits, temperature, iterations, start: as in `sinkhorn`.
+        logits: `(blocks, B, B)`, float32 or float64; row = source channel, column = target position.
+        temperature: positive; the lower, the closer the result is to a hard permutation.
+        iterations: L >= 0, each a row and then a column normalisation.
+        start: what is normalised: `exponential` of `logits / temperature` (the paper's equation), or its row `softmax` (its
+            released code). For L >= 1 there is no difference.
 
     Returns:
-        `(blocks, B, B)`, and the potentials of its half iterations, in turn `(blocks, B, 1)` and `(blocks, 1, B)`.
+        `(blocks, B, B)`, positive; for L >= 1 the columns sum to one exactly, the rows ever closer as L grows. And the
+        potentials, the vectors of the half iterations, in turn `(blocks, B, 1)` and `(blocks, 1, B)`.
     """
     log_p = logits / temperature
     potentials = []
@@ -59,10 +45,10 @@ def normalize(
 
 @torch.no_grad()
 def logit_gradient(logits: Tensor, temperature: float, potentials: list[Tensor], grad_soft: Tensor) -> Tensor:
-    """The gradient of the logits from that of the soft permutation, `(blocks, B, B)`.
+    """The gradient of the logits from that of the soft permutation, `(blocks, B, B)`; matrices are rebuilt going backwards.
 
     Args:
-        logits, temperature: as in `sinkhorn`.
+        logits, temperature: as in `normalize`.
         potentials: what `normalize` found for them.
         grad_soft: `(blocks, B, B)`.
     """
@@ -77,20 +63,3 @@ def logit_gradient(logits: Tensor, temperature: float, potentials: list[Tensor],
         if half:  # potentials after the first are at most log B, so this cannot overflow
             soft *= potentials[half].exp()
     return grad.div_(temperature)
-
-
-def sinkhorn(logits: Tensor, temperature: float, iterations: int, start: SinkhornStart = "exponential") -> Tensor:
-    """Soft permutation of each block: `S^L(logits / temperature)` (PermLLM, section 4.1; Adams and Zemel 2011).
-
-    Args:
-        logits: `(blocks, B, B)`, float32 or float64; row = source channel, column = target position.
-        temperature: positive; the lower, the closer the result is to a hard permutation.
-        iterations: L >= 0, each a row and then a column normalisation.
-        start: what is normalised: `exponential` of `logits / temperature` (the paper's equation), or its row `softmax` (its
-            released code). For L >= 1 there is no difference.
-
-    Returns:
-        `(blocks, B, B)`, positive, differentiable. For L >= 1 the columns sum to one exactly, the rows ever closer as L grows.
-    """
-    soft, potentials = normalize(logits, temperature, iterations, start)
-    return _Sinkhorn.apply(logits, temperature, soft, *potentials)
