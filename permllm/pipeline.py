@@ -49,8 +49,7 @@ class PrunedModel:
     def add(self, layer: FoundLayer) -> None:
         """Have what was found of a layer."""
         self.orders |= layer.orders
-        for path in layer.masks:
-            self.masks.set_packed(path, *layer.masks.packed(path))
+        self.masks.take(layer.masks, layer.masks)
         self.retained |= layer.retained
         self.moved |= layer.moved
         self.output_error |= layer.output_error
@@ -58,8 +57,7 @@ class PrunedModel:
     def of_layer(self, groups: list[ChannelGroup], weights: dict[str, Tensor]) -> FoundLayer:
         """What was found of a layer, with weights that masks do not say."""
         names, masks = [group.name for group in groups], PackedMasks()
-        for path in [path for group in groups for path in group.members]:
-            masks.set_packed(path, *self.masks.packed(path))
+        masks.take(self.masks, [path for group in groups for path in group.members])
         of_groups = ({name: found[name] for name in names} for found in (self.retained, self.moved, self.output_error))
         return FoundLayer({name: self.orders[name] for name in names}, masks, weights, *of_groups)
 

@@ -192,6 +192,11 @@ class PackedMasks(MutableMapping[str, Tensor]):
         """A mask as `packed_mask` gives it, and its shape."""
         return self._bits[name], self._shapes[name]
 
+    def take(self, other: PackedMasks, names: Iterable[str]) -> None:
+        """Have masks of others, as they are packed there."""
+        for name in names:
+            self.set_packed(name, *other.packed(name))
+
     def set_packed(self, name: str, bits: Tensor, shape: Sequence[int]) -> None:
         """Have a mask that is packed already."""
         self._bits[name], self._shapes[name] = bits, torch.Size(shape)

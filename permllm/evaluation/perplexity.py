@@ -18,7 +18,7 @@ from permllm.data.named import NamedText
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
 from permllm.models.decoder import LayerStream
-from permllm.models.families import after_layers, decoder_layers
+from permllm.models.families import after_layers
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.placement import placement_of
 
@@ -104,8 +104,7 @@ def _states(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[Tenso
 def _streamed_states(model: PreTrainedModel, windows: Tensor, batch_size: int, label: str) -> Iterator[Tensor]:
     """The same, all windows through one layer and then through the next, so that each layer comes once."""
     stream = LayerStream(model, windows, batch_size)
-    for index in tqdm(range(len(decoder_layers(model))), desc=label, unit="layer", leave=False):
-        stream.advance(index)
+    stream.to_the_end(label)
     device = next(model.parameters()).device
     for hidden in stream.batches(0)[0]:
         yield after_layers(model, hidden.to(device))

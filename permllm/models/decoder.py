@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.placement import placement_of
@@ -85,11 +86,10 @@ def last_states(model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype
     """
     if placement_of(model).streams:  # each layer comes once, and the states of all samples wait
         stream = LayerStream(model, tokens, batch_size, compute_dtype)
-        for index in range(len(decoder_layers(model))):
-            stream.advance(index)
+        stream.to_the_end("dense states")
         return stream.states()
     found: Tensor | None = None
-    for indices in torch.arange(len(tokens)).split(batch_size):
+    for indices in tqdm(torch.arange(len(tokens)).split(batch_size), desc="dense states", unit="batch", leave=False):
         inputs = layer_inputs(model, tokens[indices])
         hidden = inputs.hidden
         with products_in(compute_dtype, hidden.device):
@@ -116,6 +116,7 @@ class LayerStream:
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype | None = None) -> None:
         self._placement = placement_of(model)
+        self._layers = decoder_layers(model)
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
@@ -144,6 +145,11 @@ class LayerStream:
         """Replace the states by the outputs of layer `index` as it now is."""
         for position, output in enumerate(self.forward(index)):
             self._hidden[position] = output.to("cpu")
+
+    def to_the_end(self, label: str) -> None:
+        """Advance through all layers, with a bar of progress."""
+        for index in tqdm(range(len(self._layers)), desc=label, unit="layer", leave=False):
+            self.advance(index)
 
     def states(self) -> Tensor:
         """The present states, `(samples, tokens, hidden)` on the host."""

@@ -242,8 +242,7 @@ def _mapped(
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     outside = f"{family_of(model).layers}."
-    mapped = [MappedFile(file) for file in files]
-    holds = {name: file for file in mapped for name in file.names}
+    holds = {name: file for file in map(MappedFile, files) for name in file.names}
     wanted = parameter_names(model)
     missing = next((name for name in wanted if name not in holds), None)
     if missing is not None:
@@ -271,7 +270,7 @@ def _mapped(
 
         place(model, _sharded(model, device, dtype, mapped_part))
         return model
-    on_disk = OnDisk(model, device, dtype, mapped)
+    on_disk = OnDisk(model, device, dtype, holds)
     place(model, on_disk)
     for index, layer in enumerate(decoder_layers(model)):
         with on_disk.layer(index):

@@ -14,7 +14,7 @@ A layer that leaves takes nothing along: a graph that backward will go through k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -350,13 +350,12 @@ class OnDisk(Untouched):
 
     Args:
         model, device, dtype: as in `Streamed`.
-        files: that hold all parameters of the layers, under their names in the model.
+        holds: the file of each parameter of the layers, by its name in the model and in the file.
     """
 
     reads_files = True
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, files: Sequence[MappedFile]) -> None:
-        holds = {name: file for file in files for name in file.names}
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, holds: Mapping[str, MappedFile]) -> None:
         self._places: list[dict[MappedFile, list[str]]] = [{} for _ in decoder_layers(model)]
         self._changed: dict[Path, MappedFile] = {}
         within = f"{family_of(model).layers}."

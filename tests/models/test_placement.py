@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from permllm import job
@@ -70,6 +72,18 @@ def test_files_of_another_format_give_the_weights_that_loading_gives(tmp_path: P
         perplexity(load_model(settings(folder, one, dtype="float32"), 0).model, windows, 32) for one in ("device", placement)
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("placement", ["device", "disk"])
+def test_states_of_many_samples_are_told_to_be_on_their_way(
+    checkpoint: Path, placement: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permllm.models.decoder.tqdm", partial(tqdm, disable=False))
+    model = load_model(settings(checkpoint, placement), 0).model
+    tokens = torch.arange(24).view(6, 4)
+    states = last_states(model, tokens, 2, torch.float32)
+    assert torch.equal(states, last_states(load_model(settings(checkpoint, "device"), 0).model, tokens, 2, torch.float32))
+    assert "dense states:   0%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
