@@ -196,69 +196,110 @@ class Footprint:
 
     def needs(self, placement: str) -> Needs:
         """Memory with the weights in a placement."""
-        config, model, item = self.config, self.model, self.item
-        on_a_host = self.device.type == "cpu"
-        streams = placement in ("disk", "sharded") or (placement == "host" and not on_a_host)
-        hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
-        widest = max(sum(group.rows) for group in self.every)
-        largest = max(group.channels * sum(group.rows) for group in self.every)
-        channels = max(group.channels for group in self.every)
-        # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's.
-        weights = self.parameters * item - (self.streamed - 2 * max(self.of_layers) * item if streams else 0)
-        weights += self.streamed // parallel.world_size() if placement == "sharded" else 0
-        states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * item
-        forward = config.calibration.batch_size * config.calibration.seqlen * (6 * hidden + 2 * widest) * item
-        sums = sum(kind.memory(channels) for kind in input_kinds(self._pruner.statistics))
-        pruned = sum(group.channels * sum(group.rows) for group in self.every)
-        # A float32 number a weight and statistic; a saliency that follows from them, a dense score, takes their place.
-        of_gradients = 4 * pruned * len(gradient_kinds(self._pruner.statistics))
-        scores = 4 * pruned if of_gradients else 0
-        perplexity = config.evaluation.perplexity
-        # Of the tokens of a batch those whose logits exist together, and in float32 those of a window.
-        evaluated = tokens_at_a_time(vocabulary, max(perplexity.batch_tokens, perplexity.seqlen))
-        of_window = tokens_at_a_time(vocabulary, perplexity.seqlen)
-        stages: dict[str, float] = {
-            "weights": weights,
-            # In float32 as logarithms, and before it where that is another format.
-            "evaluate": weights + (evaluated * item + of_window * (4 if item == 4 else 8)) * vocabulary,
-            "calibrate": weights + forward + sums,
-        }
-        if of_gradients:
-            # One sample: the states between the layers, one layer's internals, the logits, and one gradient.
-            between = config.calibration.seqlen * (self.layers * hidden + 8 * hidden + 4 * widest) * item
-            together = tokens_at_a_time(vocabulary, config.calibration.seqlen)
-            stages["gradients"] = weights + between + together * vocabulary * (item + 12) + largest * item
-        read = () if self._mask.local else input_kinds(self._mask.statistics)
-        if read:
+        streams = placement in ("disk", "sharded") or (placement == "host" and self.device.type != "cpu")
+        stages: dict[str, float] = {"weights": 0, "evaluate": self._evaluating, "calibrate": self._statistics(self._pruner)}
+        if self._gradients:
+            stages["gradients"] = self._taking_gradients
+        if not self._mask.local and input_kinds(self._mask.statistics):
             # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
-            stages["refine masks"] = weights + forward + sum(kind.memory(channels) for kind in read) + 6 * 4 * largest
+            stages["refine masks"] = self._statistics(self._mask) + 6 * 4 * self._largest
         for learning in self.learning:
-            method, depth = learning.method, learning.depth
-            together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
-            tokens = together * config.calibration.seqlen
-            # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
-            activations = tokens * kept_a_token(self.every, hidden) * item * depth
-            recomputes = getattr(method, "activation_checkpointing", None)
-            if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
-                activations = tokens * (hidden * depth + 8 * hidden + 4 * widest) * item
-            # Where the loss goes through the head: its weight in the format of the products, four numbers a token and a word.
-            words = chunk_of(self.device, vocabulary) * vocabulary if _through_the_head(method) else 0
-            # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
-            held = 16 * learning.parameters + learning.waiting + activations + 3 * largest * item
-            held += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
-            stages[learning.name] = weights + held + scores * depth / self.layers
-        asked = input_kinds((*self._pruner.statistics, *self._reconstruction.statistics))
+            stages[learning.name] = self._held_by(learning, streams)
         # The new weights of a layer beside the old ones, while their outputs are compared.
-        new = max(self.of_layers) * item
-        stages["prune"] = weights + new + forward + sum(kind.memory(channels) for kind in asked) + 4 * 2 * largest
+        new = max(self.of_layers) * self.item
+        stages["prune"] = self._statistics(self._pruner, self._reconstruction) + new + 4 * 2 * self._largest
+        weights = self._weights(placement, streams)
+        on_device = {name: math.ceil(weights + size) for name, size in stages.items()}
+        return Needs(on_device, math.ceil(self._beside(placement, streams)))
+
+    def _weights(self, placement: str, streams: bool) -> int:
+        """Bytes of the weights on the device."""
+        # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's.
+        held = self.parameters * self.item - (self.streamed - 2 * max(self.of_layers) * self.item if streams else 0)
+        return held + (self.streamed // parallel.world_size() if placement == "sharded" else 0)
+
+    @cached_property
+    def _pruned(self) -> int:
+        """Weights of the linears that there are."""
+        return sum(group.channels * sum(group.rows) for group in self.every)
+
+    @cached_property
+    def _largest(self) -> int:
+        """Weights of the largest group."""
+        return max(group.channels * sum(group.rows) for group in self.every)
+
+    @cached_property
+    def _widest(self) -> int:
+        """Outputs of the widest group."""
+        return max(sum(group.rows) for group in self.every)
+
+    @property
+    def _gradients(self) -> int:
+        """Bytes of what a pruner keeps of gradients: a float32 number a weight and statistic."""
+        return 4 * self._pruned * len(gradient_kinds(self._pruner.statistics))
+
+    @property
+    def _evaluating(self) -> int:
+        """Bytes of the logits, of which those of a batch's tokens exist together, and in float32 those of a window."""
+        perplexity, vocabulary, item = self.config.evaluation.perplexity, self.model.config.vocab_size, self.item
+        of_batch = tokens_at_a_time(vocabulary, max(perplexity.batch_tokens, perplexity.seqlen))
+        of_window = tokens_at_a_time(vocabulary, perplexity.seqlen)
+        # In float32 as logarithms, and before it where that is another format.
+        return (of_batch * item + of_window * (4 if item == 4 else 8)) * vocabulary
+
+    def _statistics(self, *methods: Any) -> int:
+        """Bytes of a layer's forward and of the statistics of inputs that methods ask for there."""
+        config, hidden = self.config.calibration, self.model.config.hidden_size
+        channels = max(group.channels for group in self.every)
+        asked = input_kinds(tuple(statistic for method in methods for statistic in method.statistics))
+        forward = config.batch_size * config.seqlen * (6 * hidden + 2 * self._widest) * self.item
+        return forward + sum(kind.memory(channels) for kind in asked)
+
+    @property
+    def _taking_gradients(self) -> int:
+        """Bytes of one sample: states between the layers, one layer's internals, the logits, and one gradient."""
+        hidden, vocabulary, seqlen = (
+            self.model.config.hidden_size,
+            self.model.config.vocab_size,
+            self.config.calibration.seqlen,
+        )
+        between = seqlen * (self.layers * hidden + 8 * hidden + 4 * self._widest) * self.item
+        return between + tokens_at_a_time(vocabulary, seqlen) * vocabulary * (self.item + 12) + self._largest * self.item
+
+    def _held_by(self, learning: Learning, streams: bool) -> float:
+        """Bytes of what learns and of what a step takes."""
+        method, depth = learning.method, learning.depth
+        hidden, vocabulary, item = self.model.config.hidden_size, self.model.config.vocab_size, self.item
+        together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
+        tokens = together * self.config.calibration.seqlen
+        # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
+        activations = tokens * kept_a_token(self.every, hidden) * item * depth
+        recomputes = getattr(method, "activation_checkpointing", None)
+        if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
+            activations = tokens * (hidden * depth + 8 * hidden + 4 * self._widest) * item
+        # Where the loss goes through the head: its weight in the format of the products, four numbers a token and a word.
+        words = chunk_of(self.device, vocabulary) * vocabulary if _through_the_head(method) else 0
+        # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
+        held = 16 * learning.parameters + learning.waiting + activations + 3 * self._largest * item
+        held += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
+        # A saliency that follows from gradients, a dense score, takes their place.
+        scores = 4 * self._pruned if self._gradients else 0
+        return held + scores * depth / self.layers
+
+    def _beside(self, placement: str, streams: bool) -> float:
+        """Bytes on the host."""
+        config, hidden = self.config, self.model.config.hidden_size
+        states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * self.item
         # Two streams of states and the learning target, or the states of a text that goes through layer by layer.
-        beside = max(3 * states + of_gradients, self._measured * hidden * item if streams and perplexity.names else 0)
-        if on_a_host and not streams and (self.orders or self.masks) and config.model.source in ("hub", "local"):
+        of_text = self._measured * hidden * self.item if streams and config.evaluation.perplexity.names else 0
+        beside: float = max(3 * states + self._gradients, of_text)
+        learns = self.orders or self.masks
+        if self.device.type == "cpu" and not streams and learns and config.model.source in ("hub", "local"):
             # Pages of the mapped files stay, beside weights that learning stores in another way.
             learn = {layer for learning in self.learning for first, stop in learning.windows for layer in range(first, stop)}
-            beside += sum(self.of_layers[layer] for layer in learn) * item
-        beside += pruned / 8 + (self._pinned if placement == "host" and streams else 0)  # masks, a bit a weight
-        return Needs({name: math.ceil(size) for name, size in stages.items()}, math.ceil(beside))
+            beside += sum(self.of_layers[layer] for layer in learn) * self.item
+        beside += self._pruned / 8  # masks, a bit a weight
+        return beside + (self._pinned if placement == "host" and streams else 0)
 
     def peak(self, placement: str) -> int:
         """Bytes that a run's `peak_memory_bytes` is expected to be: of the device; on a host all, with Python's own of now."""
