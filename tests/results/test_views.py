@@ -36,19 +36,21 @@ def document(folder: Path, words: str, block: str = "old\n") -> Path:
     return file
 
 
+COMPUTED_WITH = {
+    "versions": {"python": "3", "torch": "2", "transformers": "5"},
+    "git": None,
+    "hardware": {"system": "x", "processor": "P", "cores": 2, "threads": 2, "memory_bytes": 1, "device": "cpu"},
+    "seed": 0,
+    "command": "run.py",
+    "started": "2026-01-01",
+}
+
+
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     for size, value in ((32, 30.0), (64, 20.0)):
         make_run(tmp_path / "runs" / f"run{size}", value, block_size=size)
-        environment = {
-            "versions": {"python": "3", "torch": "2", "transformers": "5"},
-            "git": None,
-            "hardware": {"system": "x", "processor": "P", "cores": 2, "threads": 2, "memory_bytes": 1, "device": "cpu"},
-            "seed": 0,
-            "command": "run.py",
-            "started": "2026-01-01",
-        }
-        (tmp_path / "runs" / f"run{size}" / "environment.json").write_text(json.dumps(environment))
+        (tmp_path / "runs" / f"run{size}" / "environment.json").write_text(json.dumps(COMPUTED_WITH))
     assert call("records", [str(tmp_path / "runs"), "--to", str(tmp_path / "records.jsonl")]) == 0
     return tmp_path
 
@@ -91,6 +93,31 @@ def test_the_frontier_has_the_row_that_closes_most_first_and_what_it_costs(kept:
         f"| 64 | 2.5 | 2.50 GB | {gap:.2%} | 20.00 |",
         "| 32 | 2.0 | 2.50 GB | 0.00% | 30.00 |",
     ]
+
+
+def test_placements_are_beside_the_plan_and_the_device(tmp_path: Path) -> None:
+    for name, placement, seconds, peak in (
+        ("a", "device", 100.0, 4),
+        ("b", "device", 80.0, 3),
+        ("c", "disk", 100.0, 1),
+    ):
+        make_run(tmp_path / "runs" / name, 30.0)
+        file = tmp_path / "runs" / name / "metrics.json"
+        (file.parent / "environment.json").write_text(json.dumps(COMPUTED_WITH))
+        values = {"placement": placement, "planned_memory_bytes": 2 * 10**9, "peak_memory_bytes": peak * 10**9}
+        file.write_text(json.dumps(json.loads(file.read_text()) | values | {"seconds": {"load": 10.0, "permute": seconds}}))
+        assert call("records", [str(tmp_path / "runs" / name), "--to", str(tmp_path / "records.jsonl")]) == 0
+    file = document(tmp_path, "placements")
+    _, *lines = with_views(file).partition("-->\n")[2].partition("<!-- /view -->")[0].splitlines()
+    assert lines[1:3] == [
+        "| smollm2-135m | lcp | device | 2 | 2.00 GB | 4.00 GB | 90 |  |",
+        "| smollm2-135m | lcp | disk | 1 | 2.00 GB | 1.00 GB | 110 | +22% |",
+    ]
+    (tmp_path / "records.jsonl").unlink()
+    make_run(tmp_path / "old", 30.0)
+    assert call("records", [str(tmp_path / "old"), "--to", str(tmp_path / "records.jsonl")]) == 0
+    with pytest.raises(DataError, match="old does not say what was planned for which placement"):
+        with_views(file)
 
 
 @pytest.mark.parametrize(

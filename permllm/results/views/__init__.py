@@ -32,6 +32,7 @@ _MODULES = {
     "study": "studies",
     "ablation": "ablation",
     "frontier": "frontier",
+    "placements": "placements",
     "orders": "exports",
     "stock": "exports",
     "verify": "exports",
