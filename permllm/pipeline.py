@@ -252,7 +252,7 @@ def _prune_group(
         return saliency(dense[path], factors[path].to(dense[path].device))
 
     # Made anew for each linear afterwards: those of all members at once are the most memory that pruning takes.
-    perm = order(group.name, torch.cat([score(path) for path in group.members]), pattern)
+    perm = order(group.name, _below_each_other(map(score, group.members), sum(group.rows)), pattern)
     result.orders[group.name] = perm.cpu()
     result.moved[group.name] = float((perm.cpu() != torch.arange(group.channels)).float().mean())
     kept = total = 0.0
@@ -269,6 +269,21 @@ def _prune_group(
         result.masks[path] = mask.cpu()
         kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
     result.retained[group.name] = kept / max(total, 1e-300)
+
+
+def _below_each_other(parts: Iterator[Tensor], rows: int) -> Tensor:
+    """Matrices as one, `(rows, C)`: `torch.cat` would hold each of them twice."""
+    first = next(parts)
+    if len(first) == rows:
+        return first
+    whole = first.new_empty(rows, first.shape[1])
+    whole[: len(first)] = first
+    start = len(first)
+    del first
+    for part in parts:
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import ByT5Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +40,14 @@ def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype).normal_(std=deviation, generator=generator)
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, in the form that every family's tokenizer class reads."""
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def write_random(folder: Path, model: ModelConfig, shard_gb: float) -> None:
     """Write the checkpoint.
 
@@ -55,7 +65,7 @@ def write_random(folder: Path, model: ModelConfig, shard_gb: float) -> None:
     deviation = float(getattr(skeleton.config, "initializer_range", 0.02))
     write_shards(folder, planned, lambda name: random_tensor(name, planned[name], deviation), int(shard_gb * 1e9))
     skeleton.config.save_pretrained(folder)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def main() -> None:

@@ -98,7 +98,8 @@ def test_the_peers_are_run_by_their_protocol() -> None:
         assert not job.evaluation.zero_shot.tasks
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier")])  # texts of the hub
+# The first two take texts of the hub, the third any checkpoint.
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier", "scale")])
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
     for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "budget=cpu"):
         assert config.model.source == "wheel"  # nothing of the hub
@@ -110,6 +111,15 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         instantiate_permutation(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["epochs"] == 2
+
+
+def test_scale_reads_a_folder_layer_by_layer_and_needs_no_text() -> None:
+    (config,) = jobs("experiment=scale", "model.path=x", "permutation=none")
+    assert (config.model.source, config.model.placement, config.model.dtype) == ("local", "disk", "bfloat16")
+    assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == ("builtin", 8, 256)
+    measured = config.evaluation.perplexity
+    assert (measured.dataset, measured.limit, measured.seqlen) == ("builtin", 4, 512)
+    assert not config.evaluation.zero_shot.tasks
 
 
 def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +32,14 @@ def test_a_random_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(whole)("ab")["input_ids"]
     ids = torch.arange(16).unsqueeze(0)
     assert bool(model(ids).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_its_tokenizer_has_a_token_for_each_byte_whatever_class_reads_it(tmp_path: Path, family: str) -> None:
+    folder = written(tmp_path / "model", f"model.architecture.model_type={family}")
+    ids = AutoTokenizer.from_pretrained(folder)("The ß", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 6
+    assert max(ids) < 256
 
 
 def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
