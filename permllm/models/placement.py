@@ -56,9 +56,11 @@ class Placement:
     Attributes:
         streams: a layer's weights are on the device only inside of `layer`.
         reads_files: they are read from files each time, `lies_in` too.
+        pass_bytes: that come to the device in each pass through all layers.
     """
 
     streams = reads_files = False
+    pass_bytes = 0
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = decoder_layers(model)
@@ -151,6 +153,7 @@ class Streamed(Placement):
         super().__init__(model)
         _check_untied(model, self._prefix)
         self.device, self.dtype = device, dtype
+        self.pass_bytes = sum(value.numel() for layer in self._layers for value in layer.parameters()) * dtype.itemsize
         self.slots: list[list[Slot]] = []
         self._of_linear: dict[nn.Module, Slot] = {}
         self._held = [0] * len(self._layers)

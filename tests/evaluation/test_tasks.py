@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown
     assert {"colours acc (2 shots)", "sums exact_match (1 shot)"} <= set(shown.measures)
     assert isinstance(paired(shown.rows[0], shown.rows[0], "colours acc (2 shots)"), Paired)
     assert "scores" not in str(metrics["tasks"])
+
+
+def test_layers_that_wait_elsewhere_come_with_each_batch_which_is_said(
+    tasks: dict[str, str], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = []
+    for placement in ("device", "host"):
+        loaded = load_model(config("model=tiny", f"model.placement={placement}").model, 0)
+        with caplog.at_level(logging.INFO, logger="permllm"):
+            for name, asks in (("colours", TaskConfig(num_fewshot=1)), ("sums", TaskConfig(limit=2))):
+                results.append(run_task(loaded.model, loaded.tokenizer, tasks[name], asks, ZeroShotConfig()))
+    assert results[:2] == results[2:]
+    assert caplog.text.count("tasks bring all layers, 0.0 GB, with each batch of 8") == 2
 
 
 def test_a_task_is_asked_with_its_examples_before_the_item(
