@@ -46,7 +46,7 @@ from permllm.learning.settings import StraightThrough
 from permllm.learning.stacks import BlockStack
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
-from permllm.runtime.precision import product_dtype
+from permllm.runtime.precision import product, product_dtype
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
 StandIn = TypeVar("StandIn", bound=nn.Module)
@@ -78,7 +78,7 @@ class _PermutedMaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = product_dtype(x)
         flat = x.flatten(0, -2).to(dtype)
-        y = flat @ _masked_weight_t(weight, layout, perm, dtype)
+        y = product(flat, _masked_weight_t(weight, layout, perm, dtype))
         if bias is not None:
             y += bias
         ctx.save_for_backward(flat if learning else None, weight, perm, hard)
@@ -94,7 +94,7 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         weight_t = weight.t()
         grad_y = grads[0].flatten(0, -2)
         nothing = (None,) * 6
-        grad_masked_t: Any = x.t() @ grad_y if ctx.learns else None
+        grad_masked_t: Any = product(x.t(), grad_y) if ctx.learns else None
         grad_soft: list[Tensor] = []
         if ctx.orders:
             masked_t, grad_soft = _order_gradients(layout, weight_t, perm, hard, grad_masked_t, ctx.soft_dtype)
@@ -102,7 +102,7 @@ class _PermutedMaskedLinear(torch.autograd.Function):
             masked_t = _masked_weight_t(weight, layout, perm, ctx.product_dtype)
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
+            grad_x = product(grad_y, masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
         of_scores: list[Tensor] = []
         if len(ctx.needs_input_grad) > 7 + ctx.orders:

@@ -19,7 +19,7 @@ from permllm.learning.masked_linear import standing_in
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
 from permllm.models.families import ChannelGroup
-from permllm.runtime.precision import product_dtype
+from permllm.runtime.precision import product, product_dtype
 from permllm.sparsity import NMPattern, nm_mask
 
 
@@ -33,7 +33,7 @@ class _OrderedMaskedLinear(torch.autograd.Function):
         if module.order is not None:
             flat = flat.index_select(1, module.order)
         masked_t = module.masked_weight_t(dtype)
-        y = flat @ masked_t
+        y = product(flat, masked_t)
         if module.linear.bias is not None:
             y += module.linear.bias
         # The weight itself: the module's own may have left the device by then.
@@ -52,14 +52,14 @@ class _OrderedMaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if masked_t is None:
                 masked_t = module.masked_weight_t(ctx.product_dtype, weight)
-            grad_x = grad_y @ masked_t.t()
+            grad_x = product(grad_y, masked_t.t())
             if module.inverse is not None:
                 grad_x = grad_x.index_select(1, module.inverse)
             grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
         del masked_t  # before the gradients of the scores, which may be as large
         if not ctx.learning:
             return grad_x, None
-        return grad_x, None, *module.scores.gradients(x.t() @ grad_y, weight.t(), module.pattern.m)
+        return grad_x, None, *module.scores.gradients(product(x.t(), grad_y), weight.t(), module.pattern.m)
 
 
 class OrderedMaskedLinear(nn.Module):

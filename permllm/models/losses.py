@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.models.head import Head, tokens_at_a_time
-from permllm.runtime.precision import product_dtype
+from permllm.runtime.precision import product, product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
 
@@ -90,13 +90,13 @@ def _plain_chunk(weight: Tensor) -> _Chunk:
     dtype = weight.dtype
 
     def chunk(sparse: Tensor, dense: Tensor, tokens: int | None) -> tuple[Tensor, Tensor | None]:
-        log_p = _wide(dense.to(dtype) @ weight.t()).log_softmax(-1)
-        log_q = _wide(sparse.to(dtype) @ weight.t()).log_softmax(-1)
+        log_p = _wide(product(dense.to(dtype), weight.t())).log_softmax(-1)
+        log_q = _wide(product(sparse.to(dtype), weight.t())).log_softmax(-1)
         p = log_p.exp()
         divergence = log_p.sub_(log_q).mul_(p).sum()
         if tokens is None:
             return divergence, None
-        return divergence, log_q.exp_().sub_(p).div_(tokens).to(dtype) @ weight
+        return divergence, product(log_q.exp_().sub_(p).div_(tokens).to(dtype), weight)
 
     return chunk
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,18 @@ def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
 
 
 class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """`linear` of bfloat16 or float16 tensors is a product of float32 copies, rounded; so are its gradients."""
+    """`linear` of bfloat16 or float16 tensors, and `product`, multiply float32 copies, and round; so do their gradients."""
+
+    entered = 0  # a mode does not reach into backward
+
+    def __enter__(self) -> Self:
+        ThroughFloat32.entered += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        ThroughFloat32.entered -= 1
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,17 +82,30 @@ _HALF = (torch.bfloat16, torch.float16)
 _PIECE = 1 << 24
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of two matrices, whose gradients the caller knows; of half precision as `ThroughFloat32` has it."""
+    if ThroughFloat32.entered and left.dtype == right.dtype and left.dtype in _HALF:
+        return _through_float32(left, right.t(), None)
+    return left @ right
+
+
+def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear`, the weight copied in pieces."""
+    wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
+    with _as_they_are(states):
+        for rows in _pieces(weight, states.numel() // states.shape[-1]):
+            of_rows = None if bias is None else bias[rows].float()
+            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(states.dtype)
+    return output
+
+
 class _LinearThroughFloat32(torch.autograd.Function):
-    """A weight is copied in pieces, forward and backward: what waits for backward is in half precision."""
+    """What waits for backward is in half precision."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(states if weight.requires_grad else None, weight)
-        wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
-        for rows in _pieces(weight, states.numel() // states.shape[-1]):
-            of_rows = None if bias is None else bias[rows].float()
-            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(states.dtype)
-        return output
+        return _through_float32(states, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -89,14 +113,18 @@ class _LinearThroughFloat32(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         wide, dtype = gradient.float(), gradient.dtype
         tokens = wide.flatten(0, -2)
-        of_states = None
-        if ctx.needs_input_grad[0]:
-            of_states = sum(wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)).to(dtype)
-        return (
-            of_states,
-            (tokens.t() @ states.flatten(0, -2).float()).to(dtype) if ctx.needs_input_grad[1] else None,
-            tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None,
-        )
+        of_states = of_weight = None
+        with _as_they_are(gradient):
+            if ctx.needs_input_grad[0]:
+                of_states = sum(wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)).to(dtype)
+            if ctx.needs_input_grad[1]:
+                of_weight = (tokens.t() @ states.flatten(0, -2).float()).to(dtype)
+        return of_states, of_weight, tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None
+
+
+def _as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
+    """Products inside are made in the format of their factors: autocast would round float32 copies to halves again."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:

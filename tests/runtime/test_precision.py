@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.masked_linear import PermutedMaskedLinear
@@ -127,6 +130,38 @@ def test_half_precision_through_float32_rounds_once(dtype: torch.dtype, piece: i
         # Half a unit in the last place of what float64 gives, and what a sum in float32 is off by.
         bound = torch.finfo(dtype).eps / 2 * value.abs() + 1e-5
         assert bool(((actual.double() - value).abs() <= bound).all()), name
+
+
+class Formats(TorchDispatchMode):
+    """What matrix products are made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.found += [value.dtype for value in args if isinstance(value, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rounds", [torch.float32, torch.bfloat16])  # the latter is autocast, as around calibration
+def test_no_product_of_a_half_precision_model_is_made_in_half_precision(rounds: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24).bfloat16()
+    logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
+    module = PermutedMaskedLinear(linear, Scores(SaliencyFactors(1, torch.ones(1, 32))), NMPattern(2, 4), logits.stacks)
+    x = torch.randn(5, 32).bfloat16().requires_grad_()
+    with ThroughFloat32(), products_in(rounds, CPU), Formats() as formats:
+        module.set_order(logits.base, torch.arange(16).repeat(2), [sinkhorn(stack, 1.0, 5) for stack in logits.effective()])
+        y, plain = module(x), linear(x)
+        (y + plain).sum().backward()
+        model = tiny_model("llama", dtype=torch.bfloat16)
+        states = [torch.randn(2, 3, 32).bfloat16() for _ in range(2)]
+        head_divergence(Head(model), states[0].requires_grad_(), states[1]).backward()
+    assert y.dtype == plain.dtype == torch.bfloat16
+    assert len(formats.found) > 8
+    assert not {torch.bfloat16, torch.float16} & set(formats.found)
 
 
 def test_products_go_through_float32_where_a_cpu_cannot_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
