@@ -294,7 +294,7 @@ class Footprint:
         of_text = self._measured * hidden * self.item if streams and config.evaluation.perplexity.names else 0
         beside: float = max(3 * states + self._gradients, of_text)
         learns = self.orders or self.masks
-        if self.device.type == "cpu" and not streams and learns and config.model.source in ("hub", "local"):
+        if self.device.type == "cpu" and not streams and learns and config.model.source != "random":
             # Pages of the mapped files stay, beside weights that learning stores in another way.
             learn = {layer for learning in self.learning for first, stop in learning.windows for layer in range(first, stop)}
             beside += sum(self.of_layers[layer] for layer in learn) * self.item

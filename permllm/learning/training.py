@@ -380,7 +380,7 @@ class Training:
 
     def _recompute(self, hidden: Tensor) -> bool:
         """Whether backward computes each decoder layer anew instead of keeping what it needs; decided at the first step."""
-        if self._placement.streams:  # else what backward needs would hold the weights of all layers
+        if self._placement.copies:  # else what backward needs would hold the weights of all layers
             return True
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing

@@ -55,11 +55,12 @@ class Placement:
 
     Attributes:
         streams: a layer's weights are on the device only inside of `layer`.
+        copies: what comes to the device is not what waits: a graph that backward will go through would hold it all the while.
         reads_files: they are read from files each time, `lies_in` too.
         pass_bytes: that come to the device in each pass through all layers.
     """
 
-    streams = reads_files = False
+    streams = copies = reads_files = False
     pass_bytes = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,7 +146,7 @@ class Streamed(Placement):
         ConfigError: layers share parameters with each other, or with the rest of the model.
     """
 
-    streams = True
+    streams = copies = True
 
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
@@ -307,6 +308,7 @@ class OnHost(Streamed):
             return _pinned(parameter.data, device)
 
         super().__init__(model, device, next(model.parameters()).dtype, pinned)
+        self.copies = device.type != "cpu"
 
     @override
     def store_changed(self, slot: Slot, change: Change) -> None:
