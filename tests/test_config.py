@@ -73,7 +73,7 @@ def test_every_option_says_what_it_is_and_the_command_that_uses_it(option: Path)
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) -> None:
     overrides = [f"{option.parent}={option.stem}"]
-    if option.stem == "local":
+    if option.stem in ("local", "scale"):
         overrides.append(f"model.path={tmp_path}")
     if option.stem == "gemma3-270m":
         overrides.append("model.accept_terms=true")
