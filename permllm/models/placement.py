@@ -57,11 +57,9 @@ class Placement:
         streams: a layer's weights are on the device only inside of `layer`.
         copies: what comes to the device is not what waits: a graph that backward will go through would hold it all the while.
         reads_files: they are read from files each time, `lies_in` too.
-        pass_bytes: that come to the device in each pass through all layers.
     """
 
     streams = copies = reads_files = False
-    pass_bytes = 0
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = decoder_layers(model)
@@ -154,7 +152,6 @@ class Streamed(Placement):
         super().__init__(model)
         _check_untied(model, self._prefix)
         self.device, self.dtype = device, dtype
-        self.pass_bytes = sum(value.numel() for layer in self._layers for value in layer.parameters()) * dtype.itemsize
         self.slots: list[list[Slot]] = []
         self._of_linear: dict[nn.Module, Slot] = {}
         self._held = [0] * len(self._layers)
