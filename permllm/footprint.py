@@ -298,7 +298,8 @@ class Footprint:
             # Pages of the mapped files stay, beside weights that learning stores in another way.
             learn = {layer for learning in self.learning for first, stop in learning.windows for layer in range(first, stop)}
             beside += sum(self.of_layers[layer] for layer in learn) * self.item
-        beside += self._pruned / 8  # masks, a bit a weight
+        if placement != "disk" or not self._mask.local:
+            beside += self._pruned / 8  # masks, a bit a weight, which are read from files else
         return beside + (self._pinned if placement == "host" and streams else 0)
 
     def peak(self, placement: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import masked, placement_of
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.record.pruned_layers import FoundLayer, PrunedLayers
+from permllm.record.tensor_file import read_tensor
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, PackedMasks, permuted_nm_mask, saliency_sum, violations
 
@@ -114,9 +116,8 @@ def prune(
     for index, members in by_layer(model, groups, "prune"):
         kept_layer = kept_layers.read(index, members, pattern, changes) if members else None
         if kept_layer is not None:
-            _take_over(model, index, kept_layer, dense, pruned)
-            _read_from_file(model, kept_layers, index)
-            result.add(kept_layer)
+            _take_over(model, index, kept_layer, result, dense, pruned)
+            _read_from_file(model, kept_layers, index, result.masks)
             for path in kept_layer.masks:
                 gradients.pop(path, None)
             continue
@@ -139,7 +140,7 @@ def prune(
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():
-            mask = None if changes else result.masks.packed(path)
+            mask = None if changes else partial(result.masks.__getitem__, path)
             placement.replace(linear_at(model, path), weight, mask)
         if pruned is not None:
             if weights and reconstruction.changes_weights:
@@ -148,7 +149,8 @@ def prune(
             pruned.advance(index)
         if members:
             new = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
-            _keep_layer(model, index, result.of_layer(members, new), kept_layers)
+            kept_layers.write(index, result.of_layer(members, new))
+            _read_from_file(model, kept_layers, index, result.masks)
     if reconstruction.changes_weights:
         linears = [linear_at(model, path) for path in result.masks]
         if network_tokens is None or target is None:
@@ -203,32 +205,31 @@ def _reconstruct(
         placement.replace(linear, linear.weight.data)
 
 
-def _take_over(model: nn.Module, index: int, layer: FoundLayer, dense: LayerStream, pruned: LayerStream | None) -> None:
-    """Give a dense layer the weights that an earlier attempt has found, and advance the states before and after."""
+def _take_over(
+    model: nn.Module, index: int, layer: FoundLayer, result: PrunedModel, dense: LayerStream, pruned: LayerStream | None
+) -> None:
+    """Add what an earlier attempt has found of a layer, give it its weights, and advance the states before and after."""
+    result.add(layer)
     dense.advance(index)
     for path in layer.masks:
         linear = linear_at(model, path)
         if path in layer.weights:
             placement_of(model).replace(linear, layer.weights[path].to(linear.weight))
         else:
-            mask = layer.masks.packed(path)
-            placement_of(model).replace(linear, masked(mask, linear.weight), mask)
+            mask = partial(result.masks.__getitem__, path)
+            placement_of(model).replace(linear, masked(mask(), linear.weight), mask)
     if pruned is not None:
         pruned.advance(index)
 
 
-def _keep_layer(model: nn.Module, index: int, layer: FoundLayer, kept_layers: PrunedLayers) -> None:
-    """Have a layer that is pruned in a file of its own."""
-    kept_layers.write(index, layer)
-    _read_from_file(model, kept_layers, index)
-
-
-def _read_from_file(model: nn.Module, kept_layers: PrunedLayers, index: int) -> None:
-    """Where weights stay on disk, have those of a layer that were changed read from the file that keeps them."""
+def _read_from_file(model: nn.Module, kept_layers: PrunedLayers, index: int, masks: PackedMasks) -> None:
+    """Where weights stay on disk, have a layer's masks, and weights that were changed, read from the file that keeps them."""
     placement = placement_of(model)
-    if placement.reads_files and (found := kept_layers.weights_of(index)) is not None:
-        file, names = found
-        placement.lies_in(file, {linear_at(model, path): name for path, name in names.items()})
+    if placement.reads_files and (kept := kept_layers.file_of(index)) is not None:
+        if kept.weights:
+            placement.lies_in(kept.file, {linear_at(model, path): name for path, name in kept.weights.items()})
+        for path, name in kept.masks.items():
+            masks.set_packed(path, partial(read_tensor, kept.file, name), masks.shape(path))
 
 
 def _prune_group(

@@ -8,7 +8,7 @@ tie often (in 15 % of the groups of four, the second and third magnitudes are eq
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 
 
 class PackedMasks(MutableMapping[str, Tensor]):
-    """Masks by name that take one bit an entry while they wait; each is unpacked anew when it is asked for.
+    """Masks by name that take one bit an entry while they wait, or none; each is unpacked anew when it is asked for.
 
     Changing what was unpacked changes nothing here: a mask is set again for that.
 
@@ -169,12 +169,12 @@ class PackedMasks(MutableMapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = ()) -> None:
-        self._bits: dict[str, Tensor] = {}
+        self._bits: dict[str, Tensor | Callable[[], Tensor]] = {}
         self._shapes: dict[str, torch.Size] = {}
         self.update(masks)
 
     def __getitem__(self, name: str) -> Tensor:
-        return unpacked_mask(self._bits[name], self._shapes[name])
+        return unpacked_mask(*self.packed(name))
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
         self.set_packed(name, packed_mask(mask), mask.shape)
@@ -190,13 +190,24 @@ class PackedMasks(MutableMapping[str, Tensor]):
 
     def packed(self, name: str) -> tuple[Tensor, torch.Size]:
         """A mask as `packed_mask` gives it, and its shape."""
-        return self._bits[name], self._shapes[name]
+        bits = self._bits[name]
+        return bits if isinstance(bits, Tensor) else bits(), self._shapes[name]
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a mask, `(C_out, C_in)` of a linear's."""
+        return self._shapes[name]
 
     def take(self, other: PackedMasks, names: Iterable[str]) -> None:
-        """Have masks of others, as they are packed there."""
+        """Have masks of others, as they are packed there, or wherever they are read from."""
         for name in names:
-            self.set_packed(name, *other.packed(name))
+            self.set_packed(name, other._bits[name], other._shapes[name])
 
-    def set_packed(self, name: str, bits: Tensor, shape: Sequence[int]) -> None:
-        """Have a mask that is packed already."""
+    def set_packed(self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]) -> None:
+        """Have a mask that is packed already.
+
+        Args:
+            name: of the mask.
+            bits: as `packed_mask` gives them; or what reads them, each time that the mask is asked for.
+            shape: of the mask.
+        """
         self._bits[name], self._shapes[name] = bits, torch.Size(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +15,7 @@ from permllm.record.files import read_json
 from permllm.record.names import METRICS, WEIGHTS
 from permllm.record.pruned import Pruned
 from permllm.record.schema import Metrics
-from permllm.sparsity import NMPattern, packed_mask
+from permllm.sparsity import NMPattern
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
@@ -48,6 +49,4 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                     placement.replace(linear, kept.weight(path, dense))
                     placement.lies_in(directory / WEIGHTS, {linear: path})
                 else:
-                    mask = kept.mask(path)
-                    bits = packed_mask(mask), mask.shape
-                    placement.replace(linear, masked(bits, dense), bits)
+                    placement.replace(linear, masked(kept.mask(path), dense), partial(kept.checked_mask, path))

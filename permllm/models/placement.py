@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -29,10 +28,9 @@ from permllm.errors import ConfigError
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.mapped_file import MappedFile
 from permllm.runtime.memory import to_device
-from permllm.sparsity import unpacked_mask
 
 Change = Callable[[Tensor], Tensor]
-Packed = tuple[Tensor, torch.Size]
+Mask = Callable[[], Tensor]
 
 _PLACEMENTS: WeakKeyDictionary[nn.Module, Placement] = WeakKeyDictionary()
 
@@ -74,13 +72,13 @@ class Placement:
         """The decoder layer of the module at a path, as `layer`."""
         return self.layer(int(path.removeprefix(f"{self._prefix}.").partition(".")[0]))
 
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Packed | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
         """Give a linear another weight for good.
 
         Args:
             linear: of a layer that is there.
             weight: `(C_out, C_in)`.
-            mask: bits and shape of `PackedMasks`, where the weight is the present one times a mask.
+            mask: gives bool `(C_out, C_in)` each time that it is called, where the weight is the present one under a mask.
         """
         linear.weight.data.copy_(weight)
 
@@ -233,7 +231,7 @@ class Streamed(Placement):
         """A parameter on the device, from what the store has of it."""
         return to_device(stored, self.device)
 
-    def replace(self, linear: nn.Linear, weight: Tensor, mask: Packed | None = None) -> None:
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
         """Give a linear another weight for good, see `Placement.replace`."""
         slot = self._of_linear[linear]
         self.keep(slot, weight, mask)
@@ -259,7 +257,7 @@ class Streamed(Placement):
             for handle in handles:
                 handle.remove()
 
-    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
+    def keep(self, slot: Slot, weight: Tensor, mask: Mask | None) -> None:
         """Have the store give another weight from now on."""
         raise NotImplementedError
 
@@ -317,7 +315,7 @@ class OnHost(Streamed):
         self.store_changed(slot, change)
 
     @override
-    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
+    def keep(self, slot: Slot, weight: Tensor, mask: Mask | None) -> None:
         slot.stored.copy_(weight)
 
 
@@ -333,11 +331,11 @@ class Untouched(Streamed):
         slot.changes.pop()
 
     @override
-    def keep(self, slot: Slot, weight: Tensor, mask: Packed | None) -> None:
+    def keep(self, slot: Slot, weight: Tensor, mask: Mask | None) -> None:
         if mask is None:
             self.hold(slot, weight)
         else:
-            slot.changes.append(partial(masked, mask))
+            slot.changes.append(lambda dense: masked(mask(), dense))
 
     def hold(self, slot: Slot, weight: Tensor) -> None:
         """Have a weight of its own, with no changes, in the place of what is stored."""
@@ -409,9 +407,9 @@ def _check_untied(model: nn.Module, prefix: str) -> None:
             )
 
 
-def masked(mask: Packed, weight: Tensor) -> Tensor:
-    """A weight with zeros, never -0.0, where a mask of bits has none."""
-    return torch.where(unpacked_mask(*mask).to(weight.device), weight, weight.new_zeros(()))
+def masked(mask: Tensor, weight: Tensor) -> Tensor:
+    """A weight with zeros, never -0.0, where a mask, bool `(C_out, C_in)`, has none."""
+    return torch.where(mask.to(weight.device), weight, weight.new_zeros(()))
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

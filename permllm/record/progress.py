@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.record.job_log import noted
-from permllm.runtime.memory import peak_host_memory, peak_memory
+from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
 
 
 class Progress:
@@ -41,6 +41,7 @@ class Progress:
 
         A stage inside of another one takes its seconds out of that one's, and leaves the saving to it.
         """
+        return_freed_memory()  # or this stage's peak would have what the last one took
         self._lap()
         self._stages.append(name)
         try:

@@ -96,6 +96,10 @@ class Pruned:
         check_mask(self._file, path, mask, self._order_of[path], self._pattern_of[path])
         return mask
 
+    def checked_mask(self, path: str) -> Tensor:
+        """What `mask` has given and checked before, read again."""
+        return self._mask(path)
+
     @property
     def weights_changed(self) -> bool:
         """Whether the kept weights are others than the dense model's."""

@@ -51,6 +51,21 @@ class FoundLayer:
     output_error: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LayerFile:
+    """Where what was found of a layer is kept.
+
+    Attributes:
+        file: safetensors.
+        masks: names of their bits in it, as `packed_mask` gives them, by linear.
+        weights: names of the changed ones in it, by linear.
+    """
+
+    file: Path
+    masks: dict[str, str]
+    weights: dict[str, str]
+
+
 class _Stated(TypedDict):
     run: str
     index: Whole
@@ -73,7 +88,7 @@ class PrunedLayers:
         self._run = run
         self._reads = self._folder is not None and self._folder.is_dir()
         self._writes = self._folder is not None
-        self._changed: dict[int, list[str]] = {}
+        self._kept: dict[int, LayerFile] = {}
         self._asked = False
 
     def read(self, index: int, groups: Sequence[Group], pattern: NMPattern, changed: bool) -> FoundLayer | None:
@@ -91,22 +106,20 @@ class PrunedLayers:
         if file.is_file():
             try:
                 found = self._read(file, index, groups, pattern, changed)
-                self._changed[index] = list(found.weights)
+                self._kept[index] = _contents(file, found)
                 return found
             except DataError as error:
                 log.warning("%s: the layer is pruned anew", error)
         self._reads = False  # those after it may follow from another one
         return None
 
-    def weights_of(self, index: int) -> tuple[Path, dict[str, str]] | None:
-        """The file that has the changed weights of a layer, and their names in it by linear; None where none is kept.
+    def file_of(self, index: int) -> LayerFile | None:
+        """The file that keeps a layer; None where none does.
 
         Whoever asks may read from the file for as long as the run goes on: it stays, even if a later layer cannot be written.
         """
-        if self._folder is None or not self._changed.get(index):
-            return None
-        self._asked = True
-        return self._file(self._folder, index), {path: _WEIGHT + path for path in self._changed[index]}
+        self._asked = self._asked or index in self._kept
+        return self._kept.get(index)
 
     def write(self, index: int, layer: FoundLayer) -> None:
         """Keep a layer; where it cannot be written none is kept any more, and pruning goes on."""
@@ -121,8 +134,9 @@ class PrunedLayers:
         stated |= {"moved": layer.moved, "output_error": layer.output_error}
         try:
             self._folder.mkdir(exist_ok=True)
-            write_tensors(self._file(self._folder, index), tensors, {_STATED: json.dumps(stated)})
-            self._changed[index] = list(layer.weights)
+            file = self._file(self._folder, index)
+            write_tensors(file, tensors, {_STATED: json.dumps(stated)})
+            self._kept[index] = _contents(file, layer)
         except (DataError, OSError) as error:
             log.warning("%s: should the run be stopped, it prunes all layers again", error)
             self._writes = False
@@ -164,3 +178,7 @@ class PrunedLayers:
     @staticmethod
     def _file(folder: Path, index: int) -> Path:
         return folder / f"{index:05d}.safetensors"
+
+
+def _contents(file: Path, layer: FoundLayer) -> LayerFile:
+    return LayerFile(file, {path: _MASK + path for path in layer.masks}, {path: _WEIGHT + path for path in layer.weights})

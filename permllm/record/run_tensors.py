@@ -7,19 +7,18 @@ this model leaves, or a `DataError` names the file and the group or linear.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from permllm.errors import DataError
 from permllm.record.schema import Positive, validated
-from permllm.record.tensor_file import check_file, read_header, read_tensors
+from permllm.record.tensor_file import check_file, read_header, read_tensor, read_tensors
 from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, PackedMasks, unpacked_mask, violations
 
@@ -73,11 +72,11 @@ def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
         masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
-    bits, shapes = {}, {}
-    for name in packed:
-        bits[name], shape = packed.packed(name)
-        shapes[name] = list(shape)
-    write_tensors(path, bits, {_SHAPES: json.dumps(shapes)})
+    shapes = {name: list(packed.shape(name)) for name in packed}
+    planned = {
+        name: torch.empty(-(-math.prod(shape) // 8), dtype=torch.uint8, device="meta") for name, shape in shapes.items()
+    }
+    write_tensors(path, planned, {_SHAPES: json.dumps(shapes)}, make=lambda name: packed.packed(name)[0])
 
 
 def mask_names(path: Path) -> list[str]:
@@ -104,8 +103,7 @@ def mask_reader(path: Path, shapes: Mapping[str, tuple[int, int]] | None = None)
                 raise DataError(f"{path}: the mask of {name} is {tuple(stated[name])}, and the linear {shape}")
 
     def read(name: str) -> Tensor:
-        with _opened(path) as file:
-            return unpacked_mask(file.get_tensor(name), stated[name])
+        return unpacked_mask(read_tensor(path, name), stated[name])
 
     return read
 
@@ -152,8 +150,7 @@ def weight_reader(path: Path, shapes: Mapping[str, tuple[int, int]]) -> TensorRe
             raise DataError(f"{path}: the weight of {name} is not a floating-point {shape}")
 
     def read(name: str) -> Tensor:
-        with _opened(path) as file:
-            weight: Tensor = file.get_tensor(name)
+        weight = read_tensor(path, name)
         if not all(bool(bound.isfinite()) for bound in weight.aminmax()):
             raise DataError(f"{path}: the weight of {name} is not finite")
         return weight
@@ -181,12 +178,3 @@ def _check_names(path: Path, found: Collection[str], wanted: Collection[str]) ->
     if lacking or strange:
         text = f"lacks {lacking[0]}" if lacking else f"holds {strange[0]}, which the model has not"
         raise DataError(f"{path} {text}: it is of another model, or a part of what was written")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error

@@ -11,12 +11,13 @@ import math
 import mmap
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -171,8 +172,21 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         DataError: it is missing, no safetensors file, or not as it was written (`check_file`).
     """
     check_file(file)
-    try:
+    with _readable(file):
         return load_file(file)
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, on the CPU, as it is there. Raises DataError where it cannot be read."""
+    with _readable(file), safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 

@@ -34,6 +34,13 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Give back what the GNU C library keeps of freed memory: tensors of another kind may find no place in it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Forget earlier peaks, so that each job of a sweep in one process reports its own (Linux; elsewhere no effect)."""
     if device.type == "cuda":

@@ -135,6 +135,23 @@ def test_changed_weights_of_a_model_that_is_read_from_disk_are_read_from_there(
             pass
 
 
+@pytest.mark.parametrize("method", ["dense", "sequential"])
+def test_masks_of_a_model_that_is_read_from_disk_are_read_from_there(
+    method: str, tmp_path: Path, on_disk: Callable[[], torch.nn.Module]
+) -> None:
+    whole = pruned(None, method, Orders())
+    with pytest.raises(Stopped):
+        pruned(tmp_path, method, Orders(stop=2), model=on_disk())
+    model, result = pruned(tmp_path, method, Orders(), model=on_disk())
+    check_equal((model, result), whole)
+    with placement_of(model).layer(0):
+        pass  # the one that is there now is another
+    for index in (1, 3):  # of the attempt before, and of this one
+        (tmp_path / PRUNED_LAYERS / f"{index:05d}.safetensors").unlink()
+        with pytest.raises(DataError, match=f"{index:05d}.safetensors cannot be read"), placement_of(model).layer(index):
+            pass
+
+
 def test_files_that_weights_are_read_from_stay_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: Callable[[], torch.nn.Module]
 ) -> None:

@@ -1,0 +1,36 @@
+"""Memory that is freed is kept while a stage runs, and goes back before the next."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import ROOT
+
+STAGES = """
+import torch
+from permllm.record.progress import Progress
+from permllm.runtime.memory import host_memory, keep_freed_memory
+keep_freed_memory()
+progress, cpu = Progress(), torch.device("cpu")
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = host_memory()
+with progress.stage("one", cpu):
+    taken = [torch.ones(1 << 18) for _ in range(400)]  # of 1 MiB each
+    above = taken[-1]  # stays on top of the heap, so that nothing below goes back by itself
+    del taken
+    kept = host_memory() - before
+with progress.stage("two", cpu):
+    print(kept, host_memory() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GNU C library's")
+def test_what_a_stage_has_freed_is_given_back_before_the_next() -> None:
+    command = [sys.executable, "-c", STAGES]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 350 << 20
+    assert left < 50 << 20
