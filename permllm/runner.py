@@ -51,7 +51,7 @@ from permllm.record.store import RunRecord, run_directory
 from permllm.record.tensors import write_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
+from permllm.runtime.memory import keep_freed_memory, reset_peak_memory, return_freed_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.stages import figures, prune_model
@@ -80,6 +80,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         return run_study(config, instantiate(config.study), methods.pruner)
     if device.type == "cpu":
         keep_freed_memory()
+        return_freed_memory()  # an earlier job's, or it would count as taken
     skeleton = cache(partial(meta_model, config.model))
     if config.plan or config.model.source != "hub" or config.model.architecture:
         check_groups(config, groups_to_prune(skeleton(), config), methods.permutation)

@@ -36,6 +36,8 @@ def prune_model(
     order, masks = learned_masks(job, drawn, dense, order_of(job, drawn, dense))
     count = len(tokens)
     of_network = windows_for(job.methods.reconstruction, count)
+    factors = dense.factors if dense is not None and config.calibration.statistics == "dense" else None
+    del dense  # the states that were learned from: pruning needs none of them
     with record.stage("prune", job.device):
         pruned = prune(
             job.loaded.model,
@@ -45,7 +47,7 @@ def prune_model(
             config.pattern,
             order,
             config.calibration.batch_size,
-            dense.factors if dense is not None and config.calibration.statistics == "dense" else None,
+            factors,
             job.methods.reconstruction,
             job.products,
             masks,

@@ -355,6 +355,9 @@ class Training:
         batch = self.samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
+        if recompute and self._placement.copies and parallel.world_size() > 1:
+            # Layers that nothing learns in come again in backward too, as in a process that has no sample (`_visit`).
+            hidden = hidden.detach().requires_grad_()
         for index in range(self.window.first, self.window.stop):
             if recompute:
                 hidden = checkpoint(self._layer, index, hidden, kwargs[index], moment, use_reentrant=False)

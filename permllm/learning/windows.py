@@ -41,10 +41,13 @@ class WindowStream:
         stream, position = self._pruned or (self._new(), 0)
         for index in range(position, first):
             with placement_of(self.problem.model).layer(index):
-                dense = self._prune_layer(index, mask_of)
-                stream.advance(index)
-                for path, weight in dense.items():
-                    linear_at(self.problem.model, path).weight.data = weight
+                dense: dict[str, Tensor] = {}
+                try:
+                    self._prune_layer(index, mask_of, dense)
+                    stream.advance(index)
+                finally:
+                    for path, weight in dense.items():
+                        linear_at(self.problem.model, path).weight.data = weight
         self._pruned = (stream, first)
         return stream.states()
 
@@ -61,12 +64,10 @@ class WindowStream:
     def _new(self) -> LayerStream:
         return LayerStream(self.problem.model, self.problem.tokens, self.problem.calibration_batch_size)
 
-    def _prune_layer(self, index: int, mask_of: MaskOf) -> dict[str, Tensor]:
-        """Mask the linears of a layer; their dense weights by path, to be put back."""
-        dense = {}
+    def _prune_layer(self, index: int, mask_of: MaskOf, dense: dict[str, Tensor]) -> None:
+        """Mask the linears of a layer, and have their dense weights by path, to be put back."""
         for group in (group for group in self.problem.groups if group.layer == index):
             for path in group.members:
                 weight = linear_at(self.problem.model, path).weight
                 dense[path] = weight.data
                 weight.data = torch.where(mask_of(group, path).to(weight.device), weight.data, 0.0)
-        return dense

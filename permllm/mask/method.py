@@ -122,22 +122,31 @@ class MaskLearning(MaskSettings):
                 of_window = [group for group in problem.groups if group.layer in window]
                 start = parallel.from_first(partial(refining.packed, of_window, present))
             with self._learners(problem, window, (present, best), learned, scores, start, lcp) as learners:
+                scores.clear()  # the learners have them
                 training = Training(self, problem, window, learners, "mask", MASK_CHECKPOINT, best_loss, passes)
                 if state is not None and number == begin:
                     training.restore(state)
                     state = None  # which is as large as what learns
                 training.run()
                 best_loss = training.best_loss
-                *of_orders, masks = learners
-                assert isinstance(masks, MaskLearner)
-                for learner in of_orders:
-                    assert isinstance(learner, OrderLearner)
-                    present |= expanded(learner.shared, learner.best)
-                if masks.best:
-                    learned |= masks.best
-                    best |= present
-                scores = masks.scores_of_the_dense_order() if round_ + 1 < self.rounds else {}
+                scores = self._take(learners, present, best, learned, again=round_ + 1 < self.rounds)
+                del training, learners  # before those of the next window, which are as large
         return best, PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
+
+    @staticmethod
+    def _take(
+        learners: list[Learner], present: dict[str, Tensor], best: dict[str, Tensor], learned: dict[str, Tensor], again: bool
+    ) -> ScoresOf:
+        """Have the orders and masks that a window has learned; the scores, where it learns again."""
+        *of_orders, masks = learners
+        assert isinstance(masks, MaskLearner)
+        for learner in of_orders:
+            assert isinstance(learner, OrderLearner)
+            present |= expanded(learner.shared, learner.best)
+        if masks.best:
+            learned |= masks.best
+            best |= present
+        return masks.scores_of_the_dense_order() if again else {}
 
     def _searched(
         self, problem: LearningProblem, permutation: Any, scores: ScoresOf, span: tuple[int, int]

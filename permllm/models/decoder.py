@@ -120,15 +120,23 @@ class LayerStream:
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
+        self._batch_size = batch_size
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by batch size: the last batch may be smaller
-        self._hidden: list[Tensor] = []
-        for batch in self._batches:
+        self._states = torch.empty(0)
+        for position, batch in enumerate(self._batches):
             inputs = layer_inputs(model, batch)
             self._kwargs.setdefault(len(batch), inputs.kwargs)
-            self._hidden.append(inputs.hidden.to("cpu"))
+            if not position:
+                self._states = torch.empty(len(tokens), *inputs.hidden.shape[1:], dtype=inputs.hidden.dtype)
+            self._hidden[position].copy_(inputs.hidden)
+
+    @property
+    def _hidden(self) -> tuple[Tensor, ...]:
+        """The states batch by batch."""
+        return self._states.split(self._batch_size)
 
     def batches(self, index: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """The present states batch by batch, on the host, and what layer `index` is called with for each."""
+        """States batch by batch, on the host, and what layer `index` is called with for each; until the stream advances."""
         return list(self._hidden), [self._kwargs[len(hidden)][index] for hidden in self._hidden]
 
     def forward(self, index: int) -> Iterator[Tensor]:
@@ -143,8 +151,12 @@ class LayerStream:
 
     def advance(self, index: int) -> None:
         """Replace the states by the outputs of layer `index` as it now is."""
+        states = self._states
         for position, output in enumerate(self.forward(index)):
-            self._hidden[position] = output.to("cpu")
+            if output.dtype != states.dtype:
+                states = torch.empty_like(states, dtype=output.dtype)
+            states.split(self._batch_size)[position].copy_(output)
+        self._states = states
 
     def to_the_end(self, label: str) -> None:
         """Advance through all layers, with a bar of progress."""
@@ -152,5 +164,5 @@ class LayerStream:
             self.advance(index)
 
     def states(self) -> Tensor:
-        """The present states, `(samples, tokens, hidden)` on the host."""
-        return torch.cat(self._hidden)
+        """The states, `(samples, tokens, hidden)` on the host, until the stream advances."""
+        return self._states

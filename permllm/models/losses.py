@@ -13,10 +13,16 @@ from permllm.runtime.precision import product, product_dtype
 
 LOSSES = ("cosine", "mse", "kl")
 
+# Logits that exist at a time on a GPU, where that is more than 128 tokens and less than 1024.
+_LOGITS = 1 << 25
+
 
 def chunk_of(device: torch.device, vocabulary: int) -> int:
-    """Tokens whose logits over the vocabulary exist at a time, at most: a GPU reads the whole head for each such part."""
-    return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else 1024)
+    """Tokens whose logits over the vocabulary exist at a time, at most.
+
+    A GPU reads the whole head for each such part, so that it should be large, and holds four numbers a logit.
+    """
+    return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary)))
 
 
 def loss_named(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -156,7 +156,8 @@ class Streamed(Placement):
         self._there: set[int] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, list[Tensor]] | None = None
-        self._latest, self._step = -1, 1
+        self._before, self._latest = -1, -1
+        self._followed: dict[tuple[int, int], int] = {}
         for index, layer in enumerate(self._layers):
             slots = []
             for path, parameter in list(layer.named_parameters()):
@@ -177,11 +178,10 @@ class Streamed(Placement):
         try:
             if index not in self._there:
                 self._bring(index)
+            self._fetch(self._next)  # before the caller waits for something of this one
             yield self._layers[index]
         finally:
             self._held[index] -= 1
-            if not self._held[index]:
-                self._fetch(self._latest + self._step)
 
     def _leave(self) -> None:
         """Let go of the layers that nobody computes with."""
@@ -197,9 +197,16 @@ class Streamed(Placement):
         for slot, value in zip(self.slots[index], self._arrived(index), strict=True):
             slot.put(value)
         self._there.add(index)
-        self._latest, self._step = index, 1 if index > self._latest else -1  # in backward they go down
-        if 0 <= index + self._step < len(self.slots):
-            self.expect(index + self._step)
+        self._followed[self._before, self._latest] = index
+        self._before, self._latest = self._latest, index
+        if 0 <= self._next < len(self.slots):
+            self.expect(self._next)
+
+    @property
+    def _next(self) -> int:
+        """The layer that is likely to come: which came the last time, else that in the same direction."""
+        up = self._latest > self._before or not self._latest
+        return self._followed.get((self._before, self._latest), self._latest + (1 if up else -1))
 
     def _arrived(self, index: int) -> list[Tensor]:
         ahead, self._ahead = self._ahead, None
@@ -212,7 +219,7 @@ class Streamed(Placement):
         return ahead[1]
 
     def _fetch(self, index: int) -> None:
-        """Begin to bring a layer to a GPU, which has its work by now."""
+        """Begin to bring a layer to a GPU, beside what it computes."""
         if self._stream is None or not 0 <= index < len(self.slots) or index in self._there or self._ahead is not None:
             return
         self.check(index)
@@ -235,7 +242,7 @@ class Streamed(Placement):
         """Give a linear another weight for good, see `Placement.replace`."""
         slot = self._of_linear[linear]
         self.keep(slot, weight, mask)
-        self._ahead = None
+        self._forget(slot.layer)
         slot.put(weight.to(self.device, self.dtype))
 
     @contextmanager
@@ -290,9 +297,14 @@ class Streamed(Placement):
 
     def _follow(self, linear: nn.Linear, change: Change) -> None:
         """What is on the device, or on its way, follows the store."""
-        self._ahead = None
+        self._forget(self._of_linear[linear].layer)
         if not linear.weight.is_meta:
             self._of_linear[linear].put(change(linear.weight.data))
+
+    def _forget(self, index: int) -> None:
+        """What is on its way of a layer is not what its store gives any more."""
+        if self._ahead is not None and self._ahead[0] == index:
+            self._ahead = None
 
 
 class OnHost(Streamed):
@@ -356,20 +368,32 @@ class OnDisk(Untouched):
     reads_files = True
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, holds: Mapping[str, MappedFile]) -> None:
-        self._places: list[dict[MappedFile, list[str]]] = [{} for _ in decoder_layers(model)]
         self._changed: dict[Path, MappedFile] = {}
-        within = f"{family_of(model).layers}."
+        names: list[str] = []
 
         def mapped(name: str, _: nn.Parameter) -> Tensor:
-            index = int(name.removeprefix(within).partition(".")[0])
-            self._places[index].setdefault(holds[name], []).append(name)
+            names.append(name)
             return holds[name].tensor(name)
 
         super().__init__(model, device, dtype, mapped)
+        slots = [slot for of_layer in self.slots for slot in of_layer]
+        self._lies = {slot: (holds[name], name) for slot, name in zip(slots, names, strict=True)}
+
+    def _files(self, index: int) -> dict[MappedFile, list[str]]:
+        """Where a layer is read from, and by which names."""
+        found: dict[MappedFile, list[str]] = {}
+        for slot in self.slots[index]:
+            if slot in self._lies:
+                file, name = self._lies[slot]
+                found.setdefault(file, []).append(name)
+        return found
 
     @override
     def hold(self, slot: Slot, weight: Tensor) -> None:
         slot.stored, slot.changes = weight.detach().cpu().clone(), []
+        if slot in self._lies:
+            file, name = self._lies.pop(slot)
+            file.let_go([name])
 
     @override
     def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
@@ -378,21 +402,21 @@ class OnDisk(Untouched):
         for linear, name in names.items():
             slot = self._of_linear[linear]
             slot.stored, slot.changes = mapped.tensor(name), []
-            self._places[slot.layer].setdefault(mapped, []).append(name)
+            self._lies[slot] = mapped, name
 
     @override
     def check(self, index: int) -> None:
-        for file in self._places[index]:
+        for file in self._files(index):
             file.check()
 
     @override
     def left(self, index: int) -> None:
-        for file, names in self._places[index].items():
+        for file, names in self._files(index).items():
             file.let_go(names)
 
     @override
     def expect(self, index: int) -> None:
-        for file, names in self._places[index].items():
+        for file, names in self._files(index).items():
             file.expect(names)
 
 

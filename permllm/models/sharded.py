@@ -83,9 +83,8 @@ class Sharded(Untouched):
 
     @override
     def hold(self, slot: Slot, weight: Tensor) -> None:
-        index = next(index for index, slots in enumerate(self.slots) if slot in slots)
-        position = self.slots[index].index(slot)
-        with parallel.called(self._REPLACE, (index, position, weight.detach().cpu())):
+        position = self.slots[slot.layer].index(slot)
+        with parallel.called(self._REPLACE, (slot.layer, position, weight.detach().cpu())):
             self._take(slot, weight)
 
     def _take(self, slot: Slot, weight: Tensor) -> None:

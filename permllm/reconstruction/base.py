@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -64,12 +64,12 @@ class PrunedNetwork:
         problem: the model with its pruned weights, and windows with the dense model's output: those that `samples` and `skip`
             of the reconstruction ask for, or all of the calibration where they are its first ones.
         linears: its pruned linears.
-        masks: bool `(C_out, C_in)` for each of them, on the host.
+        masks: bool `(C_out, C_in)` for each of them, on the host, made when it is asked for.
     """
 
     problem: LearningProblem
     linears: Sequence[nn.Linear]
-    masks: Sequence[Tensor]
+    masks: Collection[Tensor]
 
 
 class Reconstruction(Protocol):
@@ -128,3 +128,8 @@ class NoReconstruction:
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Nothing."""
+
+
+def trains_network(reconstruction: Reconstruction) -> bool:
+    """Whether it changes the weights of the whole model together, in `network`."""
+    return type(reconstruction).network is not NoReconstruction.network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ class KeptWeights:
         values: to be optimized; `write` puts them into the weights.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], masks: Sequence[Tensor]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
         self.weights: list[Tensor] = [linear.weight for linear in linears]
         self._places = [_places(mask).to(weight.device) for mask, weight in zip(masks, self.weights, strict=True)]
         self.values = [

@@ -41,7 +41,8 @@ class Progress:
 
         A stage inside of another one takes its seconds out of that one's, and leaves the saving to it.
         """
-        return_freed_memory()  # or this stage's peak would have what the last one took
+        if not self._stages:
+            return_freed_memory()  # or this stage's peak would have what the last one took
         self._lap()
         self._stages.append(name)
         try:

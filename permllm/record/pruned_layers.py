@@ -110,7 +110,10 @@ class PrunedLayers:
                 return found
             except DataError as error:
                 log.warning("%s: the layer is pruned anew", error)
-        self._reads = False  # those after it may follow from another one
+        self._reads = False
+        for later in self._folder.glob("*.safetensors"):
+            if later.name >= file.name:  # may follow from another one than the one that takes its place
+                later.unlink(missing_ok=True)
         return None
 
     def file_of(self, index: int) -> LayerFile | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from permllm.errors import ConfigError
 from permllm.learning import training as training_module
 from permllm.learning.problem import LearningProblem
+from permllm.learning.training import Training
 from permllm.mask.lowrank import LowRankMask
 from permllm.mask.score import ScoreMask
 from permllm.models.families import linear_at
@@ -145,6 +147,29 @@ def test_orders_follow_from_the_masks(name: str, orders: str) -> None:
     assert any(not torch.equal(found[name], order) for name, order in start.items())
     foldable(learning.groups, found)  # raises where one does not
     assert output_loss_of(found, masks) < output_loss_of(start, pruners(learning, start))
+
+
+@pytest.mark.parametrize("settings", [{"layers_per_stage": 1}, {"orders": "searched", "rounds": 2}], ids=["stages", "rounds"])
+def test_only_what_learns_now_is_in_memory(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scores: list[weakref.ref[Any]] = []
+    made = ScoreMask.scores
+    alive: list[int] = []
+
+    def counted(self: ScoreMask, *arguments: Any) -> Any:
+        found = made(self, *arguments)
+        scores.append(weakref.ref(found))
+        return found
+
+    def run(_: Training) -> None:
+        alive.append(sum(one() is not None for one in scores))
+
+    monkeypatch.setattr(ScoreMask, "scores", counted)
+    monkeypatch.setattr(Training, "run", run)
+    learning = problem(tiny_model("llama"), Wanda())
+    method = mask("score", **settings)
+    method.masks(learning, ordered(learning, "heuristic"), lcp())
+    linears = sum(len(group.members) for group in learning.groups)
+    assert alive == ([linears // 2] * 2 if "layers_per_stage" in settings else [linears] * 2)
 
 
 def test_a_pruner_that_corrects_weights_does_so_under_the_learned_masks() -> None:

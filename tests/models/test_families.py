@@ -58,6 +58,21 @@ def test_layer_by_layer_equals_the_model_with_several_sequences(family: str) -> 
     torch.testing.assert_close(stream.states(), hidden)
 
 
+def test_a_stream_holds_the_states_of_its_samples_once_in_the_format_of_the_layers() -> None:
+    model = tiny_model("llama")
+    stream = LayerStream(model, torch.zeros(5, 11, dtype=torch.long), batch_size=2)
+    states = stream.states()
+    stream.advance(0)
+    assert stream.states() is states
+    layer = decoder_layers(model)[1]
+    handle = layer.register_forward_hook(lambda _, __, output: output.double())  # as a model may widen what it adds up
+    expected = torch.cat([output.clone() for output in stream.forward(1)])
+    stream.advance(1)
+    handle.remove()
+    assert stream.states().dtype == torch.float64
+    assert torch.equal(stream.states(), expected)
+
+
 def test_an_unknown_type_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError, match="'gpt2' is not known; known are: gemma3_text, llama, mistral, opt, qwen2, qwen3"):
         family_named("gpt2")

@@ -21,11 +21,13 @@ from permllm import job
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
-from permllm.models.decoder import last_states
-from permllm.models.families import FAMILIES, decoder_layers
+from permllm.footprint import FITS
+from permllm.models.decoder import LayerStream, last_states
+from permllm.models.families import FAMILIES, decoder_layers, linear_at
 from permllm.models.loading import load_model, meta_model
-from permllm.models.placement import OnHost, placement_of
-from permllm.runtime import memory
+from permllm.models.mapped_file import MappedFile
+from permllm.models.placement import OnDisk, OnHost, placement_of
+from permllm.runtime import memory, parallel
 from tests.conftest import ROOT, run_command, tiny_model
 from tests.test_config import config
 
@@ -192,6 +194,69 @@ def test_a_pruned_model_is_made_again_from_its_record_and_exported(
     assert of_export[0].read_bytes() == of_export[1].read_bytes()
 
 
+def test_the_next_layer_is_on_its_way_before_anything_of_this_one_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(settings(saved("llama", tmp_path, num_hidden_layers=4), "host"), 0).model
+    seen: list[str] = []
+    monkeypatch.setattr(OnHost, "_fetch", lambda _, index: seen.append(f"fetch {index}"))
+    stream = LayerStream(model, torch.zeros(4, 8, dtype=torch.long), batch_size=2)
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(lambda *_, index=index: seen.append(f"compute {index}"))
+    for index in range(2):
+        stream.advance(index)
+    assert seen == ["fetch 1", "compute 0", "compute 0", "fetch 2", "compute 1", "compute 1"]
+
+
+def test_the_next_layer_is_the_one_that_came_the_last_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(settings(saved("llama", tmp_path, num_hidden_layers=4), "host"), 0).model
+    place = placement_of(model)
+    asked: list[int] = []
+    monkeypatch.setattr(OnHost, "_fetch", lambda _, index: asked.append(index))
+
+    def visited(*indices: int) -> list[int]:
+        asked.clear()
+        for index in indices:
+            with place.layer(index):
+                pass
+        return list(asked)
+
+    visited(1, 2, 2, 1)  # a window, forward and backward
+    visited(1, 2, 2, 1)
+    assert visited(1, 2, 2, 1) == [2, 1, 1, 2]
+    visited(0, 1, 2, 3)  # all layers, one pass after the other
+    visited(0, 1, 2, 3)
+    assert visited(0, 1, 2, 3) == [1, 2, 3, 0]
+
+
+def test_what_was_replaced_is_not_read_ahead_from_where_it_lay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(settings(checkpoint, "disk"), 0).model
+    path = "model.layers.1.mlp.down_proj"
+    with placement_of(model).layer(1):
+        linear = linear_at(model, path)
+        weight = linear.weight.data * 2
+        placement_of(model).replace(linear, weight)
+        save_file({"changed": weight}, tmp_path / "changed.safetensors")
+    asked: list[str] = []
+    monkeypatch.setattr(MappedFile, "expect", lambda _, names: asked.extend(names))
+    place = placement_of(model)
+    assert isinstance(place, OnDisk)
+    place.expect(1)
+    assert f"{path}.weight" not in asked
+    assert "model.layers.1.mlp.up_proj.weight" in asked
+    place.lies_in(tmp_path / "changed.safetensors", {linear: "changed"})
+    with place.layer(0):
+        pass  # the one that is there now is another
+    with place.layer(1):
+        assert torch.equal(linear.weight, weight)
+    asked.clear()
+    place.expect(1)
+    assert "changed" in asked
+    assert f"{path}.weight" not in asked
+
+
 def test_a_store_that_changes_while_it_is_read_is_one_line(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     model = load_model(settings(folder, "disk"), 0).model
@@ -272,6 +337,33 @@ def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files
         methods = job.methods_of(asked)
         footprint = job.footprint_of(asked, methods, meta_model(asked.model), torch.device("cpu"))
         assert job.placement_for(footprint, asked, methods) == expected
+
+
+def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("model=llama-2-7b", "logger=none", "permutation=lcp", "permutation.batch_size=8")
+    asked = config(*words)
+    plan = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).on_a_card
+    alone = plan("device").stages["learn"]
+    monkeypatch.setattr(parallel, "world_size", lambda: 8)
+    together = plan("device").stages["learn"]
+    asked = config(*words[:-1], "permutation.batch_size=1")
+    one = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).on_a_card("device")
+    assert together == one.stages["learn"] < alone
+
+
+def test_the_readmes_first_command_fits_the_card_that_it_names() -> None:
+    asked = config("model=qwen2.5-7b", "permutation=lcp", "logger=none")
+    made = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).on_a_card("device")
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "model=qwen2.5-7b permutation=lcp" in line]
+    card = int(line.partition(" GB GPU")[0].rpartition(" ")[2]) * 1e9
+    assert made.device <= card * FITS
+
+
+def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
+    asked = config("model=tiny", "logger=none", "permutation=none", "evaluation.perplexity.limit=1000")
+    made = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+    states = 1000 * asked.evaluation.perplexity.seqlen * made.model.config.hidden_size * 4
+    assert made.needs("host").host >= states > made.needs("device").host
 
 
 def test_a_control_group_bounds_what_the_host_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

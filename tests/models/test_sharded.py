@@ -43,6 +43,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         # Windows of one layer, of which each knows the layers before; portions that one process has none of.
         (3, "sharded", [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
+        # A process has no sample of the last batch, and nothing learns in the layer before those that do.
+        (2, "sharded", [*LCP, "keep_dense=[0]", "permutation.batch_size=2"]),
         # The first process searches orders while the others wait in the middle of learning.
         (2, "sharded", ["permutation=heuristic", "mask=score", "mask.orders=searched", "mask.rounds=2", "mask.batch_size=4"]),
         (2, "sharded", [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4", "mask.start=refined"]),
@@ -53,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, "disk", [*LCP, "permutation.layers_per_stage=1", "reconstruction=block"]),
         (2, "host", [*LCP, "mask=score", "mask.batch_size=4"]),
     ],
-    ids=["stages", "searched", "together", "sparsegpt", "block", "disk", "host"],
+    ids=["stages", "dense-first", "searched", "together", "sparsegpt", "block", "disk", "host"],
 )
 def test_it_is_what_one_process_makes_of_the_model(
     checkpoint: Path, tmp_path: Path, processes: int, placement: str, method: list[str]

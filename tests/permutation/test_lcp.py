@@ -16,6 +16,7 @@ from permllm.learning import training as training_module
 from permllm.learning.kernels import EAGER
 from permllm.learning.stacks import split_blocks
 from permllm.learning.training import Moment, Training, Window
+from permllm.learning.windows import WindowStream
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
@@ -175,6 +176,20 @@ def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
     sparse.advance(0)
     first = float(cosine_loss(sparse.states(), dense.states()))
     assert first == pytest.approx(min(values["measured_loss"] for values in seen[:10]), rel=1e-4)
+
+
+def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learning = problem(model, Wanda())
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerStream, "advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        WindowStream(learning).inputs(1, lambda group, path: torch.zeros_like(linear_at(model, path).weight, dtype=torch.bool))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_stage_larger_than_the_model_is_the_model() -> None:

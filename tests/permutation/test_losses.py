@@ -68,6 +68,12 @@ def test_a_large_vocabulary_has_the_logits_of_fewer_tokens_at_a_time(vocabulary:
     assert tokens_at_a_time(10**9, 128) == 1
 
 
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(32_000, 1024), (152_064, 220), (262_144, 128)])
+def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows(vocabulary: int, tokens: int) -> None:
+    assert losses.chunk_of(torch.device("cuda"), vocabulary) == tokens
+    assert losses.chunk_of(torch.device("cpu"), vocabulary) == 128
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> None:
     model = tiny_model(family)

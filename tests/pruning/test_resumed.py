@@ -113,6 +113,15 @@ def test_what_cannot_be_used_is_done_anew_and_what_follows_from_it(
     assert ("the layer is pruned anew" in caplog.text) is (damage != "missing")
 
 
+def test_what_came_after_a_layer_that_is_pruned_anew_goes(tmp_path: Path) -> None:
+    pruned(tmp_path, "sparsegpt", Orders())
+    file = tmp_path / PRUNED_LAYERS / "00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(Stopped):
+        pruned(tmp_path, "sparsegpt", Orders(stop=1))
+    assert [file.name for file in (tmp_path / PRUNED_LAYERS).iterdir()] == ["00000.safetensors"]
+
+
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Callable[[], torch.nn.Module]:
     """Loads the tests' model with its layers in the checkpoint's files."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
-from permllm import runner
+from permllm import pipeline, runner
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens, document_windows, joined_windows, overlapping_windows
 from permllm.errors import ConfigError
@@ -159,6 +159,14 @@ def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() 
     pruned_with(model, Sees(), network_tokens=tokens(10))
     assert torch.equal(seen[0].problem.tokens, tokens(10))
     torch.testing.assert_close(model.model.norm(seen[0].problem.target), expected)
+
+
+def test_what_does_not_train_the_network_is_not_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The masks of all linears, a byte a weight, and the states of all samples.
+    monkeypatch.setattr(pipeline, "PrunedNetwork", None)
+    pruned_with(tiny_model("llama"), OBS())
+    with pytest.raises(TypeError):
+        pruned_with(tiny_model("llama"), Distill(epochs=1, batch_size=2, learning_rate=0.003))
 
 
 def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> None:

@@ -21,7 +21,8 @@ with progress.stage("one", cpu):
     taken = [torch.ones(1 << 18) for _ in range(400)]  # of 1 MiB each
     above = taken[-1]  # stays on top of the heap, so that nothing below goes back by itself
     del taken
-    kept = host_memory() - before
+    with progress.stage("inner", cpu):
+        kept = host_memory() - before
 with progress.stage("two", cpu):
     print(kept, host_memory() - before)
 """
