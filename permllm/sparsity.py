@@ -120,15 +120,21 @@ def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tens
     return nm_mask(saliency[:, perm], pattern)[:, perm.argsort()]
 
 
-def violations(weight: Tensor, perm: Tensor, pattern: NMPattern) -> int:
+def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
     """Number of groups of M, in permuted order, that hold more than N nonzeros.
 
     Args:
         weight: `(C_out, C_in)`, original channel order.
-        perm: int64 `(C_in,)`.
+        perm: int64 `(C_in,)`; None leaves the channels as they are.
     """
-    groups = (weight[:, perm] != 0).unflatten(-1, (-1, pattern.m))
-    return int((groups.sum(-1) > pattern.n).sum())
+    kept = weight != 0
+    groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
+    if pattern.m > _COMPARE_UP_TO:
+        return int((groups.sum(-1, dtype=torch.int32) > pattern.n).sum())
+    counts = torch.zeros(groups.shape[:-1], dtype=torch.int8, device=weight.device)  # as a sum it would take 8 bytes each
+    for entries in groups.unbind(-1):
+        counts += entries
+    return int((counts > pattern.n).sum())
 
 
 def retained_saliency(saliency: Tensor, mask: Tensor) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from permllm.errors import ConfigError, DataError
@@ -127,7 +128,7 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
         raise DataError(f"{folder} has no safetensors files: {files[0].name} cannot be verified")
-    checksums = [check_file(file) for file in files]
+    checksums = [check_file(file) for file in tqdm(files, desc="checksums", unit="file", leave=False, disable=None)]
     places = tensor_places(files)
     stated = Stated(pattern) if pattern else stated_patterns(folder)
     skeleton, differences = skeleton_of(folder)
@@ -137,7 +138,7 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     problems += _against_summary(folder, places, skeleton)
     suffixes, expected = _linears(skeleton)
     layers: list[LayerReport] = []
-    for name in sorted(places.keys() - odd.keys()):
+    for name in tqdm(sorted(places.keys() - odd.keys()), desc="tensors", unit="tensor", leave=False, disable=None):
         try:
             layers += _examine(name, places, stated, suffixes)
         except DataError as error:
@@ -278,21 +279,26 @@ def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...
         if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite")
         return []
-    zero = tensor == 0
     rows, channels = tensor.shape
     divides = channels % pattern.m == 0
     return [
         LayerReport(
             name=base,
             shape=(rows, channels),
-            zeros=float(zero.double().mean()),
-            violations=violations(tensor, torch.arange(channels), pattern) if divides else None,
-            negative_zeros=int((zero & tensor.signbit()).sum()),
-            nan=int((~tensor.isfinite()).sum()),
+            zeros=1 - int(tensor.count_nonzero()) / tensor.numel(),
+            violations=violations(tensor, None, pattern) if divides else None,
+            negative_zeros=_negative_zeros(tensor),
+            nan=0 if all_finite(tensor) else int((~tensor.isfinite()).sum()),
             packed=base != name,
             pattern=str(pattern),
         )
     ]
+
+
+def _negative_zeros(tensor: Tensor) -> int:
+    """How many numbers are -0.0: their bits are the least integer of their size."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int((tensor.view(bits) == torch.iinfo(bits).min).sum())
 
 
 def _read(name: str, places: Places) -> Tensor:
