@@ -118,7 +118,7 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     held = float(re.search(r"learn weights +([\d.]+) GB", weights_learn.stdout)[1])  # type: ignore[index]
     # Values, gradients and two moments in float32, and places; of all layers the states alone, as they are recomputed.
     states = 4 * 1024 * (3584 * 28 + 8 * 3584 + 4 * 2 * 18944) * 2
-    head = 4 * 4 * 128 * 152064 + 2 * 152064 * 3584
+    head = 4 * 4 * 128 * 152064  # four numbers a logit; its weight is read as it is, in the format of the products
     assert (held - weights) * 1e9 == pytest.approx(5 * 4 * kept + states + a_group + head, abs=2e7)
     assert not (tmp_path / "runs").exists()
 
