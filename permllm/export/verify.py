@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -37,7 +36,7 @@ from permllm.models.patterns import DENSE
 from permllm.record.files import read_json
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
-from permllm.record.tensor_file import check_file
+from permllm.record.tensor_file import check_file, read_tensor
 from permllm.sparsity import NMPattern, violations
 
 # Without a family that we know: two-dimensional weights that are never pruned.
@@ -302,6 +301,4 @@ def _negative_zeros(tensor: Tensor) -> int:
 
 
 def _read(name: str, places: Places) -> Tensor:
-    # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
-    with safe_open(places[name][0], framework="pt") as file:
-        return file.get_tensor(name)
+    return read_tensor(places[name][0], name)

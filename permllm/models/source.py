@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
 from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, weight_files
 from permllm.models.loading import dense_folder, folder_identity, generation_of, load_model, meta_model
+from permllm.record.tensor_file import read_tensor
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -89,9 +89,7 @@ def _files(folder: Path, wanted: set[str]) -> TensorReader | None:
         return None
 
     def read(name: str) -> Tensor:
-        # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
-        with safe_open(where[name][0], framework="pt") as file:
-            return file.get_tensor(name)
+        return read_tensor(where[name][0], name)
 
     return read
 

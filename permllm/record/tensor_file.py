@@ -178,6 +178,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, on the CPU, as it is there. Raises DataError where it cannot be read."""
+    # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
     with _readable(file), safe_open(file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(name)
     return tensor
