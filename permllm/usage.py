@@ -45,7 +45,7 @@ groups and their options (* unless another is chosen):
   {program}                                      the default model, ten minutes on two cores
   {program} pruner=ria sparsity=4:8 seed=1       another pruner, pattern, seed
   {program} -m seed=0,1,2 permutation=none,lcp   a sweep: one table of means and deviations
-  {program} experiment=quickstart                permutation none, heuristic, learned: a table
+  {program} experiment=quickstart                orders and masks, learned and not: a table
   {program} model=llama-2-7b plan=true           sizes and memory, without weights
 
 all settings as they would be: {program} --cfg job; where from: {program} --info defaults

@@ -81,12 +81,15 @@ def test_what_a_method_does_not_use_makes_no_second_run(tmp_path: Path) -> None:
         assert f"builtin perplexity (window {window})" in table.stdout
 
 
-def test_quickstart_compares_three_permutations_in_one_table(tmp_path: Path) -> None:
-    result = run_command("experiment=quickstart", "model=tiny", "logger=none", cwd=tmp_path)
+def test_quickstart_compares_five_ways_in_one_table(tmp_path: Path) -> None:
+    small = ("budget.steps=12", "budget.text=12")
+    result = run_command("experiment=quickstart", "model=tiny", *small, "logger=none", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = result.stdout[result.stdout.index("sparse models") :]
     assert "builtin perplexity" in table
-    for name in ("permutation=none", "permutation=heuristic", "permutation=lcp", "dense"):
+    for name in ("wanda", "wanda-cp", "order-paper", "permllm-wanda", "masks"):
+        assert f"method={name} " in table
+    for name in ("dense", "none", "heuristic", "lcp", "lcp-paper", "score"):
         assert name in table
 
 
