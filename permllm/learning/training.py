@@ -31,7 +31,7 @@ from permllm.record.schema import Object, Whole
 from permllm.record.tensors import read_torch, write_torch
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory
-from permllm.runtime.precision import product_dtype
+from permllm.runtime.precision import gradient_scaler, product_dtype
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ class Training:
         fused = self.device.type in ("cpu", "cuda")
         groups = [group for learner in learners for group in learner.parameters()]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+        self.scaler = gradient_scaler(next(problem.model.parameters()).dtype, self.device)
         self.count = samples_of(settings, problem)
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
         self.steps = steps_of(settings, self.count)
@@ -254,7 +255,8 @@ class Training:
         if not math.isfinite(value):
             raise TrainingError(self._failure(self._where(batch)))
         self._add_up_gradients(moment)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.scheduler.step()
         values: dict[str, float] = {}
         for learner, count in zip(self.learners, counted, strict=True):
@@ -273,7 +275,7 @@ class Training:
                 self._visit(backward=True)
             elif portion is not None:
                 loss = self._loss(portion, moment) * (len(portion) / len(batch))
-                loss.backward()
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total = total + loss.detach()
             if ahead is not None and len(ahead):
                 self.samples.fetch(ahead)
@@ -442,6 +444,7 @@ class Training:
             "passes": self.passes,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "generator": self.generator.get_state(),
             "best_loss": self.best_loss,
             "sequence": self._sequence,
@@ -468,6 +471,8 @@ class Training:
                 raise DataError(f"{self.problem.directory}/{self.file}: {error}: remove it to learn anew") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"].cpu())
         self.done, self.best_loss = state["done"], state["best_loss"]
         self._sequence = None if state["sequence"] is None else state["sequence"].cpu()
@@ -485,6 +490,7 @@ class Checkpoint(TypedDict):
     passes: list[Object]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
+    scaler: dict[str, Any]
     generator: InstanceOf[Tensor]
     best_loss: float
     sequence: InstanceOf[Tensor] | None

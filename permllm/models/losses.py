@@ -64,9 +64,9 @@ def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
     return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
-# The divergence of some tokens, `sparse` and `dense (tokens, hidden)`, a sum, and its gradient over the number of all tokens;
-# None for the number asks for no gradient.
-_Chunk = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor | None]]
+# The divergence of some tokens, `sparse` and `dense (tokens, hidden)`, a sum, and its gradient, if that is asked for. It is
+# not divided by the tokens: in float16 that of a mean would vanish.
+_Chunk = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -78,31 +78,32 @@ class _HeadDivergence(torch.autograd.Function):
         grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
         for first in range(0, len(sparse), tokens):
             part = slice(first, first + tokens)
-            divergence, of_part = chunk(sparse[part], dense[part], None if grad is None else len(sparse))
+            divergence, of_part = chunk(sparse[part], dense[part], grad is not None)
             total += divergence
             if grad is not None and of_part is not None:
                 grad[part] = of_part
         ctx.save_for_backward(*([] if grad is None else [grad]))
+        ctx.tokens = len(sparse)
         return total / len(sparse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None
 
 
 def _plain_chunk(weight: Tensor) -> _Chunk:
     """Of a head that is a product with its weight `(vocabulary, hidden)`, in its format: the gradient has a closed form."""
     dtype = weight.dtype
 
-    def chunk(sparse: Tensor, dense: Tensor, tokens: int | None) -> tuple[Tensor, Tensor | None]:
+    def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         log_p = _wide(product(dense.to(dtype), weight.t())).log_softmax(-1)
         log_q = _wide(product(sparse.to(dtype), weight.t())).log_softmax(-1)
         p = log_p.exp()
         divergence = log_p.sub_(log_q).mul_(p).sum()
-        if tokens is None:
+        if not with_gradient:
             return divergence, None
-        return divergence, product(log_q.exp_().sub_(p).div_(tokens).to(dtype), weight)
+        return divergence, product(log_q.exp_().sub_(p).to(dtype), weight)
 
     return chunk
 
@@ -110,16 +111,16 @@ def _plain_chunk(weight: Tensor) -> _Chunk:
 def _own_chunk(head: Head) -> _Chunk:
     """Of a head that is more than a product: through the model's own forward and back at once."""
 
-    def chunk(sparse: Tensor, dense: Tensor, tokens: int | None) -> tuple[Tensor, Tensor | None]:
+    def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         log_p = _wide(head.logits(dense)).log_softmax(-1)
         states = sparse.detach().requires_grad_()
-        with torch.set_grad_enabled(tokens is not None):
+        with torch.set_grad_enabled(with_gradient):
             log_q = _wide(head.logits(states)).log_softmax(-1)
             divergence = (log_p.exp() * (log_p - log_q)).sum()
-        if tokens is None:
+        if not with_gradient:
             return divergence, None
         (grad,) = torch.autograd.grad(divergence, states)
-        return divergence.detach(), grad.div_(tokens)
+        return divergence.detach(), grad
 
     return chunk
 

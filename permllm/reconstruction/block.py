@@ -11,6 +11,7 @@ from permllm.models.losses import mean_square_loss
 from permllm.reconstruction.base import NoReconstruction, PrunedLayer
 from permllm.reconstruction.kept_weights import KeptWeights
 from permllm.reconstruction.settings import BlockSettings
+from permllm.runtime.precision import gradient_scaler
 
 
 class Block(BlockSettings, NoReconstruction):
@@ -24,17 +25,20 @@ class Block(BlockSettings, NoReconstruction):
     def layer(self, pruned: PrunedLayer) -> None:
         """Train the layer's linears in place. Raises TrainingError when the loss is not finite."""
         trained = KeptWeights(pruned.linears, pruned.masks)
-        fused = trained.values[0].device.type in ("cpu", "cuda")
+        device = trained.values[0].device
+        fused = device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(trained.values, lr=self.learning_rate, fused=fused)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(pruned.inputs))
+        scaler = gradient_scaler(trained.weights[0].dtype, device)
         best = self._loss(pruned)
         kept = [value.clone() for value in trained.values]
         for _ in range(self.epochs):
             for batch in range(len(pruned.inputs)):
                 optimizer.zero_grad(set_to_none=True)
                 with trained.gradients():
-                    self._batch_loss(pruned, batch).backward()
-                optimizer.step()
+                    scaler.scale(self._batch_loss(pruned, batch)).backward()  # type: ignore[no-untyped-call]
+                scaler.step(optimizer)
+                scaler.update()
                 scheduler.step()
                 trained.write()
             loss = self._loss(pruned)

@@ -140,6 +140,18 @@ def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False)
 
 
+def gradient_scaler(weights: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps the gradients of a mean over tokens from vanishing in float16; in other formats it does nothing.
+
+    It leaves out a step whose gradients overflow, and goes on with half of its factor.
+
+    Args:
+        weights: dtype of the model.
+        device: where it is.
+    """
+    return torch.amp.GradScaler(device.type, enabled=weights == torch.float16)
+
+
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The format that a product with `tensor` is made in here: autocast's inside of `products_in`, else the tensor's own."""
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from permllm.calibration.dense import calibrate_dense
 from permllm.errors import ConfigError, TrainingError
 from permllm.learning import training as training_module
 from permllm.learning.kernels import EAGER
+from permllm.learning.problem import LearningProblem
 from permllm.learning.stacks import split_blocks
 from permllm.learning.training import Moment, Training, Window
 from permllm.learning.windows import WindowStream
@@ -462,3 +464,30 @@ def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_lea
     start = foldable(learning.groups, Heuristic("foldable").orders(learning))
     assert torch.equal(learned[RESIDUAL], start[RESIDUAL])
     assert any(not torch.equal(learned[name], order) for name, order in start.items())
+
+
+@pytest.mark.parametrize("loss", ["cosine", "kl", "mse"])
+def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str) -> None:
+    samples = torch.randint(0, 259, (64, 64), generator=torch.Generator().manual_seed(0))
+
+    def gradients(dtype: torch.dtype) -> Tensor:
+        model = tiny_model("llama", dtype=torch.float16).to(dtype)
+        # As large as states of trained models are: the gradient of a mean over these tokens is nothing in float16.
+        model.get_input_embeddings().weight.data.mul_(3000.0)
+        groups = channel_groups(model)
+        dense = calibrate_dense(model, groups, samples, Wanda(), batch_size=16)
+        learning = LearningProblem(model, groups, samples, dense.factors, dense.target, PATTERN, seed=0)
+        settings = lcp(epochs=1, batch_size=len(samples), loss=loss)
+        shared = shared_orders(groups, "free")
+        start = {order.name: torch.arange(order.channels) for order in shared}
+        blocks = settings.start_logits(learning, shared, start, near=True)
+        window, moment = Window(0, 0, 0, 2, None, learning.target), Moment(0, 1, 0, 1)
+        with settings.masked(learning, shared, window, EAGER) as linears:
+            learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
+            training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
+            learner.begin(moment, None)
+            training._backward(torch.arange(len(samples)), moment)
+        return torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits])
+
+    exact, half = gradients(torch.float32), gradients(torch.float16)
+    assert torch.cosine_similarity(exact, half, dim=0) > 0.99
