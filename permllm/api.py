@@ -27,11 +27,10 @@ from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, read_confi
 from permllm.data.calibration import calibration_tokens, windows_of
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, write_checkpoint
-from permllm.job import Job, check_groups, methods_of
+from permllm.job import Job, checked_groups, methods_of
 from permllm.models.checkpoint import read_weights
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
-from permllm.models.patterns import groups_to_prune
 from permllm.models.source import DenseSource
 from permllm.nodes import register
 from permllm.record.environment import environment
@@ -102,8 +101,7 @@ def prune(
     named = texts if isinstance(texts, str) else _OWN_TEXT
     config = _of_model(_composed(pruner, permutation, sparsity, named, settings), model, texts)
     methods = methods_of(config)
-    groups = groups_to_prune(model, config)
-    check_groups(config, groups, methods.permutation)
+    groups = checked_groups(config, methods, model)
     device, record = model.device, Progress()
     if device.type == "cpu":
         keep_freed_memory()

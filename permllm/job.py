@@ -18,8 +18,10 @@ from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
 from permllm.footprint import FITS, Footprint, placements
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.learning.settings import LearningSettings
+from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
+from permllm.models.patterns import groups_to_prune
 from permllm.models.placement import placement_of
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
@@ -164,6 +166,11 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 f"mask.orders={config.mask.get('orders')} needs permutation=lcp, whose settings say how the order learns, not "
                 f"permutation={config.permutation.get('name')}"
             )
+        if methods.orders_learn_with_masks and (permutation.last_layers is not None or permutation.rounds > 1):
+            raise ConfigError(
+                f"mask.orders={config.mask.get('orders')} learns the order with the masks, in their layers and rounds: "
+                "permutation.last_layers and permutation.rounds say nothing there; mask.last_layers and mask.rounds do"
+            )
         if methods.orders_learn_with_masks and config.mask.get("start") == "refined" and permutation.init == "random":
             raise ConfigError(
                 "mask.start=refined is not valid with permutation.init=random: masks are refined in the order that it starts "
@@ -252,14 +259,26 @@ def code_of(config: RunConfig, methods: Methods) -> str:
     return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)
 
 
-def check_groups(config: RunConfig, groups: list[ChannelGroup], permutation: Any) -> None:
-    """Raise ConfigError where M does not divide what must hold whole groups of M, or given orders do not fold as asked."""
+def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:
+    """The channel groups of a model that are pruned, all layers.
+
+    Raises:
+        ConfigError: M does not divide what must hold whole groups of M, given orders lack one of them or do not fold as asked,
+            or nothing would learn in any of them.
+    """
+    groups, permutation = groups_to_prune(model, config), methods.permutation
     for group in groups:
         check_divides(group.pattern or config.pattern, group.channels, group.name)
     if not permutation.local:
         check_segments(shared_orders(groups, permutation.constraint), config.pattern)
-    if config.export.form == "folded" and isinstance(permutation, FromFile):
-        permutation.check_foldable(groups)
+    if isinstance(permutation, FromFile):
+        permutation.check(groups, folds=config.export.form == "folded")
+    for name, method in methods.learned.items():
+        if isinstance(method, LearningSettings) and method.last_layers is not None:
+            spans = method.spans(len(decoder_layers(model)))
+            if not any(first <= group.layer < stop for group in groups for first, stop in spans):
+                raise ConfigError(f"{name}.last_layers={method.last_layers}: keep_dense leaves nothing to learn in them")
+    return groups
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:

@@ -19,7 +19,7 @@ class NMPattern:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise ConfigError(f"sparsity={self}: {_POSSIBLE}")
+            raise ConfigError(f"{self}: {_POSSIBLE}")
 
     @classmethod
     def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
@@ -38,4 +38,4 @@ class NMPattern:
 def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
     """Raise ConfigError unless M divides `channels`, the number of input channels of `where`."""
     if channels % pattern.m:
-        raise ConfigError(f"sparsity={pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}")
+        raise ConfigError(f"{pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}")

@@ -25,7 +25,7 @@ from permllm.helping import check_shares, loaded_by_all
 from permllm.job import (
     Job,
     Methods,
-    check_groups,
+    checked_groups,
     code_of,
     export_request,
     footprint_of,
@@ -83,7 +83,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         return_freed_memory()  # an earlier job's, or it would count as taken
     skeleton = cache(partial(meta_model, config.model))
     if config.plan or config.model.source != "hub" or config.model.architecture:
-        check_groups(config, groups_to_prune(skeleton(), config), methods.permutation)
+        checked_groups(config, methods, skeleton())
         if config.plan:
             footprint = footprint_of(config, methods, skeleton(), device)
             print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
@@ -131,8 +131,7 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
         if record.metrics.setdefault("model", loaded.identity) != loaded.identity:
             began = record.metrics["model"]
             raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
-        groups = groups_to_prune(loaded.model, config)
-        check_groups(config, groups, methods.permutation)
+        groups = checked_groups(config, methods, loaded.model)
         _check_amounts(config, loaded.tokenizer, record.pruned)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)

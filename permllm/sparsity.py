@@ -77,7 +77,7 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
     """
     m = len(entries)
     # Bytes are fastest as they stand; compiled code cannot vectorise them, but keeps counts in registers.
-    counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
+    counter = torch.int32 if torch.compiler.is_compiling() else torch.int8 if m <= 128 else torch.int16
     # ahead[i] counts the entries that come before entry i in the order "larger first, then lower index". Of each pair
     # i < j exactly one is ahead of the other: start as if every j were ahead of i, then correct.
     ahead = [torch.full(entries[0].shape, m - 1 - i, dtype=counter, device=entries[0].device) for i in range(m)]

@@ -154,6 +154,34 @@ def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) ->
         )  # fmt: skip
 
 
+def test_an_order_that_a_run_lacks_is_said_before_anything_is_computed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory = run(tmp_path, "permutation=heuristic", "keep_dense=[-1]")
+    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=r"no permutation for model\.layers\.1\.self_attn\.qkv_proj"):
+        run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
+
+
+@pytest.mark.parametrize("settings", [("permutation=lcp",), ("permutation=none", "mask=score")], ids=["order", "mask"])
+def test_last_layers_that_all_stay_dense_are_refused(settings: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
+    group = "mask" if "mask=score" in settings else "permutation"
+    with pytest.raises(ConfigError, match=f"{group}.last_layers=1: keep_dense leaves nothing to learn"):
+        run(tmp_path, *settings, f"{group}.last_layers=1", "keep_dense=[-1]")
+
+
+@pytest.mark.parametrize("setting", ["last_layers=1", "rounds=2"])
+def test_what_orders_that_learn_with_masks_would_not_hear_is_refused(setting: str, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^mask\.orders=together learns the order with the masks"):
+        run(tmp_path, "permutation=lcp", "mask=score", "mask.orders=together", f"permutation.{setting}")
+
+
+def test_orders_that_learn_with_masks_ask_for_no_windows_of_their_own() -> None:
+    settings = ("model=tiny", "permutation=lcp", "mask=score", "permutation.samples=1000", "mask.samples=20")
+    fixed, together = (read_config(composed(*settings, f"mask.orders={name}")) for name in ("fixed", "together"))
+    assert (fixed.further, together.further) == (992, 12)
+
+
 def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
     config = read_config(composed("model=tiny"))

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from permllm.errors import ConfigError
-from permllm.sparsity import NMPattern, PackedMasks, keep_largest, nm_mask, permuted_nm_mask, retained_saliency, violations
+from permllm.sparsity import (
+    NMPattern,
+    PackedMasks,
+    keep_largest,
+    nm_mask,
+    permuted_nm_mask,
+    ranks_of,
+    retained_saliency,
+    violations,
+)
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (8, 32)]
 
@@ -36,6 +45,13 @@ def test_the_two_ways_to_rank_agree_on_every_small_pattern_of_values() -> None:
         order = values.argsort(dim=1, descending=True, stable=True)
         expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order[:, :n], True)
         assert torch.equal(keep_largest(values, n, dim=1), expected)
+
+
+@pytest.mark.parametrize("m", [127, 128, 129, 300])
+def test_wide_groups_are_ranked_by_sorting(m: int) -> None:
+    values = torch.randint(0, 9, (m, 3), generator=torch.Generator().manual_seed(m)).double()
+    found = torch.stack(ranks_of(values.unbind(0))).long()
+    assert torch.equal(found, values.argsort(dim=0, descending=True, stable=True).argsort(dim=0))
 
 
 def test_permuted_mask_is_n_m_in_permuted_order_only() -> None:

@@ -15,6 +15,8 @@ from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistic, Statistics
+from permllm.errors import TrainingError
+from permllm.models.checkpoint import all_finite
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
@@ -117,11 +119,21 @@ def layer_statistics(
 def member_factors(
     model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics, gradients: Gradients
 ) -> dict[str, SaliencyFactors]:
-    """Saliency factors of the linears of a group, by path, from what they read and the gradients of their weights."""
-    return {
-        path: pruner.factors(linear_at(model, path).weight, statistics.of_linear(gradients.get(path, ())))
-        for path in group.members
-    }
+    """Saliency factors of the linears of a group, by path, from what they read and the gradients of their weights.
+
+    Raises:
+        TrainingError: they are not finite, as where the states of a float16 model overflow.
+    """
+    found = {}
+    for path in group.members:
+        weight = linear_at(model, path).weight
+        factors = pruner.factors(weight, statistics.of_linear(gradients.get(path, ())))
+        if not all(all_finite(part) for part in (factors.column, factors.row) if part is not None):
+            raise TrainingError(
+                f"the saliency of {path} is not finite: are its inputs too large for {weight.dtype}, or its weights broken?"
+            )
+        found[path] = factors
+    return found
 
 
 def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:

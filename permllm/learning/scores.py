@@ -104,6 +104,8 @@ class FreeScores(Scores):
     def start_at(self, keep_t: Tensor, m: int, order: Tensor | None = None) -> None:
         """Have the scores choose a given mask: within each group of M they change places, so that it is as close as before.
 
+        Where the last score that stays and the first that goes are equal, those that stay become larger by a rounding error.
+
         Args:
             keep_t: bool `(C_in, C_out)`, N:M.
             m: channels of a group.
@@ -115,7 +117,11 @@ class FreeScores(Scores):
         largest, by_value = values.sort(dim=1, descending=True, stable=True)
         # By value still, but the kept ones first.
         kept_first = keep.gather(1, by_value).byte().sort(dim=1, descending=True, stable=True).indices
-        self.free.data[order] = values.scatter(1, by_value.gather(1, kept_first), largest).flatten(0, 1)
+        values = values.scatter(1, by_value.gather(1, kept_first), largest)
+        last = values.masked_fill(~keep, math.inf).amin(1, keepdim=True)
+        tied = keep & (values == last) & (last == values.masked_fill(keep, -math.inf).amax(1, keepdim=True))
+        values = torch.where(tied, values + torch.finfo(values.dtype).eps * values.abs().clamp_min(1), values)
+        self.free.data[order] = values.flatten(0, 1)
 
     @override
     def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:

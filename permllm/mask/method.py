@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import Statistics
+from permllm.config import WITH_ORDERS
 from permllm.learning.kernels import chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.ordered_linear import OrderedMaskedLinear, ordered_linears
@@ -31,7 +32,7 @@ from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.method import LCP
-from permllm.permutation.shared import SharedOrder, expanded, shared_orders
+from permllm.permutation.shared import SharedOrder, expanded, orders_within, shared_orders
 from permllm.record.names import MASK_CHECKPOINT
 from permllm.runtime import parallel
 from permllm.sparsity import PackedMasks, permuted_nm_mask, unpacked_mask
@@ -55,7 +56,7 @@ class MaskLearning(MaskSettings):
     @property
     def learns_orders(self) -> bool:
         """The orders learn with the masks, by descent."""
-        return self.orders in ("together", "turns")
+        return self.orders in WITH_ORDERS
 
     @abstractmethod
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
@@ -114,7 +115,8 @@ class MaskLearning(MaskSettings):
             round_ = number % self.rounds
             scores, best_loss = (scores, best_loss) if round_ else ({}, math.inf)
             if scores and self.orders == "searched":
-                present |= parallel.from_first(partial(self._searched, problem, permutation, scores, (first, stop)))
+                search = partial(self._searched, problem, permutation, scores, present, (first, stop))
+                present |= parallel.from_first(search)
             window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
             lcp = permutation if self.learns_orders else None
             start: dict[str, Tensor] = {}
@@ -149,23 +151,30 @@ class MaskLearning(MaskSettings):
         return masks.scores_of_the_dense_order() if again else {}
 
     def _searched(
-        self, problem: LearningProblem, permutation: Any, scores: ScoresOf, span: tuple[int, int]
+        self,
+        problem: LearningProblem,
+        permutation: Any,
+        scores: ScoresOf,
+        present: Mapping[str, Tensor],
+        span: tuple[int, int],
     ) -> dict[str, Tensor]:
-        """Orders by group that retain the most of what masks have learned, of the orders that a window holds all groups of."""
+        """Orders by group that retain the most of what masks have learned, where that is more than the present ones do.
+
+        They are those that the layers of a span have all groups of.
+        """
 
         def saliency_of(path: str) -> Tensor:
             with placement_of(problem.model).layer_of(path):
                 weight, generator = linear_at(problem.model, path).weight, torch.Generator()
-                present = self.scores(weight, problem.factors_of(path), generator)
-                present.load_state_dict(scores[path])
-                return present.values_t(weight.t()).t().exp()  # as the saliency, whose logarithm they started at
+                learned = self.scores(weight, problem.factors_of(path), generator)
+                learned.load_state_dict(scores[path])
+                return learned.values_t(weight.t()).t().exp()  # as the saliency, whose logarithm they started at
 
-        shared = [
-            order
-            for order in shared_orders(problem.groups, permutation.constraint)
-            if span[0] <= order.layers.start and order.layers.stop <= span[1]
-        ]
-        found = {order.name: search_order(order, saliency_of, problem.pattern) for order in tqdm(shared, desc="permutation")}
+        shared = orders_within(shared_orders(problem.groups, permutation.constraint), *span)
+        found = {
+            order.name: search_order(order, saliency_of, problem.pattern, _shared(order, present))
+            for order in tqdm(shared, desc="permutation")
+        }
         return expanded(shared, found)
 
     @contextmanager
@@ -209,7 +218,9 @@ class MaskLearning(MaskSettings):
 
         steps = self.rounds * steps_of(self, samples_of(self, problem))
         rate = self.learning_rate
-        if lcp is None:
+        shared = [] if lcp is None else shared_orders(problem.groups, lcp.constraint)
+        learning = orders_within(shared, window.first, window.stop)
+        if lcp is None or not learning:  # these layers share their orders with others, and keep them
             kernels = chosen_kernels(self, problem, groups, steps, None, dense=True)
             with ordered_linears(problem, groups, orders, scores_of, kernels) as ordered:
 
@@ -219,9 +230,7 @@ class MaskLearning(MaskSettings):
 
                 yield [MaskLearner(groups, ordered, fixed_mask, rate, earlier, *orders_and_best)]
             return
-        shared = shared_orders(problem.groups, lcp.constraint)
         start = {order.name: _shared(order, orders) for order in shared}
-        learning = lcp.learning(shared, window.first, window.stop)
         logits = lcp.start_logits(problem, learning, start, near=lcp.init == "heuristic" or window.round > 0)
         kernels = chosen_kernels(self, problem, groups, steps, lcp.straight_through, dense=True)
         used_by = {group.name: order for order, group in members(shared, window)}

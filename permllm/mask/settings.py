@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from permllm.errors import ConfigError
 from permllm.learning.settings import LearningSettings
 from permllm.validation import check_one_of, check_whole
 
@@ -36,8 +37,9 @@ class MaskSettings(LearningSettings):
     Attributes:
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
         orders: `fixed`, the mask learns in the order that the permutation found; `together`, the order learns through the
-            mask, with the settings of `permutation=lcp`, from where that starts; `turns`, the same with order and mask in
-            every other step; `searched`, between rounds the heuristic searches an order anew that retains the most of what
+            mask, from where `permutation=lcp` starts, with its rate, temperature, blocks, constraint and Sinkhorn
+            normalisation (steps, samples, loss and stages are the mask's); `turns`, the same with order and mask in every
+            other step; `searched`, between rounds the heuristic searches an order anew that retains the most of what
             the masks have learned by then.
         centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
@@ -53,6 +55,8 @@ class MaskSettings(LearningSettings):
         self.check("mask")
         check_one_of("mask.orders", self.orders, get_args(Orders))
         check_whole("mask.rounds", self.rounds, 1)
+        if self.orders == "searched" and self.rounds == 1:
+            raise ConfigError("mask.orders=searched searches an order between rounds: set mask.rounds to 2 or more")
 
 
 @dataclass(kw_only=True)

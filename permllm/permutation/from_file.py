@@ -38,9 +38,11 @@ class FromFile(FromFileSettings):
             raise ConfigError(f"permutation.path={self.path}: no such file, or a run without permutations")
         self._orders = read_orders(file)
 
-    def check_foldable(self, groups: list[ChannelGroup]) -> None:
-        """Raise ConfigError unless the stored orders fold into the neighbouring weights."""
+    def check(self, groups: list[ChannelGroup], folds: bool) -> None:
+        """Raise ConfigError where a group has no stored order, or where the orders are to fold and do not."""
         orders = {group.name: self._order(group.name, group.channels) for group in groups}
+        if not folds:
+            return
         try:
             foldable(groups, orders)
         except ConfigError as error:

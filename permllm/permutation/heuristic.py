@@ -55,7 +55,9 @@ class Heuristic(HeuristicSettings):
         return expanded(shared, found)
 
 
-def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Tensor:
+def search_order(
+    shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern, present: Tensor | None = None
+) -> Tensor:
     """The heuristic permutation of each segment of a shared order, int64 `(channels,)` on the CPU.
 
     Args:
@@ -63,6 +65,7 @@ def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], patt
         saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
             group at a time, several times.
         pattern: N:M of the groups that have none of their own.
+        present: the order that it must retain more than, int64 `(channels,)` on the CPU; None is the identity.
     """
 
     def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
@@ -75,15 +78,17 @@ def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], patt
         for scores, its in held or map(whole, shared.groups):
             yield scores[:, start : start + shared.segment], its
 
-    segments = range(0, shared.channels, shared.segment)
-    return torch.cat([start + heuristic_order(partial(parts, start)) for start in segments])
+    before = (torch.arange(shared.channels) if present is None else present).split(shared.segment)
+    segments = zip(range(0, shared.channels, shared.segment), before, strict=True)
+    return torch.cat([start + heuristic_order(partial(parts, start), of_segment - start) for start, of_segment in segments])
 
 
-def heuristic_order(saliency: Parts) -> Tensor:
-    """Order that retains more saliency than the identity, or the identity when it does not.
+def heuristic_order(saliency: Parts, present: Tensor | None = None) -> Tensor:
+    """Order that retains more saliency than the present one, or that when it does not.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
+        present: int64 `(C_in,)` on the CPU; None is the identity.
 
     Returns:
         int64 `(C_in,)` on the CPU.
@@ -95,12 +100,12 @@ def heuristic_order(saliency: Parts) -> Tensor:
     perm = allocate(total, smallest)
     for position in range(largest.m):
         perm = reassign_position(saliency, perm, position, largest.m)
-    identity = torch.arange(len(total))
+    present = torch.arange(len(total)) if present is None else present
     retained = [0.0, 0.0]
     for part, pattern in saliency():
-        for index, order in enumerate((identity, perm)):
+        for index, order in enumerate((present, perm)):
             retained[index] += _retained(part, order, pattern)
-    return perm if retained[1] > retained[0] else identity
+    return perm if retained[1] > retained[0] else present
 
 
 def allocate(total: Tensor, pattern: NMPattern) -> Tensor:

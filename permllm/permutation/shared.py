@@ -144,6 +144,11 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
     return found
 
 
+def orders_within(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
+    """The orders that the decoder layers from `first` to before `stop` have all groups of, so that they may change there."""
+    return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
+
+
 def local_order(group: ChannelGroup) -> SharedOrder:
     """What the producers of a group can absorb."""
     heads, repeats = group.heads

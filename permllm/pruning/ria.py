@@ -22,12 +22,15 @@ class RIA(RIASettings):
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
         """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
-        smallest = torch.finfo(torch.float32).tiny
         activation = statistics[Norm].value.pow(self.exponent)
-        column_sum = magnitude.sum(0).clamp_min(smallest)
-        row_sum = magnitude.sum(1).clamp_min(smallest)
+        of_column, of_row = (_share_of(magnitude.sum(dim)) for dim in (0, 1))
         return SaliencyFactors(
             power=1,
-            column=torch.stack([activation / column_sum, activation]),
-            row=torch.stack([torch.ones_like(row_sum), 1.0 / row_sum]),
+            column=torch.stack([activation * of_column, activation]),
+            row=torch.stack([torch.ones_like(of_row), of_row]),
         )
+
+
+def _share_of(total: Tensor) -> Tensor:
+    """What makes a number a share of a total; nothing of nothing, as all of the numbers are nothing then."""
+    return torch.where(total > 0, 1.0 / total, 0.0)

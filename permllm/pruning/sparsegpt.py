@@ -83,5 +83,5 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
 def _cholesky(hessian: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(hessian)
     if info.any():
-        raise TrainingError("SparseGPT: the Hessian is not positive definite; use a larger pruner.damping or more text")
+        raise TrainingError("the Hessian of a linear's inputs is not positive definite: use a larger damping or more text")
     return factor

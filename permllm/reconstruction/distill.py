@@ -50,7 +50,8 @@ class Distill(DistillSettings, NoReconstruction):
         settings = LearningSettings.of(self, loss=self.loss, select_from=0)
         steps = steps_of(settings, samples_of(settings, problem))
         kept = KeptWeights(pruned.linears, pruned.masks)
-        learner = WeightLearner(kept, self.learning_rate, steps - round(self.average * steps) if self.average else None)
+        averaged = max(1, round(self.average * steps)) if self.average else None
+        learner = WeightLearner(kept, self.learning_rate, None if averaged is None else steps - averaged)
         window = Window(0, 0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with parallel.alone(), kept.gradients():
             training = Training(settings, problem, window, [learner], "distill", DISTILL_CHECKPOINT)

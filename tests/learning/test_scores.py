@@ -124,3 +124,18 @@ def test_orders_learn_through_scores_as_through_a_saliency_of_the_same_values(va
         found.append(logits.logits[0].grad.clone())
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
     assert free.free.grad is not None  # both learn at once
+
+
+def test_scores_that_tie_start_at_a_given_mask_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-3, 4, (ROWS, CHANNELS), generator=generator).double()  # few values, as of 4-bit weights
+    _, _, order = given()
+    groups = torch.rand(ROWS, CHANNELS // PATTERN.m, PATTERN.m, generator=generator)
+    keep = (groups.argsort(-1).argsort(-1) < PATTERN.n).flatten(1)[:, order.argsort()]  # any mask that is N:M in the order
+    scores = FreeScores(weight, SaliencyFactors(1, torch.ones(1, CHANNELS, dtype=torch.float64)))
+    before = scores.free.detach().clone()
+    scores.start_at(keep.t(), PATTERN.m, order)
+    assert torch.equal(permuted_nm_mask(scores.values_t(weight.t()).t(), order, PATTERN), keep)
+    # Apart from ties, groups hold the values that they held.
+    as_groups = [values[order].unflatten(0, (-1, PATTERN.m)).sort(dim=1).values for values in (before, scores.free.detach())]
+    torch.testing.assert_close(*as_groups, rtol=1e-12, atol=1e-12)

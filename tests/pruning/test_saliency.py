@@ -72,6 +72,23 @@ def test_ria(weight: Tensor, inputs: Tensor, statistics: InputStatistics, expone
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("empty", ["row", "column"])
+def test_ria_of_a_weight_that_has_lost_a_row_or_a_column(
+    weight: Tensor, inputs: Tensor, statistics: InputStatistics, empty: str
+) -> None:
+    (weight[2] if empty == "row" else weight[:, 3]).zero_()
+    norm, w = [400 * value for value in norms(inputs)], weight.double().abs()
+    many = InputStatistics(CHANNELS, "cpu", (Norm,))
+    many.update(400 * inputs)
+
+    def share(value: Tensor, total: Tensor) -> float:
+        return float(value) / float(total) if float(total) else 0.0
+
+    expected = table(lambda i, j: (share(w[i, j], w[:, j].sum()) + share(w[i, j], w[i].sum())) * norm[j] ** 0.5)
+    found = saliency(weight, RIA(0.5).factors(weight, many)).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_sparsegpt(weight: Tensor, inputs: Tensor, statistics: InputStatistics) -> None:
     rows = inputs.flatten(0, 1).double()
     hessian = rows.T @ rows

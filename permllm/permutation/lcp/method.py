@@ -27,7 +27,7 @@ from permllm.permutation.heuristic import search_order
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.shared import SharedOrder, expanded, shared_orders
+from permllm.permutation.shared import SharedOrder, expanded, orders_within, shared_orders
 from permllm.record.names import CHECKPOINT
 from permllm.runtime import parallel
 from permllm.sparsity import NMPattern, permuted_nm_mask
@@ -40,7 +40,7 @@ class LCP(LCPSettings):
         """What learns on a model of these channel groups and so many decoder layers."""
         shared = shared_orders(groups, self.constraint)
         spans = self.spans(layers)
-        learning = [order for first, stop in spans for order in self.learning(shared, first, stop)]
+        learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
         blocks, sizes = {}, {}
         for order in shared:
             stacks = order.stacks(self.block_size)
@@ -52,11 +52,6 @@ class LCP(LCPSettings):
         scales = len(learning) if self.init == "random" else 0
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
         return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
-
-    @staticmethod
-    def learning(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
-        """The orders that learn in the stage of the layers from `first` to before `stop`: those it holds all groups of."""
-        return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
 
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """Learn the orders of all channel groups.
@@ -88,7 +83,7 @@ class LCP(LCPSettings):
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
         for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
-            learning = self.learning(shared, first, stop)
+            learning = orders_within(shared, first, stop)
             if number < begin or not learning:
                 continue
             round_ = number % self.rounds
@@ -120,7 +115,7 @@ class LCP(LCPSettings):
             kernels: None chooses them.
         """
         if kernels is None:
-            learning = [group for order in self.learning(shared, window.first, window.stop) for group in order.groups]
+            learning = [group for order in orders_within(shared, window.first, window.stop) for group in order.groups]
             steps = self.rounds * steps_of(self, samples_of(self, problem))
             kernels = chosen_kernels(self, problem, learning, steps, self.straight_through)
 
