@@ -1,7 +1,8 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
-`permllm.prune` prunes a model in memory, `permllm.save` writes it, `permllm.load` opens a checkpoint that was written.
-`import permllm.export` lets transformers load gathered and packed ones by itself. Importing `permllm` alone costs nothing.
+`permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes it, and `permllm.load` opens
+a checkpoint that was written. `import permllm.export` lets transformers load gathered and packed ones by itself. Importing
+`permllm` alone costs nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from permllm.version import __version__
 
 if TYPE_CHECKING:
-    from permllm.api import Pruned, load, prune, save
+    from permllm.api import Pruned, load, perplexity, prune, save
 
-__all__ = ["Pruned", "__version__", "load", "prune", "save"]
+__all__ = ["Pruned", "__version__", "load", "perplexity", "prune", "save"]
 
 
 def __getattr__(name: str) -> Any:

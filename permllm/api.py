@@ -1,4 +1,4 @@
-"""Prune a model that is in memory, and write it, from Python; `permllm.prune`, `permllm.save` and `permllm.load`."""
+"""Prune a model that is in memory, measure it, and write it, from Python: what `permllm` itself offers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
-from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, read_config, register_resolvers
+from permllm.config import HYDRA_DEFAULTS, PerplexityConfig, RunConfig, conf_directory, read_config, register_resolvers
 from permllm.data.calibration import calibration_tokens, windows_of
+from permllm.data.named import NamedText, perplexity_texts
+from permllm.data.texts.base import Text
 from permllm.errors import ConfigError, DataError
+from permllm.evaluation.perplexity import perplexity as measure
+from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, checked_groups, methods_of
 from permllm.models.checkpoint import read_weights
@@ -70,25 +74,27 @@ class Pruned(NamedTuple):
 
 def prune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     texts: str | Sequence[str] | Tensor,
     pruner: str = "wanda",
     permutation: str = "lcp",
     sparsity: str = "2:4",
+    searchpath: Sequence[str] = (),
     **settings: Any,
 ) -> Pruned:
     """Prune a model in place, as `permllm run` does.
 
     Args:
-        model: of a known family, on one device, with its weights in memory. Its linears hold `weight * mask` afterwards (or
-            the updated weight), in the original channel order.
-        tokenizer: its tokenizer.
+        model: a decoder with its head, on one device, with its weights in memory. Its linears hold `weight * mask` afterwards
+            (or the updated weight), in the original channel order.
+        tokenizer: its tokenizer; None where `texts` are tokens and no checkpoint is to hold one.
         texts: to calibrate on: documents, the name of an option of the group `calibration` (`"c4"`), or windows of tokens,
             int64 `(samples, seqlen)`.
         pruner: an option of that group.
         permutation: an option of that group.
         sparsity: N:M.
+        searchpath: where options of other packages lie, as in `hydra.searchpath`: `["pkg://mypackage.conf"]`.
         settings: any other, as the command line has it, with two underscores for a dot: `permutation__epochs=2`,
             `calibration__seqlen=512`, `block_size=128`, `reconstruction="obs"`, `seed=1`; `model__bos=True` for Gemma.
 
@@ -97,9 +103,10 @@ def prune(
         DataError: the text cannot be had or is too short.
         TrainingError: learning cannot go on.
     """
+    _check_model(model, tokenizer, texts)
     texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
-    config = _of_model(_composed(pruner, permutation, sparsity, named, settings), model, texts)
+    config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
     device, record = model.device, Progress()
@@ -109,7 +116,9 @@ def prune(
         seed_everything(config.seed)
         reset_peak_memory(device)
         products = compute_dtype(config.compute_dtype, model.dtype, device)
-        job = Job(config, methods, record, NO_LOGGER, LoadedModel(model, tokenizer, ""), groups, products)
+        # Nothing asks for the tokenizer where texts are tokens.
+        loaded = LoadedModel(model, cast(PreTrainedTokenizerBase, tokenizer), "")
+        job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
         setattr(model, _PRUNED, None)  # of an earlier call: an error may leave layers of this one
         pruned = prune_model(job, lambda: _tokens(texts, tokenizer, config))
     report = {"name": config.name, "config_hash": config.hash} | record.metrics | figures(job, pruned)
@@ -117,6 +126,55 @@ def prune(
     found = Pruned(pruned.orders, pruned.masks, report)
     setattr(model, _PRUNED, _InMemory(found, tokenizer, config.resolved, environment(config.seed, device), config.pattern))
     return found
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: str | Sequence[str] | Tensor,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    bos: bool = False,
+    batch_tokens: int = 4096,
+) -> float:
+    """Perplexity over windows that do not overlap, of any model that is in memory, as a run measures it.
+
+    Args:
+        model: a decoder with its head.
+        tokenizer: its tokenizer; None where `texts` are tokens.
+        texts: documents, which are joined by a blank line, the name of a text that perplexity is measured on (`"wikitext2"`),
+            or windows of tokens, int64 `(windows, window)`.
+        window: tokens in each; what is left over is dropped.
+        limit: windows at most; None is all.
+        bos: the tokenizer's BOS is the first token of each, as Gemma needs it.
+        batch_tokens: tokens a forward.
+
+    Raises:
+        ConfigError: there is no such text, or no model. DataError: it cannot be had, or is shorter than a window.
+    """
+    _check_model(model, tokenizer, texts)
+    config = PerplexityConfig(texts if isinstance(texts, str) else None, window, limit=limit, batch_tokens=batch_tokens)
+    if isinstance(texts, Tensor):
+        windows = _checked(texts, model)
+        assert isinstance(windows, Tensor)
+        windows = windows[:limit]
+    else:
+        assert tokenizer is not None
+        named = perplexity_texts(config)[0] if isinstance(texts, str) else NamedText("texts", _Documents(texts), None)
+        windows = perplexity_windows(tokenizer, named, config, bos)
+    with _as_loaded(model), half_products(model.dtype, model.device):
+        return float(measure(model, windows, batch_tokens)["value"])
+
+
+class _Documents(Text):
+    evaluates = True
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        self._documents = list(documents)
+
+    def evaluation(self) -> str:
+        return "\n\n".join(self._documents)
 
 
 def save(
@@ -171,7 +229,7 @@ class _InMemory:
     """What an export needs of a model that was pruned in memory (`permllm.export.checkpoint.PrunedRecord`)."""
 
     found: Pruned
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     config: dict[str, Any]
     environment: dict[str, Any]
     pattern: NMPattern
@@ -191,6 +249,15 @@ class _InMemory:
         return torch.where(self.found.masks[path].to(dense.device), dense, 0.0)
 
 
+def _check_model(model: object, tokenizer: object, texts: object) -> None:
+    """Raise ConfigError where the model is none with a head, or its tokenizer is missing where it is needed."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        kind = type(model).__name__
+        raise ConfigError(f"model: expected one that AutoModelForCausalLM gave, with its head, and it is a {kind}")
+    if tokenizer is None and not isinstance(texts, Tensor):
+        raise ConfigError("tokenizer: only texts that are tokens need none")
+
+
 def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str | Sequence[str] | Tensor:
     """The texts. Raises ConfigError where they, or where the model lies, are nothing that can be calibrated with."""
     places = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -206,7 +273,10 @@ def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str
     if isinstance(texts, str):
         options = options_of()["calibration"][1]
         if texts not in options:
-            told = f"a list of documents, or one of {', '.join(options)}"
+            told = (
+                f"a list of documents, or one of {', '.join(options)}; a file is texts='text' with "
+                "calibration__data_files=PATH"
+            )
             raise ConfigError(f"texts={textwrap.shorten(texts, 40)!r}: expected {told}")
         return texts
     documents = list(texts) if isinstance(texts, Iterable) else []
@@ -215,7 +285,9 @@ def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str
     return documents
 
 
-def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any]) -> RunConfig:
+def _composed(
+    pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any], searchpath: Sequence[str]
+) -> RunConfig:
     """The settings, as the command line would have composed them."""
     chosen = {"pruner": pruner, "permutation": permutation, "calibration": text, "logger": "none"}
     single = {"sparsity": sparsity}
@@ -229,7 +301,8 @@ def _composed(pruner: str, permutation: str, sparsity: str, text: str, settings:
     GlobalHydra.instance().clear()
     register_resolvers()
     register()
-    words = ["model=tiny", *(f"{group}={name}" for group, name in chosen.items())]
+    paths = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
+    words = [*paths, "model=tiny", *(f"{group}={name}" for group, name in chosen.items())]
     try:
         with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
             composed = compose("config", overrides=words)
@@ -272,15 +345,16 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     return replace(config, model=of_model, calibration=calibration, name=name)
 
 
-def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> Tensor:
+def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig) -> Tensor:
     if isinstance(texts, Tensor):
         return texts.cpu()
+    assert tokenizer is not None
     if isinstance(texts, str):
         return calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
     return windows_of(tokenizer, texts, config.calibration, config.seed, config.model.bos, config.further)
 
 
-def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DenseSource:
+def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> DenseSource:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
     state = model.state_dict()
@@ -291,7 +365,8 @@ def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dense
         return state[name].detach().cpu()
 
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
-    return DenseSource(skeleton, tokenizer.save_pretrained, generation, "", read)
+    save_tokenizer = (lambda folder: None) if tokenizer is None else tokenizer.save_pretrained
+    return DenseSource(skeleton, save_tokenizer, generation, "", read)
 
 
 @contextmanager

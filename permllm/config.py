@@ -21,7 +21,7 @@ from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from permllm.errors import ConfigError, PermLLMError, first_line
+from permllm.errors import ConfigError, PermLLMError, first_line, reason_of
 from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
 from permllm.pattern import NMPattern
 from permllm.renamed import in_records, is_left_over, without_old_names
@@ -481,7 +481,7 @@ def instantiate(settings: Mapping[str, Any]) -> Any:
             if isinstance(cause, PermLLMError):
                 raise cause from error
             cause = cause.__cause__
-        raise ConfigError(f"{settings.get('_target_')}: {first_line(error.__cause__ or error)}") from error
+        raise ConfigError(f"{settings.get('_target_')}: {reason_of(error.__cause__ or error)}") from error
 
 
 def instantiate_permutation(config: RunConfig) -> Any:

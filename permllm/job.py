@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import isabstract, signature
 from typing import Any, get_args
@@ -101,6 +102,11 @@ class Job:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.loaded.model.device
+
+    @property
+    def permutation_key(self) -> str:
+        """The setting that named the permutation."""
+        return f"permutation={self.config.permutation.get('name')}"
 
     def weight(self, path: str) -> Tensor:
         """The present weight of a linear, on the host."""
@@ -253,10 +259,17 @@ def _check_statistics(key: str, method: object) -> None:
 def code_of(config: RunConfig, methods: Methods) -> str:
     """Digest of the modules that a pruned model follows from: those of its text and its methods, and all that they import."""
     of_text = calibration_text(config.calibration).code or ()
-    of_methods = [
-        type(part).__module__ for part in (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
-    ]
+    parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
+    of_methods = [module for part in parts for module in _modules_of(part)]
     return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)
+
+
+def _modules_of(method: object) -> Iterator[str]:
+    """Where a method is written, and what it was given to call, such as a schedule."""
+    yield type(method).__module__
+    for given in vars(method).values():
+        if callable(given):
+            yield getattr(given, "func", given).__module__
 
 
 def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:

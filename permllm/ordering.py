@@ -15,12 +15,14 @@ from torch import Tensor
 from permllm.calibration.dense import DenseCalibration, Pruner
 from permllm.calibration.shared import shared_calibration, shared_target
 from permllm.config import RunConfig, windows_learned_from
+from permllm.errors import ConfigError
 from permllm.helping import call_helpers
 from permllm.job import Job
 from permllm.learning.problem import LearningProblem
 from permllm.learning.training import steps_in_all
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
+from permllm.permutation.contract import checked_order
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
@@ -118,8 +120,7 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
 
         def order(name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
             with record.stage("permute", job.device):
-                found: Tensor = permutation.order(name, saliency, pattern)
-                return found
+                return checked_order(job.permutation_key, name, saliency.shape[1], permutation.order(name, saliency, pattern))
 
         return order
     assert dense is not None
@@ -139,15 +140,19 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     if kept is not None:
         return kept
     job.record.begin_learning()
-    orders: dict[str, Tensor]
     if job.methods.orders_learn_with_masks:
-        return job.methods.permutation.start(problem)
+        start: dict[str, Tensor] = job.methods.permutation.start(problem)
+        return start
     if job.methods.permutation.learned:
         call_helpers(problem, job.loaded.identity, job.products)
         with parallel.in_step():
-            orders = job.methods.permutation.orders(problem)
+            found = job.methods.permutation.orders(problem)
     else:  # searched by the first process alone
-        orders = job.methods.permutation.orders(problem)
+        found = job.methods.permutation.orders(problem)
+    key = job.permutation_key
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {type(found).__name__}")
+    orders = {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
     job.record.keep_orders(orders)
     return orders
 

@@ -30,6 +30,7 @@ from permllm.runner import run
 from permllm.runtime import parallel
 from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
 from permllm.runtime.watch import FAILED, INTERRUPTED
+from permllm.usage import check_names
 
 
 class Session:
@@ -117,6 +118,7 @@ class Session:
         """A job in the only process, or in the first of several."""
         try:
             config = read_config(sweep.place_record(composed), sweep.typed_keys())
+            check_names(config)
             skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
             result = run(config)
             if result is None:

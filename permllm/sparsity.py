@@ -20,6 +20,7 @@ __all__ = [
     "NMPattern",
     "PackedMasks",
     "check_divides",
+    "is_permutation",
     "keep_largest",
     "keep_largest_of",
     "nm_mask",
@@ -118,6 +119,13 @@ def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tens
         bool `(C_out, C_in)`, original channel order.
     """
     return nm_mask(saliency[:, perm], pattern)[:, perm.argsort()]
+
+
+def is_permutation(order: Tensor) -> bool:
+    """Whether a tensor holds each whole number from 0 on once: `(C_in,)`, in any format of whole numbers."""
+    if order.dim() != 1 or order.is_floating_point():
+        return False
+    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
 
 
 def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:

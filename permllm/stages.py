@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
 from permllm.ordering import calibrate, learned_masks, order_of, target_of_all, windows_for
 from permllm.pipeline import PrunedModel, prune
+
+log = logging.getLogger(__name__)
 
 
 def prune_model(
@@ -56,6 +59,8 @@ def prune_model(
             config.hash,
             config.seed,
         )
+        if pruned.violations:
+            log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)
         keep(pruned)
     return pruned
 

@@ -20,17 +20,20 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory
-from permllm.errors import SHORT_ERRORS, everything_wanted, first_line
+from permllm.errors import SHORT_ERRORS, ConfigError, everything_wanted, first_line
 from permllm.renamed import RENAMED
 
 _WIDTH = 100
 # Beside the nearest name, all are listed where there are no more than these.
 _MOST_NAMES = 20
+# Groups whose options are classes.
+_METHODS = ("pruner", "permutation", "mask", "reconstruction")
 # Settings whose keys are anybody's names.
 _GIVEN_WHOLE = ("evaluation.tasks", "sparsity_of")
 # In a group, what nobody sets.
@@ -62,6 +65,22 @@ def options_of() -> dict[str, tuple[str | None, list[str]]]:
         if " " not in group and (conf / group).is_dir():
             found[group] = (chosen, sorted(file.stem for file in (conf / group).glob("[!_]*.yaml")))
     return found
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise ConfigError where the option of a method, as Hydra has chosen it, has the `name` of another option of its group.
+
+    Runs go by that name and not by the class, which may move: they would be taken for the other option's.
+    """
+    if not HydraConfig.initialized():  # nothing was chosen by its file's name
+        return
+    chosen, options = HydraConfig.get().runtime.choices, options_of()
+    for group in _METHODS:
+        option, name = chosen.get(group), getattr(config, group).get("name")
+        if name != option and name in options[group][1]:
+            raise ConfigError(
+                f"{group}={option}: its `name` is {name}, which is another option: its runs would be taken for those"
+            )
 
 
 def help_text(program: str | None = None) -> str:

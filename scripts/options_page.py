@@ -66,10 +66,10 @@ def _group(group: str) -> Iterator[str]:
     yield f"By itself `{chosen}`.\n" if chosen else "By itself none.\n"
     yield "| option | what | sets |\n| --- | --- | --- |"
     for option in options:
-        text = (config.conf_directory() / group / f"{option}.yaml").read_text(encoding="utf-8")
+        text = _text(group, option)
         said = " ".join(line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line)
         what = re.split(r" (?:python run\.py|python -m)", said)[0]
-        yield f"| `{option}` | {_cell(what)} | {', '.join(_sets(yaml.safe_load(text) or {}))} |"
+        yield f"| `{option}` | {_cell(what)} | {', '.join(_sets(group, yaml.safe_load(text) or {}).values())} |"
     yield ""
     if group in SHARED:
         yield from _settings(SHARED[group], group)
@@ -78,16 +78,28 @@ def _group(group: str) -> Iterator[str]:
         yield from _settings(settings, group)
 
 
-def _sets(values: dict[str, Any]) -> Iterator[str]:
+def _text(group: str, option: str) -> str:
+    return (config.conf_directory() / group / f"{option}.yaml").read_text(encoding="utf-8")
+
+
+def _sets(group: str, values: dict[str, Any]) -> dict[str, str]:
+    """What an option sets, by key; what options share (`_base`) first, of which an option may say otherwise."""
+    said: dict[str, str] = {}
     for entry in values.pop("defaults", []):
         if isinstance(entry, dict):
-            yield from (f"`{key.removeprefix('override /')}={option}`" for key, option in entry.items() if "override" in key)
+            chosen = {key.removeprefix("override /"): option for key, option in entry.items() if "override" in key}
+            said |= {key: f"`{key}={option}`" for key, option in chosen.items()}
+        elif entry.startswith("_") and entry != "_self_":
+            shared = _sets(group, yaml.safe_load(_text(group, entry)))
+            said |= {key: text for key, text in shared.items() if "${oc.select:budget" not in text}  # as `budget` says
         elif not entry.startswith(("_", "/")):
-            yield f"as `{entry}`"
+            said[entry] = f"as `{entry}`"
     values.get("model", {}).pop("architecture", None)
     for key, value in flatten(values).items():
         if (key.rpartition(".")[2] not in ("name", "_target_") and not key.startswith("hydra.")) or "params" in key:
-            yield f"`{key.removeprefix('hydra.sweeper.params.')}={_cell(_shown(value))}`"
+            key = key.removeprefix("hydra.sweeper.params.")
+            said[key] = f"`{key}={_cell(_shown(value))}`"
+    return said
 
 
 def _settings(settings: type, prefix: str, names: list[str] | None = None) -> Iterator[str]:

@@ -218,6 +218,48 @@ def test_a_model_without_weights_is_one_line(model: PreTrainedModel, tokenizer: 
         permllm.prune(model.to("meta"), tokenizer, texts=[TEXT], **FEW)
 
 
+def test_what_is_no_model_with_a_head_is_one_line(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    for given in (model.model, torch.nn.Sequential(model)):
+        with pytest.raises(
+            ConfigError, match=r"^model: expected one that AutoModelForCausalLM gave, with its head, and it is"
+        ):
+            permllm.prune(given, tokenizer, texts=[TEXT], **FEW)
+
+
+def test_tokens_need_no_tokenizer(model: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer: only texts that are tokens need none"):
+        permllm.prune(model, None, texts=[TEXT], **FEW)
+    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic", permutation__constraint="foldable")
+    permllm.save(model, tmp_path / "out")
+    assert verify(tmp_path / "out").passed
+    assert permllm.load(tmp_path / "out").config.model_type == "llama"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_perplexity_is_that_of_the_formula(bos: bool, tokenizer: ByT5Tokenizer) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = torch.tensor(tokenizer(TEXT[:200] + "\n\n" + TEXT[200:500], add_special_tokens=not bos)["input_ids"])
+    piece = 32 - bos
+    windows = tokens[: 5 * piece].view(5, piece)
+    if bos:
+        windows = torch.cat([torch.full((5, 1), tokenizer.bos_token_id), windows], dim=1)
+    with torch.no_grad():
+        logs = model(windows).logits[:, :-1].log_softmax(-1).gather(2, windows[:, 1:, None])
+    expected = float(logs.mean().neg().exp())
+    documents = [TEXT[:200], TEXT[200:500]]
+    found = permllm.perplexity(model, tokenizer, documents, window=32, limit=5, bos=bos, batch_tokens=64)
+    assert found == pytest.approx(expected, rel=1e-6)  # the logarithms are taken in float32
+    assert permllm.perplexity(model, None, windows) == pytest.approx(expected, rel=1e-6)
+
+
+def test_perplexity_of_a_text_by_its_name(cache: Path, model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    assert permllm.perplexity(model, tokenizer, "builtin", window=64) > 1
+    with pytest.raises(ConfigError, match=r"evaluation\.perplexity\.dataset='poem' is not valid; valid are"):
+        permllm.perplexity(model, tokenizer, "poem")
+    with pytest.raises(DataError, match="fewer than one"):
+        permllm.perplexity(model, tokenizer, ["short"])
+
+
 def test_a_model_that_was_pruned_in_part_is_not_saved(
     model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,11 +214,15 @@ def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
 
 def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
-    metrics, _ = run(
-        tmp_path, "calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4",
-        "calibration.seqlen=32", f"evaluation.perplexity.data_files={tmp_path}/mine.txt", "permutation=none",
-    )  # fmt: skip
-    assert set(metrics["perplexity"]["sparse"]) == {"mine"}
+    (tmp_path / "held-out.txt").write_text(BUILTIN.evaluation().upper())
+    settings = ["calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4"]
+    settings += ["calibration.seqlen=32", "permutation=none"]
+    metrics, _ = run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/held-out.txt")
+    assert set(metrics["perplexity"]["sparse"]) == {"held-out"}
+    (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
+    for name in ("mine", "copy"):
+        with pytest.raises(ConfigError, match=f"{name}.txt' is the file that calibration reads: nothing of it is held out"):
+            run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
 
 
 def test_another_content_of_a_named_file_is_evaluated_anew(cache: Path, tmp_path: Path) -> None:

@@ -16,12 +16,16 @@ from safetensors.torch import load_file
 import permllm
 from permllm import runner
 from permllm.config import read_config
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, TrainingError
 from permllm.export.transformers_classes import register
 from permllm.models import families
 from permllm.models.loading import load_model
+from permllm.record.code import code_digest
 from permllm.record.run_tensors import read_masks
+from tests.conftest import run_command
 from tests.test_config import composed
+
+SEARCH = "hydra.searchpath=[pkg://strange.conf]"
 
 FILES = {
     # A statistic, and the pruner that asks for it.
@@ -63,6 +67,17 @@ FILES = {
 
             def order(self, group, saliency, pattern):
                 return saliency.sum(0).argsort(stable=True).cpu()
+        """,
+    "scheduling.py": """
+        from dataclasses import dataclass
+
+
+        @dataclass(frozen=True)
+        class Steps:
+            high: float = 1.0
+
+            def __call__(self, progress):
+                return self.high if progress < 0.5 else 0.2
         """,
     "poem.py": """
         from permllm.data.texts.base import Text
@@ -135,6 +150,7 @@ FILES = {
         """,
     "conf/pruner/largest.yaml": "name: largest\n_target_: strange.pruning.LargestInput\npower: 1\n",
     "conf/permutation/by_total.yaml": "name: by_total\n_target_: strange.permuting.ByTotal\n",
+    "conf/temperature/steps.yaml": "_target_: strange.scheduling.Steps\nhigh: 1.0\n",
     "conf/reconstruction/doubled.yaml": "name: doubled\n_target_: strange.reconstructing.Doubled\n",
     "conf/calibration/poem.yaml": """
         dataset: strange.poem
@@ -188,7 +204,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
 
 
 def run(*overrides: str) -> tuple[dict[str, Any], Path]:
-    result = runner.run(read_config(composed("hydra.searchpath=[pkg://strange.conf]", "logger=none", *overrides)))
+    result = runner.run(read_config(composed(SEARCH, "logger=none", *overrides)))
     assert result is not None
     return result
 
@@ -205,7 +221,7 @@ def test_one_of_each_kind_runs_together(package: Path, tmp_path: Path) -> None:
     assert len(masks) == 10
     model = permllm.load(directory / "export", dtype=torch.float32)
     assert (type(model).__name__, model.config.dense_type) == ("SparseStableLmForCausalLM", "stablelm")
-    dense = load_model(read_config(composed("hydra.searchpath=[pkg://strange.conf]", "model=strange")).model, 0).model
+    dense = load_model(read_config(composed(SEARCH, "model=strange")).model, 0).model
     for name, mask in masks.items():
         layer, _, linear = name.partition(".mlp.") if ".mlp." in name else name.partition(".self_attn.")
         group = "mlp.gate_up_proj" if linear in ("gate_proj", "up_proj") else "self_attn.qkv_proj"
@@ -214,6 +230,111 @@ def test_one_of_each_kind_runs_together(package: Path, tmp_path: Path) -> None:
         # The checkpoint holds the doubled weights, in the order of the record.
         expected = (2 * dense.get_submodule(name).weight * mask)[:, perm]
         assert torch.equal(model.get_submodule(name).weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ("saliency.sum(0).argsort() * 0", "some channels stand in it twice"),
+        ("saliency.sum(0).argsort()[:4]", r"it is int64 \(4,\)"),
+        ("saliency.sum(0).argsort().int()", r"it is int32 \(32,\)"),
+        ("saliency.sum(0).argsort().tolist()", "it is a list"),
+        ("None", "it is a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("local", [True, False], ids=["local", "joint"])
+def test_an_order_that_is_no_permutation_is_refused(returned: str, reason: str, local: bool, package: Path) -> None:
+    orders = f"{{g.name: (lambda saliency: {returned})(torch.cat([problem.saliency_of(p) for p in g.members])) "
+    orders += "for g in problem.groups}"
+    lines = f"def order(self, group, saliency, pattern):\n        return {returned}"
+    if not local:
+        lines = f"def orders(self, problem):\n        return {orders}"
+    head = "import torch\n\n\nclass ByTotal:\n    constraint, learned = 'free', False\n"
+    (package / "strange" / "permuting.py").write_text(f"{head}    local = {local}\n\n    {lines}\n")
+    said = rf"^permutation=by_total: the order of model\.layers\.0\.self_attn\.qkv_proj must be a permutation.*{reason}"
+    with pytest.raises(ConfigError, match=said):
+        run("model=tiny", "permutation=by_total", f"run_dir={package}/run")
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "reason"),
+    [
+        ("SaliencyFactors(1, inputs)", ConfigError, r"\(K, 32\) and \(K, 32\).*they are column \(32,\), row None"),
+        ("SaliencyFactors(1, inputs.unsqueeze(0), inputs)", ConfigError, r"column \(1, 32\), row \(32,\)"),
+        ("SaliencyFactors(1, -inputs.unsqueeze(0))", ConfigError, "must not be negative"),
+        ("SaliencyFactors(1, inputs.unsqueeze(0) * float('nan'))", TrainingError, "q_proj is not finite"),
+        ("weight.abs()", ConfigError, "must give SaliencyFactors, and gave a "),
+    ],
+)
+@pytest.mark.parametrize("statistics", ["dense", "sequential"])
+def test_a_saliency_that_is_none_is_refused(
+    returned: str, error: type[Exception], reason: str, statistics: str, package: Path
+) -> None:
+    file = package / "strange" / "pruning.py"
+    text = file.read_text().replace("return SaliencyFactors(self.power, statistics[Largest].value.unsqueeze(0))", "RETURN")
+    assert "RETURN" in text
+    file.write_text(text.replace("RETURN", f"inputs = statistics[Largest].value\n        return {returned}"))
+    settings = ("pruner=largest", "permutation=none", f"calibration.statistics={statistics}", f"run_dir={package}/run")
+    with pytest.raises(error, match=reason):
+        run("model=tiny", *settings)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("return -0.1", r"at progress=0\.0=-0\.1: expected a positive number"),
+        ("return 1.0 - progress", r"at progress=1\.0=0\.0: expected a positive number"),
+        ("return 'hot'", "expected a positive number"),
+        ("return progress.start", "has no attribute 'start'"),
+    ],
+)
+def test_a_schedule_that_gives_no_temperature_is_refused_before_anything_is_computed(
+    line: str, reason: str, package: Path
+) -> None:
+    file = package / "strange" / "scheduling.py"
+    file.write_text(file.read_text().replace("return self.high if progress < 0.5 else 0.2", line))
+    with pytest.raises(ConfigError, match=rf"temperature: strange\.scheduling\.Steps.*{reason}"):
+        run("model=tiny", "temperature=steps", "plan=true")
+
+
+def test_a_run_says_that_its_schedule_was_another_one(package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ("model=tiny", "temperature=steps", "permutation.epochs=1", f"run_dir={package}/run")
+    run(*settings)
+    del sys.modules["strange.scheduling"]
+    code_digest.cache_clear()
+    file = package / "strange" / "scheduling.py"
+    file.write_text(file.read_text().replace("0.2", "0.30"))
+    caplog.clear()
+    run(*settings)
+    assert "was made by another version of the code" in caplog.text
+
+
+def test_an_option_that_says_it_is_another_one_is_refused(package: Path, tmp_path: Path) -> None:
+    (package / "strange" / "conf" / "pruner" / "copied.yaml").write_text(
+        "name: wanda\n_target_: strange.pruning.LargestInput\n"
+    )
+    words = ("model=tiny", SEARCH, "permutation=none", "logger=none")
+    found = run_command(*words, "pruner=copied", cwd=tmp_path, fresh=True, PYTHONPATH=str(package))
+    assert (found.returncode, found.stderr.count("error: ")) == (1, 1)
+    assert "error: pruner=copied: its `name` is wanda, which is another option" in found.stderr
+
+
+def test_a_module_that_cannot_be_imported_says_why(package: Path) -> None:
+    (package / "strange" / "pruning.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(ConfigError, match=r"strange\.pruning\.LargestInput.*No module named 'nowhere_to_be_found'"):
+        run("model=tiny", "pruner=largest", f"run_dir={package}/run")
+
+
+def test_python_finds_options_of_somebody_else(package: Path) -> None:
+    config = read_config(composed("model=tiny"))
+    loaded = load_model(config.model, 0)
+    settings: dict[str, Any] = {"pruner": "largest", "permutation": "by_total", "searchpath": ["pkg://strange.conf"]}
+    few: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16}
+    _, _, report = permllm.prune(
+        loaded.model, loaded.tokenizer, texts=["Tyger Tyger, burning bright. " * 20], **settings, **few
+    )
+    assert report["name"].endswith("-largest-by_total-2x4")
+    assert report["sparsity"]["violations"] == 0
 
 
 def test_a_study_of_somebody_else_is_recorded(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistic, Statistics
-from permllm.errors import TrainingError
+from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
@@ -122,18 +122,37 @@ def member_factors(
     """Saliency factors of the linears of a group, by path, from what they read and the gradients of their weights.
 
     Raises:
+        ConfigError: the pruner gives something else than factors of this linear.
         TrainingError: they are not finite, as where the states of a float16 model overflow.
     """
     found = {}
     for path in group.members:
         weight = linear_at(model, path).weight
         factors = pruner.factors(weight, statistics.of_linear(gradients.get(path, ())))
-        if not all(all_finite(part) for part in (factors.column, factors.row) if part is not None):
+        _check_factors(pruner, path, weight, factors)
+        found[path] = factors
+    return found
+
+
+def _check_factors(pruner: Pruner, path: str, weight: Tensor, factors: object) -> None:
+    name = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
+    if not isinstance(factors, SaliencyFactors):
+        raise ConfigError(f"{name}: `factors` must give SaliencyFactors, and gave a {type(factors).__name__}")
+    (rows, channels), column, row = weight.shape, factors.column, factors.row
+    terms = len(column) if row is not None else 1
+    if tuple(column.shape) not in ((terms, channels), (rows, channels)) or (row is not None and row.shape != (terms, rows)):
+        shapes = f"column {tuple(column.shape)}, row {None if row is None else tuple(row.shape)}"
+        raise ConfigError(
+            f"{name}: the factors of {path}, ({rows}, {channels}), must be (K, {channels}) and (K, {rows}), or a score "
+            f"({rows}, {channels}) and None, and they are {shapes}"
+        )
+    for part in (column, row):
+        if part is not None and not all_finite(part):
             raise TrainingError(
                 f"the saliency of {path} is not finite: are its inputs too large for {weight.dtype}, or its weights broken?"
             )
-        found[path] = factors
-    return found
+        if part is not None and bool(part.amin() < 0):
+            raise ConfigError(f"{name}: the factors of {path} must not be negative")
 
 
 def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:

@@ -73,6 +73,12 @@ def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
 def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) -> None:
     """Raise ConfigError or DataError where either names no text that is for its use; no text is read."""
     calibrated = calibration_text(calibration)
+    files = calibration.data_files, perplexity.data_files
+    if all(files) and len({TextFile(str(file)).digest(calibration=True) for file in files}) == 1:
+        raise ConfigError(
+            f"evaluation.perplexity.data_files={perplexity.data_files!r} is the file that calibration reads: nothing of it "
+            "is held out"
+        )
     for named in perplexity_texts(perplexity):
         if named.text is calibrated.text and getattr(named.text, "one_use", False):
             raise ConfigError(

@@ -6,6 +6,7 @@ was asked for without their scales, and says so in a report alone: a pruned mode
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _FLOATING = ("F64", "F32", "F16", "BF16")
 _WHOLE = ("I64", "I32")
 _BYTES = ("U8", "BOOL")
 _NAMED = 3
+# Characters of what transformers says.
+_SAID = 300
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def transformers_reads(what: object) -> Iterator[None]:
     except (PermLLMError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+        reason = textwrap.shorten(str(error) or type(error).__name__, _SAID, placeholder=" ...")
         raise DataError(f"transformers cannot load {what}: {reason}") from error
 
 

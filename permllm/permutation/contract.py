@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from permllm.errors import ConfigError
 from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import Constraint
-from permllm.sparsity import NMPattern
+from permllm.sparsity import NMPattern, is_permutation
 
 
 class Permutation(Protocol):
@@ -74,3 +76,28 @@ class LearningPlan:
     logits: int
     parameters: int
     stays: list[str]
+
+
+def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
+    """The order of a channel group that a method has given, on the CPU.
+
+    Args:
+        key: the setting that named the method.
+        group: name of the group.
+        channels: of it.
+        order: what was given.
+
+    Raises:
+        ConfigError: it is no int64 permutation of the channels: a model in it would not be N:M.
+    """
+    reason = None
+    if not isinstance(order, Tensor):
+        reason = f"it is a {type(order).__name__}"
+    elif order.dtype != torch.int64 or order.shape != (channels,):
+        reason = f"it is {str(order.dtype).removeprefix('torch.')} {tuple(order.shape)}"
+    elif not is_permutation(order):
+        reason = "some channels stand in it twice and others never"
+    if reason is not None:
+        raise ConfigError(f"{key}: the order of {group} must be a permutation, int64 ({channels},), and {reason}")
+    assert isinstance(order, Tensor)
+    return order.cpu()

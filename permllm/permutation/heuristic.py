@@ -3,8 +3,7 @@
 Channels are sorted by their total saliency and dealt in a snake over the groups' M positions. Then, one position after the
 other, the channels at that position are exchanged among the groups by a linear sum assignment that maximises the retained
 saliency. The score of putting channel a into group b is `sum_r max(t[r, b], x[r, a])` plus a constant of the group, with t
-the N-th largest entry of the group's other M - 1 channels in row r. Since `max(u, v) = (u + v + |u - v|) / 2`, all scores
-together are two sums and one L1 distance matrix.
+the N-th largest entry of the group's other M - 1 channels in row r.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import HeuristicSettings
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
-from permllm.sparsity import NMPattern, check_divides, nm_mask
+from permllm.sparsity import NMPattern, check_divides, nm_mask, saliency_sum
 
-# The distance matrix is summed over this many rows at a time, to bound the float32 copies of a large group.
+# Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
+# On a CPU over so many, and for so many pairs of a row and a group, as stay in its cache.
+_ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
 
 
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
@@ -146,9 +147,22 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
         candidates = part_t[moving]
         # N-th largest of M - 1 per row; the smallest when N = M - 1, so N - 1 others always stay.
         threshold = part_t[others].topk(pattern.n, dim=1).values[:, -1]
-        distance = torch.cdist(candidates, threshold, p=1.0)
-        scores += (candidates.sum(1)[:, None] + threshold.sum(1)[None, :] + distance) / 2
+        scores += sums_of_larger(candidates, threshold)
     return scores
+
+
+def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
+    """`sum_r max(left[a, r], right[b, r])` for all a and b: `(A, B)` of `(A, rows)` and `(B, rows)`."""
+    if left.device.type != "cpu":
+        # max(u, v) = (u + v + |u - v|) / 2, so that it is two sums and a matrix of L1 distances.
+        return (left.sum(1)[:, None] + right.sum(1)[None, :] + torch.cdist(left, right, p=1.0)) / 2
+    found = torch.zeros(len(left), len(right), dtype=left.dtype)
+    for of_left, of_right in zip(left.split(_ROWS_IN_CACHE, 1), right.split(_ROWS_IN_CACHE, 1), strict=True):
+        few, all_ = of_left.contiguous(), of_right.contiguous()
+        at_a_time = max(1, _PAIRS_IN_CACHE // all_.numel())
+        for some, sums in zip(few.split(at_a_time), found.split(at_a_time), strict=True):
+            sums += torch.maximum(some[:, None], all_).sum(2)
+    return found
 
 
 def reassign_position(saliency: Parts, perm: Tensor, position: int, m: int) -> Tensor:
@@ -182,5 +196,8 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:
-    permuted = saliency[:, perm.to(saliency.device)]
-    return float((permuted * nm_mask(permuted, pattern)).sum(dtype=torch.float64))
+    total = 0.0
+    for part in saliency.split(_ROWS_AT_A_TIME):
+        permuted = part[:, perm.to(part.device)]
+        total += saliency_sum(permuted, nm_mask(permuted, pattern))
+    return total

@@ -20,7 +20,7 @@ from permllm.errors import DataError
 from permllm.record.schema import Positive, validated
 from permllm.record.tensor_file import check_file, read_header, read_tensor, read_tensors
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import NMPattern, PackedMasks, unpacked_mask, violations
+from permllm.sparsity import NMPattern, PackedMasks, is_permutation, unpacked_mask, violations
 
 _SHAPES = "shapes"
 _Shapes = dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]]
@@ -58,8 +58,7 @@ def read_orders(path: Path, channels: Mapping[str, int] | None = None) -> dict[s
 
 def check_order(where: str, order: Tensor) -> None:
     """Raise DataError, which begins with `where`, unless a tensor is a permutation: int64 or int32, `(C_in,)`."""
-    whole = order.dtype in (torch.int64, torch.int32) and order.dim() == 1
-    if not whole or not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)):
+    if order.dtype not in (torch.int64, torch.int32) or not is_permutation(order):
         raise DataError(f"{where} is no permutation of its channels")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.permutation.heuristic import allocate, assignment_scores, heuristic_order, reassign_position
+from permllm.permutation.heuristic import allocate, assignment_scores, heuristic_order, reassign_position, sums_of_larger
 from permllm.sparsity import NMPattern
 
 
@@ -61,6 +61,15 @@ def test_scores_equal_a_loop_over_groups_up_to_a_constant_of_the_group() -> None
             full.append(float(saliency[:, members].topk(2, dim=1).values.sum()))
         difference = torch.tensor(full, dtype=torch.float64) - scores[:, b]
         torch.testing.assert_close(difference, difference[:1].expand(6), rtol=0, atol=1e-10)
+
+
+def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("permllm.permutation.heuristic._ROWS_IN_CACHE", 7)
+    monkeypatch.setattr("permllm.permutation.heuristic._PAIRS_IN_CACHE", 60)  # three of five at a time
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.rand(count, 30, dtype=torch.float64, generator=generator) for count in (5, 3))
+    expected = [[sum(max(u, v) for u, v in zip(a, b, strict=True)) for b in right.tolist()] for a in left.tolist()]
+    torch.testing.assert_close(sums_of_larger(left, right), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_channels_are_dealt_in_a_snake() -> None:

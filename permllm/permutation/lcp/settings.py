@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from permllm.calibration.norm_over import NormOver
+from permllm.errors import ConfigError
 from permllm.learning.settings import LearningSettings, StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
 from permllm.validation import check_number, check_one_of, check_whole
@@ -74,5 +75,19 @@ class LCPSettings(LearningSettings):
         check_one_of("permutation.norm_over", self.norm_over, get_args(NormOver))
         self.check("permutation")
         check_whole("permutation.rounds", self.rounds, 1)
+        check_temperature(self.temperature)
         for name in ("gumbel", "margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
+
+
+def check_temperature(schedule: object) -> None:
+    """Raise ConfigError unless a schedule gives a positive temperature at the start, in the middle and at the end."""
+    kind = f"temperature: {type(schedule).__module__}.{type(schedule).__qualname__}"
+    if not callable(schedule):
+        raise ConfigError(f"{kind} needs a method `__call__`, from progress in [0, 1] to a temperature")
+    for progress in (0.0, 0.5, 1.0):
+        try:
+            found = schedule(progress)
+        except Exception as error:  # a schedule of someone else's may raise anything
+            raise ConfigError(f"{kind} cannot be called with progress={progress}: {error}") from error
+        check_number(f"{kind}: at progress={progress}", found, positive=True)
