@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import textwrap
 import time
@@ -20,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
 from permllm.config import HYDRA_DEFAULTS, PerplexityConfig, RunConfig, conf_directory, read_config, register_resolvers
@@ -32,10 +31,10 @@ from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, checked_groups, methods_of
-from permllm.models.checkpoint import read_weights
+from permllm.models.checkpoint import check_dense, read_weights
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
-from permllm.models.source import DenseSource
+from permllm.models.source import DenseSource, skeleton_like
 from permllm.nodes import register
 from permllm.record.environment import environment
 from permllm.record.loggers import NO_LOGGER
@@ -208,6 +207,9 @@ def save(
         raise ConfigError("permllm.save writes a model that permllm.prune has pruned, and this one is not")
     request = Request(form, format, dtype, shard_gb)
     request.check()
+    # It may have been trained in another format since.
+    of_model = record.config["model"] | {"dtype": str(model.dtype).removeprefix("torch.")}
+    record = replace(record, config=record.config | {"model": of_model})
     return write_checkpoint(record, request, _source(model, record.tokenizer), Path(folder), started)
 
 
@@ -254,6 +256,7 @@ def _check_model(model: object, tokenizer: object, texts: object) -> None:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         kind = type(model).__name__
         raise ConfigError(f"model: expected one that AutoModelForCausalLM gave, with its head, and it is a {kind}")
+    check_dense(f"model {model.config._name_or_path}", model.config)
     if tokenizer is None and not isinstance(texts, Tensor):
         raise ConfigError("tokenizer: only texts that are tokens need none")
 
@@ -355,8 +358,6 @@ def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerB
 
 
 def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> DenseSource:
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
     state = model.state_dict()
 
     def read(name: str) -> Tensor:
@@ -366,7 +367,7 @@ def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
 
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     save_tokenizer = (lambda folder: None) if tokenizer is None else tokenizer.save_pretrained
-    return DenseSource(skeleton, save_tokenizer, generation, "", read)
+    return DenseSource(skeleton_like(model), save_tokenizer, generation, "", read)
 
 
 @contextmanager

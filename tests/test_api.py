@@ -281,6 +281,63 @@ def test_a_model_that_was_not_pruned_is_not_saved(model: PreTrainedModel, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_of_its_own_is_written_though_the_config_ties_it(tokenizer: ByT5Tokenizer, tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(2 * model.model.embed_tokens.weight.flip(0))
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", permutation__constraint="foldable", **FEW)
+    permllm.save(model, tmp_path / "out")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=WINDOWS).logits
+        torch.testing.assert_close(found, model(input_ids=WINDOWS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_that_no_config_makes_is_said(model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path) -> None:
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+    model.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.down_proj\.bias is \(32,\) and none"):
+        permllm.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_saved_in_the_format_that_they_have(tokenizer: ByT5Tokenizer, tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    _, masks, _ = permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+    model.float()
+    path = next(iter(masks))
+    weight = linear_at(model, path).weight
+    weight.data = torch.where(masks[path], weight.data * (1 + 2**-12), 0.0)  # as training would, in float32
+    assert permllm.save(model, tmp_path / "out")["dtype"] == "float32"
+    assert torch.equal(linear_at(permllm.load(tmp_path / "out"), path).weight, weight)
+
+
+@pytest.mark.parametrize(("form", "format"), [("gathered", "dense"), ("folded", "packed")])
+def test_what_is_loaded_takes_the_options_of_transformers_and_is_not_pruned_again(
+    form: str, format: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", permutation__constraint="foldable", **FEW)
+    permllm.save(model, tmp_path / "out", form=form, format=format)
+    kept = permllm.load(tmp_path / "out", attn_implementation="eager", **({"keep_packed": True} if format == "packed" else {}))
+    assert kept.config._attn_implementation == "eager"
+    assert any(name.endswith("weight_places") for name in kept.state_dict()) == (format == "packed")
+    with pytest.raises(ConfigError, match="is a gathered or packed checkpoint of a pruned model: give the dense one"):
+        permllm.prune(permllm.load(tmp_path / "out"), tokenizer, texts=[TEXT], **FEW)
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        permllm.load(tmp_path / "nowhere")
+
+
+def test_generation_settings_that_transformers_does_not_save_are_one_line(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ConfigError, match=r"model\.generation_config cannot be saved by transformers: "):
+        permllm.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for size in ("5GB", float("inf"), 0):
+        with pytest.raises(ConfigError, match=r"export\.shard_gb="):
+            permllm.save(model, tmp_path / "out", shard_gb=size)
+
+
 def test_free_orders_do_not_fold(model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path) -> None:
     permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW)
     with pytest.raises(ConfigError, match="foldable"):

@@ -7,6 +7,7 @@ which the output says.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import statistics
 import time
@@ -36,7 +37,7 @@ from permllm.models.checkpoint import (
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.record.environment import hardware, versions
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
+from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory, return_freed_memory
 from permllm.runtime.timing import interleaved
 from permllm.sparsity import NMPattern, violations
 
@@ -112,11 +113,13 @@ def speed(
         works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
         peaks = {}
         for name, model in variants.items():
-            works[name] = (_prefill(model, tokens), _decode(model, tokens, new_tokens))
+            prefill_ = _prefill(model, tokens)
+            return_freed_memory()  # of the variants before
             reset_peak_memory(device)
             before = peak_memory(device)
-            works[name][0]()
+            prefill_()
             peaks[name] = peak_memory(device) - before
+            works[name] = (prefill_, _decode(model, tokens, new_tokens))
             if gathered_modules(model):
                 works[f"{name}, gathers left out"] = tuple(_bare(model, work) for work in works[name])  # type: ignore[assignment]
         prefill = interleaved({name: pair[0] for name, pair in works.items()}, repeats, device)
@@ -272,11 +275,15 @@ def _decode(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Callable
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
 
+    slides = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+
     def work() -> None:
         token = tokens[:, -1:]
+        used = copy.deepcopy(cache) if slides else cache  # what has slid out cannot be had back
         for _ in range(new_tokens):
-            token = model(input_ids=token, use_cache=True, **{name: cache}).logits[:, -1:].argmax(-1)
-        cache.crop(-new_tokens)
+            token = model(input_ids=token, use_cache=True, **{name: used}).logits[:, -1:].argmax(-1)
+        if not slides:
+            used.crop(-new_tokens)
 
     return work
 

@@ -32,7 +32,7 @@ from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedMod
 from permllm.record.shards import write_shards
 from permllm.record.tensor_file import read_header
 from permllm.sparsity import NMPattern
-from permllm.validation import check_one_of
+from permllm.validation import check_number, check_one_of
 
 FORMATS = ("dense", "packed")
 SUMMARY = "permllm.json"
@@ -61,8 +61,7 @@ class Request:
         check_one_of("export.format", self.format, FORMATS)
         if self.dtype is not None:
             check_one_of("export.dtype", self.dtype, DTYPES)
-        if not self.shard_gb > 0:
-            raise ConfigError(f"export.shard_gb={self.shard_gb}: expected a positive number")
+        check_number("export.shard_gb", self.shard_gb, positive=True)
         if self.form == "simulate" and self.format == "packed":
             raise ConfigError("export.format=packed needs a model that is N:M in stored order: export=folded or gathered")
 
@@ -239,6 +238,7 @@ class _Record:
 
 
 def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
+    _write_generation(source, folder)  # before anything large
     skeleton = source.skeleton
     groups = channel_groups(skeleton)
     left = recorded_groups(groups, record.pattern, record.metrics["sparsity"].get("patterns", {}))
@@ -279,7 +279,6 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
 
     config = _config(source, stored, request, record, dtype)
     config.save_pretrained(folder)
-    source.generation.save_pretrained(folder)
     source.save_tokenizer(folder)
     summary = _summary(record, request, planned, pruned, shapes, dtype) | {
         "gathers": len(stored.gathers),
@@ -291,6 +290,14 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
     if notice is not None:
         (folder / "NOTICE").write_text(f"{notice}\n", encoding="utf-8")
     return summary
+
+
+def _write_generation(source: DenseSource, folder: Path) -> None:
+    try:
+        source.generation.save_pretrained(folder)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.generation_config cannot be saved by transformers: {reason}") from error
 
 
 def _stored(

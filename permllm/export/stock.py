@@ -48,7 +48,8 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
         run: directory of the finished run that it was exported from, with a perplexity.
 
     Returns:
-        `run`, `text`, `window` (tokens), `class`, `perplexity_of_the_run`, `perplexity_stock`, `relative_difference`.
+        `run`, `text`, `window` (tokens), `dtype`, `class`, `perplexity_of_the_run`, `perplexity_stock`,
+        `relative_difference`.
 
     Raises:
         ConfigError: the run has no perplexity on a text of this package. DataError: a file is not as it should be, or
@@ -82,6 +83,7 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
         "run": f"{metrics['name']}-{metrics['config_hash']}",
         "text": text.name,
         "window": int(windows.shape[1]),
+        "dtype": model["dtype"],
         "class": found["class"],
         "perplexity_of_the_run": of_run,
         "perplexity_stock": found["value"],

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import SUMMARY
@@ -39,8 +40,6 @@ from permllm.record.schema import ExportSummary, TensorEntry
 from permllm.record.tensor_file import check_file, read_tensor
 from permllm.sparsity import NMPattern, violations
 
-# Without a family that we know: two-dimensional weights that are never pruned.
-_NOT_LINEAR = ("embed", "lm_head", "wte", "wpe", "project_in", "project_out")
 _SEQUENCES, _LENGTH = 4, 64
 
 Places = dict[str, tuple[Path, TensorEntry]]
@@ -244,17 +243,25 @@ def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) ->
     ]
 
 
-def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...] | None, int | None]:
-    """How the names of the weights end that should be sparse, and how many there are; None of a family that we do not know."""
+def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...], int | None]:
+    """How the names of the weights end that should be sparse, and how many there are; None of a family that we do not know.
+
+    Raises:
+        DataError: it stores weights with inputs along the rows, where N:M would be looked for along the wrong axis.
+    """
     try:
         family = family_of(skeleton)
     except ConfigError:
-        return None, None
+        if any(isinstance(module, Conv1D) for module in skeleton.modules()):
+            raise DataError(f"{type(skeleton).__name__} stores weights as (C_in, C_out): they cannot be verified") from None
+        head = skeleton.get_output_embeddings()
+        linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and module is not head]
+        return tuple(f".{name}.weight" for name in linears), None
     members = [member for group in family.groups for member in group.members]
     return tuple(f".{member}.weight" for member in members), len(members) * len(decoder_layers(skeleton))
 
 
-def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...] | None) -> list[LayerReport]:
+def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...]) -> list[LayerReport]:
     """Look at a tensor; a report where it should be sparse.
 
     Raises:
@@ -267,7 +274,7 @@ def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...
         check_order(name, tensor)
         return []
     base = name.removesuffix("_values")
-    sparse = f".{base}".endswith(suffixes or ".weight") and (suffixes or not any(word in name for word in _NOT_LINEAR))
+    sparse = f".{base}".endswith(suffixes)
     pattern = stated.of(base)
     if base != name and f"{base}_places" in places and pattern:
         try:

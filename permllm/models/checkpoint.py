@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from permllm.errors import DataError, PermLLMError, printable
+from permllm.errors import ConfigError, DataError, PermLLMError, printable
 from permllm.record.files import read_json
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ModelSettings, Object, TensorEntry, TensorIndex, validated
@@ -255,23 +255,32 @@ def check_runs(what: object, model: PreTrainedModel) -> None:
         raise DataError(f"{what}: its logits are not finite")
 
 
-def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def check_dense(what: str, config: PreTrainedConfig) -> None:
+    """Raise ConfigError where a config is that of a gathered or packed checkpoint, which has been pruned already."""
+    if hasattr(config, "dense_type"):
+        raise ConfigError(f"{what} is a gathered or packed checkpoint of a pruned model: give the dense one")
+
+
+def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any) -> PreTrainedModel:
     """The model of a folder.
 
     Args:
         folder: with a config.json and weights.
-        dtype: of the weights.
+        dtype: of the weights; None is that of the files.
         device: where they are read to.
+        options: for transformers.
 
     Raises:
         DataError: `check_checkpoint` or `check_values` refuses it; the tensor is named.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder")
     check_checkpoint(folder)
     # With a map each tensor goes from the file to the GPU, without the whole model in host memory, once for each process.
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with transformers_reads(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **onto
+            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **onto | options
         )
     check_values(folder, model)
     return model

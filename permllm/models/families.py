@@ -280,12 +280,23 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
                     channels=linears[0].in_features,
                     rows=tuple(linear.out_features for linear in linears),
                     table=table,
-                    heads=key_value_heads(model.config) if table.by_head else (1, 1),
+                    heads=_heads(model, prefix, table) if table.by_head else (1, 1),
                 )
             )
     if not groups:
         raise ConfigError("the model has no decoder layers: nothing to prune")
     return groups
+
+
+def _heads(model: nn.Module, prefix: str, table: GroupTable) -> tuple[int, int]:
+    """Key-value heads of a group, and query heads for each of them, as the rows of its producer say where all are channels."""
+    heads, repeats = key_value_heads(model.config)
+    channels = linear_at(model, prefix + table.members[0]).in_features
+    for path, part in table.produced():
+        if part == "whole" and channels // repeats != linear_at(model, prefix + path).out_features:
+            query, repeats = heads * repeats, channels // linear_at(model, prefix + path).out_features
+            heads = query // repeats  # a config may say what its class does not read
+    return heads, repeats
 
 
 def key_value_heads(config: Any) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from permllm.models.checkpoint import (
     WEIGHTS,
     all_finite,
     check_checkpoint,
+    check_dense,
     check_runs,
     check_values,
     indexed_files,
@@ -218,6 +219,7 @@ def _from_folder(
     folder: Path, dtype: torch.dtype, device: torch.device, placement: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _local_architecture(folder)
+    check_dense(str(folder), config)
     family_of_config(config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")

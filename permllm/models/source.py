@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from permllm.config import ModelConfig
+from permllm.errors import ConfigError
 from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, weight_files
 from permllm.models.loading import dense_folder, folder_identity, generation_of, load_model, meta_model
 from permllm.record.tensor_file import read_tensor
@@ -25,7 +27,10 @@ _TOKENIZER_FILES = (
     "vocab*",
     "merges.txt",
     "chat_template*",
-    "spiece.model",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
 )
 
 
@@ -67,34 +72,69 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     folder = dense_folder(config)
     if folder is not None:
         skeleton = meta_model(config, folder)
-        read = _files(folder, set(parameter_names(skeleton)))
+        read = _files(folder, skeleton)
         if read is not None:
-            copy = partial(_copy_tokenizer, folder)
-            return DenseSource(skeleton, copy, generation_of(skeleton, folder), folder_identity(config, folder), read)
+            copied = partial(_copy_tokenizer, folder)
+            return DenseSource(skeleton, copied, generation_of(skeleton, folder), folder_identity(config, folder), read)
     loaded = load_model(replace(config, placement="device", device="cpu"), seed)  # whose weights are all there to be read
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(loaded.model.config, dtype=loaded.model.dtype)
-    state = loaded.model.state_dict()
+    skeleton, state = skeleton_like(loaded.model), loaded.model.state_dict()
     generation = loaded.model.generation_config
     assert generation is not None
     save = loaded.tokenizer.save_pretrained
     return DenseSource(skeleton, save, generation, loaded.identity, lambda name: state[name].cpu())
 
 
-def _files(folder: Path, wanted: set[str]) -> TensorReader | None:
+def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the meta device, as its config makes it but for a head of its own where it has one.
+
+    Raises:
+        ConfigError: it has a tensor that its config does not make, or lacks one.
+    """
+    config, state = copy.deepcopy(model.config), model.state_dict()
+    skeleton = _from_config(config, model.dtype)
+    tied = {name: source for name, source in (skeleton.all_tied_weights_keys or {}).items() if name in state}
+    if any(not _same(state[name], state[source]) for name, source in tied.items()):
+        # The config says that the head is the embedding, and transformers took the files' word, or somebody changed one.
+        config.tie_word_embeddings = False
+        skeleton = _from_config(config, model.dtype)
+    made = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    there = {name: tensor.shape for name, tensor in state.items()}
+    other = next((name for name in sorted(made.keys() | there.keys()) if made.get(name) != there.get(name)), None)
+    if other is not None:
+        sizes = " and ".join(str(tuple(found[other])) if other in found else "none" for found in (there, made))
+        raise ConfigError(f"the model is not what its config makes: {other} is {sizes}, so that no checkpoint can hold it")
+    return skeleton
+
+
+def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return skeleton
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+def _files(folder: Path, skeleton: PreTrainedModel) -> TensorReader | None:
+    """None where the files do not hold the tensors of the model under its names."""
     check_checkpoint(folder)
     files = weight_files(folder)
     where = tensor_places(files) if files[0].suffix == ".safetensors" else {}
-    if not wanted <= where.keys():
+    if not set(parameter_names(skeleton)) <= where.keys():
         return None
 
     def read(name: str) -> Tensor:
         return read_tensor(where[name][0], name)
 
+    tied = (skeleton.all_tied_weights_keys or {}).items()
+    if any(name in where and source in where and not torch.equal(read(name), read(source)) for name, source in tied):
+        return None
     return read
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)

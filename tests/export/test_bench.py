@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm.commands import call
 from permllm.errors import DataError
@@ -17,7 +17,7 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import Stated
 from permllm.models.families import channel_groups, linear_at
 from permllm.sparsity import NMPattern
-from tests.conftest import run_module
+from tests.conftest import run_module, tiny_model
 from tests.export.test_export import logits, make_run, variant_model
 
 CUDA = torch.device("cuda")
@@ -93,3 +93,13 @@ def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
 def test_a_dense_weight_gets_no_sparse_kernel() -> None:
     with pytest.raises(DataError, match=r"layers\.0.*is not 2:4 in stored order"):
         use_sparse_tensor_cores(variant_model("llama"), Stated(NMPattern(2, 4)))
+
+
+def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> None:
+    tiny_model("gemma3_text").save_pretrained(tmp_path / "sliding")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "sliding")
+    small = ["--prompt", "12", "--new-tokens", "2", "--batch-sizes", "1", "--repeats", "2", "--layer-tokens", "16"]
+    result = run_module("permllm", "bench", str(tmp_path / "sliding"), *small, "--device", "cpu", "--json")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["speed"]
+    assert row["decode_tokens_a_second"] > 0

@@ -432,3 +432,34 @@ def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
         stream.write(b"more")
     with pytest.raises(DataError, match="4 bytes follow its last tensor"):
         check_file(tmp_path / "out" / "model.safetensors")
+
+
+def take_as_pruned(run: Path, dense: Path) -> None:
+    """Have a run be one of a folder as it is now."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    identity = folder_identity(ModelConfig(name="local", source="local", path=str(dense)), dense)
+    write_record(run / "metrics.json", metrics | {"model": identity})
+
+
+def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    dense = tmp_path / "dense"
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
+    (dense / "tokenizer.model").write_bytes(b"x")
+    (dense / "tokenizer").mkdir()  # a folder is no file of one
+    take_as_pruned(run, dense)
+    export_run(run, Request("gathered"), tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ tools }}"
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"x"
+
+
+def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_exported(tmp_path: Path) -> None:
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    state = load_file(tmp_path / "dense" / "model.safetensors")
+    assert "lm_head.weight" in state
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    take_as_pruned(run, tmp_path / "dense")
+    export_run(run, Request("folded"), tmp_path / "out")
+    assert relative(logits(load(tmp_path / "out")), logits(reference(load(tmp_path / "dense"), run))) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 import torch
@@ -152,7 +153,29 @@ def test_stock_transformers_finds_the_perplexity_of_the_run(
     found = json.loads(capsys.readouterr().out)["stock"]
     assert found["class"].endswith(".LlamaForCausalLM")
     assert found["perplexity_stock"] == pytest.approx(found["perplexity_of_the_run"], rel=1e-5)
+    other = AutoModelForCausalLM.from_pretrained(checkpoint)
+    other.lm_head.weight.data.mul_(1.5)  # which changes no pattern
+    other.save_pretrained(tmp_path / "other")
+    for file in checkpoint.glob("tokenizer*"):
+        copyfile(file, tmp_path / "other" / file.name)
+    assert call("verify", [str(tmp_path / "other"), "--stock", str(tmp_path / "run"), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["passed"]
+    assert report["problems"] == [f"stock transformers finds another perplexity than the run {report['stock']['run']}"]
     # A checkpoint that needs this project is none of stock transformers'.
     export_run(tmp_path / "run", Request("gathered"), tmp_path / "gathered")
     assert call("verify", [str(tmp_path / "gathered"), "--stock", str(tmp_path / "run")]) == 2
     assert "cannot be loaded by stock transformers" in capsys.readouterr().err
+
+
+def test_linears_of_an_unknown_family_are_told_by_their_class(tmp_path: Path) -> None:
+    """Not its head, and none whose inputs are the rows."""
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(DataError, match=r"GPT2LMHeadModel stores weights as \(C_in, C_out\)"):
+        verify(tmp_path / "gpt2")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "vocab_size": 64, "intermediate_size": 64}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).save_pretrained(tmp_path / "rwkv")
+    names = [layer.name for layer in verify(tmp_path / "rwkv").layers]
+    assert len(names) == 2 * 7
+    assert not any("head" in name or "embed" in name for name in names)

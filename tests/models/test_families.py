@@ -99,3 +99,8 @@ def test_meta_models_have_groups_without_weights() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_model("llama").config)
     assert len(channel_groups(model)) == 8
+
+
+def test_heads_are_those_that_a_model_has_whatever_its_config_says_beside() -> None:
+    groups = channel_groups(tiny_model("opt", num_key_value_heads=2))  # which OPT does not read
+    assert {group.heads for group in groups if group.table.by_head} == {(4, 1)}
