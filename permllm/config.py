@@ -528,6 +528,9 @@ def _check(config: RunConfig) -> None:
     if config.evaluation.zero_shot.limit is not None:
         check_whole("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
     check_whole("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
+    files = [Path(name).stem for name in config.evaluation.tasks if is_task_file(name)]
+    if twice := next((name for name in files if files.count(name) > 1), None):
+        raise ConfigError(f"evaluation.tasks has two files of the name {twice}, by which results go: rename one")
     for name, task in config.evaluation.tasks.items():
         if task is not None and task.num_fewshot is not None:
             check_whole(f"evaluation.tasks.{name}.num_fewshot", task.num_fewshot, 0)

@@ -55,6 +55,9 @@ def work(options: argparse.Namespace) -> Answer:
         raise ConfigError("no finished run is among them")
     summary = summarise(collection.runs)
     if options.compare:
+        _refuse_beside_compare(options)
+        for note in summary.notes:
+            print(f"note: {note}", file=sys.stderr)
         first, second = (find_row(summary, text, "--compare") for text in options.compare)
         differences = comparison(first, second, summary)
         answer = compared(differences, options.compare[0], options.compare[1], options.format)
@@ -78,6 +81,12 @@ def work(options: argparse.Namespace) -> Answer:
         write_page("--html", options.html, collection, summary, baseline, paper)
     # Intervals take their time: only what is printed is rendered.
     return Answer(records(summary, baseline, paper), lambda: print(render(summary, options.format, baseline, paper), end=""))
+
+
+def _refuse_beside_compare(options: argparse.Namespace) -> None:
+    for name in ("baseline", "paper", "plot", "masks", "html"):
+        if getattr(options, name):
+            raise ConfigError(f"--compare shows two rows alone, and goes without --{name}")
 
 
 def _documents(files: list[Path]) -> Answer:

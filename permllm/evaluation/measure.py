@@ -66,14 +66,16 @@ def evaluate(
             for other, tasks in _same_tasks(found, others, which):
                 known |= tasks
                 _take(own, scores, other, "zero_shot", which, tasks)
-            left = [task for task in settings.zero_shot.tasks if task not in known]
-            results.update(known)
+            asked = settings.zero_shot.tasks
+            left = [task for task in asked if task not in known]
             if left:
                 measured = _accuracies(loaded, replace(settings.zero_shot, tasks=left), which)
                 made_of = {task: values.pop("scores") for task, values in measured.items() if "scores" in values}
                 own.setdefault("zero_shot", {}).setdefault(which, {}).update(made_of)
-                results.update(measured)
-                save()
+                known |= measured
+            # All at once: where measuring is interrupted, a part would be taken for the whole.
+            results.update(sorted(known.items(), key=lambda one: asked.index(one[0]) if one[0] in asked else len(asked)))
+            save()
     for name, task in settings.tasks.items():
         results = found.setdefault("tasks", {}).setdefault(which, {})
         label = Path(name).stem if is_task_file(name) else name

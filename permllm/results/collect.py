@@ -109,6 +109,8 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     found = Collection()
     found.skipped += [(directory, f"{' '.join(job.overrides)}: {job.reason}") for directory, job in jobs if not job.directory]
+    gone = [(Path(job.directory), job) for _, job in jobs if job.directory and not Path(job.directory).is_dir()]
+    found.skipped += [(folder, f"{' '.join(job.overrides)}: its directory is gone") for folder, job in gone]
     first: dict[str, Run] = {}
     for where, read, checked in _entries(sorted(files)):
         try:

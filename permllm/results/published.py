@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
+from permllm.record.evaluations import all_of, counted_tasks
 from permllm.results.collect import Run
 from permllm.results.summary import LEARNED_TOO, Row
 
@@ -119,6 +120,8 @@ class Comparison:
         limited = row.measures[measure].limited if measure in row.measures else False
         if method is None or metric is None or not self._as_in_the_paper(config) or (limited and not self._stand_in):
             return None
+        if metric == "average_acc" and not self._averages_what_it_does(row):
+            return None
         for setting in (*self._settings_of(config), ""):
             model = self._stand_in or config["model"]["name"]
             found = self._values.get((model, config["sparsity"], method, setting, metric))
@@ -159,6 +162,13 @@ class Comparison:
             return "wikitext2_ppl"
         match = re.fullmatch(r"(\w+) acc", measure)
         return f"{match[1]}_acc" if match else None
+
+    def _averages_what_it_does(self, row: Row) -> bool:
+        """Whether the mean accuracy is over the tasks of the paper's."""
+        theirs = {metric.removesuffix("_acc") for *_, metric in self._values if metric.endswith("_acc")} - {"average"}
+        measured = [all_of(run.metrics, run.config) for run in row.runs]
+        counted = [[counted_tasks(entry.get("zero_shot", {}).get("sparse", {})) for entry in entries] for entries in measured]
+        return all(any(set(tasks) == theirs for tasks in of_run) for of_run in counted)
 
 
 def _setting(config: dict[str, Any], name: str) -> Any:

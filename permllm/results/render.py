@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -142,7 +143,10 @@ def find_row(summary: Summary, text: str, option: str) -> Row:
     Raises:
         ConfigError: a name is no column, or not exactly one row has the values.
     """
-    wanted = {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
+    # A value may be a list: a comma parts settings where a column's name follows.
+    columns = "|".join(map(re.escape, summary.settings))
+    parts = re.split(rf",(?=(?:{columns})=)" if columns else ",", text)
+    wanted = {name: value for name, _, value in (part.partition("=") for part in parts)}
     for name, value in wanted.items():
         if name not in summary.settings:
             raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(summary.settings)}")

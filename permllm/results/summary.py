@@ -7,7 +7,8 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,8 @@ from permllm.results.collect import Run
 GAP = "gap closed"
 ZEROS = "zeros"
 _PERPLEXITY = " perplexity ("
+# Machines sum up in other orders: numbers of one model that are so near are the same.
+_NEAR = 1e-4
 
 # Settings that only repeat others or name files, whose digests stand beside them.
 _LEFT_OUT = ("name", "seed", "inputs", "save_weights")
@@ -81,10 +84,10 @@ class Gap:
         """The share of each run of the row; their mean is `(ln p_start - ln p_here) / (ln p_start - ln p_end)`.
 
         In it the logarithms are means over seeds. A run's share is that of its distance from the unpermuted model of its seed,
-        if there is one. None where a perplexity is not finite, or the unpermuted model as good as the dense one.
+        if there is one. None where a perplexity is not finite, or the unpermuted model as good as the dense one, or better.
         """
         start, end = mean_log(self.start), mean_log(self.end)
-        if not math.isfinite(start) or not math.isfinite(end) or start == end or not math.isfinite(mean_log(self.here)):
+        if not math.isfinite(start) or not math.isfinite(end) or start <= end or not math.isfinite(mean_log(self.here)):
             return None
         starts = [math.log(self.start.values[place]) for place in self.own] or [start] * len(self.here.values)
         return [(own - math.log(value)) / (start - end) for own, value in zip(starts, self.here.values, strict=True)]
@@ -172,6 +175,10 @@ def summarise(runs: list[Run]) -> Summary:
     members = [list(indices) for _, indices in alike.groupby(alike, sort=False).groups.items()]
     groups = [flat_settings(runs[indices[0]].config) for indices in members]
     settings = _varying(groups)
+    if len({json.dumps(_labels(values, settings)) for values in groups}) < len(groups):
+        # What no column shows by itself must tell two rows apart where nothing else does.
+        groups = [flat_settings(runs[indices[0]].config, everything=True) for indices in members]
+        settings = _varying(groups)
     rows = [
         Row(_labels(values, settings), {}, [runs[i] for i in indices]) for values, indices in zip(groups, members, strict=True)
     ]
@@ -187,9 +194,7 @@ def summarise(runs: list[Run]) -> Summary:
             notes.append(f"{', '.join(missing)}: left out of a row of {len(row.runs)} seeds, of which some lack it ({where})")
     ordered = sorted(rows, key=lambda row: [_sortable(row.labels[name]) for name in settings])
     names = list(dict.fromkeys(name for row in ordered for name in row.measures))
-    dense = [each[id(row.runs[0])]["dense"] for row in ordered]
-    shared = {named[key]: value for key, value in dense[0].items() if all(other.get(key) == value for other in dense)}
-    summary = Summary(settings, names, ordered, shared, notes)
+    summary = Summary(settings, names, ordered, _shared_dense(ordered), notes)
     if not _patterns_differ(ordered):
         summary.measures.remove(ZEROS)
         for row in ordered:
@@ -197,6 +202,17 @@ def summarise(runs: list[Run]) -> Summary:
     _note_texts(summary)
     close_gaps(summary)
     return summary
+
+
+def _shared_dense(rows: list[Row]) -> dict[str, Measure]:
+    """The dense model's measures where those of all rows are the same to the digits that are shown."""
+    found = {}
+    for name, measure in rows[0].dense.items():
+        means = [row.dense[name].mean for row in rows if name in row.dense]
+        if len(means) == len(rows) and all(math.isclose(mean, means[0], rel_tol=_NEAR) for mean in means):
+            alike = all(math.isclose(value, measure.values[0], rel_tol=_NEAR) for value in measure.values)
+            found[name] = replace(measure, values=measure.values[:1], scored=measure.scored[:1]) if alike else measure
+    return found
 
 
 def frame_of(runs: list[Run]) -> pd.DataFrame:
@@ -231,8 +247,9 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
     for row, ours in zip(summary.rows, settings, strict=True):
         # A record of an earlier version lacks settings.
-        own = (other for other, flat in starts if all(flat[key] == ours[key] for key in flat.keys() & ours.keys()))
-        reference = next(own, None) if baseline is None else baseline if _model(baseline) == _model(row) else None
+        own = [other for other, flat in starts if all(flat[key] == ours[key] for key in flat.keys() & ours.keys())]
+        own.sort(key=lambda other: (other is not row, _statistics(other) != _statistics(row)))
+        reference = next(iter(own), None) if baseline is None else baseline if _model(baseline) == _model(row) else None
         if reference is None:
             continue
         seeds, theirs = ([run.config["seed"] for run in one.runs] for one in (row, reference))
@@ -247,7 +264,8 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     texts = [name for name in summary.measures if any(name in gaps for _, gaps in found)]
     if not texts:
         return
-    shared = [name for name in texts if all(name in gaps for _, gaps in found)]
+    # Of a text that was measured in several ways the latest counts, which comes last, or the text would count twice.
+    shared = list({_text_of(name): name for name in texts if all(name in gaps for _, gaps in found)}.values())
     for row, gaps in found:
         if shared:
             row.measures[GAP] = _mean_gap({name: gaps[name] for name in shared})
@@ -257,13 +275,26 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     summary.measures[last:last] = [GAP] * bool(shared) + [gap_of(name) for name in texts] * (len(texts) > 1)
     if len(texts) > 1:
         mean = f"the mean over {', '.join(shared)}" if shared else "no text is in all rows, so that each stands alone"
-        alone = [name for name in texts if name not in shared] if shared else []
-        summary.notes.append(f"{GAP}: {mean}" + (f", without {', '.join(alone)}, which some rows lack" if alone else ""))
+        alone = [name for name in texts if name not in shared and any(name not in gaps for _, gaps in found)] if shared else []
+        again = [name for name in texts if name not in (*shared, *alone)] if shared else []
+        mean += f", without {', '.join(alone)}, which some rows lack" if alone else ""
+        mean += f", without {', '.join(again)}, of a text that is in it already" if again else ""
+        summary.notes.append(f"{GAP}: {mean}")
 
 
 def gap_of(name: str) -> str:
     """The measure of the gap on one text alone, by the name of the perplexity."""
     return name.replace(_PERPLEXITY, f" {GAP} (", 1)
+
+
+def _text_of(name: str) -> str:
+    """What a perplexity is measured on, by its name: several texts of one name have their digests in it."""
+    text, _, facts = name.partition(_PERPLEXITY)
+    return f"{text} {facts.partition(_NO_TEXT)[2]}"
+
+
+def _statistics(row: Row) -> Any:
+    return (row.runs[0].config.get("calibration") or {}).get("statistics")
 
 
 def _mean_gap(gaps: dict[str, Gap]) -> Measure:
@@ -304,8 +335,12 @@ def _note_texts(summary: Summary) -> None:
         summary.notes.append(f"{by}: some rows lack {', '.join(alone)}")
 
 
-def _model(row: Row) -> str:
-    return str(row.runs[0].config["model"]["name"])
+def _model(row: Row) -> tuple[str, ...]:
+    """What tells a model from another one of its name."""
+    config = row.runs[0].config
+    settings = {key: config["model"].get(key) for key in ("name", "hub_name", "revision", "architecture")}
+    settings["files"] = (config.get("inputs") or {}).get("model.path")
+    return tuple(json.dumps(value, sort_keys=True) for value in settings.values())
 
 
 # Of a baseline's settings, what need not be those of the row: methods of order, mask and weights and what comes with them.
@@ -374,12 +409,18 @@ def row_labels(summary: Summary) -> list[str]:
     return labels
 
 
-def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings that make a result, dotted, as they are typed; a group's `name` stands under the group's own."""
+def flat_settings(config: dict[str, Any], everything: bool = False) -> dict[str, Any]:
+    """Settings that make a result, dotted, as they are typed; a group's `name` stands under the group's own.
+
+    Args:
+        config: of a run.
+        everything: those too that others say, such as the sizes of a model beside its name.
+    """
     flat = flatten(identity_of(config))
     kept = {}
     for key, value in flat.items():
-        if key.split(".")[0] in _LEFT_OUT or any(part in _LEFT_OUT_BELOW for part in key.split(".")):
+        below = not everything and any(part in _LEFT_OUT_BELOW for part in key.split("."))
+        if key.split(".")[0] in _LEFT_OUT or below:
             continue
         kept[plain(typed_name(key).removesuffix(".name"))] = typed_value(key, value)
     if not kept.get("study"):
@@ -522,7 +563,7 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     for task, values in entry.get("tasks", {}).get(which, {}).items():
         for metric, value in values["metrics"].items():
             if value is not None and is_share(metric):
-                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", bos)
+                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", *_how_asked(how, task))
                 scored = scores.get("tasks", {}).get(which, {}).get(task)
                 one = _items(scored, scored["metrics"].get(metric, []), value) if scored else None
                 found[plain(task_label(task, values, metric)), facts] = Measure(
@@ -531,11 +572,18 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     counted = counted_tasks(tasks)
     if len(counted) > 1:
         limited = any(tasks[task]["limited"] for task in counted)
-        facts = (f"of {plain(', '.join(counted))}", f"{sum(tasks[task]['n'] for task in counted)} items", bos)
+        facts = (f"of {plain(', '.join(sorted(counted)))}", f"{sum(tasks[task]['n'] for task in counted)} items", bos)
         kept = {task: one for task in counted if (one := items.get(task))}
         parts = [kept if len(kept) == len(counted) else {}]
         found["average acc", facts] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited, parts)
     return found
+
+
+def _how_asked(how: Mapping[str, Any], task: str) -> tuple[str, str]:
+    """How a task of `evaluation.tasks` was asked for; a group leaves results of several names."""
+    asked = how.get("tasks", {})
+    own = next((one for name, one in asked.items() if task in (name, Path(name).stem)), next(iter(asked.values()), None)) or {}
+    return f"add_bos_token={setting_text(own.get('add_bos_token'))}", f"file {str(own.get('digest', ''))[:8]}"
 
 
 def _windows(losses: list[float], values: Mapping[str, Any], of: tuple[Any, ...]) -> Scored | None:

