@@ -13,6 +13,8 @@ from permllm.record.schema import KeptRecord
 from tests.conftest import ROOT
 
 EXPERIMENTS = ROOT / "experiments"
+# No permutation, the heuristic, LCP: of a version before checksums.
+THREE_RUNS = ROOT / "tests" / "three_runs"
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ import pytest
 from permllm.commands import COMMANDS, call, main
 from permllm.version import __version__
 from tests.conftest import ROOT, run_module, run_python
+from tests.kept import THREE_RUNS
 
-QUICKSTART = ROOT / "experiments" / "quickstart"
 WITH_ANSWERS = [name for name in COMMANDS if name != "run"]
 
 
@@ -90,8 +90,8 @@ def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_modules_of_version_0_1_go_on_and_say_their_new_name() -> None:
-    new = run_module("permllm", "results", str(QUICKSTART))
-    old = run_module("permllm.results", str(QUICKSTART))
+    new = run_module("permllm", "results", str(THREE_RUNS))
+    old = run_module("permllm.results", str(THREE_RUNS))
     assert new.returncode == old.returncode == 0
     assert old.stdout == new.stdout != ""
     assert old.stderr == f"note: python -m permllm.results is `permllm results` from version 1.0 on\n{new.stderr}"

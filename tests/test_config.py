@@ -24,7 +24,7 @@ from permllm.record.store import run_directory
 from permllm.record.tensors import write_tensors
 from permllm.session import Session
 from tests.conftest import ROOT
-from tests.kept import EXPERIMENTS, as_folder, lines_of
+from tests.kept import THREE_RUNS, as_folder, lines_of
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(
@@ -243,7 +243,7 @@ def test_settings_that_came_later_make_other_runs_where_they_differ() -> None:
 
 @pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
 def test_a_run_of_an_earlier_version_is_found_under_the_name_that_it_had(permutation: str, tmp_path: Path) -> None:
-    lines = lines_of(EXPERIMENTS / "quickstart" / "records.jsonl")
+    lines = lines_of(THREE_RUNS / "records.jsonl")
     (line,) = [line for line in lines if line["run"].startswith(f"smollm2-135m-wanda-{permutation}-2x4-")]
     settings = config(f"permutation={permutation}", f"runs_dir={tmp_path}")
     named = run_directory(settings)

@@ -27,7 +27,7 @@ from permllm.record.files import file_checksum, read_json, read_yaml, write_reco
 from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Scores, Settings, validated
 from permllm.results.render import FORMATS
 from permllm.results.views.studies import STUDIES
-from tests.kept import EXPERIMENTS, as_folder, lines_of
+from tests.kept import EXPERIMENTS, THREE_RUNS, as_folder, lines_of
 from tests.results.test_results import make_run
 from tests.test_config import composed
 
@@ -127,7 +127,7 @@ TRIPLE = [
         "environment.json": record["environment"],
         "history.jsonl": record.get("history", []),
     }
-    for record in lines_of(EXPERIMENTS / "quickstart" / "records.jsonl")
+    for record in lines_of(THREE_RUNS / "records.jsonl")
 ]
 FILES = sorted(TRIPLE[0])
 MARKUP = "</script><b>|$\\frac{[/red]\n\x1b[31m\u2028"
@@ -376,7 +376,7 @@ def test_a_checksum_is_of_what_a_reader_has(tmp_path: Path) -> None:
 
 
 def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path) -> None:
-    for line in lines_of(EXPERIMENTS / "quickstart" / "records.jsonl"):
+    for line in lines_of(THREE_RUNS / "records.jsonl"):
         as_folder(line, tmp_path / "folders")
     assert call("records", [str(tmp_path / "folders"), "--to", str(tmp_path / "kept" / "records.jsonl")]) == 0
     code, table, said = results(tmp_path / "folders")
@@ -444,7 +444,7 @@ def test_what_is_not_finished_is_not_kept(tmp_path: Path, capsys: pytest.Capture
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(place=st.integers(0, 10**9), bit=st.integers(0, 7))
 def test_a_bit_that_flips_in_a_line_costs_that_line_at_most(place: int, bit: int) -> None:
-    text = bytearray((EXPERIMENTS / "quickstart" / "records.jsonl").read_bytes())
+    text = bytearray((THREE_RUNS / "records.jsonl").read_bytes())
     text[place % len(text)] ^= 1 << bit
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "records.jsonl").write_bytes(text)

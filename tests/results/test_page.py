@@ -40,10 +40,10 @@ from permllm.results.render import cells, main_measure, take_baseline
 from permllm.results.summary import Summary, row_labels, summarise
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import ROOT, run_module
+from tests.kept import THREE_RUNS
 from tests.results.test_results import make_run
 
 ABLATION = ROOT / "experiments" / "lcp_ablation"
-QUICKSTART = ROOT / "experiments" / "quickstart"
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # No window, no sandbox (containers have none), and none of the browser's own errands.
@@ -269,7 +269,7 @@ def test_rows_are_named_by_what_is_unusual_in_them() -> None:
     labels = row_labels(summary_of(ABLATION))
     for expected in ("wanda, lcp", "wanda, none", "wanda, lcp, gumbel=0.3", "wanda, lcp, constraint=foldable, block_size=192"):
         assert expected in labels
-    assert row_labels(summary_of(QUICKSTART)) == ["none", "heuristic", "lcp"]
+    assert row_labels(summary_of(THREE_RUNS)) == ["none", "heuristic", "lcp"]
 
 
 def test_minutes_are_those_of_the_stages_that_make_the_model() -> None:
@@ -414,7 +414,7 @@ def test_the_page_refers_to_nothing_outside_and_is_small(tmp_path: Path) -> None
 
 def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(tmp_path: Path) -> None:
     file = tmp_path / "new" / "report.html"
-    arguments = [str(QUICKSTART), "--paper", "table1", "--baseline", "permutation=none"]
+    arguments = [str(THREE_RUNS), "--paper", "table1", "--baseline", "permutation=none"]
     result = run_module("permllm", "report", *arguments, "--to", str(file))
     assert result.returncode == 0, result.stderr
     text = file.read_text(encoding="utf-8")
@@ -427,7 +427,7 @@ def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(tmp_path: 
     assert "Traceback" not in failed.stderr
     for option, message in (("accuracy", "error: --measure accuracy: valid are "), ("average acc", "")):
         drawn = run_module(
-            "permllm", "report", str(QUICKSTART), "--to", str(tmp_path / "a.png"), "--measure", option, "--json"
+            "permllm", "report", str(THREE_RUNS), "--to", str(tmp_path / "a.png"), "--measure", option, "--json"
         )
         assert (drawn.returncode, message in drawn.stderr) == (int(bool(message)), True)
     assert json.loads(drawn.stdout)["rows"] == 3
@@ -443,12 +443,12 @@ def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(tmp_path: 
 def test_an_option_that_would_do_nothing_is_refused(
     name: str, words: tuple[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("report", [str(QUICKSTART), "--to", str(tmp_path / name), *words]) == 1
+    assert call("report", [str(THREE_RUNS), "--to", str(tmp_path / name), *words]) == 1
     assert capsys.readouterr().err == f"error: {message}{tmp_path / name} is none\n"
 
 
 def test_a_picture_holds_what_it_draws(tmp_path: Path) -> None:
-    summary = summary_of(QUICKSTART)
+    summary = summary_of(THREE_RUNS)
     plot_cost(summary, tmp_path / "a.png")
     held = json.loads(Image.open(tmp_path / "a.png").text["data"])
     assert held["measure"].startswith("boolq-passages perplexity")
@@ -688,7 +688,7 @@ def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> 
         assert EVIL[:20] in " ".join(figure(page, "Measures").locator(".ytick text").all_text_contents())
 
 
-@pytest.mark.parametrize("folders", [(ABLATION, ROOT / "experiments" / "table1"), (QUICKSTART,)], ids=len)
+@pytest.mark.parametrize("folders", [(ABLATION, ROOT / "experiments" / "table1"), (THREE_RUNS,)], ids=len)
 def test_the_records_of_the_repository_fit_a_phone(browser: Any, tmp_path: Path, folders: tuple[Path, ...]) -> None:
     shutil.copytree(folders[-1], tmp_path / ("long" * 30))  # a note with a long word: what is there twice
     with Opened(browser, write_page(tmp_path / "page.html", *folders, tmp_path / ("long" * 30)), width=390) as page:
@@ -726,7 +726,7 @@ def test_colours_follow_the_scheme(browser: Any, tmp_path: Path) -> None:
         colour = page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}")
         return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
-    file = write_page(tmp_path / "page.html", QUICKSTART)
+    file = write_page(tmp_path / "page.html", THREE_RUNS)
     for scheme, other in (("dark", "light"), ("light", "dark")):
         with Opened(browser, file, scheme=scheme) as page:
             for now in (scheme, other):  # it follows at once, without loading again

@@ -25,8 +25,7 @@ from permllm.results.render import cells, find_row, render, take_baseline
 from permllm.results.summary import summarise
 from permllm.results.table import print_comparison
 from tests.conftest import ROOT, run_module
-
-QUICKSTART = ROOT / "experiments" / "quickstart"
+from tests.kept import THREE_RUNS
 
 
 def make_run(
@@ -213,7 +212,7 @@ def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_onl
 
 
 def test_no_column_has_the_name_of_another() -> None:
-    summary = summarise(collect([QUICKSTART]).runs)
+    summary = summarise(collect([THREE_RUNS]).runs)
     for table_ in ("table1", "table2"):
         paper = Comparison(published(table_), "smollm2-135m")
         header, _ = cells(summary, take_baseline(summary, "permutation=none"), paper)
@@ -404,7 +403,7 @@ def test_an_empty_directory_says_what_was_looked_for(tmp_path: Path) -> None:
 
 def test_the_command_line_reads_the_records_of_the_repository(tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
-    result = run_module("permllm", "results", str(QUICKSTART), "--paper", "table1", "--plot", str(picture))
+    result = run_module("permllm", "results", str(THREE_RUNS), "--paper", "table1", "--plot", str(picture))
     assert result.returncode == 0, result.stderr
     for name in ("| permutation |", "| none |", "| heuristic |", "| lcp |", "hellaswag acc (limited)"):
         assert name in result.stdout
