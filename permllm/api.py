@@ -103,6 +103,7 @@ def prune(
         TrainingError: learning cannot go on.
     """
     _check_model(model, tokenizer, texts)
+    check_dense(f"model {model.config._name_or_path}", model.config)
     texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
     config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)
@@ -256,7 +257,6 @@ def _check_model(model: object, tokenizer: object, texts: object) -> None:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         kind = type(model).__name__
         raise ConfigError(f"model: expected one that AutoModelForCausalLM gave, with its head, and it is a {kind}")
-    check_dense(f"model {model.config._name_or_path}", model.config)
     if tokenizer is None and not isinstance(texts, Tensor):
         raise ConfigError("tokenizer: only texts that are tokens need none")
 

@@ -318,6 +318,7 @@ def test_what_is_loaded_takes_the_options_of_transformers_and_is_not_pruned_agai
     permllm.save(model, tmp_path / "out", form=form, format=format)
     kept = permllm.load(tmp_path / "out", attn_implementation="eager", **({"keep_packed": True} if format == "packed" else {}))
     assert kept.config._attn_implementation == "eager"
+    assert permllm.perplexity(kept, None, WINDOWS) == pytest.approx(permllm.perplexity(model, None, WINDOWS), rel=1e-5)
     assert any(name.endswith("weight_places") for name in kept.state_dict()) == (format == "packed")
     with pytest.raises(ConfigError, match="is a gathered or packed checkpoint of a pruned model: give the dense one"):
         permllm.prune(permllm.load(tmp_path / "out"), tokenizer, texts=[TEXT], **FEW)

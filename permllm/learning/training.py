@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import torch
 from pydantic import InstanceOf
@@ -471,7 +471,7 @@ class Training:
                 raise DataError(f"{self.problem.directory}/{self.file}: {error}: remove it to learn anew") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"].cpu())
         self.done, self.best_loss = state["done"], state["best_loss"]
@@ -490,7 +490,7 @@ class Checkpoint(TypedDict):
     passes: list[Object]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
-    scaler: dict[str, Any]
+    scaler: NotRequired[dict[str, Any]]  # came later
     generator: InstanceOf[Tensor]
     best_loss: float
     sequence: InstanceOf[Tensor] | None

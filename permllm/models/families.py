@@ -293,8 +293,9 @@ def _heads(model: nn.Module, prefix: str, table: GroupTable) -> tuple[int, int]:
     heads, repeats = key_value_heads(model.config)
     channels = linear_at(model, prefix + table.members[0]).in_features
     for path, part in table.produced():
-        if part == "whole" and channels // repeats != linear_at(model, prefix + path).out_features:
-            query, repeats = heads * repeats, channels // linear_at(model, prefix + path).out_features
+        rows = linear_at(model, prefix + path).out_features
+        if part == "whole" and channels != rows * repeats and channels % rows == 0:
+            query, repeats = heads * repeats, channels // rows
             heads = query // repeats  # a config may say what its class does not read
     return heads, repeats
 
