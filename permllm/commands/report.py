@@ -25,7 +25,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.record.files import write_text
 from permllm.results.collect import Collection, collect
 from permllm.results.published import Comparison, beside, published
-from permllm.results.render import FORMATS, records, take_baseline
+from permllm.results.render import FORMATS, records, take_baseline, undrawn
 from permllm.results.summary import Row, Summary, summarise
 
 
@@ -79,7 +79,7 @@ def _drawn(options: argparse.Namespace) -> Answer:
     else:
         from permllm.results.plots import plot_cost
 
-        _note([*collection.notes(), *summary.notes])
+        _note([*collection.notes(), *summary.notes, *undrawn(summary, options.measure)])
         plot_cost(summary, options.to, options.measure)
     found = {
         "file": str(options.to),

@@ -12,7 +12,17 @@ from permllm.errors import ConfigError
 from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.published import beside
-from permllm.results.render import FORMATS, compared, comparison, find_row, records, render, take_baseline, without_interval
+from permllm.results.render import (
+    FORMATS,
+    compared,
+    comparison,
+    find_row,
+    records,
+    render,
+    take_baseline,
+    undrawn,
+    without_interval,
+)
 from permllm.results.summary import summarise
 from permllm.results.views import with_views
 
@@ -66,6 +76,7 @@ def work(options: argparse.Namespace) -> Answer:
     baseline = take_baseline(summary, options.baseline)
     notes = without_interval(summary, baseline) if baseline is not None else []
     notes += [paper.note] if paper and paper.note else []
+    notes += undrawn(summary, None) if options.plot else []
     for note in [*summary.notes, *notes]:
         print(f"note: {note}", file=sys.stderr)
     # What draws takes longer to import than a table takes.

@@ -13,7 +13,7 @@ from permllm.errors import ConfigError
 from permllm.nested import finite
 from permllm.results.compare import Paired, change_between, paired
 from permllm.results.published import Comparison
-from permllm.results.summary import GAP, Measure, Row, Summary, close_gaps, shared_perplexities
+from permllm.results.summary import GAP, Measure, Row, Summary, close_gaps, row_labels, shared_perplexities
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -106,6 +106,13 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
                     between = "" if ends is None else f" [{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]"
                     line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}{between}")
     return header, [dense, *body] if summary.dense else body
+
+
+def undrawn(summary: Summary, measure: str | None) -> list[str]:
+    """A note where a picture of a measure, None is the main one, leaves out rows that lack it."""
+    name = measure or main_measure(summary)
+    labels = [label for row, label in zip(summary.rows, row_labels(summary), strict=True) if name not in row.measures]
+    return [f"the picture is of {name}, and leaves out what lacks it: {'; '.join(labels)}"] if name and labels else []
 
 
 def main_measure(summary: Summary) -> str | None:

@@ -334,6 +334,12 @@ def test_the_papers_average_stands_beside_one_of_the_same_tasks_alone(tmp_path: 
         assert (paper.value(row, "average acc") is None) == (count == 2)
 
 
+def test_a_picture_says_which_rows_it_leaves_out(two: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "other", 30.0, permutation="heuristic", acc=0.5)
+    assert call("report", [str(tmp_path), "--to", str(tmp_path / "a.png"), "--measure", "piqa acc"]) == 0
+    assert "note: the picture is of piqa acc, and leaves out what lacks it: heuristic\n" in capsys.readouterr().err
+
+
 def test_the_dense_model_of_two_machines_is_one(tmp_path: Path) -> None:
     for name, value in (("none", 10.0), ("lcp", 10.0004), ("other", 10.2)):
         folder = make_run(tmp_path / name, 20.0, permutation=name)
