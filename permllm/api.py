@@ -31,7 +31,7 @@ from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, checked_groups, methods_of
-from permllm.models.checkpoint import check_dense, read_weights
+from permllm.models.checkpoint import read_weights
 from permllm.models.families import ChannelGroup
 from permllm.models.loading import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
@@ -103,7 +103,6 @@ def prune(
         TrainingError: learning cannot go on.
     """
     _check_model(model, tokenizer, texts)
-    check_dense(f"model {model.config._name_or_path}", model.config)
     texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
     config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)

@@ -20,6 +20,7 @@ from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
 from permllm.footprint import FITS, Footprint, placements
 from permllm.learning.settings import LearningSettings
+from permllm.models.checkpoint import check_dense
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.models.patterns import groups_to_prune
@@ -276,9 +277,10 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     """The channel groups of a model that are pruned, all layers.
 
     Raises:
-        ConfigError: M does not divide what must hold whole groups of M, given orders lack one of them or do not fold as asked,
-            or nothing would learn in any of them.
+        ConfigError: the model is pruned already, M does not divide what must hold whole groups of M, given orders lack one of
+            them or do not fold as asked, or nothing would learn in any of them.
     """
+    check_dense(config.model.path or config.model.name, model.config)
     groups, permutation = groups_to_prune(model, config), methods.permutation
     for group in groups:
         check_divides(group.pattern or config.pattern, group.channels, group.name)

@@ -32,7 +32,6 @@ from permllm.models.checkpoint import (
     WEIGHTS,
     all_finite,
     check_checkpoint,
-    check_dense,
     check_runs,
     check_values,
     indexed_files,
@@ -219,7 +218,6 @@ def _from_folder(
     folder: Path, dtype: torch.dtype, device: torch.device, placement: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = _local_architecture(folder)
-    check_dense(str(folder), config)
     family_of_config(config)
     if getattr(config, "quantization_config", None):
         raise DataError(f"{folder} states a quantization_config: quantised models cannot be pruned")
