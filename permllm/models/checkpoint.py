@@ -7,7 +7,7 @@ was asked for without their scales, and says so in a report alone: a pruned mode
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +234,22 @@ def parameter_names(model: PreTrainedModel) -> list[str]:
     """Names of all tensors that a checkpoint must hold: the state dict's, without those tied to another."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return [name for name in model.state_dict() if name not in tied]
+
+
+def untied(model: PreTrainedModel, names: Container[str], read: Callable[[str], Tensor]) -> tuple[str, str] | None:
+    """A tensor that is another than the one that the config ties it to, such as a head, and that one; None where all are tied.
+
+    Args:
+        model: may be on the meta device.
+        names: of the tensors that there are.
+        read: gives one by its name.
+    """
+    for name, source in (model.all_tied_weights_keys or {}).items():
+        if name in names and source in names:
+            one, other = read(name), read(source)
+            if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
+                return name, source
+    return None
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

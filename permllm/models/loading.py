@@ -39,6 +39,7 @@ from permllm.models.checkpoint import (
     read_config,
     read_weights,
     transformers_reads,
+    untied,
     vocabulary_of,
     weight_files,
 )
@@ -247,11 +248,9 @@ def _mapped(
     missing = next((name for name in wanted if name not in holds), None)
     if missing is not None:
         raise ConfigError(f"model.placement={placement}: the files of {folder} have {missing} under another name: take host")
-    for name, source in (model.all_tied_weights_keys or {}).items():
-        if name in holds and source in holds and not torch.equal(holds[name].tensor(name), holds[source].tensor(source)):
-            raise ConfigError(
-                f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host"
-            )
+    if other := untied(model, holds, lambda name: holds[name].tensor(name)):
+        name, source = other
+        raise ConfigError(f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host")
     buffers = dict(model.named_buffers())
     for name in wanted:
         if name in buffers:  # some are no weights, such as an order

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError
-from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, weight_files
+from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, untied, weight_files
 from permllm.models.loading import dense_folder, folder_identity, generation_of, load_model, meta_model
 from permllm.record.tensor_file import read_tensor
 
@@ -92,8 +92,7 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
     """
     config, state = copy.deepcopy(model.config), model.state_dict()
     skeleton = _from_config(config, model.dtype)
-    tied = {name: source for name, source in (skeleton.all_tied_weights_keys or {}).items() if name in state}
-    if any(not _same(state[name], state[source]) for name, source in tied.items()):
+    if untied(skeleton, state, state.__getitem__):
         # The config says that the head is the embedding, and transformers took the files' word, or somebody changed one.
         config.tie_word_embeddings = False
         skeleton = _from_config(config, model.dtype)
@@ -112,10 +111,6 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     return skeleton
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
-
-
 def _files(folder: Path, skeleton: PreTrainedModel) -> TensorReader | None:
     """None where the files do not hold the tensors of the model under its names."""
     check_checkpoint(folder)
@@ -127,10 +122,7 @@ def _files(folder: Path, skeleton: PreTrainedModel) -> TensorReader | None:
     def read(name: str) -> Tensor:
         return read_tensor(where[name][0], name)
 
-    tied = (skeleton.all_tied_weights_keys or {}).items()
-    if any(name in where and source in where and not torch.equal(read(name), read(source)) for name, source in tied):
-        return None
-    return read
+    return None if untied(skeleton, where, read) else read
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
