@@ -53,6 +53,11 @@ def typed_name(key: str) -> str:
     return next((entry.new for entry in RENAMED if entry.old == key), key)
 
 
+def recorded_name(key: str) -> str:
+    """What a setting, by its dotted key where it is typed, is called in records."""
+    return next((entry.old for entry in RENAMED if entry.new == key), key)
+
+
 def typed_value(key: str, value: Any) -> Any:
     """The value of a setting of a record, by its dotted key there, as it is typed."""
     return next((entry.typed(value) for entry in RENAMED if entry.old == key), value)

@@ -41,7 +41,7 @@ from permllm.plan import print_plan
 from permllm.record.cache_folder import choose_cache
 from permllm.record.caching import clear_cache
 from permllm.record.environment import environment
-from permllm.record.figures import flat_figures, print_run
+from permllm.record.figures import earlier_figures, flat_figures, print_run
 from permllm.record.files import write_record
 from permllm.record.job_log import job_log
 from permllm.record.loggers import RunLogger, open_logger
@@ -145,7 +145,7 @@ def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunL
     _evaluate(job, record, "sparse")
 
     record.finish()
-    logger.summary(flat_figures(record.metrics))
+    logger.summary(flat_figures(record.metrics), earlier_figures(record.metrics))
 
 
 def _check_amounts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, pruned: bool) -> None:

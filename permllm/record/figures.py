@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from permllm.nested import flatten
-from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
+from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, others, task_label
 from permllm.runtime.terminal import terminal
 
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
@@ -139,3 +139,9 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     nats = nats_above_dense(metrics.get("perplexity", {}))
     above = {} if nats is None else {"nats_above_dense": nats}
     return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above
+
+
+def earlier_figures(metrics: dict[str, Any]) -> list[str]:
+    """Names that `flat_figures` had when another evaluation of the run stood at the top, and that it has no longer."""
+    earlier = {name for entry in others(metrics) for name in flatten(entry, "/") if not name.startswith("protocol/")}
+    return sorted((earlier | {"nats_above_dense"}) - flat_figures(metrics).keys())

@@ -42,8 +42,8 @@ class RunLogger(Protocol):
     def log_pass(self, values: Mapping[str, Any], number: int) -> None:
         """Numbers of one pass, as in `history.jsonl`; passes count from 1 over all windows. What is None was not measured."""
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers, names joined by slashes."""
+    def summary(self, values: Mapping[str, Any], earlier: Iterable[str] = ()) -> None:
+        """Final numbers, names joined by slashes; those of an earlier evaluation of the run hold no longer."""
 
 
 class _Nowhere:
@@ -53,7 +53,7 @@ class _Nowhere:
     def log_pass(self, values: Mapping[str, Any], number: int) -> None:
         pass
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any], earlier: Iterable[str] = ()) -> None:
         pass
 
 
@@ -77,7 +77,9 @@ class _WandB:
         measured = {key: value for key, value in values.items() if value is not None}
         self._row("pass", measured, "lcp/pass", number, 2 * self._step + 1)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any], earlier: Iterable[str] = ()) -> None:
+        for name in earlier:
+            del self._run.summary[name]
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._run.define_metric(name, summary="last")
@@ -116,8 +118,8 @@ class _TensorBoard:
             if value is not None:
                 self._writer.add_scalar(f"pass/{key}", value, number)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
+    def summary(self, values: Mapping[str, Any], earlier: Iterable[str] = ()) -> None:
+        for key, value in values.items():  # what is in its files stays there
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value)
 

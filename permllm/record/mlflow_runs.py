@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,16 @@ class MlflowLogger:
         """Numbers of one epoch."""
         self._send("pass/", values, number)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final values: numbers as metrics, words and what is not finite as tags below `final/`."""
+    def summary(self, values: Mapping[str, Any], earlier: Iterable[str] = ()) -> None:
+        """Final values: numbers as metrics, words and what is not finite as tags below `final/`.
+
+        MLflow removes no metric: the values of an earlier evaluation stay, and the tag `of_earlier_evaluations` names them.
+        """
         from mlflow.entities import RunTag
 
         self._batch(values, 0)
         words = [RunTag(key_of(f"final/{key}"), str(value)) for key, value in values.items() if not _finite(value)]
+        words.append(RunTag("of_earlier_evaluations", ", ".join(earlier)[:_LONGEST_VALUE]))
         self.asked(lambda: self._client.log_batch(self._run_id, tags=words))
 
     def finish(self, failed: bool) -> None:

@@ -84,28 +84,41 @@ def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | Non
                 for row, value, line in zip(summary.rows, values, body, strict=True):
                     ours = row.measures.get(name)
                     line.append("" if value is None or ours is None else _difference(ours.mean - value, ours.kind))
-        if baseline is not None and name in (main, "average acc"):
-            changes = [_change(row.measures.get(name), baseline.measures.get(name)) for row in summary.rows]
-            kind = _kind(summary, name)
-            against = f"{prefix}against the baseline"
-            columns = {against: changes}
-            intervals = {id(row): interval(row, baseline, name) for row in summary.rows}
+        if baseline is not None and name in _against_the_baseline(summary):
+            changes = [_changes(row, name, baseline, paper) for row in summary.rows]
+            unit = _unit(_kind(summary, name))
+            titles = {"ours": "against the baseline"}
             if paper and not paper.same_model and any(value is not None for value in values):
-                # Of another model only the changes can be compared.
-                reference = paper.value(baseline, name)
-                published = [None if value is None else Measure([value], kind) for value in (*values, reference)]
-                theirs = [_change(value, published[-1]) for value in published[:-1]]
-                differences = [None if a is None or b is None else a - b for a, b in zip(changes, theirs, strict=True)]
-                columns[f"{prefix}paper, against its baseline"] = theirs
-                columns[f"{prefix}difference of the changes"] = differences
-            for title, column in columns.items():
-                header.append(title)
+                titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
+            for key, title in titles.items():
+                header.append(f"{prefix}{title}")
                 dense.append("")
-                for row, change, line in zip(summary.rows, column, body, strict=True):
-                    ends = intervals[id(row)] if header[-1] == against else None
+                for row, found, line in zip(summary.rows, changes, body, strict=True):
+                    change, ends = found[key], found["interval"] if key == "ours" else None
                     between = "" if ends is None else f" [{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]"
-                    line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{_unit(kind)}{between}")
+                    line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{unit}{between}")
     return header, [dense, *body] if summary.dense else body
+
+
+def _against_the_baseline(summary: Summary) -> list[str]:
+    """The measures whose changes from a baseline are shown."""
+    return [name for name in summary.measures if name in (main_measure(summary), "average acc")]
+
+
+def _changes(row: Row, name: str, baseline: Row, paper: Comparison | None) -> dict[str, Any]:
+    """A row's change from the baseline in a measure, and that of the published numbers, as shares; None where there is none.
+
+    Returns:
+        `ours` and its `interval`, and where the paper's numbers are of another model, of which only changes can be compared,
+        `paper` and the `difference` of the two.
+    """
+    ours = _change(row.measures.get(name), baseline.measures.get(name))
+    theirs = None
+    if paper and not paper.same_model and name in row.measures:
+        values = [paper.value(one, name) for one in (row, baseline)]
+        theirs = _change(*(None if value is None else Measure([value], row.measures[name].kind) for value in values))
+    difference = None if ours is None or theirs is None else ours - theirs
+    return {"ours": ours, "interval": interval(row, baseline, name), "paper": theirs, "difference": difference}
 
 
 def undrawn(summary: Summary, measure: str | None) -> list[str]:
@@ -285,7 +298,6 @@ def _kind(summary: Summary, name: str) -> str:
 
 
 def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison | None) -> dict[str, Any]:
-    main = main_measure(summary)
     record: dict[str, Any] = {"settings": row.labels, "seeds": [run.config["seed"] for run in row.runs]}
     record["measures"] = {
         name: {"mean": measure.mean, "deviation": measure.deviation, "stderr": measure.stderr, "limited": measure.limited}
@@ -298,8 +310,8 @@ def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison 
     if paper:
         found = {name: paper.value(row, name) for name in row.measures}
         record["paper"] = {"from": paper.heading} | {name: value for name, value in found.items() if value is not None}
-    if baseline and main:
-        record["against_baseline"] = _change(row.measures.get(main), baseline.measures.get(main))
-        record["against_baseline_interval"] = interval(row, baseline, main)
+    if baseline:
+        names = _against_the_baseline(summary)
+        record["against_baseline"] = {name: _changes(row, name, baseline, paper) for name in names if name in row.measures}
     record["runs"] = [str(run.directory) for run in row.runs]
     return record

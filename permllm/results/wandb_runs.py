@@ -17,6 +17,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
 from permllm.record.names import SCHEMA_VERSION
 from permllm.record.schema import FinishedRun, Object, Settings, validated
+from permllm.renamed import recorded_name
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, Published
 from permllm.results.render import render
@@ -146,6 +147,8 @@ def _replay(run: Logged, records: Iterable[dict[str, Any]]) -> None:
         elif "config" in record:
             run.config.update(record["config"].get("update", {}))
         elif "summary" in record:
+            for removed in record["summary"].get("remove", []):
+                run.summary.pop(removed["key"], None)
             run.summary.update(record["summary"].get("update", {}))
         elif "history" in record:
             run.history.append(record["history"]["item"])
@@ -309,29 +312,29 @@ def _workspaces(part: str) -> Any:
 
 
 def _varying(summary: Summary) -> list[str]:
-    """Keys in the W&B config of the columns of a table; a group is named by its own `name`."""
+    """Keys in the W&B config, which has the names of records, of the columns of a table; a group has its own `name`."""
     keys = []
     for column in summary.settings:
-        value: Any = summary.rows[0].runs[0].config
-        for part in column.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, dict):
-            keys.append(f"{column}.name")
+        key = recorded_name(column)
+        # A run that has the usual one of a group leaves it out.
+        if any(isinstance(_at(row.runs[0].config, key), dict) for row in summary.rows):
+            keys.append(f"{key}.name")
         elif not column.endswith(" (digest)"):
-            keys.append(column)
+            keys.append(key)
     return keys
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
 
 
 def _results(summary: Summary) -> list[str]:
     """Names of the final values that the table is about: perplexities, of several first their one number, then accuracies."""
-    metrics = summary.rows[0].runs[0].metrics
-    names = [f"perplexity/sparse/{name}/value" for name in metrics.get("perplexity", {}).get("sparse", {})]
-    return (
-        [NATS] * (len(names) > 1)
-        + names
-        + [
-            f"zero_shot/sparse/{task}/acc"
-            for task, values in metrics.get("zero_shot", {}).get("sparse", {}).items()
-            if values["acc"] is not None
-        ]
-    )
+    found = [row.runs[0].metrics for row in summary.rows]
+    texts = [name for metrics in found for name in metrics.get("perplexity", {}).get("sparse", {})]
+    names = list(dict.fromkeys(f"perplexity/sparse/{name}/value" for name in texts))
+    tasks = [task for metrics in found for task in metrics.get("zero_shot", {}).get("sparse", {}).items()]
+    accuracies = list(dict.fromkeys(f"zero_shot/sparse/{task}/acc" for task, values in tasks if values["acc"] is not None))
+    return [NATS] * (len(names) > 1) + names + accuracies

@@ -22,13 +22,14 @@ from permllm import runner
 from permllm.commands import main
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
-from permllm.record.figures import nats_above_dense
+from permllm.record.figures import flat_figures, nats_above_dense
 from permllm.record.loggers import WANDB_ID, RunLogger, _WandB, job_group, job_name, open_logger
 from permllm.record.mlflow_runs import DATABASE, MLFLOW_ID, MlflowLogger, open_mlflow
 from permllm.results import wandb_runs
 from permllm.results.collect import Run, collect
 from permllm.results.published import published
 from tests.conftest import run_command, run_module
+from tests.data.test_texts import in_the_wheel
 from tests.test_config import composed
 
 SWEEP = ("-m", "model=tiny", "block_size=16,32", "seed=0,1", "calibration.samples=4", "logger=wandb", "force=false")
@@ -366,13 +367,14 @@ def test_mlflow_takes_what_its_fields_do_not(mlflow_home: Path, tmp_path: Path) 
     with open_mlflow(mlflow_home, tmp_path, **arguments) as logger:
         assert logger is not None
         logger.log({"loss": float("nan"), "flips": 0.5}, 0)
-        logger.summary({"perplexity/x(y)/value": float("inf"), "good": 2.0, "text/ü": "words"})
+        logger.summary({"perplexity/x(y)/value": float("inf"), "good": 2.0, "text/ü": "words"}, ["bad", "worse"])
     data = mlflow_client(mlflow_home).get_run((tmp_path / MLFLOW_ID).read_text().strip()).data
     assert len(data.params) == 252
     assert data.params["a_b_c"] == "x" * 6000
     assert data.params["k" * 250] == "None"
     assert data.metrics == {"lcp/flips": 0.5, "good": 2.0}
     assert data.tags["final/perplexity/x_y_/value"] == "inf"
+    assert data.tags["of_earlier_evaluations"] == "bad, worse"
 
 
 def test_a_store_of_files_is_one_too(mlflow_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +458,24 @@ def test_offline_runs_are_read_as_they_were_kept(sweep: Path) -> None:
         assert run.history == kept[key].history
         assert run.metrics["perplexity"] == kept[key].metrics["perplexity"]
         assert run.metrics["seconds"] == kept[key].metrics["seconds"]
+
+
+def test_another_evaluation_of_a_run_takes_the_place_of_the_one_before(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows = {"support": [f"a passage, number {n}" for n in range(40)], "question": [f"What is {n}?" for n in range(40)]}
+    in_the_wheel(rows, tmp_path, monkeypatch)
+    words = ("model=tiny", "permutation=none", "logger=wandb", "calibration.samples=4", f"runs_dir={tmp_path}/runs")
+    for names in ("builtin", "[sciq-support]", "[sciq-support,builtin]"):
+        asked = read_config(composed(*words, f"evaluation.perplexity.dataset={names}", "evaluation.perplexity.limit=2"))
+        made = runner.run(asked)
+        time.sleep(1.1)  # folders are named by the second
+        (logged,) = wandb_runs.read_offline(tmp_path / "runs", "permllm")
+        assert made is not None
+        assert wandb_runs.as_run(logged).metrics["perplexity"] == made[0]["perplexity"]
+        shown = {name: value for name, value in logged.summary.items() if not name.startswith("_")}
+        assert shown == flat_figures(made[0])
 
 
 @pytest.mark.parametrize(
@@ -721,9 +741,13 @@ def specified(part: Any) -> dict[str, Any]:
 
 def test_groups_are_panel_keys_by_their_name() -> None:
     runs = [online_run(1), online_run(2)]
-    runs[1].config["pruner"] = {"name": "ria"}
+    # A record says neither the usual mask nor where a setting has another name now.
+    runs[1].config |= {"pruner": {"name": "ria"}, "mask": {"name": "refined"}}
+    for run, length in zip(runs, (128, 64), strict=True):
+        run.config["calibration"] = {"dataset": "c4", "length": length}
     (table,), _ = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
-    assert wandb_runs.report([table], "permllm", "me", "t").blocks[-1].runsets[0].groupby == ["config.pruner.name"]
+    keys = ["config.pruner.name", "config.mask.name", "config.calibration.length"]
+    assert wandb_runs.report([table], "permllm", "me", "t").blocks[-1].runsets[0].groupby == keys
 
 
 def test_publishing_saves_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

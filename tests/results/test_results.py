@@ -21,7 +21,7 @@ from permllm.record.run_tensors import write_masks
 from permllm.results.collect import collect
 from permllm.results.plots import numeric_setting, plot, plot_masks
 from permllm.results.published import Comparison, published
-from permllm.results.render import cells, find_row, render, take_baseline
+from permllm.results.render import cells, find_row, main_measure, records, render, take_baseline
 from permllm.results.summary import summarise
 from permllm.results.table import print_comparison
 from tests.conftest import ROOT, run_module
@@ -255,6 +255,10 @@ def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) ->
     assert row[header.index("against the baseline")] == "-20.0%"
     assert row[header.index("paper, against its baseline")] == f"{change:+.1f}%"
     assert row[header.index("difference of the changes")] == f"{-20 - change:+.1f}%"
+    lines = records(summary, take_baseline(summary, "block_size=32"), paper)
+    (found,) = [line["against_baseline"] for line in lines if line["settings"]["block_size"] == "64"]
+    expected = {"ours": -0.2, "interval": None, "paper": change / 100, "difference": -0.2 - change / 100}
+    assert found == {main_measure(summary): pytest.approx(expected)}
 
 
 def test_the_mean_accuracy_leaves_groups_of_tasks_out(tmp_path: Path) -> None:
