@@ -38,15 +38,19 @@ def kept(folder: Path, since: float = 0.0) -> list[Job]:
         folder: of the sweep.
         since: seconds since the epoch; outcomes that are older are left out.
     """
-    jobs = []
+    return [job for file, job in kept_files(folder) if file.stat().st_mtime >= since]
+
+
+def kept_files(folder: Path) -> list[tuple[Path, Job]]:
+    """The outcomes in a sweep's folder, each with its file, as `kept` has them."""
+    found = []
     for file in sorted((folder / JOBS).glob("*.json")):
         try:
-            found = read_json(file, SweepJob)
+            read = read_json(file, SweepJob)
         except DataError:
             continue
-        job = Job(found["overrides"], found["outcome"], found.get("reason", ""), found.get("directory"))
+        job = Job(read["overrides"], read["outcome"], read.get("reason", ""), read.get("directory"))
         if job.directory is not None:
             job.directory = os.path.normpath(folder / job.directory)
-        if file.stat().st_mtime >= since:
-            jobs.append(job)
-    return jobs
+        found.append((file, job))
+    return found

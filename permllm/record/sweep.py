@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice, product
 from pathlib import Path
@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from permllm.record.files import write_record
-from permllm.record.outcomes import JOBS, Job, kept
+from permllm.record.outcomes import JOBS, Job, kept, kept_files
 
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
@@ -40,7 +40,7 @@ class SweepFolder(Callback):  # type: ignore[misc]
     """Hydra's callback that names the sweep before its first job: the same command, the same folder."""
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
-        """Set the variable that `hydra.sweep.dir` is built from. The same command has the same jobs, which write anew.
+        """Set the variable that `hydra.sweep.dir` is built from. The same command has the same folder; its jobs write anew.
 
         Raises:
             SystemExit: with code 1, after a line, where the models of the sweep have other texts: Hydra takes any other error
@@ -50,6 +50,9 @@ class SweepFolder(Callback):  # type: ignore[misc]
         _STARTED[:] = [(Path(config.hydra.sweep.dir), time.time())]
         axes = axes_of(config)
         first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+        planned = any(word.lower() in ("plan=true", "plan=1") for word in axes.get("plan", []))
+        if first and axes and not planned:
+            forget(_STARTED[0][0], [_telling(words) for words in product(*axes.values())])
         if reason := _different_texts(config_name, axes):
             if first:
                 print(f"error: {reason}", file=sys.stderr)
@@ -61,9 +64,28 @@ class SweepFolder(Callback):  # type: ignore[misc]
 def sweep_name(config: DictConfig) -> str:
     """The experiment, or `sweep`, and a digest of what was typed."""
     hydra = config.hydra
-    typed = [word for word in [*hydra.overrides.task, *hydra.overrides.hydra] if not word.lstrip("+~").startswith(_LEFT_OUT)]
-    digest = hashlib.sha256(json.dumps(sorted(typed)).encode()).hexdigest()[:8]
+    typed = _telling([*hydra.overrides.task, *hydra.overrides.hydra])
+    digest = hashlib.sha256(json.dumps(typed).encode()).hexdigest()[:8]
     return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+
+
+def _telling(words: Iterable[str]) -> list[str]:
+    """Of what is typed, what tells a sweep, or a job of one, from another; sorted."""
+    return sorted(word for word in words if not word.lstrip("+~").startswith(_LEFT_OUT))
+
+
+def forget(folder: Path, jobs: list[list[str]]) -> None:
+    """Remove the outcomes of an earlier version of a sweep: of an experiment whose jobs were others.
+
+    Args:
+        folder: of the sweep.
+        jobs: what tells each of its jobs from the others now.
+    """
+    for file, job in kept_files(folder):
+        if _telling(job.overrides) not in jobs:
+            words = " ".join(job.overrides)
+            print(f"{words} is no job of this sweep any more: its run stays, outside of the sweep's tables", file=sys.stderr)
+            file.unlink(missing_ok=True)
 
 
 def axes_of(config: DictConfig) -> dict[str, list[str]]:

@@ -74,6 +74,10 @@ def test_a_plan_keeps_what_is_known_of_a_sweep_and_a_run_in_use_is_skipped(tmp_p
     assert planned.returncode == 0, planned.stderr
     assert [outcome for _, outcome in outcomes(tmp_path)] == ["ran", "ran"]
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    earlier = folder / "jobs" / "0007.json"  # of a version of the sweep that had it
+    earlier.write_text('{"overrides": ["model=tiny", "permutation=lcp", "seed=0"], "outcome": "ran"}')
+    assert "permutation=lcp" not in run_command(*command, "plan=true", cwd=tmp_path).stderr
+    assert earlier.is_file()
     busy = Path(kept(folder)[0].directory or "")
     (lock,) = busy.glob(".lock-*")
     with FileLock(lock):
@@ -81,6 +85,8 @@ def test_a_plan_keeps_what_is_known_of_a_sweep_and_a_run_in_use_is_skipped(tmp_p
     assert again.returncode == 0, again.stderr
     assert "1 ran, 1 skipped" in again.stdout
     assert "is in use by another process" in again.stdout
+    assert "model=tiny permutation=lcp seed=0 is no job of this sweep any more" in again.stderr
+    assert [file.name for file in sorted((folder / "jobs").iterdir())] == ["0000.json", "0001.json"]
 
 
 def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
