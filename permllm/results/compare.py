@@ -55,7 +55,9 @@ def change_between(ours: Measure, theirs: Measure) -> float:
     """
     if ours.kind == "perplexity":
         return relative(mean_log(ours) - mean_log(theirs))
-    return ours.mean - theirs.mean if ours.kind in ("accuracy", "share") else ours.mean / theirs.mean - 1
+    if ours.kind in ("accuracy", "share"):
+        return ours.mean - theirs.mean
+    return ours.mean / theirs.mean - 1 if theirs.mean else math.nan
 
 
 def relative(logarithm: float) -> float:
@@ -87,6 +89,8 @@ def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
         return "not measured in both rows"
     if first.gaps or second.gaps:
         return _paired_gaps(first.gaps, second.gaps)
+    if first.kind == "number":
+        return "a number of all items together"
     what = "windows" if first.kind == "perplexity" else "items"
     runs, others = _by_seed(ours, first), _by_seed(theirs, second)
     seeds = sorted(runs.keys() & others.keys())

@@ -198,6 +198,8 @@ def _number(value: float, kind: str) -> str:
         return f"{value:.2%}"
     if kind == "error":
         return f"{value:.4f}"
+    if kind == "number":
+        return f"{value:.4g}"
     return f"{value:.0f}" if kind == "seconds" else f"{value:.2f}"
 
 
@@ -245,7 +247,7 @@ def comparison(first: Row, second: Row, summary: Summary) -> list[dict[str, Any]
     found = []
     for name in summary.measures:
         ours, theirs = first.measures.get(name), second.measures.get(name)
-        if ours is None or theirs is None or not (ours.kind in ("perplexity", "accuracy") or ours.gaps):
+        if ours is None or theirs is None or not (ours.kind in ("perplexity", "accuracy", "number") or ours.gaps):
             continue
         pair = paired(first, second, name)
         line: dict[str, Any] = {"measure": heading(summary, name), "kind": ours.kind}
@@ -287,7 +289,7 @@ def _unit(kind: str) -> str:
 def heading(summary: Summary, name: str) -> str:
     """A measure's name, with a word where some row's value is of a part of the items."""
     # That a perplexity is of the first windows alone stands with the run.
-    limited = _kind(summary, name) == "accuracy" and any(
+    limited = _kind(summary, name) in ("accuracy", "number") and any(
         row.measures[name].limited for row in summary.rows if name in row.measures
     )
     return f"{name} (limited)" if limited else name

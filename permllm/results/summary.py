@@ -99,7 +99,8 @@ class Measure:
 
     Attributes:
         values: of the runs, one a seed.
-        kind: `perplexity`, `accuracy`, `share`, `error` or `seconds` (of finding the order and pruning).
+        kind: `perplexity`, `accuracy`, `share`, `error`, `seconds` (of finding the order and pruning), or `number`, a metric of
+            a task that is none of these, of which may be better what is larger or what is smaller.
         stderr: standard error of a single run's accuracy.
         limited: it was measured on a part of the items.
         scored: of each run, what its value is made of, by text or task; nothing where that was not kept.
@@ -562,12 +563,15 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
             )
     for task, values in entry.get("tasks", {}).get(which, {}).items():
         for metric, value in values["metrics"].items():
-            if value is not None and is_share(metric):
+            if value is not None:
+                share = is_share(metric)
                 facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", *_how_asked(how, task))
                 scored = scores.get("tasks", {}).get(which, {}).get(task)
-                one = _items(scored, scored["metrics"].get(metric, []), value) if scored else None
+                # What is no share need not be a mean over the items.
+                one = _items(scored, scored["metrics"].get(metric, []), value) if scored and share else None
+                kind, parts = "accuracy" if share else "number", [{task: one} if one else {}]
                 found[plain(task_label(task, values, metric)), facts] = Measure(
-                    [value], "accuracy", values["stderr"].get(metric), values["limited"], [{task: one} if one else {}]
+                    [value], kind, values["stderr"].get(metric), values["limited"], parts
                 )
     counted = counted_tasks(tasks)
     if len(counted) > 1:

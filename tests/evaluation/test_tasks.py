@@ -23,6 +23,7 @@ from permllm.record.files import read_json
 from permllm.record.schema import FinishedRun, Scores
 from permllm.results.collect import collect
 from permllm.results.compare import Paired, paired
+from permllm.results.render import cells, comparison, main_measure
 from permllm.results.summary import summarise
 from tests.test_config import composed, config
 
@@ -47,7 +48,9 @@ task: sums
 output_type: generate_until
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+  - {metric: chrf, aggregation: chrf, higher_is_better: true}
 """
 
 
@@ -91,7 +94,8 @@ def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown
         assert share in {count / 6 for count in range(7)}
         # The sample's deviation over the root of the items.
         assert colours["stderr"]["acc,none"] == pytest.approx(math.sqrt(share * (1 - share) / 5))
-        assert sums["metrics"] == {"exact_match,none": 0.0}  # a random model does not add
+        assert sums["metrics"]["exact_match,none"] == 0.0  # a random model does not add
+        assert set(sums["metrics"]) == {"exact_match,none", "chrf,none"}
         scores = read_json(directory / "scores.json", Scores)["evaluations"][metrics["evaluation_hash"]]["tasks"][which]
         assert scores["colours"]["items"] == [0, 1, 2, 3, 4, 5]
         assert sum(scores["colours"]["metrics"]["acc,none"]) / 6 == share
@@ -102,6 +106,14 @@ def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown
     shown = summarise(collect([directory]).runs)
     assert {"colours acc (2 shots)", "sums exact_match (1 shot)"} <= set(shown.measures)
     assert isinstance(paired(shown.rows[0], shown.rows[0], "colours acc (2 shots)"), Paired)
+    # A score of all items together, from 0 to 100.
+    value = metrics["tasks"]["sparse"]["sums"]["metrics"]["chrf,none"]
+    assert shown.rows[0].measures["sums chrf (1 shot)"].values == [value]
+    header, (_, row) = cells(shown)
+    assert row[header.index("sums chrf (1 shot) (limited)")].startswith(f"{value:.4g}")
+    assert "perplexity" in str(main_measure(shown))
+    lines = {line["measure"]: line for line in comparison(shown.rows[0], shown.rows[0], shown)}
+    assert lines["sums chrf (1 shot) (limited)"]["over"] == "a number of all items together"
     assert "scores" not in str(metrics["tasks"])
 
 

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from permllm.record.outcomes import Job, kept
-from permllm.record.sweep import sweep_name
+from permllm.record.sweep import _listed, sweep_name
 from permllm.results.collect import collect
 from permllm.session import objective
 from tests.conftest import ROOT, run_command
@@ -167,8 +167,11 @@ def test_a_sweep_over_models_on_different_texts_is_refused_until_a_protocol_is_g
 def test_a_sweep_of_more_than_ten_jobs_says_which_before_it_starts(tmp_path: Path) -> None:
     # No job gets far: M must divide the channels.
     command = ("-m", "model=tiny", "logger=none", "permutation=none", "sparsity=3:7")
-    many = run_command(*command, "pruner=wanda,ria", "seed=range(12)", cwd=tmp_path).stderr.splitlines()
-    assert many[:3] == ["24 jobs:", "  pruner=wanda seed=0", "  pruner=wanda seed=1"]
-    assert many[20:22] == ["  pruner=ria seed=7", "  and 4 more"]
-    few = run_command(*command, "pruner=wanda,ria", "seed=range(5)", cwd=tmp_path)
+    said = run_command(*command, "seed=range(11)", cwd=tmp_path).stderr.splitlines()
+    assert said[:3] == ["11 jobs:", "  seed=0", "  seed=1"]
+    few = run_command(*command, "seed=range(2)", cwd=tmp_path)
     assert "jobs:" not in few.stderr
+    axes = {"pruner": ["pruner=wanda", "pruner=ria"], "model": ["model=tiny"], "seed": [f"seed={n}" for n in range(12)]}
+    listed = list(_listed(axes))
+    assert listed[:2] == ["24 jobs:", "  pruner=wanda seed=0"]
+    assert listed[20:] == ["  pruner=ria seed=7", "  and 4 more"]
