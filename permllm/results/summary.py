@@ -99,8 +99,8 @@ class Measure:
 
     Attributes:
         values: of the runs, one a seed.
-        kind: `perplexity`, `accuracy`, `share`, `error`, `seconds` (of finding the order and pruning), or `number`, a metric of
-            a task that is none of these, of which may be better what is larger or what is smaller.
+        kind: `perplexity`, `accuracy`, `share`, `error`, `seconds` (of finding the order and pruning), or `number`, a metric
+            of a task that is none of these, of which may be better what is larger or what is smaller.
         stderr: standard error of a single run's accuracy.
         limited: it was measured on a part of the items.
         scored: of each run, what its value is made of, by text or task; nothing where that was not kept.
