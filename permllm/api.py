@@ -45,10 +45,13 @@ from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
 from permllm.usage import options_of, refusal, refused
+from permllm.validation import check_whole
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"
 _OWN_TEXT = "text"
+# Of a text; what is longer is a document.
+_LONGEST_NAME = 60
 # Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
 _NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "study", "method", "experiment", "hparams_search"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
@@ -77,7 +80,7 @@ def prune(
     *,
     texts: str | Sequence[str] | Tensor,
     pruner: str = "wanda",
-    permutation: str = "lcp",
+    permutation: str | None = None,
     sparsity: str = "2:4",
     searchpath: Sequence[str] = (),
     **settings: Any,
@@ -91,7 +94,7 @@ def prune(
         texts: to calibrate on: documents, the name of an option of the group `calibration` (`"c4"`), or windows of tokens,
             int64 `(samples, seqlen)`.
         pruner: an option of that group.
-        permutation: an option of that group.
+        permutation: an option of that group; None is that of `recipe` and `budget`, by themselves `lcp`.
         sparsity: N:M.
         searchpath: where options of other packages lie, as in `hydra.searchpath`: `["pkg://mypackage.conf"]`.
         settings: any other, as the command line has it, with two underscores for a dot: `permutation__epochs=2`,
@@ -105,7 +108,8 @@ def prune(
     _check_model(model, tokenizer, texts)
     texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
-    config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)
+    of_text = {name.removeprefix("calibration__") for name in settings if name.startswith("calibration__")}
+    config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts, of_text)
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
     device, record = model.device, Progress()
@@ -132,7 +136,7 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase | None,
     texts: str | Sequence[str] | Tensor,
     *,
-    window: int = 2048,
+    window: int | None = None,
     limit: int | None = None,
     bos: bool = False,
     batch_tokens: int = 4096,
@@ -144,7 +148,7 @@ def perplexity(
         tokenizer: its tokenizer; None where `texts` are tokens.
         texts: documents, which are joined by a blank line, the name of a text that perplexity is measured on (`"wikitext2"`),
             or windows of tokens, int64 `(windows, window)`.
-        window: tokens in each; what is left over is dropped.
+        window: tokens in each; what is left over is dropped. None is 2,048, or that of `texts` that are tokens.
         limit: windows at most; None is all.
         bos: the tokenizer's BOS is the first token of each, as Gemma needs it.
         batch_tokens: tokens a forward.
@@ -153,17 +157,36 @@ def perplexity(
         ConfigError: there is no such text, or no model. DataError: it cannot be had, or is shorter than a window.
     """
     _check_model(model, tokenizer, texts)
-    config = PerplexityConfig(texts if isinstance(texts, str) else None, window, limit=limit, batch_tokens=batch_tokens)
+    if window is None:
+        window = texts.shape[-1] if isinstance(texts, Tensor) else 2048
+    check_whole("window", window, 2)
+    if limit is not None:
+        check_whole("limit", limit, 1)
+    check_whole("batch_tokens", batch_tokens, 1)
     if isinstance(texts, Tensor):
         windows = _checked(texts, model)
         assert isinstance(windows, Tensor)
+        if windows.shape[1] != window:
+            raise ConfigError(f"window={window}: texts are windows of {windows.shape[1]} tokens, and are taken as they are")
         windows = windows[:limit]
     else:
         assert tokenizer is not None
-        named = perplexity_texts(config)[0] if isinstance(texts, str) else NamedText("texts", _Documents(texts), None)
-        windows = perplexity_windows(tokenizer, named, config, bos)
+        config = PerplexityConfig(texts if isinstance(texts, str) else None, window, limit=limit, batch_tokens=batch_tokens)
+        windows = perplexity_windows(tokenizer, _to_measure(texts, config), config, bos)
     with _as_loaded(model), half_products(model.dtype, model.device):
         return float(measure(model, windows, batch_tokens)["value"])
+
+
+def _to_measure(texts: str | Sequence[str], config: PerplexityConfig) -> NamedText:
+    if not isinstance(texts, str):
+        return NamedText("texts", _Documents(_documents(texts, "or the name of a text that perplexity is measured on")), None)
+    try:
+        return perplexity_texts(config)[0]
+    except ConfigError as error:
+        if texts.isidentifier() or len(texts) < _LONGEST_NAME:
+            raise
+        name = textwrap.shorten(texts, 40)
+        raise ConfigError(f"texts={name!r}: expected a list of documents, or the name of a text") from error
 
 
 class _Documents(Text):
@@ -281,20 +304,28 @@ def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str
             )
             raise ConfigError(f"texts={textwrap.shorten(texts, 40)!r}: expected {told}")
         return texts
-    documents = list(texts) if isinstance(texts, Iterable) else []
+    return _documents(texts, "or the name of an option of calibration")
+
+
+def _documents(texts: object, other: str) -> list[str]:
+    documents = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, Mapping) else []
     if not documents or not all(isinstance(document, str) for document in documents):
-        raise ConfigError("texts: expected at least one document, a str each, tokens, or the name of an option of calibration")
+        raise ConfigError(f"texts: expected at least one document, a str each, tokens, {other}")
     return documents
 
 
 def _composed(
-    pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any], searchpath: Sequence[str]
+    pruner: str, permutation: str | None, sparsity: str, text: str, settings: dict[str, Any], searchpath: Sequence[str]
 ) -> RunConfig:
     """The settings, as the command line would have composed them."""
-    chosen = {"pruner": pruner, "permutation": permutation, "calibration": text, "logger": "none"}
+    chosen = {"pruner": pruner, "calibration": text, "logger": "none"}
+    if permutation is not None:  # else what a recipe chooses
+        chosen["permutation"] = permutation
     single = {"sparsity": sparsity}
     for name, value in settings.items():
         key = name.replace("__", ".")
+        if isinstance(value, np.generic):
+            value = value.item()
         if key.split(".")[0] in _NOT_HERE and key not in _HERE:
             raise ConfigError(f"{key}={value}: permllm.prune takes only settings of how to calibrate, permute and prune")
         group = (conf_directory() / key).is_dir()
@@ -320,8 +351,8 @@ def _composed(
     return read_config(composed)
 
 
-def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:
-    """The settings with the model and the text that are given."""
+def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor, given: set[str]) -> RunConfig:
+    """The settings with the model and the text that are given; `given` are settings of the calibration, by name."""
     path = str(model.config._name_or_path or model.config.model_type)
     of_model = replace(
         config.model,
@@ -334,6 +365,8 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     )
     calibration = config.calibration
     if isinstance(texts, Tensor):
+        for key in given & {"samples", "seqlen", "sampling", "data_files"}:
+            raise ConfigError(f"calibration__{key}: texts are windows of tokens, and are taken as they are")
         calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
         further = replace(config, calibration=calibration).further
         if further:

@@ -381,6 +381,20 @@ class RunConfig:
         return evaluation_of(self.resolved)
 
 
+def _tasks_of(given: Any) -> dict[str, Any]:
+    """`evaluation.tasks`, which may be a name or several, with what is asked for each."""
+    if given is None or isinstance(given, str | list):
+        return dict.fromkeys([given] if isinstance(given, str) else given or [])
+    if not isinstance(given, dict):
+        raise ConfigError(f"evaluation.tasks={given!r}: expected names, or {{NAME: {{num_fewshot: 5, limit: 100}}}}")
+    for name, asked in given.items():
+        if asked is not None and (not isinstance(asked, dict) or not asked.keys() <= {"num_fewshot", "limit"}):
+            raise ConfigError(
+                f"evaluation.tasks.{name}={asked}: expected {{num_fewshot: 5, limit: 100}}, either of the two, or null"
+            )
+    return given
+
+
 def is_task_file(name: str) -> bool:
     """Whether the name of a task is the path of a YAML that defines one."""
     return name.endswith((".yaml", ".yml"))
@@ -417,8 +431,7 @@ def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] =
         if "model" in given and given["model"].get("architecture", {}) is None:
             given["model"]["architecture"] = {}
         evaluation = given.get("evaluation") or {}
-        if not isinstance(evaluation.get("tasks", {}), dict):  # none, or names alone
-            evaluation["tasks"] = dict.fromkeys(evaluation["tasks"] or [])
+        evaluation["tasks"] = _tasks_of(evaluation.get("tasks"))
         given |= _names_of_modules(given)
         budget = given.get("budget") or {}
         given["budget"] = {key: value for key, value in budget.items() if value != MISSING and not is_left_over(budget, key)}
@@ -528,9 +541,6 @@ def _check(config: RunConfig) -> None:
     if config.evaluation.zero_shot.limit is not None:
         check_whole("evaluation.zero_shot.limit", config.evaluation.zero_shot.limit, 1)
     check_whole("evaluation.zero_shot.batch_size", config.evaluation.zero_shot.batch_size, 1)
-    files = [Path(name).stem for name in config.evaluation.tasks if is_task_file(name)]
-    if twice := next((name for name in files if files.count(name) > 1), None):
-        raise ConfigError(f"evaluation.tasks has two files of the name {twice}, by which results go: rename one")
     for name, task in config.evaluation.tasks.items():
         if task is not None and task.num_fewshot is not None:
             check_whole(f"evaluation.tasks.{name}.num_fewshot", task.num_fewshot, 0)

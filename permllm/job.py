@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import isabstract, signature
 from typing import Any, get_args
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import Statistic, gradient_kinds
-from permllm.config import RunConfig, instantiate, instantiate_permutation
+from permllm.config import ExportConfig, RunConfig, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
+from permllm.export.packed import LARGEST_M
 from permllm.footprint import FITS, Footprint, placements
 from permllm.learning.settings import LearningSettings
 from permllm.models.checkpoint import check_dense
@@ -303,10 +304,16 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
         ConfigError: it cannot be had from this run.
     """
     export = config.export
-    if export.form == "none":
-        return None
     request = Request(export.form, export.format, export.dtype, export.shard_gb)
+    if export.form == "none":
+        unheard = [key for key, value in asdict(export).items() if value != getattr(ExportConfig(), key)]
+        if unheard:
+            key = unheard[0]
+            raise ConfigError(f"export.{key}={getattr(export, key)} needs export=folded, gathered or simulate")
+        return None
     request.check()
+    if export.format == "packed" and (large := [pattern for pattern in config.patterns if pattern.m > LARGEST_M]):
+        raise ConfigError(f"export.format=packed packs groups of at most {LARGEST_M} weights, and the sparsity is {large[0]}")
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs the changed weights, and save_weights=false does not keep them")
     if export.form == "folded" and methods.permutation.constraint == "free":

@@ -19,11 +19,12 @@ from permllm.errors import ConfigError
 from permllm.helping import call_helpers
 from permllm.job import Job
 from permllm.learning.problem import LearningProblem
+from permllm.learning.settings import LearningSettings
 from permllm.learning.training import steps_in_all
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
 from permllm.permutation.contract import checked_order
-from permllm.permutation.lcp.settings import LCPSettings
+from permllm.reconstruction.kept_weights import WEIGHTS_LEARNED
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
 from permllm.record.pruned import linear_shapes
@@ -31,6 +32,8 @@ from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern
 
+# In a line of the history where masks learn.
+_MASKS = "mask_flips"
 Order = Callable[[str, Tensor, NMPattern], Tensor]
 
 
@@ -127,9 +130,7 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
     with record.stage("permute", job.device):
         chosen = windows_for(permutation, job.config.calibration.samples)
         problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
-        problem.on_step = lambda step, values: job.logger.log(values, step)
-        passes = _Passes(record, job.logger)
-        problem.on_pass, problem.on_resume = passes.add, passes.resume
+        _tell(job, problem)
         with products_in(job.products, job.device):
             orders = _all_orders(job, problem)
     return lambda name, saliency, pattern: orders[name]
@@ -175,16 +176,13 @@ def learned_masks(
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
     orders = {group.name: _order_by(order, problem, group) for group in job.groups}
-    first = 0
-    if isinstance(permutation, LCPSettings) and not mask.learns_orders:
-        count = permutation.samples or job.config.calibration.samples
-        first = steps_in_all(permutation, count, len(decoder_layers(problem.model)), permutation.rounds)
     with record.stage("mask", job.device):
-        problem.on_step = lambda step, values: job.logger.log(values, first + step)  # after those of the orders
-        passes = _Passes(record, job.logger, [] if mask.learns_orders else [p for p in record.passes() if not _of_masks(p)])
-        problem.on_pass, problem.on_resume = passes.add, passes.resume
+        earlier = [] if mask.learns_orders else [line for line in record.passes() if _MASKS not in line]
+        _tell(job, problem, earlier, _steps_of(job, "permutation"))
         masks = record.kept_masks(linear_shapes(job.groups))
-        if masks is None:
+        if masks is not None:  # which are N:M in the orders that were found with them
+            orders = record.kept_orders({group.name: group.channels for group in job.groups}) or orders
+        else:
             with products_in(job.products, job.device):
                 if mask.learned:
                     call_helpers(problem, job.loaded.identity, job.products, orders)
@@ -202,8 +200,30 @@ def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Te
     return order(group.name, torch.cat(scores), problem.pattern_of(group)).cpu()
 
 
-def _of_masks(line: Mapping[str, Any]) -> bool:
-    return "mask_flips" in line
+def watch_weights(job: Job) -> Callable[[LearningProblem], None]:
+    """What has a job's record and logger learn of the steps and epochs in which weights learn, after all others."""
+
+    def watch(problem: LearningProblem) -> None:
+        earlier = [line for line in job.record.passes() if WEIGHTS_LEARNED not in line]
+        _tell(job, problem, earlier, _steps_of(job, "permutation") + _steps_of(job, "mask"))
+
+    return watch
+
+
+def _steps_of(job: Job, what: str) -> int:
+    """The steps in which orders (`permutation`), or masks (`mask`), learn before what comes after them."""
+    method = job.methods.learned.get(what)
+    if not isinstance(method, LearningSettings):
+        return 0
+    count = method.samples or job.config.calibration.samples
+    return steps_in_all(method, count, len(decoder_layers(job.loaded.model)), getattr(method, "rounds", 1))
+
+
+def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:
+    """Have the job's record and logger learn of the steps and epochs of what learns, after those of what learned before."""
+    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
+    passes = _Passes(job.record, job.logger, earlier)
+    problem.on_pass, problem.on_resume = passes.add, passes.resume
 
 
 class _Passes:

@@ -87,6 +87,7 @@ def prune(
     directory: Path | None = None,
     run: str = "",
     seed: int = 0,
+    watch: Callable[[LearningProblem], None] = lambda problem: None,
 ) -> PrunedModel:
     """Prune all layers in place, one after the other.
 
@@ -107,6 +108,7 @@ def prune(
             attempt's are taken from there.
         run: digest of the settings, for both.
         seed: of the order of samples, where it takes them at random.
+        watch: is given the problem that the whole network is reconstructed by, to have its steps and epochs told.
     """
     reconstruction = reconstruction or NoReconstruction()
     device = next(model.parameters()).device
@@ -117,8 +119,7 @@ def prune(
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
     follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
-    result = PrunedModel()
-    placement, kept_layers = placement_of(model), PrunedLayers(directory, run)
+    result, placement, kept_layers = PrunedModel(), placement_of(model), PrunedLayers(directory, run)
     changes = pruner.updates_weights or reconstruction.changes_weights
     for index, members in by_layer(model, groups, "prune"):
         kept_layer = kept_layers.read(index, members, pattern, changes) if members else None
@@ -177,6 +178,7 @@ def prune(
                 directory=directory,
                 run=run,
             )
+            watch(problem)
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
     result.violations = _violations(model, groups, result.orders, pattern)
     return result

@@ -19,6 +19,7 @@ from permllm.data.named import calibration_text, check_texts, perplexity_texts
 from permllm.errors import DataError
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
+from permllm.evaluation.tasks import check_tasks
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.helping import check_shares, loaded_by_all
@@ -76,7 +77,10 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     device = resolve_device(config.model.device)
     if not config.plan:
         parallel.use_device(device)
-    if config.study and not config.plan:
+    if config.study and config.plan:
+        print(f"study={config.study['name']} measures instead of pruning: there is no plan of it")
+        return None
+    if config.study:
         return run_study(config, instantiate(config.study), methods.pruner)
     if device.type == "cpu":
         keep_freed_memory()
@@ -96,6 +100,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
+            check_tasks(config.evaluation)
             if record.begun:
                 record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern)
             learns = {group: method for group, method in methods.learned.items() if not record.has(group)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import calibrate, learned_masks, order_of, target_of_all, windows_for
+from permllm.ordering import calibrate, learned_masks, order_of, target_of_all, watch_weights, windows_for
 from permllm.pipeline import PrunedModel, prune
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def prune_model(
             record.directory,
             config.hash,
             config.seed,
+            watch_weights(job),
         )
         if pruned.violations:
             log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)

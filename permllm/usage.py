@@ -170,6 +170,9 @@ def refusal(error: Exception, words: Sequence[str]) -> str:
         if group:
             return f"{group}={option}: no such option{_meant(option, _listed(error.options or _options(group)))}"
     text = str(error)
+    if match := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        key, value = match.groups()
+        return f"{key}={value}: several values are a sweep, which -m asks for; a list is '{key}=[{value}]'"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown(match[1], words)

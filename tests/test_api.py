@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
 import permllm
+from permllm import api
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.verify import verify
@@ -190,6 +191,11 @@ def test_weights_that_were_trained_afterwards_are_saved_under_the_masks(
         ({"permutation__epochs": "x"}, "permutation.epochs=x: expected a whole number"),
         ({"pruner": "wandaa"}, "pruner=wandaa: no such option; did you mean wanda?"),
         ({"sede": 1}, "sede: no group or setting; did you mean seed?"),
+        ({"texts": {"text": [TEXT]}}, "texts: expected at least one document, a str each"),
+        (
+            {"texts": WINDOWS, "calibration__seqlen": 7},
+            "calibration__seqlen: texts are windows of tokens, and are",
+        ),
     ],
 )
 def test_bad_settings_are_one_line(
@@ -233,6 +239,37 @@ def test_tokens_need_no_tokenizer(model: PreTrainedModel, tmp_path: Path) -> Non
     permllm.save(model, tmp_path / "out")
     assert verify(tmp_path / "out").passed
     assert permllm.load(tmp_path / "out").config.model_type == "llama"
+
+
+def test_a_recipe_chooses_the_permutation_unless_one_is_given() -> None:
+    words = ("2:4", "builtin")
+    for settings in ({"recipe": "paper"}, {"budget": "paper"}):
+        assert api._composed("wanda", None, *words, settings, ()).permutation["name"] == "lcp-paper"
+        assert api._composed("wanda", "lcp", *words, settings, ()).permutation["name"] == "lcp"
+    found = api._composed("wanda", None, *words, {"seed": np.int64(3)}, ())
+    assert (found.permutation["name"], found.seed) == ("lcp", 3)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ([TEXT], {"window": 1}, "window=1: expected a whole number of at least 2"),
+        ([TEXT], {"window": 32.0}, "window=32.0: expected a whole number"),
+        ([TEXT], {"limit": 0}, "limit=0: expected a whole number of at least 1"),
+        ([TEXT], {"batch_tokens": 0}, "batch_tokens=0: expected a whole number of at least 1"),
+        ([b"abc"], {}, "texts: expected at least one document, a str each"),
+        ([], {}, "texts: expected at least one document, a str each"),
+        (None, {}, "texts: expected at least one document, a str each"),
+        (TEXT, {}, "texts='A neural network spends most of [...]': expected a list of documents, or the name of a text"),
+        (WINDOWS, {"window": 8}, "window=8: texts are windows of 16 tokens, and are taken as they are"),
+    ],
+)
+def test_what_perplexity_cannot_be_measured_on_is_one_line(
+    texts: Any, settings: dict[str, Any], message: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        permllm.perplexity(model, tokenizer, texts, **settings)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from permllm import runner, stages
 from permllm.config import read_config
@@ -147,6 +147,10 @@ def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) ->
     )
     orders, expected = (load_file(d / "permutations.safetensors") for d in (other_directory, directory))
     assert all(torch.equal(orders[name], expected[name]) for name in expected)
+    save_file({name: order.int() for name, order in expected.items()}, tmp_path / "int32.safetensors")
+    _, of_int32 = run(tmp_path, "permutation=from_file", f"permutation.path={tmp_path}/int32.safetensors")
+    orders = load_file(of_int32 / "permutations.safetensors")
+    assert all(orders[name].dtype == torch.int64 and torch.equal(orders[name], expected[name]) for name in expected)
     with pytest.raises(ConfigError, match="is of 32 channels, not 16"):
         run(
             tmp_path, "permutation=from_file", f"permutation.path={directory}", "model.architecture.hidden_size=16",

@@ -58,6 +58,7 @@ def test_hydras_help_is_the_same(tmp_path: Path) -> None:
         (["-m", "seed=x,1"], "seed=x: expected a whole number"),
         (["~model.architecture"], "~model.architecture: a setting cannot be taken away; model.architecture=null"),
         (["seed"], "seed: expected KEY=VALUE or GROUP=OPTION"),
+        (["seed=0,1"], "seed=0,1: several values are a sweep, which -m asks for; a list is 'seed=[0,1]'"),
         (["--cfg", "job", "seed=x"], "seed=x: expected a whole number"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",

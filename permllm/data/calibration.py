@@ -130,7 +130,8 @@ def joined_windows(
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but {asked} of "
             f"calibration.seqlen={length} need {(samples + further) * piece}: "
-            f"take at most {len(tokens) // piece} samples of it, or another text"
+            + (f"take at most {len(tokens) // piece} samples of it" if len(tokens) >= piece else "take shorter windows")
+            + ", or another text"
         )
     offset = order.randrange(len(tokens) % piece + 1)
     places = range(offset, len(tokens) - piece + 1, piece)

@@ -92,17 +92,28 @@ def read_text_file(path: str) -> list[str]:
 
 
 def _txt_rows(path: str) -> list[Any]:
-    return [{COLUMN: Path(path).read_text(encoding="utf-8")}]
+    return [{COLUMN: _read(path)}]
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
 
 
 def _json_rows(path: str) -> list[Any]:
     """Of a list or a single object, or an object a line."""
-    content = Path(path).read_text(encoding="utf-8")
+    content = _read(path)
     try:
         value = json.loads(content)
     except ValueError:
-        return [json.loads(line) for line in content.split("\n") if line.strip()]
+        return [_json_row(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     return value if isinstance(value, list) else [value]
+
+
+def _json_row(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _parquet_rows(path: str) -> list[Any]:

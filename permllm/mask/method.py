@@ -147,7 +147,8 @@ class MaskLearning(MaskSettings):
             present |= expanded(learner.shared, learner.best)
         if masks.best:
             learned |= masks.best
-            best |= present
+            # Of earlier windows a searched order may be present that is not the one that their masks are N:M in.
+            best |= {group.name: present[group.name] for group in masks.groups}
         return masks.scores_of_the_dense_order() if again else {}
 
     def _searched(
@@ -163,19 +164,21 @@ class MaskLearning(MaskSettings):
         They are those that the layers of a span have all groups of.
         """
 
-        def saliency_of(path: str) -> Tensor:
+        def score_of(path: str) -> Tensor:
             with placement_of(problem.model).layer_of(path):
                 weight, generator = linear_at(problem.model, path).weight, torch.Generator()
                 learned = self.scores(weight, problem.factors_of(path), generator)
                 learned.load_state_dict(scores[path])
-                return learned.values_t(weight.t()).t().exp()  # as the saliency, whose logarithm they started at
+                return learned.values_t(weight.t()).t()
+
+        def search(order: SharedOrder) -> Tensor:
+            # As the saliency, whose logarithm scores started at. A factor that all linears of the order have in common moves
+            # nothing; without it scores of 90 would be infinite.
+            largest = max(score_of(path).max() for group in order.groups for path in group.members)
+            return search_order(order, lambda path: (score_of(path) - largest).exp(), problem.pattern, _shared(order, present))
 
         shared = orders_within(shared_orders(problem.groups, permutation.constraint), *span)
-        found = {
-            order.name: search_order(order, saliency_of, problem.pattern, _shared(order, present))
-            for order in tqdm(shared, desc="permutation")
-        }
-        return expanded(shared, found)
+        return expanded(shared, {order.name: search(order) for order in tqdm(shared, desc="permutation")})
 
     @contextmanager
     def _learners(

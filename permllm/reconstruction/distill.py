@@ -54,8 +54,10 @@ class Distill(DistillSettings, NoReconstruction):
         learner = WeightLearner(kept, self.learning_rate, None if averaged is None else steps - averaged)
         window = Window(0, 0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with parallel.alone(), kept.gradients():
-            training = Training(settings, problem, window, [learner], "distill", DISTILL_CHECKPOINT)
             state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
+            passes = [] if state is None else list(state["passes"])
+            problem.on_resume(passes)
+            training = Training(settings, problem, window, [learner], "distill", DISTILL_CHECKPOINT, passes=passes)
             if state is not None:
                 training.restore(state)
             del state  # which is as large as the weights

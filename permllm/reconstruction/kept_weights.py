@@ -16,6 +16,9 @@ from typing_extensions import override
 from permllm.errors import DataError
 from permllm.learning.training import Learner, Moment
 
+# In a line of the history where weights learn: how many.
+WEIGHTS_LEARNED = "weights_learned"
+
 
 class KeptWeights:
     """The values under the masks, `(kept,)` for each linear, and their gradients, which arrive in backward.
@@ -118,6 +121,10 @@ class WeightLearner(Learner):
         """Have the weights be the mean, where there is one."""
         if self._mean:
             self.kept.write(self._mean)
+
+    @override
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        return {WEIGHTS_LEARNED: sum(value.numel() for value in self.kept.values)}
 
     @override
     def keep(self) -> None:

@@ -46,6 +46,7 @@ def read_orders(path: Path, channels: Mapping[str, int] | None = None) -> dict[s
     orders = read_tensors(path)
     for name, order in orders.items():
         check_order(f"{path}: the permutation of {name}", order)
+        orders[name] = order.long()
     if channels is not None:
         _check_names(path, orders, channels)
         for name, count in channels.items():

@@ -432,6 +432,7 @@ class Pass(TypedDict):
     temperature: NotRequired[float | None]
     flips: NotRequired[float | None]
     mask_flips: NotRequired[float]
+    weights_learned: NotRequired[Whole]
     round: NotRequired[Positive]
     first_layer: NotRequired[Whole]
     last_layer: NotRequired[Whole]

@@ -112,12 +112,15 @@ def test_text_files(tmp_path: Path) -> None:
     assert TextFile(str(tmp_path / "b.jsonl")).calibration(seed=0) == ["one", "two"]
     (named,) = perplexity_texts(PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "c.parquet")))
     assert (named.name, named.text.evaluation(), named.text.max_windows) == ("c", "x\n\ny", None)
+    for name in ("marked.txt", "marked.jsonl"):  # with a byte-order mark
+        (tmp_path / name).write_text("x" if name.endswith("txt") else '{"text": "x"}', encoding="utf-8-sig")
+        assert read_text_file(str(tmp_path / name)) == ["x"]
     Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "e.txt").write_text("")
     (tmp_path / "f.pdf").write_text("x")
-    (tmp_path / "g.jsonl").write_text("{broken")
+    (tmp_path / "g.jsonl").write_text('{"text": "x"}\n{broken')
     for name, message in (("d.parquet", "no column `text`"), ("e.txt", "holds no text"), ("f.pdf", "ending '.pdf'"),
-                          ("g.jsonl", "cannot be read"), ("h.txt", "does not exist")):  # fmt: skip
+                          ("g.jsonl", "cannot be read: line 2, column 2"), ("h.txt", "does not exist")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             read_text_file(str(tmp_path / name))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permllm.errors import DataError
+from permllm import job
+from permllm.errors import ConfigError, DataError
 from permllm.export.packed import pack, packed_shapes, unpack
 from permllm.sparsity import NMPattern, nm_mask
+from tests.test_config import config
 
 PATTERNS = [
     NMPattern(2, 4),
@@ -64,6 +66,16 @@ def test_the_share_of_the_bytes_in_bfloat16(pattern: str, share: float) -> None:
 def test_what_is_not_sparse_is_not_packed() -> None:
     with pytest.raises(DataError, match="not 2:4 in stored order"):
         pack(torch.ones(2, 8), NMPattern(2, 4))
+
+
+def test_groups_whose_places_take_more_than_a_byte_are_not_packed() -> None:
+    weight = sparse(2, 512, NMPattern(128, 256))
+    assert torch.equal(unpack(*pack(weight, NMPattern(128, 256)), NMPattern(128, 256)), weight)
+    with pytest.raises(DataError, match="256:512 cannot be packed"):
+        pack(weight, NMPattern(256, 512))
+    asked = config("model=tiny", "permutation=none", "sparsity=256:512", "export=folded", "export.format=packed")
+    with pytest.raises(ConfigError, match=r"export\.format=packed packs groups of at most 256 weights"):
+        job.export_request(asked, job.methods_of(asked))
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(2, 6)], ids=str)

@@ -229,6 +229,42 @@ def test_a_finished_run_that_kept_no_weights_stays_finished_and_one_that_was_int
     assert results(tmp_path / "run") == results(tmp_path / "other")
 
 
+def test_searched_masks_go_on_in_the_orders_that_were_found_with_them(cache: Path, tmp_path: Path) -> None:
+    searched = ("mask.orders=searched", "mask.rounds=2", "mask.learning_rate=0.1")
+    words = (*SMALL, "permutation=heuristic", "mask=score", *searched)
+    patch = interrupted(stages, "prune")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", *words)
+    patch.undo()
+    assert run(tmp_path / "run", *words)["sparsity"]["violations"] == 0
+    run(tmp_path / "other", *words)
+    assert results(tmp_path / "run") == results(tmp_path / "other")
+
+
+def test_the_history_has_the_epochs_of_masks_and_then_of_weights(cache: Path, tmp_path: Path) -> None:
+    learned = ("permutation=none", "mask=score", "mask.epochs=2", "reconstruction=distill", "reconstruction.epochs=3")
+    words = (*SMALL, *learned, "calibration.samples=8")
+    add = ordering._Passes.add
+
+    def stop(self: Any, values: dict[str, Any]) -> None:
+        if values["pass"] == 2 and "weights_learned" in values:
+            raise KeyboardInterrupt  # after the checkpoint, before the line of the history
+        add(self, values)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ordering._Passes, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", *words)
+    patch.undo()
+    assert len(history(tmp_path / "run")) == 3
+    run(tmp_path / "run", *words)
+    run(tmp_path / "other", *words)
+    lines = history(tmp_path / "other")
+    assert [("mask_flips" in line, "weights_learned" in line) for line in lines] == [(True, False)] * 2 + [(False, True)] * 3
+    assert lines[-1]["loss"] < lines[2]["loss"]
+    assert history(tmp_path / "run") == lines
+
+
 @pytest.fixture(scope="module")
 def learning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run interrupted after its second pass of three (`second`), with its orders alone (`orders`), and `finished`."""

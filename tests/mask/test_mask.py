@@ -151,6 +151,20 @@ def test_orders_follow_from_the_masks(name: str, orders: str) -> None:
     assert output_loss_of(found, masks) < output_loss_of(start, pruners(learning, start))
 
 
+# At 3.0 scores are too large for their exponentials.
+@pytest.mark.parametrize(("seed", "rate", "worse"), [(0, 0.3, True), (2, 0.3, True), (0, 3.0, False)])
+def test_stages_whose_later_rounds_are_worse_keep_the_orders_that_their_masks_are_in(
+    seed: int, rate: float, worse: bool
+) -> None:
+    lines: list[dict[str, Any]] = []
+    learning = problem(tiny_model("llama", seed=seed), Wanda(), on_pass=lines.append)
+    rounds = {"orders": "searched", "rounds": 2, "epochs": 1, "select_from": 1, "layers_per_stage": 1}
+    method = mask("lowrank", batch_size=2, learning_rate=rate, **rounds)
+    check_masks(learning, *method.masks(learning, ordered(learning, "heuristic"), lcp(init="heuristic")))
+    first, second = (line["measured_loss"] for line in lines if line["first_layer"] == 0)
+    assert (first < second) is worse
+
+
 @pytest.mark.parametrize("orders", ["together", "turns"])
 def test_layers_whose_orders_all_stay_learn_masks_in_them(orders: str) -> None:
     learning = problem(tiny_model("llama"), Wanda())

