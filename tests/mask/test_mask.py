@@ -165,6 +165,33 @@ def test_stages_whose_later_rounds_are_worse_keep_the_orders_that_their_masks_ar
     assert (first < second) is worse
 
 
+def values_of(training: Training) -> list[list[Tensor]]:
+    """What each learner learns, as it is now."""
+    return [
+        [value.detach().clone() for part in learner.parameters() for value in part["params"]] for learner in training.learners
+    ]
+
+
+def test_in_turns_one_stands_still_while_the_other_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[list[bool]] = []
+    real = Training.step
+
+    def step(self: Training, *given: Any) -> Any:
+        before = values_of(self)
+        found = real(self, *given)
+        pairs = zip(before, values_of(self), strict=True)
+        moved.append([not all(map(torch.equal, then, now)) for then, now in pairs])
+        return found
+
+    monkeypatch.setattr(Training, "step", step)
+    learning = problem(tiny_model("llama"), Wanda())
+    permutation = lcp(init="random", learning_rate=0.1)
+    mask("score", orders="turns", epochs=2).masks(learning, permutation.start(learning), permutation)
+    turns = [[True, False], [False, True]]
+    assert moved[:2] in (turns, turns[::-1])
+    assert moved == (moved[:2] * len(moved))[: len(moved)]
+
+
 @pytest.mark.parametrize("orders", ["together", "turns"])
 def test_layers_whose_orders_all_stay_learn_masks_in_them(orders: str) -> None:
     learning = problem(tiny_model("llama"), Wanda())

@@ -34,6 +34,27 @@ from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
 
 
+def test_weights_of_logits_decay_apart_from_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW (Loshchilov and Hutter, algorithm 2): after a step the logits differ by rate * decay * what they were."""
+    real = Training.step
+    seen: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for decay in (0.0, 0.1):
+
+        def step(self: Training, *given: Any, decay: float = decay) -> Any:
+            logits = [value for learner in self.learners for part in learner.parameters() for value in part["params"]]
+            before = [value.detach().clone() for value in logits]
+            found = real(self, *given)
+            seen.setdefault(decay, (before, [value.detach().clone() for value in logits]))
+            return found
+
+        monkeypatch.setattr(Training, "step", step)
+        lcp(init="random", learning_rate=0.05, weight_decay=decay, epochs=1).orders(problem(tiny_model("llama"), Wanda()))
+    (before, without), (same, decayed) = seen[0.0], seen[0.1]
+    assert all(map(torch.equal, before, same))
+    for start, plain, less in zip(before, without, decayed, strict=True):
+        torch.testing.assert_close(plain - less, 0.05 * 0.1 * start, rtol=1e-3, atol=2e-7)
+
+
 def output_loss(orders: dict[str, Tensor]) -> float:
     """Loss of the pruned model under given orders, by pruning for real."""
     return output_loss_of(orders, None)
