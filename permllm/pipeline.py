@@ -161,9 +161,9 @@ def prune(
             del weights  # before the next layer's
             _read_from_file(model, kept_layers, index, result.masks)
     if trains_network(reconstruction):
-        linears = [linear_at(model, path) for path in result.masks]
         if network_tokens is None or target is None:
             network_tokens, target = tokens, dense.states()
+        del dense, pruned  # states of all samples, which are not needed any more
         with products_in(compute_dtype, device):
             problem = LearningProblem(
                 model,
@@ -179,6 +179,7 @@ def prune(
                 run=run,
             )
             watch(problem)
+            linears = [linear_at(model, path) for path in result.masks]
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
     result.violations = _violations(model, groups, result.orders, pattern)
     return result

@@ -78,7 +78,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     if not config.plan:
         parallel.use_device(device)
     if config.study and config.plan:
-        print(f"study={config.study['name']} measures instead of pruning: there is no plan of it")
+        print("a study measures instead of pruning: there is no plan of it")
         return None
     if config.study:
         return run_study(config, instantiate(config.study), methods.pruner)

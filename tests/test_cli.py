@@ -197,6 +197,15 @@ def test_every_foldable_method_folds(permutation: str, tmp_path: Path) -> None:
     assert run_module("permllm", "verify", str(only_run(tmp_path) / "export")).returncode == 0
 
 
+def test_there_is_no_plan_of_a_study_and_no_files_of_a_random_model(tmp_path: Path) -> None:
+    study = run_command("model=tiny", "study=layer_runtime", "plan=true", cwd=tmp_path)
+    assert study.returncode == 0
+    assert study.stdout == "a study measures instead of pruning: there is no plan of it\n"
+    random = run_command("model=tiny", "plan=true", cwd=tmp_path).stdout
+    assert "host" in random
+    assert "disk" not in random
+
+
 def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:
     whole = run_command("model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr

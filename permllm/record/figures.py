@@ -30,7 +30,7 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     table.add_column("sparse", justify="right")
     for label, dense, sparse in result_rows(metrics):
         table.add_row(escape(label), dense, sparse)
-    console.print(table)
+    console.print(table if table.row_count else "nothing was measured")
     sparsity = metrics["sparsity"]
     console.print(
         f"sparsity  {patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "

@@ -115,7 +115,7 @@ def swaps(layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, ge
                 perm = changed
                 removed[:, columns] = new
                 product += change @ layer.gram[columns]
-        if attempt % max(1, tries // keep) == 0:
+        if attempt * keep // tries > (attempt - 1) * keep // tries:
             trace.append(perm.clone())
     return trace
 

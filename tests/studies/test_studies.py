@@ -73,6 +73,11 @@ def test_swaps_only_ever_improve_what_they_are_for(by_error: bool) -> None:
     # Each gain was told from a few columns; measured whole, the values must fall as they were said to.
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
     assert values[-1] < values[0] - 0.005
+    # Of any number of tries, the last order is what all of them have led to.
+    last = swaps(layer, start, 50, 3, by_error, torch.Generator().manual_seed(0))
+    (whole,) = swaps(layer, start, 50, 1, by_error, torch.Generator().manual_seed(0))
+    assert len(last) == 3
+    assert torch.equal(last[-1], whole)
 
 
 def test_figure_1_is_a_job_with_a_record_and_a_picture(tmp_path: Path) -> None:
