@@ -179,8 +179,9 @@ def prune(
                 run=run,
             )
             watch(problem)
-            linears = [linear_at(model, path) for path in result.masks]
-            reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
+            reconstruction.network(
+                PrunedNetwork(problem, [linear_at(model, path) for path in result.masks], result.masks.values())
+            )
     result.violations = _violations(model, groups, result.orders, pattern)
     return result
 
