@@ -38,9 +38,10 @@ class MaskSettings(LearningSettings):
         learning_rate: of AdamW, with a cosine schedule to zero over all steps.
         orders: `fixed`, the mask learns in the order that the permutation found; `together`, the order learns through the
             mask, from where `permutation=lcp` starts, with its rate, temperature, blocks, constraint and Sinkhorn
-            normalisation (steps, samples, loss and stages are the mask's); `turns`, the same with order and mask in every
-            other step; `searched`, between rounds the heuristic searches an order anew that retains the most of what
-            the masks have learned by then.
+            normalisation (steps, samples, loss, stages, weight decay and everything else of a step are the mask's, and what
+            the permutation says of them has no effect); `turns`, the same with order and mask in every other step;
+            `searched`, between rounds the heuristic searches an order anew that retains the most of what the masks have
+            learned by then.
         centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
     """
