@@ -88,7 +88,7 @@ BROKEN_TEXTS: dict[str, tuple[bytes, str]] = {
     "latin.txt": ("é".encode("latin-1"), "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
     "empty.jsonl": (b"", "holds no text"),
     "blank.jsonl": (b'{"text": ""}\n{"text": null}\n', "holds no text"),
-    "cut.jsonl": (b'{"text": "a"}\n{"te', "cannot be read: Unterminated string"),
+    "cut.jsonl": (b'{"text": "a"}\n{"te', "cannot be read: line 2, column 2: Unterminated string"),
     "number.jsonl": (b'{"text": "a"}\n\n{"text": 5}\n', "row 2: its `text` is no string but int"),
     "list.json": (b'[{"text": "a"}, {"text": ["b"]}]', "row 2: its `text` is no string but list"),
     "strings.json": (b'["a", "b"]', "row 1 is no object with a `text`"),
