@@ -52,7 +52,7 @@ from permllm.record.store import RunRecord, run_directory
 from permllm.record.tensors import write_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import keep_freed_memory, reset_peak_memory, return_freed_memory
+from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory, return_freed_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.stages import figures, prune_model
@@ -107,6 +107,8 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             footprint = footprint_of(config, methods, skeleton(), device)
             placement = placement_for(footprint, config, methods)
             config = replace(config, model=replace(config.model, placement=placement))
+            if device.type == "cpu" and placement == "disk":
+                keep_freed_memory(SPARING)
             if not record.pruned:
                 record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
             if learns:

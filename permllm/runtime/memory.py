@@ -16,21 +16,27 @@ from torch import Tensor
 # mallopt(3): what is freed above the top of the heap before it goes back, and from which size on memory is mapped.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MAP_THRESHOLD = 32 << 20
+# Where weights are read from files, in which one takes little memory on purpose.
+SPARING = 1 << 20
 # Where a control group says what a container may take.
 _GROUP = Path("/sys/fs/cgroup")
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = _LARGEST_MAP_THRESHOLD) -> None:
     """Let the GNU C library keep memory that is freed for the next tensor, instead of returning it to the system.
 
     Otherwise each temporary tensor is mapped and filled with zeros anew, a quarter of a step's time on a CPU. Nothing happens
     elsewhere, or where the environment has settings of its own (`MALLOC_...`).
+
+    Args:
+        largest: bytes of a tensor whose memory is kept. Tensors of many sizes leave room behind that no other one fits in:
+            `SPARING` where little memory is to be taken.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MAP_THRESHOLD)
+        library.mallopt(_M_MMAP_THRESHOLD, largest)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
