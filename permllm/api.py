@@ -50,8 +50,8 @@ from permllm.validation import check_whole
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"
 _OWN_TEXT = "text"
-# Of a text; what is longer is a document.
-_LONGEST_NAME = 60
+# What says how windows are made of documents.
+_OF_DOCUMENTS = {f"calibration__{name}" for name in ("samples", "seqlen", "sampling", "data_files")}
 # Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
 _NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "study", "method", "experiment", "hparams_search"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
@@ -108,8 +108,9 @@ def prune(
     _check_model(model, tokenizer, texts)
     texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
-    of_text = {name.removeprefix("calibration__") for name in settings if name.startswith("calibration__")}
-    config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts, of_text)
+    if isinstance(texts, Tensor) and (unheard := [name for name in settings if name in _OF_DOCUMENTS]):
+        raise ConfigError(f"{unheard[0]}: texts are windows of tokens, and are taken as they are")
+    config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
     device, record = model.device, Progress()
@@ -180,13 +181,10 @@ def perplexity(
 def _to_measure(texts: str | Sequence[str], config: PerplexityConfig) -> NamedText:
     if not isinstance(texts, str):
         return NamedText("texts", _Documents(_documents(texts, "or the name of a text that perplexity is measured on")), None)
-    try:
-        return perplexity_texts(config)[0]
-    except ConfigError as error:
-        if texts.isidentifier() or len(texts) < _LONGEST_NAME:
-            raise
+    if " " in texts:  # a document, which no message is to repeat
         name = textwrap.shorten(texts, 40)
-        raise ConfigError(f"texts={name!r}: expected a list of documents, or the name of a text") from error
+        raise ConfigError(f"texts={name!r}: expected a list of documents, or the name of a text")
+    return perplexity_texts(config)[0]
 
 
 class _Documents(Text):
@@ -351,8 +349,8 @@ def _composed(
     return read_config(composed)
 
 
-def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor, given: set[str]) -> RunConfig:
-    """The settings with the model and the text that are given; `given` are settings of the calibration, by name."""
+def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:
+    """The settings with the model and the text that are given."""
     path = str(model.config._name_or_path or model.config.model_type)
     of_model = replace(
         config.model,
@@ -365,8 +363,6 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     )
     calibration = config.calibration
     if isinstance(texts, Tensor):
-        for key in given & {"samples", "seqlen", "sampling", "data_files"}:
-            raise ConfigError(f"calibration__{key}: texts are windows of tokens, and are taken as they are")
         calibration = replace(calibration, samples=texts.shape[0], seqlen=texts.shape[1])
         further = replace(config, calibration=calibration).further
         if further:

@@ -37,9 +37,11 @@ FITS = 0.85
 _WHOLE_TEXT = 300_000
 
 
-def placements() -> list[str]:
-    """Those that this command can have, the fastest first: one process has nobody to share with."""
-    return [name for name in PLACEMENTS if name != "sharded" or parallel.world_size() > 1]
+def placements(config: RunConfig) -> list[str]:
+    """Those that a job can have, the fastest first: one process has nobody to share with, a random model no files."""
+    without = {"sharded"} if parallel.world_size() == 1 else set()
+    without |= {"disk"} if config.model.source == "random" else set()
+    return [name for name in PLACEMENTS if name not in without]
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
         return config.model.placement
     if needs_device(config, methods):
         return "device"
-    candidates = [name for name in placements() if name != "disk" or config.model.source != "random"]
+    candidates = placements(config)
     device, host = footprint.device, available_host_memory() // parallel.local_processes()
     free = free_memory(device) if device.type == "cuda" else host
     reasons: list[str] = []
@@ -304,13 +304,13 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
         ConfigError: it cannot be had from this run.
     """
     export = config.export
-    request = Request(export.form, export.format, export.dtype, export.shard_gb)
     if export.form == "none":
-        unheard = [key for key, value in asdict(export).items() if value != getattr(ExportConfig(), key)]
-        if unheard:
-            key = unheard[0]
-            raise ConfigError(f"export.{key}={getattr(export, key)} needs export=folded, gathered or simulate")
+        usual = asdict(ExportConfig())
+        for key, value in asdict(export).items():
+            if value != usual[key]:
+                raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
+    request = Request(export.form, export.format, export.dtype, export.shard_gb)
     request.check()
     if export.format == "packed" and (large := [pattern for pattern in config.patterns if pattern.m > LARGEST_M]):
         raise ConfigError(f"export.format=packed packs groups of at most {LARGEST_M} weights, and the sparsity is {large[0]}")

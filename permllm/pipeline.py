@@ -117,10 +117,10 @@ def prune(
     gradients = weight_gradients(model, [path for group in groups for path in group.members], asked, tokens, compute_dtype)
     target = None if network_tokens is None else last_states(model, network_tokens, batch_size, compute_dtype)
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
-    follows_pruned = factors is None or pruner.updates_weights or reconstruction.changes_weights
-    pruned = LayerStream(model, tokens, batch_size, compute_dtype) if follows_pruned else None
-    result, placement, kept_layers = PrunedModel(), placement_of(model), PrunedLayers(directory, run)
     changes = pruner.updates_weights or reconstruction.changes_weights
+    pruned = LayerStream(model, tokens, batch_size, compute_dtype) if factors is None or changes else None
+    result = PrunedModel()
+    placement, kept_layers = placement_of(model), PrunedLayers(directory, run)
     for index, members in by_layer(model, groups, "prune"):
         kept_layer = kept_layers.read(index, members, pattern, changes) if members else None
         if kept_layer is not None:

@@ -92,8 +92,7 @@ def _print_placements(console: Console, footprint: Footprint, chosen: str, alone
     table = Table(title="where the layers' weights wait (model.placement)", title_justify="left")
     for heading in ("placement", *(("memory",) if on_a_host else ("device", "host")), "a card of", "products alone"):
         table.add_column(heading, justify="left" if heading == "placement" else "right")
-    possible = [name for name in placements() if name != "disk" or config.model.source != "random"]
-    for placement in possible if alone is None else possible[:1]:
+    for placement in placements(config)[: None if alone is None else 1]:
         needs = footprint.needs(placement)
         peak = footprint.peak(placement)
         memory = [peak] if on_a_host else [peak, needs.host + host_memory()]

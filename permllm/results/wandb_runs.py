@@ -15,6 +15,7 @@ from typing import Any
 
 from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
+from permllm.nested import flatten
 from permllm.record.names import SCHEMA_VERSION
 from permllm.record.schema import FinishedRun, Object, Settings, validated
 from permllm.renamed import recorded_name
@@ -313,21 +314,10 @@ def _workspaces(part: str) -> Any:
 
 def _varying(summary: Summary) -> list[str]:
     """Keys in the W&B config, which has the names of records, of the columns of a table; a group has its own `name`."""
-    keys = []
-    for column in summary.settings:
-        key = recorded_name(column)
-        # A run that has the usual one of a group leaves it out.
-        if any(isinstance(_at(row.runs[0].config, key), dict) for row in summary.rows):
-            keys.append(f"{key}.name")
-        elif not column.endswith(" (digest)"):
-            keys.append(key)
-    return keys
-
-
-def _at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
+    # A run that has the usual one of a group leaves it out.
+    recorded = {key for row in summary.rows for key in flatten(row.runs[0].config)}
+    keys = [recorded_name(column) for column in summary.settings if not column.endswith(" (digest)")]
+    return [f"{key}.name" if f"{key}.name" in recorded else key for key in keys]
 
 
 def _results(summary: Summary) -> list[str]:
