@@ -80,8 +80,9 @@ def evaluate(
         results = found.setdefault("tasks", {}).setdefault(which, {})
         label = task_label(name)
         if label not in results:
-            asked = found["evaluation"]["tasks"][Path(name).name]
-            alike = (other for other in others if other["evaluation"].get("tasks", {}).get(Path(name).name) == asked)
+            key = Path(name).name
+            asked = found["evaluation"]["tasks"][key]
+            alike = (other for other in others if other["evaluation"].get("tasks", {}).get(key) == asked)
             # A group, which has no items of its own, leaves results of several names.
             known_by = next((other for other in alike if other["tasks"][which].get(label, {}).get("n")), None)
             if known_by is not None:
@@ -91,7 +92,7 @@ def evaluate(
                 measured = _task(loaded, settings, name, task, which)
                 made_of = {one: values.pop("scores") for one, values in measured.items() if "scores" in values}
                 own.setdefault("tasks", {}).setdefault(which, {}).update(made_of)
-                results |= measured
+                results |= {one: values | {"asked": key} for one, values in measured.items()}
             save()
 
 

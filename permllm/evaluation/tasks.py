@@ -62,9 +62,15 @@ def _checked_label(name: str) -> str:
 
 
 def check_tasks(settings: EvaluationConfig) -> None:
-    """Raise ConfigError where a task is asked for that lm-eval does not know, or two whose results have one name."""
+    """Raise ConfigError where a task is asked for that lm-eval does not know, or two whose results or files have one name."""
     labels: dict[str, str] = {}
+    files: dict[str, str] = {}
     for name in settings.tasks:
+        other = files.setdefault(Path(name).name, name)
+        if other != name:
+            raise ConfigError(
+                f"evaluation.tasks: {other} and {name} are files of one name, by which they are recorded: rename one"
+            )
         label = _checked_label(name)
         if label in labels:
             raise ConfigError(

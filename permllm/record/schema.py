@@ -124,6 +124,7 @@ class TaskResult(TypedDict):
     limited: bool
     split: str | None
     data: str | None
+    asked: NotRequired[str]  # under which of `evaluation.tasks`; came later
 
 
 class MeasuredPerplexity(Perplexity):

@@ -565,7 +565,7 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         for metric, value in values["metrics"].items():
             if value is not None:
                 share = is_share(metric)
-                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", *_how_asked(how, task))
+                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", *_how_asked(how, task, values))
                 scored = scores.get("tasks", {}).get(which, {}).get(task)
                 # What is no share need not be a mean over the items.
                 one = _items(scored, scored["metrics"].get(metric, []), value) if scored and share else None
@@ -583,10 +583,12 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     return found
 
 
-def _how_asked(how: Mapping[str, Any], task: str) -> tuple[str, str]:
+def _how_asked(how: Mapping[str, Any], task: str, values: Mapping[str, Any]) -> tuple[str, str]:
     """How a task of `evaluation.tasks` was asked for; a group leaves results of several names."""
     asked = how.get("tasks", {})
-    own = next((one for name, one in asked.items() if task in (name, Path(name).stem)), next(iter(asked.values()), None)) or {}
+    # Early records do not say by which of them a result is there.
+    guessed = next((name for name in asked if task in (name, Path(name).stem)), next(iter(asked), ""))
+    own = asked.get(values.get("asked", guessed)) or {}
     return f"add_bos_token={setting_text(own.get('add_bos_token'))}", f"file {str(own.get('digest', ''))[:8]}"
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from permllm import runner
 from permllm.config import TaskConfig, ZeroShotConfig, read_config
 from permllm.errors import ConfigError
 from permllm.evaluation import measure
-from permllm.evaluation.tasks import run_task
+from permllm.evaluation.tasks import run_task, task_label
 from permllm.identity import digest_of
 from permllm.models.loading import load_model
 from permllm.record.figures import result_rows
@@ -63,7 +64,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         (tmp_path / f"{split}.json").write_text("\n".join(json.dumps(row) for row in rows))
     files = {}
     for name, definition in (("colours", CHOICE), ("sums", GENERATE)):
-        file = tmp_path / f"{name}.yaml"
+        file = tmp_path / f"my-{name}.yaml"
         file.write_text(COMMON.format(folder=tmp_path) + definition)
         files[name] = str(file)
     return files
@@ -115,6 +116,14 @@ def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown
     lines = {line["measure"]: line for line in comparison(shown.rows[0], shown.rows[0], shown)}
     assert lines["sums chrf (1 shot) (limited)"]["over"] == "a number of all items together"
     assert "scores" not in str(metrics["tasks"])
+    # Two definitions of one task are two columns, whatever their files are called.
+    [kept] = collect([directory]).runs
+    other = deepcopy(kept)
+    other.config["pruner"]["name"] = "ria"
+    other.metrics["evaluation"]["tasks"]["my-sums.yaml"]["digest"] = "0" * 64
+    columns = summarise([kept, other]).measures
+    assert "colours acc (2 shots)" in columns
+    assert len([label for label in columns if label.startswith("sums exact_match (1 shot), file ")]) == 2
 
 
 def test_layers_that_wait_elsewhere_come_with_each_batch_which_is_said(
@@ -175,9 +184,9 @@ def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], monkeypatc
     run: list[str] = []
 
     def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
-        run.append(Path(name).stem)
+        run.append(task_label(name))
         values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
-        return {Path(name).stem: values}
+        return {task_label(name): values}
 
     monkeypatch.setattr(measure, "run_task", counted)
     monkeypatch.setattr(measure, "cached_values", lambda *given: given[-1]())

@@ -200,13 +200,15 @@ def test_tasks_that_cannot_be_told_apart_or_are_none_are_said_before_anything_is
         "group": "group: several\ntask: [a, b]",
         "further": "include: two.yaml",
     }
-    for name, text in files.items():
+    (tmp_path / "again").mkdir()
+    for name, text in (files | {"again/two": "task: other"}).items():
         (tmp_path / f"{name}.yaml").write_text(text)
     labels = {name: task_label(str(tmp_path / f"{name}.yaml")) for name in ("one", "group", "further")}
     assert labels == {"one": "mine", "group": "several", "further": "further"}
     monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("loaded"))
     for names, message in (
         (["one", "two"], r"one\.yaml and \S*two\.yaml are both the task mine, by which results go: rename one"),
+        (["two", "again/two"], r"/two\.yaml and \S*/again/two\.yaml are files of one name"),
         (["named", "gsm8k"], r"named\.yaml and gsm8k are both the task gsm8k"),
         (["broken"], r"broken\.yaml cannot be read: "),
         (["empty"], r"empty\.yaml is no definition of a task"),
