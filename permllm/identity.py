@@ -32,6 +32,7 @@ _ADDED_LATER: dict[str, Any] = {
     "mask.micro_batch_size": None,
     "reconstruction.micro_batch_size": None,
     "mask.skip": 0,
+    "mask.weights_learning_rate": None,
     "calibration.sampling": "disjoint",
     "reconstruction.columns": "permuted",
     "reconstruction.samples": None,

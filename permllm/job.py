@@ -64,7 +64,12 @@ class Methods:
     @property
     def change_weights(self) -> bool:
         """Whether the kept weights become others than the dense model's."""
-        return self.pruner.updates_weights or self.reconstruction.changes_weights
+        return self.pruner.updates_weights or self.reconstruction.changes_weights or self.masks_change_weights
+
+    @property
+    def masks_change_weights(self) -> bool:
+        """The weights under the masks are found with them."""
+        return bool(getattr(self.mask, "learns_weights", False))
 
     @property
     def orders_learn_with_masks(self) -> bool:
@@ -184,6 +189,8 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 "mask.start=refined is not valid with permutation.init=random: masks are refined in the order that it starts "
                 "from, and random logits begin with another"
             )
+        if methods.masks_change_weights:
+            _check_weights(config, methods)
         if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
             raise ConfigError(
                 f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "
@@ -204,11 +211,28 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
         )
 
 
+def _check_weights(config: RunConfig, methods: Methods) -> None:
+    """Raise ConfigError where something else would make the weights anew that learn with masks."""
+    others = []
+    if methods.pruner.updates_weights:
+        others.append(f"pruner={config.pruner.get('name')}")
+    if methods.reconstruction.changes_weights and config.reconstruction.get("start") != "masked":
+        start = config.reconstruction.get("start")
+        others.append(f"reconstruction.start={start}" if start else f"reconstruction={config.reconstruction.get('name')}")
+    if others:
+        raise ConfigError(
+            f"mask.weights_learning_rate is not valid with {others[0]}, which makes the weights anew from the dense ones; "
+            "reconstruction=distill goes on from those that have learned"
+        )
+
+
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
     """What needs the weights of all layers at once, where they may come one layer at a time; None for nothing."""
     for group in ("pruner", "reconstruction"):
         if gradient_kinds(getattr(methods, group).statistics):
             return f"{group}={getattr(config, group).get('name')} takes the gradients of all weights together"
+    if methods.masks_change_weights:
+        return f"mask={config.mask.get('name')} with mask.weights_learning_rate trains all weights together"
     if trains_network(methods.reconstruction):
         return f"reconstruction={config.reconstruction.get('name')} trains all kept weights together"
     for group, method in methods.learned.items():

@@ -21,6 +21,7 @@ from permllm.job import Job
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
 from permllm.learning.training import steps_in_all
+from permllm.mask.contract import FoundMasks
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
 from permllm.permutation.contract import checked_order
@@ -158,10 +159,8 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     return orders
 
 
-def learned_masks(
-    job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
-) -> tuple[Order, Mapping[str, Tensor] | None]:
-    """The masks of all linears, bool `(C_out, C_in)` on the CPU, and the orders that they are N:M in; None for the pruner's.
+def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order) -> FoundMasks | None:
+    """The masks of all linears, with the orders that they are N:M in; None where the pruner chooses them.
 
     Args:
         job: whose record and logger learn of what is found.
@@ -171,7 +170,7 @@ def learned_masks(
     """
     permutation, mask, record = job.methods.permutation, job.methods.mask, job.record
     if mask.local:
-        return order, None
+        return None
     assert dense is not None
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
@@ -179,20 +178,22 @@ def learned_masks(
     with record.stage("mask", job.device):
         earlier = [] if mask.learns_orders else [line for line in record.passes() if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
-        masks = record.kept_masks(linear_shapes(job.groups))
+        shapes = linear_shapes(job.groups)
+        masks = record.kept_masks(shapes)
         if masks is not None:  # which are N:M in the orders that were found with them
             orders = record.kept_orders({group.name: group.channels for group in job.groups}) or orders
-        else:
-            with products_in(job.products, job.device):
-                if mask.learned:
-                    call_helpers(problem, job.loaded.identity, job.products, orders)
-                    with parallel.in_step():
-                        orders, masks = mask.masks(problem, orders, permutation)
-                else:  # found by the first process alone
-                    orders, masks = mask.masks(problem, orders, permutation)
-            record.keep_orders(orders)
-            record.keep_masks(masks)
-    return lambda name, saliency, pattern: orders[name], masks
+            return FoundMasks(orders, masks, record.kept_weights(shapes) if job.methods.masks_change_weights else {})
+        with products_in(job.products, job.device):
+            if mask.learned:
+                call_helpers(problem, job.loaded.identity, job.products, orders)
+                with parallel.in_step():
+                    found = FoundMasks(*mask.masks(problem, orders, permutation))
+            else:  # found by the first process alone
+                found = FoundMasks(*mask.masks(problem, orders, permutation))
+        record.keep_orders(found.orders)
+        record.keep_weights(found.weights)
+        record.keep_masks(found.masks)
+    return found
 
 
 def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def prune(
     reconstruction: Reconstruction | None = None,
     compute_dtype: torch.dtype | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    learned: Mapping[str, Tensor] = MappingProxyType({}),
     network_tokens: Tensor | None = None,
     directory: Path | None = None,
     run: str = "",
@@ -103,6 +105,7 @@ def prune(
         reconstruction: of the kept weights; None leaves them as the pruner does.
         compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
         masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
+        learned: weights `(C_out, C_in)` by linear that stand under these masks in the place of the dense ones.
         network_tokens: those that the whole network is reconstructed on, where they are others than `tokens`.
         directory: where layers that are pruned wait until all are, and a reconstruction may write a checkpoint; an earlier
             attempt's are taken from there.
@@ -117,7 +120,7 @@ def prune(
     gradients = weight_gradients(model, [path for group in groups for path in group.members], asked, tokens, compute_dtype)
     target = None if network_tokens is None else last_states(model, network_tokens, batch_size, compute_dtype)
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
-    changes = pruner.updates_weights or reconstruction.changes_weights
+    changes = pruner.updates_weights or reconstruction.changes_weights or bool(learned)
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if factors is None or changes else None
     result = PrunedModel()
     placement, kept_layers = placement_of(model), PrunedLayers(directory, run)
@@ -142,7 +145,9 @@ def prune(
                 else member_factors(model, group, pruner, statistics[group.name], gradients)
             )
             read = statistics.get(group.name)
-            _prune_group(model, group, pruner, reconstruction, pattern, order, found, read, gradients, masks, weights, result)
+            _prune_group(
+                model, group, pruner, reconstruction, pattern, order, found, read, gradients, masks, learned, weights, result
+            )
             for path in group.members:
                 gradients.pop(path, None)
         with _comparing(model, members, weights, result.output_error):
@@ -254,6 +259,7 @@ def _prune_group(
     statistics: InputStatistics | None,
     gradients: Gradients,
     masks: Mapping[str, Tensor] | None,
+    learned: Mapping[str, Tensor],
     weights: dict[str, Tensor],
     result: PrunedModel,
 ) -> None:
@@ -276,7 +282,8 @@ def _prune_group(
             new, mask = pruner.update(weight, mine, perm, pattern, **given)  # type: ignore[attr-defined]
         else:
             mask = permuted_nm_mask(scores, perm, pattern) if masks is None else masks[path].to(weight.device)
-            new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
+            kept_weight = learned[path].to(weight) if path in learned else weight
+            new = torch.where(mask, kept_weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
         weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, mine))
         result.masks[path] = mask.cpu()
         kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)

@@ -11,7 +11,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import calibrate, learned_masks, order_of, target_of_all, watch_weights, windows_for
+from permllm.ordering import calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for
 from permllm.pipeline import PrunedModel, prune
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def prune_model(
         if not job.methods.permutation.local or config.calibration.statistics == "dense":
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
             dense.target = target_of_all(job, drawn, dense.target)
-    order, masks = learned_masks(job, drawn, dense, order_of(job, drawn, dense))
+    order = order_of(job, drawn, dense)
+    found = found_masks(job, drawn, dense, order)
     count = len(tokens)
     of_network = windows_for(job.methods.reconstruction, count)
     factors = dense.factors if dense is not None and config.calibration.statistics == "dense" else None
@@ -48,12 +49,13 @@ def prune_model(
             tokens,
             job.methods.pruner,
             config.pattern,
-            order,
+            order if found is None else lambda name, saliency, pattern: found.orders[name],
             config.calibration.batch_size,
             factors,
             job.methods.reconstruction,
             job.products,
-            masks,
+            None if found is None else found.masks,
+            {} if found is None else found.weights,
             drawn[of_network] if of_network.start or of_network.stop > count else None,
             record.directory,
             config.hash,

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, run_command
 
+EPOCHS = 8
 OVERRIDES = (
     "model=tiny",
     "logger=none",
-    "calibration.samples=32",
-    "permutation.epochs=12",
+    "calibration.samples=8",
+    f"permutation.epochs={EPOCHS}",
     "permutation.learning_rate=0.05",
     "permutation.batch_size=1",
     "run_dir=run",
@@ -46,14 +47,14 @@ def test_a_killed_run_continues_to_the_same_result(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = len(history.read_text().splitlines())
-    assert before < 12
+    assert before < EPOCHS
     done = torch.load(tmp_path / "killed" / "run" / "lcp_checkpoint.pt", weights_only=True)["done"]
     continued = run_command(*OVERRIDES, cwd=tmp_path / "killed")
     assert continued.returncode == 0, continued.stderr
     # The pass that was cut short is the only one that ran again. Its state is written just before its line.
     assert done in (before, before + 1)
     assert f"continuing after epoch {done}" in continued.stderr
-    assert len(history.read_text().splitlines()) == 12 - (done - before)
+    assert len(history.read_text().splitlines()) == EPOCHS - (done - before)
     whole, resumed = (load_file(tmp_path / name / "run" / "permutations.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(order, torch.arange(len(order))) for order in whole.values())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -25,6 +26,21 @@ class Mask(Protocol):
     local: bool
 
 
+class FoundMasks(NamedTuple):
+    """What a method has found, all of it on the CPU.
+
+    Attributes:
+        orders: int64 `(C_in,)` by group.
+        masks: bool `(C_out, C_in)` by linear, original channel order; each group of M in the order keeps N.
+        weights: like the masks, those that stand under them where they learned too, in the format of the model; none where
+            they are the dense model's.
+    """
+
+    orders: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor] = MappingProxyType({})
+
+
 class FoundMask(Mask, Protocol):
     """Finds the masks of all linears together; where it does not train, the first process of torchrun does.
 
@@ -38,10 +54,8 @@ class FoundMask(Mask, Protocol):
 
     def masks(
         self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any
-    ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
-        """The orders by group, int64 `(C_in,)`, and the masks by linear, bool `(C_out, C_in)` in original channel order.
-
-        Both on the CPU; each group of M in the order keeps N.
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | FoundMasks:
+        """The orders and masks, as `FoundMasks` has them.
 
         Args:
             problem: what they are found for.
@@ -56,13 +70,15 @@ class MaskPlan:
 
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
-        parameters: that learn, by decoder layer; those of orders are not among them.
+        parameters: that masks are chosen by and learn, by decoder layer; neither orders nor weights are among them.
         keeps_masked: masked weights wait for backward.
+        with_weights: the weights under the masks learn too.
     """
 
     windows: list[tuple[int, int]]
     parameters: dict[int, int]
     keeps_masked: bool = False
+    with_weights: bool = False
 
 
 class LearnedMask(FoundMask, Protocol):

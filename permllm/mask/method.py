@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -23,10 +24,11 @@ from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import FreeScores, Scores
 from permllm.learning.training import Checkpoint, Learner, Training, Window, read_checkpoint, samples_of, steps_of
 from permllm.learning.windows import WindowStream
-from permllm.mask.contract import MaskPlan
+from permllm.mask.contract import FoundMasks, MaskPlan
 from permllm.mask.learner import MaskLearner
 from permllm.mask.refined import Refining
 from permllm.mask.settings import MaskSettings
+from permllm.mask.weights import MaskedWeightLearner
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import search_order
@@ -58,6 +60,11 @@ class MaskLearning(MaskSettings):
         """The orders learn with the masks, by descent."""
         return self.orders in WITH_ORDERS
 
+    @property
+    def learns_weights(self) -> bool:
+        """The weights under the masks learn with them."""
+        return self.weights_learning_rate is not None
+
     @abstractmethod
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
         """What the mask of a linear is chosen by, from its weight `(C_out, C_in)`; it starts at the pruner's mask."""
@@ -75,11 +82,9 @@ class MaskLearning(MaskSettings):
         parameters: dict[int, int] = {}
         for group in groups:
             parameters[group.layer] = parameters.get(group.layer, 0) + self.count(group)
-        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked)
+        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked, self.learns_weights)
 
-    def masks(
-        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None
-    ) -> tuple[dict[str, Tensor], PackedMasks]:
+    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None) -> FoundMasks:
         """Learn the masks of all linears; as `permllm.mask.contract.LearnedMask`.
 
         Raises:
@@ -90,6 +95,7 @@ class MaskLearning(MaskSettings):
         passes = [] if state is None else list(state["passes"])
         begin = 0 if state is None else state["window"]
         learned: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         present = dict(orders)
         if state is not None:
             of_masks = state["learners"][-1]
@@ -131,20 +137,29 @@ class MaskLearning(MaskSettings):
                     state = None  # which is as large as what learns
                 training.run()
                 best_loss = training.best_loss
-                scores = self._take(learners, present, best, learned, again=round_ + 1 < self.rounds)
+                scores = self._take(learners, present, best, learned, weights, again=round_ + 1 < self.rounds)
                 del training, learners  # before those of the next window, which are as large
-        return best, PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
+        masks = PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
+        return FoundMasks(best, masks, weights)
 
     @staticmethod
     def _take(
-        learners: list[Learner], present: dict[str, Tensor], best: dict[str, Tensor], learned: dict[str, Tensor], again: bool
+        learners: list[Learner],
+        present: dict[str, Tensor],
+        best: dict[str, Tensor],
+        learned: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        again: bool,
     ) -> ScoresOf:
-        """Have the orders and masks that a window has learned; the scores, where it learns again."""
-        *of_orders, masks = learners
+        """Have the orders, weights and masks that a window has learned; the scores, where it learns again."""
+        *others, masks = learners
         assert isinstance(masks, MaskLearner)
-        for learner in of_orders:
-            assert isinstance(learner, OrderLearner)
-            present |= expanded(learner.shared, learner.best)
+        for learner in others:
+            if isinstance(learner, MaskedWeightLearner):
+                weights |= learner.best
+            else:
+                assert isinstance(learner, OrderLearner)
+                present |= expanded(learner.shared, learner.best)
         if masks.best:
             learned |= masks.best
             # Of earlier windows a searched order may be present that is not the one that their masks are N:M in.
@@ -191,7 +206,7 @@ class MaskLearning(MaskSettings):
         refined: Mapping[str, Tensor],
         lcp: LCP | None,
     ) -> Iterator[list[Learner]]:
-        """What learns in a window, whose linears are masked linears meanwhile: the masks, and the orders before them.
+        """What learns in a window, whose linears are masked linears meanwhile: orders or weights, and after them the masks.
 
         They start from scores, where there are some, else from refined masks, else from those of the pruner.
         """
@@ -225,13 +240,17 @@ class MaskLearning(MaskSettings):
         learning = orders_within(shared, window.first, window.stop)
         if lcp is None or not learning:  # these layers share their orders with others, and keep them
             kernels = chosen_kernels(self, problem, groups, steps, None, dense=True)
-            with ordered_linears(problem, groups, orders, scores_of, kernels) as ordered:
+            with ordered_linears(problem, groups, orders, scores_of, kernels, self.learns_weights) as ordered:
 
                 def fixed_mask(group: ChannelGroup, linear: OrderedMaskedLinear) -> Tensor:
                     with placement.layer(group.layer):
                         return linear.mask()
 
-                yield [MaskLearner(groups, ordered, fixed_mask, rate, earlier, *orders_and_best)]
+                of_weights: list[Learner] = []
+                if self.weights_learning_rate is not None:
+                    each = (zip(group.members, ordered[group.name], strict=True) for group in groups)
+                    of_weights = [MaskedWeightLearner(dict(chain.from_iterable(each)), self.weights_learning_rate)]
+                yield [*of_weights, MaskLearner(groups, ordered, fixed_mask, rate, earlier, *orders_and_best)]
             return
         start = {order.name: _shared(order, orders) for order in shared}
         logits = lcp.start_logits(problem, learning, start, near=lcp.init == "heuristic" or window.round > 0)
@@ -262,3 +281,6 @@ def _shared(order: SharedOrder, orders: Mapping[str, Tensor]) -> Tensor:
 def _check(state: Checkpoint) -> None:
     """Raise DataError where a checkpoint is not one of masks."""
     MaskLearner.check(state["learners"][-1] if state["learners"] else {})
+    for other in state["learners"][:-1]:
+        if "values" in other:
+            MaskedWeightLearner.check(other)

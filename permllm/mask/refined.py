@@ -21,6 +21,7 @@ from permllm.calibration.dense import collecting
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.learning.problem import LearningProblem
+from permllm.mask.contract import FoundMasks
 from permllm.mask.settings import RefinedSettings
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
@@ -41,14 +42,12 @@ class RefinedMask(RefinedSettings):
     learns_orders: ClassVar[bool] = False
     statistics: ClassVar[Statistics] = (Gram,)
 
-    def masks(
-        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None
-    ) -> tuple[dict[str, Tensor], PackedMasks]:
+    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None) -> FoundMasks:
         """The orders as they are, and the masks of all linears; as `permllm.mask.contract.FoundMask`."""
         masks = PackedMasks()
         for path, bits in Refining(problem, self.sweeps).packed(problem.groups, orders).items():
             masks.set_packed(path, bits, linear_at(problem.model, path).weight.shape)
-        return dict(orders), masks
+        return FoundMasks(dict(orders), masks)
 
 
 class Refining:

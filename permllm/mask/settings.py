@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from permllm.errors import ConfigError
 from permllm.learning.settings import LearningSettings
-from permllm.validation import check_one_of, check_whole
+from permllm.validation import check_number, check_one_of, check_whole
 
 Orders = Literal["fixed", "together", "turns", "searched"]
 Start = Literal["pruner", "refined"]
@@ -44,6 +44,8 @@ class MaskSettings(LearningSettings):
             learned by then.
         centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
+        weights_learning_rate: of the weights, which learn with the masks from the dense ones, each while it is kept; null
+            leaves them as they are. It takes 16 bytes a weight, and all layers at once.
     """
 
     epochs: int = 1
@@ -51,13 +53,25 @@ class MaskSettings(LearningSettings):
     orders: Orders = "fixed"
     centered: bool = True
     rounds: int = 1
+    weights_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         self.check("mask")
         check_one_of("mask.orders", self.orders, get_args(Orders))
         check_whole("mask.rounds", self.rounds, 1)
+        if self.weights_learning_rate is not None:
+            self._check_weights()
         if self.orders == "searched" and self.rounds == 1:
             raise ConfigError("mask.orders=searched searches an order between rounds: set mask.rounds to 2 or more")
+
+    def _check_weights(self) -> None:
+        check_number("mask.weights_learning_rate", self.weights_learning_rate, positive=True)
+        for name, value in (("orders", "fixed"), ("layers_per_stage", "all"), ("last_layers", None), ("rounds", 1)):
+            if getattr(self, name) != value:
+                raise ConfigError(
+                    "mask.weights_learning_rate has the weights of all layers learn together, in orders that are there: "
+                    f"mask.{name}={getattr(self, name)} is not valid with it"
+                )
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from permllm.record.names import (
     ENVIRONMENT,
     EXPORT,
     HISTORY,
+    LEARNED_WEIGHTS,
     MASK_CHECKPOINT,
     MASKS,
     METRICS,
@@ -41,15 +42,16 @@ from permllm.record.names import (
 )
 from permllm.record.progress import Progress
 from permllm.record.pruned import Group, Pruned, linear_shapes
-from permllm.record.run_tensors import check_mask, mask_reader, read_orders, write_masks, write_orders
+from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader, write_masks, write_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
 from permllm.record.tensor_file import read_header
+from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, PackedMasks
 
 log = logging.getLogger(__name__)
 
 # Needed while orders, masks or weights are learned, and to continue.
-_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR)
+_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, LEARNED_WEIGHTS)
 # Files without a checksum of their own: metrics.json states them once the run is finished.
 _STATED = (CONFIG, HISTORY, ENVIRONMENT)
 # What pruning adds to the metrics.
@@ -303,6 +305,8 @@ class RunRecord(Progress):
         if not self.pruned and masks.is_file():
             try:
                 self._check_masks(masks, groups, pattern)
+                if self._config.mask.get("weights_learning_rate") is not None:
+                    self.kept_weights(linear_shapes(groups))
             except DataError as error:
                 log.warning("%s: finding the masks again", error)
                 masks.unlink()
@@ -389,6 +393,16 @@ class RunRecord(Progress):
         log.info("continuing %s with the masks that it learned", self.directory)
         read = mask_reader(file, shapes)
         return PackedMasks((path, read(path)) for path in shapes)
+
+    def kept_weights(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor]:
+        """The weights that were learned with masks, as `Progress.kept_weights`; errors as `weight_reader`."""
+        read = weight_reader(self.path(LEARNED_WEIGHTS), shapes)
+        return {path: read(path) for path in shapes}
+
+    def keep_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the weights, where there are some."""
+        if weights:
+            write_tensors(self.path(LEARNED_WEIGHTS), weights)
 
     def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Write the masks."""

@@ -139,3 +139,38 @@ def test_scores_that_tie_start_at_a_given_mask_too() -> None:
     # Apart from ties, groups hold the values that they held.
     as_groups = [values[order].unflatten(0, (-1, PATTERN.m)).sort(dim=1).values for values in (before, scores.free.detach())]
     torch.testing.assert_close(*as_groups, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("kind", ["free", "lowrank"])
+def test_weights_learn_where_the_mask_keeps_them_and_scores_with_their_values(kind: str, in_order: bool) -> None:
+    linear, factors, order = given("two terms")
+    order = order if in_order else torch.arange(CHANNELS)
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(ROWS, CHANNELS, generator=generator, dtype=torch.float64)  # no longer those of the linear
+    x, grad = (torch.randn(5, size, generator=generator, dtype=torch.float64) for size in (CHANNELS, ROWS))
+    there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
+    there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
+    scores = made(kind, there, factors.permuted(order))
+    moved = order if in_order else None
+    module = OrderedMaskedLinear(there, scores, PATTERN, moved, values=values.t()[order].contiguous())
+    assert torch.equal(module.learned_weight(), values)
+    ours_x = x.clone().requires_grad_()
+    module(ours_x).backward(grad)
+
+    mask = permuted_nm_mask(saliency(linear.weight, factors), order, PATTERN).double()  # scores are where they start
+    kept, choice, reference_x = values.clone().requires_grad_(), mask.clone().requires_grad_(), x.clone().requires_grad_()
+    (reference_x @ (kept * choice).t() + linear.bias).backward(grad)
+    assert kept.grad is not None
+    assert choice.grad is not None
+    torch.testing.assert_close(ours_x.grad, reference_x.grad, rtol=1e-10, atol=1e-12)
+    assert module.values is not None
+    assert module.values.grad is not None
+    torch.testing.assert_close(module.values.grad[order.argsort()].t(), kept.grad, rtol=1e-10, atol=1e-12)
+    assert not kept.grad[mask == 0].any()  # what is left out waits
+    if kind == "free":
+        assert scores.free.grad is not None
+        torch.testing.assert_close(scores.free.grad[order.argsort()].t(), choice.grad, rtol=1e-10, atol=1e-12)
+    else:
+        assert scores.channel.grad is not None
+        torch.testing.assert_close(scores.channel.grad[order.argsort()], choice.grad.sum(0), rtol=1e-10, atol=1e-12)

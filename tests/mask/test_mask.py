@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from permllm.errors import ConfigError
 from permllm.learning import training as training_module
 from permllm.learning.problem import LearningProblem
 from permllm.learning.training import Training
+from permllm.mask.contract import FoundMasks
 from permllm.mask.lowrank import LowRankMask
 from permllm.mask.score import ScoreMask
+from permllm.models.decoder import LayerStream
 from permllm.models.families import linear_at
+from permllm.models.losses import cosine_loss
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.shared import foldable
 from permllm.pipeline import prune
@@ -51,7 +55,7 @@ def pruners(learning: LearningProblem, orders: dict[str, Tensor]) -> dict[str, T
     }
 
 
-def check_masks(learning: LearningProblem, orders: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+def check_masks(learning: LearningProblem, orders: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     for group in learning.groups:
         for path in group.members:
             assert not violations(masks[path].float(), orders[group.name], PATTERN)
@@ -64,11 +68,45 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutat
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
     orders = ordered(learning, permutation)
-    found, masks = mask(name, epochs=12, select_from=12).masks(learning, orders)
+    found, masks, *_ = mask(name, epochs=12, select_from=12).masks(learning, orders)
     assert all(torch.equal(found[group], order) for group, order in orders.items())
     check_masks(learning, orders, masks)
     assert output_loss_of(orders, masks) == pytest.approx(min(measured), rel=1e-4)
     assert output_loss_of(orders, masks) < 0.9 * output_loss_of(orders, pruners(learning, orders))
+
+
+@pytest.mark.parametrize("permutation", ["none", "heuristic"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_weights_that_learn_with_the_masks_are_what_is_pruned(name: str, permutation: str) -> None:
+    measured: list[float] = []
+    model = tiny_model("llama")
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    learning = problem(model, Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    orders = ordered(learning, permutation)
+    found = mask(name, epochs=12, select_from=12, weights_learning_rate=0.02).masks(learning, orders)
+    check_masks(learning, orders, found.masks)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())  # the model is dense still
+    order = lambda name, _, __: orders[name]  # noqa: E731
+    prune(
+        model,
+        learning.groups,
+        tokens(),
+        Wanda(),
+        PATTERN,
+        order,
+        4,
+        learning.factors,
+        masks=found.masks,
+        learned=found.weights,
+    )
+    for path, kept in found.masks.items():
+        assert torch.equal(linear_at(model, path).weight, torch.where(kept, found.weights[path], 0.0))
+    stream = LayerStream(model, tokens(), 4)
+    for index in range(2):
+        stream.advance(index)
+    assert float(cosine_loss(stream.states(), learning.target)) == pytest.approx(min(measured), rel=1e-4)
+    _, masks, *_ = mask(name, epochs=12, select_from=12).masks(problem(tiny_model("llama"), Wanda()), orders)
+    assert min(measured) < 0.8 * output_loss_of(orders, masks)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -76,9 +114,9 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
     learning = problem(tiny_model("llama"), Wanda())
     orders = ordered(learning, "heuristic")
     start = pruners(learning, orders)
-    _, still = mask(name, learning_rate=1e-12).masks(learning, orders)
+    _, still, *_ = mask(name, learning_rate=1e-12).masks(learning, orders)
     assert all(torch.equal(still[path], start[path]) for path in start)
-    _, last = mask(name, epochs=6, last_layers=1).masks(learning, orders)
+    _, last, *_ = mask(name, epochs=6, last_layers=1).masks(learning, orders)
     same = {path: torch.equal(last[path], start[path]) for path in start}
     assert all(same[path] == path.startswith("model.layers.0.") for path in same)
 
@@ -87,6 +125,7 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
     ("orders", "stage", "begun"),
     [
         ("fixed", "all", "pruner"),
+        ("fixed", "all", "with weights"),
         ("fixed", 1, "pruner"),
         ("fixed", 1, "refined"),
         ("together", "all", "pruner"),
@@ -103,14 +142,17 @@ def test_an_interrupted_training_continues_to_the_same_result(
     rounds = {"epochs": 1, "rounds": 3} if orders == "searched" else {"epochs": 3}
     # With a scaler of gradients, which is a part of what goes on.
     dtype = torch.float16 if (orders, stage) == ("together", "all") else torch.float32
-    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, start=begun, **rounds)
+    of_weights = {"weights_learning_rate": 0.01 if begun == "with weights" else None}
+    start_at = "refined" if begun == "refined" else "pruner"
+    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, start=start_at, **rounds, **of_weights)
     permutation = lcp(init="random", learning_rate=0.1)
 
-    def learned(**extra: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def learned(**extra: Any) -> FoundMasks:
         learning = problem(tiny_model("llama", dtype=dtype), Wanda(), **extra)
         start = permutation.start(learning) if orders in ("together", "turns") else ordered(learning, "heuristic")
-        found: tuple[dict[str, Tensor], dict[str, Tensor]] = method.masks(learning, start, permutation)
-        check_masks(learning, *found)
+        found: FoundMasks = method.masks(learning, start, permutation)
+        check_masks(learning, found.orders, found.masks)
+        assert bool(found.weights) == (begun == "with weights")
         return found
 
     class Interrupt(Exception):
@@ -144,7 +186,7 @@ def test_orders_follow_from_the_masks(name: str, orders: str) -> None:
     permutation = lcp(init="heuristic", learning_rate=0.1, constraint="foldable", block_size=16, temperature=lambda _: 0.5)
     start = permutation.start(learning)
     method = mask(name, epochs=6, rounds=2, orders=orders, learning_rate={"score": 0.03, "lowrank": 0.1}[name], select_from=6)
-    found, masks = method.masks(learning, start, permutation)
+    found, masks, *_ = method.masks(learning, start, permutation)
     check_masks(learning, found, masks)
     assert any(not torch.equal(found[name], order) for name, order in start.items())
     foldable(learning.groups, found)  # raises where one does not
@@ -160,7 +202,7 @@ def test_stages_whose_later_rounds_are_worse_keep_the_orders_that_their_masks_ar
     learning = problem(tiny_model("llama", seed=seed), Wanda(), on_pass=lines.append)
     rounds = {"orders": "searched", "rounds": 2, "epochs": 1, "select_from": 1, "layers_per_stage": 1}
     method = mask("lowrank", batch_size=2, learning_rate=rate, **rounds)
-    check_masks(learning, *method.masks(learning, ordered(learning, "heuristic"), lcp(init="heuristic")))
+    check_masks(learning, *method.masks(learning, ordered(learning, "heuristic"), lcp(init="heuristic"))[:2])
     first, second = (line["measured_loss"] for line in lines if line["first_layer"] == 0)
     assert (first < second) is worse
 
@@ -199,7 +241,7 @@ def test_layers_whose_orders_all_stay_learn_masks_in_them(orders: str) -> None:
     learning.groups = [group for group in learning.groups if not group.table.producers]
     permutation = lcp(init="heuristic", constraint="foldable", block_size=16)
     start = permutation.start(learning)
-    found, masks = mask("score", orders=orders, layers_per_stage=1).masks(learning, start, permutation)
+    found, masks, *_ = mask("score", orders=orders, layers_per_stage=1).masks(learning, start, permutation)
     check_masks(learning, found, masks)
     assert all(torch.equal(found[name], order) for name, order in start.items())
     assert any(not torch.equal(masks[path], kept) for path, kept in pruners(learning, start).items())
@@ -232,7 +274,7 @@ def test_a_pruner_that_corrects_weights_does_so_under_the_learned_masks() -> Non
     model = tiny_model("llama")
     learning = problem(model, SparseGPT())
     orders = ordered(learning, "heuristic")
-    _, masks = mask("score").masks(learning, orders)
+    _, masks, *_ = mask("score").masks(learning, orders)
     dense = {path: linear_at(model, path).weight.clone() for path in masks}
     result = prune(model, learning.groups, tokens(), SparseGPT(), PATTERN, lambda n, _, __: orders[n], 4, None, masks=masks)
     for path, kept in masks.items():

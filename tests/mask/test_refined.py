@@ -70,7 +70,7 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(perm
         model = tiny_model("llama")
         learning = problem(model, Wanda())
         orders = ordered(learning, permutation)
-        found, masks = RefinedMask().masks(learning, orders) if refined else (orders, pruners(learning, orders))
+        found, masks, *_ = RefinedMask().masks(learning, orders) if refined else (orders, pruners(learning, orders))
         assert all(torch.equal(found[name], order) for name, order in orders.items())
         check_masks(learning, orders, masks)
         order = lambda name, _, __: orders[name]  # noqa: E731
@@ -87,9 +87,9 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(perm
 def test_only_the_calibration_samples_are_read() -> None:
     learning = problem(tiny_model("llama"), Wanda(), calibration=tokens()[:4])
     orders = ordered(learning, "none")
-    _, masks = RefinedMask().masks(learning, orders)
+    _, masks, *_ = RefinedMask().masks(learning, orders)
     learning.tokens = learning.tokens[:4]
-    _, same = RefinedMask().masks(learning, orders)
+    _, same, *_ = RefinedMask().masks(learning, orders)
     assert all(torch.equal(masks[path], same[path]) for path in masks)
 
 
@@ -119,10 +119,10 @@ def test_scores_start_at_a_given_mask(form: str, stored: str) -> None:
 def test_learning_starts_at_them(orders: str, stage: str | int) -> None:
     learning = problem(tiny_model("llama"), Wanda())
     start = ordered(learning, "heuristic")
-    _, refined = RefinedMask().masks(learning, start)
+    _, refined, *_ = RefinedMask().masks(learning, start)
     still = lcp(init="heuristic", learning_rate=1e-12)
     method = mask("score", start="refined", learning_rate=1e-12, orders=orders, layers_per_stage=stage)
-    found, masks = method.masks(learning, start, still)
+    found, masks, *_ = method.masks(learning, start, still)
     check_masks(learning, found, masks)
     if orders == "fixed":
         assert all(torch.equal(masks[path], refined[path]) for path in refined)
@@ -187,10 +187,10 @@ def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path) -> None:
 def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:
     learning = problem(tiny_model("llama"), Wanda())
     orders = ordered(learning, "none")
-    _, masks = RefinedMask(sweeps=1).masks(learning, orders)
+    _, masks, *_ = RefinedMask(sweeps=1).masks(learning, orders)
     group = channel_groups(learning.model)[0]
     learning.groups = [group]
-    _, alone = RefinedMask(sweeps=1).masks(learning, orders)
+    _, alone, *_ = RefinedMask(sweeps=1).masks(learning, orders)
     assert set(alone) == set(group.members)
     assert all(torch.equal(masks[path], alone[path]) for path in alone)
     assert all(linear_at(learning.model, path).weight.all() for path in masks)  # the model is dense still
