@@ -301,10 +301,15 @@ class Footprint:
     def _beside(self, placement: str, streams: bool) -> float:
         """Bytes on the host."""
         config, hidden = self.config, self.model.config.hidden_size
-        states = (config.calibration.samples + config.further) * config.calibration.seqlen * hidden * self.item
-        # Two streams of states and the learning target, or the states of a text that goes through layer by layer.
+        a_sample = config.calibration.seqlen * hidden * self.item
+        every = config.calibration.samples + config.further
+        # The learning target, and while it is computed that of the further windows once more; two streams of states, of all
+        # that is learned from in stages, else of the calibration. Or a text's states, which goes through layer by layer.
+        in_stages = any(len(learning.windows) > 1 for learning in self.learning)
+        streams_of = every if in_stages else config.calibration.samples
+        states = (every + max(2 * streams_of, config.further)) * a_sample
         of_text = self._measured * hidden * self.item if placement != "device" and config.evaluation.perplexity.names else 0
-        beside: float = max(3 * states + self._gradients, of_text)
+        beside: float = max(states + self._gradients, of_text)
         learns = self.orders or self.masks
         if self.device.type == "cpu" and not streams and learns and config.model.source != "random":
             # Pages of the mapped files stay, beside weights that learning stores in another way.
