@@ -130,10 +130,10 @@ class OrderedMaskedLinear(nn.Module):
 
     @torch.no_grad()
     def learned_weight(self) -> Tensor:
-        """What stands under the mask and outside of it, `(C_out, C_in)` in the dense model's order and the weight's format."""
+        """A copy of what stands under the mask and outside of it, `(C_out, C_in)` in the dense model's order and format."""
         assert self.values is not None
         values_t = self.values if self.inverse is None else self.values[self.inverse]
-        return values_t.t().to(self.linear.weight.dtype)
+        return values_t.t().to(self.linear.weight.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @contextmanager

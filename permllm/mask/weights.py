@@ -15,7 +15,7 @@ from permllm.learning.training import Learner
 
 
 class MaskedWeightLearner(Learner):
-    """Weights that learn while a mask keeps them, and wait as they are while it does not.
+    """Weights that learn while a mask keeps them; one that it leaves out has no gradient, and may come back.
 
     Args:
         linears: masked linears by path, with values of their own.

@@ -154,7 +154,8 @@ def test_weights_learn_where_the_mask_keeps_them_and_scores_with_their_values(ki
     scores = made(kind, there, factors.permuted(order))
     moved = order if in_order else None
     module = OrderedMaskedLinear(there, scores, PATTERN, moved, values=values.t()[order].contiguous())
-    assert torch.equal(module.learned_weight(), values)
+    before = module.learned_weight()
+    assert torch.equal(before, values)
     ours_x = x.clone().requires_grad_()
     module(ours_x).backward(grad)
 
@@ -167,7 +168,9 @@ def test_weights_learn_where_the_mask_keeps_them_and_scores_with_their_values(ki
     assert module.values is not None
     assert module.values.grad is not None
     torch.testing.assert_close(module.values.grad[order.argsort()].t(), kept.grad, rtol=1e-10, atol=1e-12)
-    assert not kept.grad[mask == 0].any()  # what is left out waits
+    assert not kept.grad[mask == 0].any()
+    module.values.data += 1
+    assert torch.equal(before, values)  # what was kept of an epoch is not what learns on
     if kind == "free":
         assert scores.free.grad is not None
         torch.testing.assert_close(scores.free.grad[order.argsort()].t(), choice.grad, rtol=1e-10, atol=1e-12)
