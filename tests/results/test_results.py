@@ -102,6 +102,15 @@ def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path)
     assert [row[1] for row in rows] == ["30.00", "20.00"]
 
 
+def test_a_setting_that_came_later_has_a_column_beside_another_that_tells_the_rows_apart(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0, mask={"name": "score", "steps": 100})
+    make_run(tmp_path / "b", 30.0, mask={"name": "score", "steps": 90, "weights_learning_rate": 0.0003})
+    make_run(tmp_path / "c", 40.0, mask={"name": "lowrank", "steps": 80, "skip": 4})
+    header, _, *rows = table(tmp_path)
+    assert header[:3] == ["mask", "mask.steps", "mask.weights_learning_rate"]  # no other run of its option lacks `skip`
+    assert {row[2] for row in rows} == {"", "0.0003"}
+
+
 def test_settings_that_only_some_runs_have_tell_rows_apart_where_nothing_else_does(tmp_path: Path) -> None:
     make_run(tmp_path / "old", 20.0)
     make_run(tmp_path / "new", 30.0, constraint="foldable")
