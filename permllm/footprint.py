@@ -150,6 +150,7 @@ class Footprint:
         found = []
         together = bool(getattr(self._mask, "learns_orders", False))
         of_window = depth = 0
+        pruned = sum(self.weights.values())
         if self.orders and self.orders.windows:
             depth = max(stop - first for first, stop in self.orders.windows)
             share = self.layers - self.orders.windows[0][0]
@@ -162,10 +163,9 @@ class Footprint:
             # A masked weight in the format of the products, which are bfloat16 where they are not the weights' own.
             waiting = 2 * most if self.masks.keeps_masked and not together else 0
             waiting += self._learned_weights
-            learned = most + (of_window if together else 0) + (sum(self.weights.values()) if self.masks.with_weights else 0)
+            learned = most + (of_window if together else 0) + (pruned if self.masks.with_weights else 0)
             found.append(Learning("learn masks", self._mask, learned, self.masks.windows, waiting))
         if self.reconstructs:
-            pruned = sum(self.weights.values())
             waiting = 4 * self.kept * (2 if self._reconstruction.average else 1)  # places, and their mean where it is wanted
             # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded.
             waiting += 2 * pruned if self.config.model.dtype == "float32" else 0

@@ -45,9 +45,6 @@ _ADDED_LATER: dict[str, Any] = {
     "sparsity_of": {},
 }
 
-LATER = frozenset(_ADDED_LATER)
-"""Settings that came later, dotted, which an identity leaves out at the value of before."""
-
 # Settings at the top that a permutation takes as arguments where its `uses` names them.
 FROM_THE_TOP = ("block_size", "temperature")
 # Among the digests of files (`inputs`), those that a model is evaluated on, and of these the text of the perplexity.

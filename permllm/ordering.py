@@ -134,6 +134,11 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
         _tell(job, problem)
         with products_in(job.products, job.device):
             orders = _all_orders(job, problem)
+    return among(orders)
+
+
+def among(orders: Mapping[str, Tensor]) -> Order:
+    """What gives the order of a channel group where all are known, int64 `(C_in,)` by its name."""
     return lambda name, saliency, pattern: orders[name]
 
 

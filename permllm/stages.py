@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for
+from permllm.ordering import among, calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for
 from permllm.pipeline import PrunedModel, prune
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,11 @@ def prune_model(
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
             dense.target = target_of_all(job, drawn, dense.target)
     order = order_of(job, drawn, dense)
+    masks: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor] = {}
     found = found_masks(job, drawn, dense, order)
+    if found is not None:
+        order, masks, weights = among(found.orders), found.masks, found.weights
     count = len(tokens)
     of_network = windows_for(job.methods.reconstruction, count)
     factors = dense.factors if dense is not None and config.calibration.statistics == "dense" else None
@@ -49,13 +53,13 @@ def prune_model(
             tokens,
             job.methods.pruner,
             config.pattern,
-            order if found is None else lambda name, saliency, pattern: found.orders[name],
+            order,
             config.calibration.batch_size,
             factors,
             job.methods.reconstruction,
             job.products,
-            None if found is None else found.masks,
-            {} if found is None else found.weights,
+            masks,
+            weights,
             drawn[of_network] if of_network.start or of_network.stop > count else None,
             record.directory,
             config.hash,

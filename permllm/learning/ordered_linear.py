@@ -61,9 +61,9 @@ class _OrderedMaskedLinear(torch.autograd.Function):
         if not ctx.learning:
             return grad_x, None
         grad_masked_t = product(x.t(), grad_y)
+        of_scores = module.scores.gradients(grad_masked_t, module.under_mask_t(weight), module.pattern.m)
         if module.values is None:
-            return grad_x, None, *module.scores.gradients(grad_masked_t, weight.t(), module.pattern.m)
-        of_scores = module.scores.gradients(grad_masked_t, module.values.data, module.pattern.m)
+            return grad_x, None, *of_scores
         if masked_t is None:
             masked_t = module.masked_weight_t(ctx.product_dtype, weight)
         # A kept weight that is exactly zero has no gradient of its score either, and stays.
@@ -107,11 +107,15 @@ class OrderedMaskedLinear(nn.Module):
         learning = [values for values in parameters if values.requires_grad and torch.is_grad_enabled()]
         return _OrderedMaskedLinear.apply(x, self, *learning)
 
+    def under_mask_t(self, weight: Tensor) -> Tensor:
+        """What stands under the mask, `(C_in, C_out)`: the weight, which is given, or what learns in its place."""
+        return weight.t() if self.values is None else self.values.data
+
     @torch.no_grad()
     def masked_weight_t(self, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
         """`(W * mask)^T`, `(C_in, C_out)`, in the order; of the weight that is given where the module's own is not there."""
         weight_t = (self.linear.weight if weight is None else weight).t()
-        values_t = weight_t if self.values is None else self.values.data
+        values_t = self.under_mask_t(weight_t.t())
         channels, rows = weight_t.shape
         n, m = self.pattern.n, self.pattern.m
         masked_t = torch.empty(channels, rows, dtype=dtype, device=weight_t.device)

@@ -274,12 +274,13 @@ class RunRecord(Progress):
         """Remove the layers that were pruned before all were."""
         shutil.rmtree(self.path(PRUNED_LAYERS), ignore_errors=True)
 
-    def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern) -> None:
+    def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern, with_weights: bool = False) -> None:
         """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
 
         Args:
             groups: of the model, those that are pruned.
             pattern: N:M of the groups that have none of their own.
+            with_weights: weights are found with the masks.
         """
         if self.pruned:
             try:
@@ -304,22 +305,24 @@ class RunRecord(Progress):
         masks = self.path(MASKS)
         if not self.pruned and masks.is_file():
             try:
-                self._check_masks(masks, groups, pattern)
-                if self._config.mask.get("weights_learning_rate") is not None:
-                    self.kept_weights(linear_shapes(groups))
+                self._check_masks(masks, groups, pattern, with_weights)
             except DataError as error:
                 log.warning("%s: finding the masks again", error)
                 masks.unlink()
                 self._forget_layers()
                 self.metrics["seconds"].pop("mask", None)
 
-    def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern) -> None:
-        """Raise DataError unless masks that were learned are N:M in the orders that are there."""
-        read = mask_reader(file, linear_shapes(groups))
+    def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern, with_weights: bool) -> None:
+        """Raise DataError unless masks that were learned are N:M in the orders that are there, and their weights there too."""
+        shapes = linear_shapes(groups)
+        read = mask_reader(file, shapes)
+        read_weight = weight_reader(self.path(LEARNED_WEIGHTS), shapes) if with_weights else None
         orders = read_orders(self.path(PERMUTATIONS), {group.name: group.channels for group in groups})
         for group in groups:
             for path in group.members:
                 check_mask(file, path, read(path), orders[group.name], group.pattern or pattern)
+                if read_weight is not None:
+                    read_weight(path)
 
     def _forget_pruning(self) -> None:
         self.metrics["status"] = "running"

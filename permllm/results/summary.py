@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from permllm.identity import LATER, digest_of, identity_of, later_settings
+from permllm.identity import digest_of, identity_of, later_settings
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
@@ -439,7 +439,8 @@ def _varying(groups: list[dict[str, Any]]) -> list[str]:
             if _labels(values, varying) == _labels(other, varying):
                 varying += [name for name in names if name not in varying and values.get(name) != other.get(name)]
     # A setting that came later is left out at the value of before: it differs from what another run of its option says.
-    varying += [name for name in names if name not in varying and _came_later_in_some(name, groups)]
+    later = [name for name in later_settings({}) if name in names and name not in varying]
+    varying += [name for name in later if _in_some_of_an_option(name, groups)]
     # Which linears are pruned to what is always told, where it is not the same of all.
     varying += [
         name
@@ -455,12 +456,12 @@ def _varying(groups: list[dict[str, Any]]) -> list[str]:
     return sorted(varying, key=lambda name: (rank.get(name, len(rank)), name))
 
 
-def _came_later_in_some(name: str, groups: list[dict[str, Any]]) -> bool:
-    """Whether a setting that came later stands in some runs of an option, and not in others of it."""
+def _in_some_of_an_option(name: str, groups: list[dict[str, Any]]) -> bool:
+    """Whether a setting of a group stands in some runs of one of its options, and not in others of it."""
     option = name.partition(".")[0]
     having = {values.get(option) for values in groups if name in values}
     lacking = {values.get(option) for values in groups if name not in values}
-    return "." in name and name in LATER and bool(having & lacking)
+    return "." in name and bool(having & lacking)
 
 
 def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:

@@ -57,13 +57,7 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
             patched.setattr(Training, "run", lambda self: fail() if self.name == "mask" else real(self))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *overrides)
-    learned: list[str] = []
-
-    def counted(self: Any) -> None:
-        learned.append(self.name)
-        real(self)
-
-    monkeypatch.setattr("permllm.learning.training.Training.run", counted)
+    learned = trained_from_here(monkeypatch)
     metrics, directory = run(tmp_path, *overrides)
     assert learned == ([] if interrupted == "prune" else ["mask"])
     assert metrics["perplexity"] == whole["perplexity"]
@@ -159,13 +153,32 @@ def test_what_learns_later_can_pass_over_the_text_before(cache: Path, tmp_path: 
     assert [len(tokens) for tokens in computed] == [2]  # of the windows that nobody asks for there is no target
 
 
-def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ("permutation=heuristic", "mask=score", *LEARNING)
+def stopped_before_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
+    """The directory of a run that was interrupted when its masks were found."""
     with monkeypatch.context() as patched:
         patched.setattr(stages, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *overrides)
     (directory,) = (tmp_path / "runs").iterdir()
+    return directory
+
+
+def trained_from_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what trains from now on, as it does."""
+    names: list[str] = []
+    real = Training.run
+
+    def counted(self: Training) -> None:
+        names.append(self.name)
+        real(self)
+
+    monkeypatch.setattr(Training, "run", counted)
+    return names
+
+
+def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ("permutation=heuristic", "mask=score", *LEARNING)
+    directory = stopped_before_pruning(tmp_path, monkeypatch, *overrides)
     _, other_directory = run(tmp_path / "other", "permutation=none")
     (directory / "masks.safetensors").write_bytes((other_directory / "masks.safetensors").read_bytes())
     metrics, _ = run(tmp_path, *overrides)
@@ -182,24 +195,13 @@ def test_a_run_whose_weights_learn_with_the_masks_goes_on_where_it_stopped(
     whole, whole_directory = run(tmp_path / "whole", *overrides, "export=folded")
     assert {whole["sparsity"][key] for key in ("weights_changed", "weights_kept")} == {True}
     assert verify(whole_directory / "export").passed
-    with monkeypatch.context() as patched:
-        patched.setattr(stages, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, *overrides)
-    (directory,) = (tmp_path / "runs").iterdir()
+    directory = stopped_before_pruning(tmp_path, monkeypatch, *overrides)
     file = directory / "learned_weights.safetensors"
     if left == "cut short":
         file.write_bytes(file.read_bytes()[:-1])
     elif left == "gone":
         file.unlink()
-    trained: list[str] = []
-    real = Training.run
-
-    def counted(self: Training) -> None:
-        trained.append(self.name)
-        real(self)
-
-    monkeypatch.setattr(Training, "run", counted)
+    trained = trained_from_here(monkeypatch)
     metrics, _ = run(tmp_path, *overrides)
     assert trained == ([] if left == "whole" else ["mask"])
     assert metrics["perplexity"] == whole["perplexity"]

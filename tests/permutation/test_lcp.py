@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,23 @@ def output_loss(orders: dict[str, Tensor]) -> float:
     return output_loss_of(orders, None)
 
 
-def output_loss_of(orders: dict[str, Tensor], masks: dict[str, Tensor] | None) -> float:
-    """The same under given masks, or None for the pruner's."""
+def really_pruned(
+    orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, learned: Mapping[str, Tensor]
+) -> LearningProblem:
+    """A problem whose model is pruned: under given masks, or None for the pruner's, and to given weights, if any."""
     model = tiny_model("llama")
     learning = problem(model, Wanda())
-    prune(
-        model,
-        learning.groups,
-        tokens(),
-        Wanda(),
-        PATTERN,
-        lambda name, _, __: orders[name],
-        4,
-        learning.factors,
-        masks=masks,
-    )
+    order = lambda name, _, __: orders[name]  # noqa: E731
+    prune(model, learning.groups, tokens(), Wanda(), PATTERN, order, 4, learning.factors, masks=masks, learned=learned)
+    return learning
+
+
+def output_loss_of(
+    orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, learned: Mapping[str, Tensor] | None = None
+) -> float:
+    """The same of `really_pruned`."""
+    learning = really_pruned(orders, masks, learned or {})
+    model = learning.model
     stream = LayerStream(model, tokens(), 4)
     for index in range(len(decoder_layers(model))):
         stream.advance(index)
