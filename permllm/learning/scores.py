@@ -73,7 +73,9 @@ class Scores(nn.Module):
         """
         if not any(True for _ in self.parameters()):
             return []
-        of_scores = grad.to(self.factors.column.dtype) * weight_t
+        dtype = self.factors.column.dtype
+        # A copy is multiplied in place: on a CPU another tensor of the size costs several times the product.
+        of_scores = grad * weight_t if grad.dtype == dtype else grad.to(dtype).mul_(weight_t)
         if self.centered:
             groups = (of_scores if order is None else of_scores.index_select(0, order)).unflatten(0, (-1, m))
             groups -= groups.mean(1, keepdim=True)

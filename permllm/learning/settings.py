@@ -67,8 +67,8 @@ class LearningSettings(DescentSettings):
         select_from: after each of the last so many epochs the loss of all samples is measured with what was learned so far,
             and the best is the result; 0 takes the last one and measures nothing. Losses during an epoch do not tell: each
             step has its own state and its own samples.
-        compile: compile the elementwise work of the masked linears, which takes 10 to 20 seconds; None does it where that
-            is soon made up for. Without a compiler the step is the slower one.
+        compile: compile the elementwise work of the masked linears and of `kl`, which takes 10 to 20 seconds each; None does
+            it where that is soon made up for. Without a compiler the step is the slower one.
     """
 
     weight_decay: float = 0.0

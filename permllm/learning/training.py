@@ -177,7 +177,6 @@ class Training:
         self.name, self.file = name, file
         self._placement = placement_of(problem.model)
         self.device = problem.device
-        self.loss = loss_named(str(settings.loss), problem.model)
         # Fused: no temporaries of the size of all parameters.
         fused = self.device.type in ("cpu", "cuda")
         groups = [group for learner in learners for group in learner.parameters()]
@@ -187,6 +186,8 @@ class Training:
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
         self.steps = steps_of(settings, self.count)
         self.epochs = math.ceil(self.steps / self.steps_an_epoch)
+        tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
+        self.loss = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
         self.generator = torch.Generator().manual_seed(problem.seed + 1 + 1000 * window.round)
         self.done = 0

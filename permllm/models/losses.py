@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from permllm.errors import first_line
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.precision import product, product_dtype
 
+log = logging.getLogger(__name__)
+
 LOSSES = ("cosine", "mse", "kl")
 
+# Logits of all steps from which compiling is made up for: it takes some 10 s and saves 12 ns each on one core.
+_COMPILE_FROM = 1e9
 # Logits that exist at a time on a GPU, where that is more than 128 tokens and less than 1024.
 _LOGITS = 1 << 25
 
@@ -25,16 +32,21 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
     return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary)))
 
 
-def loss_named(name: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_named(
+    name: str, model: nn.Module, tokens: int = 0, compiled: bool | None = False
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
 
     Args:
         name: `cosine`, `mse`, or `kl`, which needs the outputs of the last layer.
         model: whose final norm and head `kl` goes through.
+        tokens: it will be taken of, in all.
+        compiled: whether the elementwise work of `kl` is compiled; None where it is soon made up for.
     """
     if name == "kl":
         head = Head(model)
-        return lambda output, target: head_divergence(head, output, target)
+        wanted = tokens * len(head.weight) > _COMPILE_FROM if compiled is None else compiled
+        return lambda output, target: head_divergence(head, output, target, wanted)
     return {"cosine": cosine_loss, "mse": mean_square_loss}[name]
 
 
@@ -50,17 +62,23 @@ def mean_square_loss(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
-def head_divergence(head: Head, output: Tensor, target: Tensor) -> Tensor:
+def head_divergence(head: Head, output: Tensor, target: Tensor, compiled: bool = False) -> Tensor:
     """`KL(dense || sparse)` of the next-token distributions, mean over tokens, in float32 or wider.
 
     Args:
         head: of the model; applied to both.
         output, target: of the last decoder layer, `(batch, tokens, hidden)`.
+        compiled: its elementwise work, where the head is plain and this machine can.
     """
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
-    chunk = _plain_chunk(head.weight_in(product_dtype(sparse))) if head.plain else _own_chunk(head)
+    if head.plain:
+        weight = head.weight_in(product_dtype(sparse))
+        divergence = _compiled_divergence(sparse.device.type, weight.dtype) if compiled else None
+        chunk = _plain_chunk(weight, divergence or _divergence)
+    else:
+        chunk = _own_chunk(head)
     return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
@@ -92,20 +110,52 @@ class _HeadDivergence(torch.autograd.Function):
         return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None
 
 
-def _plain_chunk(weight: Tensor) -> _Chunk:
+def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
     """Of a head that is a product with its weight `(vocabulary, hidden)`, in its format: the gradient has a closed form."""
     dtype = weight.dtype
 
     def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        log_p = _wide(product(dense.to(dtype), weight.t())).log_softmax(-1)
-        log_q = _wide(product(sparse.to(dtype), weight.t())).log_softmax(-1)
-        p = log_p.exp()
-        divergence = log_p.sub_(log_q).mul_(p).sum()
-        if not with_gradient:
-            return divergence, None
-        return divergence, product(log_q.exp_().sub_(p).to(dtype), weight)
+        logits, of_dense = product(sparse.to(dtype), weight.t()), product(dense.to(dtype), weight.t())
+        total, gradient = divergence(logits, of_dense, with_gradient)
+        return total, None if gradient is None else product(gradient, weight)
 
     return chunk
+
+
+# The same of logits `(tokens, vocabulary)` in the format of products, which is that of the gradient.
+_Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
+    p = log_p.exp()
+    total = log_p.sub_(log_q).mul_(p).sum()
+    return total, log_q.exp_().sub_(p).to(sparse.dtype) if with_gradient else None
+
+
+def _divergence_in_one(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Without a step in place, for a compiler, which has no tensor between those that are read and the gradient."""
+    wide_p, wide_q = _wide(dense), _wide(sparse)
+    log_p = wide_p - wide_p.logsumexp(-1, keepdim=True)
+    log_q = wide_q - wide_q.logsumexp(-1, keepdim=True)
+    p = log_p.exp()
+    return ((log_p - log_q) * p).sum(), (log_q.exp() - p).to(sparse.dtype) if with_gradient else None
+
+
+@cache
+def _compiled_divergence(device_type: str, dtype: torch.dtype) -> _Divergence | None:
+    """None, with a warning, where this machine cannot: what a step will use runs here once."""
+    found = torch.compile(_divergence_in_one, dynamic=True)
+    logits = torch.zeros(4, 96, dtype=dtype, device=device_type)
+    try:
+        for with_gradient in (True, False):
+            found(logits, logits, with_gradient)
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever the compiler, its cache or its driver may raise
+        log.warning("the divergence is computed without a compiled kernel: %s", first_line(error)[:200])
+        return None
+    return found
 
 
 def _own_chunk(head: Head) -> _Chunk:

@@ -13,6 +13,7 @@ from permllm.learning.scores import FreeScores, LowRankScores, Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.permutation.differentiable import sinkhorn
 
@@ -44,6 +45,35 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     scores = made(kind, linear, factors)
     found = permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN)
     assert torch.equal(found, permuted_nm_mask(saliency(linear.weight, factors), order, PATTERN))
+
+
+def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> None:
+    linear, factors, order = given()
+    linear = linear.float()
+    there = nn.Linear(CHANNELS, ROWS).requires_grad_(False)
+    there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
+    narrow = SaliencyFactors(1, factors.column.float())
+    scores = FreeScores(there.weight, narrow.permuted(order))
+    module = OrderedMaskedLinear(there, scores, PATTERN, order)
+    x, grad = torch.randn(5, CHANNELS), torch.randn(5, ROWS)
+    inputs = x.clone().requires_grad_()
+    with products_in(torch.bfloat16, torch.device("cpu")):
+        y = module(inputs)
+        y.backward(grad.to(y.dtype))
+    x, grad = x.bfloat16().double(), grad.bfloat16().double()
+    masked = (linear.weight * permuted_nm_mask(saliency(linear.weight, narrow), order, PATTERN)).bfloat16().double()
+    exact = {
+        "output": (y, x @ masked.T + linear.bias.double()),
+        "input": (inputs.grad, grad @ masked),
+        "scores": (scores.free.grad, (x.T @ grad * linear.weight.T.double())[order]),
+    }
+    for name, (found, expected) in exact.items():
+        assert found is not None
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7 * largest, msg=name)
+    assert y.dtype == torch.bfloat16
+    assert inputs.grad is not None
+    assert inputs.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("centered", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,7 +42,8 @@ def test_mean_square_loss_against_its_formula() -> None:
     assert float(mean_square_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
 
 
-def test_head_divergence_and_its_gradient_against_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_head_divergence_and_its_gradient_against_the_plain_formula(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 14 tokens: three chunks and a rest
     model = tiny_model("llama", dtype=torch.float64)
     hidden = model.config.hidden_size
@@ -54,11 +56,59 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(monkeypatch:
     q = model.lm_head(model.model.norm(reference)).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     expected.backward()
-    found = head_divergence(Head(model), output, target)
+    found = head_divergence(Head(model), output, target, compiled)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
-    assert float(head_divergence(Head(model), target, target)) == pytest.approx(0.0, abs=1e-12)
+    assert float(head_divergence(Head(model), target, target, compiled)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
+    generator = torch.Generator().manual_seed(2)
+    sparse, dense = (3e3 * torch.randn(3, 96, generator=generator).bfloat16() for _ in range(2))
+    p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
+    compiled = losses._compiled_divergence("cpu", torch.bfloat16)
+    assert compiled is not None
+    for form in (compiled, losses._divergence):
+        total, gradient = form(sparse, dense, True)
+        assert float(total) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+        assert gradient is not None
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.double(), q.exp() - p.exp(), rtol=2**-8, atol=1e-5)
+
+
+def test_without_a_compiler_the_divergence_is_the_slower_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> Callable[..., None]:
+        def call(*_: object) -> None:
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    model = tiny_model("llama")
+    output, target = torch.randn(2, 1, 7, model.config.hidden_size)
+    losses._compiled_divergence.cache_clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    try:
+        assert torch.equal(head_divergence(Head(model), output, target, True), head_divergence(Head(model), output, target))
+    finally:
+        losses._compiled_divergence.cache_clear()
+    assert caplog.messages == ["the divergence is computed without a compiled kernel: no compiler here"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens", "compiled"), [(None, 9, False), (None, 11, True), (True, 9, True), (False, 11, False)]
+)
+def test_the_divergence_is_compiled_where_that_is_made_up_for(
+    asked: bool | None, tokens: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    seen: list[bool] = []
+    monkeypatch.setattr(losses, "_COMPILE_FROM", 10 * model.config.vocab_size)
+    monkeypatch.setattr(losses, "head_divergence", lambda *given: seen.append(given[-1]))
+    losses.loss_named("kl", model, tokens, asked)(torch.zeros(1), torch.zeros(1))
+    assert seen == [compiled]
 
 
 @pytest.mark.parametrize("vocabulary", [49_152, 151_936, 262_144])
