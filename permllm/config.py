@@ -296,7 +296,8 @@ class RunConfig:
             read the same channels have one.
         block_size: channels that LCP permutes among themselves. A rest that it does not divide becomes one smaller block.
         compute_dtype: of matrix products in calibration, learning and reconstruction: `float32`, `bfloat16`, or `auto`, which
-            is bfloat16 for float32 weights where the device multiplies it natively. Evaluation computes in `model.dtype`.
+            is bfloat16 for float32 weights where the device multiplies it natively. Evaluation computes in `model.dtype`, and
+            so does attention that gradients go through on a CPU, whose backward is slower in bfloat16.
         runs_dir: where run directories are made.
         run_dir: the run directory itself, instead of `runs_dir/name-hash`.
         force: run again although a finished result is there.
