@@ -46,7 +46,10 @@ def loss_named(
     if name == "kl":
         head = Head(model)
         wanted = tokens * len(head.weight) > _COMPILE_FROM if compiled is None else compiled
-        return lambda output, target: head_divergence(head, output, target, wanted)
+        # Now, and not in the first step.
+        use = head.weight.device.type, product_dtype(head.weight)
+        divergence = _compiled_divergence(*use) if wanted and head.plain else _divergence
+        return lambda output, target: head_divergence(head, output, target, divergence)
     return {"cosine": cosine_loss, "mse": mean_square_loss}[name]
 
 
@@ -62,28 +65,34 @@ def mean_square_loss(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
-def head_divergence(head: Head, output: Tensor, target: Tensor, compiled: bool = False) -> Tensor:
+# The divergence of some tokens from their logits, `sparse` and `dense (tokens, vocabulary)`, a sum, and its gradient in their
+# format, if that is asked for. It is not divided by the tokens: in float16 that of a mean would vanish.
+_Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
+    p = log_p.exp()
+    total = log_p.sub_(log_q).mul_(p).sum()
+    return total, log_q.exp_().sub_(p).to(sparse.dtype) if with_gradient else None
+
+
+def head_divergence(head: Head, output: Tensor, target: Tensor, divergence: _Divergence = _divergence) -> Tensor:
     """`KL(dense || sparse)` of the next-token distributions, mean over tokens, in float32 or wider.
 
     Args:
         head: of the model; applied to both.
         output, target: of the last decoder layer, `(batch, tokens, hidden)`.
-        compiled: its elementwise work, where the head is plain and this machine can.
+        divergence: of logits, where the head is plain.
     """
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
-    if head.plain:
-        weight = head.weight_in(product_dtype(sparse))
-        divergence = _compiled_divergence(sparse.device.type, weight.dtype) if compiled else None
-        chunk = _plain_chunk(weight, divergence or _divergence)
-    else:
-        chunk = _own_chunk(head)
+    chunk = _plain_chunk(head.weight_in(product_dtype(sparse)), divergence) if head.plain else _own_chunk(head)
     return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
-# The divergence of some tokens, `sparse` and `dense (tokens, hidden)`, a sum, and its gradient, if that is asked for. It is
-# not divided by the tokens: in float16 that of a mean would vanish.
+# The same from what the head reads, `sparse` and `dense (tokens, hidden)`.
 _Chunk = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -122,17 +131,6 @@ def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
     return chunk
 
 
-# The same of logits `(tokens, vocabulary)` in the format of products, which is that of the gradient.
-_Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-
-
-def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
-    p = log_p.exp()
-    total = log_p.sub_(log_q).mul_(p).sum()
-    return total, log_q.exp_().sub_(p).to(sparse.dtype) if with_gradient else None
-
-
 def _divergence_in_one(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Without a step in place, for a compiler, which has no tensor between those that are read and the gradient."""
     wide_p, wide_q = _wide(dense), _wide(sparse)
@@ -143,8 +141,8 @@ def _divergence_in_one(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tu
 
 
 @cache
-def _compiled_divergence(device_type: str, dtype: torch.dtype) -> _Divergence | None:
-    """None, with a warning, where this machine cannot: what a step will use runs here once."""
+def _compiled_divergence(device_type: str, dtype: torch.dtype) -> _Divergence:
+    """That in one, compiled; with a warning the other, where this machine cannot: what a step will use runs here once."""
     found = torch.compile(_divergence_in_one, dynamic=True)
     logits = torch.zeros(4, 96, dtype=dtype, device=device_type)
     try:
@@ -154,7 +152,7 @@ def _compiled_divergence(device_type: str, dtype: torch.dtype) -> _Divergence | 
             torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
         log.warning("the divergence is computed without a compiled kernel: %s", first_line(error)[:200])
-        return None
+        return _divergence
     return found
 
 
