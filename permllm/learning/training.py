@@ -331,7 +331,7 @@ class Training:
             "round": self.window.round + 1,
             "first_layer": self.window.first,
             "last_layer": self.window.stop - 1,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": self._mean_loss(),
             "measured_loss": measured,
         }
         for learner in self.learners:
@@ -341,6 +341,12 @@ class Training:
         self._sequence, self._losses, self._seconds = None, [], 0.0
         self._save()
         self.problem.on_pass(values)
+
+    def _mean_loss(self) -> float:
+        """Of the steps of an epoch, mean over samples: the last step may have fewer."""
+        assert self._sequence is not None
+        sizes = [len(batch) for batch in self._sequence.split(self.settings.batch_size)][: len(self._losses)]
+        return math.fsum(loss * size for loss, size in zip(self._losses, sizes, strict=True)) / sum(sizes)
 
     @torch.no_grad()
     def _measure(self) -> float:

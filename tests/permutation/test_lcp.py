@@ -117,6 +117,21 @@ def test_the_loss_of_a_step_is_the_loss_of_the_really_pruned_model() -> None:
     assert steps == [pytest.approx(output_loss(heuristic), rel=1e-4)]
 
 
+def test_the_loss_of_an_epoch_is_a_mean_over_its_samples() -> None:
+    steps: list[float] = []
+    epochs: list[float] = []
+    learning = problem(
+        tiny_model("llama"),
+        Wanda(),
+        on_step=lambda _, values: steps.append(values["loss"]),
+        on_pass=lambda values: epochs.append(values["loss"]),
+    )
+    lcp(init="random", learning_rate=0.05, batch_size=5, epochs=2).orders(learning)
+    assert len(steps) == 4  # of five samples and of one
+    assert epochs == pytest.approx([(5 * large + small) / 6 for large, small in (steps[:2], steps[2:])], rel=1e-12)
+    assert epochs != pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-6)
+
+
 def test_seeds_give_equal_results_and_other_seeds_others() -> None:
     def learned(seed: int) -> dict[str, Tensor]:
         learning = problem(tiny_model("llama"), Wanda())
