@@ -368,7 +368,8 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
 
 def _try(kernels: Kernels, use: KernelUse) -> None:
     n, m = use.pattern.n, use.pattern.m
-    size, rows, terms = 2 * m, 16, 2 if use.row else 1
+    # No two sizes alike, nor one tensor twice: the compiler would take them for one, and compile again where they are not.
+    size, rows, terms = 2 * m, 5 * m, 2 if use.row else 1
     options: dict[str, Any] = {"dtype": torch.float32, "device": use.device_type}
     weight_t = torch.ones(2 * size, rows, **options | {"dtype": use.weights})
     channels = torch.arange(2 * size, device=use.device_type)
@@ -377,7 +378,7 @@ def _try(kernels: Kernels, use: KernelUse) -> None:
     piece = (weight_t, channels, 1, column, row)
     grad = torch.ones(2 * size, rows, **options | {"dtype": use.products})
     if use.straight_through is None:
-        kernels.select(weight_t, weight_t.to(torch.float32), n, m, use.products)
+        kernels.select(weight_t, torch.ones_like(weight_t, dtype=torch.float32), n, m, use.products)
     else:
         kernels.mask(*piece, n, m, use.products)
     if use.straight_through == "swap":

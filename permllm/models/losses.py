@@ -32,9 +32,7 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
     return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary)))
 
 
-def loss_named(
-    name: str, model: nn.Module, tokens: int = 0, compiled: bool | None = False
-) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_named(name: str, model: nn.Module, tokens: int, compiled: bool | None) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
 
     Args:
@@ -144,10 +142,11 @@ def _divergence_in_one(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tu
 def _compiled_divergence(device_type: str, dtype: torch.dtype) -> _Divergence:
     """That in one, compiled; with a warning the other, where this machine cannot: what a step will use runs here once."""
     found = torch.compile(_divergence_in_one, dynamic=True)
-    logits = torch.zeros(4, 96, dtype=dtype, device=device_type)
+    # Two tensors: for one that comes twice the compiler would make a kernel of its own.
+    sparse, dense = (torch.zeros(4, 96, dtype=dtype, device=device_type) for _ in range(2))
     try:
         for with_gradient in (True, False):
-            found(logits, logits, with_gradient)
+            found(sparse, dense, with_gradient)
         if device_type == "cuda":
             torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler, its cache or its driver may raise
