@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from permllm.models.attention import attention_in_float32
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.placement import placement_of
-from permllm.runtime.precision import attention_products, products_in
+from permllm.runtime.precision import products_in
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
     Layers return a bare tensor in current transformers and a tuple in older ones; indexing the bare tensor would silently
     keep one sequence of the batch.
     """
-    with attention_products(hidden.device):
+    with attention_in_float32(hidden.device):
         output = layer(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 

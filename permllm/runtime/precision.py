@@ -92,7 +92,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear`, the weight copied in pieces."""
     wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
-    with _as_they_are(states):
+    with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
             output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(states.dtype)
@@ -114,7 +114,7 @@ class _LinearThroughFloat32(torch.autograd.Function):
         wide, dtype = gradient.float(), gradient.dtype
         tokens = wide.flatten(0, -2)
         of_states = of_weight = None
-        with _as_they_are(gradient):
+        with products_as_they_are(gradient):
             if ctx.needs_input_grad[0]:
                 of_states = sum(wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)).to(dtype)
             if ctx.needs_input_grad[1]:
@@ -122,7 +122,7 @@ class _LinearThroughFloat32(torch.autograd.Function):
         return of_states, of_weight, tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None
 
 
-def _as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
+def products_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
     """Products inside are made in the format of their factors: autocast would round float32 copies to halves again."""
     return torch.autocast(tensor.device.type, enabled=False)
 
@@ -138,30 +138,6 @@ def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     # Without the cache: it would keep the rounded copy of a weight that an optimizer has changed since.
     narrow = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False)
-
-
-def attention_products(device: torch.device) -> AbstractContextManager[object]:
-    """Attention inside of `products_in`, where gradients are recorded on a CPU, is made in float32 all the same.
-
-    torch's backward of it takes three times as long in bfloat16 for windows of 128 tokens, and no less for long ones.
-    """
-    needed = device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
-    return _AttentionInFloat32() if needed else nullcontext()
-
-
-class _AttentionInFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        widened = [_widened(value) for value in args], {name: _widened(value) for name, value in (kwargs or {}).items()}
-        with torch.autocast("cpu", enabled=False):
-            return func(*widened[0], **widened[1])
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
 
 
 def gradient_scaler(weights: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

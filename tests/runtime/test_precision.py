@@ -6,22 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
-from permllm.models.decoder import layer_inputs, run_layer
-from permllm.models.families import decoder_layers
 from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.runtime import precision
-from permllm.runtime.precision import ThroughFloat32, attention_products, compute_dtype, half_products, products_in
+from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn
@@ -105,43 +101,6 @@ def test_outside_of_it_and_for_other_formats_nothing_changes() -> None:
         with products_in(dtype, CPU):
             assert (a @ a).dtype == torch.float32
             assert torch.equal(a @ a, torch.mm(a, a))
-
-
-def test_attention_that_gradients_go_through_is_not_rounded_on_a_cpu() -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2))
-
-    def attend() -> Tensor:
-        with attention_products(CPU):
-            return scaled_dot_product_attention(q, k, v.bfloat16(), is_causal=True, enable_gqa=True)
-
-    with products_in(torch.bfloat16, CPU):
-        recorded = attend()
-        with torch.no_grad():
-            assert attend().dtype == torch.bfloat16
-    wide_k, wide_v = (x.double().repeat_interleave(2, 1) for x in (k, v.bfloat16()))
-    scores = (q.double() @ wide_k.mT / 8**0.5).masked_fill(~torch.ones(12, 12, dtype=torch.bool).tril(), -torch.inf)
-    assert recorded.dtype == torch.float32
-    torch.testing.assert_close(recorded.double(), scores.softmax(-1) @ wide_v, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeError, match="dtype"):  # outside of `products_in` torch says what it says
-        attend()
-
-
-def test_a_layer_that_is_recomputed_in_backward_attends_as_it_did() -> None:
-    model = tiny_model("llama").requires_grad_(False)
-    inputs, layer = layer_inputs(model, torch.randint(0, 50, (2, 12))), decoder_layers(model)[0]
-    found = []
-    for again in (False, True):
-        hidden = inputs.hidden.clone().requires_grad_()
-        with products_in(torch.bfloat16, CPU):
-            if again:
-                output = checkpoint(run_layer, layer, hidden, inputs.kwargs[0], use_reentrant=False)
-            else:
-                output = run_layer(layer, hidden, inputs.kwargs[0])
-            output.float().square().mean().backward()
-        assert hidden.grad is not None
-        found.append(hidden.grad)
-    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
