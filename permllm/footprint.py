@@ -211,6 +211,10 @@ class Footprint:
         if not self._mask.local and input_kinds(self._mask.statistics):
             # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
             stages["refine masks"] = self._statistics(self._mask) + 6 * 4 * self._largest
+        if self.config.further and self.device.type == "cpu":
+            # The target of further windows is there once more while that of all is put together, beside no stream.
+            again = max(0, self.config.further - 2 * self._streamed_samples) * self._state
+            stages["target"] = self._statistics() + again
         for learning in self.learning:
             stages[learning.name] = self._held_by(learning, streams)
         # The new weights of a layer beside the old ones, while their outputs are compared.
@@ -298,16 +302,26 @@ class Footprint:
         scores = 4 * self._pruned if self._gradients else 0
         return held + scores * depth / self.layers
 
+    @property
+    def _state(self) -> int:
+        """Bytes of a sample between two layers."""
+        return self.config.calibration.seqlen * self.model.config.hidden_size * self.item
+
+    @property
+    def _streamed_samples(self) -> int:
+        """Samples of a stream of states: of all that is learned from in stages, else of the calibration."""
+        samples = self.config.calibration.samples
+        in_stages = any(len(learning.windows) > 1 for learning in self.learning)
+        return samples + self.config.further if in_stages else samples
+
     def _beside(self, placement: str, streams: bool) -> float:
         """Bytes on the host."""
         config, hidden = self.config, self.model.config.hidden_size
-        a_sample = config.calibration.seqlen * hidden * self.item
         every = config.calibration.samples + config.further
-        # The learning target, and while it is computed that of the further windows once more; two streams of states, of all
-        # that is learned from in stages, else of the calibration. Or a text's states, which goes through layer by layer.
-        in_stages = any(len(learning.windows) > 1 for learning in self.learning)
-        streams_of = every if in_stages else config.calibration.samples
-        states = (every + max(2 * streams_of, config.further)) * a_sample
+        # The learning target and two streams of states. Or a text's states, which goes through layer by layer. On a host that
+        # learns, what is there only while the target is computed is a stage of its own.
+        computed = 0 if self.device.type == "cpu" else config.further
+        states = (every + max(2 * self._streamed_samples, computed)) * self._state
         of_text = self._measured * hidden * self.item if placement != "device" and config.evaluation.perplexity.names else 0
         beside: float = max(states + self._gradients, of_text)
         learns = self.orders or self.masks

@@ -359,6 +359,19 @@ def test_the_readmes_first_command_fits_the_card_that_it_names() -> None:
     assert made.device <= card * FITS
 
 
+def test_states_of_further_windows_are_held_once_beside_what_learns_and_twice_while_they_are_computed() -> None:
+    def needed(windows: int) -> int:
+        asked = config("model=tiny", "logger=none", "permutation=none", "mask=score", f"mask.samples={windows}")
+        needs = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).needs("device")
+        return needs.device + needs.host
+
+    asked = config("model=tiny")
+    state = asked.calibration.seqlen * meta_model(asked.model).config.hidden_size * 4
+    beside = needed(40) - needed(30)
+    computed = needed(50_000) - needed(40_000)
+    assert (beside, computed) == (10 * state, 2 * 10_000 * state)
+
+
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
     asked = config("model=tiny", "logger=none", "permutation=none", "evaluation.perplexity.limit=1000")
     made = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
