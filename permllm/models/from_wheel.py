@@ -113,7 +113,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
     # A model that came from GGUF refuses to be saved, so its tensors move into a fresh one.
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
-    fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
-    fresh.load_state_dict(loaded.state_dict())
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
