@@ -7,7 +7,6 @@ it cannot, because it does not vectorise a softmax or a stack across the places 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,14 +16,12 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors, saliency_t
-from permllm.errors import first_line
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
 from permllm.models.families import ChannelGroup
+from permllm.runtime.compiling import usable
 from permllm.runtime.precision import product_dtype
 from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
-
-log = logging.getLogger(__name__)
 
 # Weights times steps. Compiling takes 10 to 20 s and saves some 100 ns a weight and step on two cores; with wide groups one or
 # two minutes, and saves half of that.
@@ -323,6 +320,7 @@ class KernelUse:
         straight_through: which gradient of an order (see `permllm.learning.masked_linear`); None where none learns.
         pattern: N:M.
         weights, products: dtype of the weights, and of what is returned.
+        power: of the weights in the saliency; 0 where it is given as it is.
         row: the saliency has row factors.
         dense: it has a factor for each weight.
     """
@@ -332,16 +330,18 @@ class KernelUse:
     pattern: NMPattern = NMPattern(2, 4)  # noqa: RUF009 - frozen
     weights: torch.dtype = torch.float32
     products: torch.dtype = torch.float32
+    power: int = 1
     row: bool = False
     dense: bool = False
 
 
 @cache
 def compiled_kernels(use: KernelUse) -> Kernels | None:
-    """The kernels, compiled; None, with a warning, where this machine cannot (no compiler, for one).
+    """The kernels, compiled; None, with a warning, where this machine cannot (no compiler, for one)."""
+    return usable(lambda: _tried(_compiled(use), use), use.device_type, "learning runs without compiled kernels")
 
-    What a step will use runs here once, on a small piece: at its first use a failure would come in the middle of backward.
-    """
+
+def _compiled(use: KernelUse) -> Kernels:
     # Without fullgraph: where the recompile limit is reached, a call runs as it stands instead of raising.
     cached = use.device_type == "cpu"
     forms: tuple[Any, ...] = (_mask_by_places, _select_by_places, _gradient_by_places)
@@ -357,26 +357,21 @@ def compiled_kernels(use: KernelUse) -> Kernels | None:
         return form(w, scores, n, m, dtype)
 
     exchanges = (_exchanges_with if cached else _exchanges_anew)(*of_exchanges)
-    kernels = Kernels(mask_of, select_of, gradient, exchanges, cpu_piece=1 << 20)
-    try:
-        _try(kernels, use)
-    except Exception as error:  # whatever the compiler, its cache or its driver may raise
-        log.warning("learning runs without compiled kernels: %s", first_line(error)[:200])
-        return None
-    return kernels
+    return Kernels(mask_of, select_of, gradient, exchanges, cpu_piece=1 << 20)
 
 
-def _try(kernels: Kernels, use: KernelUse) -> None:
+def _tried(kernels: Kernels, use: KernelUse) -> Kernels:
+    """The same kernels, after each that a step will use has run on a small piece."""
     n, m = use.pattern.n, use.pattern.m
     # No two sizes alike, nor one tensor twice: the compiler would take them for one, and compile again where they are not.
-    size, rows, terms = 2 * m, 5 * m, 2 if use.row else 1
+    blocks, size, rows, terms = 3, 2 * m, 5 * m, 2 if use.row else 1
     options: dict[str, Any] = {"dtype": torch.float32, "device": use.device_type}
-    weight_t = torch.ones(2 * size, rows, **options | {"dtype": use.weights})
-    channels = torch.arange(2 * size, device=use.device_type)
+    weight_t = torch.ones(blocks * size, rows, **options | {"dtype": use.weights})
+    channels = torch.arange(blocks * size, device=use.device_type)
     row = torch.ones(terms, rows, **options) if use.row else None
-    column = torch.ones(2 * size, rows, **options).t() if use.dense else torch.ones(terms, 2 * size, **options)
-    piece = (weight_t, channels, 1, column, row)
-    grad = torch.ones(2 * size, rows, **options | {"dtype": use.products})
+    column = torch.ones(blocks * size, rows, **options).t() if use.dense else torch.ones(terms, blocks * size, **options)
+    piece = (weight_t, channels, use.power, column, row)
+    grad = torch.ones(blocks * size, rows, **options | {"dtype": use.products})
     if use.straight_through is None:
         kernels.select(weight_t, torch.ones_like(weight_t, dtype=torch.float32), n, m, use.products)
     else:
@@ -385,8 +380,7 @@ def _try(kernels: Kernels, use: KernelUse) -> None:
         kernels.exchanges(*piece, grad, n, m, use.products, size)
     elif use.straight_through is not None:
         kernels.gradient(*piece, grad, n, m, use.products, use.straight_through == "hard")
-    if use.device_type == "cuda":
-        torch.cuda.synchronize()  # what fails while it runs is seen here
+    return kernels
 
 
 def chosen_kernels(
@@ -427,6 +421,7 @@ def chosen_kernels(
         straight_through,
         weights=model_weight.dtype,
         products=product_dtype(model_weight),
+        power=0 if dense else factors.power,
         row=factors.row is not None and not dense,
         dense=factors.dense or dense,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.errors import first_line
 from permllm.models.head import Head, tokens_at_a_time
+from permllm.runtime.compiling import usable
 from permllm.runtime.precision import product, product_dtype
-
-log = logging.getLogger(__name__)
 
 LOSSES = ("cosine", "mse", "kl")
 
@@ -45,7 +42,7 @@ def loss_named(name: str, model: nn.Module, tokens: int, compiled: bool | None) 
         head = Head(model)
         wanted = tokens * len(head.weight) > _COMPILE_FROM if compiled is None else compiled
         # Now, and not in the first step.
-        use = head.weight.device.type, product_dtype(head.weight)
+        use = head.weight.device, product_dtype(head.weight), len(head.weight)
         divergence = _compiled_divergence(*use) if wanted and head.plain else _divergence
         return lambda output, target: head_divergence(head, output, target, divergence)
     return {"cosine": cosine_loss, "mse": mean_square_loss}[name]
@@ -139,20 +136,19 @@ def _divergence_in_one(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tu
 
 
 @cache
-def _compiled_divergence(device_type: str, dtype: torch.dtype) -> _Divergence:
-    """That in one, compiled; with a warning the other, where this machine cannot: what a step will use runs here once."""
-    found = torch.compile(_divergence_in_one, dynamic=True)
-    # Two tensors: for one that comes twice the compiler would make a kernel of its own.
-    sparse, dense = (torch.zeros(4, 96, dtype=dtype, device=device_type) for _ in range(2))
-    try:
+def _compiled_divergence(device: torch.device, dtype: torch.dtype, vocabulary: int) -> _Divergence:
+    """That in one, compiled; with a warning the other, where this machine cannot."""
+
+    def compiled() -> _Divergence:
+        found = torch.compile(_divergence_in_one, dynamic=True)
+        # Two tensors of the size of real use: for one that comes twice, or small ones, the compiler makes other kernels.
+        shape = chunk_of(device, vocabulary), vocabulary
+        sparse, dense = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         for with_gradient in (True, False):
             found(sparse, dense, with_gradient)
-        if device_type == "cuda":
-            torch.cuda.synchronize()
-    except Exception as error:  # whatever the compiler, its cache or its driver may raise
-        log.warning("the divergence is computed without a compiled kernel: %s", first_line(error)[:200])
-        return _divergence
-    return found
+        return found
+
+    return usable(compiled, device.type, "the divergence is computed without a compiled kernel") or _divergence
 
 
 def _own_chunk(head: Head) -> _Chunk:

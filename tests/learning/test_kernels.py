@@ -1,6 +1,7 @@
 """Compiled and eager kernels are the same mathematics, ties and all.
 
-What is compiled runs here on every pattern as it stands, and compiled on some: a compiler takes seconds for each.
+What is compiled runs here on every pattern as it stands, and compiled on some: a compiler takes seconds for each. Without
+gradients, as a step's passes do: for the other mode it would be compiled once more.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.learning import kernels
 from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
+from permllm.learning.training import Training
+from permllm.mask.score import ScoreMask
+from permllm.models import losses
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.runtime.precision import products_in
 from permllm.sparsity import NMPattern, nm_mask
+from tests.conftest import tiny_model
+from tests.pruning.test_pipeline import lcp, problem
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +36,9 @@ def compiled() -> Kernels:
 
 def not_compiled(device_type: str) -> Kernels:
     """What is compiled for a device, as it stands."""
-    compiled_kernels.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.torch, "compile", lambda form, **_: form)
-        patch.setattr(kernels, "_try", lambda *_: None)
-        found = compiled_kernels(KernelUse(device_type))
-    compiled_kernels.cache_clear()
-    assert found is not None
-    return found
+        return kernels._compiled(KernelUse(device_type))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,7 @@ def test_places_and_eager_agree(by_places: Kernels, case: tuple[int, int, int, b
         pytest.param(CASES[3], torch.float32, marks=pytest.mark.slow),
     ],
 )
+@torch.no_grad()
 def test_compiled_and_eager_agree(compiled: Kernels, case: tuple[int, int, int, bool, bool], dtype: torch.dtype) -> None:
     check_mask_and_gradient(compiled, *case, dtype)
 
@@ -105,6 +110,7 @@ def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
 
 
 @pytest.mark.parametrize(("m", "dense"), [(4, False), (4, True), pytest.param(8, False, marks=pytest.mark.slow)])
+@torch.no_grad()
 def test_compiled_changes_are_those_too(compiled: Kernels, m: int, dense: bool) -> None:
     check_changes(compiled, torch.float32, m // 2, m, dense)
 
@@ -187,3 +193,38 @@ def test_what_is_tried_is_what_a_step_uses(monkeypatch: pytest.MonkeyPatch, stra
     use = KernelUse("cpu", straight_through, NMPattern(4, 8), torch.bfloat16, torch.bfloat16, **{form: True})
     assert compiled_kernels(use) is not None
     compiled_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("straight_through", [None, "swap", "hard", "soft"])
+def test_nothing_is_compiled_in_a_step(monkeypatch: pytest.MonkeyPatch, straight_through: Any) -> None:
+    """What was tried before is of the sizes, formats and modes of a step, so that the compiler need not come again."""
+    compile_, run = torch.compile, Training.run
+    made: list[torch.fx.GraphModule] = []
+    in_steps: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    def counting(self: Training) -> None:
+        before = len(made)
+        run(self)
+        in_steps.append(len(made) - before)
+
+    monkeypatch.setattr(torch, "compile", lambda form, **options: compile_(form, backend=backend, **options))
+    monkeypatch.setattr(Training, "run", counting)
+    learning = problem(tiny_model("llama"), SparseGPT())
+    compiled_kernels.cache_clear()
+    losses._compiled_divergence.cache_clear()
+    try:
+        with products_in(torch.bfloat16, torch.device("cpu")):
+            if straight_through is None:
+                orders = {group.name: torch.randperm(group.channels) for group in learning.groups}
+                ScoreMask(batch_size=3, loss="kl", compile=True).masks(learning, orders)
+            else:
+                lcp(block_size=16, loss="kl", straight_through=straight_through, compile=True).orders(learning)
+    finally:
+        compiled_kernels.cache_clear()
+        losses._compiled_divergence.cache_clear()
+    assert made
+    assert in_steps == [0]

@@ -15,6 +15,8 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.losses import cosine_loss, head_divergence, mean_square_loss
 from tests.conftest import tiny_model
 
+CPU = torch.device("cpu")
+
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +58,7 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(compiled: bo
     q = model.lm_head(model.model.norm(reference)).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     expected.backward()
-    form = losses._compiled_divergence("cpu", torch.float64) if compiled else losses._divergence
+    form = losses._compiled_divergence(CPU, torch.float64, model.config.vocab_size) if compiled else losses._divergence
     assert (form is losses._divergence) != compiled
     found = head_divergence(Head(model), output, target, form)
     found.backward()
@@ -69,7 +71,7 @@ def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
     generator = torch.Generator().manual_seed(2)
     sparse, dense = (3e3 * torch.randn(3, 96, generator=generator).bfloat16() for _ in range(2))
     p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
-    compiled = losses._compiled_divergence("cpu", torch.bfloat16)
+    compiled = losses._compiled_divergence(CPU, torch.bfloat16, 96)
     assert compiled is not losses._divergence
     for form in (compiled, losses._divergence):
         total, gradient = form(sparse, dense, True)
@@ -91,7 +93,7 @@ def test_without_a_compiler_the_divergence_is_the_slower_one(
     losses._compiled_divergence.cache_clear()
     monkeypatch.setattr(torch, "compile", broken)
     try:
-        assert losses._compiled_divergence("cpu", torch.float32) is losses._divergence
+        assert losses._compiled_divergence(CPU, torch.float32, 96) is losses._divergence
     finally:
         losses._compiled_divergence.cache_clear()
     assert caplog.messages == ["the divergence is computed without a compiled kernel: no compiler here"]

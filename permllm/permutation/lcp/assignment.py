@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,11 +12,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from permllm.errors import first_line
 from permllm.runtime import parallel
+from permllm.runtime.compiling import usable
 from permllm.runtime.memory import to_device, to_host
-
-log = logging.getLogger(__name__)
 
 # With fewer blocks than this, about 0.05 ms each at B = 64, a thread costs more than it saves.
 _BLOCKS_A_THREAD = 128
@@ -98,16 +95,16 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
 @cache
 def device_solver() -> Callable[[Tensor], Tensor] | None:
     """Solves blocks `(blocks, B, B)` on the GPU that they are on; None, with a word, where nothing here can."""
-    try:
+
+    def compiled() -> Callable[[Tensor], Tensor]:
         from permllm.permutation.lcp.assignment_kernel import assign
 
         exchange = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], device="cuda")
         if assign(exchange).tolist() != [[1, 0]]:
             raise RuntimeError("its answer is wrong")
-    except Exception as error:  # whatever Triton, its compiler or the driver may raise
-        log.warning("the host solves the assignments, as the GPU cannot: %s", first_line(error)[:200])
-        return None
-    return assign
+        return assign
+
+    return usable(compiled, "cuda", "the host solves the assignments, as the GPU cannot")
 
 
 def _first(flags: Tensor, count: int) -> Tensor:
