@@ -2,24 +2,32 @@
 
     permllm records runs/sweeps/table6-1a2b3c4d --to experiments/table6/records.jsonl --replace
 
-`permllm results` reads the file like the folders. Of a sweep's folder the runs of its jobs are kept; the picture of a study is
-copied beside the file, under the name of its run.
+`permllm results` reads the file like the folders. Where on a machine a run and its cache were is not kept. Of a sweep's folder
+the runs of its jobs are kept; the picture of a study is copied beside the file, under the name of its run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import shutil
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from permllm.commands.answer import Answer
+from permllm.config import PathsConfig
 from permllm.errors import ConfigError
 from permllm.record.files import write_record_lines
 from permllm.record.names import LINES, PICTURE
 from permllm.results.collect import Run, collect
+
+# A folder of the machine, given on the command line.
+_FOLDER = re.compile(r"(paths\.\w+|runs?_dir)=['\"]?(/|[A-Za-z]:)")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +67,22 @@ def _all_of(places: list[Path]) -> list[Run]:
 
 
 def _line(run: Run) -> dict[str, object]:
-    line: dict[str, object] = {"run": run.directory.name, "config": run.config, "metrics": run.metrics}
-    line |= {"environment": run.environment} if run.environment else {}
+    line: dict[str, object] = {"run": run.directory.name, "config": _of_any_machine(run.config), "metrics": run.metrics}
+    if run.environment:
+        line["environment"] = dict(run.environment) | {"command": _typed_anywhere(run.environment.get("command", ""))}
     line |= {"history": run.history} if run.history else {}
     return line | ({"scores": {"evaluations": run.scores}} if run.scores else {})
+
+
+def _of_any_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without folders of the machine, which no result depends on."""
+    usual = asdict(PathsConfig())
+    paths = {name: usual.get(name) if os.path.isabs(value or "") else value for name, value in config.get("paths", {}).items()}
+    return dict(config) | ({"paths": paths} if paths else {})
+
+
+def _typed_anywhere(command: str) -> str:
+    """A command without the words that name such folders."""
+    words = shlex.split(command)
+    kept = [word for word in words if not _FOLDER.match(word)]
+    return command if kept == words else shlex.join(kept)
