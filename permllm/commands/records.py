@@ -69,7 +69,7 @@ def _all_of(places: list[Path]) -> list[Run]:
 def _line(run: Run) -> dict[str, object]:
     line: dict[str, object] = {"run": run.directory.name, "config": _of_any_machine(run.config), "metrics": run.metrics}
     if run.environment:
-        line["environment"] = dict(run.environment) | {"command": _typed_anywhere(run.environment.get("command", ""))}
+        line["environment"] = dict(run.environment) | {"command": _typed_anywhere(run.environment["command"])}
     line |= {"history": run.history} if run.history else {}
     return line | ({"scores": {"evaluations": run.scores}} if run.scores else {})
 
