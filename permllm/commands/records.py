@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from permllm.commands.answer import Answer
@@ -25,9 +24,6 @@ from permllm.errors import ConfigError
 from permllm.record.files import write_record_lines
 from permllm.record.names import LINES, PICTURE
 from permllm.results.collect import Run, collect
-
-# A folder of the machine, given on the command line.
-_FOLDER = re.compile(r"(paths\.\w+|runs?_dir)=['\"]?(/|[A-Za-z]:)")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +73,21 @@ def _line(run: Run) -> dict[str, object]:
 def _of_any_machine(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without folders of the machine, which no result depends on."""
     usual = asdict(PathsConfig())
-    paths = {name: usual.get(name) if os.path.isabs(value or "") else value for name, value in config.get("paths", {}).items()}
+    paths = {name: usual.get(name) if _of_a_machine(value or "") else value for name, value in config.get("paths", {}).items()}
     return dict(config) | ({"paths": paths} if paths else {})
 
 
 def _typed_anywhere(command: str) -> str:
     """A command without the words that name such folders."""
-    words = shlex.split(command)
-    kept = [word for word in words if not _FOLDER.match(word)]
+    kept, words = [], shlex.split(command)
+    for word in words:
+        key, _, value = word.partition("=")
+        of_folder = key in ("run_dir", "runs_dir") or key.startswith("paths.")
+        if not (of_folder and _of_a_machine(value.strip("'\""))):
+            kept.append(word)
     return command if kept == words else shlex.join(kept)
+
+
+def _of_a_machine(folder: str) -> bool:
+    """Whether a folder is named from the root, of whichever system."""
+    return PurePosixPath(folder).is_absolute() or PureWindowsPath(folder).is_absolute()

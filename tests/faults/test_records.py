@@ -421,7 +421,7 @@ def test_a_run_is_kept_under_its_name_wherever_one_stands(
 
 def test_folders_of_the_machine_are_not_kept(tmp_path: Path) -> None:
     line = next(iter(lines_of(THREE_RUNS / "records.jsonl")))
-    line["config"]["paths"] = {"runs_dir": "/data/runs", "cache_dir": "/data/cache", "wandb_dir": "offline"}
+    line["config"]["paths"] = {"runs_dir": "/data/runs", "cache_dir": "C:/cache", "wandb_dir": "offline"}
     typed = "run.py seed=0 paths.cache_dir=/data/cache run_dir=/data/x paths.wandb_dir=offline 'sparsity_of={down_proj: 4:8}'"
     line["environment"]["command"] = typed
     as_folder(line, tmp_path / "folders")

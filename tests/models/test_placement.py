@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from permllm import job
-from permllm.config import ModelConfig
+from permllm.config import ModelConfig, RunConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
-from permllm.footprint import FITS
+from permllm.footprint import FITS, Footprint
 from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import FAMILIES, decoder_layers, linear_at
 from permllm.models.loading import load_model, meta_model
@@ -339,21 +339,26 @@ def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files
         assert job.placement_for(footprint, asked, methods) == expected
 
 
+def planned(asked: RunConfig) -> Footprint:
+    """What a job on a CPU takes."""
+    return job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+
+
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("model=llama-2-7b", "logger=none", "permutation=lcp", "permutation.batch_size=8")
     asked = config(*words)
-    plan = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).on_a_card
+    plan = planned(asked).on_a_card
     alone = plan("device").stages["learn"]
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
     together = plan("device").stages["learn"]
     asked = config(*words[:-1], "permutation.batch_size=1")
-    one = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).on_a_card("device")
+    one = planned(asked).on_a_card("device")
     assert together == one.stages["learn"] < alone
 
 
 def test_the_readmes_first_command_fits_the_card_that_it_names() -> None:
     asked = config("model=qwen2.5-7b", "permutation=lcp", "logger=none")
-    made = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).on_a_card("device")
+    made = planned(asked).on_a_card("device")
     (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "model=qwen2.5-7b permutation=lcp" in line]
     card = int(line.partition(" GB GPU")[0].rpartition(" ")[2]) * 1e9
     assert made.device <= card * FITS
@@ -362,7 +367,7 @@ def test_the_readmes_first_command_fits_the_card_that_it_names() -> None:
 def test_states_of_further_windows_are_held_once_beside_what_learns_and_twice_while_they_are_computed() -> None:
     def needed(windows: int) -> int:
         asked = config("model=tiny", "logger=none", "permutation=none", "mask=score", f"mask.samples={windows}")
-        needs = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu")).needs("device")
+        needs = planned(asked).needs("device")
         return needs.device + needs.host
 
     asked = config("model=tiny")
@@ -374,7 +379,7 @@ def test_states_of_further_windows_are_held_once_beside_what_learns_and_twice_wh
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
     asked = config("model=tiny", "logger=none", "permutation=none", "evaluation.perplexity.limit=1000")
-    made = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+    made = planned(asked)
     states = 1000 * asked.evaluation.perplexity.seqlen * made.model.config.hidden_size * 4
     assert made.needs("host").host >= states > made.needs("device").host
 
@@ -392,7 +397,7 @@ def test_a_control_group_bounds_what_the_host_has(monkeypatch: pytest.MonkeyPatc
 LAYERS, HIDDEN, INTERMEDIATE = 12, 512, 2048
 CHILD = """
 import sys, torch
-from permllm.config import ModelConfig
+from permllm.config import ModelConfig, RunConfig
 from permllm.models.decoder import last_states
 from permllm.models.loading import load_model
 from permllm.runtime.memory import peak_host_memory, reset_peak_memory
@@ -444,7 +449,7 @@ def test_the_plan_knows_the_logits_of_an_evaluation(dtype: str) -> None:
     vocabulary = 40_000
     words = [f"model.dtype={dtype}", f"model.architecture.vocab_size={vocabulary}", "evaluation.perplexity.batch_tokens=2048"]
     asked = config("model=tiny", "logger=none", "evaluation.perplexity.seqlen=1024", "permutation=none", *words)
-    made = job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+    made = planned(asked)
     stages = made.needs("device").stages
     command = [sys.executable, "-c", EVALUATES, dtype, str(vocabulary)]
     taken = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
