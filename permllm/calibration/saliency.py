@@ -73,4 +73,8 @@ def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
         magnitude = magnitude.square_()
     if factors.row is None:
         return magnitude.mul_(factors.column.t())
-    return magnitude.mul_(torch.einsum("kj,ki->ji", factors.column, factors.row))
+    # No product of matrices: inside of `products_in` that would be rounded, and the mask another than the pruner's.
+    score = factors.column[0].unsqueeze(1) * factors.row[0]
+    for column, row in zip(factors.column[1:], factors.row[1:], strict=True):
+        score.addcmul_(column.unsqueeze(1), row)
+    return magnitude.mul_(score)

@@ -46,7 +46,7 @@ from permllm.learning.settings import StraightThrough
 from permllm.learning.stacks import BlockStack
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
-from permllm.runtime.precision import product, product_dtype
+from permllm.runtime.precision import product, product_dtype, products_as_they_are
 from permllm.sparsity import NMPattern, permuted_nm_mask
 
 StandIn = TypeVar("StandIn", bound=nn.Module)
@@ -142,8 +142,9 @@ def _block_gradient(
     block_dtype = torch.float32 if dtype == torch.float16 else dtype
     masked, s, grad_s, grad_mask, mask = kernels.gradient(*piece, block_dtype, layout.straight_through == "hard")
     shape = (-1, size, weight_t.shape[1])
-    grad = s.view(shape) @ grad_s.view(shape).mT
-    return masked.to(dtype), grad.baddbmm_(grad_mask.view(shape), mask.view(shape).mT)
+    with products_as_they_are(grad_masked_t):
+        grad = s.view(shape) @ grad_s.view(shape).mT
+        return masked.to(dtype), grad.baddbmm_(grad_mask.view(shape), mask.view(shape).mT)
 
 
 class _Layout:

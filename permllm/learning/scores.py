@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.calibration.saliency import SaliencyFactors, saliency_t
+from permllm.runtime.precision import products_as_they_are
 
 
 class Scores(nn.Module):
@@ -167,7 +168,8 @@ class LowRankScores(Scores):
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
-        return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
+        with products_as_they_are(of_scores):  # their sums over all rows could overflow in float16
+            return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
 
 
 def rows_at(values: Tensor, rows: Tensor | slice) -> Tensor:
@@ -178,4 +180,4 @@ def rows_at(values: Tensor, rows: Tensor | slice) -> Tensor:
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
     """Logarithm of the saliency of a transposed weight `(C_in, C_out)`, same shape; finite where a weight is zero."""
     found = saliency_t(weight_t, factors)
-    return found.clamp_min_(torch.finfo(found.dtype).tiny).log_()
+    return found.clamp_min(torch.finfo(found.dtype).tiny).log_()  # a dense score may be the saliency itself, and stays

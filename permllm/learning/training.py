@@ -318,7 +318,7 @@ class Training:
         if moment.epoch >= self.epochs - self.settings.select_from:
             measured = self._measure()
             if not math.isfinite(measured):
-                raise TrainingError(self._failure(self._where(torch.arange(len(self.problem.tokens))[:1])))
+                raise TrainingError(self._failure(self._where(torch.arange(self.count))))
         # What was not measured is better than nothing, but not than what was.
         if not math.isfinite(self.best_loss) if measured is None else measured < self.best_loss:
             for learner in self.learners:
@@ -423,15 +423,17 @@ class Training:
 
     @torch.no_grad()
     def _where(self, indices: Tensor) -> str:
-        hidden, kwargs = self._inputs(self.samples.take(indices))
-        broken = None
-        for index in range(self.window.first, self.window.stop):  # all of them, as other processes do
-            hidden = self._layer(index, hidden, kwargs[index], None)
-            if broken is None and not bool(hidden.isfinite().all()):
-                broken = index
-        if broken is None:
-            return "the loss is not finite, although the output of every layer is"
-        return f"the loss is not finite: the output of decoder layer {broken} is not"
+        """Which layer gives something that is not finite for some of the samples; all processes look at all of them alike."""
+        for batch in indices.split(self.problem.calibration_batch_size):
+            hidden, kwargs = self._inputs(self.samples.take(batch))
+            broken = None
+            for index in range(self.window.first, self.window.stop):  # all of them, as other processes do
+                hidden = self._layer(index, hidden, kwargs[index], None)
+                if broken is None and not bool(hidden.isfinite().all()):
+                    broken = index
+            if broken is not None:
+                return f"the loss is not finite: the output of decoder layer {broken} is not"
+        return "the loss is not finite, although the output of every layer is"
 
     def _failure(self, reason: str) -> str:
         text = f"{self.name.upper()} stopped in epoch {self.done + 1}: {reason}"

@@ -72,7 +72,6 @@ def test_kernels_that_triton_made_are_the_eager_ones(dtype: torch.dtype) -> None
     ours, theirs = (form.exchanges(*piece, grad, 2, 4, dtype, 32) for form in (compiled, EAGER))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
-    torch.testing.assert_close(compiled.changes(ours, 64, 2, 4), EAGER.changes(theirs, 64, 2, 4), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_weights_multiply_as_dense_ones(tmp_path: Path) -> None:

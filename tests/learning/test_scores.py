@@ -26,10 +26,11 @@ def given(form: str = "one term", seed: int = 0) -> tuple[nn.Linear, SaliencyFac
     linear = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
     linear.weight.copy_(torch.randn(ROWS, CHANNELS, generator=generator, dtype=torch.float64))
     linear.weight[1, 3] = 0.0
-    terms = {"one term": 1, "two terms": 2, "dense": ROWS}[form]
+    terms = {"one term": 1, "two terms": 2, "dense": ROWS, "dense, without the weight": ROWS}[form]
     column = torch.rand(terms, CHANNELS, generator=generator, dtype=torch.float64) + 0.5
     row = torch.rand(2, ROWS, generator=generator, dtype=torch.float64) + 0.5 if form == "two terms" else None
-    return linear, SaliencyFactors(1, column, row), torch.randperm(CHANNELS, generator=generator)
+    power = 0 if form == "dense, without the weight" else 1
+    return linear, SaliencyFactors(power, column, row), torch.randperm(CHANNELS, generator=generator)
 
 
 def made(kind: str, linear: nn.Linear, factors: SaliencyFactors, centered: bool = False) -> Scores:
@@ -38,13 +39,17 @@ def made(kind: str, linear: nn.Linear, factors: SaliencyFactors, centered: bool 
     return LowRankScores(linear.weight, factors, 3, torch.Generator().manual_seed(2), centered)
 
 
-@pytest.mark.parametrize("form", ["one term", "two terms", "dense"])
+@pytest.mark.parametrize("form", ["one term", "two terms", "dense", "dense, without the weight"])
 @pytest.mark.parametrize("kind", ["free", "lowrank"])
 def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     linear, factors, order = given(form)
+    expected = saliency(linear.weight, factors).clone()
     scores = made(kind, linear, factors)
-    found = permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN)
-    assert torch.equal(found, permuted_nm_mask(saliency(linear.weight, factors), order, PATTERN))
+    for _ in range(2):  # in each step anew
+        values = scores.values_t(linear.weight.t()).t()
+        torch.testing.assert_close(values.exp(), expected.clamp_min(torch.finfo(torch.float64).tiny), rtol=1e-11, atol=0)
+        assert torch.equal(permuted_nm_mask(values, order, PATTERN), permuted_nm_mask(expected, order, PATTERN))
+    assert torch.equal(saliency(linear.weight, factors), expected)
 
 
 def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> None:

@@ -31,6 +31,7 @@ from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, L
 from permllm.permutation.shared import RESIDUAL, foldable, shared_orders
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
+from permllm.runtime.precision import products_in
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
 
@@ -338,10 +339,21 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
     assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
 
 
-def test_bfloat16_weights_learn_with_float32_logits() -> None:
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    orders = lcp(init="random", learning_rate=0.1).orders(problem(model, Wanda()))
-    assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
+def test_bfloat16_weights_learn_with_float32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, dtypes = lcp_module.LCP.start_logits, set()
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        found = real(*args, **keywords)
+        dtypes.update(stack.dtype for blocks in found.values() for stack in blocks.logits)
+        return found
+
+    monkeypatch.setattr(lcp_module.LCP, "start_logits", noted)
+    learned, start = (
+        lcp(init="random", learning_rate=rate).orders(problem(tiny_model("llama", dtype=torch.bfloat16), Wanda()))
+        for rate in (0.1, 1e-12)
+    )
+    assert dtypes == {torch.float32}
+    assert any(not torch.equal(order, start[name]) for name, order in learned.items())
 
 
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,7 +474,8 @@ def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
     settings: dict[str, Any] = {"constraint": "foldable", "init": "random", "block_size": 16}
     orders = lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     shared = foldable(learning.groups, orders)  # raises where one does not
-    assert not torch.equal(shared[RESIDUAL], torch.arange(32))  # the order of the whole model has learned too
+    still = lcp(epochs=1, learning_rate=1e-12, **settings).orders(problem(tiny_model("llama"), Wanda()))
+    assert not torch.equal(shared[RESIDUAL], foldable(learning.groups, still)[RESIDUAL])  # of the whole model, learned too
     assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
     start = {group.name: torch.arange(group.channels) for group in learning.groups}
     assert output_loss(orders) < 0.95 * output_loss(start)
@@ -505,8 +518,10 @@ def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_lea
     assert any(not torch.equal(learned[name], order) for name, order in start.items())
 
 
-@pytest.mark.parametrize("loss", ["cosine", "kl", "mse"])
-def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str) -> None:
+@pytest.mark.parametrize(
+    ("loss", "straight_through"), [("cosine", "swap"), ("kl", "swap"), ("mse", "swap"), ("kl", "hard"), ("cosine", "soft")]
+)
+def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_through: str) -> None:
     samples = torch.randint(0, 259, (64, 64), generator=torch.Generator().manual_seed(0))
 
     def gradients(dtype: torch.dtype) -> Tensor:
@@ -516,7 +531,7 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str) -> None:
         groups = channel_groups(model)
         dense = calibrate_dense(model, groups, samples, Wanda(), batch_size=16)
         learning = LearningProblem(model, groups, samples, dense.factors, dense.target, PATTERN, seed=0)
-        settings = lcp(epochs=1, batch_size=len(samples), loss=loss)
+        settings = lcp(epochs=1, batch_size=len(samples), loss=loss, straight_through=straight_through)
         shared = shared_orders(groups, "free")
         start = {order.name: torch.arange(order.channels) for order in shared}
         blocks = settings.start_logits(learning, shared, start, near=True)
@@ -525,8 +540,10 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str) -> None:
             learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
             training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
             learner.begin(moment, None)
-            training._backward(torch.arange(len(samples)), moment)
+            with products_in(dtype, torch.device("cpu")):
+                training._backward(torch.arange(len(samples)), moment)
         return torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits])
 
     exact, half = gradients(torch.float32), gradients(torch.float16)
-    assert torch.cosine_similarity(exact, half, dim=0) > 0.99
+    # The softmax of a group, which the others go through, is steep in differences that float16 rounds.
+    assert torch.cosine_similarity(exact, half, dim=0) > (0.99 if straight_through == "swap" else 0.98)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from permllm.calibration.saliency import SaliencyFactors
+from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
@@ -78,6 +78,19 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
             exact = grad.bfloat16().double() @ weight
             torch.testing.assert_close(inputs.grad.double(), exact, rtol=2**-8, atol=1e-6)
     assert torch.cosine_similarity(grads[torch.bfloat16], grads[torch.float32], dim=0) > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_saliency_of_two_terms_is_not_rounded(dtype: torch.dtype) -> None:
+    """RIA's: what learns has the masks that the pruner makes outside."""
+    weight = torch.randn(24, 32)
+    factors = SaliencyFactors(1, torch.rand(2, 32), torch.rand(2, 24))
+    assert factors.row is not None
+    exact = weight.double().abs() * (factors.row.double().T @ factors.column.double())
+    with products_in(dtype, CPU):
+        found = saliency(weight, factors)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
