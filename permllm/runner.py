@@ -113,24 +113,27 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
                 record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
             if learns:
                 check_shares(learns, config.calibration.samples)
-            if learns or config.model.placement == "sharded":
-                parallel.tell(parallel.PREPARE, asdict(config))
             half = half_products(getattr(torch, config.model.dtype), device)
             with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
-                _stages(config, methods, record, logger, device)
+                _stages(config, methods, record, logger, device, bool(learns))
         if request is not None:
             _export(request, record)
         print_run(record.metrics, record.directory)
     return record.metrics, record.directory
 
 
-def _stages(config: RunConfig, methods: Methods, record: RunRecord, logger: RunLogger, device: torch.device) -> None:
+def _stages(
+    config: RunConfig, methods: Methods, record: RunRecord, logger: RunLogger, device: torch.device, learns: bool
+) -> None:
     seed_everything(config.seed)
     reset_peak_memory(device)
     clear_cache()
     if not record.other_evaluations:  # of what is pruned, which is pruned already where they are
         write_record(record.path(ENVIRONMENT), environment(config.seed, device))
     with record.stage("load", device):
+        # Not before: what fails here until the model is loaded fails without the others.
+        if learns or config.model.placement == "sharded":
+            parallel.tell(parallel.PREPARE, asdict(config))
         with loaded_by_all(config):
             loaded = load_model(config.model, config.seed)
         if config.model.placement == "sharded":
@@ -171,6 +174,7 @@ def _evaluate(job: Job, record: RunRecord, which: str) -> None:
 
 def _prune(job: Job, record: RunRecord) -> None:
     """Calibrate, find the orders, prune: the model is sparse afterwards, and the record holds what rebuilds it."""
+    shutil.rmtree(record.path(EXPORT), ignore_errors=True)  # of an earlier attempt, whose tensors are gone
     record.note_code(code_of(job.config, job.methods))
 
     def tokens() -> Tensor:
@@ -194,11 +198,13 @@ def _prune(job: Job, record: RunRecord) -> None:
 def _export(request: Request, record: RunRecord) -> None:
     """Write the pruned model into the run directory, unless it is there already in this form."""
     wanted = {"form": request.form, "format": request.format, "dtype": request.dtype or record.config["model"]["dtype"]}
-    wanted["config_hash"] = record.metrics["config_hash"]
+    wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
     target = record.path(EXPORT)
     # The folder says what it holds: a process can be killed before the record says it.
     present = present_export(target)
-    if present is not None and all(present.get(key) == value for key, value in wanted.items()):
+    # Earlier versions did not say how large their files may be.
+    stated = {} if present is None else {"shard_gb": request.shard_gb} | dict(present)
+    if present is not None and all(stated.get(key) == value for key, value in wanted.items()):
         log.info("%s is there already", target)
         summary = dict(present)
     else:

@@ -297,6 +297,32 @@ def test_a_run_whose_metrics_were_broken_is_done_again(cache: Path, tmp_path: Pa
     assert again["seconds"] != metrics["seconds"]
 
 
+def test_an_export_in_smaller_files_is_another_one(cache: Path, tmp_path: Path) -> None:
+    words = ("permutation=none", "export=simulate")
+    _, directory = run(tmp_path, *words)
+    count = len(list((directory / "export").glob("*.safetensors")))
+    made = (directory / "export" / "permllm.json").stat().st_mtime_ns
+    run(tmp_path, *words)
+    assert (directory / "export" / "permllm.json").stat().st_mtime_ns == made
+    run(tmp_path, *words, "export.shard_gb=0.0001")
+    assert len(list((directory / "export").glob("*.safetensors"))) > count
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_other_processes_are_called_when_nothing_is_left_that_could_fail_before_them(
+    cache: Path, tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(runner.parallel, "tell", lambda word, given: told.append(word))
+    if fails:
+        monkeypatch.setattr(runner, "write_record", lambda *_: (_ for _ in ()).throw(DataError("no space")))
+        with pytest.raises(DataError, match="no space"):
+            run(tmp_path)
+    else:
+        run(tmp_path)
+    assert told == ([] if fails else ["prepare"])
+
+
 def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, directory = run(tmp_path, "permutation=none", "export=simulate")
     before = (directory / "export" / "model.safetensors").read_bytes()

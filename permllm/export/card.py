@@ -66,7 +66,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     if config["permutation"].get("constraint", "free") != "free":
         method += f" ({config['permutation']['constraint']})"
     if config.get("mask", {}).get("name", "pruner") != "pruner":
-        method += f", masks learned: {config['mask']['name']}"
+        method += f", masks: {config['mask']['name']}"
     if config["reconstruction"]["name"] != "none":
         method += f", weights: {config['reconstruction']['name']}"
     name = _text(model["name"])

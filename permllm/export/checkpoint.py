@@ -370,4 +370,5 @@ def _summary(
         "pruned_layers_bytes": now,
         "pruned_layers_dense_bytes": dense,
         "config_hash": record.metrics["config_hash"],
+        "shard_gb": request.shard_gb,
     }

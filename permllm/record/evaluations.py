@@ -99,6 +99,19 @@ def forget(metrics: dict[str, Any]) -> None:
     metrics.get("texts", {}).pop("perplexity", None)
 
 
+def forget_sparse(metrics: dict[str, Any], scores: dict[str, Any]) -> None:
+    """Remove what was measured of a pruned model that is pruned again, and the other evaluations, which were of it too.
+
+    Args:
+        metrics: of the record.
+        scores: by the digest of an evaluation.
+    """
+    metrics.pop(_OTHERS, None)
+    for key in ("perplexity", "zero_shot", "tasks"):
+        for measured in (metrics, *scores.values()):
+            measured.get(key, {}).pop("sparse", None)
+
+
 def bring_forward(metrics: dict[str, Any], entry: dict[str, Any]) -> None:
     """Have an evaluation that is finished now change places with the one at the top."""
     top = _taken(metrics)

@@ -211,6 +211,7 @@ class ExportSummary(TypedDict):
     pruned_layers_bytes: Positive
     pruned_layers_dense_bytes: Positive
     config_hash: str
+    shard_gb: NotRequired[Annotated[float, Field(gt=0)]]
     gathers: Whole
     seconds: Seconds
 

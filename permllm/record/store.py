@@ -113,9 +113,6 @@ class RunRecord(Progress):
         evaluation: where the results of the evaluation that the config asks for belong: `metrics`, or the entry of another
             evaluation of a run that is finished (`permllm.record.evaluations`).
         scores: what the results of each evaluation are made of, by its digest: what `scores.json` holds.
-
-    Raises:
-        ConfigError: the directory holds another config, or files but no config.
     """
 
     def __init__(self, directory: Path, config: RunConfig, force: bool = False) -> None:
@@ -328,10 +325,7 @@ class RunRecord(Progress):
         self.metrics["status"] = "running"
         for key in (*_OF_PRUNING, "export", "files"):
             self.metrics.pop(key, None)
-        for key in ("perplexity", "zero_shot", "tasks"):
-            self.metrics.get(key, {}).pop("sparse", None)
-            for scored in self.scores.values():
-                scored.get(key, {}).pop("sparse", None)
+        evaluations.forget_sparse(self.metrics, self.scores)
         for stage in ("prune", "evaluate sparse"):
             self.metrics["seconds"].pop(stage, None)
         for name in (MASKS, WEIGHTS):

@@ -305,6 +305,7 @@ def test_an_export_carries_the_licence_and_the_notice_of_its_model(tmp_path: Pat
     run = make_run(tmp_path, variant_model("gemma3_text"), "free")
     config = json.loads((run / "config.yaml").read_text())
     config["model"] |= {"licence": "gemma", "terms": "https://example.org/terms", "notice": "X is under the Terms of X"}
+    config["mask"] = {"name": "refined"}  # which learns nothing
     write_text(run / "config.yaml", json.dumps(config))
     export_run(run, Request("gathered"), tmp_path / "out")
     said = "X is under the Terms of X. The weights of local were changed: they were pruned to 2:4."
@@ -312,6 +313,7 @@ def test_an_export_carries_the_licence_and_the_notice_of_its_model(tmp_path: Pat
     head, card = (tmp_path / "out" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(head)["license"] == "gemma"
     assert f"{said} The terms: https://example.org/terms" in card
+    assert ", masks: refined" in card
 
 
 def test_one_call_opens_what_an_export_wrote(tmp_path: Path) -> None:

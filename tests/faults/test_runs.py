@@ -381,10 +381,7 @@ def test_metrics_that_cannot_be_read_are_measured_again(
     folder = tmp_path / "run"
     shutil.copytree(pruned["wanda"] / "finished", folder)
     (folder / "metrics.json").write_text(text)
-    if (text.startswith(("{", "[[")) and "schema" in text) or not text.startswith("{"):
-        assert not is_finished(folder)
-    if text in ("null", "[]", "3"):
-        pass
+    assert not is_finished(folder)
     run(folder, *SMALL)
     assert "this run is done again" in caplog.text
     assert results(folder) == results(pruned["wanda"] / "finished")

@@ -307,6 +307,25 @@ def test_a_run_that_pruned_again_has_the_windows_of_its_own_model(
     assert exact(metrics, scores_of(directory))
 
 
+@pytest.mark.parametrize("lost", ["masks.safetensors", "metrics.json"])
+def test_a_run_that_pruned_again_keeps_nothing_of_the_model_before(cache: Path, tmp_path: Path, lost: str) -> None:
+    """Neither an export nor results of other evaluations, which could be taken for the new model's."""
+    words = ("permutation=none", "export=simulate")
+    run(tmp_path, *words)
+    before, directory = run(tmp_path, *words, *OTHER)
+    assert [entry["finished"] for entry in before["other_evaluations"]] == [True]
+    (directory / "export" / "of-the-model-before").touch()
+    if lost == "metrics.json":
+        (directory / lost).write_text("{")
+    else:
+        (directory / lost).unlink()
+    again, _ = run(tmp_path, *words, *OTHER)
+    assert "other_evaluations" not in again
+    assert again["perplexity"] == before["perplexity"]
+    assert (directory / "export" / "model.safetensors").is_file()
+    assert not (directory / "export" / "of-the-model-before").exists()
+
+
 def test_a_run_without_windows_and_items_is_finished_all_the_same(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
