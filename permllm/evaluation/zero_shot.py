@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Iterable
@@ -79,9 +80,9 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
         settings = output["configs"].get(task, {})
         samples = output["n-samples"].get(task, {})
         results[task] = {
-            "acc": _number(values.get("acc,none")),
-            "acc_norm": _number(values.get("acc_norm,none")),
-            "stderr": _number(values.get("acc_stderr,none")),
+            "acc": finite_number(values.get("acc,none")),
+            "acc_norm": finite_number(values.get("acc_norm,none")),
+            "stderr": finite_number(values.get("acc_stderr,none")),
             "n": samples.get("effective"),
             "split": settings.get("test_split") or settings.get("validation_split"),
             "limited": samples.get("effective") != samples.get("original"),
@@ -154,7 +155,7 @@ def item_scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
     metrics = {}
     for name, found in filtered.items():
         for metric in found[0]["metrics"]:
-            values = [number for sample in found if (number := _number(sample.get(metric))) is not None]
+            values = [number for sample in found if (number := finite_number(sample.get(metric))) is not None]
             if len(values) == len(found):  # else it is aggregated in another way
                 metrics[f"{metric},{name}"] = [int(value) if value.is_integer() else value for value in values]
     said = "".join(sample["doc_hash"] + sample["target_hash"] for sample in asked)
@@ -185,8 +186,9 @@ def source_of(task: Any, source: str) -> str | None:
     return f"{task.config.dataset_path}@{commits[0]}" if commits else None
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def finite_number(value: Any) -> float | None:
+    """What lm-eval says where it is a finite number, else None: a record holds no NaN."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def write_wheel_tasks(tasks: list[str], manager: Any, folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,7 +19,8 @@ from permllm.errors import ConfigError
 from permllm.evaluation import measure
 from permllm.evaluation.tasks import run_task, task_label
 from permllm.identity import digest_of
-from permllm.models.loading import load_model
+from permllm.inputs import task_digest
+from permllm.models.loading import LoadedModel, load_model
 from permllm.record.figures import result_rows
 from permllm.record.files import read_json
 from permllm.record.schema import FinishedRun, Scores
@@ -205,6 +207,71 @@ def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], monkeypatc
     measure.evaluate(loaded, other.evaluation, "sparse", begun, lambda: None, [found])
     assert run == ["colours", "sums", "colours"]
     assert begun["tasks"]["sparse"].keys() == {"colours", "sums"}
+
+
+FOLLOWS = """
+include: base.yml
+task: mine
+process_docs: !function helpers.processed
+dataset_path: json
+dataset_kwargs: {data_files: {test: [items.json]}}
+doc_to_text: other.json
+"""
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "base.yml", "below.yaml", "helpers.py", "items.json", "folder/items.json"])
+def test_what_a_definition_names_is_part_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tasks").mkdir()
+    definition = tmp_path / "tasks" / "mine.yaml"
+    definition.write_text(FOLLOWS)
+    monkeypatch.chdir(tmp_path)
+    assert task_digest(definition) == hashlib.sha256(definition.read_bytes()).hexdigest()  # nothing else is there
+    (tmp_path / "tasks" / "base.yml").write_text("include: below.yaml\ndataset_path: folder")
+    for other in ("below.yaml", "helpers.py"):
+        (tmp_path / "tasks" / other).write_text("{")
+    (tmp_path / "folder").mkdir()
+    for other in ("items.json", "other.json", "folder/items.json"):  # data lies in the working directory
+        Path(other).write_text("1")
+    before = task_digest(definition)
+    Path("other.json").write_text("2")  # a text and no file
+    assert task_digest(definition) == before
+    file = tmp_path / name if "items" in name else tmp_path / "tasks" / name
+    file.write_text(file.read_text() + "\n")
+    assert task_digest(definition) != before
+
+
+def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
+    cache: Path, tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+
+    def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
+        runs.append(name)
+        values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
+        return {task_label(name): values}
+
+    monkeypatch.setattr(measure, "run_task", counted)
+    model = config("model=tiny").model
+    loaded = load_model(model, 0)
+
+    def measured(*words: str, of: LoadedModel = loaded, **settings: dict[str, Any]) -> bool:
+        """Whether it was not taken from the cache."""
+        before = len(runs)
+        told = read_config(composed("model=tiny", "evaluation.perplexity.dataset=null", asked(tasks, **settings), *words))
+        found: dict[str, Any] = {"evaluation": told.evaluation_identity, "evaluation_hash": "x"}
+        measure.evaluate(of, told.evaluation, "dense", found, lambda: None)
+        return len(runs) > before
+
+    assert measured(colours={})
+    assert not measured(colours={})
+    assert measured(sums={})
+    assert measured(colours={"num_fewshot": 2})
+    assert measured(colours={"limit": 2})
+    assert measured("evaluation.zero_shot.add_bos_token=true", colours={})
+    assert measured(colours={}, of=load_model(model, 1))
+    assert not measured(colours={})
+    (tmp_path / "test.json").write_text("other items")
+    assert measured(colours={})
 
 
 def test_tasks_are_part_of_how_a_model_is_evaluated_only_where_they_are_given(tasks: dict[str, str]) -> None:
