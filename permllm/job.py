@@ -30,7 +30,7 @@ from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint, HeuristicSettings
 from permllm.permutation.shared import check_segments, shared_orders
-from permllm.reconstruction.base import Reconstruction, trains_network
+from permllm.reconstruction.base import Reconstruction, makes_weights, trains_network
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
@@ -216,13 +216,13 @@ def _check_weights(config: RunConfig, methods: Methods) -> None:
     others = []
     if methods.pruner.updates_weights:
         others.append(f"pruner={config.pruner.get('name')}")
-    if methods.reconstruction.changes_weights and config.reconstruction.get("start") != "masked":
+    if makes_weights(methods.reconstruction):
         start = config.reconstruction.get("start")
         others.append(f"reconstruction.start={start}" if start else f"reconstruction={config.reconstruction.get('name')}")
     if others:
         raise ConfigError(
             f"mask.weights_learning_rate is not valid with {others[0]}, which makes the weights anew from the dense ones; "
-            "reconstruction=distill goes on from those that have learned"
+            "reconstruction=distill and reconstruction=block go on from those that have learned"
         )
 
 

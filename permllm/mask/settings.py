@@ -44,8 +44,9 @@ class MaskSettings(LearningSettings):
             learned by then.
         centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
-        weights_learning_rate: of the weights, which learn with the masks from the dense ones, each while it is kept; null
-            leaves them as they are. It takes 16 bytes a weight, and all layers at once.
+        weights_learning_rate: of the weights, which learn with the masks from the dense ones; one that is left out has no
+            gradient, and moves on by what AdamW has averaged before. Null leaves them as they are. It takes 16 bytes a
+            weight, and all layers at once.
     """
 
     epochs: int = 1

@@ -15,7 +15,9 @@ from permllm.learning.training import Learner
 
 
 class MaskedWeightLearner(Learner):
-    """Weights that learn while a mask keeps them; one that it leaves out has no gradient, and may come back.
+    """Weights that learn under a mask; one that it leaves out has a gradient of zero, and may come back.
+
+    AdamW moves such a weight on for some steps, by its mean of earlier gradients, and decays it like the others.
 
     Args:
         linears: masked linears by path, with values of their own.

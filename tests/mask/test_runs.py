@@ -156,7 +156,7 @@ def test_what_learns_later_can_pass_over_the_text_before(cache: Path, tmp_path: 
 def stopped_before_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
     """The directory of a run that was interrupted when its masks were found."""
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(stages, "prune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *overrides)
     (directory,) = (tmp_path / "runs").iterdir()
@@ -212,10 +212,11 @@ def test_a_run_whose_weights_learn_with_the_masks_goes_on_where_it_stopped(
     assert plain["perplexity"]["sparse"] != metrics["perplexity"]["sparse"]
 
 
-def test_distillation_goes_on_from_weights_that_learned_with_the_masks(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reconstruction", ["distill", "block"])
+def test_training_goes_on_from_weights_that_learned_with_the_masks(reconstruction: str, cache: Path, tmp_path: Path) -> None:
     overrides = ("permutation=heuristic", "mask=score", "mask.weights_learning_rate=0.01", *LEARNING)
     before, _ = run(tmp_path, *overrides)
-    still, _ = run(tmp_path, *overrides, "reconstruction=distill", "reconstruction.learning_rate=1e-12")
+    still, _ = run(tmp_path, *overrides, f"reconstruction={reconstruction}", "reconstruction.learning_rate=1e-12")
     name = next(iter(before["perplexity"]["sparse"]))
     values = [metrics["perplexity"]["sparse"][name]["value"] for metrics in (before, still)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
