@@ -43,6 +43,9 @@ def job(composed: DictConfig) -> float:
 
 def main() -> int:
     """Run what Hydra makes of the command line, and end it: the exit code."""
+    if sys.platform == "win32":
+        print("error: a job needs Linux or macOS; on Windows that is WSL", file=sys.stderr)
+        return 1
     adopt_step()
     register_resolvers()
     register()

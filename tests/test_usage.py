@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from permllm import cli
 from permllm.usage import completions, help_text, options_of
 from tests.conftest import ROOT, run_command, run_python
 
@@ -29,6 +30,14 @@ def test_help_is_one_screen_with_every_option(tmp_path: Path) -> None:
         assert "_base" not in result.stdout
         assert lines[0].startswith("permllm run: " if words[0] == "-m" else "python run.py: ")
         assert sum(line.startswith(f"  {lines[0].partition(':')[0]}") for line in lines) == 5
+
+
+def test_a_system_that_jobs_do_not_run_on_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert cli.main() == 1
+    assert capsys.readouterr().err == "error: a job needs Linux or macOS; on Windows that is WSL\n"
 
 
 def test_hydras_help_is_the_same(tmp_path: Path) -> None:

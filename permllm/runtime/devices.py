@@ -7,6 +7,8 @@ import torch
 from permllm.errors import ConfigError
 from permllm.runtime import parallel
 
+_CANNOT = "model.device={!r} cannot be used here; valid are auto, cpu, and cuda with a GPU"
+
 
 def resolve_device(device: str) -> torch.device:
     """`auto` picks CUDA when there is one, else the CPU; `cuda` is, under torchrun, the process's own GPU.
@@ -27,5 +29,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.ones(1, device=resolved).item()  # a device without values, such as meta, has none to give
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from error
+        raise ConfigError(_CANNOT.format(device)) from error
+    if resolved.type not in ("cpu", "cuda"):  # others lack float64, which statistics are summed in
+        raise ConfigError(_CANNOT.format(device))
     return resolved

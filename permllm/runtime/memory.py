@@ -18,8 +18,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MAP_THRESHOLD = 32 << 20
 # Where weights are read from files, in which one takes little memory on purpose.
 SPARING = 1 << 20
-# Where a control group says what a container may take.
+# Where a control group says what a container may take, has taken, and has of that in pages of files, which make room.
 _GROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
 
 
 def keep_freed_memory(largest: int = _LARGEST_MAP_THRESHOLD) -> None:
@@ -87,10 +96,11 @@ def free_memory(device: torch.device) -> int:
 def available_host_memory() -> int:
     """Bytes that this process can still take on the host: what the system has free, or its control group allows."""
     available = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used, parts, of_files in _LIMITS:
         with contextlib.suppress(OSError, ValueError):  # without a group, or a limit
             most, taken = (int((_GROUP / name).read_text()) for name in (limit, used))
-            available = min(available, most - taken)
+            lines = map(str.split, (_GROUP / parts).read_text().splitlines())
+            available = min(available, most - taken + sum(int(size) for name, size in lines if name in of_files))
     return max(0, available)
 
 

@@ -98,6 +98,12 @@ def test_weights_are_read_onto_the_device_and_not_moved_there(folder: Path) -> N
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_a_device_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))  # a machine that has it
+    with pytest.raises(ConfigError, match=r"model\.device='mps' cannot be used here; valid are auto, cpu, and cuda"):
+        resolve_device("mps")
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

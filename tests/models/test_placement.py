@@ -386,12 +386,18 @@ def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
 
 def test_a_control_group_bounds_what_the_host_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = memory.available_host_memory()
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
     monkeypatch.setattr(memory, "_GROUP", tmp_path)
-    assert memory.available_host_memory() == pytest.approx(whole, rel=0.5)
-    (tmp_path / "memory.max").write_text("51000\n")
-    assert memory.available_host_memory() == 50_000
+    (tmp_path / "memory").mkdir()
+    v1 = "memory/memory.usage_in_bytes", "memory/memory.limit_in_bytes", "memory/memory.stat", "total_"
+    for current, most, parts, prefix in (("memory.current", "memory.max", "memory.stat", ""), v1):
+        (tmp_path / current).write_text("41000\n")
+        # Pages of files that were read count as taken, and go as soon as something else is asked for.
+        (tmp_path / parts).write_text(f"anon 900\n{prefix}inactive_file 30000\n{prefix}active_file 10000\nfile 5\n")
+        (tmp_path / most).write_text("max\n")
+        assert memory.available_host_memory() == pytest.approx(whole, rel=0.5)
+        (tmp_path / most).write_text("51000\n")
+        assert memory.available_host_memory() == 50_000
+        (tmp_path / most).unlink()
 
 
 LAYERS, HIDDEN, INTERMEDIATE = 12, 512, 2048
