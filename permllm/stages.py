@@ -57,14 +57,14 @@ def prune_model(
             config.calibration.batch_size,
             factors,
             job.methods.reconstruction,
-            job.products,
-            masks,
-            weights,
-            drawn[of_network] if of_network.start or of_network.stop > count else None,
-            record.directory,
-            config.hash,
-            config.seed,
-            watch_weights(job),
+            compute_dtype=job.products,
+            masks=masks,
+            learned=weights,
+            network_tokens=drawn[of_network] if of_network.start or of_network.stop > count else None,
+            directory=record.directory,
+            run=config.hash,
+            seed=config.seed,
+            watch=watch_weights(job),
         )
         if pruned.violations:
             log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)

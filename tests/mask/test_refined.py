@@ -158,7 +158,7 @@ def test_patterns_of_modules_dense_layers_and_orders_that_fold(cache: Path, tmp_
 def test_a_run_goes_on_with_them_after_an_interruption(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ("permutation=heuristic", "mask=refined")
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(stages, "prune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *overrides)
     with monkeypatch.context() as patched:
