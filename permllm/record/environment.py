@@ -84,7 +84,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     Processors of one name may differ in their instructions, and so by a multiple in their speed.
     """
     found: dict[str, Any] = {
-        "system": platform.platform(),
+        "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),  # not whose kernel it is
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_products": multiplies_bfloat16(device),
