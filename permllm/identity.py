@@ -43,6 +43,7 @@ _ADDED_LATER: dict[str, Any] = {
     "reconstruction.activation_checkpointing": None,
     "keep_dense": [],
     "sparsity_of": {},
+    "permutation.deal": "random",  # which was taken out again
 }
 
 # Settings at the top that a permutation takes as arguments where its `uses` names them.
