@@ -74,11 +74,11 @@ def main() -> int:
 def _group_without_option(words: list[str]) -> str | None:
     """The group that a command line takes the option of, which ends in Hydra's own traceback; None where it takes none."""
     try:
-        overrides = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])
+        for override in OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")]):
+            if override.key_or_group in _NEEDED and not override.is_delete():
+                values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+                if None in values:
+                    return override.key_or_group
     except HydraException:
-        return None  # Hydra says so better
-    for override in overrides:
-        values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
-        if override.key_or_group in _NEEDED and not override.is_delete() and None in values:
-            return override.key_or_group
+        pass  # Hydra says better what is wrong, and knows the options of a glob
     return None

@@ -69,6 +69,8 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         }
     if isinstance(identity.get("model"), Mapping):
         identity["model"] = {key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL}
+        if str(identity["model"].get("device")).startswith("cuda:"):  # which of them is all one
+            identity["model"]["device"] = "cuda"
     identity["permutation"], used = _split(identity.get("permutation") or {})
     for key in FROM_THE_TOP:
         if key not in used:

@@ -17,7 +17,7 @@ import transformers
 from omegaconf import DictConfig
 
 from permllm.config import read_config, register_resolvers
-from permllm.errors import DataError, InUseError, PermLLMError, everything_wanted, one_line
+from permllm.errors import DataError, InUseError, PermLLMError, everything_wanted, first_line, one_line
 from permllm.helping import assist
 from permllm.record import sweep
 from permllm.record.evaluations import mean_accuracy
@@ -31,6 +31,9 @@ from permllm.runtime import parallel
 from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
 from permllm.runtime.watch import FAILED, INTERRUPTED
 from permllm.usage import check_names
+
+# Packages whose errors are those of a launcher's processes.
+_LAUNCHERS = ("submitit", "joblib", "loky")
 
 
 class Session:
@@ -56,6 +59,13 @@ class Session:
             if stop.code == 1:
                 self.close()
             raise
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
+                raise
+            # One of its processes was killed, or ran out of its time: the others have left what they did.
+            print(f"error: {type(error).__name__}: {first_line(error)}: {CONTINUES}", file=sys.stderr)
+            self.close()
+            return 1
         code = self.close()
         parallel.stop()
         return code

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
 from permllm.identity import digest_of, identity_of
+from permllm.job import methods_of
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
 from permllm.record.outcomes import Job
@@ -151,6 +152,16 @@ def test_a_budget_is_amounts_alone_and_the_papers_chooses_its_recipe_unless_anot
         ("heuristic", "sequential"),
         ("heuristic", "dense"),
     ]
+    for mask in ("score", "refined"):  # which are found with the dense model's
+        masks = config("recipe=paper", "permutation=heuristic", f"mask={mask}")
+        assert masks.calibration.statistics == "dense"
+        methods_of(masks)
+
+
+def test_one_gpu_is_as_good_as_another() -> None:
+    identity = config("model=tiny", "model.device=cuda").identity
+    assert config("model=tiny", "model.device=cuda:1").identity == identity
+    assert config("model=tiny", "model.device=cpu").identity != identity
 
 
 @pytest.mark.parametrize("permutation", ["none", "lcp", "lcp-paper"])

@@ -95,7 +95,9 @@ def axes_of(config: DictConfig) -> dict[str, list[str]]:
         return {}
     given = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
     axes = {}
-    for override in OverridesParser.create().parse_overrides([*given, *hydra.overrides.task]):
+    # A glob asks it which options there are.
+    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
+    for override in OverridesParser.create(config_loader=loader).parse_overrides([*given, *hydra.overrides.task]):
         key = override.get_key_element()
         if override.is_sweep_override():
             axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from permllm.record.figures import PRUNING_STAGES, pruning_minutes
+from permllm.results.collect import Run
 from permllm.results.summary import GAP, LEARNED_TOO, Row, Summary, row_labels
 
 MINUTES = f"minutes: {' + '.join(PRUNING_STAGES)}"
@@ -23,7 +24,7 @@ class Point:
         minutes: of the fastest of its runs (`minutes`).
         value: mean of the measure.
         error: as `Measure.error`.
-        memory: the largest peak of its runs, in bytes.
+        memory: as `memory`.
     """
 
     row: int
@@ -56,14 +57,20 @@ def spent_elsewhere(row: Row) -> bool:
 def minutes(row: Row) -> float:
     """Of the stages that make the pruned model, those of the fastest run of a row.
 
-    Seeds do the same work, and whatever else a machine has to do only adds to it: the least is nearest to what the work takes.
+    Seeds do the same work, and whatever else a machine has to do only adds to it: the least is nearest to what the work takes,
+    but for what a run found in the cache, such as the calibration of an earlier job.
     """
-    return min(pruning_minutes(run.metrics["seconds"]) for run in row.runs)
+    return pruning_minutes(_fastest(row).metrics["seconds"])
 
 
 def memory(row: Row) -> int:
-    """The largest peak of memory of a row's runs, in bytes."""
-    return max(int(run.metrics["peak_memory_bytes"]) for run in row.runs)
+    """The largest peak of memory, in bytes, of those runs whose products are in the format of the fastest one."""
+    like = _fastest(row).metrics.get("compute_dtype")
+    return max(int(run.metrics["peak_memory_bytes"]) for run in row.runs if run.metrics.get("compute_dtype") == like)
+
+
+def _fastest(row: Row) -> Run:
+    return min(row.runs, key=lambda run: pruning_minutes(run.metrics["seconds"]))
 
 
 def kind(summary: Summary, measure: str) -> str:

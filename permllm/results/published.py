@@ -110,7 +110,7 @@ class Comparison:
         self._only = self._stand_in or (ours[0] if len(ours) == 1 else "")
         self.heading = f"paper, {self._only}" if self._only else "paper"
         self._values = {(row.model, row.sparsity, row.method, row.setting, row.metric): row.value for row in rows}
-        self._varied = {row.setting.split("=")[0] for row in rows if row.setting}
+        self._varied = {row.setting.split("=")[0] for row in rows if "=" in row.setting}  # of table 3 it is a layer
 
     def value(self, row: Row, measure: str) -> float | None:
         """The paper's number for one measure of ours, in our units (accuracies as shares); None where it has none."""

@@ -27,8 +27,9 @@ _PERPLEXITY = " perplexity ("
 # Machines sum up in other orders: numbers of one model that are so near are the same.
 _NEAR = 1e-4
 
-# Settings that only repeat others or name files, whose digests stand beside them.
-_LEFT_OUT = ("name", "seed", "inputs", "save_weights")
+# Settings that only repeat others or name files, whose digests stand beside them, and what says only what was kept.
+_LEFT_OUT = ("name", "seed", "inputs")
+_LEFT_OUT_TOO = "save_weights"
 _LEFT_OUT_BELOW = ("_target_", "path", "data_files", "architecture", "device", "hub_name", "source", "revision")
 # What a reader looks for first.
 _FIRST = (
@@ -201,8 +202,18 @@ def summarise(runs: list[Run]) -> Summary:
         for row in ordered:
             del row.measures[ZEROS]
     _note_texts(summary)
+    _note_formats(summary)
     close_gaps(summary)
     return summary
+
+
+def _note_formats(summary: Summary) -> None:
+    """Say where the seeds of a row were computed in several formats, as `compute_dtype=auto` takes them from the machine."""
+    for row in summary.rows:
+        formats = dict.fromkeys(str(run.metrics.get("compute_dtype")) for run in row.runs)
+        if len(formats) > 1:
+            where = ", ".join(filter(None, row.labels.values()))
+            summary.notes.append(f"{where}: products of the seeds are in {' and '.join(sorted(formats))}")
 
 
 def _shared_dense(rows: list[Row]) -> dict[str, Measure]:
@@ -354,10 +365,9 @@ _OF_THE_ORDER = (
     "name",
     "seed",
     "save_weights",
-    "inputs",
 )
-# A learned permutation has statistics of its own.
-_OF_THE_ORDER_TOO = "calibration.statistics"
+# A learned permutation has statistics of its own, and one that is read has its file.
+_OF_THE_ORDER_TOO = ("calibration.statistics", "inputs.permutation.path")
 
 
 def _beside_the_order(row: Row) -> dict[str, Any]:
@@ -367,7 +377,7 @@ def _beside_the_order(row: Row) -> dict[str, Any]:
     return {
         key: value
         for key, value in (flat | later).items()
-        if key.split(".")[0] not in _OF_THE_ORDER and key != _OF_THE_ORDER_TOO
+        if key.split(".")[0] not in _OF_THE_ORDER and key not in _OF_THE_ORDER_TOO
     }
 
 
@@ -420,8 +430,8 @@ def flat_settings(config: dict[str, Any], everything: bool = False) -> dict[str,
     flat = flatten(identity_of(config))
     kept = {}
     for key, value in flat.items():
-        below = not everything and any(part in _LEFT_OUT_BELOW for part in key.split("."))
-        if key.split(".")[0] in _LEFT_OUT or below:
+        spare = key == _LEFT_OUT_TOO or any(part in _LEFT_OUT_BELOW for part in key.split("."))
+        if key.split(".")[0] in _LEFT_OUT or (spare and not everything):
             continue
         kept[plain(typed_name(key).removesuffix(".name"))] = typed_value(key, value)
     if not kept.get("study"):

@@ -151,6 +151,15 @@ def test_a_group_without_an_option_is_one_line(
     assert capsys.readouterr().err == "error: pruner=null: every job needs one of its options, which --help lists\n"
 
 
+@pytest.mark.parametrize("words", [("permutation.margin=interval(0.01,0.2)",), ("-m", "pruner=glob(*)")])
+def test_what_only_hydra_can_enumerate_is_left_to_it(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["run.py", *words, "model=tiny", "logger=none"])
+    monkeypatch.setattr(cli, "job", lambda: given.append(sys.argv[1:]))
+    assert cli.main() == 0
+    assert given == [[*words, "model=tiny", "logger=none"]]
+
+
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run.py", "+hydra.job.env_set.WANDB_API_KEY=abc", "++env.HF_TOKEN=def", "+my_password=x=y", "permutation=lcp"]
     words += ["+hydra.job.env_set={WANDB_API_KEY: abc, HOME: /h, 'HF_TOKEN':def}", "+password=a,b"]

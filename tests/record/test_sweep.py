@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from permllm.record.outcomes import Job, kept
 from permllm.record.sweep import _listed, sweep_name
 from permllm.results.collect import collect
-from permllm.session import objective
+from permllm.session import Session, objective
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny", "logger=none")
@@ -47,6 +47,36 @@ def test_a_sweep_is_named_by_what_was_typed() -> None:
     config = typed("experiment=table6")
     config.hydra.runtime.choices.experiment = "table6"
     assert sweep_name(config).startswith("table6-")
+
+
+def test_a_glob_names_the_options_that_there_are(tmp_path: Path) -> None:
+    result = run_command("-m", *TINY, "pruner=glob([m*,w*])", "permutation=none", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert {job.outcome for job in kept(folder)} == {"ran"}
+    assert {word for job in kept(folder) for word in job.overrides} >= {"pruner=magnitude", "pruner=wanda"}
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["submitit.core.utils", "joblib.externals.loky.process_executor", "somewhere"])
+def test_a_launcher_whose_process_is_gone_ends_in_a_line_and_the_table(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = type("Gone", (Exception,), {"__module__": module})
+    closed: list[bool] = []
+    session = Session()
+    monkeypatch.setattr(session, "close", lambda: closed.append(True) or 0)
+
+    def launch() -> None:
+        raise error("job 7 was killed\nand more")
+
+    if module == "somewhere":  # an error of ours is seen whole
+        with pytest.raises(error):
+            session.of(launch)
+        return
+    assert session.of(launch) == 1
+    assert closed == [True]
+    assert capsys.readouterr().err == "error: Gone: job 7 was killed: the same command continues where it stopped\n"
 
 
 def test_outcomes_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:

@@ -322,6 +322,12 @@ def test_a_text_that_was_measured_in_two_ways_counts_once(tmp_path: Path) -> Non
     assert {"wikitext2 gap closed (window 2048)", "wikitext2 gap closed (window 256)"} <= set(summary.measures)
 
 
+def test_a_table_whose_settings_are_layers_has_no_rows_of_ours(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    (row,) = summarise(collect([tmp_path]).runs).rows
+    assert Comparison(published("table3"), "smollm2-135m").value(row, PERPLEXITY) is None
+
+
 def test_the_papers_average_stands_beside_one_of_the_same_tasks_alone(tmp_path: Path) -> None:
     paper = Comparison(published("table2"), "llama-2-7b")
     five = ["hellaswag", "arc_easy", "arc_challenge", "openbookqa", "rte"]
@@ -400,6 +406,37 @@ def test_a_baseline_is_of_the_same_linears_and_learns_no_mask(tmp_path: Path) ->
     summary = summarise(collect([tmp_path]).runs)
     (row,) = (row for row in summary.rows if row.runs[0].directory.name == "d")
     assert row.measures["gap closed"].mean == pytest.approx(math.log(2) / math.log(2.4))
+
+
+@pytest.mark.parametrize("file", ["model.path", "calibration.data_files"])
+def test_the_baseline_of_a_row_is_of_the_same_files(file: str, tmp_path: Path) -> None:
+    """A folder, or a text, that was written anew under its name."""
+    for digest, none, lcp in (("one", 40.0, 20.0), ("two", 80.0, 20.0)):
+        make_run(tmp_path / f"none {digest}", none, permutation="none", inputs={file: digest})
+        make_run(tmp_path / f"lcp {digest}", lcp, inputs={file: digest, "permutation.path": "x"})
+    summary = summarise(collect([tmp_path]).runs)
+    closed = {row.runs[0].directory.name: row.measures["gap closed"].mean for row in summary.rows}
+    expected = {f"lcp {digest}": math.log(none / 20) / math.log(none / 10) for digest, none in (("one", 40), ("two", 80))}
+    assert closed == pytest.approx(expected | {"none one": 0.0, "none two": 0.0})
+
+
+def test_seeds_in_several_formats_are_told_and_memory_is_that_of_the_fastest(tmp_path: Path) -> None:
+    for seed, (dtype, seconds, peak) in enumerate([("bfloat16", 60.0, 4), ("bfloat16", 120.0, 5), ("float32", 600.0, 9)]):
+        folder = make_run(tmp_path / str(seed), 20.0 + seed, seed=seed)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics |= {"compute_dtype": dtype, "peak_memory_bytes": peak, "seconds": {"permute": seconds}}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    summary = summarise(collect([tmp_path]).runs)
+    (row,) = summary.rows
+    assert (cost.minutes(row), cost.memory(row)) == (1.0, 5)
+    assert summary.notes == ["wanda, lcp: products of the seeds are in bfloat16 and float32"]
+    assert not summarise(collect([tmp_path / "0", tmp_path / "1"]).runs).notes
+
+
+def test_what_was_kept_of_a_run_tells_two_rows_apart_where_nothing_else_does(tmp_path: Path) -> None:
+    for save in (True, False):
+        make_run(tmp_path / str(save), 40.0, permutation="none", save_weights=save)
+    assert "save_weights" in summarise(collect([tmp_path]).runs).settings
 
 
 def test_with_a_baseline_all_gaps_are_from_that_row(tmp_path: Path) -> None:
