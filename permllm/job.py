@@ -284,7 +284,7 @@ def _check_statistics(key: str, method: object) -> None:
 
 def code_of(config: RunConfig, methods: Methods) -> str:
     """Digest of the modules that a pruned model follows from: those of its text and its methods, and all that they import."""
-    of_text = calibration_text(config.calibration).code or ()
+    of_text = calibration_text(config.calibration).code
     parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
     of_methods = [module for part in parts for module in _modules_of(part)]
     return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)

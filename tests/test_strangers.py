@@ -309,6 +309,18 @@ def test_a_run_says_that_its_schedule_was_another_one(package: Path, caplog: pyt
     assert "was made by another version of the code" in caplog.text
 
 
+def test_a_run_says_that_its_text_was_another_one(package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ("model=tiny", "calibration.dataset=strange.poem", "permutation=none", f"run_dir={package}/run")
+    run(*settings)
+    del sys.modules["strange.poem"]
+    code_digest.cache_clear()
+    file = package / "strange" / "poem.py"
+    file.write_text(file.read_text().replace("red wheel barrow", "white chicken"))
+    caplog.clear()
+    run(*settings)
+    assert "was made by another version of the code" in caplog.text
+
+
 def test_an_option_that_says_it_is_another_one_is_refused(package: Path, tmp_path: Path) -> None:
     (package / "strange" / "conf" / "pruner" / "copied.yaml").write_text(
         "name: wanda\n_target_: strange.pruning.LargestInput\n"

@@ -21,9 +21,13 @@ from typing import Any
 from permllm.commands.answer import Answer
 from permllm.config import PathsConfig
 from permllm.errors import ConfigError
+from permllm.identity import identity_of
 from permllm.record.files import write_record_lines
 from permllm.record.names import LINES, PICTURE
 from permllm.results.collect import Run, collect
+
+# Where runs are, by their settings, and where they are by themselves.
+_PLACES = {"runs_dir": "runs", "run_dir": None}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,12 @@ def work(options: argparse.Namespace) -> Answer:
     names = Counter(run.directory.name for run in given)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ConfigError(f"{twice[0]}: {names[twice[0]]} of the runs have this name, under which one is kept")
-    kept = {run.directory.name: run for run in [*before, *given]}
+    kept = {run.directory.name: run for run in before}
+    for run in given:
+        other = kept.get(run.directory.name)
+        if other is not None and identity_of(other.config) != identity_of(run.config):
+            raise ConfigError(f"{options.to} has another run of the name {run.directory.name}: give it another name first")
+        kept[run.directory.name] = run
     write_record_lines(options.to, [_line(run) for _, run in sorted(kept.items())])
     for run in given:
         if (run.directory / PICTURE).is_file():
@@ -74,7 +83,8 @@ def _of_any_machine(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without folders of the machine, which no result depends on."""
     usual = asdict(PathsConfig())
     paths = {name: usual.get(name) if _of_a_machine(value or "") else value for name, value in config.get("paths", {}).items()}
-    return dict(config) | ({"paths": paths} if paths else {})
+    places = {name: value for name, value in _PLACES.items() if _of_a_machine(config.get(name) or "")}
+    return dict(config) | places | ({"paths": paths} if paths else {})
 
 
 def _typed_anywhere(command: str) -> str:
@@ -82,7 +92,7 @@ def _typed_anywhere(command: str) -> str:
     kept, words = [], shlex.split(command)
     for word in words:
         key, _, value = word.partition("=")
-        of_folder = key in ("run_dir", "runs_dir") or key.startswith("paths.")
+        of_folder = key in (*_PLACES, "hydra.run.dir", "hydra.sweep.dir") or key.startswith("paths.")
         if not (of_folder and _of_a_machine(value.strip("'\""))):
             kept.append(word)
     return command if kept == words else shlex.join(kept)

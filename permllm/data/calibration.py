@@ -90,7 +90,7 @@ def _kept(
     calibration: bool,
 ) -> Tensor:
     """`compute()`, or what an earlier job kept of it; what no key can follow from is not kept."""
-    if named.code is None:
+    if not named.kept:
         return compute()
     identity = {"text": named.text.digest(calibration), "modules": named.code, "tokenizer": tokenizer_digest(tokenizer)}
     identity |= settings | {"use": "calibration" if calibration else "perplexity"}

@@ -27,13 +27,14 @@ class NamedText:
     Attributes:
         name: of what is measured on it.
         text: the text.
-        code: names of the modules that read it (see `permllm.record.code`), beside those that every text has; None where they
-            are not of this package: their code may call code that lies anywhere.
+        code: names of the modules that read it (see `permllm.record.code`), beside those that every text has.
+        kept: its tokens may be kept for other jobs: code that is not of this package may call code that lies anywhere.
     """
 
     name: str
     text: Text
-    code: tuple[str, ...] | None
+    code: tuple[str, ...] = ()
+    kept: bool = True
 
 
 def calibration_text(config: CalibrationConfig) -> NamedText:
@@ -88,7 +89,7 @@ def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) ->
 
 
 def _of_file(path: str) -> NamedText:
-    return NamedText(Path(path).stem, TextFile(path), ())
+    return NamedText(Path(path).stem, TextFile(path))
 
 
 def _of_module(key: str, name: str, use: Literal["calibrates", "evaluates"], others: tuple[str, ...] = ()) -> NamedText:
@@ -103,7 +104,7 @@ def _of_module(key: str, name: str, use: Literal["calibrates", "evaluates"], oth
     if not getattr(text, use):
         raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
     ours = module.partition(".")[0] == __name__.partition(".")[0]
-    return NamedText(name.rpartition(".")[2], text, (module,) if ours else None)
+    return NamedText(name.rpartition(".")[2], text, (module,), kept=ours)
 
 
 def _loaded(key: str, module: str) -> Text:

@@ -25,6 +25,8 @@ DATABASE = "mlflow.db"
 # What MLflow takes.
 _LONGEST_KEY = 250
 _LONGEST_VALUE = 6000
+# Settings that may be others when a finished run is evaluated again.
+_EVALUATION = "evaluation."
 _NOT_IN_A_KEY = re.compile(r"[^\w./: -]")
 # Chosen where nobody has: it sends nothing about its use, and a server that is down costs seconds, not minutes.
 _VARIABLES = {
@@ -145,6 +147,7 @@ def open_mlflow(
             run_id = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
             _log_settings(client, run_id, settings)
             write_text(directory / MLFLOW_ID, run_id + "\n")
+        _tag_evaluation(client, run_id, settings)
         client.update_run(run_id, status="RUNNING")
     except ModuleNotFoundError as error:
         raise ConfigError(_MISSING) from error
@@ -188,5 +191,15 @@ def _continued(client: Any, file: Path, force: bool) -> str | None:
 def _log_settings(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    params = [Param(key_of(key), str(value)[:_LONGEST_VALUE]) for key, value in settings.items()]
+    params = [
+        Param(key_of(key), str(value)[:_LONGEST_VALUE]) for key, value in settings.items() if not key.startswith(_EVALUATION)
+    ]
     client.log_batch(run_id, params=params)  # which sends as many at once as the store takes
+
+
+def _tag_evaluation(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:
+    """Say how the model is evaluated now: another evaluation is the same MLflow run, whose parameters stay."""
+    from mlflow.entities import RunTag
+
+    tags = [RunTag(key_of(key), str(value)[:_LONGEST_VALUE]) for key, value in settings.items() if key.startswith(_EVALUATION)]
+    client.log_batch(run_id, tags=tags)

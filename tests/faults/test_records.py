@@ -422,13 +422,29 @@ def test_a_run_is_kept_under_its_name_wherever_one_stands(
 def test_folders_of_the_machine_are_not_kept(tmp_path: Path) -> None:
     line = next(iter(lines_of(THREE_RUNS / "records.jsonl")))
     line["config"]["paths"] = {"runs_dir": "/data/runs", "cache_dir": "C:/cache", "wandb_dir": "offline"}
+    line["config"] |= {"runs_dir": "/data/runs", "run_dir": "/data/x"}
     typed = "run.py seed=0 paths.cache_dir=/data/cache run_dir=/data/x paths.wandb_dir=offline 'sparsity_of={down_proj: 4:8}'"
-    line["environment"]["command"] = typed
+    line["environment"]["command"] = f"{typed} hydra.run.dir=/data/y hydra.sweep.dir=/data/z"
     as_folder(line, tmp_path / "folders")
     assert call("records", [str(tmp_path / "folders"), "--to", str(tmp_path / "kept.jsonl")]) == 0
     (kept,) = lines_of(tmp_path / "kept.jsonl")
     assert kept["config"]["paths"] == {"runs_dir": "runs", "cache_dir": None, "wandb_dir": "offline"}
+    assert (kept["config"]["runs_dir"], kept["config"]["run_dir"]) == ("runs", None)
     assert kept["environment"]["command"] == "run.py seed=0 paths.wandb_dir=offline 'sparsity_of={down_proj: 4:8}'"
+    assert "/data" not in (tmp_path / "kept.jsonl").read_text()
+
+
+def test_another_run_of_the_name_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of two sweeps whose jobs are numbered."""
+    for sweep, seed in (("a", 0), ("b", 1)):
+        make_run(tmp_path / sweep / "0", 20.0, seed=seed)
+    words = ["--to", str(tmp_path / "kept.jsonl")]
+    assert call("records", [str(tmp_path / "a"), *words]) == 0
+    before = (tmp_path / "kept.jsonl").read_text()
+    assert call("records", [str(tmp_path / "b"), *words]) == 1
+    assert "has another run of the name 0: give it another name first" in capsys.readouterr().err
+    assert (tmp_path / "kept.jsonl").read_text() == before
+    assert call("records", [str(tmp_path / "a"), *words]) == 0
 
 
 def test_scores_and_pictures_are_kept_too(tmp_path: Path) -> None:

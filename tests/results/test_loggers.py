@@ -312,6 +312,9 @@ def test_mlflow_gets_what_the_record_has(mlflow_run: tuple[Path, Path]) -> None:
     expected |= {"job_type": "learn", "config_hash": metrics["config_hash"], "final/status": "finished"}
     assert run.data.tags.items() >= expected.items()
     assert run.data.params.items() >= {"block_size": "64", "pruner.name": "wanda", "seed": "0"}.items()
+    evaluated = {key: value for key, value in run.data.tags.items() if key.startswith("evaluation.perplexity.")}
+    assert {"builtin", "64"} <= set(evaluated.values())
+    assert not any(key.startswith("evaluation.") for key in run.data.params)  # which a later evaluation could not change
     history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     for name in ("loss", "temperature"):
         values = [(number, entry[name]) for number, entry in enumerate(history, 1)]
