@@ -33,6 +33,7 @@ from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, checked_groups, methods_of
 from permllm.models.checkpoint import read_weights
 from permllm.models.families import ChannelGroup
+from permllm.models.limits import check_windows
 from permllm.models.loading import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
 from permllm.nodes import register
@@ -116,7 +117,13 @@ def prune(
     device, record = model.device, Progress()
     if device.type == "cpu":
         keep_freed_memory()
-    with _as_loaded(model), _random_numbers_kept(device), half_products(model.dtype, device):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),  # which whoever calls may have switched off
+        _as_loaded(model),
+        _random_numbers_kept(),
+        half_products(model.dtype, device),
+    ):
         seed_everything(config.seed)
         reset_peak_memory(device)
         products = compute_dtype(config.compute_dtype, model.dtype, device)
@@ -124,7 +131,7 @@ def prune(
         loaded = LoadedModel(model, cast(PreTrainedTokenizerBase, tokenizer), "")
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
         setattr(model, _PRUNED, None)  # of an earlier call: an error may leave layers of this one
-        pruned = prune_model(job, lambda: _tokens(texts, tokenizer, config))
+        pruned = prune_model(job, lambda: _tokens(texts, tokenizer, config, model))
     report = {"name": config.name, "config_hash": config.hash} | record.metrics | figures(job, pruned)
     report["history"] = record.history
     found = Pruned(pruned.orders, pruned.masks, report)
@@ -142,7 +149,7 @@ def perplexity(
     bos: bool = False,
     batch_tokens: int = 4096,
 ) -> float:
-    """Perplexity over windows that do not overlap, of any model that is in memory, as a run measures it.
+    """Perplexity over windows that do not overlap, of a model in memory, dense or pruned, as a run measures it.
 
     Args:
         model: a decoder with its head.
@@ -155,7 +162,8 @@ def perplexity(
         batch_tokens: tokens a forward.
 
     Raises:
-        ConfigError: there is no such text, or no model. DataError: it cannot be had, or is shorter than a window.
+        ConfigError: there is no such text, or no model; it is none that can be pruned. DataError: the text cannot be had, is
+            shorter than a window, or has tokens that the model does not know.
     """
     _check_model(model, tokenizer, texts)
     if window is None:
@@ -174,13 +182,16 @@ def perplexity(
         assert tokenizer is not None
         config = PerplexityConfig(texts if isinstance(texts, str) else None, window, limit=limit, batch_tokens=batch_tokens)
         windows = perplexity_windows(tokenizer, _to_measure(texts, config), config, bos)
+    check_windows("texts", windows, model)
     with _as_loaded(model), half_products(model.dtype, model.device):
         return float(measure(model, windows, batch_tokens)["value"])
 
 
 def _to_measure(texts: str | Sequence[str], config: PerplexityConfig) -> NamedText:
     if not isinstance(texts, str):
-        return NamedText("texts", _Documents(_documents(texts, "or the name of a text that perplexity is measured on")), None)
+        return NamedText(
+            "texts", _Documents(_documents(texts, "or the name of a text that perplexity is measured on")), kept=False
+        )
     if " " in texts:  # a document, which no message is to repeat
         name = textwrap.shorten(texts, 40)
         raise ConfigError(f"texts={name!r}: expected a list of documents, or the name of a text")
@@ -376,13 +387,18 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
     return replace(config, model=of_model, calibration=calibration, name=name)
 
 
-def _tokens(texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig) -> Tensor:
+def _tokens(
+    texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig, model: PreTrainedModel
+) -> Tensor:
     if isinstance(texts, Tensor):
-        return texts.cpu()
-    assert tokenizer is not None
-    if isinstance(texts, str):
-        return calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
-    return windows_of(tokenizer, texts, config.calibration, config.seed, config.model.bos, config.further)
+        found = texts.cpu()
+    else:
+        assert tokenizer is not None
+        how = config.calibration, config.seed, config.model.bos, config.further
+        named = isinstance(texts, str)
+        found = calibration_tokens(tokenizer, *how) if named else windows_of(tokenizer, texts, *how)
+    check_windows("texts", found, model)
+    return found
 
 
 def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> DenseSource:
@@ -400,25 +416,29 @@ def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
 
 @contextmanager
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode, no parameter requiring a gradient, and as it was afterwards."""
+    """The model in evaluation mode, no parameter requiring a gradient or having one, and as it was afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
+    for parameter, _, _ in gradients:
+        parameter.grad = None  # what learns would add to it
     try:
         yield
     finally:
         for module, was in training:
             module.training = was
-        for parameter, required in gradients:
+        for parameter, required, gradient in gradients:
             parameter.requires_grad_(required)
+            parameter.grad = gradient
 
 
 @contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Whoever calls draws the random numbers afterwards that he would have drawn."""
+def _random_numbers_kept() -> Iterator[None]:
+    """Whoever calls draws the random numbers afterwards that he would have drawn, on every device."""
     python, numbers = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()  # a seed is one of all of them
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(python)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
@@ -35,7 +34,8 @@ from permllm.job import (
     placement_for,
 )
 from permllm.models.families import linear_at
-from permllm.models.loading import check_model_runs, load_model, meta_model
+from permllm.models.limits import check_windows
+from permllm.models.loading import LoadedModel, check_model_runs, load_model, meta_model
 from permllm.models.patterns import groups_to_prune
 from permllm.pipeline import PrunedModel
 from permllm.plan import print_plan
@@ -142,7 +142,7 @@ def _stages(
             began = record.metrics["model"]
             raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
         groups = checked_groups(config, methods, loaded.model)
-        _check_amounts(config, loaded.tokenizer, record.pruned)
+        _check_amounts(config, loaded, record.pruned)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     job = Job(config, methods, record, logger, loaded, groups, products)
 
@@ -158,12 +158,15 @@ def _stages(
     logger.summary(flat_figures(record.metrics), earlier_figures(record.metrics))
 
 
-def _check_amounts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, pruned: bool) -> None:
-    """Raise DataError where a text has too few tokens for its windows: after the dense model's evaluation would be late."""
+def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None:
+    """Raise DataError where a text has too few tokens for its windows, or others than the model reads: later would be late."""
+    tokenizer, model = loaded.tokenizer, loaded.model
     for named in perplexity_texts(config.evaluation.perplexity):
-        perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)
+        windows = perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)
+        check_windows(f"evaluation.perplexity: {named.name}", windows, model)
     if not pruned:
-        calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+        windows = calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+        check_windows("calibration", windows, model)
 
 
 def _evaluate(job: Job, record: RunRecord, which: str) -> None:

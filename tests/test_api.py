@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import re
 from functools import partial
@@ -20,6 +21,7 @@ import permllm
 from permllm import api
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
+from permllm.export import checkpoint
 from permllm.export.verify import verify
 from permllm.models.families import linear_at
 from permllm.record.run_tensors import mask_reader, read_orders
@@ -115,6 +117,11 @@ def test_texts_may_be_tokens_or_a_name(model: PreTrainedModel, tokenizer: ByT5To
 def test_the_caller_finds_everything_else_as_it_was(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
     model.train().requires_grad_(True)
     model.model.layers[0].eval()
+    left = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = left[name]
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = patched = partial(own)
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -130,6 +137,91 @@ def test_the_caller_finds_everything_else_as_it_was(model: PreTrainedModel, toke
     assert model.training
     assert not model.model.layers[0].training
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is left[name] and bool((left[name] == 1).all()) for name, parameter in model.named_parameters())
+    assert model.model.layers[1].forward is patched
+
+
+@pytest.mark.parametrize("settings", [{"pruner": "gblm"}, {"reconstruction": "block"}, {"reconstruction": "distill"}])
+def test_gradients_that_were_left_are_no_part_of_what_is_found(settings: dict[str, Any], tokenizer: ByT5Tokenizer) -> None:
+    found = []
+    for left in (False, True):
+        model = tiny_model("llama")
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0) if left else None
+        permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW, **settings)
+        found.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off(mode: Any, tokenizer: ByT5Tokenizer) -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    with mode():
+        found = permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
+    expected = permllm.prune(other, tokenizer, texts=[TEXT], **SMALL)
+    assert all(torch.equal(order, expected.orders[name]) for name, order in found.orders.items())
+
+
+def test_tokens_and_windows_that_the_model_does_not_know_are_one_line(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer.add_tokens(["<new>"])
+    line = "texts: there is a token 259, and the model knows 259 from 0 on: is it its tokenizer?"
+    for call in (
+        lambda: permllm.prune(model, tokenizer, texts=["<new>" * 400], permutation="none", **FEW),
+        lambda: permllm.perplexity(model, tokenizer, ["<new>" * 400], window=16),
+    ):
+        with pytest.raises(DataError, match=re.escape(line)):
+            call()
+    model.config.max_position_embeddings = 8
+    permllm.perplexity(model, tokenizer, [TEXT], window=16)
+    assert "texts: windows of 16 tokens, and the model has positions for 8" in caplog.text
+    learned = tiny_model("opt")
+    longer = learned.config.max_position_embeddings + 1
+    with pytest.raises(DataError, match=f"windows of {longer} tokens, and the model has positions for {longer - 1}"):
+        permllm.perplexity(learned, tokenizer, [TEXT * 10], window=longer)
+
+
+class Rounded(torch.nn.Linear):
+    """As a quantised linear, which is one by its class and computes otherwise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.round())
+
+
+@pytest.mark.parametrize("kind", ["class", "dtype"])
+def test_a_quantised_linear_is_named(kind: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    mlp = model.model.layers[0].mlp
+    if kind == "class":
+        mlp.down_proj.__class__ = Rounded
+    else:
+        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ConfigError, match=r"down_proj is a \w+, not a Linear: quantised or adapted models cannot be pruned"):
+        permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+
+
+def test_a_config_that_cannot_be_saved_is_said_before_the_weights_are_written(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+    model.config.max_length = 512
+    monkeypatch.setattr(checkpoint, "write_shards", lambda *_: pytest.fail("written"))
+    with pytest.raises(ConfigError, match=r"model\.config cannot be saved by transformers"):
+        permllm.save(model, tmp_path / "out", form="simulate")
+
+
+def test_what_names_other_weights_or_code_does_not_go_into_an_export(
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+) -> None:
+    """A model that came from GGUF says so although its weights are unpacked; remote code is none of an export."""
+    permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
+    model.config.quantization_config = {"quant_method": "gguf"}
+    model.config.auto_map = {"AutoConfig": "configuration_x.XConfig"}
+    permllm.save(model, tmp_path / "out", form="simulate")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & written.keys()
+    assert model.config.auto_map
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).config.model_type == "llama"
 
 
 @pytest.mark.parametrize(("form", "format"), [("folded", "dense"), ("folded", "packed"), ("gathered", "dense")])

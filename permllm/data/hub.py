@@ -64,7 +64,7 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Args:
         model: `OWNER/NAME`.
         revision: branch, tag or commit; None is the default branch.
-        patterns: of the files in its top folder; those that match none are not downloaded.
+        patterns: of the files, in its top folder unless they name another; those that match none are not downloaded.
 
     Returns:
         The folder in the local cache, whose name is the commit. Where the hub is out of reach or not to be asked it is what
@@ -73,8 +73,9 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Raises:
         DataError: they cannot be had.
     """
+    below = None if any("/" in pattern for pattern in patterns) else ["*/*"]  # a star matches what lies below, too
     with hub_access(f"model {model}", revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=below))
 
 
 @cache

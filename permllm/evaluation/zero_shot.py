@@ -118,6 +118,13 @@ def lm_eval_results(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    if config.add_bos_token and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        # lm-eval asks the tokenizer for it.
+        raise ConfigError(
+            "evaluation.zero_shot.add_bos_token=true, as with model.bos=true: this tokenizer puts no BOS before a text, so "
+            "that tasks would be measured without; take evaluation.zero_shot.tasks=[] and evaluation.tasks={}"
+        )
+
     lm = HFLM(  # type: ignore[arg-type]
         pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, add_bos_token=config.add_bos_token
     )

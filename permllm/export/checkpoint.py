@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from permllm.config import DTYPES, ModelConfig
 from permllm.errors import ConfigError, DataError
@@ -238,7 +238,7 @@ class _Record:
 
 
 def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
-    _write_generation(source, folder)  # before anything large
+    _write_settings("generation_config", source.generation, folder)
     skeleton = source.skeleton
     groups = channel_groups(skeleton)
     left = recorded_groups(groups, record.pattern, record.metrics["sparsity"].get("patterns", {}))
@@ -275,10 +275,10 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
             held.update({f"{base}_values": values, f"{base}_places": places})
         return held.pop(name)
 
+    config = _config(source, stored, request, record, dtype)
+    _write_settings("config", config, folder)  # before anything large
     write_shards(folder, planned, make, int(request.shard_gb * 1e9))
 
-    config = _config(source, stored, request, record, dtype)
-    config.save_pretrained(folder)
     source.save_tokenizer(folder)
     summary = _summary(record, request, planned, pruned, shapes, dtype) | {
         "gathers": len(stored.gathers),
@@ -292,12 +292,12 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
     return summary
 
 
-def _write_generation(source: DenseSource, folder: Path) -> None:
+def _write_settings(name: str, settings: PreTrainedConfig | GenerationConfig, folder: Path) -> None:
     try:
-        source.generation.save_pretrained(folder)
+        settings.save_pretrained(folder)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"model.generation_config cannot be saved by transformers: {reason}") from error
+        raise ConfigError(f"model.{name} cannot be saved by transformers: {reason}") from error
 
 
 def _stored(
@@ -330,6 +330,7 @@ def _config(
     source: DenseSource, stored: StoredOrder, request: Request, record: PrunedRecord, dtype: torch.dtype
 ) -> PreTrainedConfig:
     config = source.skeleton.config
+    vars(config).pop("auto_map", None)  # of remote code, which nothing here runs and no export holds
     architecture = type(source.skeleton).__name__
     if stored.gathers or request.format == "packed":
         config = sparse_config(config, sorted(stored.gathers))

@@ -56,13 +56,16 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
 
 @contextmanager
 def _replaced_forwards(layers: nn.ModuleList, forward: Any) -> Iterator[None]:
+    before = [vars(layer).get("forward") for layer in layers]  # what somebody has put there, such as a compiled one
     for layer in layers:
         layer.forward = forward
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, own in zip(layers, before, strict=True):
             del layer.forward  # uncovers the class's own method
+            if own is not None:
+                layer.forward = own
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from permllm.errors import ConfigError, first_line
 from permllm.pattern import NMPattern
 
+# Formats of weights that can be pruned.
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Of a package's families, by model type.
 _ENTRY_POINTS = "permllm.families"
 # Which rows of a producer are channels of a group: where projections are fused, the first or the last ones.
@@ -322,11 +325,13 @@ def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear at a module path. Raises ConfigError when it is missing or not an `nn.Linear`."""
+    """The linear at a module path. Raises ConfigError when it is missing, or computes otherwise than an `nn.Linear`."""
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise ConfigError(f"the model has no module {path}, which its type's family table names") from error
-    if not isinstance(module, nn.Linear):
-        raise ConfigError(f"{path} is a {type(module).__name__}, not a Linear: quantised or adapted models cannot be pruned")
-    return module
+    plain = type(module).forward is nn.Linear.forward
+    if isinstance(module, nn.Linear) and plain and module.weight.dtype in _WEIGHTS:
+        return module
+    # Quantised ones may be linears by their class, of one byte or with a forward of their own.
+    raise ConfigError(f"{path} is a {type(module).__name__}, not a Linear: quantised or adapted models cannot be pruned")

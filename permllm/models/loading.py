@@ -50,7 +50,8 @@ from permllm.models.placement import OnDisk, OnHost, Placement, place, placement
 from permllm.runtime.devices import resolve_device
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
-_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_TEMPLATES = ["additional_chat_templates/*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,16 @@ def dense_folder(config: ModelConfig) -> Path | None:
 
 
 def generation_of(model: PreTrainedModel, folder: Path) -> GenerationConfig:
-    """The generation settings of a folder, or what the model's own config says where it has none."""
-    if (folder / "generation_config.json").is_file():
-        with transformers_reads(folder):
+    """The generation settings of a folder; where it has no file of them, what its `config.json` says, as transformers has it.
+
+    A config that was read has none of them any more.
+    """
+    with transformers_reads(folder):
+        if (folder / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(model.config)
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )
 
 
 def folder_identity(config: ModelConfig, folder: Path) -> str:
@@ -337,6 +343,7 @@ def _hub_folder(config: ModelConfig) -> Path:
     architecture = _local_architecture(folder)
     family_of_config(architecture)
     _check_architecture(config, architecture)  # before gigabytes are downloaded
+    hub_snapshot(name, folder.name, _TEMPLATES)
     for index, single in WEIGHTS:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
         hub_snapshot(name, folder.name, files)

@@ -91,6 +91,8 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
         ConfigError: it has a tensor that its config does not make, or lacks one.
     """
     config, state = copy.deepcopy(model.config), model.state_dict()
+    # Weights that `from_pretrained(gguf_file=...)` has unpacked keep what they were packed by.
+    vars(config).pop("quantization_config", None)
     skeleton = _from_config(config, model.dtype)
     if untied(skeleton, state, state.__getitem__):
         # The config says that the head is the embedding, and transformers took the files' word, or somebody changed one.

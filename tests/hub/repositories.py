@@ -62,6 +62,8 @@ def write_model(folder: Path, family: str, seed: int = 0) -> None:
         (folder / "consolidated.safetensors").write_bytes(bytes(50_000))
         (folder / "original").mkdir(exist_ok=True)
         (folder / "original" / "params.json").write_text("{}")
+        (folder / "additional_chat_templates").mkdir(exist_ok=True)
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     if family == "opt":
         _write_gpt2_tokenizer(folder)
     elif family in ("llama", "mistral"):

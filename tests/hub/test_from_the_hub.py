@@ -214,6 +214,7 @@ def test_the_export_of_a_hub_model_verifies_and_loads(first: Runs, offline: Runs
         assert verify(folder, NMPattern(2, 4), None).passed
         assert "base_model: huggyllama/llama-7b\n" in (folder / "README.md").read_text(encoding="utf-8")
         assert (folder / "tokenizer.json").is_file()
+        assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
         simulated = AutoModelForCausalLM.from_pretrained(runs.directory(CASES[4]) / "export")
         weight = simulated.model.decoder.layers[0].fc1.weight
         assert float((weight == 0).float().mean()) == 0.5

@@ -27,6 +27,7 @@ from permllm.models.families import FAMILIES, decoder_layers, linear_at
 from permllm.models.loading import load_model, meta_model
 from permllm.models.mapped_file import MappedFile
 from permllm.models.placement import OnDisk, OnHost, placement_of
+from permllm.models.source import dense_source
 from permllm.runtime import memory, parallel
 from tests.conftest import ROOT, run_command, tiny_model
 from tests.test_config import config
@@ -110,6 +111,14 @@ def test_orders_and_generation_settings_come_from_the_files(tmp_path: Path, chec
     assert perplexity(models[0], windows, 32) == perplexity(models[1], windows, 32)
     assert models[1].generation_config is not None
     assert models[1].generation_config.repetition_penalty == 1.5
+    # Where they have no file of their own they may stand in the config, whose class drops them when it is read.
+    (gathered / "generation_config.json").unlink()
+    config = json.loads((gathered / "config.json").read_text())
+    (gathered / "config.json").write_text(json.dumps(config | {"repetition_penalty": 1.25}))
+    models = [load_model(settings(gathered, one), 0).model for one in ("device", "disk")]
+    source = dense_source(settings(gathered, "device"), 0)
+    penalties = [found.repetition_penalty for found in (*(model.generation_config for model in models), source.generation)]
+    assert penalties == [1.25] * 3
 
 
 def test_a_head_that_is_another_than_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
