@@ -227,8 +227,10 @@ class Footprint:
 
     def _weights(self, placement: str, streams: bool) -> int:
         """Bytes of the weights on the device."""
-        # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's.
-        held = self.parameters * self.item - (self.streamed - 2 * max(self.of_layers) * self.item if streams else 0)
+        # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's. A GPU may
+        # still compute with the one before when the host has left it.
+        there = 3 if self.device.type == "cuda" and placement != "sharded" else 2
+        held = self.parameters * self.item - (self.streamed - there * max(self.of_layers) * self.item if streams else 0)
         return held + (self.streamed // parallel.world_size() if placement == "sharded" else 0)
 
     @cached_property

@@ -44,7 +44,8 @@ def gathered_rms_norm(x: Tensor, weight: Tensor, order: Tensor, epsilon: float) 
     rows = x.numel() // channels
     block = triton.next_power_of_2(channels)
     warps = min(16, max(1, block // 256))
-    _kernel[(rows,)](x, weight, order, out, channels, epsilon, block=block, num_warps=warps)
+    with torch.cuda.device_of(x):  # Triton launches where the process is, not where its tensors are
+        _kernel[(rows,)](x, weight, order, out, channels, epsilon, block=block, num_warps=warps)
     return out
 
 

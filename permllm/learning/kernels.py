@@ -346,7 +346,7 @@ def _compiled(use: KernelUse) -> Kernels:
     cached = use.device_type == "cpu"
     forms: tuple[Any, ...] = (_mask_by_places, _select_by_places, _gradient_by_places)
     forms += (_exchange_by_places, _foreign) if cached else (_thresholds_by_places, _foreign_anew)
-    mask, select, gradient, *of_exchanges = (torch.compile(form, dynamic=True) for form in forms)
+    mask, select, gradient, *of_exchanges = (_in_any_thread(torch.compile(form, dynamic=True)) for form in forms)
 
     def mask_of(*piece: Any) -> Tensor:
         *_, n, m, _ = piece
@@ -360,18 +360,37 @@ def _compiled(use: KernelUse) -> Kernels:
     return Kernels(mask_of, select_of, gradient, exchanges, cpu_piece=1 << 20)
 
 
+def _in_any_thread(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with autocast's cache switched off, as `products_in` does and the thread of a GPU's backward does not know.
+
+    The compiler guards on it, and would compile once more, in backward.
+    """
+
+    def run(*arguments: Any) -> Any:
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return compiled(*arguments)
+        finally:
+            torch.set_autocast_cache_enabled(before)
+
+    return run
+
+
 def _tried(kernels: Kernels, use: KernelUse) -> Kernels:
     """The same kernels, after each that a step will use has run on a small piece."""
     n, m = use.pattern.n, use.pattern.m
     # No two sizes alike, nor one tensor twice: the compiler would take them for one, and compile again where they are not.
     blocks, size, rows, terms = 3, 2 * m, 5 * m, 2 if use.row else 1
     options: dict[str, Any] = {"dtype": torch.float32, "device": use.device_type}
-    weight_t = torch.ones(blocks * size, rows, **options | {"dtype": use.weights})
+    # A piece has fewer channels than the weight, and its gradient, that it is taken from.
+    whole = (blocks + 1) * size + m
+    weight_t = torch.ones(whole, rows, **options | {"dtype": use.weights})
     channels = torch.arange(blocks * size, device=use.device_type)
     row = torch.ones(terms, rows, **options) if use.row else None
     column = torch.ones(blocks * size, rows, **options).t() if use.dense else torch.ones(terms, blocks * size, **options)
     piece = (weight_t, channels, use.power, column, row)
-    grad = torch.ones(blocks * size, rows, **options | {"dtype": use.products})
+    grad = torch.ones(whole, rows, **options | {"dtype": use.products})
     if use.straight_through is None:
         kernels.select(weight_t, torch.ones_like(weight_t, dtype=torch.float32), n, m, use.products)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -178,11 +179,15 @@ def ordered_linears(
             values = ordered(group, linear.weight.data).t().to(wide, copy=True)
         return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels, values)
 
+    @cache  # layers that come and go ask for it each time
+    def on(device: torch.device, name: str) -> Tensor:
+        return orders[name].to(device)
+
     def ordered(group: ChannelGroup, weight: Tensor) -> Tensor:
-        return weight.t()[orders[group.name].to(weight.device)].t()
+        return weight.t()[on(weight.device, group.name)].t()
 
     def back(group: ChannelGroup, weight: Tensor) -> Tensor:
-        return weight.t()[orders[group.name].to(weight.device).argsort()].t().contiguous()
+        return weight.t()[on(weight.device, group.name).argsort()].t().contiguous()
 
     with standing_in(problem.model, groups, stand_in, ordered, back) as masked:
         yield masked

@@ -102,7 +102,8 @@ class FreeScores(Scores):
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors, centered: bool = False) -> None:
         super().__init__(factors, centered)
-        self.free = nn.Parameter(log_saliency_t(weight.t(), factors))
+        # A channel in a row, whatever the weight is like: channels are gathered, and processes add up what is contiguous.
+        self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
 
     def start_at(self, keep_t: Tensor, m: int, order: Tensor | None = None) -> None:
         """Have the scores choose a given mask: within each group of M they change places, so that it is as close as before.

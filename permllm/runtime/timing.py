@@ -19,10 +19,11 @@ def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> floa
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
+        stream = torch.cuda.current_stream(device)  # which need not be of the device that the process is on
+        first.record(stream)
         for _ in range(calls):
             work()
-        last.record()
+        last.record(stream)
         last.synchronize()
         return first.elapsed_time(last) / 1e3 / calls
     started = time.perf_counter()

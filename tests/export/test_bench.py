@@ -74,7 +74,9 @@ def test_the_fused_norm(dtype: torch.dtype) -> None:
     x, weight = torch.randn(7, 4096, device=CUDA, dtype=dtype), torch.randn(4096, device=CUDA, dtype=dtype)
     order = torch.randperm(4096, device=CUDA).int()
     expected = gathered_norm.reference(x, weight, order, 1e-6)
-    torch.testing.assert_close(gathered_norm.gathered_rms_norm(x, weight, order, 1e-6), expected)
+    # Half precision is rounded before the weight, and once more after it: two units in the last place.
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
+    torch.testing.assert_close(gathered_norm.gathered_rms_norm(x, weight, order, 1e-6), expected, **tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not sparse_tensor_cores(CUDA), reason="needs sparse tensor cores")

@@ -48,7 +48,7 @@ def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_blocks_are_solved_where_they_are() -> None:
-    assert device_solver() is not None
+    assert device_solver(64, torch.float32) is not None
     generator = torch.Generator().manual_seed(0)
     near = torch.eye(64)[torch.randperm(64, generator=generator)] + 0.1 * torch.rand(300, 64, 64, generator=generator)
     for soft in (torch.rand(300, 64, 64, generator=generator), near, torch.rand(9, 24, 24, generator=generator)):

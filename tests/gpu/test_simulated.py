@@ -58,7 +58,10 @@ def test_a_job_ends_on_the_device_with_the_orders_and_masks_of_the_host(found: d
 def test_a_step_of_learning_waits_for_the_device_three_times_at_most(found: dict[str, Any], name: str) -> None:
     job = found[name]
     assert job["steps"] >= 4  # not of the run on the host, which comes after
-    assert job["waits"] <= 3, job["lines"]
+    # Where layers come and go the host waits for one that it left before the last, while the device computes with the next.
+    behind = sum(float(line.split()[0]) for line in job["lines"] if "synchronize permllm/models/placement.py" in line)
+    assert (behind > 0) == (name == "lcp from host memory")
+    assert job["waits"] - behind <= 3, job["lines"]
     assert job["pageable"] == []
 
 

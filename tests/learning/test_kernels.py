@@ -6,15 +6,18 @@ gradients, as a step's passes do: for the other mode it would be compiled once m
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
-from permllm.learning import kernels
+from permllm.learning import kernels, masked_linear
 from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.learning.training import Training
 from permllm.mask.score import ScoreMask
@@ -195,9 +198,17 @@ def test_what_is_tried_is_what_a_step_uses(monkeypatch: pytest.MonkeyPatch, stra
     compiled_kernels.cache_clear()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("straight_through", [None, "swap", "hard", "soft"])
-def test_nothing_is_compiled_in_a_step(monkeypatch: pytest.MonkeyPatch, straight_through: Any) -> None:
+def test_nothing_is_compiled_in_a_step(monkeypatch: pytest.MonkeyPatch, straight_through: Any, parts: int) -> None:
     """What was tried before is of the sizes, formats and modes of a step, so that the compiler need not come again."""
+
+    def pieces(layout: Any, weight: Tensor) -> Iterator[tuple[int, slice, slice]]:
+        for index, stack in enumerate(layout.stacks):
+            for first, last in itertools.pairwise(range(0, stack.count + 1, stack.count // parts)):
+                yield index, slice(first, last), slice(stack.start + first * stack.size, stack.start + last * stack.size)
+
+    monkeypatch.setattr(masked_linear, "_pieces", pieces)  # of a large layer a piece is not the whole
     compile_, run = torch.compile, Training.run
     backend = CompileCounter()  # type: ignore[no-untyped-call]
     in_steps: list[int] = []
@@ -218,7 +229,7 @@ def test_nothing_is_compiled_in_a_step(monkeypatch: pytest.MonkeyPatch, straight
                 orders = {group.name: torch.randperm(group.channels) for group in learning.groups}
                 ScoreMask(batch_size=3, loss="kl", compile=True).masks(learning, orders)
             else:
-                lcp(block_size=16, loss="kl", straight_through=straight_through, compile=True).orders(learning)
+                lcp(block_size=8, loss="kl", straight_through=straight_through, compile=True).orders(learning)
     finally:
         compiled_kernels.cache_clear()
         losses._compiled_divergence.cache_clear()

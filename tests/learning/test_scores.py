@@ -52,6 +52,13 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     assert torch.equal(saliency(linear.weight, factors), expected)
 
 
+def test_scores_have_a_channel_in_a_row_whatever_the_weight_is_like() -> None:
+    """Processes add up what is contiguous, and channels are gathered."""
+    linear, factors, _ = given()
+    for weight in (linear.weight.data.contiguous(), linear.weight.data.t().contiguous().t()):
+        assert FreeScores(weight, factors).free.is_contiguous()
+
+
 def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> None:
     linear, factors, order = given()
     linear = linear.float()

@@ -61,7 +61,8 @@ def torchrun(cwd: Path, *overrides: str, processes: int = 2, **environment: str)
     for rank in range(processes):
         (cwd / f"rank{rank}" / "pid").unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    # On the CPU, which they can share, also on a machine with a GPU.
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.Popen(
         [*command, *overrides],
         cwd=cwd,

@@ -21,8 +21,8 @@ def test_a_gpu_is_timed_by_events_around_all_calls(monkeypatch: pytest.MonkeyPat
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
-            happened.append("event")
+        def record(self, stream: object) -> None:
+            happened.append(f"event in {stream}")
 
         def synchronize(self) -> None:
             happened.append("wait")
@@ -32,8 +32,10 @@ def test_a_gpu_is_timed_by_events_around_all_calls(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("idle"))
-    seconds = timing.clock(lambda: happened.append("call"), torch.device("cuda"), calls=3)
-    assert happened == ["idle", "event", "call", "call", "call", "event", "wait"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    seconds = timing.clock(lambda: happened.append("call"), torch.device("cuda:1"), calls=3)
+    event = "event in the stream of cuda:1"
+    assert happened == ["idle", event, "call", "call", "call", event, "wait"]
     assert seconds == pytest.approx(0.004)
 
 

@@ -56,9 +56,10 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
         ValueError: an entry is not finite.
     """
     broken = ~torch.stack([soft.sum().isfinite() for soft in softs]).all()
-    solve = device_solver() if softs[0].device.type == "cuda" and max(soft.shape[1] for soft in softs) <= _LARGEST else None
-    if solve is not None:
-        found_there = [solve(soft) for soft in softs]
+    on_gpu = softs[0].device.type == "cuda" and max(soft.shape[1] for soft in softs) <= _LARGEST
+    solvers = [device_solver(soft.shape[1], soft.dtype) if on_gpu else None for soft in softs]
+    if all(solvers):
+        found_there = [solve(soft) for solve, soft in zip(solvers, softs, strict=True) if solve]
         if to_host(broken):
             raise ValueError(_NOT_FINITE)
         return found_there
@@ -93,14 +94,19 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
 
 
 @cache
-def device_solver() -> Callable[[Tensor], Tensor] | None:
-    """Solves blocks `(blocks, B, B)` on the GPU that they are on; None, with a word, where nothing here can."""
+def device_solver(size: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Solves blocks `(blocks, B, B)` on the GPU that they are on; None, with a word, where nothing here can.
+
+    Args:
+        size: B, for each of which another kernel is compiled.
+        dtype: of the blocks, likewise.
+    """
 
     def compiled() -> Callable[[Tensor], Tensor]:
         from permllm.permutation.lcp.assignment_kernel import assign
 
-        exchange = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], device="cuda")
-        if assign(exchange).tolist() != [[1, 0]]:
+        backwards = torch.eye(size, dtype=dtype, device="cuda").flip(0)
+        if assign(backwards[None]).tolist() != [list(range(size))[::-1]]:
             raise RuntimeError("its answer is wrong")
         return assign
 

@@ -83,7 +83,8 @@ class OrderLearner(Learner):
         self._open: dict[int, int] = {}
         self._before = self._at_epoch = self.present
         if problem.device.type == "cuda":
-            device_solver()  # is compiled and tried before a step waits for it
+            for stack in (stack for block in logits.values() for stack in block.logits):
+                device_solver(stack.shape[-1], stack.dtype)  # is compiled and tried before a step waits for it
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
