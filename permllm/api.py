@@ -391,7 +391,7 @@ def _tokens(
     texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig, model: PreTrainedModel
 ) -> Tensor:
     if isinstance(texts, Tensor):
-        found = texts.cpu()
+        found = texts.cpu().clone()  # which may have been made where gradients are off for good
     else:
         assert tokenizer is not None
         how = config.calibration, config.seed, config.model.bos, config.further

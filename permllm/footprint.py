@@ -229,7 +229,7 @@ class Footprint:
         """Bytes of the weights on the device."""
         # Of the layers that come and go there are two: the one that is computed with, and the next, or its file's. A GPU may
         # still compute with the one before when the host has left it.
-        there = 3 if self.device.type == "cuda" and placement != "sharded" else 2
+        there = min(len(self.of_layers), 3 if self.device.type == "cuda" and placement != "sharded" else 2)
         held = self.parameters * self.item - (self.streamed - there * max(self.of_layers) * self.item if streams else 0)
         return held + (self.streamed // parallel.world_size() if placement == "sharded" else 0)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-# What of a definition names data, beside what it includes.
-_NAMING = ("include", "dataset_path", "dataset_kwargs")
+# What of a definition names files.
+_NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
 
 def input_digest(path: Path) -> str | None:
@@ -53,8 +53,9 @@ TaskDefinition.add_constructor(
 def task_digest(definition: Path) -> str | None:
     """What changes when a task of one's own does: its YAML's sha256, or one of that and of all that it names.
 
-    Named are definitions that it includes, modules of its functions, and data (`dataset_path`, `dataset_kwargs`): files and
-    folders beside the definition or in the working directory. None where there is no YAML.
+    Named are definitions that it includes, modules of its functions, and data (`dataset_path`, and in `dataset_kwargs`
+    `data_files`, which may be patterns, and `data_dir`): files beside the definition or in the working directory, and all that
+    lies in such folders. None where there is no YAML.
     """
     files: dict[Path, None] = {}
     _add_files(definition, files)
@@ -77,8 +78,10 @@ def _add_files(definition: Path, files: dict[Path, None]) -> None:
             with suppress(OSError, ValueError):  # a text that is no path
                 if is_task_file(name):
                     _add_files(place, files)
-                elif place.exists():
-                    files[place] = None
+                    continue
+                found_there = sorted(place.parent.glob(place.name)) if "*" in place.name else [place]
+                inside = (sorted(one.rglob("*")) if one.is_dir() else [one] for one in found_there)
+                files.update(dict.fromkeys(file for one in inside for file in one if file.is_file()))
 
 
 def _named(value: Any, naming: bool = False) -> Iterator[str]:

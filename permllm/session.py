@@ -17,7 +17,7 @@ import transformers
 from omegaconf import DictConfig
 
 from permllm.config import read_config, register_resolvers
-from permllm.errors import DataError, InUseError, PermLLMError, everything_wanted, first_line, one_line
+from permllm.errors import DataError, InUseError, PermLLMError, everything_wanted, one_line
 from permllm.helping import assist
 from permllm.record import sweep
 from permllm.record.evaluations import mean_accuracy
@@ -60,10 +60,11 @@ class Session:
                 self.close()
             raise
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
+            if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
                 raise
-            # One of its processes was killed, or ran out of its time: the others have left what they did.
-            print(f"error: {type(error).__name__}: {first_line(error)}: {CONTINUES}", file=sys.stderr)
+            # One of its processes was killed, or ran out of its time: the others have left what they did. Only the last lines
+            # of such a message may say why.
+            print(f"error: {type(error).__name__}: {str(error).strip()}\n{CONTINUES}", file=sys.stderr)
             self.close()
             return 1
         code = self.close()

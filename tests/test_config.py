@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -158,10 +160,15 @@ def test_a_budget_is_amounts_alone_and_the_papers_chooses_its_recipe_unless_anot
         methods_of(masks)
 
 
-def test_one_gpu_is_as_good_as_another() -> None:
-    identity = config("model=tiny", "model.device=cuda").identity
-    assert config("model=tiny", "model.device=cuda:1").identity == identity
-    assert config("model=tiny", "model.device=cpu").identity != identity
+def test_one_gpu_is_as_good_as_another(tmp_path: Path) -> None:
+    one, other = (config("model=tiny", f"model.device={device}", f"runs_dir={tmp_path}") for device in ("cuda", "cuda:1"))
+    assert other.identity == one.identity
+    assert config("model=tiny", "model.device=cpu").identity != one.identity
+    # An earlier version's directory of it has another name.
+    earlier = tmp_path / f"{other.name}-0123456789ab"
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(other.resolved))))
+    assert run_directory(other) == run_directory(one) == earlier
 
 
 @pytest.mark.parametrize("permutation", ["none", "lcp", "lcp-paper"])

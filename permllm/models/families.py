@@ -334,4 +334,7 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
     if isinstance(module, nn.Linear) and plain and module.weight.dtype in _WEIGHTS:
         return module
     # Quantised ones may be linears by their class, of one byte or with a forward of their own.
-    raise ConfigError(f"{path} is a {type(module).__name__}, not a Linear: quantised or adapted models cannot be pruned")
+    kind = type(module).__name__
+    if plain:
+        kind += f" of {str(getattr(module.weight, 'dtype', None)).removeprefix('torch.')}"
+    raise ConfigError(f"{path} is a {kind}, not a Linear of floats: quantised or adapted models cannot be pruned")

@@ -50,7 +50,8 @@ from permllm.models.placement import OnDisk, OnHost, Placement, place, placement
 from permllm.runtime.devices import resolve_device
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
-_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+# What many have none of, and a cache of an earlier version lacks.
 _TEMPLATES = ["additional_chat_templates/*.jinja"]
 
 
@@ -343,10 +344,12 @@ def _hub_folder(config: ModelConfig) -> Path:
     architecture = _local_architecture(folder)
     family_of_config(architecture)
     _check_architecture(config, architecture)  # before gigabytes are downloaded
-    hub_snapshot(name, folder.name, _TEMPLATES)
     for index, single in WEIGHTS:
         files = indexed_files(folder / index) if (folder / index).is_file() else [single]
-        hub_snapshot(name, folder.name, files)
+        try:
+            hub_snapshot(name, folder.name, [*files, *_TEMPLATES])
+        except DataError:
+            hub_snapshot(name, folder.name, files)
         if all((folder / file).is_file() for file in files):
             return folder
     kinds = ", ".join(single for _, single in WEIGHTS)

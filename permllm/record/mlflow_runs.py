@@ -202,4 +202,8 @@ def _tag_evaluation(client: Any, run_id: str, settings: Mapping[str, Any]) -> No
     from mlflow.entities import RunTag
 
     tags = [RunTag(key_of(key), str(value)[:_LONGEST_VALUE]) for key, value in settings.items() if key.startswith(_EVALUATION)]
+    names = {tag.key for tag in tags}
+    for name in client.get_run(run_id).data.tags:
+        if name.startswith(_EVALUATION) and name not in names:
+            client.delete_tag(run_id, name)
     client.log_batch(run_id, tags=tags)

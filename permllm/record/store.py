@@ -88,8 +88,10 @@ def run_directory(config: RunConfig) -> Path:
     if directory.exists():
         return directory
     found = []
-    digest = "[0-9a-f]" * EARLIER_DIGITS
-    for file in Path(config.runs_dir).glob(f"{glob.escape(config.name)}-{digest}/{CONFIG}"):
+    name = glob.escape(config.name)
+    # With other digits, or with as many of what counted once and does not any more, such as which of several GPUs it was.
+    digests = ("[0-9a-f]" * EARLIER_DIGITS, "[0-9a-f]" * len(config.hash))
+    for file in (file for digest in digests for file in Path(config.runs_dir).glob(f"{name}-{digest}/{CONFIG}")):
         try:
             present = read_yaml(file, Settings)
         except DataError:

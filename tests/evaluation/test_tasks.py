@@ -214,12 +214,14 @@ include: base.yml
 task: mine
 process_docs: !function helpers.processed
 dataset_path: json
-dataset_kwargs: {data_files: {test: [items.json]}}
+dataset_kwargs: {data_files: {test: [items*.json]}, name: other.json}
 doc_to_text: other.json
 """
 
 
-@pytest.mark.parametrize("name", ["mine.yaml", "base.yml", "below.yaml", "helpers.py", "items.json", "folder/items.json"])
+@pytest.mark.parametrize(
+    "name", ["mine.yaml", "base.yml", "below.yaml", "helpers.py", "items.json", "folder/items.json", "folder/a/items.json"]
+)
 def test_what_a_definition_names_is_part_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tasks").mkdir()
     definition = tmp_path / "tasks" / "mine.yaml"
@@ -229,8 +231,9 @@ def test_what_a_definition_names_is_part_of_it(name: str, tmp_path: Path, monkey
     (tmp_path / "tasks" / "base.yml").write_text("include: below.yaml\ndataset_path: folder")
     for other in ("below.yaml", "helpers.py"):
         (tmp_path / "tasks" / other).write_text("{")
-    (tmp_path / "folder").mkdir()
-    for other in ("items.json", "other.json", "folder/items.json"):  # data lies in the working directory
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    in_working_directory = ("items.json", "other.json", "folder/items.json", "folder/a/items.json")
+    for other in in_working_directory:
         Path(other).write_text("1")
     before = task_digest(definition)
     Path("other.json").write_text("2")  # a text and no file

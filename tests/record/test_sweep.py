@@ -68,7 +68,7 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line_and_the_table(
     monkeypatch.setattr(session, "close", lambda: closed.append(True) or 0)
 
     def launch() -> None:
-        raise error("job 7 was killed\nand more")
+        raise error("job 7 was killed\nfor its memory\n")
 
     if module == "somewhere":  # an error of ours is seen whole
         with pytest.raises(error):
@@ -76,7 +76,8 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line_and_the_table(
         return
     assert session.of(launch) == 1
     assert closed == [True]
-    assert capsys.readouterr().err == "error: Gone: job 7 was killed: the same command continues where it stopped\n"
+    said = "error: Gone: job 7 was killed\nfor its memory\nthe same command continues where it stopped\n"
+    assert capsys.readouterr().err == said
 
 
 def test_outcomes_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:

@@ -380,6 +380,22 @@ def test_mlflow_takes_what_its_fields_do_not(mlflow_home: Path, tmp_path: Path) 
     assert data.tags["of_earlier_evaluations"] == "bad, worse"
 
 
+def test_mlflow_says_how_the_model_was_evaluated_last(mlflow_home: Path, tmp_path: Path) -> None:
+    said = []
+    for settings in (
+        {"evaluation.tasks.a.limit": 5, "evaluation.perplexity.window": 64},
+        {"evaluation.perplexity.window": 32},
+    ):
+        with open_mlflow(mlflow_home, tmp_path, project="odd", name="n", tags={}, settings=settings, force=False):
+            pass
+        data = mlflow_client(mlflow_home).get_run((tmp_path / MLFLOW_ID).read_text().strip()).data
+        said.append({key: value for key, value in data.tags.items() if key.startswith("evaluation.")})
+    assert said == [
+        {"evaluation.tasks.a.limit": "5", "evaluation.perplexity.window": "64"},
+        {"evaluation.perplexity.window": "32"},
+    ]
+
+
 def test_a_store_of_files_is_one_too(mlflow_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

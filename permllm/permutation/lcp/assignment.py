@@ -56,7 +56,7 @@ def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = Non
         ValueError: an entry is not finite.
     """
     broken = ~torch.stack([soft.sum().isfinite() for soft in softs]).all()
-    on_gpu = softs[0].device.type == "cuda" and max(soft.shape[1] for soft in softs) <= _LARGEST
+    on_gpu = softs[0].device.type == "cuda"
     solvers = [device_solver(soft.shape[1], soft.dtype) if on_gpu else None for soft in softs]
     if all(solvers):
         found_there = [solve(soft) for solve, soft in zip(solvers, softs, strict=True) if solve]
@@ -98,9 +98,11 @@ def device_solver(size: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor] |
     """Solves blocks `(blocks, B, B)` on the GPU that they are on; None, with a word, where nothing here can.
 
     Args:
-        size: B, for each of which another kernel is compiled.
+        size: B, with which the kernel is tried: another may be compiled for another one.
         dtype: of the blocks, likewise.
     """
+    if size > _LARGEST:
+        return None
 
     def compiled() -> Callable[[Tensor], Tensor]:
         from permllm.permutation.lcp.assignment_kernel import assign
