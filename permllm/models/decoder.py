@@ -6,7 +6,7 @@ rebuilding these, the layers are replaced for one forward by stand-ins that reco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +48,16 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
         kwargs.append(keywords)
         return (states,) if tuples else states
 
-    with _replaced_forwards(layers, stand_in):
+    with replaced_forwards(layers, stand_in):
         # The base model, without the head: its logits over the vocabulary would dwarf the embedding's cost.
         model.base_model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)  # type: ignore[operator]
     return LayerInputs(hidden[0], kwargs)
 
 
 @contextmanager
-def _replaced_forwards(layers: nn.ModuleList, forward: Any) -> Iterator[None]:
+def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[None]:
+    """Inside, each of these modules computes `forward` when it is called; afterwards what it did before."""
+    layers = list(layers)
     before = [vars(layer).get("forward") for layer in layers]  # what somebody has put there, such as a compiled one
     for layer in layers:
         layer.forward = forward

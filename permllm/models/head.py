@@ -6,14 +6,12 @@ family in its own `forward` by a setting of its own name. So the forward is aske
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from permllm.models.decoder import replaced_forwards
 from permllm.models.families import after_layers, family_of
 
 # Tokens of the vocabulary, and hidden states, that a head is compared with the plain product on.
@@ -73,23 +71,12 @@ class Head:
 
     def _forward(self, windows: Tensor, replaced: dict[str, Tensor] | None = None) -> Tensor:
         ids = torch.zeros(windows.shape[:2], dtype=torch.long, device=self.weight.device)
-        with self._answering(windows):
+        # The body answers with these states, whatever it is asked.
+        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=windows)  # type: ignore[arg-type]
+        with replaced_forwards([self._body], lambda *_, **__: answer):
             output = functional_call(self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False})
         logits: Tensor = output.logits
         return logits
-
-    @contextmanager
-    def _answering(self, windows: Tensor) -> Iterator[None]:
-        """The body answers with these states `(windows, tokens, hidden)`, whatever it is asked."""
-        before = vars(self._body).get("forward")
-        answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=windows)  # type: ignore[arg-type]
-        self._body.forward = lambda *_, **__: answer
-        try:
-            yield
-        finally:
-            del self._body.forward
-            if before is not None:
-                self._body.forward = before
 
     @torch.no_grad()
     def _is_plain(self) -> bool:

@@ -157,7 +157,7 @@ class Streamed(Placement):
         self._there: set[int] = set()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, list[Tensor]] | None = None
-        self._left: deque[torch.cuda.Event] = deque()  # when a GPU is done with layers that were left
+        self._passed: deque[torch.cuda.Event] = deque()  # when a GPU is done with layers that were left
         self._before, self._latest = -1, -1
         self._followed: dict[tuple[int, int], int] = {}
         for index, layer in enumerate(self._layers):
@@ -193,8 +193,8 @@ class Streamed(Placement):
             self._there.remove(index)
             self.left(index)
             if self._stream is not None:
-                self._left.append(torch.cuda.Event())
-                self._left[-1].record(torch.cuda.current_stream(self.device))
+                self._passed.append(torch.cuda.Event())
+                self._passed[-1].record(torch.cuda.current_stream(self.device))
 
     def _bring(self, index: int) -> None:
         self._leave()
@@ -228,8 +228,8 @@ class Streamed(Placement):
         if self._stream is None or not 0 <= index < len(self.slots) or index in self._there or self._ahead is not None:
             return
         self.check(index)
-        while len(self._left) > 1:  # who runs ahead of the GPU would ask for new memory, layer after layer
-            self._left.popleft().synchronize()
+        while len(self._passed) > 1:  # who runs ahead of the GPU would ask for new memory, layer after layer
+            self._passed.popleft().synchronize()
         with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
             self._ahead = index, [self._value(slot) for slot in self.slots[index]]
 

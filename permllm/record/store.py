@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 # Needed while orders, masks or weights are learned, and to continue.
 _WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, LEARNED_WEIGHTS)
+# Settings that once had another digest made of them: which of several GPUs it was, and one that was taken out again.
+_COUNTED_ONCE = (b"device: cuda:", b"deal: random")
 # Files without a checksum of their own: metrics.json states them once the run is finished.
 _STATED = (CONFIG, HISTORY, ENVIRONMENT)
 # What pruning adds to the metrics.
@@ -88,10 +90,7 @@ def run_directory(config: RunConfig) -> Path:
     if directory.exists():
         return directory
     found = []
-    name = glob.escape(config.name)
-    # With other digits, or with as many of what counted once and does not any more, such as which of several GPUs it was.
-    digests = ("[0-9a-f]" * EARLIER_DIGITS, "[0-9a-f]" * len(config.hash))
-    for file in (file for digest in digests for file in Path(config.runs_dir).glob(f"{name}-{digest}/{CONFIG}")):
+    for file in _earlier_configs(config):
         try:
             present = read_yaml(file, Settings)
         except DataError:
@@ -100,6 +99,18 @@ def run_directory(config: RunConfig) -> Path:
             # It made a run of each evaluation.
             found.append((evaluation_of(present) != config.evaluation_identity, file.parent))
     return min(found)[1] if found else directory
+
+
+def _earlier_configs(config: RunConfig) -> Iterator[Path]:
+    """Those that an earlier version may have named otherwise."""
+    folder, name = Path(config.runs_dir), glob.escape(config.name)
+    yield from folder.glob(f"{name}-{'[0-9a-f]' * EARLIER_DIGITS}/{CONFIG}")
+    # To read those of a whole sweep for each of its jobs would take seconds.
+    for file in folder.glob(f"{name}-{'[0-9a-f]' * len(config.hash)}/{CONFIG}"):
+        with suppress(OSError):
+            text = file.read_bytes()
+            if any(setting in text for setting in _COUNTED_ONCE):
+                yield file
 
 
 class RunRecord(Progress):

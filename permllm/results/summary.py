@@ -210,7 +210,7 @@ def summarise(runs: list[Run]) -> Summary:
 def _note_formats(summary: Summary) -> None:
     """Say where the seeds of a row were computed in several formats, as `compute_dtype=auto` takes them from the machine."""
     for row in summary.rows:
-        formats = dict.fromkeys(str(run.metrics.get("compute_dtype")) for run in row.runs)
+        formats = {str(run.metrics.get("compute_dtype")) for run in row.runs}
         if len(formats) > 1:
             where = ", ".join(filter(None, row.labels.values()))
             summary.notes.append(f"{where}: products of the seeds are in {' and '.join(sorted(formats))}")

