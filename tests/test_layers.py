@@ -23,6 +23,7 @@ ROOMS = (
     "pattern",
     "sparsity",
     "runtime",
+    "inputs",
     "config",
     "record",
     "data",
