@@ -27,9 +27,10 @@ from permllm.models.head import tokens_at_a_time
 from permllm.models.losses import chunk_of
 from permllm.models.patterns import groups_to_prune
 from permllm.pattern import NMPattern
-from permllm.permutation.contract import LearningPlan
+from permllm.permutation.contract import planned_orders
 from permllm.runtime import parallel
 from permllm.runtime.memory import host_memory
+from permllm.runtime.precision import compute_dtype
 
 # Of the memory that there is, what a run may be estimated to take: estimates are right to within 15 %.
 FITS = 0.85
@@ -117,8 +118,8 @@ class Footprint:
         self._pruner, self._permutation, self._mask, self._reconstruction = pruner, permutation, mask, reconstruction
         self.every, self.groups = channel_groups(model), groups_to_prune(model, config)
         self.layers = len(decoder_layers(model))
-        self.orders: LearningPlan | None = permutation.plan(self.groups, self.layers) if permutation.learned else None
         self.masks: MaskPlan | None = mask.plan(self.groups, self.layers) if mask.learned else None
+        self.orders = planned_orders(permutation, mask, self.groups, self.layers)
         self.weights: Counter[NMPattern] = Counter()
         for group in self.groups:
             self.weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
@@ -135,6 +136,16 @@ class Footprint:
         return [sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(self.model)]
 
     @property
+    def orders_with_masks(self) -> bool:
+        """Orders learn with the masks, in their windows."""
+        return bool(getattr(self._mask, "learns_orders", False))
+
+    @property
+    def _product_item(self) -> int:
+        """Bytes of a number in a product."""
+        return compute_dtype(self.config.compute_dtype, getattr(torch, self.config.model.dtype), self.device).itemsize
+
+    @property
     def reconstructs(self) -> bool:
         """Kept weights learn."""
         return bool(self._reconstruction.learned)
@@ -148,7 +159,7 @@ class Footprint:
     def learning(self) -> list[Learning]:
         """What learns, in its order."""
         found = []
-        together = bool(getattr(self._mask, "learns_orders", False))
+        together = self.orders_with_masks
         of_window = depth = 0
         pruned = sum(self.weights.values())
         if self.orders and self.orders.windows:
@@ -160,8 +171,8 @@ class Footprint:
                 found.append(Learning("learn", self._permutation, of_window, self.orders.windows, waiting))
         if self.masks:
             most = max(self.masks_by_window)
-            # A masked weight in the format of the products, which are bfloat16 where they are not the weights' own.
-            waiting = 2 * most if self.masks.keeps_masked and not together else 0
+            # A masked weight in the format of the products.
+            waiting = self._product_item * most if self.masks.keeps_masked and not together else 0
             waiting += self._learned_weights
             learned = most + (of_window if together else 0) + (pruned if self.masks.with_weights else 0)
             found.append(Learning("learn masks", self._mask, learned, self.masks.windows, waiting))
@@ -290,7 +301,8 @@ class Footprint:
         together = min(mine, getattr(method, "micro_batch_size", None) or mine)
         tokens = together * self.config.calibration.seqlen
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
-        activations = tokens * kept_a_token(self.every, hidden) * item * depth
+        gathers = method is self._mask and not self.orders_with_masks and self.config.permutation.get("name") != "none"
+        activations = tokens * kept_a_token(self.every, hidden, item, gathers) * item * depth
         recomputes = getattr(method, "activation_checkpointing", None)
         if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):
             activations = tokens * (hidden * depth + 8 * hidden + 4 * self._widest) * item
@@ -313,8 +325,11 @@ class Footprint:
     def _streamed_samples(self) -> int:
         """Samples of a stream of states: of all that is learned from in stages, else of the calibration."""
         samples = self.config.calibration.samples
-        in_stages = any(len(learning.windows) > 1 for learning in self.learning)
-        return samples + self.config.further if in_stages else samples
+        return samples + self.config.further if self._in_stages else samples
+
+    @property
+    def _in_stages(self) -> bool:
+        return any(len(learning.windows) > 1 for learning in self.learning)
 
     def _beside(self, placement: str, streams: bool) -> float:
         """Bytes on the host."""
@@ -323,7 +338,9 @@ class Footprint:
         # The learning target and two streams of states. Or a text's states, which goes through layer by layer. On a host that
         # learns, what is there only while the target is computed is a stage of its own.
         computed = 0 if self.device.type == "cpu" else config.further
-        states = (every + max(2 * self._streamed_samples, computed)) * self._state
+        # Masks that are refined before they learn in stages have a stream of their own.
+        refining = config.calibration.samples if self._in_stages and config.mask.get("start") == "refined" else 0
+        states = (every + max(2 * self._streamed_samples + refining, computed)) * self._state
         of_text = self._measured * hidden * self.item if placement != "device" and config.evaluation.perplexity.names else 0
         beside: float = max(states + self._gradients, of_text)
         learns = self.orders or self.masks

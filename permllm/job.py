@@ -26,6 +26,7 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.models.patterns import groups_to_prune
 from permllm.models.placement import placement_of
+from permllm.permutation.contract import planned_orders
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint, HeuristicSettings
@@ -318,6 +319,13 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
             spans = method.spans(len(decoder_layers(model)))
             if not any(first <= group.layer < stop for group in groups for first, stop in spans):
                 raise ConfigError(f"{name}.last_layers={method.last_layers}: keep_dense leaves nothing to learn in them")
+    plan = planned_orders(permutation, methods.mask, groups, len(decoder_layers(model)))
+    if plan is not None and not plan.logits:
+        what = "mask" if methods.orders_learn_with_masks else "permutation"
+        raise ConfigError(
+            f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that share "
+            f"it, as by {what}.layers_per_stage=all and all layers"
+        )
     return groups
 
 

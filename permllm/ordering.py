@@ -179,15 +179,17 @@ def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration | None, order: 
     assert dense is not None
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
-    orders = {group.name: _order_by(order, problem, group) for group in job.groups}
+    shapes = linear_shapes(job.groups)
+    with record.stage("mask", job.device):
+        masks = record.kept_masks(shapes)
+        # Masks are N:M in the orders that were found with them.
+        kept = None if masks is None else record.kept_orders({group.name: group.channels for group in job.groups})
+    orders = kept or {group.name: _order_by(order, problem, group) for group in job.groups}
+    if masks is not None:
+        return FoundMasks(orders, masks, record.kept_weights(shapes) if job.methods.masks_change_weights else {})
     with record.stage("mask", job.device):
         earlier = [] if mask.learns_orders else [line for line in record.passes() if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
-        shapes = linear_shapes(job.groups)
-        masks = record.kept_masks(shapes)
-        if masks is not None:  # which are N:M in the orders that were found with them
-            orders = record.kept_orders({group.name: group.channels for group in job.groups}) or orders
-            return FoundMasks(orders, masks, record.kept_weights(shapes) if job.methods.masks_change_weights else {})
         with products_in(job.products, job.device):
             if mask.learned:
                 call_helpers(problem, job.loaded.identity, job.products, orders)

@@ -145,12 +145,24 @@ def prune(
                 if factors is not None
                 else member_factors(model, group, pruner, statistics[group.name], gradients)
             )
-            read = statistics.get(group.name)
             _prune_group(
-                model, group, pruner, reconstruction, pattern, order, found, read, gradients, masks, learned, weights, result
+                model,
+                group,
+                pruner,
+                reconstruction,
+                pattern,
+                order,
+                found,
+                statistics.get(group.name),
+                gradients,
+                masks,
+                learned,
+                weights,
+                result,
             )
             for path in group.members:
                 gradients.pop(path, None)
+        statistics.clear()  # those of the last layer would stay while the whole network learns
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
         for path, weight in weights.items():

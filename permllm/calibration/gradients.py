@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from permllm.calibration.statistics.base import GradientStatistic, Statistic, gradient_kinds
@@ -18,7 +17,7 @@ from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import decoder_layers, linear_at
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.memory import to_host
-from permllm.runtime.precision import products_in
+from permllm.runtime.precision import products_in, recomputed
 
 Gradients: TypeAlias = dict[str, list[GradientStatistic]]
 """Statistics of the gradients of linears' weights, by module path."""
@@ -82,7 +81,7 @@ def _summed_loss(model: nn.Module, head: Head, sample: Tensor) -> Tensor:
     inputs = layer_inputs(model, sample)
     hidden = inputs.hidden
     for layer, kwargs in zip(decoder_layers(model), inputs.kwargs, strict=True):
-        hidden = checkpoint(run_layer, layer, hidden, kwargs, use_reentrant=False)
+        hidden = recomputed(run_layer, layer, hidden, kwargs)
     states = head.reads(hidden)[0, :-1]
     targets = sample[0, 1:].to(states.device)
     at_a_time = tokens_at_a_time(len(head.weight), len(states))
@@ -90,7 +89,7 @@ def _summed_loss(model: nn.Module, head: Head, sample: Tensor) -> Tensor:
         return _cross_entropy(head, states, targets)
     total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
     for part, following in zip(states.split(at_a_time), targets.split(at_a_time), strict=True):
-        total = total + checkpoint(_cross_entropy, head, part, following, use_reentrant=False)
+        total = total + recomputed(_cross_entropy, head, part, following)
     return total
 
 

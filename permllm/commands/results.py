@@ -90,8 +90,9 @@ def work(options: argparse.Namespace) -> Answer:
         plot_masks(summary, options.masks, options.linear)
     if options.html:
         write_page("--html", options.html, collection, summary, baseline, paper)
-    # Intervals take their time: only what is printed is rendered.
-    return Answer(records(summary, baseline, paper), lambda: print(render(summary, options.format, baseline, paper), end=""))
+    # Intervals take their time: only what is printed is made.
+    rows = records(summary, baseline, paper) if options.json else []
+    return Answer(rows, lambda: print(render(summary, options.format, baseline, paper), end=""))
 
 
 def _refuse_beside_compare(options: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, NotRequired
 import torch
 from pydantic import InstanceOf
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
@@ -31,7 +30,7 @@ from permllm.record.schema import Object, Whole
 from permllm.record.tensors import read_torch, write_torch
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory
-from permllm.runtime.precision import gradient_scaler, product_dtype
+from permllm.runtime.precision import gradient_scaler, product_dtype, recomputed
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +90,15 @@ class Learner(ABC):
     """
 
     turn: int | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Its masked linears keep inputs in an order of their own for backward."""
+        return False
+
+    def masked_weights(self) -> int:
+        """Numbers of masked weights that wait for backward."""
+        return 0
 
     def learns(self, moment: Moment | None) -> bool:
         """Whether it learns in a step; None is no step."""
@@ -369,7 +377,7 @@ class Training:
             hidden = hidden.detach().requires_grad_()
         for index in range(self.window.first, self.window.stop):
             if recompute:
-                hidden = checkpoint(self._layer, index, hidden, kwargs[index], moment, use_reentrant=False)
+                hidden = recomputed(self._layer, index, hidden, kwargs[index], moment)
             else:
                 hidden = self._layer(index, hidden, kwargs[index], moment)
         return self.loss(hidden, batch.target)
@@ -398,7 +406,8 @@ class Training:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
             tokens = hidden.numel() // hidden.shape[-1]
-            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1]) * hidden.element_size()
+            item, gathers = hidden.element_size(), any(learner.gathers for learner in self.learners)
+            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1], item, gathers) * item
             kept *= self.window.stop - self.window.first
             if self.device.type == "cuda":
                 allowed = _SHARE_OF_FREE * (free_memory(self.device) - self._not_yet_taken(hidden))
@@ -419,7 +428,8 @@ class Training:
             for weight in self.problem.model.parameters()
             if weight.requires_grad and weight.dtype != product
         )
-        return size * (1 + moments) + rounded
+        masked = sum(learner.masked_weights() for learner in self.learners)
+        return size * (1 + moments) + rounded + masked * product.itemsize
 
     @torch.no_grad()
     def _where(self, indices: Tensor) -> str:
@@ -551,12 +561,18 @@ def steps_in_all(settings: LearningSettings, samples: int, layers: int, rounds: 
     return len(settings.spans(layers)) * rounds * steps_of(settings, samples)
 
 
-def kept_a_token(groups: Iterable[ChannelGroup], hidden: int) -> int:
+def kept_a_token(groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False) -> int:
     """Numbers that a decoder layer keeps for backward, a token: about 11 vectors of the residual stream and 4 of the MLP.
 
     Args:
         groups: channel groups of the model.
         hidden: width of the residual stream.
+        item: bytes of one of them.
+        gathers: each linear keeps its inputs in an order of its own, which otherwise are one tensor for a group. In float32
+            that is within what is said of all; in half precision norms, which compute in float32, take that room.
     """
+    groups = list(groups)
     inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)
-    return 11 * hidden + 4 * inner
+    layers = len({group.layer for group in groups})
+    copies = sum(group.channels * (len(group.members) - 1) for group in groups) // layers if gathers and item < 4 else 0
+    return 11 * hidden + 4 * inner + copies

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from permllm.errors import DataError
 from permllm.learning.masked_linear import StandIn
+from permllm.learning.ordered_linear import OrderedMaskedLinear
 from permllm.learning.scores import Scores
 from permllm.learning.training import Learner, Moment
 from permllm.models.families import ChannelGroup
@@ -54,6 +55,18 @@ class MaskLearner(Learner, Generic[StandIn]):
         self._at_epoch: dict[str, Tensor] = {}
         each = [(path, linear) for group in groups for path, linear in zip(group.members, linears[group.name], strict=True)]
         self.scores = nn.ModuleDict({path.replace(".", "/"): cast(nn.Module, linear.scores) for path, linear in each})
+
+    @property
+    @override
+    def gathers(self) -> bool:
+        each = (linear for linears in self.linears.values() for linear in linears)
+        return any(isinstance(linear, OrderedMaskedLinear) and linear.order is not None for linear in each)
+
+    @override
+    def masked_weights(self) -> int:
+        each = (linear for linears in self.linears.values() for linear in linears)
+        kept = (one.linear.weight for one in each if isinstance(one, OrderedMaskedLinear) and one.scores.keeps_masked)
+        return sum(weight.numel() for weight in kept)
 
     @override
     def parameters(self) -> list[dict[str, Any]]:

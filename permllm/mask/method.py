@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import Statistics
 from permllm.config import WITH_ORDERS
+from permllm.learning.course import Course
 from permllm.learning.kernels import chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.ordered_linear import OrderedMaskedLinear, ordered_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import FreeScores, Scores
-from permllm.learning.training import Checkpoint, Learner, Training, Window, read_checkpoint, samples_of, steps_of
-from permllm.learning.windows import WindowStream
+from permllm.learning.training import Checkpoint, Learner, Window, samples_of, steps_of
 from permllm.mask.contract import FoundMasks, MaskPlan
 from permllm.mask.learner import MaskLearner
 from permllm.mask.refined import Refining
@@ -31,7 +30,7 @@ from permllm.mask.settings import MaskSettings
 from permllm.mask.weights import MaskedWeightLearner
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
-from permllm.permutation.heuristic import search_order
+from permllm.permutation.heuristic import Search, search_of, searched
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.shared import SharedOrder, expanded, orders_within, shared_orders
@@ -41,6 +40,55 @@ from permllm.sparsity import PackedMasks, permuted_nm_mask, unpacked_mask
 
 ScoresOf: TypeAlias = dict[str, dict[str, Tensor]]
 """Parameters of scores by the path of a linear and their name, channels in the dense model's order."""
+
+
+ScoresAt: TypeAlias = Callable[..., Scores]
+"""What a linear starts from, by its path, weight `(C_out, C_in)` and saliency factors, and the order that both are in, int64
+`(C_in,)`; without one, that of the dense model."""
+
+
+@dataclass
+class _Found:
+    """What windows have learned so far, all of it on the CPU.
+
+    Attributes:
+        present: int64 `(C_in,)` by group, in which learning goes on.
+        orders: those that `masks` are N:M in. Of earlier windows a searched order may be present that is not.
+        masks: by linear, as `packed_mask` gives them.
+        weights: that stand under them, by linear, where they learn.
+    """
+
+    present: dict[str, Tensor]
+    orders: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def before(cls, orders: Mapping[str, Tensor], state: Checkpoint | None) -> _Found:
+        """What was found before the window of a checkpoint, or before any, in these orders."""
+        of_masks = {"orders": {}, "orders_of_earlier": {}, "earlier": {}} if state is None else state["learners"][-1]
+        kept = {key: _on_cpu(of_masks[key]) for key in ("orders", "orders_of_earlier", "earlier")}
+        present = {**orders, **kept["orders"]}
+        return cls(present, present | kept["orders_of_earlier"], kept["earlier"], {})
+
+    def before_window(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """What a `MaskLearner` has in its checkpoint."""
+        return self.masks, self.present, self.orders
+
+    def take(self, learners: list[Learner], again: bool) -> ScoresOf:
+        """Have the orders, weights and masks that a window has learned; the scores, where it learns again."""
+        *others, masks = learners
+        assert isinstance(masks, MaskLearner)
+        for learner in others:
+            if isinstance(learner, MaskedWeightLearner):
+                self.weights |= learner.best
+            else:
+                assert isinstance(learner, OrderLearner)
+                self.present |= expanded(learner.shared, learner.best)
+        if masks.best:
+            self.masks |= masks.best
+            self.orders |= {group.name: self.present[group.name] for group in masks.groups}
+        return masks.scores_of_the_dense_order() if again else {}
 
 
 class MaskLearning(MaskSettings):
@@ -90,81 +138,41 @@ class MaskLearning(MaskSettings):
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        state = parallel.from_first(lambda: read_checkpoint(problem, MASK_CHECKPOINT, _check))
-        problem.on_resume([] if state is None else state["passes"])
-        passes = [] if state is None else list(state["passes"])
-        begin = 0 if state is None else state["window"]
-        learned: dict[str, Tensor] = {}
-        weights: dict[str, Tensor] = {}
-        present = dict(orders)
-        if state is not None:
-            of_masks = state["learners"][-1]
-            learned = {path: bits.cpu() for path, bits in of_masks["earlier"].items()}
-            present |= {name: order.cpu() for name, order in of_masks["orders"].items()}
-        best = dict(present)
-        if state is not None:
-            best |= {name: order.cpu() for name, order in state["learners"][-1]["orders_of_earlier"].items()}
+        course = Course(self, problem, self.rounds, "mask", MASK_CHECKPOINT, _check)
+        found = _Found.before(orders, course.state)
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
-            if path in learned:
-                return unpacked_mask(learned[path], linear_at(problem.model, path).weight.shape)
-            order = best[group.name].to(problem.device)
+            if path in found.masks:
+                return unpacked_mask(found.masks[path], linear_at(problem.model, path).weight.shape)
+            order = found.orders[group.name].to(problem.device)
             return permuted_nm_mask(problem.saliency_of(path), order, problem.pattern_of(group))
 
-        stream, refining = WindowStream(problem), self.refining(problem)
-        spans = self.spans(len(decoder_layers(problem.model)))
-        scores: ScoresOf = {}
-        best_loss = math.inf
-        for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
-            if number < begin or not any(first <= group.layer < stop for group in problem.groups):
-                continue
-            round_ = number % self.rounds
-            scores, best_loss = (scores, best_loss) if round_ else ({}, math.inf)
-            if scores and self.orders == "searched":
-                search = partial(self._searched, problem, permutation, scores, present, (first, stop))
-                present |= parallel.from_first(search)
-            window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
-            lcp = permutation if self.learns_orders else None
-            start: dict[str, Tensor] = {}
-            if refining is not None and not scores and not (state is not None and number == begin):
-                of_window = [group for group in problem.groups if group.layer in window]
-                start = parallel.from_first(partial(refining.packed, of_window, present))
-            with self._learners(problem, window, (present, best), learned, scores, start, lcp) as learners:
-                scores.clear()  # the learners have them
-                training = Training(self, problem, window, learners, "mask", MASK_CHECKPOINT, best_loss, passes)
-                if state is not None and number == begin:
-                    training.restore(state)
-                    state = None  # which is as large as what learns
-                training.run()
-                best_loss = training.best_loss
-                scores = self._take(learners, present, best, learned, weights, again=round_ + 1 < self.rounds)
-                del training, learners  # before those of the next window, which are as large
-        masks = PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
-        return FoundMasks(best, masks, weights)
+        def learns(first: int, stop: int) -> bool:
+            return any(first <= group.layer < stop for group in problem.groups)
 
-    @staticmethod
-    def _take(
-        learners: list[Learner],
-        present: dict[str, Tensor],
-        best: dict[str, Tensor],
-        learned: dict[str, Tensor],
-        weights: dict[str, Tensor],
-        again: bool,
-    ) -> ScoresOf:
-        """Have the orders, weights and masks that a window has learned; the scores, where it learns again."""
-        *others, masks = learners
-        assert isinstance(masks, MaskLearner)
-        for learner in others:
-            if isinstance(learner, MaskedWeightLearner):
-                weights |= learner.best
-            else:
-                assert isinstance(learner, OrderLearner)
-                present |= expanded(learner.shared, learner.best)
-        if masks.best:
-            learned |= masks.best
-            # Of earlier windows a searched order may be present that is not the one that their masks are N:M in.
-            best |= {group.name: present[group.name] for group in masks.groups}
-        return masks.scores_of_the_dense_order() if again else {}
+        refining, layers = self.refining(problem), len(decoder_layers(problem.model))
+        scores: ScoresOf = {}
+        for window in course.windows(learns, mask_of):
+            if not window.round:
+                scores = {}
+            if scores and self.orders == "searched":
+                search = partial(self._searched, problem, permutation, scores, found.present, window)
+                found.present |= parallel.from_first(search)
+            refined: dict[str, Tensor] = {}
+            if refining is not None and not scores and not course.resumes(window):
+                of_window = [group for group in problem.groups if group.layer in window]
+                refined = parallel.from_first(partial(refining.packed, of_window, found.present))
+                if window.stop == layers:
+                    refining = None  # and its states
+            start = self._start(problem, window, found, scores, refined)
+            with self._learners(problem, window, found, start, permutation) as learners:
+                del start
+                scores.clear()  # the learners have them
+                course.train(window, learners)
+                scores = found.take(learners, again=window.round + 1 < self.rounds)
+                del learners  # before those of the next window, which are as large
+        masks = PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
+        return FoundMasks(found.orders, masks, found.weights)
 
     def _searched(
         self,
@@ -172,11 +180,11 @@ class MaskLearning(MaskSettings):
         permutation: Any,
         scores: ScoresOf,
         present: Mapping[str, Tensor],
-        span: tuple[int, int],
+        window: Window,
     ) -> dict[str, Tensor]:
         """Orders by group that retain the most of what masks have learned, where that is more than the present ones do.
 
-        They are those that the layers of a span have all groups of.
+        They are those that the layers of a window have all groups of.
         """
 
         def score_of(path: str) -> Tensor:
@@ -186,78 +194,96 @@ class MaskLearning(MaskSettings):
                 learned.load_state_dict(scores[path])
                 return learned.values_t(weight.t()).t()
 
-        def search(order: SharedOrder) -> Tensor:
+        def search(order: SharedOrder) -> Search:
+            @cache
+            def largest() -> Tensor:
+                return torch.stack([score_of(path).max() for group in order.groups for path in group.members]).max()
+
             # As the saliency, whose logarithm scores started at. A factor that all linears of the order have in common moves
             # nothing; without it scores of 90 would be infinite.
-            largest = max(score_of(path).max() for group in order.groups for path in group.members)
-            return search_order(order, lambda path: (score_of(path) - largest).exp(), problem.pattern, _shared(order, present))
+            return search_of(order, lambda path: (score_of(path) - largest()).exp(), problem.pattern, _shared(order, present))
 
-        shared = orders_within(shared_orders(problem.groups, permutation.constraint), *span)
-        return expanded(shared, {order.name: search(order) for order in tqdm(shared, desc="permutation")})
+        shared = orders_within(shared_orders(problem.groups, permutation.constraint), window.first, window.stop)
+        return expanded(shared, searched([search(order) for order in shared], problem.device, "permutation"))
 
-    @contextmanager
-    def _learners(
-        self,
-        problem: LearningProblem,
-        window: Window,
-        orders_and_best: tuple[dict[str, Tensor], dict[str, Tensor]],
-        earlier: Mapping[str, Tensor],
-        scores: ScoresOf,
-        refined: Mapping[str, Tensor],
-        lcp: LCP | None,
-    ) -> Iterator[list[Learner]]:
-        """What learns in a window, whose linears are masked linears meanwhile: orders or weights, and after them the masks.
-
-        They start from scores, where there are some, else from refined masks, else from those of the pruner.
-        """
-        orders, placement = orders_and_best[0], placement_of(problem.model)
-        groups = [group for group in problem.groups if group.layer in window]
+    def _start(
+        self, problem: LearningProblem, window: Window, found: _Found, scores: ScoresOf, refined: Mapping[str, Tensor]
+    ) -> ScoresAt:
+        """What the linears of a window start from: scores, where there are some, else refined masks, else the pruner's."""
         generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
-        group_of = {path: group for group in groups for path in group.members}
+        group_of = {path: group for group in problem.groups if group.layer in window for path in group.members}
 
-        def scores_of(path: str, weight: Tensor, factors: SaliencyFactors, order: Tensor | None = None) -> Scores:
+        def start(path: str, weight: Tensor, factors: SaliencyFactors, order: Tensor | None = None) -> Scores:
             made = self.scores(weight, factors, generator)
             if path in scores:
-                order_ = torch.arange(weight.shape[1], device=weight.device) if order is None else order
-                values = {n: v[order_] if n in made.by_channel else v for n, v in scores[path].items()}
+                places = torch.arange(weight.shape[1], device=weight.device) if order is None else order
+                values = {n: v[places] if n in made.by_channel else v for n, v in scores[path].items()}
                 made.load_state_dict(values)
             elif path in refined:
                 assert isinstance(made, FreeScores)
                 keep_t = unpacked_mask(refined[path], weight.shape).to(weight.device).t()
                 m = problem.pattern_of(group_of[path]).m
                 if order is None:
-                    made.start_at(keep_t, m, orders[group_of[path].name].to(weight.device))
+                    made.start_at(keep_t, m, found.present[group_of[path].name].to(weight.device))
                 else:
                     made.start_at(keep_t[order], m)
             return made
 
-        def scores_at(path: str) -> Scores:
-            return scores_of(path, linear_at(problem.model, path).weight, problem.factors_of(path))
+        return start
 
-        steps = self.rounds * steps_of(self, samples_of(self, problem))
-        rate = self.learning_rate
-        shared = [] if lcp is None else shared_orders(problem.groups, lcp.constraint)
+    def _learners(
+        self, problem: LearningProblem, window: Window, found: _Found, start: ScoresAt, permutation: Any
+    ) -> AbstractContextManager[list[Learner]]:
+        """What learns in a window, whose linears are masked linears meanwhile; the masks are the last of it."""
+        if self.learns_orders:
+            shared = shared_orders(problem.groups, permutation.constraint)
+            if orders_within(shared, window.first, window.stop):
+                return self._with_orders(problem, window, found, start, permutation, shared)
+        # Else these layers share their orders with others, and keep them.
+        return self._in_orders(problem, window, found, start)
+
+    @contextmanager
+    def _in_orders(self, problem: LearningProblem, window: Window, found: _Found, start: ScoresAt) -> Iterator[list[Learner]]:
+        """Masks in orders that are fixed, and the weights under them, where they learn."""
+        groups = [group for group in problem.groups if group.layer in window]
+        placement = placement_of(problem.model)
+        kernels = chosen_kernels(self, problem, groups, self._steps(problem), None, dense=True)
+        with ordered_linears(problem, groups, found.present, start, kernels, self.learns_weights) as linears:
+
+            def mask_of(group: ChannelGroup, linear: OrderedMaskedLinear) -> Tensor:
+                with placement.layer(group.layer):
+                    return linear.mask()
+
+            of_weights: list[Learner] = []
+            if self.weights_learning_rate is not None:
+                each = (zip(group.members, linears[group.name], strict=True) for group in groups)
+                of_weights = [MaskedWeightLearner(dict(chain.from_iterable(each)), self.weights_learning_rate)]
+            yield [*of_weights, MaskLearner(groups, linears, mask_of, self.learning_rate, *found.before_window())]
+
+    @contextmanager
+    def _with_orders(
+        self,
+        problem: LearningProblem,
+        window: Window,
+        found: _Found,
+        start: ScoresAt,
+        lcp: LCP,
+        shared: list[SharedOrder],
+    ) -> Iterator[list[Learner]]:
+        """Orders, and masks in them as they learn."""
+        groups = [group for group in problem.groups if group.layer in window]
+        placement = placement_of(problem.model)
+        orders = {order.name: _shared(order, found.present) for order in shared}
         learning = orders_within(shared, window.first, window.stop)
-        if lcp is None or not learning:  # these layers share their orders with others, and keep them
-            kernels = chosen_kernels(self, problem, groups, steps, None, dense=True)
-            with ordered_linears(problem, groups, orders, scores_of, kernels, self.learns_weights) as ordered:
-
-                def fixed_mask(group: ChannelGroup, linear: OrderedMaskedLinear) -> Tensor:
-                    with placement.layer(group.layer):
-                        return linear.mask()
-
-                of_weights: list[Learner] = []
-                if self.weights_learning_rate is not None:
-                    each = (zip(group.members, ordered[group.name], strict=True) for group in groups)
-                    of_weights = [MaskedWeightLearner(dict(chain.from_iterable(each)), self.weights_learning_rate)]
-                yield [*of_weights, MaskLearner(groups, ordered, fixed_mask, rate, earlier, *orders_and_best)]
-            return
-        start = {order.name: _shared(order, orders) for order in shared}
-        logits = lcp.start_logits(problem, learning, start, near=lcp.init == "heuristic" or window.round > 0)
-        kernels = chosen_kernels(self, problem, groups, steps, lcp.straight_through, dense=True)
+        logits = lcp.start_logits(problem, learning, orders, near=lcp.init == "heuristic" or window.round > 0)
+        kernels = chosen_kernels(self, problem, groups, self._steps(problem), lcp.straight_through, dense=True)
         used_by = {group.name: order for order, group in members(shared, window)}
+
+        def scores_at(path: str) -> Scores:
+            return start(path, linear_at(problem.model, path).weight, problem.factors_of(path))
+
         with masked_linears(problem, lcp.places(shared, window), scores_at, lcp.straight_through, kernels) as linears:
-            of_orders = OrderLearner(lcp, problem, shared, window, start, logits, linears)
+            of_orders = OrderLearner(lcp, problem, shared, window, orders, logits, linears)
 
             def mask_of(group: ChannelGroup, linear: PermutedMaskedLinear) -> Tensor:
                 order = used_by[group.name]
@@ -265,10 +291,18 @@ class MaskLearning(MaskSettings):
                 with placement.layer(group.layer):
                     return linear.mask(order.expand(present))
 
-            of_masks = MaskLearner(groups, linears, mask_of, rate, earlier, *orders_and_best)
+            of_masks = MaskLearner(groups, linears, mask_of, self.learning_rate, *found.before_window())
             if self.orders == "turns":
                 of_orders.turn, of_masks.turn = 0, 1
             yield [of_orders, of_masks]
+
+    def _steps(self, problem: LearningProblem) -> int:
+        """How many steps a window has in all of its rounds."""
+        return self.rounds * steps_of(self, samples_of(self, problem))
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in tensors.items()}
 
 
 def _shared(order: SharedOrder, orders: Mapping[str, Tensor]) -> Tensor:

@@ -380,7 +380,7 @@ class RunRecord(Progress):
 
     def begin_learning(self) -> None:
         """Forget the passes of an earlier attempt, unless its checkpoint is there."""
-        if not self.path(CHECKPOINT).is_file():
+        if not any(self.path(name).is_file() for name in (CHECKPOINT, MASK_CHECKPOINT)):
             self.restart_history([])
 
     def kept_orders(self, channels: Mapping[str, int]) -> dict[str, Tensor] | None:

@@ -58,7 +58,9 @@ class Collection:
 
     Attributes:
         runs: finished, each identity once, with the evaluations of all runs of that identity.
-        duplicates: runs of an identity that is there already, evaluated in the same way, and the directory of the first.
+        duplicates: runs of an identity that is there already, evaluated in the same way or pruned to other numbers, as on
+            another machine, and the directory of the first.
+        evaluated_otherwise: of these, those with an evaluation that the first does not have.
         skipped: what looked like a run and is none, and why.
         studies: finished, which are no runs.
         older: how many of the runs are older than checksums.
@@ -66,13 +68,17 @@ class Collection:
 
     runs: list[Run] = field(default_factory=list)
     duplicates: list[tuple[Path, Path]] = field(default_factory=list)
+    evaluated_otherwise: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     studies: list[Run] = field(default_factory=list)
     older: int = 0
 
     def left_out(self) -> list[str]:
         """A line for each of the rest."""
-        notes = [f"{path} has the same identity as {first} and is not counted again" for path, first in self.duplicates]
+        notes = []
+        for path, first in self.duplicates:
+            lost = ", nor what else it was evaluated on, as its numbers are others" if path in self.evaluated_otherwise else ""
+            notes.append(f"{path} has the same identity as {first} and is not counted again{lost}")
         notes += [f"skipped {path}: {reason}" for path, reason in self.skipped]
         what = "a study, not a run: what it found stands in it, under `study`"
         return notes + [f"skipped {run.directory}: {what}" for run in self.studies]
@@ -129,6 +135,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             found.older += not checked
         elif not _merged(there, run):
             found.duplicates.append((run.directory, there.directory))
+            found.evaluated_otherwise += [run.directory] * _has_more(there, run)
     return found
 
 
@@ -165,6 +172,11 @@ def _merged(there: Run, run: Run) -> bool:
         if stage.startswith("evaluate"):
             there.metrics["seconds"][stage] = there.metrics["seconds"].get(stage, 0.0) + seconds
     return True
+
+
+def _has_more(there: Run, run: Run) -> bool:
+    held = [entry["evaluation"] for entry in evaluations.all_of(there.metrics, there.config)]
+    return any(entry["evaluation"] not in held for entry in evaluations.all_of(run.metrics, run.config))
 
 
 def _finished(where: str, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
     if first is None or second is None:
         return "not measured in both rows"
     if first.gaps or second.gaps:
-        return _paired_gaps(first.gaps, second.gaps)
+        return _paired_gaps(ours, theirs, name)
     if first.kind == "number":
         return "a number of all items together"
     what = "windows" if first.kind == "perplexity" else "items"
@@ -115,23 +115,27 @@ def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
     resampled = bootstrap(differences)
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     count = sum(map(len, differences))
-    over = f"{count} {what}" + (f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "")
-    value = float(np.mean([part.mean() for part in differences]))
-    return Paired(first.kind, value, float(low), float(high), over, runs.keys() == others.keys())
+    value, whole = float(np.mean([part.mean() for part in differences])), runs.keys() == others.keys()
+    return Paired(first.kind, value, float(low), float(high), f"{count} {what}{_told(seeds, whole)}", whole)
 
 
-def _paired_gaps(ours: dict[str, Gap], theirs: dict[str, Gap]) -> Paired | str:
+def _paired_gaps(one_row: Row, other_row: Row, measure: str) -> Paired | str:
     """The difference of two gaps, or why it has no interval."""
+    ours, theirs = one_row.measures[measure].gaps, other_row.measures[measure].gaps
     if ours.keys() != theirs.keys():
         return "not the same texts"
+    of_row, of_other = ([run.config["seed"] for run in row.runs] for row in (one_row, other_row))
+    seeds = sorted(set(of_row) & set(of_other))
+    if not seeds:
+        return "no seed in common"
     generator = np.random.default_rng(0)
     value, resampled, count = 0.0, np.zeros(RESAMPLES), 0
     for name, gap in ours.items():
         other = theirs[name]
-        six = (gap.here, gap.start, gap.end, other.here, other.start, other.end)
-        if not all(one.scored and all(one.scored) for one in six):
+        six = [*_of_seeds(gap, of_row, seeds), *_of_seeds(other, of_other, seeds)]
+        if not all(runs and all(runs) for runs in six):
             return "windows were not kept"
-        read = [[scored for of_run in one.scored for scored in of_run.values()] for one in six]
+        read = [[scored for of_run in runs for scored in of_run.values()] for runs in six]
         if len({scored.of for scored in read[0]} ^ {scored.of for scored in read[3]}):
             return "not the same windows"
         # The same text in the same windows; a random model is another one for each seed.
@@ -147,8 +151,23 @@ def _paired_gaps(ours: dict[str, Gap], theirs: dict[str, Gap]) -> Paired | str:
             resampled[start : start + len(drawn)] += _difference(nats[:, drawn].mean(axis=-1))
         count += size
     low, high = np.quantile(resampled / len(ours), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    over = f"{count} windows" + (f" of {len(ours)} texts" if len(ours) > 1 else "")
-    return Paired("share", float(value) / len(ours), float(low), float(high), over, True)
+    whole = set(of_row) == set(of_other)
+    over = f"{count} windows" + (f" of {len(ours)} texts" if len(ours) > 1 else "") + _told(seeds, whole)
+    return Paired("share", float(value) / len(ours), float(low), float(high), over, whole)
+
+
+def _of_seeds(gap: Gap, of_row: list[Any], seeds: list[Any]) -> tuple[list[dict[str, Scored]], ...]:
+    """Windows of some seeds of a row, of their unpermuted models, of all where seeds differ, and of the dense model."""
+    places = [place for place, seed in enumerate(of_row) if seed in seeds]
+    starts = [gap.start.scored[gap.own[place]] for place in places] if gap.own else gap.start.scored
+    return [gap.here.scored[place] for place in places], starts, gap.end.scored
+
+
+def _told(seeds: list[Any], whole: bool) -> str:
+    """Which seeds a difference is of, where one could think of others."""
+    if len(seeds) < 2 and whole:
+        return ""
+    return f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" + " alone" * (not whole)
 
 
 def _difference(logarithms: NDArray[np.float64]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from permllm.record.figures import PRUNING_STAGES, pruning_minutes
 from permllm.results.collect import Run
-from permllm.results.summary import GAP, LEARNED_TOO, Row, Summary, row_labels
+from permllm.results.summary import GAP, LEARNED_TOO, Row, Summary, one_start, row_labels
 
 MINUTES = f"minutes: {' + '.join(PRUNING_STAGES)}"
 
@@ -84,16 +84,19 @@ def lower_is_better(summary: Summary, measure: str) -> bool:
 
 
 def measures(summary: Summary) -> list[str]:
-    """What is worth its minutes: gaps closed, their mean first; perplexities and accuracies."""
+    """What is worth its minutes: gaps closed, their mean first; perplexities, accuracies. Gaps that do not compare, last."""
     gaps = [name for name in summary.measures if any(name in row.measures and row.measures[name].gaps for row in summary.rows)]
-    return sorted(gaps, key=lambda name: name != GAP) + [
-        name for name in summary.measures if kind(summary, name) in ("perplexity", "accuracy")
-    ]
+    gaps.sort(key=lambda name: name != GAP)
+    others = [name for name in summary.measures if kind(summary, name) in ("perplexity", "accuracy")]
+    return gaps + others if one_start(summary) else others + gaps
 
 
-def method(row: Row) -> str:
-    """As `method_of`, of the runs of a row."""
-    return method_of(row.runs[0].config)
+def methods(summary: Summary) -> list[str]:
+    """As `method_of`, of each row; with the pruner, where rows have several."""
+    configs = [row.runs[0].config for row in summary.rows]
+    pruners = [str(config["pruner"]["name"]) for config in configs]
+    several = len(set(pruners)) > 1
+    return [f"{pruner}, " * several + method_of(config) for pruner, config in zip(pruners, configs, strict=True)]
 
 
 def method_of(config: Mapping[str, Any]) -> str:

@@ -69,6 +69,10 @@ async function start() {
     language: { search: "Filter rows", info: "_TOTAL_ of _MAX_ rows", infoEmpty: "0 of _MAX_ rows", infoFiltered: "",
       buttons: { colvis: "Columns" } },
   });
+  // A setting's whole value, not what begins with it: lcp is not lcp-paper, nor 110 steps 1100.
+  const whole = (term) => new RegExp(`(^|\\s)${term.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}($|[\\s,])`, "i");
+  DataTable.ext.search.push((_, cells) =>
+    table.search().replaceAll('"', "").split(/\s+/).filter((term) => /=./.test(term)).every((term) => cells.some((cell) => whole(term).test(cell))));
   const plots = [...document.querySelectorAll(".plots")];
   const shown = () => table.rows({ search: "applied" }).nodes().toArray().map((row) => Number(row.dataset.row));
   const drawAll = () => {

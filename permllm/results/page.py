@@ -114,7 +114,7 @@ def sections(summary: Summary, labels: list[str]) -> dict[str, dict[str, _Json]]
 def _cost(summary: Summary, labels: list[str], name: str) -> _Json:
     """A point a row, peak memory as its area, in the colour of its method."""
     points = cost.points(summary, name)
-    methods = [f"{row.runs[0].config['pruner']['name']}, {cost.method(row)}" for row in summary.rows]
+    methods = cost.methods(summary)
     largest = max([1, *(point.memory for point in points)])
     traces = []
     for point in points:

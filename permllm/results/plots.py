@@ -16,6 +16,12 @@ from permllm.results.render import heading, main_measure
 from permllm.results.summary import Measure, Row, Summary, row_labels
 from permllm.runtime.plotting import load_pyplot, save_figure
 
+_INCHES_A_BAR = 0.28
+# What a legend inside of the axes has room for, and a label.
+_IN_A_LEGEND, _LETTERS = 6, 48
+# Of matplotlib, which then begins anew.
+_COLOURS, _MARKERS = 10, "osD^vPX*<>"
+
 
 def plot(summary: Summary, file: Path) -> None:
     """Write a picture; its suffix chooses the format.
@@ -34,9 +40,10 @@ def plot(summary: Summary, file: Path) -> None:
         raise ConfigError("--plot: the runs have neither a perplexity nor an accuracy")
     labels = {id(row): name for row, name in zip(summary.rows, row_labels(summary), strict=True)}
     learned = [(labels[id(row)], curve) for row in summary.rows if (curve := losses(row))]
-    figure, axes = pyplot.subplots(1, 2 if learned else 1, figsize=(11 if learned else 6, 4), squeeze=False)
     rows = [row for row in summary.rows if name in row.measures]
     numeric = numeric_setting(summary)
+    height = 4.0 if numeric is not None else max(4.0, _INCHES_A_BAR * len(rows) + 1)
+    figure, axes = pyplot.subplots(1, 2 if learned else 1, figsize=(13 if learned else 7, height), squeeze=False)
     axis = axes[0][0]
     if numeric is not None:
         points = sorted(((float(row.labels[numeric]), row.measures[name]) for row in rows), key=lambda point: point[0])
@@ -52,14 +59,14 @@ def plot(summary: Summary, file: Path) -> None:
         mark = axis.axhline if numeric is not None else axis.axvline
         mark(_drawn(summary.dense[name]), linestyle="--", color="grey", label="dense")
         axis.legend()
-    for label, curve in learned:
+    for number, (label, curve) in enumerate(learned):
         curve = [loss if math.isfinite(loss) else math.nan for loss in curve]
-        axes[0][1].plot(range(1, len(curve) + 1), curve, marker="o", label=label)
+        axes[0][1].plot(range(1, len(curve) + 1), curve, label=_cut(label), **_look(number))
     if learned:
         axes[0][1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes[0][1].set_xlabel("epoch")
         axes[0][1].set_ylabel("loss, mean of the epoch")
-        axes[0][1].legend(fontsize="small")
+        _legend(axes[0][1], "best")
     save_figure(figure, "--plot", file)
 
 
@@ -83,16 +90,17 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
     if not found:
         raise ConfigError(f"--to {file}: no row has {name} and minutes of its own")
     best = cost.front(found, lower)
-    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    figure, axis = pyplot.subplots(figsize=(8, 4.8))
     axis.step(
         [p.minutes for p in best], [p.value for p in best], where="post", linestyle=":", color="grey", label="Pareto front"
     )
     largest = max([1, *(point.memory for point in found)])
-    methods = {point.row: cost.method(summary.rows[point.row]) for point in found}
-    for method in dict.fromkeys(methods[point.row] for point in sorted(found, key=lambda point: point.minutes)):
+    methods = cost.methods(summary)
+    in_order = dict.fromkeys(methods[point.row] for point in sorted(found, key=lambda point: point.minutes))
+    for number, method in enumerate(in_order):
         some = [point for point in found if methods[point.row] == method]
         sizes = [30 + 150 * point.memory / largest for point in some]
-        axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8)
+        axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8, **_look(number))
     named = found if len(found) <= 12 else best
     middle = math.sqrt(min(point.minutes for point in found) * max(point.minutes for point in found))
     for number, point in enumerate(sorted(named, key=lambda point: (point.minutes, point.value))):
@@ -120,7 +128,7 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
     axis.set_title(", ".join(str(next(iter(values))) for values in shared if len(values) == 1), fontsize="medium")
     axis.set(xlabel=f"{cost.MINUTES} (area: peak of memory)", ylabel=heading(summary, name))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="lower left" if lower else "upper left")
+    _legend(axis, "lower left" if lower else "upper left")
     save_figure(figure, "--to", file, 100, json.dumps(cost_data(summary, name), sort_keys=True))
 
 
@@ -197,9 +205,26 @@ def losses(row: Row) -> list[float]:
 def _bars(axis: Any, labels: list[str], measures: list[Measure], name: str) -> None:
     # By place, not by name: two rows may have the same.
     axis.barh(range(len(labels)), [_drawn(measure) for measure in measures], xerr=_errors(measures), capsize=3)
-    axis.set_yticks(range(len(labels)), labels)
+    axis.set_yticks(range(len(labels)), [_cut(label) for label in labels])
     axis.set_xlabel(name)
     axis.invert_yaxis()
+
+
+def _look(number: int) -> dict[str, str]:
+    """A colour and a marker that no other of the first hundred has together."""
+    return {"color": f"C{number % _COLOURS}", "marker": _MARKERS[number // _COLOURS % len(_MARKERS)]}
+
+
+def _legend(axis: Any, place: str) -> None:
+    """Inside, or beside the axes where it would hide what is drawn."""
+    if len(axis.get_legend_handles_labels()[1]) <= _IN_A_LEGEND:
+        axis.legend(fontsize="small", loc=place)
+    else:
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= _LETTERS else f"{label[: _LETTERS - 1]}…"
 
 
 def _drawn(measure: Measure) -> float:

@@ -13,7 +13,7 @@ from permllm.errors import ConfigError
 from permllm.nested import finite
 from permllm.results.compare import Paired, change_between, paired
 from permllm.results.published import Comparison
-from permllm.results.summary import GAP, Measure, Row, Summary, close_gaps, row_labels, shared_perplexities
+from permllm.results.summary import GAP, Measure, Row, Summary, close_gaps, one_start, row_labels, shared_perplexities
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -131,7 +131,7 @@ def undrawn(summary: Summary, measure: str | None) -> list[str]:
 def main_measure(summary: Summary) -> str | None:
     """What runs are compared by.
 
-    The perplexity that all rows have; where they have several, the mean gap that they close, if there is one. Else the
+    The perplexity that all rows have; where they have several, the mean gap that they close, if it has one start. Else the
     average accuracy, else the first accuracy; where rows share nothing, the first perplexity or accuracy.
     """
     kinds = {name: _kind(summary, name) for name in summary.measures}
@@ -139,7 +139,7 @@ def main_measure(summary: Summary) -> str | None:
     accuracies = [name for name, kind in kinds.items() if kind == "accuracy"]
     accuracies.sort(key=lambda name: not name.startswith("average acc"))
     of_all = [name for name in accuracies if all(name in row.measures for row in summary.rows)]
-    first = [GAP] * (len(shared) > 1 and GAP in kinds) + shared + of_all
+    first = [GAP] * (len(shared) > 1 and GAP in kinds and one_start(summary)) + shared + of_all
     perplexities = [name for name, kind in kinds.items() if kind == "perplexity"]
     return next(iter([*first, *perplexities, *accuracies]), None)
 

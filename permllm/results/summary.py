@@ -27,9 +27,12 @@ _PERPLEXITY = " perplexity ("
 # Machines sum up in other orders: numbers of one model that are so near are the same.
 _NEAR = 1e-4
 
+# What a run is called, what is kept of it, and how its work is laid out, which change its numbers by rounding alone.
+_NO_RESULT = ("name", "save_weights", "model.device", "calibration.batch_size")
+_NO_RESULT_BELOW = ("micro_batch_size", "activation_checkpointing")
 # Settings that only repeat others or name files, whose digests stand beside them, and what says only what was kept.
-_LEFT_OUT = ("name", "seed", "inputs")
-_LEFT_OUT_TOO = "save_weights"
+_LEFT_OUT = ("seed", "inputs")
+_LEFT_OUT_TOO = ("name", "save_weights")
 _LEFT_OUT_BELOW = ("_target_", "path", "data_files", "architecture", "device", "hub_name", "source", "revision")
 # What a reader looks for first.
 _FIRST = (
@@ -172,9 +175,7 @@ class Summary:
 
 def summarise(runs: list[Run]) -> Summary:
     """Group runs by their settings without the seed, and find what varies."""
-    # Grouped by everything, not by the columns alone: what no column shows must not be averaged away.
-    alike = pd.Series([json.dumps(_without_seed(run), sort_keys=True) for run in runs], dtype=object)
-    members = [list(indices) for _, indices in alike.groupby(alike, sort=False).groups.items()]
+    members = _seeds_of_a_row(runs)
     groups = [flat_settings(runs[indices[0]].config) for indices in members]
     settings = _varying(groups)
     if len({json.dumps(_labels(values, settings)) for values in groups}) < len(groups):
@@ -189,7 +190,7 @@ def summarise(runs: list[Run]) -> Summary:
     _tell_texts(each.values())
     named = _names(key for found in each.values() for measures in found.values() for key in measures)
     for row in rows:
-        row.dense, _ = _shared_measures([each[id(run)]["dense"] for run in row.runs], named)
+        row.dense, _ = _shared_measures([each[id(run)]["dense"] for run in row.runs], named, of_dense=True)
         row.measures, missing = _shared_measures([each[id(run)]["sparse"] for run in row.runs], named)
         if missing:
             where = ", ".join(str(run.directory) for run in row.runs)
@@ -205,6 +206,27 @@ def summarise(runs: list[Run]) -> Summary:
     _note_formats(summary)
     close_gaps(summary)
     return summary
+
+
+def _seeds_of_a_row(runs: list[Run]) -> list[list[int]]:
+    """The places of the runs of each row.
+
+    They are grouped by all settings that make a result, not by the columns alone: what no column shows must not be averaged
+    away. What makes none tells runs apart where they are of one seed, so that no seed counts twice.
+    """
+    members = _grouped(runs, range(len(runs)), essential=True)
+    rows = []
+    for indices in members:
+        seeds = [runs[index].config["seed"] for index in indices]
+        rows += [indices] if len(set(seeds)) == len(seeds) else _grouped(runs, indices, essential=False)
+    return rows
+
+
+def _grouped(runs: list[Run], indices: Iterable[int], essential: bool) -> list[list[int]]:
+    found: dict[str, list[int]] = {}
+    for index in indices:
+        found.setdefault(json.dumps(_without_seed(runs[index], essential), sort_keys=True), []).append(index)
+    return list(found.values())
 
 
 def _note_formats(summary: Summary) -> None:
@@ -255,6 +277,7 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     """
     _forget_gaps(summary)
     found: list[tuple[Row, dict[str, Gap]]] = []
+    references: list[Row] = []
     settings = [_beside_the_order(row) for row in summary.rows]
     starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
     for row, ours in zip(summary.rows, settings, strict=True):
@@ -273,6 +296,7 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
         }
         if gaps := {name: gap for name, gap in gaps.items() if gap.shares() is not None}:
             found.append((row, gaps))
+            references.append(reference)
     texts = [name for name in summary.measures if any(name in gaps for _, gaps in found)]
     if not texts:
         return
@@ -283,6 +307,7 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
             row.measures[GAP] = _mean_gap({name: gaps[name] for name in shared})
         if len(texts) > 1:
             row.measures |= {gap_of(name): _mean_gap({name: gap}) for name, gap in gaps.items()}
+    summary.notes += _notes_on_starts([(row, start) for (row, _), start in zip(found, references, strict=True)])
     last = summary.measures.index(texts[-1]) + 1
     summary.measures[last:last] = [GAP] * bool(shared) + [gap_of(name) for name in texts] * (len(texts) > 1)
     if len(texts) > 1:
@@ -292,6 +317,35 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
         mean += f", without {', '.join(alone)}, which some rows lack" if alone else ""
         mean += f", without {', '.join(again)}, of a text that is in it already" if again else ""
         summary.notes.append(f"{GAP}: {mean}")
+
+
+def one_start(summary: Summary) -> bool:
+    """Whether the gaps of all rows of a model and a pattern begin at one row's perplexity, so that they compare."""
+    starts: dict[Any, set[tuple[float, ...]]] = {}
+    for row in summary.rows:
+        for name, gap in row.measures[GAP].gaps.items() if GAP in row.measures else ():
+            starts.setdefault((name, _model(row), row.runs[0].config["sparsity"]), set()).add(tuple(gap.start.values))
+    return all(len(found) == 1 for found in starts.values())
+
+
+def _notes_on_starts(found: list[tuple[Row, Row]]) -> list[str]:
+    """What a reader must know of the baselines from which gaps are measured."""
+    notes = []
+    others = [row for row, start in found if _seeds(row).isdisjoint(_seeds(start))]
+    if others:
+        names = "; ".join(", ".join(filter(None, row.labels.values())) for row in others)
+        notes.append(f"{GAP}: measured from a baseline of other seeds: {names}")
+    pruners = {row.runs[0].config["pruner"]["name"] for _, row in found}
+    if len(pruners) > 1:
+        notes.append(
+            f"{GAP}: measured from each pruner's own model without a permutation, so that those of "
+            f"{' and '.join(sorted(pruners))} do not compare; --baseline names one row for all"
+        )
+    return notes
+
+
+def _seeds(row: Row) -> set[Any]:
+    return {run.config["seed"] for run in row.runs}
 
 
 def gap_of(name: str) -> str:
@@ -362,9 +416,7 @@ _OF_THE_ORDER = (
     "block_size",
     "mask",
     "reconstruction",
-    "name",
     "seed",
-    "save_weights",
 )
 # A learned permutation has statistics of its own, and one that is read has its file.
 _OF_THE_ORDER_TOO = ("calibration.statistics", "inputs.permutation.path")
@@ -377,7 +429,7 @@ def _beside_the_order(row: Row) -> dict[str, Any]:
     return {
         key: value
         for key, value in (flat | later).items()
-        if key.split(".")[0] not in _OF_THE_ORDER and key not in _OF_THE_ORDER_TOO
+        if key.split(".")[0] not in _OF_THE_ORDER and key not in _OF_THE_ORDER_TOO and not _makes_no_result(key)
     }
 
 
@@ -395,8 +447,14 @@ def mean_log(measure: Measure) -> float:
     return statistics.fmean(map(math.log, measure.values))
 
 
-def _without_seed(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in identity_of(run.config).items() if key != "seed"}
+def _without_seed(run: Run, essential: bool) -> dict[str, Any]:
+    """The settings behind a run, without its seed; of the essential ones those alone that make a result."""
+    flat = flatten(identity_of(run.config))
+    return {key: value for key, value in flat.items() if key != "seed" and not (essential and _makes_no_result(key))}
+
+
+def _makes_no_result(key: str) -> bool:
+    return key in _NO_RESULT or key.rpartition(".")[2] in _NO_RESULT_BELOW
 
 
 def row_labels(summary: Summary) -> list[str]:
@@ -430,7 +488,7 @@ def flat_settings(config: dict[str, Any], everything: bool = False) -> dict[str,
     flat = flatten(identity_of(config))
     kept = {}
     for key, value in flat.items():
-        spare = key == _LEFT_OUT_TOO or any(part in _LEFT_OUT_BELOW for part in key.split("."))
+        spare = key in _LEFT_OUT_TOO or any(part in _LEFT_OUT_BELOW for part in key.split("."))
         if key.split(".")[0] in _LEFT_OUT or (spare and not everything):
             continue
         kept[plain(typed_name(key).removesuffix(".name"))] = typed_value(key, value)
@@ -518,7 +576,9 @@ def _says(key: _Key) -> bool:
     return bool(key[1]) and key[1][-1].startswith(_NO_TEXT) and key[1][-1] != _NO_TEXT
 
 
-def _shared_measures(each: list[dict[_Key, Measure]], named: dict[_Key, str]) -> tuple[dict[str, Measure], list[str]]:
+def _shared_measures(
+    each: list[dict[_Key, Measure]], named: dict[_Key, str], of_dense: bool = False
+) -> tuple[dict[str, Measure], list[str]]:
     """The measures that all runs of a row have, over their seeds, and the names of what some lack."""
     found, missing = {}, []
     for key in dict.fromkeys(key for measures in each for key in measures):
@@ -526,7 +586,9 @@ def _shared_measures(each: list[dict[_Key, Measure]], named: dict[_Key, str]) ->
             missing.append(named[key])
             continue
         of_seeds = [measures[key] for measures in each]
-        stderr = of_seeds[0].stderr if len(each) == 1 else None  # a deviation over seeds says more
+        # A deviation over seeds says more, where there is one: the dense model is the same for all of them.
+        one = len(each) == 1 or (of_dense and len({measure.mean for measure in of_seeds}) == 1)
+        stderr = of_seeds[0].stderr if one else None
         values = [value for measure in of_seeds for value in measure.values]
         scored = [parts for measure in of_seeds for parts in measure.scored]
         found[named[key]] = Measure(values, of_seeds[0].kind, stderr, any(measure.limited for measure in of_seeds), scored)
@@ -564,10 +626,10 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
     for text, values in entry.get("perplexity", {}).get(which, {}).items():
         window, text_digest = values["window"], evaluations.text_digest(entry, text)
         begins = "with BOS" if how.get("perplexity", {}).get("bos") else "without BOS"
-        facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"{_NO_TEXT}{plain(text_digest)[:8]}")
+        facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"{_NO_TEXT}{_short(text_digest)}")
         limited = how.get("perplexity", {}).get("limit") is not None
         losses = scores.get("perplexity", {}).get(which, {}).get(text, [])
-        scored = _windows(losses, values, (text_digest, run.metrics.get("model")))
+        scored = _windows(losses, values, (_same_text(entry, text), run.metrics.get("model")))
         key = (f"{plain(text)}{_PERPLEXITY}window {window})", facts)
         found[key] = Measure([values["value"]], "perplexity", None, limited, [{text: scored} if scored else {}])
     tasks = entry.get("zero_shot", {}).get(which, {})
@@ -602,6 +664,23 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         parts = [kept if len(kept) == len(counted) else {}]
         found["average acc", facts] = Measure([mean_accuracy(tasks)], "accuracy", mean_error(tasks), limited, parts)
     return found
+
+
+def _same_text(entry: Mapping[str, Any], text: str) -> tuple[str, ...]:
+    """What is equal where two evaluations read the same text.
+
+    That is its digest; of a file of the hub, whose commits change for other reasons too, its name and what the dense model
+    makes of it, to three digits.
+    """
+    digest = evaluations.text_digest(entry, text)
+    dense = entry["perplexity"].get("dense", {}).get(text)
+    return (_short(digest), f"{dense['value']:.3g}") if "@" in digest and dense else (digest,)
+
+
+def _short(text_digest: str) -> str:
+    """What tells a text from another one of its name: some digits of a digest; of the hub repository and file, no commit."""
+    repository, at, file = plain(text_digest).partition("@")
+    return f"{repository}/{file.partition('/')[2]}" if at else repository[:8]
 
 
 def _how_asked(how: Mapping[str, Any], task: str, values: Mapping[str, Any]) -> tuple[str, str]:

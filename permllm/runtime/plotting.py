@@ -28,8 +28,9 @@ def save_figure(figure: Any, option: str, file: Path, dpi: int = 150, data: str 
         ConfigError: the file cannot be written, or its suffix is no picture's.
     """
     try:
-        figure.tight_layout()
-        figure.savefig(file, dpi=dpi, metadata={"data": data} if data and file.suffix == ".png" else None)
+        figure.set_layout_engine("constrained")
+        # What stands beside the axes is part of the picture.
+        figure.savefig(file, dpi=dpi, bbox_inches="tight", metadata={"data": data} if data and file.suffix == ".png" else None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option} {file}: {first_line(error)}") from error
     finally:

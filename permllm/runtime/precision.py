@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+Result = TypeVar("Result")
 
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
@@ -75,6 +78,17 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
         if func is nn.functional.linear and not kwargs and args[0].dtype == args[1].dtype and args[0].dtype in _HALF:
             return _LinearThroughFloat32.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
+
+
+def recomputed(function: Callable[..., Result], *args: Any) -> Result:
+    """`function(*args)`, of which backward computes anew what it needs, by products as they are made here."""
+    found: Result = checkpoint(function, *args, use_reentrant=False, context_fn=_as_here)
+    return found
+
+
+def _as_here() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """What the function runs in the first time, and in backward, which a mode does not reach into."""
+    return nullcontext(), ThroughFloat32() if ThroughFloat32.entered else nullcontext()
 
 
 _HALF = (torch.bfloat16, torch.float16)

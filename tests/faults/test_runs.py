@@ -19,6 +19,9 @@ from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
 from permllm.export.checkpoint import Request, export_run
+from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.lcp.method import LCP
+from permllm.record import loggers
 from permllm.record.files import read_json, write_json
 from permllm.record.run_tensors import read_masks, write_masks, write_orders
 from permllm.record.schema import Metrics
@@ -239,6 +242,51 @@ def test_searched_masks_go_on_in_the_orders_that_were_found_with_them(cache: Pat
     assert run(tmp_path / "run", *words)["sparsity"]["violations"] == 0
     run(tmp_path / "other", *words)
     assert results(tmp_path / "run") == results(tmp_path / "other")
+
+
+def test_what_was_found_is_not_searched_again(cache: Path, tmp_path: Path, learning: Path) -> None:
+    """The order behind masks that are learned, and the start of an order that has begun to learn."""
+
+    def searched(*arguments: object) -> None:
+        raise AssertionError("searched again")
+
+    words = (*SMALL, "permutation=heuristic", "mask=score", "mask.learning_rate=0.1")
+    patch = interrupted(stages, "prune")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", *words)
+    patch.undo()
+    shutil.copytree(learning / "second", tmp_path / "lcp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Heuristic, "order", searched)
+        patch.setattr(LCP, "start_orders", searched)
+        run(tmp_path / "run", *words)
+        run(tmp_path / "lcp", *LEARNED)
+    run(tmp_path / "other", *words)
+    assert results(tmp_path / "run") == results(tmp_path / "other")
+    assert results(tmp_path / "lcp") == results(learning / "finished")
+
+
+def test_epochs_of_orders_and_masks_together_are_told_once(cache: Path, tmp_path: Path) -> None:
+    together = ("permutation=lcp", "mask=score", "mask.orders=together", "mask.epochs=2")
+    words = (*SMALL[:-1], *together)
+    told: list[int] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loggers._Nowhere, "log_pass", lambda self, values, number: told.append(number))
+    add = ordering._Passes.add
+
+    def stop(self: Any, values: dict[str, Any]) -> None:
+        if values["pass"] == 2:
+            raise KeyboardInterrupt  # after the checkpoint, before the line of the history
+        add(self, values)
+
+    patch.setattr(ordering._Passes, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", *words)
+    patch.setattr(ordering._Passes, "add", add)
+    run(tmp_path / "run", *words)
+    patch.undo()
+    assert told == [1, 2]
+    assert len(history(tmp_path / "run")) == 2
 
 
 def test_the_history_has_the_epochs_of_masks_and_then_of_weights(cache: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def main() -> dict[str, Any]:  # noqa: PLR0915 - imports come after the device
 
     compiled = compiled_kernels(KernelUse("cuda", weights=torch.bfloat16, products=torch.bfloat16))
     assert compiled is not None
-    kept = training.kept_a_token(groups, 4096) * SAMPLES * LENGTH * 2 * LAYERS
+    kept = training.kept_a_token(groups, 4096, 2) * SAMPLES * LENGTH * 2 * LAYERS
     found = {"estimate": kept, "layers": LAYERS}
     found["compiled"] = step(compiled)
     found["two layers"] = step(compiled, layers=2)

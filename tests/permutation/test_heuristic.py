@@ -8,8 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.permutation.heuristic import allocate, assignment_scores, heuristic_order, reassign_position, sums_of_larger
+from permllm.models.families import channel_groups
+from permllm.permutation.heuristic import (
+    Search,
+    Steps,
+    allocate,
+    assigned,
+    assignment_scores,
+    exchanged,
+    heuristic_order,
+    position_scores,
+    search_of,
+    search_order,
+    searched,
+    sums_of_larger,
+)
+from permllm.permutation.shared import shared_orders
 from permllm.sparsity import NMPattern
+from tests.conftest import tiny_model
 
 
 def retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:
@@ -40,11 +56,64 @@ def test_each_assignment_step_is_the_best_of_all_and_never_lowers(patterns: list
             places = perm.view(groups, m).clone()
             places[:, position] = places[list(exchange), position]
             best = max(best, of_all(places.flatten()))
-        after = reassign_position(lambda: parts, perm, position, m)
+        after = exchanged(perm, position, m, assigned(position_scores(lambda: parts, perm, position, m)))
         assert sorted(after.tolist()) == list(range(len(perm)))
         assert of_all(after) == pytest.approx(best, rel=1e-12)
         assert of_all(after) >= of_all(perm) - 1e-12
         perm = after
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_assignment_is_the_best_of_all(seed: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 1e4
+    if seed % 2:  # as those of channels that no group gains by
+        scores[:3] = scores[:1]
+    source = assigned(scores)
+    best = max(sum(float(scores[a, b]) for b, a in enumerate(order)) for order in itertools.permutations(range(6)))
+    assert sorted(source.tolist()) == list(range(6))
+    assert sum(float(scores[a, b]) for b, a in enumerate(source.tolist())) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize(("device", "held", "together"), [("cpu", 1, 1), ("cuda", 1, 3), ("cuda", 1_100_000_000, 1)])
+def test_searches_wait_for_assignments_side_by_side_on_a_gpu(
+    device: str, held: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    under_way: set[str] = set()
+    most = 0
+
+    def watched(name: str, steps: Steps) -> Steps:
+        nonlocal most
+        under_way.add(name)
+        most = max(most, len(under_way))
+        found = yield from steps
+        under_way.remove(name)
+        return found
+
+    pattern, shared = NMPattern(2, 4), shared_orders(channel_groups(tiny_model("llama")), "free")
+    scores = {
+        path: random_saliency(rows, group.channels, number)
+        for number, group in enumerate(group for order in shared for group in order.groups)
+        for path, rows in zip(group.members, group.rows, strict=True)
+    }
+    searches = [search_of(order, scores.__getitem__, pattern) for order in shared]
+    found = searched(
+        [Search(search.name, held, watched(search.name, search.steps)) for search in searches], torch.device(device), "order"
+    )
+    assert list(found) == [order.name for order in shared]
+    for order in shared:
+        assert torch.equal(found[order.name], search_order(order, scores.__getitem__, pattern))
+    assert most == together
+
+
+def test_a_search_that_fails_says_why() -> None:
+    def broken(path: str) -> Tensor:
+        raise RuntimeError("no saliency")
+
+    shared = shared_orders(channel_groups(tiny_model("llama")), "free")
+    with pytest.raises(RuntimeError, match="no saliency"):
+        searched([search_of(order, broken, NMPattern(2, 4)) for order in shared], torch.device("cuda"), "order")
 
 
 def test_scores_equal_a_loop_over_groups_up_to_a_constant_of_the_group() -> None:
@@ -108,7 +177,7 @@ def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.Mon
     saliency = torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]])
     assert torch.equal(heuristic_order(lambda: [(saliency, NMPattern(2, 4))]), torch.arange(8))
     worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
-    monkeypatch.setattr("permllm.permutation.heuristic.reassign_position", lambda *args: worse)
+    monkeypatch.setattr("permllm.permutation.heuristic.exchanged", lambda *args: worse)
     assert torch.equal(heuristic_order(lambda: [(saliency, NMPattern(2, 4))]), torch.arange(8))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 from permllm import pipeline, runner
+from permllm.calibration.statistics.gram import Gram
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens, document_windows, joined_windows, overlapping_windows
 from permllm.errors import ConfigError
@@ -87,6 +89,17 @@ def test_kept_weights_learn_as_adam_says_and_end_with_the_mean_of_the_last_steps
 
 def pruned_with(model: nn.Module, reconstruction: Any, **more: Any) -> None:
     prune(model, channel_groups(model), tokens(), Magnitude(), PATTERN, Identity().order, 4, None, reconstruction, **more)
+
+
+def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> None:
+    alive: list[object] = []
+
+    class Watching(Distill):
+        def network(self, network: Any) -> None:
+            alive.extend(one for one in gc.get_objects() if isinstance(one, Gram))
+
+    pruned_with(tiny_model("llama"), Watching(epochs=1, batch_size=2, start="admm"), network_tokens=tokens(10))
+    assert not alive
 
 
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:

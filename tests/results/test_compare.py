@@ -132,7 +132,7 @@ def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
     # Of a seed that only one of the two rows has, nothing is taken.
     scored_run(tmp_path / "lcp3", *drawn(13), seed=3)
     part = between(tmp_path, PERPLEXITY)
-    assert part == replace(found, whole=False)
+    assert part == replace(found, whole=False, over="60 windows, seeds 0, 1, 2 alone")
 
 
 def test_items_that_differ_between_seeds_are_not_averaged(tmp_path: Path) -> None:
@@ -385,6 +385,76 @@ def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> 
     share = {name: math.log(start / value) / math.log(start / 10) for name, start, value in
              [("a", 40, 40), ("b", 40, 20), ("c", 60, 60), ("d", 60, 30), ("e", 40, 15)]}  # fmt: skip
     assert found == pytest.approx(share)
+    # They compare within a pruner alone, so that nothing is drawn by them.
+    assert cost.measures(summary) == [PERPLEXITY, "gap closed"]
+    assert set(cost.methods(summary)) == {"wanda, none", "wanda, lcp", "ria, none", "ria, lcp", "wanda, none, distill"}
+    (note,) = summary.notes
+    assert "those of ria and wanda do not compare" in note
+    take_baseline(summary, "pruner=ria,permutation=none")
+    assert cost.measures(summary) == ["gap closed", PERPLEXITY]
+
+
+@pytest.mark.parametrize("setting", ["model.device", "permutation.micro_batch_size", "name", "calibration.batch_size"])
+def test_what_makes_no_result_parts_neither_seeds_nor_a_row_from_its_baseline(setting: str, tmp_path: Path) -> None:
+    group, _, key = setting.partition(".")
+
+    def run(name: str, perplexity: float, value: Any, permutation: str, **changed: Any) -> None:
+        folder = make_run(tmp_path / name, perplexity, permutation=permutation, **changed)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        if key:
+            config[group][key] = value
+        else:
+            config[group] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    run("start", 40.0, "one", "none")
+    for seed, value in enumerate(("one", "another")):
+        run(f"lcp{seed}", 20.0, value, "lcp", seed=seed)
+    summary = summarise(collect([tmp_path]).runs)
+    assert [(row.labels["permutation"], len(row.runs)) for row in summary.rows] == [("none", 1), ("lcp", 2)]
+    assert gaps(summary)["lcp"] == pytest.approx(0.5)
+    # Of one seed both are rows, which the setting tells apart.
+    run("again", 21.0, "another", "lcp")
+    summary = summarise(collect([tmp_path]).runs)
+    assert setting in summary.settings
+    assert sorted(len(row.runs) for row in summary.rows) == [1, 1, 2]
+
+
+def test_a_gap_is_compared_by_seeds_that_both_rows_have(tmp_path: Path) -> None:
+    texts_run(tmp_path / "none", nats_of(1, SIZES, 2.0), permutation="none")
+    texts_run(tmp_path / "heuristic", nats_of(2, SIZES, 1.6), permutation="heuristic")
+    for seed in (0, 1):
+        texts_run(tmp_path / f"lcp{seed}", nats_of(3 + seed, SIZES, 1.0 + 0.3 * seed), seed=seed)
+    alone = summarise(collect([tmp_path / name for name in ("none", "heuristic", "lcp0")]).runs)
+    of_seed = paired(find_row(alone, "permutation=lcp", ""), find_row(alone, "permutation=heuristic", ""), "gap closed")
+    summary = summarise(collect([tmp_path]).runs)
+    lcp, heuristic = (find_row(summary, f"permutation={name}", "") for name in ("lcp", "heuristic"))
+    found = paired(lcp, heuristic, "gap closed")
+    assert isinstance(found, Paired)
+    assert isinstance(of_seed, Paired)
+    assert (found.difference, found.low, found.high) == pytest.approx((of_seed.difference, of_seed.low, of_seed.high))
+    assert (found.over, found.whole) == ("96 windows of 3 texts, seed 0 alone", False)
+    other = summarise(collect([tmp_path / name for name in ("none", "heuristic", "lcp1")]).runs)
+    rows = [find_row(other, f"permutation={name}", "") for name in ("lcp", "heuristic")]
+    assert paired(*rows, "gap closed") == "no seed in common"
+    assert "gap closed: measured from a baseline of other seeds: lcp" in other.notes
+
+
+def test_files_of_the_hub_are_told_apart_by_name_and_by_what_the_dense_model_makes_of_them(tmp_path: Path) -> None:
+    where = "Salesforce/wikitext@{}/wikitext-{}-raw-v1/test"
+    scored_run(tmp_path / "none", *drawn(1), where.format("c0ffee", 2), permutation="none")
+    scored_run(tmp_path / "lcp", *drawn(2), where.format("0ddba11", 2))
+    assert isinstance(between(tmp_path, PERPLEXITY), Paired)
+    scored_run(tmp_path / "other", *drawn(3), where.format("c0ffee", 103), permutation="heuristic")
+    measures = summarise(collect([tmp_path]).runs).measures
+    assert [name for name in measures if name.startswith(PERPLEXITY)] == [
+        f"{PERPLEXITY}, text Salesforce/wikitext/wikitext-{version}-raw-v1/test" for version in (2, 103)
+    ]
+    metrics = json.loads((tmp_path / "lcp" / "metrics.json").read_text())
+    metrics["perplexity"]["dense"]["wikitext2"]["value"] *= 1.01
+    (tmp_path / "lcp" / "metrics.json").write_text(json.dumps(metrics))
+    two = summarise(collect([tmp_path / "none", tmp_path / "lcp"]).runs)
+    assert paired(two.rows[0], two.rows[1], PERPLEXITY) == "not the same windows"
 
 
 def test_a_baseline_is_of_the_same_linears_and_learns_no_mask(tmp_path: Path) -> None:
@@ -400,7 +470,7 @@ def test_a_baseline_is_of_the_same_linears_and_learns_no_mask(tmp_path: Path) ->
     paper = Comparison(published("table1"), "smollm2-135m")
     known = {row.runs[0].directory.name for row in summary.rows if paper.value(row, PERPLEXITY) is not None}
     assert known == {"a", "b"}
-    assert {cost.method(row) for row in summary.rows} == {"none", "none, score", "lcp"}
+    assert set(cost.methods(summary)) == {"none", "none, score", "lcp"}
     assert sum(label == "none, score" for label in row_labels(summary)) == 1
     make_run(tmp_path / "f", 24.0, permutation="none", keep_dense=["0"])
     summary = summarise(collect([tmp_path]).runs)
@@ -547,8 +617,11 @@ SIZES = {"boolq-passages": 24, "wikitext2": 40, "sciq-support": 32}
 
 
 def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_path: Path) -> None:
-    made = {"none": [nats_of(1, SIZES, 2.0)], "heuristic": [nats_of(2, SIZES, 1.6)]}
-    made["lcp"] = [nats_of(3, SIZES, 0.9), nats_of(4, SIZES, 1.0)]
+    shifts = {"none": 2.0, "heuristic": 1.6, "lcp": 0.9}
+    made = {
+        name: [nats_of(2 * place + seed, SIZES, shift + 0.1 * seed) for seed in range(2)]
+        for place, (name, shift) in enumerate(shifts.items())
+    }
     for name, seeds in made.items():
         for seed, nats in enumerate(seeds):
             texts_run(tmp_path / f"{name}{seed}", nats, permutation=name, seed=seed)
@@ -556,7 +629,8 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
 
     def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
         here = np.mean([nats["sparse"][text][of].mean() for nats in made[name]])
-        start, end = made["none"][0]["sparse"][text][of].mean(), made["none"][0]["dense"][text][of].mean()
+        start = np.mean([nats["sparse"][text][of].mean() for nats in made["none"]])
+        end = made["none"][0]["dense"][text][of].mean()
         return float((start - here) / (start - end))
 
     def mean_gap(name: str, generator: np.random.Generator | None) -> tuple[float, float]:
@@ -568,11 +642,12 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
     rows = {row.labels["permutation"]: row for row in summary.rows}
     gap, difference = mean_gap("lcp", None)
     assert rows["lcp"].measures["gap closed"].mean == pytest.approx(gap, abs=1e-12)
-    (none,), each = made["none"], []
-    for nats in made["lcp"]:
-        closed = [
-            np.mean(none["sparse"][t] - nats["sparse"][t]) / np.mean(none["sparse"][t] - none["dense"][t]) for t in SIZES
-        ]
+    each = []
+    for nats, none in zip(made["lcp"], made["none"], strict=True):
+        closed = []
+        for t in SIZES:
+            whole = np.mean([start["sparse"][t] for start in made["none"]]) - np.mean(none["dense"][t])
+            closed.append(np.mean(none["sparse"][t] - nats["sparse"][t]) / whole)
         each.append(np.mean(closed))
     assert rows["lcp"].measures["gap closed"].deviation == pytest.approx(np.std(each, ddof=1), abs=1e-12)
     generator = np.random.default_rng(7)
@@ -583,10 +658,10 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
         low, high = np.quantile(resampled[:, column], [0.025, 0.975])
         assert found.difference == pytest.approx(value, abs=1e-12)
         assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
-        assert (found.kind, found.over, found.whole) == ("share", "96 windows of 3 texts", True)
+        assert (found.kind, found.over, found.whole) == ("share", "96 windows of 3 texts, seeds 0, 1", True)
     lines = {line["measure"]: line for line in comparison(rows["lcp"], rows["heuristic"], summary)}
     assert lines["gap closed"]["difference"] == pytest.approx(difference)
-    assert lines["wikitext2 gap closed (window 2048)"]["over"] == "40 windows"
+    assert lines["wikitext2 gap closed (window 2048)"]["over"] == "40 windows, seeds 0, 1"
     header, body = cells(summary, take_baseline(summary, "permutation=none"))
     (lcp,) = (line for line in body if line[0] == "lcp")
     low, high = (100 * end for end in paired(rows["lcp"], rows["none"], "gap closed").shown()[1:])  # type: ignore[union-attr]

@@ -605,6 +605,8 @@ def test_the_filter_wants_all_words_and_plots_and_runs_follow(browser: Any, tmp_
         assert figure(page, "Quality over minutes").locator(".scatterlayer .point").count() == 3
         assert front.get_attribute("d") != path
         assert plotted(page, "Quality over minutes")[-1]["y"] == [108.0, 78.0, 48.0]
+        words.fill("block_size=12")  # is the value of no row
+        assert count.inner_text() == "0 of 9 rows"
         words.fill("nothing like this")
         assert count.inner_text() == "0 of 9 rows"
         assert "No row that is shown has this measure." in figure(page, "Measures").inner_text()

@@ -146,6 +146,14 @@ def test_limited_accuracy_says_so_and_has_its_error(tmp_path: Path) -> None:
     assert dense[position] == "60.00% ± 5.00%"
 
 
+def test_the_dense_model_of_several_seeds_has_its_error(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path / str(seed), 20.0, acc=0.5 + seed / 10, seed=seed)
+    header, dense, row = table(tmp_path)
+    place = header.index("rte acc (limited)")
+    assert (dense[place], row[place]) == ("60.00% ± 5.00%", "55.00% ± 7.07%")
+
+
 def test_baseline(tmp_path: Path) -> None:
     make_run(tmp_path / "none", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
@@ -389,6 +397,21 @@ def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_
     assert found.notes() == [*found.left_out(), "1 record is older than checksums: checked by their form alone"]
     # The last line of the history was cut short.
     assert [entry["loss"] for entry in found.runs[0].history] == [1.5, 1.2]
+
+
+def test_evaluations_of_a_run_that_is_not_counted_again_are_named(tmp_path: Path) -> None:
+    first, other = make_run(tmp_path / "a", 20.0), make_run(tmp_path / "b", 21.0, acc=0.5)
+    metrics = json.loads((other / "metrics.json").read_text())
+    metrics["sparsity"]["fraction"] = 0.4999
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["evaluation"] = {"perplexity": {"dataset": "wikitext2", "window": 2048}, "zero_shot": {"tasks": ["rte"]}}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    found = collect([tmp_path])
+    assert found.left_out() == [
+        f"{other} has the same identity as {first} and is not counted again, nor what else it was evaluated on, as its "
+        "numbers are others"
+    ]
 
 
 def test_a_folder_that_goes_while_it_is_looked_at_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

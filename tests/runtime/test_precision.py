@@ -17,7 +17,7 @@ from permllm.models.head import Head
 from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.runtime import precision
-from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in
+from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in, recomputed
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn
@@ -175,6 +175,30 @@ def test_no_product_of_a_half_precision_model_is_made_in_half_precision(rounds: 
     assert y.dtype == plain.dtype == torch.bfloat16
     assert len(formats.found) > 8
     assert not {torch.bfloat16, torch.float16} & set(formats.found)
+
+
+def test_what_is_recomputed_in_backward_goes_through_float32_again() -> None:
+    """A mode does not reach into backward, where other products would save other tensors than forward did."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(16, 16).half() for _ in range(2)]
+    x = torch.randn(4, 16).half()
+
+    def both(states: torch.Tensor) -> torch.Tensor:
+        return linears[1](torch.tanh(linears[0](states)))
+
+    gradients = []
+    for call in (both, lambda states: recomputed(both, states)):
+        states = x.clone().requires_grad_()
+        with ThroughFloat32(), Formats() as formats:
+            call(states).sum().backward()
+        gradients.append([states.grad, *(linear.weight.grad for linear in linears)])
+        assert set(formats.found) == {torch.float32}
+        for linear in linears:
+            linear.weight.grad = linear.bias.grad = None
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None
+        assert torch.equal(one, other)
+    assert ThroughFloat32.entered == 0
 
 
 def test_products_go_through_float32_where_a_cpu_cannot_do_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from permllm.errors import DataError
+from permllm.learning.course import Course
 from permllm.learning.kernels import Kernels, chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import BlockStack, count_logits
-from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
-from permllm.learning.windows import WindowStream
+from permllm.learning.training import Checkpoint, Window, samples_of, steps_of
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.contract import LearningPlan
-from permllm.permutation.heuristic import search_order
+from permllm.permutation.heuristic import search_of, searched
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.settings import LCPSettings
@@ -36,10 +37,10 @@ from permllm.sparsity import NMPattern, permuted_nm_mask
 class LCP(LCPSettings):
     """The method; its settings are those of `LCPSettings`."""
 
-    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """What learns on a model of these channel groups and so many decoder layers."""
+    def plan(self, groups: list[ChannelGroup], layers: int, spans: list[tuple[int, int]] | None = None) -> LearningPlan:
+        """What learns on a model of these channel groups and so many decoder layers, in these windows or in its own."""
         shared = shared_orders(groups, self.constraint)
-        spans = self.spans(layers)
+        spans = spans or self.spans(layers)
         learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
         blocks, sizes = {}, {}
         for order in shared:
@@ -63,18 +64,13 @@ class LCP(LCPSettings):
             TrainingError: the loss is not finite; the message names the first layer whose output is not, and where the best
                 order so far is kept.
         """
-        spans = self.spans(len(decoder_layers(problem.model)))
         shared = shared_orders(problem.groups, self.constraint)
-        # Another GPU, or a folder without the checkpoint, must not let a process learn from elsewhere than the others.
-        orders = parallel.from_first(lambda: self.start_orders(problem, shared, spans[0][0]))
-        state = parallel.from_first(lambda: read_checkpoint(problem, CHECKPOINT, _best))
-        problem.on_resume([] if state is None else state["passes"])
-        passes = [] if state is None else list(state["passes"])
-        begin = 0 if state is None else state["window"]
-        if state is not None:
-            orders |= _best(state)
-        stream = WindowStream(problem)
-        best_loss = math.inf
+        first = self.spans(len(decoder_layers(problem.model)))[0][0]
+        course = Course(self, problem, self.rounds, "lcp", CHECKPOINT, partial(_best, shared))
+        if course.state is not None:
+            orders = _best(shared, course.state)
+        else:  # another GPU must not let a process learn from elsewhere than the others
+            orders = parallel.from_first(lambda: self.start_orders(problem, shared, first))
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -82,25 +78,17 @@ class LCP(LCPSettings):
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
-        for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
-            learning = orders_within(shared, first, stop)
-            if number < begin or not learning:
-                continue
-            round_ = number % self.rounds
-            window = Window(number, round_, first, stop, stream.inputs(first, mask_of), stream.target(stop))
-            if round_ and (state is None or number > begin):
-                generator = torch.Generator().manual_seed(problem.seed + 2 + number)
+        for window in course.windows(lambda first, stop: bool(orders_within(shared, first, stop)), mask_of):
+            learning = orders_within(shared, window.first, window.stop)
+            if window.round and not course.resumes(window):
+                generator = torch.Generator().manual_seed(problem.seed + 2 + window.number)
                 orders |= {order.name: dealt(order, orders[order.name], problem.pattern, generator) for order in learning}
-            logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or round_ > 0)
+            logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or window.round > 0)
             with self.masked(problem, shared, window) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
-                start_loss = best_loss if round_ else math.inf
-                training = Training(self, problem, window, [learner], "lcp", CHECKPOINT, start_loss, passes)
-                if state is not None and number == begin:
-                    training.restore(state)
-                training.run()
-                orders, best_loss = learner.best, training.best_loss
-                del logits, learner, training  # before what the next round needs
+                course.train(window, [learner])
+                orders = learner.best
+                del logits, learner  # before what the next round needs
         return expanded(shared, orders)
 
     def masked(
@@ -139,13 +127,10 @@ class LCP(LCPSettings):
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
-        orders = {}
-        for order in tqdm(shared, desc="start permutation", unit="permutation"):
-            if self.init == "random" and order.layers.start >= first:
-                orders[order.name] = torch.arange(order.channels)
-            else:
-                orders[order.name] = search_order(order, problem.saliency_of, problem.pattern)
-        return orders
+        drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
+        searches = [search_of(order, problem.saliency_of, problem.pattern) for order in shared if order not in drawn]
+        found = searched(searches, problem.device, "start permutation")
+        return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
 
     def start_logits(
         self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor], near: bool
@@ -174,8 +159,12 @@ def dealt(order: SharedOrder, present: Tensor, pattern: NMPattern, generator: to
     return order.deal(present, pattern, [torch.randperm(groups, generator=generator) for _ in segments])
 
 
-def _best(state: Checkpoint) -> dict[str, Tensor]:
-    return OrderLearner.best_of(state["learners"][0] if state["learners"] else {})
+def _best(shared: list[SharedOrder], state: Checkpoint) -> dict[str, Tensor]:
+    """The best orders of a checkpoint. Raises DataError where it does not hold all of them."""
+    found = OrderLearner.best_of(state["learners"][0] if state["learners"] else {})
+    if found.keys() != {order.name for order in shared}:
+        raise DataError("it holds other orders")
+    return found
 
 
 def _sharing(order: SharedOrder) -> str:

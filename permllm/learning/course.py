@@ -1,0 +1,82 @@
+"""The windows of a model one after the other, each in its rounds, from where a checkpoint was left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from permllm.learning.problem import LearningProblem
+from permllm.learning.settings import LearningSettings
+from permllm.learning.training import Checkpoint, Learner, Training, Window, read_checkpoint
+from permllm.learning.windows import MaskOf, WindowStream
+from permllm.models.families import decoder_layers
+from permllm.runtime import parallel
+
+
+class Course:
+    """What methods that learn have in common, whatever they learn.
+
+    Args:
+        settings: of the descent.
+        problem: what is learned from; it is told of the epochs that are done.
+        rounds: how often each window is gone through before the next.
+        name: of the method, for a person.
+        file: of the checkpoint in the problem's directory.
+        check: raises DataError where a checkpoint is not what the learners can go on from.
+
+    Attributes:
+        state: the checkpoint to go on from; None where there is none, and from when a window has gone on from it.
+    """
+
+    def __init__(
+        self,
+        settings: LearningSettings,
+        problem: LearningProblem,
+        rounds: int,
+        name: str,
+        file: str,
+        check: Callable[[Checkpoint], object],
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.rounds = rounds
+        self.name, self.file = name, file
+        # A folder without the checkpoint must not let a process learn from elsewhere than the others.
+        self.state = parallel.from_first(lambda: read_checkpoint(problem, file, check))
+        self._begin = 0 if self.state is None else self.state["window"]
+        self._passes: list[dict[str, Any]] = [] if self.state is None else list(self.state["passes"])
+        self._best_loss = math.inf
+        problem.on_resume(list(self._passes))
+
+    def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
+        """What is still to be gone through.
+
+        Args:
+            learns: whether anything does, from a decoder layer to another, which is not among them.
+            mask_of: of each linear before a window, when the window comes.
+        """
+        stream = WindowStream(self.problem)
+        spans = self.settings.spans(len(decoder_layers(self.problem.model)))
+        for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
+            if number >= self._begin and learns(first, stop):
+                yield Window(number, number % self.rounds, first, stop, stream.inputs(first, mask_of), stream.target(stop))
+
+    def resumes(self, window: Window) -> bool:
+        """Whether a window is the one that goes on from the checkpoint."""
+        return self.state is not None and window.number == self._begin
+
+    def train(self, window: Window, learners: Sequence[Learner]) -> None:
+        """Have learners learn in a window; what is the best of them is measured from one round to the next.
+
+        Raises:
+            TrainingError: the loss is not finite; the message names the first layer whose output is not.
+        """
+        start_loss = self._best_loss if window.round else math.inf
+        training = Training(self.settings, self.problem, window, learners, self.name, self.file, start_loss, self._passes)
+        if self.resumes(window):
+            assert self.state is not None
+            training.restore(self.state)
+            self.state = None  # which is as large as what learns
+        training.run()
+        self._best_loss = training.best_loss
