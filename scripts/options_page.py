@@ -42,7 +42,8 @@ INTRODUCTION = """\
 # Options
 
 Each setting, from the classes that hold them (`python scripts/options_page.py` writes this page). `GROUP=OPTION` chooses an
-option, `KEY=VALUE` sets a value, `permllm run --cfg job` shows the result. An option sets what differs from the defaults.
+option, `KEY=VALUE` sets a value, `permllm run --cfg job --resolve` shows the result. An option sets what differs from the
+defaults.
 
 `conf/local/default.yaml` is yours: git ignores it, it is composed last, and what it says holds on this machine unless the
 command line says otherwise, such as `paths: {cache_dir: /scratch/permllm}` after the line `# @package _global_`.

@@ -11,7 +11,7 @@ import copy
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -226,10 +226,10 @@ def measure(
     variants = {"as stored": model}
     sizes = {"as stored": _size(folder)}
     loading = {"as stored": seconds}
-    note = "no sparse tensor cores here: sparse products run as dense ones"
     sparse = None
     stated = stated_patterns(folder)
-    if sparse_tensor_cores(place) and _TWO_OF_FOUR in stated.all() and model.dtype.itemsize == 2:
+    note = why_dense(place, stated.all(), model.dtype)
+    if not note:
         sparse, _ = load(folder, place, asked)
         try:
             note = f"{use_sparse_tensor_cores(sparse, stated)} linears on sparse tensor cores"
@@ -262,6 +262,18 @@ def measure(
         "hardware": hardware(place),
         "versions": versions(),
     }
+
+
+def why_dense(device: torch.device, patterns: Collection[NMPattern | None], dtype: torch.dtype) -> str:
+    """Why no sparse tensor cores multiply a checkpoint of such patterns and format; nothing where they do."""
+    if not sparse_tensor_cores(device):
+        return "no sparse tensor cores here: sparse products run as dense ones"
+    if _TWO_OF_FOUR not in patterns:
+        return "sparse tensor cores multiply 2:4 alone, and no linear has it: sparse products run as dense ones"
+    if dtype.itemsize != 2:
+        name = str(dtype).removeprefix("torch.")
+        return f"sparse tensor cores are used in half precision, and this is {name} (--dtype bfloat16): no sparse products"
+    return ""
 
 
 def _prefill(model: PreTrainedModel, tokens: Tensor) -> Callable[[], Any]:

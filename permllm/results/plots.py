@@ -102,6 +102,8 @@ def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
         sizes = [30 + 150 * point.memory / largest for point in some]
         axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8, **_look(number))
     named = found if len(found) <= 12 else best
+    if all(point.label == methods[point.row] for point in found):
+        named = []  # the legend says it
     middle = math.sqrt(min(point.minutes for point in found) * max(point.minutes for point in found))
     for number, point in enumerate(sorted(named, key=lambda point: (point.minutes, point.value))):
         # Above and below in turn, as neighbours often are at one place; to the left of what is slow, where there is room.

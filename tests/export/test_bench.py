@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from permllm.commands import call
 from permllm.errors import DataError
 from permllm.export import gathered_norm
-from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, without_gathers
+from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, why_dense, without_gathers
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import Stated
 from permllm.models.families import channel_groups, linear_at
@@ -42,6 +42,15 @@ def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
     assert report["layers"][0]["sparse_s"] is None
     bad = run_module("permllm", "bench", str(tmp_path / "no"))
     assert (bad.returncode, bad.stderr) == (1, f"error: {tmp_path / 'no'} is not a folder\n")
+
+
+def test_what_is_not_multiplied_by_sparse_tensor_cores_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, four = NMPattern(2, 4), NMPattern(4, 8)
+    assert "no sparse tensor cores here" in why_dense(torch.device("cpu"), {two}, torch.bfloat16)
+    monkeypatch.setattr("permllm.export.bench.sparse_tensor_cores", lambda device: True)
+    assert why_dense(CUDA, {two, None}, torch.bfloat16) == ""
+    assert "multiply 2:4 alone" in why_dense(CUDA, {four}, torch.bfloat16)
+    assert "this is float32 (--dtype bfloat16)" in why_dense(CUDA, {two}, torch.float32)
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--new-tokens", "--layer-tokens", "--repeats", "--batch-sizes"])
