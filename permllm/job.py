@@ -320,7 +320,7 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
             if not any(first <= group.layer < stop for group in groups for first, stop in spans):
                 raise ConfigError(f"{name}.last_layers={method.last_layers}: keep_dense leaves nothing to learn in them")
     plan = planned_orders(permutation, methods.mask, groups, len(decoder_layers(model)))
-    if plan is not None and not plan.logits:
+    if plan is not None and isinstance(permutation, LCPSettings) and not plan.logits:
         what = "mask" if methods.orders_learn_with_masks else "permutation"
         raise ConfigError(
             f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that share "
