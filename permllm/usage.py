@@ -51,7 +51,7 @@ groups and their options (* unless another is chosen):
   {program} experiment=quickstart                orders and masks, learned and not: a table
   {program} model=llama-2-7b plan=true           sizes and memory, without weights
 
-all settings as they would be: {program} --cfg job --resolve; where from: {program} --info defaults
+settings as they would be: {program} --cfg job --resolve; from where: --info defaults
 what each does: docs/options.md; Hydra's own help: {program} --hydra-help"""
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
 

@@ -221,13 +221,13 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
 
 def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = training.checkpoint
+    real = training.recomputed
 
     def counted(*given: Any, **keywords: Any) -> Any:
         calls.append(1)
         return real(*given, **keywords)
 
-    monkeypatch.setattr(training, "checkpoint", counted)
+    monkeypatch.setattr(training, "recomputed", counted)
     kept = distilled(None)
     assert not calls  # what a tiny model needs is little
     monkeypatch.setattr(training, "KEPT_ON_A_HOST", 0.0)
