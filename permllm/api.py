@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,7 +33,7 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
 from permllm.job import Job, checked_groups, methods_of
 from permllm.models.checkpoint import read_weights
-from permllm.models.families import ChannelGroup
+from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows
 from permllm.models.loading import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
@@ -114,6 +115,7 @@ def prune(
     config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
+    _check_pruned_before(model, groups)
     device, record = model.device, Progress()
     if device.type == "cpu":
         keep_freed_memory()
@@ -239,8 +241,13 @@ def save(
         raise ConfigError("permllm.save writes a model that permllm.prune has pruned, and this one is not")
     request = Request(form, format, dtype, shard_gb)
     request.check()
-    # It may have been trained in another format since.
-    of_model = record.config["model"] | {"dtype": str(model.dtype).removeprefix("torch.")}
+    # It may have been trained in another format since, in a part of it too.
+    formats = sorted({parameter.dtype for parameter in model.parameters()}, key=str)
+    if len(formats) > 1 and dtype is None:
+        names = " and ".join(str(one).removeprefix("torch.") for one in formats)
+        raise ConfigError(f"the model's weights are in {names}: `dtype` says which of them is written")
+    widest = reduce(torch.promote_types, formats)
+    of_model = record.config["model"] | {"dtype": str(widest).removeprefix("torch.")}
     record = replace(record, config=record.config | {"model": of_model})
     return write_checkpoint(record, request, _source(model, record.tokenizer), Path(folder), started)
 
@@ -255,6 +262,8 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         DataError: it is not whole; the tensor is named.
     """
+    if "output_loading_info" in options:
+        raise ConfigError("output_loading_info: permllm.load answers with the model alone, whose weights it has checked")
     return read_weights(Path(folder), options.pop("dtype", None), torch.device("cpu"), **options).eval()
 
 
@@ -290,6 +299,22 @@ def _check_model(model: object, tokenizer: object, texts: object) -> None:
         raise ConfigError(f"model: expected one that AutoModelForCausalLM gave, with its head, and it is a {kind}")
     if tokenizer is None and not isinstance(texts, Tensor):
         raise ConfigError("tokenizer: only texts that are tokens need none")
+    if isinstance(tokenizer, str | Path):
+        raise ConfigError(f"tokenizer: expected one that AutoTokenizer gave, and it is a {type(tokenizer).__name__}")
+    head = model.get_output_embeddings()
+    if not is_plain_linear(head):
+        raise ConfigError(
+            f"model: its head is a {type(head).__name__} that is no plain Linear: adapted models cannot be pruned"
+        )
+
+
+def _check_pruned_before(model: PreTrainedModel, groups: Sequence[ChannelGroup]) -> None:
+    """Raise ConfigError where an earlier call has pruned what this one keeps dense: neither knows of all masks and orders."""
+    earlier = getattr(model, _PRUNED, None)
+    if isinstance(earlier, _InMemory):
+        left = sorted(earlier.found.masks.keys() - {path for group in groups for path in group.members})
+        if left:
+            raise ConfigError(f"model: an earlier call has pruned {left[0]}, which this one keeps dense: prune a fresh one")
 
 
 def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str | Sequence[str] | Tensor:

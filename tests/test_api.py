@@ -15,6 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
 import permllm
@@ -26,7 +27,7 @@ from permllm.export.verify import verify
 from permllm.models.families import linear_at
 from permllm.record.run_tensors import mask_reader, read_orders
 from permllm.runner import run
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import ROOT, run_python, tiny_model
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
 FEW = {"calibration__samples": 8, "calibration__seqlen": 16}
@@ -489,3 +490,103 @@ def test_the_lines_of_the_documents_work(
     assert found["report"]["sparsity"]["violations"] == 0
     assert found["orders"].keys() == found["report"]["retained_saliency"].keys()
     assert verify(tmp_path / "my-model").passed
+
+
+class Adapted(torch.nn.Module):
+    """What an adapter puts in the place of a linear."""
+
+    def __init__(self, linear: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = linear
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.base_layer(x)
+
+
+def identity_mask(model: PreTrainedModel) -> None:
+    prune.identity(linear_at(model, "model.layers.0.mlp.down_proj"), "weight")
+
+
+def weight_norm(model: PreTrainedModel) -> None:
+    parametrizations.weight_norm(linear_at(model, "model.layers.0.mlp.down_proj"))
+
+
+def own_forward(model: PreTrainedModel) -> None:
+    linear = linear_at(model, "model.layers.0.mlp.down_proj")
+    linear.forward = partial(torch.nn.functional.linear, weight=2 * linear.weight)  # type: ignore[method-assign]
+
+
+def adapted_head(model: PreTrainedModel) -> None:
+    model.lm_head = Adapted(model.lm_head)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (identity_mask, "mlp.down_proj is a Linear, whose weight is computed from others, not a Linear of floats"),
+        (weight_norm, "mlp.down_proj is a ParametrizedLinear, whose weight is computed from others, not a Linear of floats"),
+        (own_forward, "mlp.down_proj is a Linear with a forward of its own, not a Linear of floats"),
+        (adapted_head, "its head is a Adapted that is no plain Linear"),
+    ],
+)
+def test_what_computes_otherwise_than_its_weight_says_is_refused(
+    change: Any, message: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer
+) -> None:
+    change(model)
+    with pytest.raises(ConfigError, match=message):
+        permllm.prune(model, None, texts=WINDOWS, permutation="none")
+
+
+def test_a_model_that_asks_for_gradient_checkpointing_is_pruned_like_another(model: PreTrainedModel) -> None:
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable()
+    other.enable_input_require_grads()
+    other.config.return_dict = False
+    settings = {"permutation": "lcp", "permutation__epochs": 1, "block_size": 16}
+    ours, theirs = (permllm.prune(one, None, texts=WINDOWS, **settings) for one in (model, other))
+    assert all(torch.equal(order, theirs.orders[name]) for name, order in ours.orders.items())
+    assert other.model.layers[0].gradient_checkpointing
+
+
+def test_a_second_call_may_not_forget_what_the_first_has_pruned(model: PreTrainedModel) -> None:
+    permllm.prune(model, None, texts=WINDOWS, permutation="none", keep_dense=["mlp"])
+    with pytest.raises(ConfigError, match=r"an earlier call has pruned model\.layers\.0\.self_attn\.k_proj"):
+        permllm.prune(model, None, texts=WINDOWS, permutation="none", keep_dense=["self_attn"])
+    permllm.prune(model, None, texts=WINDOWS, permutation="none")
+
+
+def test_weights_of_several_formats_are_not_rounded_unasked(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    permllm.prune(model, None, texts=WINDOWS, permutation="none")
+    model.model.embed_tokens.bfloat16()
+    with pytest.raises(ConfigError, match="weights are in bfloat16 and float32: `dtype` says"):
+        permllm.save(model, tmp_path / "out")
+    permllm.save(model, tmp_path / "out", dtype="float32")
+    assert torch.equal(permllm.load(tmp_path / "out").lm_head.weight, model.lm_head.weight)
+
+
+def test_what_was_packed_can_be_trained_and_pickled(model: PreTrainedModel, tmp_path: Path) -> None:
+    permllm.prune(model, None, texts=WINDOWS, permutation="none")
+    permllm.save(model, tmp_path / "out", format="packed")
+    loaded = permllm.load(tmp_path / "out", local_files_only=True, trust_remote_code=False)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    torch.save(loaded, tmp_path / "whole.pt")
+    code = "import sys, torch, permllm.export; print(type(torch.load(sys.argv[1], weights_only=False)).__name__)"
+    again = run_python("-c", code, str(tmp_path / "whole.pt"), fresh=True)
+    assert again.stdout == "SparseLlamaForCausalLM\n", again.stderr
+    with pytest.raises(ConfigError, match="output_loading_info"):
+        permllm.load(tmp_path / "out", output_loading_info=True)
+
+
+def test_the_working_directory_is_not_replaced(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    permllm.prune(model, None, texts=WINDOWS, permutation="none")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is the working directory, which cannot be replaced"):
+        permllm.save(model, ".")
+
+
+def test_a_tokenizers_name_is_none(model: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="expected one that AutoTokenizer gave"):
+        permllm.prune(model, "gpt2", texts=["a"])  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 import shutil
 import time
@@ -33,6 +35,8 @@ from permllm.record.shards import write_shards
 from permllm.record.tensor_file import read_header
 from permllm.sparsity import NMPattern
 from permllm.validation import check_number, check_one_of
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("dense", "packed")
 SUMMARY = "permllm.json"
@@ -95,6 +99,9 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     comparable = dense is None or record.metrics["model"].startswith("local:")
     if comparable and source.identity != record.metrics["model"]:
         raise DataError(f"{directory} was pruned from {record.metrics['model']}, and this model is {source.identity}")
+    if not comparable:
+        began = record.metrics["model"]
+        log.warning("nothing says whether %s is the model that was pruned, %s: only its shape is compared", dense, began)
     return write_checkpoint(record, request, source, target, started)
 
 
@@ -136,9 +143,12 @@ def write_checkpoint(
 
 
 def check_free(target: Path) -> None:
-    """Raise ConfigError where a folder holds something already."""
+    """Raise ConfigError where a folder holds something already, or cannot be put in its place when it is complete."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already and not empty; choose another folder")
+    if target.exists() and (os.path.samefile(target, os.curdir) or os.path.ismount(target)):
+        what = "a mount point" if os.path.ismount(target) else "the working directory"
+        raise ConfigError(f"{target} is {what}, which cannot be replaced; name a folder below it")
 
 
 def present_export(folder: Path) -> ExportSummary | None:

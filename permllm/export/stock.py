@@ -75,8 +75,10 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
         # Elsewhere, so that what is imported is installed and not beside the caller.
         answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if answer.returncode:
-        last = (answer.stderr.strip() or "no word").splitlines()[-1]
-        raise DataError(f"{checkpoint} cannot be loaded by stock transformers: {last}")
+        lines = (answer.stderr.strip() or "no word").splitlines()
+        # A form that needs this package says so, before what transformers advises.
+        reason = next((line for line in reversed(lines) if "permllm" in line and "File " not in line), lines[-1])
+        raise DataError(f"{checkpoint} cannot be loaded by stock transformers: {reason.strip()}")
     found = json.loads(answer.stdout.splitlines()[-1])
     of_run = metrics["perplexity"]["sparse"][text.name]["value"]
     return {

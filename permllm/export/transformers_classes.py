@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,7 @@ class PackedQuantizer(HfQuantizer):
             if not keep_packed:
                 with torch.device("meta"):
                     linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-                linear.weight = nn.Parameter(weight, requires_grad=False)
+                linear.weight = nn.Parameter(weight)  # which can be trained, as that of a dense checkpoint
                 linear.bias = packed.bias
                 _replace(model, path, linear)
         if not keep_packed:
@@ -279,6 +280,17 @@ class _OnDemand:
         return _config_class(cls.dense_type, _HINT).from_dict(config_dict, **kwargs)
 
 
+def __getattr__(name: str) -> Any:
+    """A class of `_config_class` that a pickle asks for, of a type that none has been read of yet."""
+    found = re.fullmatch(r"Sparse(\w+?)(Config|ForCausalLM)", name)
+    kinds = causal_types() if found else ()
+    dense = next((kind for kind in kinds if found and CONFIG_MAPPING[kind].__name__ == f"{found[1]}Config"), None)
+    if dense is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _config_class(dense, _HINT)
+    return globals()[name]
+
+
 def _config_class(dense_type: str, hint: str) -> Any:
     """The config class of gathered and packed models of a type; it and the model class are known to transformers after."""
     label = model_type_of(dense_type, hint)
@@ -290,6 +302,8 @@ def _config_class(dense_type: str, hint: str) -> Any:
     name = dense_config.__name__.removesuffix("Config")
     config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
     model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})
+    if hint == _HINT:  # by these names a pickle finds them
+        globals().update({one.__name__: one for one in (config, model)})
     AutoConfig.register(label, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model)
     return config

@@ -296,7 +296,7 @@ def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, 
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with transformers_reads(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **onto | options
+            folder, dtype=dtype or "auto", **onto | options | {"local_files_only": True, "trust_remote_code": False}
         )
     check_values(folder, model)
     return model

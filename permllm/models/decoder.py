@@ -44,7 +44,7 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
     def stand_in(*args: Tensor, **keywords: Any) -> Tensor | tuple[Tensor]:
         states = args[0] if args else keywords.pop("hidden_states")
         if not hidden:
-            hidden.append(states)
+            hidden.append(states.detach())  # gradient checkpointing has the embedding's output ask for gradients
         kwargs.append(keywords)
         return (states,) if tuples else states
 

@@ -330,11 +330,25 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise ConfigError(f"the model has no module {path}, which its type's family table names") from error
-    plain = type(module).forward is nn.Linear.forward
-    if isinstance(module, nn.Linear) and plain and module.weight.dtype in _WEIGHTS:
-        return module
+    plain = is_plain_linear(module)
+    if plain and module.weight.dtype in _WEIGHTS:
+        return module  # type: ignore[return-value]
     # Quantised ones may be linears by their class, of one byte or with a forward of their own.
     kind = type(module).__name__
     if plain:
         kind += f" of {str(getattr(module.weight, 'dtype', None)).removeprefix('torch.')}"
+    elif isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        kind += ", whose weight is computed from others"
+    elif "forward" in vars(module):
+        kind += " with a forward of its own"
     raise ConfigError(f"{path} is a {kind}, not a Linear of floats: quantised or adapted models cannot be pruned")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight that is a parameter of its own, and does nothing else but add a bias.
+
+    A parametrised one computes its weight, and an adapted one may have a forward that somebody has given it, other than by a
+    hook of accelerate.
+    """
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain and "weight" in module._parameters and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))

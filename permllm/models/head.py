@@ -74,7 +74,9 @@ class Head:
         # The body answers with these states, whatever it is asked.
         answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=windows)  # type: ignore[arg-type]
         with replaced_forwards([self._body], lambda *_, **__: answer):
-            output = functional_call(self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False})
+            output = functional_call(
+                self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False, "return_dict": True}
+            )
         logits: Tensor = output.logits
         return logits
 
