@@ -98,6 +98,8 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
         # The config says that the head is the embedding, and transformers took the files' word, or somebody changed one.
         config.tie_word_embeddings = False
         skeleton = _from_config(config, model.dtype)
+    if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
+        raise ConfigError(f"the model is not what its config makes: {strange} is no tensor, so that no checkpoint can hold it")
     made = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     there = {name: tensor.shape for name, tensor in state.items()}
     other = next((name for name in sorted(made.keys() | there.keys()) if made.get(name) != there.get(name)), None)

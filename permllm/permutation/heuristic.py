@@ -23,6 +23,7 @@ from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import HeuristicSettings
 from permllm.permutation.shared import SharedOrder, expanded, shared_orders
+from permllm.runtime.devices import cores
 from permllm.sparsity import NMPattern, check_divides, nm_mask, saliency_sum
 
 # Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
@@ -84,7 +85,7 @@ def searched(searches: list[Search], device: torch.device, what: str) -> dict[st
         device: of the saliency. On a CPU one search comes after the other, since its scores take all threads.
         what: is found, for the bar.
     """
-    places = 1 if device.type == "cpu" else max(1, torch.get_num_threads())
+    places = 1 if device.type == "cpu" else cores()  # not torch's threads, which torchrun makes one
     found: dict[str, Tensor] = {}
     running: dict[Future[Tensor], Search] = {}
     ahead = searches[::-1]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from permllm.runtime import parallel
+from permllm.runtime.devices import cores
 from permllm.runtime.precision import multiplies_bfloat16
 from permllm.version import __version__
 
@@ -88,7 +89,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_products": multiplies_bfloat16(device),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": str(device),

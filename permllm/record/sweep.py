@@ -201,9 +201,10 @@ def share_cores() -> None:
     launcher = HydraConfig.get().launcher
     if "joblib" not in str(launcher.get("_target_", "")):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = int(launcher.get("n_jobs") or 1)
-    at_once = at_once if at_once > 0 else max(1, cores + 1 + at_once)  # joblib: -1 is all of them, -2 all but one
     import torch  # not at the top: Hydra reads this module to answer --help
 
-    torch.set_num_threads(max(1, cores // at_once))
+    from permllm.runtime.devices import cores
+
+    at_once = int(launcher.get("n_jobs") or 1)
+    at_once = at_once if at_once > 0 else max(1, cores() + 1 + at_once)  # joblib: -1 is all of them, -2 all but one
+    torch.set_num_threads(max(1, cores() // at_once))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from permllm.errors import ConfigError
@@ -32,3 +34,8 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = error
     raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from reason
+
+
+def cores() -> int:
+    """Logical cores that this process may use, whatever torch does with them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -79,7 +79,7 @@ def test_an_assignment_is_the_best_of_all(seed: int, dtype: torch.dtype) -> None
 def test_searches_wait_for_assignments_side_by_side_on_a_gpu(
     device: str, held: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("permllm.permutation.heuristic.cores", lambda: 3)
     under_way: set[str] = set()
     most = 0
 
