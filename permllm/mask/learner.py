@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, cast
 
 import torch
@@ -59,14 +59,16 @@ class MaskLearner(Learner, Generic[StandIn]):
     @property
     @override
     def gathers(self) -> bool:
-        each = (linear for linears in self.linears.values() for linear in linears)
-        return any(isinstance(linear, OrderedMaskedLinear) and linear.order is not None for linear in each)
+        return any(linear.order is not None for linear in self._ordered())
 
     @override
     def masked_weights(self) -> int:
+        return sum(linear.linear.weight.numel() for linear in self._ordered() if linear.scores.keeps_masked)
+
+    def _ordered(self) -> Iterator[OrderedMaskedLinear]:
+        """Those whose order is fixed."""
         each = (linear for linears in self.linears.values() for linear in linears)
-        kept = (one.linear.weight for one in each if isinstance(one, OrderedMaskedLinear) and one.scores.keeps_masked)
-        return sum(weight.numel() for weight in kept)
+        return (linear for linear in each if isinstance(linear, OrderedMaskedLinear))
 
     @override
     def parameters(self) -> list[dict[str, Any]]:

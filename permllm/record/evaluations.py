@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from permllm.identity import digest_of, evaluation_of
@@ -70,13 +70,20 @@ def text_digest(entry: Mapping[str, Any], name: str) -> str:
     return str(found.get(name, "") if isinstance(found, Mapping) else found)
 
 
+def not_held(
+    metrics: Mapping[str, Any], config: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The evaluations among these that a record does not have."""
+    held = [entry["evaluation"] for entry in all_of(metrics, config)]
+    return [entry for entry in entries if entry["evaluation"] not in held]
+
+
 def merge(metrics: dict[str, Any], config: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> bool:
     """Add evaluations from another record of the same pruned model that this one does not hold; whether there were any.
 
     Each keeps the `config_hash` of the record that it is from.
     """
-    held = [entry["evaluation"] for entry in all_of(metrics, config)]
-    new = [dict(entry) for entry in entries if entry["evaluation"] not in held]
+    new = [dict(entry) for entry in not_held(metrics, config, entries)]
     source = {"config_hash": entries[0]["config_hash"], _FINISHED: True}
     metrics[_OTHERS] = [*metrics.get(_OTHERS, []), *(_taken(entry) | source for entry in new)]
     return bool(new)

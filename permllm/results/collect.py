@@ -135,7 +135,8 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             found.older += not checked
         elif not _merged(there, run):
             found.duplicates.append((run.directory, there.directory))
-            found.evaluated_otherwise += [run.directory] * _has_more(there, run)
+            if evaluations.not_held(there.metrics, there.config, evaluations.all_of(run.metrics, run.config)):
+                found.evaluated_otherwise.append(run.directory)
     return found
 
 
@@ -172,11 +173,6 @@ def _merged(there: Run, run: Run) -> bool:
         if stage.startswith("evaluate"):
             there.metrics["seconds"][stage] = there.metrics["seconds"].get(stage, 0.0) + seconds
     return True
-
-
-def _has_more(there: Run, run: Run) -> bool:
-    held = [entry["evaluation"] for entry in evaluations.all_of(there.metrics, there.config)]
-    return any(entry["evaluation"] not in held for entry in evaluations.all_of(run.metrics, run.config))
 
 
 def _finished(where: str, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return result[0]
 
 
-def interrupted(module: ModuleType, function: str, when: Callable[..., bool] = lambda *_: True) -> pytest.MonkeyPatch:
-    """A job that is interrupted where a module calls a function."""
+def interrupted(module: ModuleType | type, function: str, when: Callable[..., bool] = lambda *_: True) -> pytest.MonkeyPatch:
+    """A job that is interrupted where a module, or an object of a class, calls a function."""
     original = getattr(module, function)
 
     def stop(*arguments: Any, **named: Any) -> Any:
@@ -63,6 +63,11 @@ def interrupted(module: ModuleType, function: str, when: Callable[..., bool] = l
     patch = pytest.MonkeyPatch()
     patch.setattr(module, function, stop)
     return patch
+
+
+def before_a_line(when: Callable[[dict[str, Any]], bool]) -> pytest.MonkeyPatch:
+    """A job that is interrupted after the checkpoint of an epoch, before its line of the history."""
+    return interrupted(ordering._Passes, "add", lambda _, values: when(values))
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -270,21 +275,13 @@ def test_epochs_of_orders_and_masks_together_are_told_once(cache: Path, tmp_path
     together = ("permutation=lcp", "mask=score", "mask.orders=together", "mask.epochs=2")
     words = (*SMALL[:-1], *together)
     told: list[int] = []
-    patch = pytest.MonkeyPatch()
-    patch.setattr(loggers._Nowhere, "log_pass", lambda self, values, number: told.append(number))
-    add = ordering._Passes.add
-
-    def stop(self: Any, values: dict[str, Any]) -> None:
-        if values["pass"] == 2:
-            raise KeyboardInterrupt  # after the checkpoint, before the line of the history
-        add(self, values)
-
-    patch.setattr(ordering._Passes, "add", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as watching:
+        watching.setattr(loggers._Nowhere, "log_pass", lambda self, values, number: told.append(number))
+        patch = before_a_line(lambda values: values["pass"] == 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", *words)
+        patch.undo()
         run(tmp_path / "run", *words)
-    patch.setattr(ordering._Passes, "add", add)
-    run(tmp_path / "run", *words)
-    patch.undo()
     assert told == [1, 2]
     assert len(history(tmp_path / "run")) == 2
 
@@ -292,15 +289,7 @@ def test_epochs_of_orders_and_masks_together_are_told_once(cache: Path, tmp_path
 def test_the_history_has_the_epochs_of_masks_and_then_of_weights(cache: Path, tmp_path: Path) -> None:
     learned = ("permutation=none", "mask=score", "mask.epochs=2", "reconstruction=distill", "reconstruction.epochs=3")
     words = (*SMALL, *learned, "calibration.samples=8")
-    add = ordering._Passes.add
-
-    def stop(self: Any, values: dict[str, Any]) -> None:
-        if values["pass"] == 2 and "weights_learned" in values:
-            raise KeyboardInterrupt  # after the checkpoint, before the line of the history
-        add(self, values)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(ordering._Passes, "add", stop)
+    patch = before_a_line(lambda values: values["pass"] == 2 and "weights_learned" in values)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", *words)
     patch.undo()
@@ -317,15 +306,7 @@ def test_the_history_has_the_epochs_of_masks_and_then_of_weights(cache: Path, tm
 def learning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run interrupted after its second pass of three (`second`), with its orders alone (`orders`), and `finished`."""
     folder = tmp_path_factory.mktemp("learning")
-    patch = pytest.MonkeyPatch()
-    original = ordering._Passes.add
-
-    def add(self: Any, values: dict[str, Any]) -> None:
-        if values["pass"] == 2:
-            raise KeyboardInterrupt  # after the checkpoint, before the line of the history
-        original(self, values)
-
-    patch.setattr(ordering._Passes, "add", add)
+    patch = before_a_line(lambda values: values["pass"] == 2)
     with pytest.raises(KeyboardInterrupt):
         run(folder / "second", *LEARNED)
     patch.undo()
