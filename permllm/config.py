@@ -7,7 +7,7 @@ The groups `pruner`, `permutation`, `temperature`, `mask` and `reconstruction` s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from inspect import signature
@@ -23,7 +23,6 @@ from permllm.errors import ConfigError, PermLLMError, first_line, reason_of
 from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
 from permllm.inputs import input_digest, is_task_file, task_digest
 from permllm.pattern import NMPattern
-from permllm.renamed import in_records, is_left_over, without_old_names
 from permllm.validation import check_one_of, check_whole
 
 log = logging.getLogger(__name__)
@@ -367,7 +366,7 @@ class RunConfig:
         digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
         tasks = [name for name in self.evaluation.tasks if is_task_file(name)]
         digests |= {f"evaluation.tasks.{name}": task_digest(Path(name)) for name in tasks}
-        return in_records(asdict(self)) | {"inputs": digests}
+        return asdict(self) | {"inputs": digests}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -399,33 +398,22 @@ def _tasks_of(given: Any) -> dict[str, Any]:
     return given
 
 
-def read_config(composed: DictConfig | Mapping[str, Any], typed: Iterable[str] = ()) -> RunConfig:
+def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Typed settings out of what Hydra composed.
-
-    Args:
-        composed: the settings; a value under an earlier name (`permllm.renamed`) is taken, with a warning.
-        typed: keys that were typed, dotted.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value has the wrong type or range; one line that names it.
     """
     try:
         given: Any = OmegaConf.to_container(OmegaConf.create(composed))  # type: ignore[arg-type]
-        # Before what refers to another setting is resolved: it may refer to one that has an earlier name.
-        given, renamed = without_old_names(given, typed)
-        for line in renamed:
-            log.warning("%s", line)
         if "model" in given and given["model"].get("architecture", {}) is None:
             given["model"]["architecture"] = {}
         evaluation = given.get("evaluation") or {}
         evaluation["tasks"] = _tasks_of(evaluation.get("tasks"))
         given |= _names_of_modules(given)
         budget = given.get("budget") or {}
-        given["budget"] = {key: value for key, value in budget.items() if value != MISSING and not is_left_over(budget, key)}
+        given["budget"] = {key: value for key, value in budget.items() if value != MISSING}
         settings: Any = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
-        for group in (settings.get("calibration") or {}, (settings.get("evaluation") or {}).get("perplexity") or {}):
-            for key in [key for key in group if is_left_over(group, key)]:
-                del group[key]
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), settings)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -494,7 +482,7 @@ def _without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_labels(value) if isinstance(value, Mapping) else value
         for key, value in settings.items()
-        if not (key == "name" and "_target_" in settings) and not is_left_over(settings, key)
+        if not (key == "name" and "_target_" in settings)
     }
 
 

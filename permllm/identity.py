@@ -1,7 +1,6 @@
-"""What a result follows from: the settings that make a pruned model, those that say how it is evaluated, and their digests.
+"""Settings that make a pruned model, settings that say how it is evaluated, and digests of both.
 
-Works on settings as plain values, those of a record too, which an earlier version may have written: the same pruned model has
-the same identity in both.
+All functions take settings as plain values, so that those of a record can be given too.
 """
 
 from __future__ import annotations
@@ -15,37 +14,6 @@ from typing import Any
 _NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation", "paths")
 # Of the model: under what it comes, and where its weights wait, which change nothing of it.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
-# Settings that came later, dotted, with the value at which everything is as it was before them. At that value the identity
-# leaves them out, so that no run directory changes its name.
-_ADDED_LATER: dict[str, Any] = {
-    "study": {},
-    "model.wheel": None,
-    "model.bos": False,
-    "permutation.norm_over": "tokens",
-    "permutation.temperature_every": "step",
-    "permutation.sinkhorn_start": "exponential",
-    "mask": {"name": "pruner"},
-    "permutation.steps": None,
-    "permutation.samples": None,
-    "permutation.skip": 0,
-    "permutation.micro_batch_size": None,
-    "mask.micro_batch_size": None,
-    "reconstruction.micro_batch_size": None,
-    "mask.skip": 0,
-    "mask.weights_learning_rate": None,
-    "calibration.sampling": "disjoint",
-    "reconstruction.columns": "permuted",
-    "reconstruction.samples": None,
-    "reconstruction.skip": 0,
-    "reconstruction.average": 0.0,
-    "reconstruction.start": "masked",
-    "reconstruction.steps": None,
-    "reconstruction.activation_checkpointing": None,
-    "keep_dense": [],
-    "sparsity_of": {},
-    "permutation.deal": "random",  # which was taken out again
-}
-
 # Settings at the top that a permutation takes as arguments where its `uses` names them.
 FROM_THE_TOP = ("block_size", "temperature")
 # Among the digests of files (`inputs`), those that a model is evaluated on, and of these the text of the perplexity.
@@ -53,8 +21,6 @@ _EVALUATED = "evaluation."
 _EVALUATED_FILE = "evaluation.perplexity.data_files"
 
 _DIGITS = 12
-# Of the digests of earlier versions, which counted the evaluation and the names of classes as well.
-EARLIER_DIGITS = 10
 
 
 def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,29 +37,13 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         identity["model"] = {key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL}
         if str(identity["model"].get("device")).startswith("cuda:"):  # which of them is all one
             identity["model"]["device"] = "cuda"
-    identity["permutation"], used = _split(identity.get("permutation") or {})
+    permutation = dict(identity.get("permutation") or {})
+    used = permutation.pop("uses", None) or []
+    identity["permutation"] = permutation
     for key in FROM_THE_TOP:
         if key not in used:
             identity.pop(key, None)
-    # Earlier versions gave the constant temperature an end.
-    temperature = identity.get("temperature")
-    if isinstance(temperature, Mapping) and temperature.get("name") == "constant":
-        identity["temperature"] = {key: value for key, value in temperature.items() if key != "end"}
-    identity = _without_classes(identity)
-    for path, before in _ADDED_LATER.items():
-        identity = _without(identity, path.split("."), before)
-    return identity
-
-
-def later_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that came later, dotted, with their values in an identity also where it leaves them out."""
-    found = {}
-    for path, before in _ADDED_LATER.items():
-        value: Any = identity
-        for key in path.split("."):
-            value = value.get(key, before) if isinstance(value, Mapping) else before
-        found[path] = value
-    return found
+    return _without_classes(identity)
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,16 +57,14 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     file = text.pop("data_files", None)
     text.pop("batch_tokens", None)
     tasks.pop("batch_size", None)
-    if tasks.get("add_bos_token", "absent") is None:  # came later
-        tasks.pop("add_bos_token")
     if file:
         text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
     found = {}
     if text and (resolved.get("model") or {}).get("bos"):
         text["bos"] = True
-    if text and (file or text.get("dataset", "of an early record") is not None):
+    if file or text.get("dataset") is not None:
         found["perplexity"] = text
-    if tasks and tasks.get("tasks", "of an early record"):
+    if tasks.get("tasks"):
         found["zero_shot"] = tasks
     asked = {}
     for name, task in (settings.get("tasks") or {}).items():
@@ -135,31 +83,9 @@ def digest_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
-def _split(permutation: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a permutation that are its own, and the names of those that it takes from the top."""
-    own = dict(permutation)
-    # Earlier versions repeated them in the group.
-    repeated = [key for key in FROM_THE_TOP if key in own]
-    used = [*(own.pop("uses", None) or []), *repeated]
-    for key in repeated:
-        own.pop(key)
-    return own, used
-
-
 def _without_classes(value: Any) -> Any:
     """The settings without the names of this package's classes; those of somebody else's say what they are."""
     if not isinstance(value, Mapping):
         return value
     ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
     return {key: _without_classes(part) for key, part in value.items() if not (key == "_target_" and ours)}
-
-
-def _without(settings: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """The settings without the one at `path`, where it has this value."""
-    key, *below = path
-    present = settings.get(key)
-    if below and isinstance(present, dict):
-        return settings | {key: _without(present, below, value)}
-    if not below and present == value:
-        return {name: kept for name, kept in settings.items() if name != key}
-    return settings

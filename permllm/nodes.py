@@ -7,13 +7,12 @@ A key or a value that cannot be is refused while composing. A YAML of the packag
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
-from permllm.config import BudgetConfig, CalibrationConfig, EvaluationConfig, ModelConfig, PerplexityConfig, RunConfig
+from permllm.config import BudgetConfig, EvaluationConfig, ModelConfig, RunConfig
 from permllm.identity import FROM_THE_TOP
 from permllm.mask.settings import LowRankSettings, RefinedSettings, ScoreSettings
 from permllm.permutation.lcp.settings import LCPSettings
@@ -21,7 +20,6 @@ from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, L
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
 from permllm.pruning.settings import GBLMSettings, RIASettings, SparseGPTSettings
 from permllm.reconstruction.settings import ADMMSettings, BlockSettings, DistillSettings, OBSSettings
-from permllm.renamed import old_keys
 from permllm.studies.settings import (
     ExportMemorySettings,
     LayerRuntimeSettings,
@@ -57,7 +55,7 @@ def register() -> None:
 
 
 def _node(group: str, settings: type) -> type:
-    """The node of a class that a group names: its arguments but those from the top, with earlier names that stay empty."""
+    """The node of a class that a group names: its arguments but those from the top."""
     own = [one for one in fields(settings) if one.init and one.name not in FROM_THE_TOP]
     uses = [one.name for one in fields(settings) if one.name in FROM_THE_TOP]
     hints = get_type_hints(settings)
@@ -65,33 +63,24 @@ def _node(group: str, settings: type) -> type:
     made += [] if group == "study" else [("name", str, field(default="???"))]
     made += [("uses", list[str], field(default_factory=lambda: list(uses)))] if uses else []
     made += [(one.name, _type(hints[one.name]), _default(one)) for one in own]
-    names = {one.name for one in own}
-    made += [(old, Any, field(default=None)) for old, new in _earlier(group) if new in names]
     return _made(settings, made)
 
 
 def _whole() -> type:
     """The node of everything: `RunConfig`, whose groups that name a class hold what any class may take."""
-    perplexity: Any = ("perplexity", _with_earlier(PerplexityConfig, "evaluation.perplexity"))
     tasks: Any = ("tasks", Any, field(default=None))  # whose names are anybody's
-    evaluation = _made(EvaluationConfig, [perplexity, tasks], True)
-    budget = _with_earlier(BudgetConfig, "budget")
+    evaluation = _made(EvaluationConfig, [tasks], True)
     architecture: Any = ("architecture", dict[str, Any] | None, field(default_factory=dict))  # null takes a model's away
     typed: list[Any] = [
         ("model", _made(ModelConfig, [architecture], True)),
-        ("calibration", _with_earlier(CalibrationConfig, "calibration")),
         ("evaluation", evaluation),
-        ("budget", budget, field(default_factory=budget)),
+        ("budget", BudgetConfig, field(default_factory=BudgetConfig)),
         ("study", Any, field(default_factory=dict)),
         # A name alone is a list of one; names of modules are anybody's.
         ("keep_dense", Any, field(default=None)),
         ("sparsity_of", Any, field(default=None)),
     ]
     return _made(RunConfig, typed + [(group, Any) for group in SETTINGS if group != "study"], True)
-
-
-def _with_earlier(settings: type, group: str) -> type:
-    return _made(settings, [(old, Any, field(default=None)) for old, _ in _earlier(group)], True)
 
 
 def _made(settings: type, made: list[Any], derived: bool = False) -> type:
@@ -101,12 +90,6 @@ def _made(settings: type, made: list[Any], derived: bool = False) -> type:
     node.__module__ = __name__
     globals()[name] = node
     return node
-
-
-def _earlier(group: str) -> Iterator[tuple[str, str]]:
-    """The earlier and the present names of settings of a group, without the group."""
-    for entry in old_keys(group):
-        yield entry.old.rpartition(".")[2], entry.new.rpartition(".")[2]
 
 
 def _type(hint: Any) -> Any:

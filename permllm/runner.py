@@ -205,8 +205,7 @@ def _export(request: Request, record: RunRecord) -> None:
     target = record.path(EXPORT)
     # The folder says what it holds: a process can be killed before the record says it.
     present = present_export(target)
-    stated = {"shard_gb": request.shard_gb} | dict(present or {})  # which earlier versions did not say
-    if present is not None and all(stated.get(key) == value for key, value in wanted.items()):
+    if present is not None and all(present.get(key) == value for key, value in wanted.items()):
         log.info("%s is there already", target)
         summary = dict(present)
     else:

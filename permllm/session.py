@@ -128,7 +128,7 @@ class Session:
     def _lead(self, composed: DictConfig) -> float:
         """A job in the only process, or in the first of several."""
         try:
-            config = read_config(sweep.place_record(composed), sweep.typed_keys())
+            config = read_config(sweep.place_record(composed))
             check_names(config)
             skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
             result = run(config)

@@ -27,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory
 from permllm.errors import SHORT_ERRORS, ConfigError, everything_wanted, first_line
-from permllm.renamed import RENAMED
 
 _WIDTH = 100
 # Beside the nearest name, all are listed where there are no more than these.
@@ -37,7 +36,7 @@ _METHODS = ("pruner", "permutation", "mask", "reconstruction")
 # Settings whose keys are anybody's names.
 _GIVEN_WHOLE = ("evaluation.tasks", "sparsity_of")
 # In a group, what nobody sets.
-_NOT_SET = {"_target_", "uses", *(entry.old.rpartition(".")[2] for entry in RENAMED if entry.old != entry.new)}
+_NOT_SET = {"_target_", "uses"}
 _HELP = """\
 {program}: prune a language model to N:M, learn its channel permutations, evaluate it.
 usage: {program} [GROUP=OPTION | KEY=VALUE]...     with -m, A,B,C for a value sweeps

@@ -23,7 +23,6 @@ from permllm import config  # noqa: E402
 from permllm.identity import FROM_THE_TOP  # noqa: E402
 from permllm.nested import flatten  # noqa: E402
 from permllm.nodes import SETTINGS  # noqa: E402
-from permllm.renamed import RENAMED  # noqa: E402
 from permllm.usage import options_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
@@ -52,7 +51,7 @@ command line says otherwise, such as `paths: {cache_dir: /scratch/permllm}` afte
 
 def page() -> str:
     """The page."""
-    return "\n".join([INTRODUCTION, *_top(), *(line for group in options_of() for line in _group(group)), *_earlier()])
+    return "\n".join([INTRODUCTION, *_top(), *(line for group in options_of() for line in _group(group))])
 
 
 def _top() -> Iterator[str]:
@@ -130,15 +129,6 @@ def _attributes(settings: type) -> dict[str, str]:
         for name, what in re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE):
             said[name] = re.sub(r"\bNone\b", "null", " ".join(what.split()))
     return said
-
-
-def _earlier() -> Iterator[str]:
-    yield "## Earlier names\n"
-    yield "Taken for one version, with a warning. Records have them, and tables show the new ones.\n"
-    yield "| earlier | now |\n| --- | --- |"
-    for entry in RENAMED:
-        values = "; ".join(f"`{new}` for `{old}`" for new, old in entry.values.items())
-        yield f"| `{entry.old}` | `{entry.new}`{f': {values}' if values else ''} |"
 
 
 def _kind(hint: Any) -> str:

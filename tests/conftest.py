@@ -169,14 +169,16 @@ def run_command(*overrides: str, cwd: Path, fresh: bool = False, **environment: 
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE ARGUMENTS`."""
+    """`python -m MODULE ARGUMENTS`, or the command `permllm`."""
     return run_python("-m", module, *arguments)
 
 
 def run_python(
     *words: str, cwd: Path | None = None, environment: dict[str, str] | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`python WORDS`: a script, or a module after `-m`."""
+    """`python WORDS`: a script, a module after `-m`, or after `-m permllm` the command `permllm`."""
+    if words[:2] == ("-m", "permllm"):
+        words = (str(Path(sys.executable).with_name("permllm")), *words[2:])
     cwd, environment = cwd or Path.cwd(), environment or dict(os.environ)
     if not fresh:
         return commands.command(list(words), cwd, environment)

@@ -10,7 +10,6 @@ import pytest
 from permllm.commands import COMMANDS, call, main
 from permllm.version import __version__
 from tests.conftest import ROOT, run_module, run_python
-from tests.kept import THREE_RUNS
 
 WITH_ANSWERS = [name for name in COMMANDS if name != "run"]
 
@@ -87,21 +86,6 @@ def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixt
     assert call("cache", ["tokens", "--clear"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "tokens     1 result, 0.0 MB, 0.0 MB cleared"
     assert not list((cache / "tokens").glob("*.safetensors"))
-
-
-def test_the_modules_of_version_0_1_go_on_and_say_their_new_name() -> None:
-    new = run_module("permllm", "results", str(THREE_RUNS))
-    old = run_module("permllm.results", str(THREE_RUNS))
-    assert new.returncode == old.returncode == 0
-    assert old.stdout == new.stdout != ""
-    assert old.stderr == f"note: python -m permllm.results is `permllm results` from version 1.0 on\n{new.stderr}"
-
-
-def test_verify_of_version_0_1_writes_a_file_too(tmp_path: Path) -> None:
-    answer = run_module("permllm.verify", str(tmp_path), "--json", str(tmp_path / "report.json"))
-    assert answer.returncode == 2
-    assert answer.stderr.splitlines()[-1].startswith("error: ")
-    assert "--json FILE" in run_module("permllm.bench", "--help").stdout
 
 
 def test_run_is_run_py(tmp_path: Path) -> None:

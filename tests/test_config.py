@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
-from permllm.identity import digest_of, identity_of
+from permllm.identity import digest_of
 from permllm.job import methods_of
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
@@ -27,7 +24,6 @@ from permllm.record.store import run_directory
 from permllm.record.tensors import write_tensors
 from permllm.session import Session
 from tests.conftest import ROOT
-from tests.kept import THREE_RUNS, as_folder, lines_of
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(
@@ -164,11 +160,7 @@ def test_one_gpu_is_as_good_as_another(tmp_path: Path) -> None:
     one, other = (config("model=tiny", f"model.device={device}", f"runs_dir={tmp_path}") for device in ("cuda", "cuda:1"))
     assert other.identity == one.identity
     assert config("model=tiny", "model.device=cpu").identity != one.identity
-    # An earlier version's directory of it has another name.
-    earlier = tmp_path / f"{other.name}-0123456789ab"
-    earlier.mkdir()
-    (earlier / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(other.resolved))))
-    assert run_directory(other) == run_directory(one) == earlier
+    assert run_directory(other) == run_directory(one)
 
 
 @pytest.mark.parametrize("permutation", ["none", "lcp", "lcp-paper"])
@@ -253,54 +245,6 @@ def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> Non
     assert len(set(digests)) == len(digests)
 
 
-def test_settings_that_came_later_make_other_runs_where_they_differ() -> None:
-    base = config("model=tiny").hash
-    for changed in ("norm_over=samples", "temperature_every=pass", "sinkhorn_start=softmax"):
-        assert config("model=tiny", f"permutation.{changed}").hash != base
-
-
-@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
-def test_a_run_of_an_earlier_version_is_found_under_the_name_that_it_had(permutation: str, tmp_path: Path) -> None:
-    lines = lines_of(THREE_RUNS / "records.jsonl")
-    (line,) = [line for line in lines if line["run"].startswith(f"smollm2-135m-wanda-{permutation}-2x4-")]
-    settings = config(f"permutation={permutation}", f"runs_dir={tmp_path}")
-    named = run_directory(settings)
-    assert named.name == f"smollm2-135m-wanda-{permutation}-2x4-{settings.hash}"
-    earlier = as_folder(line, tmp_path)
-    assert run_directory(settings) == earlier
-    assert run_directory(config(f"permutation={permutation}", f"runs_dir={tmp_path}", "seed=1")).name != earlier.name
-    named.mkdir()
-    assert run_directory(settings) == named
-
-
-@pytest.mark.parametrize(
-    ("key", "earlier", "later"),
-    [
-        ("calibration.sampling", "disjoint", "documents"),
-        ("permutation.norm_over", "tokens", "samples"),
-        ("model.bos", False, True),
-        ("model.wheel", None, "gemma3-270m"),
-    ],
-)
-def test_a_setting_that_was_added_is_no_part_of_the_identity_where_it_says_what_was_done_before(
-    key: str, earlier: Any, later: Any
-) -> None:
-    def without(resolved: dict[str, Any]) -> dict[str, Any]:
-        *groups, name = key.split(".")
-        inner = resolved
-        for group in groups:
-            inner = inner[group]
-        del inner[name]
-        return resolved
-
-    base = config("model=tiny")
-    value = "null" if earlier is None else earlier
-    assert config("model=tiny", f"{key}={value}").hash == base.hash
-    assert config("model=tiny", f"{key}={later}").hash != base.hash
-    # Settings as a run of then wrote them are those of the same run.
-    assert identity_of(without(base.resolved)) == base.identity
-
-
 def test_terms_must_be_accepted_and_change_no_run() -> None:
     said = r"^model=gemma3-270m .* read https://ai\.google\.dev/gemma/terms, and type model\.accept_terms=true"
     with pytest.raises(ConfigError, match=said):
@@ -318,11 +262,6 @@ def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
     assert with_bos.evaluation_identity["zero_shot"] == without.evaluation_identity["zero_shot"] | {"add_bos_token": True}
     chosen = config("model=tiny", "model.bos=true", "evaluation.zero_shot.add_bos_token=false")
     assert chosen.evaluation.zero_shot.add_bos_token is False
-
-
-def test_runs_keep_the_directories_that_they_had() -> None:
-    assert run_directory(config("model=tiny")).name == "tiny-wanda-lcp-2x4-e21d62efaccd"
-    assert run_directory(config()).name == "smollm2-135m-wanda-lcp-2x4-e7d0b1e017c3"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ ROOMS = (
     "errors",
     "validation",
     "nested",
-    "renamed",
     "identity",
     "pattern",
     "sparsity",

@@ -47,7 +47,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
 ) -> None:
     metrics, directory = run(tmp_path, f"pruner={pruner}", f"permutation={permutation}")
     assert read_json(directory / "metrics.json", Metrics) == metrics
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     for which in ("dense", "sparse"):
         assert set(metrics["perplexity"][which]["builtin"]) == {"value", "window", "tokens"}
     assert metrics["sparsity"]["pattern"] == "2:4"

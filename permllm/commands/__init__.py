@@ -17,11 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from permllm.commands.answer import Answer
-from permllm.errors import DataError, PermLLMError, one_line
+from permllm.errors import PermLLMError, one_line
 from permllm.nested import finite
 from permllm.runtime.interruption import starting
 from permllm.runtime.tool import run_tool
@@ -80,53 +79,35 @@ def _completion(words: list[str]) -> int:
     return int(import_module("permllm.cli").main())
 
 
-def call(name: str, words: Sequence[str], program: str = "", json_file: bool = False) -> int:
+def call(name: str, words: Sequence[str]) -> int:
     """One command; the exit code.
 
     Args:
         name: one of `COMMANDS`, but `run`.
         words: what was typed after it.
-        program: what is typed before these, for its help.
-        json_file: `--json` takes a file that is written beside what is printed, as in version 0.1.
     """
     module = import_module(f"{__name__}.{name}")
     parser = argparse.ArgumentParser(
-        prog=program or f"permllm {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"permllm {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.arguments(parser)
-    if json_file:
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the answer there as JSON too")
-    else:
-        parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
     options = parser.parse_args(words)
     return run_tool(lambda: _answered(module.work, options), failed=getattr(module, "FAILED", 1))
 
 
-def call_old(name: str, json_file: bool = False) -> int:
-    """`python -m permllm.NAME`, which goes on for one version; the exit code."""
-    starting()
-    print(f"note: python -m permllm.{name} is `permllm {name}` from version 1.0 on", file=sys.stderr)
-    return call(name, sys.argv[1:], f"python -m permllm.{name}", json_file)
-
-
 def _answered(work: Callable[[argparse.Namespace], Answer], options: argparse.Namespace) -> int:
     """Do the work of a command and print its answer; the exit code."""
-    wanted = options.json
     try:
         answer = work(options)
     except (PermLLMError, OSError) as error:
-        if wanted is True:
+        if options.json:
             print(json.dumps({"error": one_line(error)}))
         raise
-    if wanted is True:
+    if options.json:
         print(_json(answer.value))
     else:
         answer.show()
-    if isinstance(wanted, Path):
-        try:
-            wanted.write_text(_json(answer.value) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"--json {wanted}: {error.strerror}") from error
     return answer.code
 
 

@@ -79,7 +79,7 @@ def _drawn(options: argparse.Namespace) -> Answer:
     else:
         from permllm.results.plots import plot_cost
 
-        _note([*collection.notes(), *summary.notes, *undrawn(summary, options.measure)])
+        _note([*collection.left_out(), *summary.notes, *undrawn(summary, options.measure)])
         plot_cost(summary, options.to, options.measure)
     found = {
         "file": str(options.to),

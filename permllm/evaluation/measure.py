@@ -98,7 +98,7 @@ def evaluate(
 def _take(
     own: dict[str, Any], scores: Mapping[str, Any], other: Mapping[str, Any], kind: str, which: str, names: Iterable[str]
 ) -> None:
-    """Take what another evaluation's results are made of along with them; records of earlier versions lack it."""
+    """Take what another evaluation's results are made of along with them."""
     theirs = scores.get(other["evaluation_hash"], {}).get(kind, {}).get(which, {})
     own.setdefault(kind, {}).setdefault(which, {}).update({name: theirs[name] for name in names if name in theirs})
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.record.files import read_json, read_yaml
 from permllm.record.names import CONFIG, METRICS
 from permllm.record.schema import FinishedRun, PrunedModel, Settings, validated
-from permllm.renamed import typed_name
 
 _CHILD = """
 import json, math, sys
@@ -58,11 +56,9 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
     config: dict[str, Any] = dict(read_yaml(run / CONFIG, Settings))
     model = validated(f"{run / CONFIG}: model", config["model"], PrunedModel)
     metrics = read_json(run / METRICS, FinishedRun)
-    # The evaluation whose results stand at the top; early records say it in their config alone.
-    evaluation = metrics.get("protocol", {}).get("evaluation", config.get("evaluation"))
-    recorded: dict[str, Any] = dict(evaluation or {}).get("perplexity") or {}  # type: ignore[assignment]
-    typed = {typed_name(f"evaluation.perplexity.{key}").rpartition(".")[2]: value for key, value in recorded.items()}
-    settings = PerplexityConfig(**{one.name: typed[one.name] for one in fields(PerplexityConfig) if one.name in typed})
+    # The evaluation whose results stand at the top.
+    recorded: dict[str, Any] = metrics["protocol"]["evaluation"]["perplexity"]  # type: ignore[assignment]
+    settings = PerplexityConfig(**recorded)
     dataset = ", ".join(map(str, settings.names))
     if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
         raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")

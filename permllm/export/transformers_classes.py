@@ -37,8 +37,6 @@ from permllm.version import __version__
 METHOD = "permllm"
 # No name to install: nobody vouches for what a package index has under it.
 _HINT = "make a checkout of the project importable and import permllm.export before loading this checkpoint"
-# Of checkpoints that earlier versions wrote.
-_EARLIER_HINTS = ("make a checkout of the project importable and import permllm before loading this checkpoint",)
 # Of what `from_pretrained` takes: where on the hub a checkpoint is, and how it may be had.
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -261,7 +259,7 @@ class PackedQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make gathered and packed models known to transformers: of all families, and of other types once one is read."""
-    for dense_type, hint in product(family_names(), (_HINT, *_EARLIER_HINTS)):
+    for dense_type, hint in product(family_names(), (_HINT,)):
         if dense_type in CONFIG_MAPPING:  # a package's may be for another transformers
             _config_class(dense_type, hint)
     for dense_type in causal_types():

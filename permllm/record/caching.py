@@ -23,8 +23,7 @@ from permllm.errors import DataError
 from permllm.record.cache_folder import cache_bound, cache_directory
 from permllm.record.code import code_digest
 from permllm.record.environment import versions
-from permllm.record.files import has_checksum, read_json, scratch_of, write_record
-from permllm.record.names import CHECKSUM
+from permllm.record.files import read_json, scratch_of, write_record
 from permllm.record.schema import Object, Schema, validated
 from permllm.record.tensor_file import read_header, read_tensors
 from permllm.record.tensors import write_tensors
@@ -69,8 +68,8 @@ def cached_values(
 
     def read(file: Path) -> dict[str, Any]:
         kept = read_json(file, _Kept)
-        if kept["identity"] != json.loads(text) or not has_checksum(file):
-            raise DataError(f"{file} is of something else, or of an older version")
+        if kept["identity"] != json.loads(text):
+            raise DataError(f"{file} is of something else")
         validated(str(file), kept["result"], schema)
         return dict(kept["result"])
 
@@ -88,8 +87,8 @@ def cached_tensors(
 
     def read(file: Path) -> dict[str, Tensor]:
         _, metadata, _ = read_header(file)
-        if metadata.get(_IDENTITY) != text or CHECKSUM not in metadata:
-            raise DataError(f"{file} is of something else, or of an older version")
+        if metadata.get(_IDENTITY) != text:
+            raise DataError(f"{file} is of something else")
         return read_tensors(file)
 
     return _cached(_file(kind, identity, code, ".safetensors"), compute, read, write)

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from permllm.identity import digest_of, evaluation_of
+from permllm.identity import digest_of
 
 _OTHERS, _FINISHED = "other_evaluations", "finished"
 _OWN = ("evaluation", "evaluation_hash", "perplexity", "zero_shot", "tasks")
@@ -32,20 +32,14 @@ def head(evaluation: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     return {"evaluation": how, "evaluation_hash": digest_of(how), "protocol": {"evaluation": dict(settings)}}
 
 
-def present(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the evaluation at the top was made; records of earlier versions say it in their config alone."""
-    found = metrics.get("evaluation")
-    return evaluation_of(config) if found is None else dict(found)
-
-
 def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The entries of all other evaluations that are finished."""
     return [entry for entry in metrics.get(_OTHERS, []) if entry[_FINISHED]]
 
 
-def all_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def all_of(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The entries of all evaluations of a finished run, the one at the top first."""
-    return [{**metrics, "evaluation": present(metrics, config)}, *others(metrics)]
+    return [metrics, *others(metrics)]
 
 
 def of_text(entry: Mapping[str, Any], name: str) -> dict[str, Any] | None:
@@ -65,25 +59,23 @@ def note_text(entry: dict[str, Any], name: str, digest: str) -> None:
 
 
 def text_digest(entry: Mapping[str, Any], name: str) -> str:
-    """The digest of a text that perplexity was measured on; empty in early records, which lack it."""
+    """Return the digest of a text that perplexity was measured on; empty where none was kept."""
     found = entry.get("texts", {}).get("perplexity", "")
     return str(found.get(name, "") if isinstance(found, Mapping) else found)
 
 
-def not_held(
-    metrics: Mapping[str, Any], config: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
+def not_held(metrics: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The evaluations among these that a record does not have."""
-    held = [entry["evaluation"] for entry in all_of(metrics, config)]
+    held = [entry["evaluation"] for entry in all_of(metrics)]
     return [entry for entry in entries if entry["evaluation"] not in held]
 
 
-def merge(metrics: dict[str, Any], config: Mapping[str, Any], entries: list[Mapping[str, Any]]) -> bool:
+def merge(metrics: dict[str, Any], entries: list[Mapping[str, Any]]) -> bool:
     """Add evaluations from another record of the same pruned model that this one does not hold; whether there were any.
 
     Each keeps the `config_hash` of the record that it is from.
     """
-    new = [dict(entry) for entry in not_held(metrics, config, entries)]
+    new = [dict(entry) for entry in not_held(metrics, entries)]
     source = {"config_hash": entries[0]["config_hash"], _FINISHED: True}
     metrics[_OTHERS] = [*metrics.get(_OTHERS, []), *(_taken(entry) | source for entry in new)]
     return bool(new)

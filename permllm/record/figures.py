@@ -51,7 +51,7 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
     dense = others.pop("dense", 0)
     parts = [f"{count} {'linear' if count == 1 else 'linears'} {other}" for other, count in sorted(others.items())]
     parts = [sparsity["pattern"], *parts, *([f"{dense} dense"] if dense else [])]
-    if len(parts) > 1 and "of_model" in sparsity:
+    if len(parts) > 1:
         parts.append(f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers")
     return ", ".join(parts)
 

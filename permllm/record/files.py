@@ -14,7 +14,6 @@ import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -188,22 +187,13 @@ def write_list(folder: Path) -> None:
 
 
 def as_listed(folder: Path) -> bool:
-    """Whether a folder holds the files that `write_list` found, as they were; one without a list is older than this."""
-    if not (folder / _LIST).is_file():
-        say_older(folder)
-        return True
+    """Return whether a folder holds the files that `write_list` found, as they were."""
     try:
         stated = read_json(folder / _LIST, FileList)["files"]
         names = {file.name for file in folder.iterdir()} - {_LIST}
         return names == stated.keys() and all(file_checksum(folder / name) == stated[name] for name in names)
     except DataError:
         return False
-
-
-@cache
-def say_older(folder: Path) -> None:
-    """Say once that a folder's files have no checksums to be compared with."""
-    log.info("%s is older than checksums: its files are used as they are; without it, it is made anew", folder)
 
 
 def _content(path: Path) -> bytes:
@@ -240,15 +230,6 @@ def _whole(digits: str) -> int:
 def _check_encodable(value: Any) -> None:
     """Raise ValueError where a text holds half of a character, which an escape can make and nothing can print."""
     json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
-
-
-def has_checksum(path: Path) -> bool:
-    """Whether a JSON object that can be read carries the checksum of `write_record`; files of older versions do not."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and CHECKSUM in value
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

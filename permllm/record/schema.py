@@ -124,7 +124,7 @@ class TaskResult(TypedDict):
     limited: bool
     split: str | None
     data: str | None
-    asked: NotRequired[str]  # under which of `evaluation.tasks`; came later
+    asked: NotRequired[str]  # under which of `evaluation.tasks`
 
 
 class MeasuredPerplexity(Perplexity):
@@ -192,7 +192,7 @@ class Sparsity(TypedDict):
     pattern: Pattern
     patterns: NotRequired[Patterns]
     fraction: Share
-    of_model: NotRequired[Share]
+    of_model: Share
     violations: Whole
     weights_changed: NotRequired[bool]
     weights_kept: NotRequired[bool]
@@ -211,7 +211,7 @@ class ExportSummary(TypedDict):
     pruned_layers_bytes: Positive
     pruned_layers_dense_bytes: Positive
     config_hash: str
-    shard_gb: NotRequired[Annotated[float, Field(gt=0)]]
+    shard_gb: Annotated[float, Field(gt=0)]
     gathers: Whole
     seconds: Seconds
 
@@ -427,7 +427,7 @@ class LCPSteps(TypedDict):
 
 
 class Pass(TypedDict):
-    """A line of `history.jsonl`: what an epoch of learning found. Early records lack what they did not have yet."""
+    """A line of `history.jsonl`: what an epoch of learning found."""
 
     loss: float
     measured_loss: NotRequired[float | None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import shutil
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from permllm.config import RunConfig
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.identity import EARLIER_DIGITS, digest_of, evaluation_of, identity_of
+from permllm.identity import identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
@@ -43,7 +42,7 @@ from permllm.record.names import (
 from permllm.record.progress import Progress
 from permllm.record.pruned import Group, Pruned, linear_shapes
 from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader, write_masks, write_orders
-from permllm.record.schema import FinishedRun, Metrics, Object, Scores, Settings, validated
+from permllm.record.schema import FinishedRun, Metrics, Object, Scores, validated
 from permllm.record.tensor_file import read_header
 from permllm.record.tensors import write_tensors
 from permllm.sparsity import NMPattern, PackedMasks
@@ -52,8 +51,6 @@ log = logging.getLogger(__name__)
 
 # Needed while orders, masks or weights are learned, and to continue.
 _WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, LEARNED_WEIGHTS)
-# Settings that once had another digest made of them: which of several GPUs it was, and one that was taken out again.
-_COUNTED_ONCE = (b"device: cuda:", b"deal: random")
 # Files without a checksum of their own: metrics.json states them once the run is finished.
 _STATED = (CONFIG, HISTORY, ENVIRONMENT)
 # What pruning adds to the metrics.
@@ -83,34 +80,8 @@ _UNITS = {
 
 
 def run_directory(config: RunConfig) -> Path:
-    """Where the record of a job is: `run_dir`, or `runs_dir/name-digest`, or where an earlier version put the same run."""
-    if config.run_dir:
-        return Path(config.run_dir)
-    directory = Path(config.runs_dir) / f"{config.name}-{config.hash}"
-    if directory.exists():
-        return directory
-    found = []
-    for file in _earlier_configs(config):
-        try:
-            present = read_yaml(file, Settings)
-        except DataError:
-            continue
-        if identity_of(present) == config.identity:
-            # It made a run of each evaluation.
-            found.append((evaluation_of(present) != config.evaluation_identity, file.parent))
-    return min(found)[1] if found else directory
-
-
-def _earlier_configs(config: RunConfig) -> Iterator[Path]:
-    """Those that an earlier version may have named otherwise."""
-    folder, name = Path(config.runs_dir), glob.escape(config.name)
-    yield from folder.glob(f"{name}-{'[0-9a-f]' * EARLIER_DIGITS}/{CONFIG}")
-    # To read those of a whole sweep for each of its jobs would take seconds.
-    for file in folder.glob(f"{name}-{'[0-9a-f]' * len(config.hash)}/{CONFIG}"):
-        with suppress(OSError):
-            text = file.read_bytes()
-            if any(setting in text for setting in _COUNTED_ONCE):
-                yield file
+    """Return where the record of a job is: `run_dir`, or `runs_dir/name-digest`."""
+    return Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / f"{config.name}-{config.hash}"
 
 
 class RunRecord(Progress):
@@ -203,15 +174,13 @@ class RunRecord(Progress):
         if self._config.study:  # which does not evaluate
             self.metrics.setdefault("protocol", calibration | asked["protocol"])
             return
-        held = _evaluated(self.directory, self.metrics)
+        held = self.metrics.get("evaluation", {})
         if not _finished(self.directory, self.metrics):
             if held != asked["evaluation"]:
                 evaluations.forget(self.metrics)
                 self.scores.clear()
             self.metrics |= asked | {"protocol": calibration | asked["protocol"]}
             return
-        if "evaluation" not in self.metrics:  # of an earlier version
-            self.metrics |= {"evaluation": held, "evaluation_hash": digest_of(held)}
         if held != asked["evaluation"]:
             self.evaluation = evaluations.entry_for(self.metrics, asked)
             if self.evaluation["finished"]:
@@ -489,15 +458,9 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
         if evaluation is None or "study" in metrics:
             return True
         others = [entry["evaluation"] for entry in evaluations.others(metrics)]
-        return evaluation in [_evaluated(directory, metrics), *others]
+        return evaluation in [metrics["evaluation"], *others]
     except DataError:
         return False
-
-
-def _evaluated(directory: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """How the evaluation at the top of the metrics was made; the config is read only where they are too old to say it."""
-    file = directory / CONFIG
-    return evaluations.present(metrics, read_yaml(file, Object) if "evaluation" not in metrics and file.is_file() else {})
 
 
 def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:

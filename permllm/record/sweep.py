@@ -157,11 +157,6 @@ def overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def typed_keys() -> list[str]:
-    """The keys of what was typed for this job, dotted."""
-    return [word.lstrip("+~").partition("=")[0] for word in overrides()]
-
-
 def place_record(composed: DictConfig) -> DictConfig:
     """The settings of a job with the record where `hydra.run.dir` or `hydra.sweep.dir` says, where these were given.
 

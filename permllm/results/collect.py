@@ -13,7 +13,7 @@ from typing import Any
 from permllm.errors import ConfigError, DataError
 from permllm.identity import identity_of
 from permllm.record import evaluations
-from permllm.record.files import file_checksum, has_checksum, read_json, read_json_lines, read_record_lines, read_yaml
+from permllm.record.files import file_checksum, read_json, read_json_lines, read_record_lines, read_yaml
 from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION, SCORES
 from permllm.record.outcomes import kept
 from permllm.record.schema import (
@@ -40,8 +40,7 @@ class Run:
         metrics: as in `metrics.json` (`FinishedRun`, of a study `Metrics`).
         environment: as in `environment.json` (`Environment`); empty where there is none.
         history: one entry an epoch of learning (`Pass`).
-        scores: what the results of each evaluation are made of (`EvaluationScores`), by the digest of the evaluation; runs of
-            earlier versions have none.
+        scores: what the results of each evaluation are made of (`EvaluationScores`), by the digest of the evaluation.
     """
 
     directory: Path
@@ -63,7 +62,6 @@ class Collection:
         evaluated_otherwise: of these, those with an evaluation that the first does not have.
         skipped: what looked like a run and is none, and why.
         studies: finished, which are no runs.
-        older: how many of the runs are older than checksums.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -71,7 +69,6 @@ class Collection:
     evaluated_otherwise: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     studies: list[Run] = field(default_factory=list)
-    older: int = 0
 
     def left_out(self) -> list[str]:
         """A line for each of the rest."""
@@ -82,11 +79,6 @@ class Collection:
         notes += [f"skipped {path}: {reason}" for path, reason in self.skipped]
         what = "a study, not a run: what it found stands in it, under `study`"
         return notes + [f"skipped {run.directory}: {what}" for run in self.studies]
-
-    def notes(self) -> list[str]:
-        """What a reader of the runs must know about them and the rest."""
-        number = f"{self.older} record{' is' if self.older == 1 else 's are'}"
-        return self.left_out() + [f"{number} older than checksums: checked by their form alone"] * bool(self.older)
 
 
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
@@ -118,7 +110,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     gone = [(Path(job.directory), job) for _, job in jobs if job.directory and not Path(job.directory).is_dir()]
     found.skipped += [(folder, f"{' '.join(job.overrides)}: its directory is gone") for folder, job in gone]
     first: dict[str, Run] = {}
-    for where, read, checked in _entries(sorted(files)):
+    for where, read in _entries(sorted(files)):
         try:
             run = read(found)
         except DataError as error:
@@ -132,10 +124,9 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         there = first.setdefault(identity, run)
         if there is run or apart:
             found.runs.append(run)
-            found.older += not checked
         elif not _merged(there, run):
             found.duplicates.append((run.directory, there.directory))
-            if evaluations.not_held(there.metrics, there.config, evaluations.all_of(run.metrics, run.config)):
+            if evaluations.not_held(there.metrics, evaluations.all_of(run.metrics)):
                 found.evaluated_otherwise.append(run.directory)
     return found
 
@@ -146,17 +137,17 @@ def _named(folder: Path, *names: str) -> Iterator[Path]:
         yield from (Path(path) / name for name in names if name in files or name in folders)
 
 
-def _entries(files: Iterable[Path]) -> Iterator[tuple[Path, Callable[[Collection], Run], bool]]:
-    """Of each run its place, how it is read, and whether it is compared with a checksum."""
+def _entries(files: Iterable[Path]) -> Iterator[tuple[Path, Callable[[Collection], Run]]]:
+    """Of each run its place, and how it is read."""
     for file in files:
         if file.name == METRICS:
-            yield file.parent, partial(_read_directory, file.parent), has_checksum(file)
+            yield file.parent, partial(_read_directory, file.parent)
             continue
         try:
             for where, line in read_record_lines(file, KeptRecord):
-                yield Path(where), partial(_read_line, file, where, line), True
+                yield Path(where), partial(_read_line, file, where, line)
         except DataError as error:
-            yield file, partial(_raise, error), True
+            yield file, partial(_raise, error)
 
 
 def _raise(error: DataError, _: Collection) -> Run:
@@ -166,7 +157,7 @@ def _raise(error: DataError, _: Collection) -> Run:
 def _merged(there: Run, run: Run) -> bool:
     """Whether a run of the same pruned model was evaluated in another way, which is one run's now and was another's once."""
     same = all(there.metrics[key] == run.metrics[key] for key in ("sparsity", "retained_saliency", "output_error"))
-    if not same or not evaluations.merge(there.metrics, there.config, evaluations.all_of(run.metrics, run.config)):
+    if not same or not evaluations.merge(there.metrics, evaluations.all_of(run.metrics)):
         return False
     there.scores.update({digest: scores for digest, scores in run.scores.items() if digest not in there.scores})
     for stage, seconds in run.metrics["seconds"].items():

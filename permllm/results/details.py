@@ -69,7 +69,7 @@ def warnings(run: Run) -> list[str]:
     metrics, environment = run.metrics, run.environment
     if violations := metrics["sparsity"]["violations"]:
         found.append(f"{violations} groups of M hold more than N nonzeros")
-    for entry in evaluations.all_of(metrics, run.config):
+    for entry in evaluations.all_of(metrics):
         windows = entry["evaluation"].get("perplexity", {}).get("limit")
         if windows is not None and entry.get("perplexity"):
             found.append(f"limited: perplexity on the first {windows} windows only")

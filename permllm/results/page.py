@@ -55,7 +55,7 @@ def page(collection: Collection, summary: Summary, baseline: Row | None = None, 
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (ours, *libraries)]
     return frame.from_string((here / "page.html").read_text(encoding="utf-8")).render(
         title=f"PermLLM: {len(collection.runs)} runs",
-        notes=[*collection.notes(), *summary.notes, *([paper.note] if paper and paper.note else [])],
+        notes=[*collection.left_out(), *summary.notes, *([paper.note] if paper and paper.note else [])],
         header=header,
         # With many settings the numbers would be out of sight.
         columns=[*range(count, len(header)), *range(count)] if count > 6 else [*range(len(header))],

@@ -166,7 +166,7 @@ class Comparison:
     def _averages_what_it_does(self, row: Row) -> bool:
         """Whether the mean accuracy is over the tasks of the paper's."""
         theirs = {metric.removesuffix("_acc") for *_, metric in self._values if metric.endswith("_acc")} - {"average"}
-        measured = [all_of(run.metrics, run.config) for run in row.runs]
+        measured = [all_of(run.metrics) for run in row.runs]
         counted = [[counted_tasks(entry.get("zero_shot", {}).get("sparse", {})) for entry in entries] for entries in measured]
         return all(any(set(tasks) == theirs for tasks in of_run) for of_run in counted)
 

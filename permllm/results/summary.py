@@ -8,17 +8,15 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from permllm.identity import digest_of, identity_of, later_settings
+from permllm.identity import digest_of, identity_of
 from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
 from permllm.record.figures import PRUNING_STAGES
-from permllm.renamed import typed_name, typed_value
 from permllm.results.collect import Run
 
 GAP = "gap closed"
@@ -187,7 +185,6 @@ def summarise(runs: list[Run]) -> Summary:
     ]
     notes = []
     each = {id(run): {which: _measures(run, which) for which in ("dense", "sparse")} for run in runs}
-    _tell_texts(each.values())
     named = _names(key for found in each.values() for measures in found.values() for key in measures)
     for row in rows:
         row.dense, _ = _shared_measures([each[id(run)]["dense"] for run in row.runs], named, of_dense=True)
@@ -252,7 +249,6 @@ def _shared_dense(rows: list[Row]) -> dict[str, Measure]:
 def frame_of(runs: list[Run]) -> pd.DataFrame:
     """`permllm.results.frame` of some runs."""
     each = [{which: _measures(run, which) for which in ("sparse", "dense")} for run in runs]
-    _tell_texts(each)
     named = _names(key for found in each for measures in found.values() for key in measures)
     lines = []
     for run, found in zip(runs, each, strict=True):
@@ -281,8 +277,7 @@ def close_gaps(summary: Summary, baseline: Row | None = None) -> None:
     settings = [_beside_the_order(row) for row in summary.rows]
     starts = [(row, flat) for row, flat in zip(summary.rows, settings, strict=True) if _unpermuted(row)]
     for row, ours in zip(summary.rows, settings, strict=True):
-        # A record of an earlier version lacks settings.
-        own = [other for other, flat in starts if all(flat[key] == ours[key] for key in flat.keys() & ours.keys())]
+        own = [other for other, flat in starts if flat == ours]
         own.sort(key=lambda other: (other is not row, _statistics(other) != _statistics(row)))
         reference = next(iter(own), None) if baseline is None else baseline if _model(baseline) == _model(row) else None
         if reference is None:
@@ -423,12 +418,9 @@ _OF_THE_ORDER_TOO = ("calibration.statistics", "inputs.permutation.path")
 
 
 def _beside_the_order(row: Row) -> dict[str, Any]:
-    identity = identity_of(row.runs[0].config)
-    later = later_settings(identity)
-    flat = {key: value for key, value in flatten(identity).items() if not any(key.startswith(f"{path}.") for path in later)}
     return {
         key: value
-        for key, value in (flat | later).items()
+        for key, value in flatten(identity_of(row.runs[0].config)).items()
         if key.split(".")[0] not in _OF_THE_ORDER and key not in _OF_THE_ORDER_TOO and not _makes_no_result(key)
     }
 
@@ -491,9 +483,7 @@ def flat_settings(config: dict[str, Any], everything: bool = False) -> dict[str,
         spare = key in _LEFT_OUT_TOO or any(part in _LEFT_OUT_BELOW for part in key.split("."))
         if key.split(".")[0] in _LEFT_OUT or (spare and not everything):
             continue
-        kept[plain(typed_name(key).removesuffix(".name"))] = typed_value(key, value)
-    if not kept.get("study"):
-        kept.setdefault("mask", LEARNED_TOO["mask"])  # which an identity leaves out
+        kept[plain(key.removesuffix(".name"))] = value
     inputs = config.get("inputs") or {}
     return kept | {f"{plain(key)} (digest)": digest[:8] for key, digest in inputs.items() if digest}
 
@@ -506,9 +496,6 @@ def _varying(groups: list[dict[str, Any]]) -> list[str]:
         for other in groups[:index]:
             if _labels(values, varying) == _labels(other, varying):
                 varying += [name for name in names if name not in varying and values.get(name) != other.get(name)]
-    # A setting that came later is left out at the value of before: it differs from what another run of its option says.
-    later = [name for name in later_settings({}) if name in names and name not in varying]
-    varying += [name for name in later if _in_some_of_an_option(name, groups)]
     # Which linears are pruned to what is always told, where it is not the same of all.
     varying += [
         name
@@ -522,14 +509,6 @@ def _varying(groups: list[dict[str, Any]]) -> list[str]:
         varying = [name for name in ("pruner", "permutation") if name in names]
     rank = {name: position for position, name in enumerate(_FIRST)}
     return sorted(varying, key=lambda name: (rank.get(name, len(rank)), name))
-
-
-def _in_some_of_an_option(name: str, groups: list[dict[str, Any]]) -> bool:
-    """Whether a setting of a group stands in some runs of one of its options, and not in others of it."""
-    option = name.partition(".")[0]
-    having = {values.get(option) for values in groups if name in values}
-    lacking = {values.get(option) for values in groups if name not in values}
-    return "." in name and bool(having & lacking)
 
 
 def _labels(values: dict[str, Any], settings: list[str]) -> dict[str, str]:
@@ -556,26 +535,6 @@ def _names(keys: Iterable[_Key]) -> dict[_Key, str]:
     return named
 
 
-def _tell_texts(each: Iterable[dict[str, dict[_Key, Measure]]]) -> None:
-    """Give older records, which do not say their text, the one on which the dense model measures the same to the last bit."""
-    each = list(each)
-    told = {
-        (key[0], key[1][:-1], measure.values[0]): key
-        for found in each
-        for key, measure in found["dense"].items()
-        if _says(key)
-    }
-    for found in each:
-        dense = {key: told.get((key[0], key[1][:-1], measure.values[0]), key) for key, measure in found["dense"].items()}
-        for which, measures in found.items():
-            silent = {key: dense.get(key, key) for key in measures if key[1] and key[1][-1] == _NO_TEXT}
-            found[which] = {silent.get(key, key): measure for key, measure in measures.items()}
-
-
-def _says(key: _Key) -> bool:
-    return bool(key[1]) and key[1][-1].startswith(_NO_TEXT) and key[1][-1] != _NO_TEXT
-
-
 def _shared_measures(
     each: list[dict[_Key, Measure]], named: dict[_Key, str], of_dense: bool = False
 ) -> tuple[dict[str, Measure], list[str]]:
@@ -599,7 +558,7 @@ def _measures(run: Run, which: str) -> dict[_Key, Measure]:
     """Of one run, in all ways that it was evaluated in."""
     metrics = run.metrics
     found: dict[_Key, Measure] = {}
-    for entry in evaluations.all_of(metrics, run.config):
+    for entry in evaluations.all_of(metrics):
         found = _evaluated(entry, which, run) | found
     if which == "sparse":
         for key, name, kind in (
@@ -608,9 +567,7 @@ def _measures(run: Run, which: str) -> dict[_Key, Measure]:
         ):
             if key in metrics:
                 found[name, ()] = Measure([_mean(metrics[key].values())], kind)
-        # Of all linears of the decoder layers; records of earlier versions pruned them all.
-        sparsity = metrics["sparsity"]
-        found[ZEROS, ()] = Measure([sparsity.get("of_model", sparsity["fraction"])], "share")
+        found[ZEROS, ()] = Measure([metrics["sparsity"]["of_model"]], "share")
         # Loading, calibration and the dense model's evaluation may be what an earlier job left.
         seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate")
         found["seconds", ()] = Measure([seconds], "seconds")
@@ -648,7 +605,7 @@ def _evaluated(entry: Mapping[str, Any], which: str, run: Run) -> dict[_Key, Mea
         for metric, value in values["metrics"].items():
             if value is not None:
                 share = is_share(metric)
-                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", *_how_asked(how, task, values))
+                facts = (f"{values['n']} items", f"split {plain(str(values['split']))}", *_how_asked(how, values))
                 scored = scores.get("tasks", {}).get(which, {}).get(task)
                 # What is no share need not be a mean over the items.
                 one = _items(scored, scored["metrics"].get(metric, []), value) if scored and share else None
@@ -683,12 +640,10 @@ def _short(text_digest: str) -> str:
     return f"{repository}/{file.partition('/')[2]}" if at else repository[:8]
 
 
-def _how_asked(how: Mapping[str, Any], task: str, values: Mapping[str, Any]) -> tuple[str, str]:
+def _how_asked(how: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
     """How a task of `evaluation.tasks` was asked for; a group leaves results of several names."""
     asked = how.get("tasks", {})
-    # Early records do not say by which of them a result is there.
-    guessed = next((name for name in asked if task in (name, Path(name).stem)), next(iter(asked), ""))
-    own = asked.get(values.get("asked", guessed)) or {}
+    own = asked.get(values["asked"]) or {}
     return f"add_bos_token={setting_text(own.get('add_bos_token'))}", f"file {str(own.get('digest', ''))[:8]}"
 
 

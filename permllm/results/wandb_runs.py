@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError, DataError
-from permllm.identity import identity_of
+from permllm.identity import evaluation_of, identity_of
 from permllm.nested import flatten
 from permllm.record.names import SCHEMA_VERSION
 from permllm.record.schema import FinishedRun, Object, Settings, validated
-from permllm.renamed import recorded_name
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, Published
 from permllm.results.render import render
@@ -184,6 +183,7 @@ def as_run(logged: Logged) -> Run:
             values.update({"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None, "split": None, "data": None} | values)
     validated("final values", metrics, FinishedRun)
     validated("settings", validated("settings", config, Object), Settings)
+    metrics["evaluation"] = evaluation_of(config)
     passes = [row for row in logged.history if "lcp/pass" in row]
     # A pass that was done again counts once.
     history = {row["lcp/pass"]: {key[5:]: value for key, value in row.items() if key.startswith("pass/")} for row in passes}
@@ -313,10 +313,10 @@ def _workspaces(part: str) -> Any:
 
 
 def _varying(summary: Summary) -> list[str]:
-    """Keys in the W&B config, which has the names of records, of the columns of a table; a group has its own `name`."""
+    """Return the keys in the W&B config of the columns of a table; a group has its own `name`."""
     # A run that has the usual one of a group leaves it out.
     recorded = {key for row in summary.rows for key in flatten(row.runs[0].config)}
-    keys = [recorded_name(column) for column in summary.settings if not column.endswith(" (digest)")]
+    keys = [column for column in summary.settings if not column.endswith(" (digest)")]
     return [f"{key}.name" if f"{key}.name" in recorded else key for key in keys]
 
 

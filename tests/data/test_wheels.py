@@ -115,19 +115,6 @@ def test_a_member_that_is_not_in_the_list_is_refused(cache: Path, index: Path) -
         wheel_file(make_wheel(index), "some_data/other")
 
 
-def test_what_an_older_version_unpacked_has_no_list_and_is_used(
-    cache: Path, index: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    wheel = make_wheel(index)
-    (wheel_directory(wheel) / "RECORD").unlink()
-    caplog.clear()
-    caplog.set_level("INFO")
-    for _ in range(2):
-        assert wheel_file(wheel, "some_data/weights.bin").read_bytes() == b"weights"
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"{wheel_directory(wheel)} is older than checksums")
-
-
 def test_what_a_killed_process_left_goes(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

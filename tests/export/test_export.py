@@ -94,10 +94,10 @@ def make_run(
             }
         ),
     )
-    sparsity = {"pattern": str(pattern), "fraction": 1 - pattern.n / pattern.m, "violations": 0}
+    sparsity = {"pattern": str(pattern), "fraction": 1 - pattern.n / pattern.m, "of_model": 0.5, "violations": 0}
     if keep_dense or sparsity_of:
         sparsity["patterns"] = differing_patterns(channel_groups(model), groups)
-    finished = {"schema_version": 1, "status": "finished", "name": "x", "config_hash": "0", "seconds": {}}
+    finished = {"schema_version": 2, "status": "finished", "name": "x", "config_hash": "0", "seconds": {}}
     write_record(run / "metrics.json", finished | {"model": identity, "sparsity": sparsity})
     write_tensors(run / "permutations.safetensors", orders)
     write_masks(run / "masks.safetensors", masks)

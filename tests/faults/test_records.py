@@ -70,10 +70,10 @@ def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, m
     ("text", "message"),
     [
         (
-            '{"schema_version": 1, "status": "running", "name": "a", "config_hash": "0", "seconds": []}',
+            '{"schema_version": 2, "status": "running", "name": "a", "config_hash": "0", "seconds": []}',
             "seconds: input should",
         ),
-        ('{"schema_version": 1, "status": "\\ud800"}', "is not readable JSON: 'utf-8' codec"),
+        ('{"schema_version": 2, "status": "\\ud800"}', "is not readable JSON: 'utf-8' codec"),
         ("[" * 100_000, "is not readable JSON: maximum recursion"),
         ("1" * 5000, "is not readable JSON: Exceeds the limit"),
         ("[]", "input should be a valid dictionary"),

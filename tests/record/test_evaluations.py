@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import threading
@@ -27,7 +26,6 @@ from permllm.record.store import is_finished, run_directory
 from permllm.results.collect import collect
 from permllm.results.summary import summarise
 from tests.data.test_texts import in_the_wheel
-from tests.kept import EXPERIMENTS, as_folder, lines_of
 from tests.test_config import composed
 
 SMALL = ("calibration.samples=4", "calibration.seqlen=16")
@@ -75,8 +73,8 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
     second, there = run(tmp_path, *OTHER)
     assert there == directory
     assert {name: (directory / name).read_bytes() for name in MADE} == made
-    assert second["evaluation"]["perplexity"] == {"dataset": "builtin", "window": 32, "limit": 3}
-    assert second["protocol"]["evaluation"]["perplexity"]["window"] == 32
+    assert second["evaluation"]["perplexity"] == {"dataset": "builtin", "seqlen": 32, "limit": 3}
+    assert second["protocol"]["evaluation"]["perplexity"]["seqlen"] == 32
     assert second["protocol"]["calibration"] == first["protocol"]["calibration"]
     assert second["perplexity"]["sparse"]["builtin"]["tokens"] == 3 * 31
     assert [entry["perplexity"] for entry in second["other_evaluations"]] == [first["perplexity"]]
@@ -416,41 +414,6 @@ def test_a_table_has_a_column_for_each_way_of_measuring(cache: Path, tmp_path: P
     assert len(names) == 2
     assert "builtin perplexity (window 64), 2 windows" in names
     assert set(names) <= summary.dense.keys()
-
-
-def test_runs_of_an_earlier_version_that_differ_in_their_evaluation_are_one(tmp_path: Path) -> None:
-    records = EXPERIMENTS / "peers" / "records.jsonl"
-    collection = collect([records])
-    assert len(lines_of(records)) == 2 * len(collection.runs)
-    assert not collection.duplicates
-    summary = summarise(collection.runs)
-    assert sum("perplexity" in name for name in summary.measures) == 2
-    for row in summary.rows:
-        assert set(summary.measures) == row.measures.keys()
-    # Without having been pruned alike they are not.
-    _, second = (as_folder(line, tmp_path) for line in lines_of(records) if "-ria-" in line["run"])
-    metrics = json.loads((second / "metrics.json").read_text())
-    metrics["retained_saliency"] |= dict.fromkeys(list(metrics["retained_saliency"])[:1], 0.125)
-    (second / "metrics.json").write_text(json.dumps(metrics))
-    assert [path.name for path, _ in collect([tmp_path]).duplicates] == [second.name]
-
-
-def test_a_finished_run_of_an_earlier_version_is_evaluated_where_it_is(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, directory = run(tmp_path)
-    earlier = directory.with_name(directory.name.rpartition("-")[0] + "-0123456789")
-    directory.rename(earlier)
-    metrics = json.loads((earlier / "metrics.json").read_text())
-    for key in ("evaluation", "evaluation_hash", "code", "crc32", "files"):
-        del metrics[key]
-    (earlier / "metrics.json").write_text(json.dumps(metrics))
-    assert run_directory(settings(tmp_path)) == earlier
-    monkeypatch.setattr(runner, "_prune", refuse)
-    assert run(tmp_path)[0]["perplexity"] == first["perplexity"]
-    second, there = run(tmp_path, *OTHER)
-    assert there == earlier
-    assert [entry["perplexity"] for entry in second["other_evaluations"]] == [first["perplexity"]]
 
 
 def test_a_process_that_evaluates_in_another_way_waits_and_one_that_does_the_same_is_refused(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_a_text_that_was_measured_in_two_ways_counts_once(tmp_path: Path) -> Non
             which: {"wikitext2": {"value": value, "window": 256, "tokens": 100}}
             for which, value in (("dense", 10.0), ("sparse", values[1]))
         }
-        how = {"perplexity": {"dataset": "wikitext2", "window": 256}}
+        how = {"perplexity": {"dataset": "wikitext2", "seqlen": 256}}
         metrics["other_evaluations"] = [{"evaluation": how, "evaluation_hash": digest_of(how), "finished": True}]
         metrics["other_evaluations"][0]["perplexity"] = other
         (folder / "metrics.json").write_text(json.dumps(metrics))

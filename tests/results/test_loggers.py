@@ -383,16 +383,16 @@ def test_mlflow_takes_what_its_fields_do_not(mlflow_home: Path, tmp_path: Path) 
 def test_mlflow_says_how_the_model_was_evaluated_last(mlflow_home: Path, tmp_path: Path) -> None:
     said = []
     for settings in (
-        {"evaluation.tasks.a.limit": 5, "evaluation.perplexity.window": 64},
-        {"evaluation.perplexity.window": 32},
+        {"evaluation.tasks.a.limit": 5, "evaluation.perplexity.seqlen": 64},
+        {"evaluation.perplexity.seqlen": 32},
     ):
         with open_mlflow(mlflow_home, tmp_path, project="odd", name="n", tags={}, settings=settings, force=False):
             pass
         data = mlflow_client(mlflow_home).get_run((tmp_path / MLFLOW_ID).read_text().strip()).data
         said.append({key: value for key, value in data.tags.items() if key.startswith("evaluation.")})
     assert said == [
-        {"evaluation.tasks.a.limit": "5", "evaluation.perplexity.window": "64"},
-        {"evaluation.perplexity.window": "32"},
+        {"evaluation.tasks.a.limit": "5", "evaluation.perplexity.seqlen": "64"},
+        {"evaluation.perplexity.seqlen": "32"},
     ]
 
 
@@ -548,7 +548,7 @@ def online_run(number: int, *, state: str = "finished", group: str = "table6-1a2
     }
     summary = {
         "_step": 10,
-        "schema_version": 1,
+        "schema_version": 2,
         "status": "finished",
         "lcp/loss": {"min": 0.1},
         "pass/loss": {"min": 0.2},
@@ -558,6 +558,7 @@ def online_run(number: int, *, state: str = "finished", group: str = "table6-1a2
         "peak_memory_bytes": 1,
         "sparsity/pattern": "2:4",
         "sparsity/fraction": 0.5,
+        "sparsity/of_model": 0.5,
         "sparsity/violations": 0,
         "retained_saliency/mean": 0.6,
         "output_error/mean": 0.1,
@@ -763,9 +764,9 @@ def test_groups_are_panel_keys_by_their_name() -> None:
     # A record says neither the usual mask nor where a setting has another name now.
     runs[1].config |= {"pruner": {"name": "ria"}, "mask": {"name": "refined"}}
     for run, length in zip(runs, (128, 64), strict=True):
-        run.config["calibration"] = {"dataset": "c4", "length": length}
+        run.config["calibration"] = {"dataset": "c4", "seqlen": length}
     (table,), _ = wandb_runs.tables(wandb_runs.read_api(FakeApi(runs), "x", ["*"]), published("table1"))
-    keys = ["config.pruner.name", "config.mask.name", "config.calibration.length"]
+    keys = ["config.pruner.name", "config.mask.name", "config.calibration.seqlen"]
     assert wandb_runs.report([table], "permllm", "me", "t").blocks[-1].runsets[0].groupby == keys
 
 

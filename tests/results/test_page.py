@@ -140,7 +140,7 @@ def bits_of(image: str) -> NDArray[Any]:
 
 def test_each_setting_of_a_run_is_there_once_as_it_is_typed(tmp_path: Path) -> None:
     for size in (32, 64):
-        make_run(tmp_path / str(size), 20.0, block_size=size, calibration={"dataset": "c4", "length": 16})
+        make_run(tmp_path / str(size), 20.0, block_size=size, calibration={"dataset": "c4", "seqlen": 16})
     runs = details(summary_of(tmp_path))
     assert [run["varying"] for run in runs] == [[("block_size", "32")], [("block_size", "64")]]
     settings = runs[0]["settings"].split(", ")

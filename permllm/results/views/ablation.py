@@ -17,24 +17,13 @@ from permllm.config import HYDRA_DEFAULTS, conf_directory, register_resolvers
 from permllm.nested import flatten
 from permllm.nodes import register
 from permllm.record.names import RECORDS
-from permllm.renamed import in_records, typed_name, typed_value
 from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
 from permllm.results.views.tables import processor
 
 _GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
 # Single settings that make a result; of a group that is named above, all.
-_SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.length", "calibration.statistics")
-# What a record ran with that is older than the setting.
-_BEFORE = {
-    "compute_dtype": "float32",
-    "permutation.rounds": 1,
-    "permutation.gumbel": 0.0,
-    "permutation.loss": "cosine",
-    "permutation.window": "model",
-}
-# A group that came later.
-_ABSENT = {"mask": {"name": "pruner"}}
+_SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.seqlen", "calibration.statistics")
 # Settings that follow from others, or say nothing about a result.
 _LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_", "uses")
 
@@ -67,9 +56,7 @@ def ablation(folder: Path, records: str = RECORDS) -> list[str]:
 
 def _line(run: Run) -> dict[str, Any]:
     config, metrics = run.config, run.metrics
-    said = ", ".join(
-        f"{typed_name(key).removeprefix('permutation.')}={typed_value(key, value)}" for key, value in _differing(run)
-    )
+    said = ", ".join(f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run))
     order = Path(config["permutation"].get("path", "")).name.rsplit("-", 1)[-1]
     if order:
         said = f"the order of `{order}`" + (f", {said}" if said else "")
@@ -88,7 +75,7 @@ def _line(run: Run) -> dict[str, Any]:
 
 def _differing(run: Run) -> Iterator[tuple[str, Any]]:
     """What sets a run apart from `python run.py` with its pruner and reconstruction, on a device that multiplies bfloat16."""
-    options = {group: run.config[group]["name"] for group in ("pruner", "mask", "reconstruction") if group in run.config}
+    options = {group: run.config[group]["name"] for group in ("pruner", "mask", "reconstruction")}
     usual = _usual(**options) | {"mask.name": "pruner"}
     for key, value in _settings(run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}).items():
         group, _, rest = key.partition(".")
@@ -103,24 +90,19 @@ def _usual(**options: str) -> dict[str, Any]:
     with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
         composed = compose("config", overrides=[f"{group}={option}" for group, option in options.items()])
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-    return _settings(in_records(config) | {"compute_dtype": "bfloat16"})
+    return _settings(config | {"compute_dtype": "bfloat16"})
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """What makes a result, flat; settings of learning only where something is learned."""
-    learned = "passes" in config["permutation"]
+    learned = "epochs" in config["permutation"]
     flat = flatten(config)
     found = {key: flat.get(key) for key in _SETTINGS if learned or key != "block_size"}
     for group in _GROUPS:
         if group != "temperature" or learned:
-            found |= {
-                f"{group}.{key}": value for key, value in config.get(group, _ABSENT.get(group, {"name": "none"})).items()
-            }
-    for key, value in _BEFORE.items():
-        if key not in found and (learned or not key.startswith("permutation.")):
-            found[key] = value
+            found |= {f"{group}.{key}": value for key, value in config[group].items()}
     if learned and found["permutation.loss"] is None:
-        found["permutation.loss"] = "kl" if found["permutation.window"] == "model" else "cosine"
+        found["permutation.loss"] = "kl" if found["permutation.layers_per_stage"] == "all" else "cosine"
     return {key: value for key, value in found.items() if "." not in key or key.split(".")[1] not in _LEFT_OUT}
 
 

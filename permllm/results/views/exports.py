@@ -16,18 +16,17 @@ from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
 from permllm.results.views.tables import computed_on
 
-# The default recipe, in settings that records have had from the start.
+# The default recipe.
 _RECIPE = {
     "straight_through": "swap",
     "learning_rate": 0.01,
-    "passes": 3,
+    "epochs": 3,
     "rounds": 1,
     "gumbel": 0.0,
     "init": "heuristic",
     "margin": 0.05,
     "noise": 0.02,
-    "window": "model",
-    "block_size": 64,
+    "layers_per_stage": "all",
 }
 _TEMPERATURE = ("linear", 1.0, 0.1)
 
@@ -56,9 +55,9 @@ def _default(run: Run) -> bool:
     config, permutation = run.config, run.config["permutation"]
     if config["pruner"]["name"] != "wanda" or run.metrics.get("compute_dtype") != "bfloat16":
         return False
-    if config.get("reconstruction", {"name": "none"})["name"] != "none" or config["calibration"]["samples"] != 128:
+    if config["reconstruction"]["name"] != "none" or config["calibration"]["samples"] != 128:
         return False
-    if config.get("mask", {"name": "pruner"})["name"] != "pruner":
+    if config["mask"]["name"] != "pruner":
         return False
     if permutation["name"] in ("none", "heuristic"):
         return True
@@ -66,6 +65,7 @@ def _default(run: Run) -> bool:
     return (
         permutation["name"] == "lcp"
         and all(permutation.get(key) == value for key, value in _RECIPE.items())
+        and config["block_size"] == 64
         and permutation.get("loss") in (None, "kl")
         and (temperature["name"], temperature["start"], temperature["end"]) == _TEMPERATURE
     )

@@ -120,7 +120,7 @@ def _peer(peer: dict[str, str], runs: list[Run]) -> list[str]:
     found = [
         (entry.get("config_hash", run.metrics["config_hash"]), result["value"])
         for run in of_method
-        for entry in evaluations.all_of(run.metrics, run.config)
+        for entry in evaluations.all_of(run.metrics)
         for name, result in entry["perplexity"][which].items()
         if peer["text"].startswith(name)
     ]
@@ -261,6 +261,6 @@ def _provenance(runs: list[Run]) -> list[str]:
     return [
         f"{len(runs)} runs, {seconds / 60:.0f} minutes, evaluation included. Runs of several tables count in each; what "
         "an earlier job had left of the dense model's evaluation and calibration does not. "
-        f"Seed {seeds}; calibrated on {budget['samples']} samples of {budget['length']} tokens. "
+        f"Seed {seeds}; calibrated on {budget['samples']} samples of {budget['seqlen']} tokens. "
         + machine(run.environment for run in runs)
     ]

@@ -1,8 +1,0 @@
-"""`python -m permllm COMMAND`, for who has not the command `permllm` on the path."""
-
-import sys
-
-from permllm.commands import main
-
-if __name__ == "__main__":
-    sys.exit(main())
