@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.results.views import markers, with_views
+from scripts.views import markers, with_views
 from tests.conftest import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])

@@ -24,7 +24,7 @@ from permllm.results.render import (
     without_interval,
 )
 from permllm.results.summary import summarise
-from permllm.results.views import with_views
+from scripts.views import with_views
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE.md",
-        help="make the blocks of documents anew, which say what they are made from (permllm.results.views)",
+        help="make the blocks of documents anew, which say what they are made from (scripts.views)",
     )
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
 

@@ -26,7 +26,7 @@ from permllm.record import files
 from permllm.record.files import file_checksum, read_json, read_yaml, write_record
 from permllm.record.schema import Environment, FinishedRun, Metrics, Object, Pass, Scores, Settings, validated
 from permllm.results.render import FORMATS
-from permllm.results.views.studies import STUDIES
+from scripts.views.studies import STUDIES
 from tests.kept import EXPERIMENTS, THREE_RUNS, as_folder, lines_of
 from tests.results.test_results import make_run
 from tests.test_config import composed

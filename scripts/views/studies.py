@@ -11,8 +11,8 @@ from permllm.record.names import RECORDS
 from permllm.record.schema import validated
 from permllm.results.collect import Run, collect
 from permllm.results.published import published
-from permllm.results.views.tables import Entry, machine, published_table, typed
 from permllm.studies.base import Study
+from scripts.views.tables import Entry, machine, published_table, typed
 
 # By the name of an option in conf/study; the class is not taken from a record.
 STUDIES: dict[str, type[Any]] = {

@@ -17,7 +17,7 @@ from permllm.results.collect import Run, collect
 from permllm.results.published import Comparison, Published, published
 from permllm.results.render import as_text, heading, main_measure, render, shown, take_baseline
 from permllm.results.summary import Row, Summary, summarise
-from permllm.results.views import Marker, markers
+from scripts.views import Marker, markers
 
 # Measures of a table that says nothing else: parts of their names.
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
@@ -145,7 +145,7 @@ class Entry:
 
 def _entry(folder: Path, marker: Marker) -> Entry:
     if marker.view == "study":
-        from permllm.results.views.studies import entry
+        from scripts.views.studies import entry
 
         return entry(folder, **marker.options)
     if marker.view != "paper":

@@ -11,7 +11,7 @@ from permllm.record.names import RECORDS
 from permllm.results.cost import memory, minutes, spent_elsewhere
 from permllm.results.render import as_text, cells
 from permllm.results.summary import GAP
-from permllm.results.views.tables import machine, narrowed, runs_of
+from scripts.views.tables import machine, narrowed, runs_of
 
 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> list[str]:

@@ -14,7 +14,7 @@ from permllm.record.names import RECORDS
 from permllm.record.schema import Object
 from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
-from permllm.results.views.tables import computed_on
+from scripts.views.tables import computed_on
 
 # The default recipe.
 _RECIPE = {

@@ -11,7 +11,7 @@ from permllm.record.names import RECORDS
 from permllm.results.collect import Run, collect
 from permllm.results.cost import method_of
 from permllm.results.render import as_text
-from permllm.results.views.tables import machine
+from scripts.views.tables import machine
 
 
 def placements(folder: Path, records: str = RECORDS) -> list[str]:

@@ -19,7 +19,7 @@ from permllm.nodes import register
 from permllm.record.names import RECORDS
 from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
-from permllm.results.views.tables import processor
+from scripts.views.tables import processor
 
 _GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
 # Single settings that make a result; of a group that is named above, all.

@@ -14,9 +14,9 @@ from permllm.commands import call
 from permllm.errors import ConfigError, DataError
 from permllm.results.collect import collect
 from permllm.results.published import published
-from permllm.results.views import markers, with_views
-from permllm.results.views.ablation import _differing, _perplexity
-from permllm.results.views.tables import computed_on, published_table
+from scripts.views import markers, with_views
+from scripts.views.ablation import _differing, _perplexity
+from scripts.views.tables import computed_on, published_table
 from tests.kept import EXPERIMENTS
 from tests.results.test_results import make_run
 
