@@ -9,7 +9,6 @@ from pathlib import Path
 from permllm.commands.answer import Answer
 from permllm.commands.report import write_page
 from permllm.errors import ConfigError
-from permllm.record.files import write_text
 from permllm.results.collect import collect
 from permllm.results.published import beside
 from permllm.results.render import (
@@ -24,12 +23,11 @@ from permllm.results.render import (
     without_interval,
 )
 from permllm.results.summary import summarise
-from scripts.views import with_views
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What may be typed."""
-    parser.add_argument("places", nargs="*", type=Path, metavar="DIR", help="runs, folders that hold some, or kept records")
+    parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="runs, folders that hold some, or kept records")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument(
@@ -42,22 +40,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
     parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
     parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
-    parser.add_argument(
-        "--document",
-        nargs="+",
-        type=Path,
-        metavar="FILE.md",
-        help="make the blocks of documents anew, which say what they are made from (scripts.views)",
-    )
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
 
 
 def work(options: argparse.Namespace) -> Answer:
     """The table, and the pictures that were asked for."""
-    if options.document:
-        return _documents(options.document)
-    if not options.places:
-        raise ConfigError("results: no folder of runs was given, and no --document")
     collection = collect(options.places)
     for note in collection.left_out():
         print(f"note: {note}", file=sys.stderr)
@@ -99,13 +86,3 @@ def _refuse_beside_compare(options: argparse.Namespace) -> None:
     for name in ("baseline", "paper", "plot", "masks", "html"):
         if getattr(options, name):
             raise ConfigError(f"--compare shows two rows alone, and goes without --{name}")
-
-
-def _documents(files: list[Path]) -> Answer:
-    changed = []
-    for file in files:
-        text = with_views(file)
-        if text != file.read_text(encoding="utf-8"):
-            write_text(file, text)
-            changed.append(str(file))
-    return Answer({"changed": changed}, lambda: print("\n".join(f"{file} is new" for file in changed) or "nothing is new"))

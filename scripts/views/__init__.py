@@ -1,4 +1,4 @@
-"""Blocks of a document that are made from records: `permllm results --document FILE` makes them anew.
+"""Blocks of a document that are made from records: `python scripts/readme_tables.py FILE.md` makes them anew.
 
 A block stands between two comments, the first of which says what it is made from:
 
@@ -74,7 +74,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--document {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _marker(file: Path, words: str) -> Marker:
