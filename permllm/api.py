@@ -55,7 +55,7 @@ _OWN_TEXT = "text"
 # What says how windows are made of documents.
 _OF_DOCUMENTS = {f"calibration__{name}" for name in ("samples", "seqlen", "sampling", "data_files")}
 # Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
-_NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "study", "method", "experiment", "hparams_search"}
+_NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "method", "experiment", "hparams_search"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
 # But what says how the texts are read.
 _HERE = {"model.bos"}

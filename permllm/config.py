@@ -303,7 +303,6 @@ class RunConfig:
             config alone, with `model=hub`.
         save_weights: keep the weights that a pruner or a reconstruction changed, so that the pruned model can be rebuilt.
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
-        study: measured instead of pruning (group `study`); empty for a run.
         budget: amounts that the groups before it refer to (group `budget`); empty for the default ones.
         paths: where things lie (group `paths`).
     """
@@ -330,7 +329,6 @@ class RunConfig:
     plan: bool = False
     save_weights: bool = True
     export: ExportConfig = field(default_factory=ExportConfig)
-    study: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     paths: PathsConfig = field(default_factory=PathsConfig)
 

@@ -24,7 +24,7 @@ _DIGITS = 12
 
 
 def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of resolved settings that makes a pruned model, or what a study measures.
+    """The part of resolved settings that makes a pruned model.
 
     Neither the names of this package's classes, which may move, nor what the permutation does not use are part of it.
     """

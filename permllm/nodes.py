@@ -20,12 +20,6 @@ from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, L
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
 from permllm.pruning.settings import GBLMSettings, RIASettings, SparseGPTSettings
 from permllm.reconstruction.settings import ADMMSettings, BlockSettings, DistillSettings, OBSSettings
-from permllm.studies.settings import (
-    ExportMemorySettings,
-    LayerRuntimeSettings,
-    LCPStepSettings,
-    SaliencyAndErrorSettings,
-)
 
 # The settings of each option that names a class, by group; an option without settings of its own is not here.
 SETTINGS: dict[str, dict[str, type]] = {
@@ -34,12 +28,6 @@ SETTINGS: dict[str, dict[str, type]] = {
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
     "mask": {"refined": RefinedSettings, "score": ScoreSettings, "lowrank": LowRankSettings},
     "reconstruction": {"obs": OBSSettings, "admm": ADMMSettings, "block": BlockSettings, "distill": DistillSettings},
-    "study": {
-        "export_memory": ExportMemorySettings,
-        "layer_runtime": LayerRuntimeSettings,
-        "lcp_step": LCPStepSettings,
-        "saliency_and_error": SaliencyAndErrorSettings,
-    },
 }
 # The name of the whole configuration's node.
 WHOLE = "settings"
@@ -59,8 +47,7 @@ def _node(group: str, settings: type) -> type:
     own = [one for one in fields(settings) if one.init and one.name not in FROM_THE_TOP]
     uses = [one.name for one in fields(settings) if one.name in FROM_THE_TOP]
     hints = get_type_hints(settings)
-    made: list[Any] = [("_target_", str, field(default="???"))]
-    made += [] if group == "study" else [("name", str, field(default="???"))]
+    made: list[Any] = [("_target_", str, field(default="???")), ("name", str, field(default="???"))]
     made += [("uses", list[str], field(default_factory=lambda: list(uses)))] if uses else []
     made += [(one.name, _type(hints[one.name]), _default(one)) for one in own]
     return _made(settings, made)
@@ -75,12 +62,11 @@ def _whole() -> type:
         ("model", _made(ModelConfig, [architecture], True)),
         ("evaluation", evaluation),
         ("budget", BudgetConfig, field(default_factory=BudgetConfig)),
-        ("study", Any, field(default_factory=dict)),
         # A name alone is a list of one; names of modules are anybody's.
         ("keep_dense", Any, field(default=None)),
         ("sparsity_of", Any, field(default=None)),
     ]
-    return _made(RunConfig, typed + [(group, Any) for group in SETTINGS if group != "study"], True)
+    return _made(RunConfig, typed + [(group, Any) for group in SETTINGS], True)
 
 
 def _made(settings: type, made: list[Any], derived: bool = False) -> type:

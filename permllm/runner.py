@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.config import RunConfig, instantiate
+from permllm.config import RunConfig
 from permllm.data.calibration import calibration_tokens
 from permllm.data.named import calibration_text, check_texts, perplexity_texts
 from permllm.errors import DataError
@@ -56,7 +56,6 @@ from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.stages import figures, prune_model
-from permllm.studies.base import run_study
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +76,6 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     device = resolve_device(config.model.device)
     if not config.plan:
         parallel.use_device(device)
-    if config.study and config.plan:
-        print("a study measures instead of pruning: there is no plan of it")
-        return None
-    if config.study:
-        return run_study(config, instantiate(config.study), methods.pruner)
     if device.type == "cpu":
         keep_freed_memory()
         return_freed_memory()  # an earlier job's, or it would count as taken

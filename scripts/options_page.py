@@ -56,7 +56,7 @@ def page() -> str:
 
 def _top() -> Iterator[str]:
     yield "## At the top\n"
-    nested = {*options_of(), "budget", "study"}
+    nested = {*options_of(), "budget"}
     yield from _settings(config.RunConfig, "", [one.name for one in fields(config.RunConfig) if one.name not in nested])
 
 

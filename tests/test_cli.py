@@ -204,10 +204,7 @@ def test_every_foldable_method_folds(permutation: str, tmp_path: Path) -> None:
     assert run_module("permllm", "verify", str(only_run(tmp_path) / "export")).returncode == 0
 
 
-def test_there_is_no_plan_of_a_study_and_no_files_of_a_random_model(tmp_path: Path) -> None:
-    study = run_command("model=tiny", "study=layer_runtime", "plan=true", cwd=tmp_path)
-    assert study.returncode == 0
-    assert study.stdout == "a study measures instead of pruning: there is no plan of it\n"
+def test_a_random_model_has_no_files_in_its_plan(tmp_path: Path) -> None:
     random = run_command("model=tiny", "plan=true", cwd=tmp_path).stdout
     assert "host" in random
     assert "disk" not in random

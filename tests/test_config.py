@@ -312,7 +312,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
             "passages-and-questions, pile, pile-10k, sciq-support, wikitext2, text",
         ),
         (["calibration.dataset=pile_10k"], "calibration.dataset='pile_10k' is not valid"),
-        (["calibration.dataset=base", "study=saliency_and_error"], "calibration.dataset='base' is not valid"),
+        (["calibration.dataset=base"], "calibration.dataset='base' is not valid"),
         (
             ["calibration.sampling=often"],
             "calibration.sampling='often' is not valid; valid are: disjoint, documents, overlapping",

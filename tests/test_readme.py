@@ -48,7 +48,6 @@ def test_the_two_commands_exist_as_written() -> None:
         "logger",
         "budget",
         "method",
-        "study",
         "hparams_search",
         "experiment",
         "protocol",

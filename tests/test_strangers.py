@@ -108,31 +108,6 @@ FILES = {
             def linear(self, pruned):
                 return 2 * pruned.weight
         """,
-    "studying.py": """
-        from dataclasses import dataclass
-        from typing import ClassVar
-
-        from typing_extensions import TypedDict
-
-
-        class Found(TypedDict):
-            answer: int
-
-
-        @dataclass(frozen=True)
-        class Answer:
-            question: str
-            form: ClassVar[type] = Found
-
-            def measure(self, inputs):
-                return {"answer": len(self.question) + inputs.config.seed}
-
-            def lines(self, results):
-                return [f"the answer is {results['answer']}"]
-
-            def draw(self, results, axes):
-                axes.plot([results["answer"]])
-        """,
     "family.py": """
         from permllm.models.families import Family, GroupTable
 
@@ -160,13 +135,6 @@ FILES = {
         batch_size: 2
         statistics: dense
         sampling: null
-        """,
-    "conf/study/answer.yaml": """
-        # @package _global_
-        name: answer
-        study:
-          _target_: strange.studying.Answer
-          question: why
         """,
     "conf/model/strange.yaml": """
         # @package _global_
@@ -344,12 +312,6 @@ def test_python_finds_options_of_somebody_else(package: Path) -> None:
     )
     assert report["name"].endswith("-largest-by_total-2x4")
     assert report["sparsity"]["violations"] == 0
-
-
-def test_a_study_of_somebody_else_is_recorded(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics, _ = run("model=tiny", "study=answer", "seed=39", f"run_dir={tmp_path}/studied")
-    assert metrics["study"] == {"answer": 42}
-    assert "the answer is 42" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

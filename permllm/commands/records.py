@@ -3,7 +3,7 @@
     permllm records runs/sweeps/table6-1a2b3c4d --to experiments/table6/records.jsonl --replace
 
 `permllm results` reads the file like the folders. Where on a machine a run and its cache were is not kept. Of a sweep's folder
-the runs of its jobs are kept; the picture of a study is copied beside the file, under the name of its run.
+the runs of its jobs are kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from permllm.config import PathsConfig
 from permllm.errors import ConfigError
 from permllm.identity import identity_of
 from permllm.record.files import write_record_lines
-from permllm.record.names import LINES, PICTURE
+from permllm.record.names import LINES
 from permllm.results.collect import Run, collect
 
 # Where runs are, by their settings, and where they are by themselves.
@@ -56,9 +55,6 @@ def work(options: argparse.Namespace) -> Answer:
             raise ConfigError(f"{options.to} has another run of the name {run.directory.name}: give it another name first")
         kept[run.directory.name] = run
     write_record_lines(options.to, [_line(run) for _, run in sorted(kept.items())])
-    for run in given:
-        if (run.directory / PICTURE).is_file():
-            shutil.copyfile(run.directory / PICTURE, options.to.with_name(f"{run.directory.name}.png"))
     text = f"{options.to}: {len(kept)} runs, {len(given)} of them from {', '.join(map(str, options.places))}"
     return Answer({"file": str(options.to), "runs": sorted(kept)}, lambda: print(text))
 
@@ -68,7 +64,7 @@ def _all_of(places: list[Path]) -> list[Run]:
     if found.skipped:
         path, reason = found.skipped[0]
         raise ConfigError(f"{path} cannot be kept: {reason}")
-    return [*found.runs, *found.studies]
+    return found.runs
 
 
 def _line(run: Run) -> dict[str, object]:

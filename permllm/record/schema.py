@@ -10,9 +10,9 @@ from functools import cache
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
-from typing_extensions import TypedDict, is_typeddict
+from typing_extensions import TypedDict
 
-from permllm.errors import ConfigError, DataError, first_line
+from permllm.errors import ConfigError, DataError
 from permllm.pattern import NMPattern
 
 Schema = TypeVar("Schema")
@@ -48,16 +48,6 @@ def validated(where: str, value: Any, schema: type[Schema]) -> Schema:
     return cast(Schema, value)
 
 
-def check_form(where: str, schema: Any) -> None:
-    """Raise ConfigError unless a schema is a TypedDict that values can be compared with; one line that begins with `where`."""
-    if not is_typeddict(schema):
-        raise ConfigError(f"{where}: it must be a TypedDict, and is {schema!r}")
-    try:
-        _adapter(schema)
-    except Exception as error:  # pydantic's are of several classes
-        raise ConfigError(f"{where}: {first_line(error)}") from error
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -81,7 +71,6 @@ Positive = Annotated[int, Field(ge=1, le=_MOST)]
 # Not NaN, which is neither above nor below anything; a perplexity may be infinite.
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Of any job; sums of them are finite.
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
@@ -279,7 +268,6 @@ class _Metrics(RecordHead):
     moved_channels: NotRequired[_ByGroup]
     peak_host_memory_bytes: NotRequired[Whole]
     export: NotRequired[ExportSummary]
-    study: NotRequired[Object]
     evaluation: NotRequired[Evaluated]
     evaluation_hash: NotRequired[str]
     other_evaluations: NotRequired[list[OtherEvaluation]]
@@ -301,7 +289,7 @@ class Metrics(_Metrics):
 
 
 class FinishedRun(_Metrics):
-    """`metrics.json` of a run that is finished and pruned something, as a study does not."""
+    """`metrics.json` of a run that is finished."""
 
     perplexity: NotRequired[_Compared[Perplexity]]
     zero_shot: NotRequired[_Compared[Accuracy]]
@@ -312,118 +300,6 @@ class FinishedRun(_Metrics):
     sparsity: Sparsity
     retained_saliency: _ByGroup
     output_error: _ByGroup
-
-
-_Time = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Product = TypedDict("Product", {"row": str, "dense": _Time, "2:4": NotRequired[_Time]})
-
-
-class ChannelPermutation(TypedDict):
-    """Milliseconds of reordering so many channels, two ways."""
-
-    channels: Positive
-    gather: _Time
-    matrix: _Time
-
-
-class LayerRuntimes(TypedDict):
-    """What `permllm.studies.layer_runtime` finds, in milliseconds."""
-
-    what: str
-    model: str
-    dtype: str
-    tokens: Positive
-    sparse_tensor_cores: bool
-    products: list[Product]
-    permutations: list[ChannelPermutation]
-
-
-class MeasuredOrder(TypedDict):
-    """A channel order by both measures, and how it was found."""
-
-    order: Literal[
-        "none",
-        "random",
-        "shuffled heuristic",
-        "raising saliency",
-        "lowering error",
-        "lowering error from the heuristic",
-        "heuristic",
-    ]
-    retained_saliency: _Finite
-    output_error: _Finite
-
-
-def _with_references(points: list[MeasuredOrder]) -> list[MeasuredOrder]:
-    if not {"none", "heuristic"} <= {point["order"] for point in points}:
-        raise ValueError("the orders none and heuristic must be among them")
-    return points
-
-
-class MeasuredOrders(TypedDict):
-    """What `permllm.studies.saliency_and_error` finds."""
-
-    group: str
-    pruner: str
-    sparsity: Pattern
-    points: Annotated[list[MeasuredOrder], AfterValidator(_with_references)]
-
-
-class ExportMemoryRow(TypedDict):
-    """An export in one form: sizes and the growth of the process in bytes."""
-
-    form: str
-    format: str
-    dense_checkpoint_bytes: Positive
-    largest_shard_bytes: Positive
-    peak_growth_bytes: Whole
-    seconds: Seconds
-
-
-class ExportMemory(TypedDict):
-    """What `permllm.studies.export_memory` finds."""
-
-    model: str
-    layers: Positive
-    rows: list[ExportMemoryRow]
-
-
-class LCPStepRow(TypedDict):
-    """A layer, a number of tokens and a block size: seconds of a step of each kind, in bytes its peak of memory."""
-
-    shape: str
-    tokens: Positive
-    block_size: Positive
-    compute_dtype: str
-    peak_bytes: Whole
-    plain_s: _Time
-    lcp_s: _Time
-    checkpoint_s: _Time
-    dense_s: _Time | None
-    harden_s: _Finite
-    lcp_over_plain: _Time
-    dense_over_lcp: _Time | None
-
-
-class HeuristicScores(TypedDict):
-    """Seconds of the heuristic's scores of one position, ours and a loop's over the groups."""
-
-    channels: Positive
-    rows: Positive
-    ours_s: _Time
-    loop_s: _Time
-    loop_over_ours: _Time
-    loop_groups_timed: Positive
-    loop_groups_scaled_to: Positive
-    relative_difference: _Finite
-
-
-class LCPSteps(TypedDict):
-    """What `permllm.studies.lcp_step` finds."""
-
-    repeats: Positive
-    rows: list[LCPStepRow]
-    heuristic: NotRequired[HeuristicScores]
 
 
 class Pass(TypedDict):
@@ -544,7 +420,6 @@ class Settings(TypedDict):
     evaluation: NotRequired[EvaluationOption]
     reconstruction: NotRequired[Option]
     temperature: NotRequired[Option]
-    study: NotRequired[Object]
     inputs: NotRequired[dict[str, str | None]]
 
 

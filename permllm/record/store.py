@@ -170,16 +170,12 @@ class RunRecord(Progress):
     def _ask_for(self, asked: dict[str, Any]) -> None:
         """Find the evaluation that is asked for, or begin it."""
         self.evaluation = self.metrics
-        calibration = {"calibration": self.config["calibration"]}
-        if self._config.study:  # which does not evaluate
-            self.metrics.setdefault("protocol", calibration | asked["protocol"])
-            return
         held = self.metrics.get("evaluation", {})
         if not _finished(self.directory, self.metrics):
             if held != asked["evaluation"]:
                 evaluations.forget(self.metrics)
                 self.scores.clear()
-            self.metrics |= asked | {"protocol": calibration | asked["protocol"]}
+            self.metrics |= asked | {"protocol": {"calibration": self.config["calibration"]} | asked["protocol"]}
             return
         if held != asked["evaluation"]:
             self.evaluation = evaluations.entry_for(self.metrics, asked)
@@ -413,7 +409,7 @@ class RunRecord(Progress):
             found = read_json(file, Object)
             if found.get("schema_version") != SCHEMA_VERSION:
                 raise ConfigError(f"{file} has schema_version {found.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-            finished = found.get("status") == "finished" and "study" not in found
+            finished = found.get("status") == "finished"
             return dict(validated(str(file), found, FinishedRun if finished else Metrics))
         except DataError as error:
             # Files are written whole, so that something else must have broken it; what else is there is used again.
@@ -455,7 +451,7 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
         metrics = read_json(directory / METRICS, Metrics)
         if not _finished(directory, metrics):
             return False
-        if evaluation is None or "study" in metrics:
+        if evaluation is None:
             return True
         others = [entry["evaluation"] for entry in evaluations.others(metrics)]
         return evaluation in [metrics["evaluation"], *others]
@@ -464,11 +460,9 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
 
 
 def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:
-    if metrics["status"] != "finished":
-        return False
     sparsity = metrics.get("sparsity")
-    if sparsity is None:  # a study leaves no tensors
-        return True
+    if metrics["status"] != "finished" or sparsity is None:
+        return False
     try:
         # Whole by their sizes: their contents are compared when they are used.
         for name in (PERMUTATIONS, MASKS, *([WEIGHTS] if sparsity.get("weights_kept") else [])):

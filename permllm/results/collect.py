@@ -20,7 +20,6 @@ from permllm.record.schema import (
     Environment,
     FinishedRun,
     KeptRecord,
-    Metrics,
     Object,
     Pass,
     RecordHead,
@@ -32,12 +31,12 @@ from permllm.record.schema import (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, or a finished study, as `permllm.record.schema` describes its files.
+    """A finished run, as `permllm.record.schema` describes its files.
 
     Attributes:
         directory: where it lies; of a kept one its name below the file of the records.
         config: resolved (`Settings`).
-        metrics: as in `metrics.json` (`FinishedRun`, of a study `Metrics`).
+        metrics: as in `metrics.json` (`FinishedRun`).
         environment: as in `environment.json` (`Environment`); empty where there is none.
         history: one entry an epoch of learning (`Pass`).
         scores: what the results of each evaluation are made of (`EvaluationScores`), by the digest of the evaluation.
@@ -61,14 +60,12 @@ class Collection:
             another machine, and the directory of the first.
         evaluated_otherwise: of these, those with an evaluation that the first does not have.
         skipped: what looked like a run and is none, and why.
-        studies: finished, which are no runs.
     """
 
     runs: list[Run] = field(default_factory=list)
     duplicates: list[tuple[Path, Path]] = field(default_factory=list)
     evaluated_otherwise: list[Path] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
-    studies: list[Run] = field(default_factory=list)
 
     def left_out(self) -> list[str]:
         """A line for each of the rest."""
@@ -76,9 +73,7 @@ class Collection:
         for path, first in self.duplicates:
             lost = ", nor what else it was evaluated on, as its numbers are others" if path in self.evaluated_otherwise else ""
             notes.append(f"{path} has the same identity as {first} and is not counted again{lost}")
-        notes += [f"skipped {path}: {reason}" for path, reason in self.skipped]
-        what = "a study, not a run: what it found stands in it, under `study`"
-        return notes + [f"skipped {run.directory}: {what}" for run in self.studies]
+        return notes + [f"skipped {path}: {reason}" for path, reason in self.skipped]
 
 
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
@@ -116,9 +111,6 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         except DataError as error:
             reason = str(error).replace(f"{where}/", "").removeprefix(f"{where}: ").removeprefix(f"{where} ")
             found.skipped.append((where, reason))
-            continue
-        if "study" in run.metrics:
-            found.studies.append(run)
             continue
         identity = json.dumps(identity_of(run.config), sort_keys=True)
         there = first.setdefault(identity, run)
@@ -167,14 +159,14 @@ def _merged(there: Run, run: Run) -> bool:
 
 
 def _finished(where: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a finished run, or a finished study."""
+    """The metrics of a finished run."""
     head = validated(where, metrics, RecordHead)
     version, status = head["schema_version"], head["status"]
     if version != SCHEMA_VERSION:
         raise DataError(f"{where}: schema_version is {version}, expected {SCHEMA_VERSION}: not a run of ours")
     if status != "finished":
         raise DataError(f"not finished (status {status!r}); the same command continues it")
-    return dict(validated(where, metrics, Metrics if "study" in metrics else FinishedRun))
+    return dict(validated(where, metrics, FinishedRun))
 
 
 def _read_directory(directory: Path, found: Collection) -> Run:

@@ -224,14 +224,11 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp
         (DUCK.format(body="calibrates = evaluates = False"), "max_windows='missing'"),
     ],
 )
-@pytest.mark.parametrize("more", ["plan=true", "study=saliency_and_error"])
-def test_a_module_that_is_no_such_text_is_one_line(
-    own: Path, tmp_path: Path, source: str | None, message: str, more: str
-) -> None:
+def test_a_module_that_is_no_such_text_is_one_line(own: Path, tmp_path: Path, source: str | None, message: str) -> None:
     write(own, "words", "WORDS = ['a']")
     if source is not None:
         write(own, "mine", source)
-    chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run", more]
+    chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run", "plan=true"]
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='?mypackage\.mine'?:? ") as caught:
         runner.run(read_config(composed(*chosen, "evaluation.perplexity.dataset=mypackage.mine")))
     assert message in str(caught.value)

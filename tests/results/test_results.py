@@ -326,13 +326,6 @@ def test_a_sweeps_folder_stands_for_the_runs_of_its_jobs(tmp_path: Path) -> None
     (folder / "jobs" / "0001.json").write_text('{"overrides": ["a=1"], "outcome": "failed", "reason": "no memory"}')
     assert [found.directory for found in collect([folder]).runs] == [run]
     assert collect([folder]).skipped == [(folder, "a=1: no memory")]
-    study = make_run(tmp_path / "runs" / "study", 20.0)
-    metrics = json.loads((study / "metrics.json").read_text())
-    (study / "metrics.json").write_text(json.dumps(metrics | {"study": {}}))
-    found = collect([tmp_path / "runs"])
-    assert [run.directory for run in found.studies] == [study]
-    assert study not in [run.directory for run in found.runs]
-    assert f"skipped {study}: a study, not a run: what it found stands in it, under `study`" in found.left_out()
 
 
 def test_the_plot_is_a_line_over_a_number_and_bars_over_names(tmp_path: Path) -> None:

@@ -1,16 +1,27 @@
-"""Time of a step of LCP against plain training and against dense permutation matrices, on one random decoder layer."""
+"""Time of a step of LCP against plain training and against dense permutation matrices, on one random decoder layer.
+
+    python experiments/lcp_speed/measure.py compute_dtype=float32
+
+Needs the model's dimensions, not its weights.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.measuring import main
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import RunConfig
 from permllm.errors import ConfigError
@@ -28,78 +39,99 @@ from permllm.permutation.lcp.temperature import Constant
 from permllm.permutation.shared import shared_orders
 from permllm.record.environment import hardware
 from permllm.record.names import CHECKPOINT
-from permllm.record.schema import LCPSteps
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
 from permllm.sparsity import NMPattern
-from permllm.studies.base import StudyInputs
-from permllm.studies.settings import SEQUENCE, LCPStepSettings
+from permllm.validation import check_whole
 
+# Tokens of each sequence of a step.
+SEQUENCE = 128
 _PATTERN = NMPattern(2, 4)
 _VARIANTS = ("plain", "lcp", "checkpoint", "dense")
 # Groups of the loop that are timed; the rest of it is scaled.
 _TIMED = 16
 
 
-class LCPStep(LCPStepSettings):
-    """The study: needs the model's dimensions, not its weights."""
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the measurement, `measure.NAME=VALUE`.
 
-    form: ClassVar[type] = LCPSteps
+    Attributes:
+        tokens: of a step, each a multiple of 128.
+        block_sizes: B of LCP.
+        repeats: of each measurement after one to warm up, in turns with the others; medians are given.
+        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a loop over its groups; 0 is
+            none.
+    """
 
-    def measure(self, inputs: StudyInputs) -> dict[str, Any]:
-        """Seconds of all variants, and of the heuristic where it was asked for."""
-        if inputs.device.type == "cpu":
-            keep_freed_memory()
-        rows = [
-            _row(inputs.config, tokens, size, inputs.device, self.repeats)
-            for tokens in self.tokens
-            for size in self.block_sizes
+    tokens: list[int] = field(default_factory=lambda: [512, 2048])
+    block_sizes: list[int] = field(default_factory=lambda: [32, 64, 128])
+    repeats: int = 5
+    heuristic_channels: int = 0
+
+    def __post_init__(self) -> None:
+        for tokens in self.tokens:
+            check_whole("measure.tokens", tokens, SEQUENCE)
+            if tokens % SEQUENCE:
+                raise ConfigError(f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, the tokens of a sequence")
+        for size in self.block_sizes:
+            check_whole("measure.block_sizes", size, 4)
+        check_whole("measure.repeats", self.repeats, 1)
+        check_whole("measure.heuristic_channels", self.heuristic_channels, 0)
+
+
+def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
+    """Seconds of all variants, and of the heuristic where it was asked for."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    rows = [_row(config, tokens, size, device, own.repeats) for tokens in own.tokens for size in own.block_sizes]
+    found: dict[str, Any] = {"repeats": own.repeats, "rows": rows}
+    if own.heuristic_channels:
+        found["heuristic"] = _heuristic(own.heuristic_channels, device, own.repeats)
+    return found
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """A table of steps, and a line of the heuristic."""
+    columns = ["layer", "tokens", "B", "products", "plain s", "LCP s", "LCP / plain"]
+    columns += ["recomputed s", "dense s", "dense / LCP", "hardening", "peak"]
+    lines = [f"Medians of {results['repeats']} repeats.", ""]
+    lines += [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+    for row in results["rows"]:
+        cells = [row["shape"], str(row["tokens"]), str(row["block_size"]), row["compute_dtype"]]
+        cells += [f"{row['plain_s']:.3f}", f"{row['lcp_s']:.3f}", f"{row['lcp_over_plain']:.2f}"]
+        cells += [f"{row['checkpoint_s']:.3f}"]
+        cells += [f"{row['dense_s']:.2f}", f"{row['dense_s'] / row['lcp_s']:.1f}"] if row["dense_s"] else ["-", "-"]
+        cells += [f"{row['harden_s'] / row['lcp_s']:.1%}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "heuristic" in results:
+        row = results["heuristic"]
+        lines += [
+            "",
+            f"Heuristic scores of one position, {row['rows']} x {row['channels']}: {row['ours_s']:.2f} s; the loop over "
+            f"groups {row['loop_s']:.0f} s ({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
+            f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference "
+            f"{row['relative_difference']:.0e}.",
         ]
-        found: dict[str, Any] = {"repeats": self.repeats, "rows": rows}
-        if self.heuristic_channels:
-            found["heuristic"] = _heuristic(self.heuristic_channels, inputs.device, self.repeats)
-        return found
+    return lines
 
-    def lines(self, results: dict[str, Any]) -> list[str]:
-        """A table of steps, and a line of the heuristic."""
-        columns = ["layer", "tokens", "B", "products", "plain s", "LCP s", "LCP / plain"]
-        columns += ["recomputed s", "dense s", "dense / LCP", "hardening", "peak"]
-        lines = [f"Medians of {results['repeats']} repeats.", ""]
-        lines += [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
-        for row in results["rows"]:
-            cells = [row["shape"], str(row["tokens"]), str(row["block_size"]), row["compute_dtype"]]
-            cells += [f"{row['plain_s']:.3f}", f"{row['lcp_s']:.3f}", f"{row['lcp_over_plain']:.2f}"]
-            cells += [f"{row['checkpoint_s']:.3f}"]
-            cells += [f"{row['dense_s']:.2f}", f"{row['dense_s'] / row['lcp_s']:.1f}"] if row["dense_s"] else ["-", "-"]
-            cells += [f"{row['harden_s'] / row['lcp_s']:.1%}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
-            lines.append(f"| {' | '.join(cells)} |")
-        if "heuristic" in results:
-            row = results["heuristic"]
-            lines += [
-                "",
-                f"Heuristic scores of one position, {row['rows']} x {row['channels']}: {row['ours_s']:.2f} s; the loop over "
-                f"groups {row['loop_s']:.0f} s ({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
-                f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference "
-                f"{row['relative_difference']:.0e}.",
-            ]
-        return lines
 
-    def draw(self, results: dict[str, Any], axes: Any) -> None:
-        """Bars of each variant relative to the plain step."""
-        rows = results["rows"]
-        for place, name in enumerate(_VARIANTS):
-            positions = [index + 0.2 * (place - 1.5) for index in range(len(rows))]
-            axes.bar(positions, [(row[f"{name}_s"] or 0.0) / row["plain_s"] for row in rows], 0.2, label=name)
-        axes.set_xticks(range(len(rows)), [f"{row['tokens']} tokens\nB {row['block_size']}" for row in rows], fontsize=7)
-        axes.set_ylabel("time of a step over the plain step")
-        axes.legend()
+def draw(results: dict[str, Any], axes: Any) -> None:
+    """Bars of each variant relative to the plain step."""
+    rows = results["rows"]
+    for place, name in enumerate(_VARIANTS):
+        positions = [index + 0.2 * (place - 1.5) for index in range(len(rows))]
+        axes.bar(positions, [(row[f"{name}_s"] or 0.0) / row["plain_s"] for row in rows], 0.2, label=name)
+    axes.set_xticks(range(len(rows)), [f"{row['tokens']} tokens\nB {row['block_size']}" for row in rows], fontsize=7)
+    axes.set_ylabel("time of a step over the plain step")
+    axes.legend()
 
 
 def _one_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A random model with one decoder layer of the shape of the config's."""
     if not config.model.architecture:
-        raise ConfigError(f"study=lcp_step: conf/model has no dimensions of {config.model.name}")
+        raise ConfigError(f"conf/model has no dimensions of {config.model.name}")
     settings: dict[str, Any] = dict(config.model.architecture) | {"num_hidden_layers": 1, "vocab_size": 256}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
@@ -324,3 +356,7 @@ def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, A
         "loop_groups_scaled_to": count,
         "relative_difference": float(difference.abs().max() / found.abs().max()),
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, Settings, measure, lines, draw))

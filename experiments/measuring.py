@@ -1,0 +1,111 @@
+"""What the measure.py of each experiment shares: settings as of run.py, and the table, record and picture of what it finds.
+
+python experiments/table3/measure.py model=llama-2-7b measure.repeats=5 --to experiments/table3/records.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, read_config, register_resolvers
+from permllm.errors import PermLLMError, one_line
+from permllm.identity import digest_of
+from permllm.nodes import register
+from permllm.record.cache_folder import choose_cache
+from permllm.record.environment import environment
+from permllm.record.files import read_record_lines, write_record_lines
+from permllm.record.names import SCHEMA_VERSION
+from permllm.record.schema import KeptRecord
+from permllm.runtime.devices import resolve_device
+from permllm.runtime.plotting import load_pyplot, save_figure
+from permllm.runtime.seeding import seed_everything
+
+# Begins the names of a script's own settings.
+_OWN = "measure."
+
+
+def main(
+    script: str,
+    settings: type,
+    measure: Callable[[RunConfig, Any, torch.device], dict[str, Any]],
+    lines: Callable[[dict[str, Any]], list[str]],
+    draw: Callable[[dict[str, Any], Any], None],
+) -> int:
+    """Measure what the command line asks for and print it; the exit code.
+
+    Args:
+        script: path of the measure.py.
+        settings: dataclass of its own settings, which are typed as `measure.NAME=VALUE`.
+        measure: of the settings of run.py, its own and the device, gives plain values.
+        lines: makes Markdown of them.
+        draw: draws them into matplotlib's axes.
+    """
+    description = sys.modules["__main__"].__doc__
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of run.py, and measure.KEY=VALUE")
+    parser.add_argument("--to", type=Path, metavar="FILE.jsonl", help="add the record to this file, with a picture beside it")
+    options = parser.parse_intermixed_args()
+    try:
+        config, own = settings_of(options.words, settings)
+        choose_cache(config.paths.cache_dir)
+        device = resolve_device(config.model.device)
+        seed_everything(config.seed)
+        computed_with = environment(config.seed, device)
+        started = time.perf_counter()
+        found = measure(config, own, device)
+        seconds = time.perf_counter() - started
+        print("\n".join(lines(found)))
+        if options.to is not None:
+            digest = digest_of(config.identity | {"measure": asdict(own)})
+            name = f"{config.model.name}-{Path(script).parent.name}"
+            metrics = {"schema_version": SCHEMA_VERSION, "status": "finished", "name": name, "config_hash": digest}
+            metrics |= {"seconds": {"measure": seconds}, "study": found}
+            line = {"run": f"{name}-{digest}", "config": config.resolved | {"measure": asdict(own)}, "metrics": metrics}
+            add_record(options.to, line | {"environment": computed_with})
+            draw_picture(options.to.with_name(f"{name}-{digest}.png"), lambda axes: draw(found, axes))
+    except (PermLLMError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
+    """Settings of run.py, and those of a script's own dataclass, out of what was typed."""
+    register_resolvers()
+    register()
+    with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
+        config = read_config(compose("config", overrides=[word for word in words if not word.startswith(_OWN)]))
+    own = OmegaConf.from_dotlist([word.removeprefix(_OWN) for word in words if word.startswith(_OWN)])
+    return config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), own))
+
+
+def add_record(file: Path, line: dict[str, Any]) -> None:
+    """Add a line to a file of records, in the place of one of its name. Raises DataError where a line is damaged."""
+    kept: dict[str, Any] = {}
+    for _, other in read_record_lines(file, KeptRecord) if file.exists() else ():
+        if isinstance(other, Exception):
+            raise other
+        kept[other["run"]] = other
+    kept[line["run"]] = line
+    write_record_lines(file, [kept[name] for name in sorted(kept)])
+    print(f"record    {file}, {line['run']}")
+
+
+def draw_picture(file: Path, draw: Callable[[Any], None]) -> None:
+    """Draw into a file. Raises ConfigError where matplotlib is not installed."""
+    figure, axes = load_pyplot("the picture").subplots(figsize=(7, 4.5))
+    draw(axes)
+    save_figure(figure, "the picture", file)
+    print(f"picture   {file}")

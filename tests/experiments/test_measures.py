@@ -1,0 +1,153 @@
+"""The measure.py of some experiments: formulas of their own, the search by swaps, and what the commands keep."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.figure1.measure import Layer, swaps
+from experiments.lcp_speed.measure import DensePermutedLinear
+from experiments.measuring import add_record
+from permllm.calibration.saliency import SaliencyFactors
+from permllm.record.schema import Environment, Settings, validated
+from permllm.sparsity import NMPattern
+from tests.conftest import run_python
+from tests.kept import EXPERIMENTS, lines_of
+
+PATTERN = NMPattern(2, 4)
+
+
+def layer_and_inputs() -> tuple[Layer, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 32, generator=generator, dtype=torch.float64) * torch.rand(32, generator=generator).double()
+    weight = torch.randn(24, 32, generator=generator, dtype=torch.float64)
+    saliency = weight.abs() * x.square().mean(0).sqrt()
+    return Layer(weight, saliency, x.t() @ x, PATTERN), x
+
+
+def pruned_by_hand(layer: Layer, perm: Tensor) -> Tensor:
+    """Row by row and group by group, with sorting."""
+    weight = torch.zeros_like(layer.weight)
+    for row in range(len(weight)):
+        for start in range(0, len(perm), 4):
+            members = perm[start : start + 4].tolist()
+            for channel in sorted(members, key=lambda channel: -float(layer.saliency[row, channel]))[:2]:
+                weight[row, channel] = layer.weight[row, channel]
+    return weight
+
+
+def test_both_measures_are_those_of_the_activations() -> None:
+    layer, x = layer_and_inputs()
+    perm = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    pruned = pruned_by_hand(layer, perm)
+    expected = (x @ (layer.weight - pruned).t()).square().sum() / (x @ layer.weight.t()).square().sum()
+    assert layer.error(perm) == pytest.approx(float(expected), rel=1e-12)
+    kept = (layer.saliency * (pruned != 0)).sum() / layer.saliency.sum()
+    assert layer.retained(perm) == pytest.approx(float(kept), rel=1e-12)
+
+
+@pytest.mark.parametrize("by_error", [True, False])
+def test_swaps_only_ever_improve_what_they_are_for(by_error: bool) -> None:
+    layer, _ = layer_and_inputs()
+    start = torch.arange(32)
+    found = swaps(layer, start, 400, 20, by_error, torch.Generator().manual_seed(0))
+    assert len(found) == 20
+    assert all(sorted(perm.tolist()) == list(range(32)) for perm in found)
+    if by_error:
+        values = [layer.error(perm) for perm in [start, *found]]
+    else:
+        values = [-layer.retained(perm) for perm in [start, *found]]
+    # Each gain was told from a few columns; measured whole, the values must fall as they were said to.
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
+    assert values[-1] < values[0] - 0.005
+    # Of any number of tries, the last order is what all of them have led to.
+    last = swaps(layer, start, 50, 3, by_error, torch.Generator().manual_seed(0))
+    (whole,) = swaps(layer, start, 50, 1, by_error, torch.Generator().manual_seed(0))
+    assert len(last) == 3
+    assert torch.equal(last[-1], whole)
+
+
+def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """What the command finds, as it keeps it, and what it prints."""
+    file = folder / "records.jsonl"
+    result = run_python(str(EXPERIMENTS / experiment / "measure.py"), *words, "--to", str(file))
+    assert result.returncode == 0, result.stderr
+    (line,) = lines_of(file)
+    validated(line["run"], line["config"], Settings)
+    validated(line["run"], line["environment"], Environment)
+    assert (folder / f"{line['run']}.png").read_bytes()[:4] == b"\x89PNG"
+    return line["metrics"]["study"], result.stdout
+
+
+def test_figure_1_keeps_a_record_and_a_picture(tmp_path: Path) -> None:
+    found, shown = measured("figure1", tmp_path, "model=tiny", "measure.random=5", "measure.swaps=40", "measure.trace=4")
+    assert "| heuristic |" in shown
+    assert len(found["points"]) == 2 + 5 + 5 + 4 + 4 + 4
+    by_name = {point["order"]: point for point in found["points"]}
+    assert by_name["heuristic"]["retained_saliency"] > by_name["none"]["retained_saliency"]
+
+
+def test_table_3_needs_no_weights(tmp_path: Path) -> None:
+    found, _ = measured("table3", tmp_path, "measure.tokens=16", "measure.repeats=2", "model=opt-125m")
+    assert [row["row"] for row in found["products"]] == ["qkvo_proj", "up_gate_proj", "down_proj"]
+    assert found["products"][0]["shapes"] == [[768, 768]] * 4
+    assert [row["channels"] for row in found["permutations"]] == [768, 3072]
+    assert all(row["dense"] > 0 for row in found["products"])
+
+
+def test_a_step_of_lcp_is_timed_beside_plain_training_and_dense_matrices(tmp_path: Path) -> None:
+    small = ["measure.tokens=[128]", "measure.block_sizes=[16]", "measure.repeats=1", "measure.heuristic_channels=64"]
+    found, shown = measured("lcp_speed", tmp_path, "model=tiny", "compute_dtype=float32", *small)
+    (row,) = found["rows"]
+    assert (row["shape"], row["tokens"], row["block_size"], row["compute_dtype"]) == ("tiny", 128, 16, "float32")
+    assert row["lcp_over_plain"] == row["lcp_s"] / row["plain_s"]
+    # The loop over groups is a formula of its own.
+    assert found["heuristic"]["relative_difference"] < 1e-5
+    assert "| tiny | 128 | 16 | float32 |" in shown
+
+
+def test_a_record_is_added_to_others(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    for name, seconds in (("b", 1), ("a", 2), ("b", 3)):
+        add_record(file, {"run": name, "config": {}, "metrics": {"seconds": seconds}})
+    assert [(line["run"], line["metrics"]["seconds"]) for line in lines_of(file)] == [("a", 2), ("b", 3)]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("measure.tokens=[130]", "measure.tokens=130 is not a multiple of 128"),
+        ("measure.block_sizes=[2]", "measure.block_sizes=2: expected a whole number of at least 4"),
+        ("measure.tries=1", "Key 'tries' not in 'Settings'"),
+        ("modle=tiny", "Could not override 'modle'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(word: str, message: str) -> None:
+    result = run_python(str(EXPERIMENTS / "lcp_speed" / "measure.py"), word)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_dense_matrices_prune_as_the_order_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(16, 8, bias=False, dtype=torch.float64).requires_grad_(False)
+    norms = torch.rand(1, 16, generator=generator).double() + 0.5
+    order = torch.randperm(16, generator=generator)
+    matrix = torch.zeros(16, 16, dtype=torch.float64)
+    matrix[order, torch.arange(16)] = 1
+    dense = DensePermutedLinear(linear, SaliencyFactors(1, norms))
+    dense.matrices = (matrix, matrix)
+    x = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    mask = torch.zeros_like(linear.weight)
+    for output in range(8):
+        for start in range(0, 16, 4):
+            members = order[start : start + 4].tolist()
+            kept = sorted(members, key=lambda channel: -float(linear.weight[output, channel].abs() * norms[0, channel]))[:2]
+            mask[output, kept] = 1
+    torch.testing.assert_close(dense(x), x @ (linear.weight * mask).t(), rtol=1e-12, atol=1e-12)
