@@ -45,7 +45,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             pytest.fail(text)
         pytest.skip(text)
     folder = tmp_path_factory.mktemp("slurm")
-    script = str(ROOT / "scripts" / "slurm_here.sh")
+    script = str(Path(__file__).with_name("slurm_here.sh"))
     try:
         said = subprocess.run([script, "start", str(folder)], check=True, capture_output=True, text=True, timeout=60).stdout
         name, _, value = said.split()[1].partition("=")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A SLURM of one node on this machine, to try a sweep on before a cluster has it. Debian: apt-get install slurm-wlm munge
 #
-#     scripts/slurm_here.sh start FOLDER    # all that it writes is in FOLDER; prints what to export
-#     scripts/slurm_here.sh stop FOLDER
+#     tests/runtime/slurm_here.sh start FOLDER    # all that it writes is in FOLDER; prints what to export
+#     tests/runtime/slurm_here.sh stop FOLDER
 #
 # Started by root. No accounting; ports and sockets of its own, so that it goes beside a SLURM that is there.
 set -euo pipefail
