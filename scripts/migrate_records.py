@@ -178,6 +178,8 @@ def migrate(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 scores[hashed] = scores.pop(entry["evaluation_hash"])
             entry["evaluation_hash"] = hashed
         metrics["sparsity"].setdefault("of_model", metrics["sparsity"]["fraction"])
+        if "export" in metrics:
+            metrics["export"].setdefault("shard_gb", config["export"]["shard_gb"])
     return lines
 
 

@@ -407,7 +407,7 @@ class EvaluationOption(TypedDict):
 
 
 class Settings(TypedDict):
-    """`config.yaml`: the settings of a job, resolved. Early records lack the groups that came later."""
+    """`config.yaml`: the settings of a job, resolved."""
 
     name: str
     model: ModelOption
@@ -418,7 +418,8 @@ class Settings(TypedDict):
     block_size: NotRequired[Positive]
     calibration: NotRequired[CalibrationOption]
     evaluation: NotRequired[EvaluationOption]
-    reconstruction: NotRequired[Option]
+    mask: Option
+    reconstruction: Option
     temperature: NotRequired[Option]
     inputs: NotRequired[dict[str, str | None]]
 

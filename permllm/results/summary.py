@@ -643,7 +643,7 @@ def _short(text_digest: str) -> str:
 def _how_asked(how: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
     """How a task of `evaluation.tasks` was asked for; a group leaves results of several names."""
     asked = how.get("tasks", {})
-    own = asked.get(values["asked"]) or {}
+    own = asked.get(values.get("asked")) or {}
     return f"add_bos_token={setting_text(own.get('add_bos_token'))}", f"file {str(own.get('digest', ''))[:8]}"
 
 
