@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
-from permllm.calibration.statistics.base import gradient_kinds, input_kinds
 from permllm.calibration.statistics.gram import Gram
 from permllm.config import PLACEMENTS, RunConfig
 from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token, steps_of
@@ -217,9 +216,7 @@ class Footprint:
         """Memory with the weights in a placement."""
         streams = placement in ("disk", "sharded") or (placement == "host" and self.device.type != "cpu")
         stages: dict[str, float] = {"weights": 0, "evaluate": self._evaluating, "calibrate": self._statistics(self._pruner)}
-        if self._gradients:
-            stages["gradients"] = self._taking_gradients
-        if not self._mask.local and input_kinds(self._mask.statistics):
+        if not self._mask.local and self._mask.statistics:
             # A group's weights and their mask, in order, and what a refinement keeps of them up to date.
             stages["refine masks"] = self._statistics(self._mask) + 6 * 4 * self._largest
         if self.config.further and self.device.type == "cpu":
@@ -260,11 +257,6 @@ class Footprint:
         return max(sum(group.rows) for group in self.every)
 
     @property
-    def _gradients(self) -> int:
-        """Bytes of what a pruner keeps of gradients: a float32 number a weight and statistic."""
-        return 4 * self._pruned * len(gradient_kinds(self._pruner.statistics))
-
-    @property
     def _evaluating(self) -> int:
         """Bytes of the logits, of which those of a batch's tokens exist together, and in float32 those of a window."""
         perplexity, vocabulary, item = self.config.evaluation.perplexity, self.model.config.vocab_size, self.item
@@ -277,20 +269,9 @@ class Footprint:
         """Bytes of a layer's forward and of the statistics of inputs that methods ask for there."""
         config, hidden = self.config.calibration, self.model.config.hidden_size
         channels = max(group.channels for group in self.every)
-        asked = input_kinds(tuple(statistic for method in methods for statistic in method.statistics))
+        asked = dict.fromkeys(statistic for method in methods for statistic in method.statistics)
         forward = config.batch_size * config.seqlen * (6 * hidden + 2 * self._widest) * self.item
         return forward + sum(kind.memory(channels) for kind in asked)
-
-    @property
-    def _taking_gradients(self) -> int:
-        """Bytes of one sample: states between the layers, one layer's internals, the logits, and one gradient."""
-        hidden, vocabulary, seqlen = (
-            self.model.config.hidden_size,
-            self.model.config.vocab_size,
-            self.config.calibration.seqlen,
-        )
-        between = seqlen * (self.layers * hidden + 8 * hidden + 4 * self._widest) * self.item
-        return between + tokens_at_a_time(vocabulary, seqlen) * vocabulary * (self.item + 12) + self._largest * self.item
 
     def _held_by(self, learning: Learning, streams: bool) -> float:
         """Bytes of what learns and of what a step takes."""
@@ -311,10 +292,7 @@ class Footprint:
         words = chunk_of(self.device, vocabulary) * vocabulary if _through_the_head(method) else 0
         # Parameters, their gradient and two moments; a layer's masked weight and the gradient of it.
         held = 16 * learning.parameters + learning.waiting + activations + 3 * self._largest * item
-        held += 4 * 4 * words + (2 * vocabulary * hidden if words and item > 2 else 0)
-        # A saliency that follows from gradients, a dense score, takes their place.
-        scores = 4 * self._pruned if self._gradients else 0
-        return held + scores * depth / self.layers
+        return held + 4 * 4 * words + (2 * vocabulary * hidden if words and item > 2 else 0)
 
     @property
     def _state(self) -> int:
@@ -342,7 +320,7 @@ class Footprint:
         refining = config.calibration.samples if self._in_stages and config.mask.get("start") == "refined" else 0
         states = (every + max(2 * self._streamed_samples + refining, computed)) * self._state
         of_text = self._measured * hidden * self.item if placement != "device" and config.evaluation.perplexity.names else 0
-        beside: float = max(states + self._gradients, of_text)
+        beside: float = max(states, of_text)
         learns = self.orders or self.masks
         if self.device.type == "cpu" and not streams and learns and config.model.source != "random":
             # Pages of the mapped files stay, beside weights that learning stores in another way.

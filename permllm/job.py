@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
-from permllm.calibration.statistics.base import Statistic, gradient_kinds
+from permllm.calibration.statistics.base import InputStatistic
 from permllm.config import ExportConfig, RunConfig, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
@@ -229,9 +229,6 @@ def _check_weights(config: RunConfig, methods: Methods) -> None:
 
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
     """What needs the weights of all layers at once, where they may come one layer at a time; None for nothing."""
-    for group in ("pruner", "reconstruction"):
-        if gradient_kinds(getattr(methods, group).statistics):
-            return f"{group}={getattr(config, group).get('name')} takes the gradients of all weights together"
     if methods.masks_change_weights:
         return f"mask={config.mask.get('name')} with mask.weights_learning_rate trains all weights together"
     if trains_network(methods.reconstruction):
@@ -277,7 +274,7 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
 def _check_statistics(key: str, method: object) -> None:
     kinds = getattr(method, "statistics", None)
     if not isinstance(kinds, tuple) or not all(
-        isinstance(kind, type) and issubclass(kind, Statistic) and not isabstract(kind) for kind in kinds
+        isinstance(kind, type) and issubclass(kind, InputStatistic) and not isabstract(kind) for kind in kinds
     ):
         kind = f"{type(method).__module__}.{type(method).__qualname__}"
         raise ConfigError(f"{key}: {kind} needs an attribute `statistics`, a tuple of classes of statistics")

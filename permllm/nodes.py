@@ -18,12 +18,12 @@ from permllm.mask.settings import LowRankSettings, RefinedSettings, ScoreSetting
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
-from permllm.pruning.settings import GBLMSettings, RIASettings, SparseGPTSettings
+from permllm.pruning.settings import RIASettings, SparseGPTSettings
 from permllm.reconstruction.settings import ADMMSettings, BlockSettings, DistillSettings, OBSSettings
 
 # The settings of each option that names a class, by group; an option without settings of its own is not here.
 SETTINGS: dict[str, dict[str, type]] = {
-    "pruner": {"gblm": GBLMSettings, "ria": RIASettings, "sparsegpt": SparseGPTSettings},
+    "pruner": {"ria": RIASettings, "sparsegpt": SparseGPTSettings},
     "permutation": {"heuristic": HeuristicSettings, "from_file": FromFileSettings, "lcp": LCPSettings},
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
     "mask": {"refined": RefinedSettings, "score": ScoreSettings, "lowrank": LowRankSettings},

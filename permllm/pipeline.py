@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.dense import Pruner, by_layer, collecting, member_factors
-from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.calibration.statistics.base import InputStatistics
 from permllm.learning.problem import LearningProblem
@@ -118,7 +117,6 @@ def prune(
     device = next(model.parameters()).device
     compute_dtype = compute_dtype or next(model.parameters()).dtype
     asked = (*(pruner.statistics if factors is None or pruner.updates_weights else ()), *reconstruction.statistics)
-    gradients = weight_gradients(model, [path for group in groups for path in group.members], asked, tokens, compute_dtype)
     target = None if network_tokens is None else last_states(model, network_tokens, batch_size, compute_dtype)
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
     changes = pruner.updates_weights or reconstruction.changes_weights or bool(learned)
@@ -130,8 +128,6 @@ def prune(
         if kept_layer is not None:
             _take_over(model, index, kept_layer, result, dense, pruned)
             _read_from_file(model, kept_layers, index, result.masks)
-            for path in kept_layer.masks:
-                gradients.pop(path, None)
             continue
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
@@ -143,7 +139,7 @@ def prune(
             found = (
                 {path: factors[path] for path in group.members}
                 if factors is not None
-                else member_factors(model, group, pruner, statistics[group.name], gradients)
+                else member_factors(model, group, pruner, statistics[group.name])
             )
             _prune_group(
                 model,
@@ -154,14 +150,11 @@ def prune(
                 order,
                 found,
                 statistics.get(group.name),
-                gradients,
                 masks,
                 learned,
                 weights,
                 result,
             )
-            for path in group.members:
-                gradients.pop(path, None)
         statistics.clear()  # those of the last layer would stay while the whole network learns
         with _comparing(model, members, weights, result.output_error):
             dense.advance(index)
@@ -270,7 +263,6 @@ def _prune_group(
     order: Callable[[str, Tensor, NMPattern], Tensor],
     factors: dict[str, SaliencyFactors],
     statistics: InputStatistics | None,
-    gradients: Gradients,
     masks: Mapping[str, Tensor] | None,
     learned: Mapping[str, Tensor],
     weights: dict[str, Tensor],
@@ -289,15 +281,14 @@ def _prune_group(
     kept = total = 0.0
     for path, weight in dense.items():
         perm, scores = perm.to(weight.device), score(path)
-        mine = None if statistics is None else statistics.of_linear(gradients.get(path, ()))
         if pruner.updates_weights:
             given = {} if masks is None else {"mask": masks[path].to(weight.device)}
-            new, mask = pruner.update(weight, mine, perm, pattern, **given)  # type: ignore[attr-defined]
+            new, mask = pruner.update(weight, statistics, perm, pattern, **given)  # type: ignore[attr-defined]
         else:
             mask = permuted_nm_mask(scores, perm, pattern) if masks is None else masks[path].to(weight.device)
             kept_weight = learned[path].to(weight) if path in learned else weight
             new = torch.where(mask, kept_weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
-        weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, mine))
+        weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, statistics))
         result.masks[path] = mask.cpu()
         kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
     result.retained[group.name] = kept / max(total, 1e-300)

@@ -12,16 +12,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
 
 import permllm
 from permllm import runner
-from permllm.config import read_config
+from permllm.calibration.dense import calibrate_dense
+from permllm.calibration.saliency import saliency
+from permllm.config import instantiate, read_config
+from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError, TrainingError
 from permllm.export.transformers_classes import register
+from permllm.export.verify import verify
 from permllm.models import families
+from permllm.models.families import channel_groups
 from permllm.models.loading import load_model
 from permllm.record.code import code_digest
 from permllm.record.run_tensors import read_masks
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import run_command
 from tests.test_config import composed
 
@@ -54,6 +61,12 @@ FILES = {
 
             def factors(self, weight, statistics):
                 return SaliencyFactors(self.power, statistics[Largest].value.unsqueeze(0))
+
+
+        @dataclass(frozen=True)
+        class OfEachWeight(LargestInput):
+            def factors(self, weight, statistics):
+                return SaliencyFactors.of_each_weight(weight.abs() + statistics[Largest].value, self.power)
         """,
     "permuting.py": """
         from dataclasses import dataclass
@@ -124,6 +137,7 @@ FILES = {
         )
         """,
     "conf/pruner/largest.yaml": "name: largest\n_target_: strange.pruning.LargestInput\npower: 1\n",
+    "conf/pruner/of_each_weight.yaml": "name: of_each_weight\n_target_: strange.pruning.OfEachWeight\npower: 1\n",
     "conf/permutation/by_total.yaml": "name: by_total\n_target_: strange.permuting.ByTotal\n",
     "conf/temperature/steps.yaml": "_target_: strange.scheduling.Steps\nhigh: 1.0\n",
     "conf/reconstruction/doubled.yaml": "name: doubled\n_target_: strange.reconstructing.Doubled\n",
@@ -198,6 +212,36 @@ def test_one_of_each_kind_runs_together(package: Path, tmp_path: Path) -> None:
         # The checkpoint holds the doubled weights, in the order of the record.
         expected = (2 * dense.get_submodule(name).weight * mask)[:, perm]
         assert torch.equal(model.get_submodule(name).weight, expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["permutation=heuristic", "permutation.constraint=foldable", "export=folded"],
+        ["export=gathered"],
+        ["permutation.straight_through=hard", "permutation.loss=cosine", "permutation.normalize_saliency=false"],
+        ["permutation.straight_through=soft", "permutation.constraint=foldable", "export=folded"],
+    ],
+    ids=["heuristic", "swap", "hard", "soft"],
+)
+def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(words: list[str], package: Path) -> None:
+    chosen = ["pruner=of_each_weight", "block_size=8", "compute_dtype=float32", *words]
+    if not words[0].startswith("permutation=heuristic"):
+        chosen += ["permutation.epochs=1", "permutation.learning_rate=0.05", "calibration.samples=6"]
+    metrics, directory = run("model=tiny", *chosen, f"run_dir={package}/run")
+    assert sum(metrics["moved_channels"].values()) > 0
+    settings = read_config(composed(SEARCH, "model=tiny", *chosen))
+    model = load_model(settings.model, 0).model
+    windows = calibration_tokens(ByT5Tokenizer(extra_ids=0), settings.calibration, seed=0)
+    factors = calibrate_dense(model, channel_groups(model), windows, instantiate(settings.pruner), 4).factors
+    assert all(found.dense for found in factors.values())
+    orders, masks = load_file(directory / "permutations.safetensors"), read_masks(directory / "masks.safetensors")
+    for group in channel_groups(model):
+        for path in group.members:
+            score = saliency(model.get_submodule(path).weight, factors[path])
+            assert torch.equal(masks[path], permuted_nm_mask(score, orders[group.name], settings.pattern))
+    if settings.export.form != "none":
+        assert verify(directory / "export").passed
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
 from permllm.calibration.dense import layer_statistics, member_factors
-from permllm.calibration.gradients import weight_gradients
 from permllm.calibration.saliency import saliency
+from permllm.calibration.statistics.base import Statistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
@@ -158,11 +158,10 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     pruner = instantiate(config.pruner)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed, loaded.bos)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
-    asked = (*pruner.statistics, Gram)
-    gradients = weight_gradients(loaded.model, group.members, asked, tokens, products)
+    asked: Statistics = (*pruner.statistics, Gram)
     read = layer_statistics(loaded.model, [group], tokens, asked, config.calibration.batch_size, products)[group.name]
     with placement_of(loaded.model).layer(group.layer):
-        factors = member_factors(loaded.model, group, pruner, read, gradients)
+        factors = member_factors(loaded.model, group, pruner, read)
         weights = {path: linear_at(loaded.model, path).weight for path in group.members}
         layer = Layer(
             weight=torch.cat(list(weights.values())).float(),

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from permllm.calibration.gradients import Gradients, weight_gradients
 from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics.base import InputStatistics, Statistic, Statistics
+from permllm.calibration.statistics.base import InputStatistic, InputStatistics, Statistics
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.checkpoint import all_finite
 from permllm.models.decoder import LayerStream
@@ -69,13 +68,11 @@ def calibrate_dense(
         model: dense, of a known family.
         groups: of the model, all layers.
         tokens: int64 `(samples, length)`.
-        pruner: whose statistics are needed; those of inputs exist for one layer at a time, those of gradients for all.
+        pruner: whose statistics are needed; they exist for one layer at a time.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
         norm_over: what the mean square of the inputs is a mean over; `samples` makes norms larger by the root of the length.
     """
-    paths = [path for group in groups for path in group.members]
-    gradients = weight_gradients(model, paths, pruner.statistics, tokens, compute_dtype)
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
     norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
     factors: dict[str, SaliencyFactors] = {}
@@ -83,9 +80,8 @@ def calibrate_dense(
         with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
             stream.advance(index)
         for group in members:
-            for path, found in member_factors(model, group, pruner, statistics[group.name], gradients).items():
+            for path, found in member_factors(model, group, pruner, statistics[group.name]).items():
                 factors[path] = found.to("cpu")
-                gradients.pop(path, None)
     return DenseCalibration(factors, stream.states())
 
 
@@ -93,7 +89,7 @@ def layer_statistics(
     model: nn.Module,
     groups: list[ChannelGroup],
     tokens: Tensor,
-    kinds: Iterable[type[Statistic]],
+    kinds: Iterable[type[InputStatistic]],
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
 ) -> dict[str, InputStatistics]:
@@ -103,7 +99,7 @@ def layer_statistics(
         model: dense, of a known family.
         groups: of one layer, at least one.
         tokens: int64 `(samples, length)`.
-        kinds: statistics of inputs.
+        kinds: classes of statistics.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
     """
@@ -117,9 +113,9 @@ def layer_statistics(
 
 
 def member_factors(
-    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics, gradients: Gradients
+    model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
 ) -> dict[str, SaliencyFactors]:
-    """Saliency factors of the linears of a group, by path, from what they read and the gradients of their weights.
+    """Saliency factors of the linears of a group, by path, from what they read.
 
     Raises:
         ConfigError: the pruner gives something else than factors of this linear.
@@ -128,7 +124,7 @@ def member_factors(
     found = {}
     for path in group.members:
         weight = linear_at(model, path).weight
-        factors = pruner.factors(weight, statistics.of_linear(gradients.get(path, ())))
+        factors = pruner.factors(weight, statistics)
         _check_factors(pruner, path, weight, factors)
         found[path] = factors
     return found
@@ -168,7 +164,7 @@ def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterat
 
 @contextmanager
 def collecting(
-    model: nn.Module, groups: list[ChannelGroup], kinds: Iterable[type[Statistic]], norm_tokens: int = 1
+    model: nn.Module, groups: list[ChannelGroup], kinds: Iterable[type[InputStatistic]], norm_tokens: int = 1
 ) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     statistics = {}

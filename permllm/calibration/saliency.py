@@ -5,8 +5,8 @@ The saliency of a weight is `|w|^power` times a small sum of (column vector x ro
     S[i, j] = |W[i, j]|^power * sum_k row[k, i] * column[k, j]
 
 Magnitude, Wanda and SparseGPT need one term with row = 1, RIA needs two. LCP never stores a saliency: it permutes the
-column vectors with the channels and recomputes. What is no such sum, as soon as gradients have a say in it (GBLM), is a dense
-score, which has a factor for each weight and as many bytes as float32 weights:
+column vectors with the channels and recomputes. A saliency that is no such sum is a dense score, which has a
+factor for each weight and as many bytes as float32 weights:
 
     S[i, j] = |W[i, j]|^power * score[i, j]
 """

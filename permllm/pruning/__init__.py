@@ -5,7 +5,6 @@ from permllm.lazy import imported_when_asked
 __getattr__ = imported_when_asked(
     __name__,
     {
-        "GBLM": "permllm.pruning.gblm",
         "RIA": "permllm.pruning.ria",
         "Magnitude": "permllm.pruning.magnitude",
         "SparseGPT": "permllm.pruning.sparsegpt",

@@ -8,20 +8,6 @@ from permllm.validation import check_number
 
 
 @dataclass(frozen=True)
-class GBLMSettings:
-    """Settings of GBLM.
-
-    Attributes:
-        alpha: weight of the gradients, 100 in the paper with 128 samples; 0 is Wanda.
-    """
-
-    alpha: float = 100.0
-
-    def __post_init__(self) -> None:
-        check_number("pruner.alpha", self.alpha, positive=False)
-
-
-@dataclass(frozen=True)
 class RIASettings:
     """Settings of RIA.
 

@@ -301,7 +301,6 @@ def test_parameters_that_layers_share_are_refused() -> None:
     [
         (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: auto, device, sharded, host, disk"),
         (["model.placement=disk"], "model.placement=disk needs a model with files, and model=tiny is random: take host"),
-        (["model.placement=host", "pruner=gblm"], "pruner=gblm takes the gradients of all weights together"),
         (["model.placement=host", "reconstruction=distill"], "reconstruction=distill trains all kept weights together"),
     ],
 )
@@ -341,7 +340,7 @@ def test_auto_takes_the_first_placement_that_fits(
 
 def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "available_host_memory", lambda: 0)
-    for words, expected in ((("pruner=gblm",), "device"), (("reconstruction=distill",), "device"), ((), "host")):
+    for words, expected in ((("reconstruction=distill",), "device"), ((), "host")):
         asked = config("model=tiny", *words)
         methods = job.methods_of(asked)
         footprint = job.footprint_of(asked, methods, meta_model(asked.model), torch.device("cpu"))

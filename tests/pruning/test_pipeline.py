@@ -21,7 +21,6 @@ from permllm.permutation.identity import Identity
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.temperature import Linear
 from permllm.pipeline import prune
-from permllm.pruning.gblm import GBLM
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
@@ -29,7 +28,7 @@ from permllm.pruning.wanda import Wanda
 from permllm.sparsity import NMPattern, permuted_nm_mask
 from tests.conftest import tiny_model
 
-PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "sparsegpt": SparseGPT, "gblm": GBLM}
+PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "sparsegpt": SparseGPT}
 PATTERN = NMPattern(2, 4)
 
 

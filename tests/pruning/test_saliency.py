@@ -13,7 +13,6 @@ from permllm.calibration.statistics.base import InputStatistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.calibration.statistics.norm import Norm
 from permllm.errors import ConfigError
-from permllm.pruning.gblm import GBLM
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
@@ -137,5 +136,3 @@ def test_values_that_cannot_work_are_refused() -> None:
         RIA(-1)
     with pytest.raises(ConfigError, match=r"pruner\.damping=0"):
         SparseGPT(0)
-    with pytest.raises(ConfigError, match=r"pruner\.alpha=-1"):
-        GBLM(-1)
