@@ -176,7 +176,7 @@ class Footprint:
             learned = most + (of_window if together else 0) + (pruned if self.masks.with_weights else 0)
             found.append(Learning("learn masks", self._mask, learned, self.masks.windows, waiting))
         if self.reconstructs:
-            waiting = 4 * self.kept * (2 if self._reconstruction.average else 1)  # places, and their mean where it is wanted
+            waiting = 4 * self.kept  # places
             # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded.
             waiting += 2 * pruned if self.config.model.dtype == "float32" else 0
             windows = [(0, self.layers)]

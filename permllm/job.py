@@ -38,7 +38,7 @@ from permllm.record.progress import Progress
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity import check_divides
-from permllm.validation import check_contract, check_number, check_one_of, check_whole
+from permllm.validation import check_contract, check_one_of, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -198,10 +198,9 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 f"and pruner={config.pruner.get('name')} only does so under its own"
             )
     key = f"reconstruction={config.reconstruction.get('name')}"
-    check_contract(key, methods.reconstruction, ("changes_weights", "learned"), ("linear", "layer", "network"))
+    check_contract(key, methods.reconstruction, ("changes_weights", "learned"), ("linear", "network"))
     if methods.reconstruction.learned:
         check_whole(f"{key}: batch_size", getattr(methods.reconstruction, "batch_size", None), 1)
-        check_number(f"{key}: average", getattr(methods.reconstruction, "average", None), positive=False)
     _check_statistics(key, methods.reconstruction)
     reason = needs_device(config, methods)
     if reason and config.model.placement not in ("auto", "device"):

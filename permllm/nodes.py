@@ -19,7 +19,7 @@ from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
 from permllm.pruning.settings import RIASettings, SparseGPTSettings
-from permllm.reconstruction.settings import ADMMSettings, BlockSettings, DistillSettings, OBSSettings
+from permllm.reconstruction.settings import ADMMSettings, DistillSettings, OBSSettings
 
 # The settings of each option that names a class, by group; an option without settings of its own is not here.
 SETTINGS: dict[str, dict[str, type]] = {
@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, type]] = {
     "permutation": {"heuristic": HeuristicSettings, "from_file": FromFileSettings, "lcp": LCPSettings},
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
     "mask": {"refined": RefinedSettings, "score": ScoreSettings, "lowrank": LowRankSettings},
-    "reconstruction": {"obs": OBSSettings, "admm": ADMMSettings, "block": BlockSettings, "distill": DistillSettings},
+    "reconstruction": {"obs": OBSSettings, "admm": ADMMSettings, "distill": DistillSettings},
 }
 # The name of the whole configuration's node.
 WHOLE = "settings"

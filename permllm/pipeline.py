@@ -18,11 +18,10 @@ from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.calibration.statistics.base import InputStatistics
 from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream, last_states
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import masked, placement_of
 from permllm.reconstruction.base import (
     NoReconstruction,
-    PrunedLayer,
     PrunedLinear,
     PrunedNetwork,
     Reconstruction,
@@ -162,9 +161,6 @@ def prune(
             mask = None if changes else partial(result.masks.__getitem__, path)
             placement.replace(linear_at(model, path), weight, mask)
         if pruned is not None:
-            if weights and reconstruction.changes_weights:
-                with products_in(compute_dtype, device):
-                    _reconstruct(model, index, reconstruction, list(weights), result.masks, pruned, dense)
             pruned.advance(index)
         if members:
             weights = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
@@ -206,25 +202,6 @@ def _violations(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, 
                 weight = linear_at(model, path).weight
                 found += violations(weight, orders[group.name].to(weight.device), group.pattern or pattern)
     return found
-
-
-def _reconstruct(
-    model: nn.Module,
-    index: int,
-    reconstruction: Reconstruction,
-    paths: list[str],
-    masks: Mapping[str, Tensor],
-    pruned: LayerStream,
-    dense: LayerStream,
-) -> None:
-    """Have a layer's kept weights reconstructed in place, from the states before it in the pruned model."""
-    inputs, kwargs = pruned.batches(index)
-    linears = [linear_at(model, path) for path in paths]
-    kept = [masks[path].to(linear.weight.device) for path, linear in zip(paths, linears, strict=True)]
-    layer, placement = decoder_layers(model)[index], placement_of(model)
-    reconstruction.layer(PrunedLayer(layer, linears, kept, inputs, kwargs, dense.batches(index)[0]))
-    for linear in linears if placement.streams else ():
-        placement.replace(linear, linear.weight.data)
 
 
 def _take_over(

@@ -106,5 +106,5 @@ def _streamed_states(model: PreTrainedModel, windows: Tensor, batch_size: int, l
     stream = LayerStream(model, windows, batch_size)
     stream.to_the_end(label)
     device = next(model.parameters()).device
-    for hidden in stream.batches(0)[0]:
+    for hidden in stream.states().split(batch_size):
         yield after_layers(model, hidden.to(device))

@@ -142,10 +142,6 @@ class LayerStream:
         """The states batch by batch."""
         return self._states.split(self._batch_size)
 
-    def batches(self, index: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """States batch by batch, on the host, and what layer `index` is called with for each; until the stream advances."""
-        return list(self._hidden), [self._kwargs[len(hidden)][index] for hidden in self._hidden]
-
     def forward(self, index: int) -> Iterator[Tensor]:
         """Run layer `index` on every batch in turn and yield its outputs, on the device; the states stay as they are."""
         dtype = self._compute_dtype

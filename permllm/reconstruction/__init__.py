@@ -7,7 +7,6 @@ __getattr__ = imported_when_asked(
     {
         "ADMM": "permllm.reconstruction.admm",
         "OBS": "permllm.reconstruction.obs",
-        "Block": "permllm.reconstruction.block",
         "Distill": "permllm.reconstruction.distill",
         "NoReconstruction": "permllm.reconstruction.base",
     },

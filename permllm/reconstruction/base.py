@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -36,27 +36,6 @@ class PrunedLinear:
 
 
 @dataclass(frozen=True)
-class PrunedLayer:
-    """One decoder layer whose linears hold their pruned weights.
-
-    Attributes:
-        layer: the decoder layer.
-        linears: its pruned linears.
-        masks: bool `(C_out, C_in)` for each of them.
-        inputs: batches `(samples, tokens, hidden)` on the host, as the pruned layers before give them.
-        kwargs: keyword arguments of the layer for each batch.
-        targets: the dense model's output of this layer for each batch, on the host.
-    """
-
-    layer: nn.Module
-    linears: Sequence[nn.Linear]
-    masks: Sequence[Tensor]
-    inputs: Sequence[Tensor]
-    kwargs: Sequence[Mapping[str, Any]]
-    targets: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
 class PrunedNetwork:
     """The model when all of its layers are pruned.
 
@@ -73,7 +52,7 @@ class PrunedNetwork:
 
 
 class Reconstruction(Protocol):
-    """Changes kept weights: linear by linear, then layer by layer, and at last in the whole model.
+    """Changes kept weights: linear by linear, and then in the whole model.
 
     Attributes:
         changes_weights: false only where it does nothing.
@@ -91,9 +70,6 @@ class Reconstruction(Protocol):
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The new weight of a linear, zero outside of the mask."""
 
-    def layer(self, pruned: PrunedLayer) -> None:
-        """Change the weights of a layer's linears in place, zero outside of their masks."""
-
     def network(self, pruned: PrunedNetwork) -> None:
         """Change the weights of all linears in place, zero outside of their masks."""
 
@@ -104,12 +80,10 @@ class LearnedReconstruction(Reconstruction, Protocol):
     Attributes:
         batch_size: samples a step.
         loss: towards the dense model, as `permllm.models.losses` names them.
-        average: above 0 where a mean of the weights is the result.
     """
 
     batch_size: int
     loss: str
-    average: float
 
 
 class NoReconstruction:
@@ -122,9 +96,6 @@ class NoReconstruction:
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The weight as it is."""
         return pruned.weight
-
-    def layer(self, pruned: PrunedLayer) -> None:
-        """Nothing."""
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Nothing."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from permllm.calibration.statistics.base import Statistics
 from permllm.errors import DataError
 from permllm.learning.settings import LearningSettings, Loss
-from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint, samples_of, steps_of
+from permllm.learning.training import Checkpoint, Training, Window, read_checkpoint
 from permllm.models.families import decoder_layers
 from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
@@ -48,10 +48,8 @@ class Distill(DistillSettings, NoReconstruction):
         """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
         problem = pruned.problem
         settings = LearningSettings.of(self, loss=self.loss, select_from=0)
-        steps = steps_of(settings, samples_of(settings, problem))
         kept = KeptWeights(pruned.linears, pruned.masks)
-        averaged = max(1, round(self.average * steps)) if self.average else None
-        learner = WeightLearner(kept, self.learning_rate, None if averaged is None else steps - averaged)
+        learner = WeightLearner(kept, self.learning_rate)
         window = Window(0, 0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with parallel.alone(), kept.gradients():
             state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
@@ -62,7 +60,6 @@ class Distill(DistillSettings, NoReconstruction):
                 training.restore(state)
             del state  # which is as large as the weights
             training.run()
-        learner.finish()
 
 
 def _check(kept: KeptWeights, state: Checkpoint) -> None:

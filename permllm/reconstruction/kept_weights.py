@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_swa_multi_avg_fn
 from typing_extensions import override
 
 from permllm.errors import DataError
@@ -68,9 +67,9 @@ class KeptWeights:
                 weight.requires_grad_(False)
 
     @torch.no_grad()
-    def write(self, values: Sequence[Tensor] | None = None) -> None:
-        """Have the weights be the values, or others like them."""
-        for number, (weight, value) in enumerate(zip(self.weights, self.values if values is None else values, strict=True)):
+    def write(self) -> None:
+        """Have the weights be the values."""
+        for number, (weight, value) in enumerate(zip(self.weights, self.values, strict=True)):
             weight.put_(self._places[number].long(), value.to(weight.dtype))
 
     def _take(self, number: int, weight: Tensor) -> None:
@@ -91,15 +90,11 @@ class WeightLearner(Learner):
     Args:
         kept: the weights.
         learning_rate: at the start.
-        averaged_from: how many steps are made before those whose weights' mean is the result; None takes the last weights.
     """
 
-    def __init__(self, kept: KeptWeights, learning_rate: float, averaged_from: int | None = None) -> None:
+    def __init__(self, kept: KeptWeights, learning_rate: float) -> None:
         self.kept = kept
         self.learning_rate = learning_rate
-        self.averaged_from = averaged_from
-        self._mean: list[Tensor] = []
-        self._averaged = self._done = 0
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
@@ -107,20 +102,7 @@ class WeightLearner(Learner):
 
     @override
     def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
-        done = moment.step + (generator is None)  # at the end of an epoch the moment is that of its last step
-        if done == self._done:  # no step was made: the weights are the values
-            return
-        if self.averaged_from is not None and done > self.averaged_from:
-            self._mean = self._mean or [value.clone() for value in self.kept.values]
-            get_swa_multi_avg_fn()(self._mean, self.kept.values, self._averaged)
-            self._averaged += 1
-        self._done = done
         self.kept.write()
-
-    def finish(self) -> None:
-        """Have the weights be the mean, where there is one."""
-        if self._mean:
-            self.kept.write(self._mean)
 
     @override
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
@@ -128,27 +110,23 @@ class WeightLearner(Learner):
 
     @override
     def keep(self) -> None:
-        """Nothing: the last weights are the result, or a mean."""
+        """Nothing: the last weights are the result."""
 
     @override
     def state(self) -> dict[str, Any]:
-        means = {"mean": self._mean, "averaged": self._averaged, "done": self._done}
-        return {"values": self.kept.values, "places": self.kept.digest} | means
+        return {"values": self.kept.values, "places": self.kept.digest}
 
     @staticmethod
     def check(state: dict[str, Any]) -> None:
         """Raise DataError where a state is not one of weights."""
-        for key in ("values", "mean"):
-            values = state.get(key)
-            if not isinstance(values, list) or not all(isinstance(value, Tensor) for value in values):
-                raise DataError("it holds no weights")
+        values = state.get("values")
+        if not isinstance(values, list) or not all(isinstance(value, Tensor) for value in values):
+            raise DataError("it holds no weights")
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
         for value, found in zip(self.kept.values, state["values"], strict=True):
             value.copy_(found)
-        self._mean = [value.to(self.kept.values[0].device) for value in state["mean"]]
-        self._averaged, self._done = state["averaged"], state["done"]
         self.kept.write()
 
 

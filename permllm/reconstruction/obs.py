@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.statistics.base import Statistics
-from permllm.calibration.statistics.gram import Gram
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.reconstruction.base import NoReconstruction, PrunedLinear
 from permllm.reconstruction.settings import OBSSettings
@@ -23,10 +22,7 @@ class OBS(OBSSettings, NoReconstruction):
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The corrected weight, from the dense one."""
         assert pruned.statistics is not None
-        updater, columns = SparseGPT(self.damping), pruned.perm
-        if self.columns == "costly":  # the mask is given, so that no group of M has to be visited together
-            lost = torch.where(pruned.mask, 0.0, pruned.dense.float()).square().sum(0)
-            columns = (lost * pruned.statistics[Gram].value.diagonal()).argsort(descending=True)
-        weight, mask = updater.update(pruned.dense, pruned.statistics, columns, pruned.pattern, pruned.mask)
+        updater = SparseGPT(self.damping)
+        weight, mask = updater.update(pruned.dense, pruned.statistics, pruned.perm, pruned.pattern, pruned.mask)
         assert torch.equal(mask, pruned.mask)
         return weight

@@ -163,7 +163,6 @@ METHODS = {
     "lowrank": ["permutation=heuristic", "mask=lowrank", "mask.layers_per_stage=1"],
     "refined": ["permutation=heuristic", "mask=refined"],
     "obs": ["permutation=heuristic", "reconstruction=obs"],
-    "block": ["permutation=heuristic", "reconstruction=block", "reconstruction.epochs=2"],
     "sparsegpt": ["pruner=sparsegpt", "permutation=heuristic"],
 }
 

@@ -50,12 +50,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, "sharded", [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4", "mask.start=refined"]),
         # Weights that change go back to their parts.
         (2, "sharded", ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
-        (3, "sharded", [*LCP, "reconstruction=block", "export=gathered"]),
+        (3, "sharded", [*LCP, "reconstruction=obs", "export=gathered"]),
         # Each streams all layers for itself: from the same files, or from its own memory.
-        (2, "disk", [*LCP, "permutation.layers_per_stage=1", "reconstruction=block"]),
+        (2, "disk", [*LCP, "permutation.layers_per_stage=1", "reconstruction=obs"]),
         (2, "host", [*LCP, "mask=score", "mask.batch_size=4"]),
     ],
-    ids=["stages", "dense-first", "searched", "together", "sparsegpt", "block", "disk", "host"],
+    ids=["stages", "dense-first", "searched", "together", "sparsegpt", "obs", "disk", "host"],
 )
 def test_it_is_what_one_process_makes_of_the_model(
     checkpoint: Path, tmp_path: Path, processes: int, placement: str, method: list[str]

@@ -18,7 +18,6 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.identity import Identity
 from permllm.permutation.shared import foldable
 from permllm.pipeline import PrunedModel, prune
-from permllm.reconstruction.block import Block
 from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.obs import OBS
 from permllm.sparsity import NMPattern
@@ -104,7 +103,7 @@ def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
     assert [(values["first_layer"], values["last_layer"]) for values in told] == [(1, 1)]
 
 
-@pytest.mark.parametrize("reconstruction", [OBS(), Block(epochs=1), Distill(epochs=1)])
+@pytest.mark.parametrize("reconstruction", [OBS(), Distill(epochs=1)])
 def test_reconstruction_leaves_dense_linears_alone(reconstruction: Any) -> None:
     model = tiny_model("llama")
     groups = pruned_groups(channel_groups(model), PATTERN, ["0", "layers.1.self_attn"], {"down_proj": "8:16"})

@@ -20,7 +20,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pipeline import PrunedModel, prune
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.reconstruction.block import Block
+from permllm.reconstruction.obs import OBS
 from permllm.record import pruned_layers
 from permllm.record.names import PRUNED_LAYERS
 from permllm.sparsity import NMPattern
@@ -45,7 +45,7 @@ def pruned(
     model = model or tiny_model("llama", num_hidden_layers=4)
     groups = channel_groups(model)
     pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
-    reconstruction = Block(epochs=1) if method == "block" else None
+    reconstruction = OBS() if method == "obs" else None
     factors = calibrate_dense(model, groups, tokens(), pruner, batch_size=4).factors if method == "dense" else None
     result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors, reconstruction, directory=directory, run=run)
     return model, result
@@ -79,7 +79,7 @@ def check_equal(left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn
     assert one.violations == other.violations == 0
 
 
-@pytest.mark.parametrize("method", ["dense", "sequential", "sparsegpt", "block"])
+@pytest.mark.parametrize("method", ["dense", "sequential", "sparsegpt", "obs"])
 def test_a_layer_that_was_done_is_not_done_again(method: str, tmp_path: Path) -> None:
     whole = pruned(None, method, Orders())
     with pytest.raises(Stopped):
@@ -133,7 +133,7 @@ def on_disk(tmp_path: Path) -> Callable[[], torch.nn.Module]:
     ("method", "reason"),
     [
         ("sparsegpt", "has changed, or is gone"),
-        ("block", "has changed, or is gone"),
+        ("obs", "has changed, or is gone"),
         ("dense", "cannot be read"),
         ("sequential", "cannot be read"),
     ],

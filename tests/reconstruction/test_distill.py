@@ -43,7 +43,7 @@ TOKENIZER = ByT5Tokenizer(extra_ids=0)
 STEPS, RATE = 7, 0.05
 
 
-def of_squares(masks: list[Tensor], averaged: int) -> tuple[list[Tensor], list[Tensor]]:
+def of_squares(masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Two linears, before and after so many steps down `sum(weight^4)`, as the training loop asks for them."""
     generator = torch.Generator().manual_seed(0)
     linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)]
@@ -52,7 +52,7 @@ def of_squares(masks: list[Tensor], averaged: int) -> tuple[list[Tensor], list[T
         linear.weight.mul_(masks[number])
     before = [linear.weight.clone() for linear in linears]
     kept = KeptWeights(linears, masks)
-    learner = WeightLearner(kept, RATE, STEPS - averaged if averaged else None)
+    learner = WeightLearner(kept, RATE)
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
@@ -65,25 +65,22 @@ def of_squares(masks: list[Tensor], averaged: int) -> tuple[list[Tensor], list[T
         scheduler.step()
         if step in (3, STEPS - 1):  # the end of an epoch
             learner.begin(Moment(step, STEPS, step // 4, 2), None)
-    learner.finish()
     return before, [linear.weight for linear in linears]
 
 
-@pytest.mark.parametrize("averaged", [0, 3, 5])
-def test_kept_weights_learn_as_adam_says_and_end_with_the_mean_of_the_last_steps(averaged: int) -> None:
+def test_kept_weights_learn_as_adam_says() -> None:
     generator = torch.Generator().manual_seed(1)
     masks = [torch.rand(rows, 8, generator=generator) < 0.5 for rows in (3, 5)]
-    for number, (weight, after) in enumerate(zip(*of_squares(masks, averaged), strict=True)):
+    for number, (weight, after) in enumerate(zip(*of_squares(masks), strict=True)):
         kept = masks[number]
-        mean, square, last = torch.zeros_like(weight), torch.zeros_like(weight), []
+        mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
         for step in range(STEPS):
             gradient = (4 * weight**3 + 1) * kept
             mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
             rate = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
             corrected = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
             weight = weight - rate * mean / (1 - 0.9 ** (step + 1)) / corrected
-            last.append(weight)
-        torch.testing.assert_close(after, torch.stack(last[-max(1, averaged) :]).mean(0), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(after, weight, rtol=1e-9, atol=1e-12)
         assert not after[~kept].any()
 
 
@@ -104,7 +101,7 @@ def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> Non
 
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
     model = tiny_model("llama")
-    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "average": 0.5} | settings)
+    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003} | settings)
     pruned_with(model, reconstruction, network_tokens=tokens(10), directory=directory, run="run")
     return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
 
@@ -133,7 +130,7 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
         distilled(tmp_path)
     with caplog.at_level("INFO"):
         continued = distilled(tmp_path)
-    assert f"continuing after {where}" in caplog.text  # before weights are averaged, and after
+    assert f"continuing after {where}" in caplog.text
     assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
@@ -201,8 +198,6 @@ def test_settings_say_how_many_windows_are_drawn() -> None:
     assert calibration_tokens(TOKENIZER, asked.calibration, 0, further=asked.further).shape == (7, 16)
     assert config(*words, "reconstruction.samples=2").further == config(*words).further == 0
     assert config(*words, "reconstruction.samples=null").hash == config(*words).hash != asked.hash
-    with pytest.raises(ConfigError, match=r"reconstruction\.average=1\.5: expected a share"):
-        Distill(average=1.5)
     with pytest.raises(ConfigError, match=r"reconstruction\.samples=0"):
         Distill(samples=0)
 
