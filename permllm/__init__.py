@@ -1,7 +1,7 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
 `permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes it, and `permllm.load` opens
-a checkpoint that was written. `import permllm.export` lets transformers load gathered and packed ones by itself. Importing
+a checkpoint that was written. `import permllm.export` lets transformers load gathered ones by itself. Importing
 `permllm` alone costs nothing.
 """
 

@@ -214,7 +214,6 @@ def save(
     model: PreTrainedModel,
     folder: str | Path,
     form: str = "folded",
-    format: str = "dense",
     dtype: str | None = None,
     shard_gb: float = 5.0,
 ) -> dict[str, Any]:
@@ -225,12 +224,11 @@ def save(
         folder: must not hold anything yet. It appears when it is complete.
         form: `folded` (stock transformers, N:M as it is stored; needs `permutation__constraint="foldable"`), `gathered` (any
             order; `permllm.load` opens it) or `simulate` (the original order).
-        format: `dense`, or `packed`: kept values and their places.
         dtype: of the weights; None is the model's.
         shard_gb: largest size of a file, in 10^9 bytes.
 
     Returns:
-        The summary that is written beside the model: form, format, pattern, sizes in bytes, seconds.
+        The summary that is written beside the model: form, pattern, size in bytes, seconds.
 
     Raises:
         ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not empty.
@@ -239,7 +237,7 @@ def save(
     record = getattr(model, _PRUNED, None)
     if not isinstance(record, _InMemory):
         raise ConfigError("permllm.save writes a model that permllm.prune has pruned, and this one is not")
-    request = Request(form, format, dtype, shard_gb)
+    request = Request(form, dtype, shard_gb)
     request.check()
     # It may have been trained in another format since, in a part of it too.
     formats = sorted({parameter.dtype for parameter in model.parameters()}, key=str)
@@ -253,11 +251,11 @@ def save(
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """A checkpoint in any of the forms of an export, dense or packed, in evaluation mode.
+    """A checkpoint in any of the forms of an export, in evaluation mode.
 
     Args:
         folder: of the checkpoint.
-        options: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map` or `keep_packed=True`.
+        options: for `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
         DataError: it is not whole; the tensor is named.

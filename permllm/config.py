@@ -228,13 +228,11 @@ class ExportConfig:
 
     Attributes:
         form: `none`, `simulate`, `folded` or `gathered` (see `permllm.export.stored_order`).
-        format: `dense`, or `packed`: kept values and their places.
         dtype: of the exported weights; None is the model's.
         shard_gb: largest size of a file, in 10^9 bytes.
     """
 
     form: str = "none"
-    format: str = "dense"
     dtype: str | None = None
     shard_gb: float = 5.0
 

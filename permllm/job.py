@@ -18,7 +18,6 @@ from permllm.config import ExportConfig, RunConfig, instantiate, instantiate_per
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError
 from permllm.export.checkpoint import Request
-from permllm.export.packed import LARGEST_M
 from permllm.footprint import FITS, Footprint, placements
 from permllm.learning.settings import LearningSettings
 from permllm.models.checkpoint import check_dense
@@ -338,10 +337,8 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
             if value != usual[key]:
                 raise ConfigError(f"export.{key}={value} needs export=folded, gathered or simulate")
         return None
-    request = Request(export.form, export.format, export.dtype, export.shard_gb)
+    request = Request(export.form, export.dtype, export.shard_gb)
     request.check()
-    if export.format == "packed" and (large := [pattern for pattern in config.patterns if pattern.m > LARGEST_M]):
-        raise ConfigError(f"export.format=packed packs groups of at most {LARGEST_M} weights, and the sparsity is {large[0]}")
     if methods.change_weights and not config.save_weights:
         raise ConfigError(f"export={export.form} needs the changed weights, and save_weights=false does not keep them")
     if export.form == "folded" and methods.permutation.constraint == "free":

@@ -194,7 +194,7 @@ def _prune(job: Job, record: RunRecord) -> None:
 
 def _export(request: Request, record: RunRecord) -> None:
     """Write the pruned model into the run directory, unless it is there already in this form."""
-    wanted = {"form": request.form, "format": request.format, "dtype": request.dtype or record.config["model"]["dtype"]}
+    wanted = {"form": request.form, "dtype": request.dtype or record.config["model"]["dtype"]}
     wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
     target = record.path(EXPORT)
     # The folder says what it holds: a process can be killed before the record says it.

@@ -225,19 +225,19 @@ def test_what_names_other_weights_or_code_does_not_go_into_an_export(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).config.model_type == "llama"
 
 
-@pytest.mark.parametrize(("form", "format"), [("folded", "dense"), ("folded", "packed"), ("gathered", "dense")])
+@pytest.mark.parametrize("form", ["folded", "gathered"])
 def test_what_is_saved_computes_what_the_model_computes(
-    form: str, format: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+    form: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
 ) -> None:
     constraint = {"permutation__constraint": "foldable"} if form == "folded" else {}
     permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW, **constraint)
-    summary = permllm.save(model, tmp_path / "out", form=form, format=format)
-    assert (summary["form"], summary["format"]) == (form, format)
+    summary = permllm.save(model, tmp_path / "out", form=form)
+    assert summary["form"] == form
     report = verify(tmp_path / "out")
     assert report.passed, report.problems
     tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
     opened = [permllm.load(tmp_path / "out")]
-    if (form, format) == ("folded", "dense"):
+    if form == "folded":
         opened.append(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
     with torch.no_grad():
         for one in opened:
@@ -440,17 +440,15 @@ def test_weights_are_saved_in_the_format_that_they_have(tokenizer: ByT5Tokenizer
     assert torch.equal(linear_at(permllm.load(tmp_path / "out"), path).weight, weight)
 
 
-@pytest.mark.parametrize(("form", "format"), [("gathered", "dense"), ("folded", "packed")])
 def test_what_is_loaded_takes_the_options_of_transformers_and_is_not_pruned_again(
-    form: str, format: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
+    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path
 ) -> None:
     permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", permutation__constraint="foldable", **FEW)
-    permllm.save(model, tmp_path / "out", form=form, format=format)
-    kept = permllm.load(tmp_path / "out", attn_implementation="eager", **({"keep_packed": True} if format == "packed" else {}))
+    permllm.save(model, tmp_path / "out", form="gathered")
+    kept = permllm.load(tmp_path / "out", attn_implementation="eager")
     assert kept.config._attn_implementation == "eager"
     assert permllm.perplexity(kept, None, WINDOWS) == pytest.approx(permllm.perplexity(model, None, WINDOWS), rel=1e-5)
-    assert any(name.endswith("weight_places") for name in kept.state_dict()) == (format == "packed")
-    with pytest.raises(ConfigError, match="is a gathered or packed checkpoint of a pruned model: give the dense one"):
+    with pytest.raises(ConfigError, match="is a gathered checkpoint of a pruned model: give the dense one"):
         permllm.prune(permllm.load(tmp_path / "out"), tokenizer, texts=[TEXT], **FEW)
     with pytest.raises(DataError, match="nowhere is no folder"):
         permllm.load(tmp_path / "nowhere")
@@ -564,9 +562,9 @@ def test_weights_of_several_formats_are_not_rounded_unasked(tmp_path: Path) -> N
     assert torch.equal(permllm.load(tmp_path / "out").lm_head.weight, model.lm_head.weight)
 
 
-def test_what_was_packed_can_be_trained_and_pickled(model: PreTrainedModel, tmp_path: Path) -> None:
-    permllm.prune(model, None, texts=WINDOWS, permutation="none")
-    permllm.save(model, tmp_path / "out", format="packed")
+def test_what_is_gathered_can_be_trained_and_pickled(model: PreTrainedModel, tmp_path: Path) -> None:
+    permllm.prune(model, None, texts=WINDOWS, permutation="heuristic")
+    permllm.save(model, tmp_path / "out", form="gathered")
     loaded = permllm.load(tmp_path / "out", local_files_only=True, trust_remote_code=False)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     torch.save(loaded, tmp_path / "whole.pt")

@@ -336,7 +336,6 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         ),
         (["evaluation.perplexity.seqlen=1000000"], "fewer than one evaluation.perplexity.seqlen"),
         (["evaluation.zero_shot.tasks=[marsqa]"], "lm-eval does not know marsqa"),
-        (["export.format=packed"], "export.format=packed needs export=folded, gathered or simulate"),
         (["export.shard_gb=0"], "export.shard_gb=0.0 needs export=folded, gathered or simulate"),
         (["calibration.samples=1", "calibration.seqlen=1000000"], "take shorter windows, or another text"),
         (["+permutation.nonsense=1"], "nonsense"),

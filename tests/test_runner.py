@@ -410,7 +410,7 @@ def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_for
     # Widths 32 and 64, two key-value heads of four: 32 x (32 + 16 + 32) of attention and 3 x 32 x 64 of the MLP are pruned.
     assert metrics["sparsity"]["of_model"] == (2560 + 6144) / 2 / (2 * (3072 + 6144))
     assert len(read_masks(directory / "masks.safetensors")) == 6
-    for form in ([], ["export=folded", "export.format=packed"], ["export=gathered"]):
+    for form in ([], ["export=gathered"]):
         if form:
             run(tmp_path, *words, *form)
         report = verify(directory / "export")

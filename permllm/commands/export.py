@@ -9,7 +9,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from permllm.commands.answer import Answer
 from permllm.config import DTYPES
-from permllm.export.checkpoint import FORMATS, Request, export_run
+from permllm.export.checkpoint import Request, export_run
 from permllm.export.stored_order import FORMS
 
 
@@ -18,7 +18,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--form", choices=FORMS, default="folded")
-    parser.add_argument("--format", choices=FORMATS, default="dense")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the run)")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)")
     parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved since the run")
@@ -27,11 +26,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def work(options: argparse.Namespace) -> Answer:
     """The checkpoint, and its sizes."""
     set_verbosity_error()  # what its warnings are about is an error here
-    request = Request(options.form, options.format, options.dtype, options.shard_gb)
+    request = Request(options.form, options.dtype, options.shard_gb)
     summary = export_run(options.run, request, options.to, options.dense)
-    share = summary["pruned_layers_bytes"] / summary["pruned_layers_dense_bytes"]
     said = (
-        f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['format']}, {summary['dtype']}), "
-        f"pruned layers {share:.2%} of their dense size, {summary['gathers']} gathers, {summary['seconds']:.1f} s"
+        f"{options.to}: {summary['bytes'] / 1e6:.1f} MB ({summary['form']}, {summary['dtype']}), "
+        f"{summary['gathers']} gathers, {summary['seconds']:.1f} s"
     )
     return Answer(summary, lambda: print(said))

@@ -1,6 +1,6 @@
 """Proof that a checkpoint is N:M sparse as it is stored, and whole.
 
-Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
+Any folder that transformers can load from safetensors files, ours or not, one tensor at a time: the files
 hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
 linear N:M, as an export of ours says of it, or dense where it says that. With --against DENSE also the difference of the
 logits from another model's: of a folded model from its simulate form none, from the dense model what pruning costs. With

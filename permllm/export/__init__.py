@@ -1,4 +1,4 @@
-"""The pruned model as a checkpoint. Importing it lets transformers load gathered and packed ones."""
+"""The pruned model as a checkpoint. Importing it lets transformers load gathered ones."""
 
 from permllm.export.transformers_classes import register
 

@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError
-from permllm.export import gathered_norm
 from permllm.export.transformers_classes import gathered_modules
 from permllm.export.verify import Stated, stated_patterns
 from permllm.models.checkpoint import (
     check_checkpoint,
     check_runs,
     check_values,
-    tensor_places,
     transformers_reads,
     vocabulary_of,
     weight_files,
@@ -43,7 +41,7 @@ from permllm.sparsity import NMPattern, violations
 
 _TWO_OF_FOUR = NMPattern(2, 4)
 # Of a row of the first layer: seconds.
-LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s", "norm_s", "norm_and_gather_s", "gathered_norm_s")
+LAYER_COLUMNS = ("dense_s", "sparse_s", "gather_s")
 
 
 def sparse_tensor_cores(device: torch.device) -> bool:
@@ -154,22 +152,17 @@ def layers(model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, 
     for group in (group for group in channel_groups(model) if group.layer == 0):
         x = torch.randn(tokens, group.channels, device=device).to(dtype)
         order = torch.randperm(group.channels).to(device, torch.int32)
-        weight = torch.ones(group.channels, device=device, dtype=dtype)
         works: dict[str, Callable[[], Any]] = {"dense_s": _products(model, group.members, x)}
         if sparse is not None:
             works["sparse_s"] = _products(sparse, group.members, x)
         works["gather_s"] = partial(x.index_select, -1, order)
-        works["norm_s"] = partial(nn.functional.rms_norm, x, (group.channels,), weight, 1e-6)
-        works["norm_and_gather_s"] = partial(gathered_norm.reference, x, weight, order, 1e-6)
-        if device.type == "cuda" and gathered_norm.available():
-            works["gathered_norm_s"] = partial(gathered_norm.gathered_rms_norm, x, weight, order, 1e-6)
         found = interleaved(works, repeats, device)
         row = {name: statistics.median(found[name]) if name in found else None for name in LAYER_COLUMNS}
         rows.append({"group": group.table.name, "channels": group.channels, "rows": sum(group.rows), "tokens": tokens} | row)
     return rows
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **options: Any) -> tuple[PreTrainedModel, float]:
+def load(folder: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, float]:
     """A checkpoint on a device, and the seconds of loading.
 
     Raises:
@@ -179,7 +172,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, **option
     started = time.perf_counter()
     with transformers_reads(folder):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, **options
+            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
         )
     nn.Module.to(model, device=device)
     seconds = time.perf_counter() - started
@@ -221,8 +214,6 @@ def measure(
         keep_freed_memory()
     asked = getattr(torch, dtype) if dtype else None
     model, seconds = load(folder, place, asked)
-    files = weight_files(folder)
-    packed = files[0].suffix == ".safetensors" and any(name.endswith(".weight_places") for name in tensor_places(files))
     variants = {"as stored": model}
     sizes = {"as stored": _size(folder)}
     loading = {"as stored": seconds}
@@ -236,10 +227,6 @@ def measure(
             variants["sparse tensor cores"] = sparse
         except DataError as error:
             sparse, note = None, f"not on sparse tensor cores: {error}"
-    if packed:
-        kept, seconds = load(folder, place, asked, keep_packed=True)
-        variants["kept packed"] = kept
-        loading["kept packed"] = seconds
     if against:
         dense, seconds = load(against, place, asked or model.dtype)
         if len(decoder_layers(dense)) != len(decoder_layers(model)):

@@ -78,7 +78,7 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     if summary.get("patterns"):
         lines += [f"Not every linear of its decoder layers is so: {_text(patterns_text(metrics['sparsity']))}.", ""]
     lines += [_FORMS[summary["form"]], ""]
-    if summary["format"] == "packed" or summary["gathers"]:
+    if summary["gathers"]:
         lines += [
             f"Written by {writer()}. To load it, make a checkout of the project importable (`pip install -e .` in it) and "
             "import `permllm.export` first:",
@@ -93,10 +93,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
         ]
     rows = [f"| {' | '.join(map(_text, row))} |" for row in result_rows(metrics)]
     lines += ["| measure | dense | sparse |", "| --- | --- | --- |", *rows, ""]
-    share = summary["pruned_layers_bytes"] / summary["pruned_layers_dense_bytes"]
     lines += [
-        f"Weights: {summary['bytes'] / 1e6:.1f} MB ({summary['dtype']}, {summary['format']}); "
-        f"the pruned layers take {share:.2%} of their dense size.",
+        f"Weights: {summary['bytes'] / 1e6:.1f} MB ({summary['dtype']}).",
         "",
         f"- command: {_code(environment.get('command', 'not recorded'))}",
         f"- seed: {_text(config['seed'])}",

@@ -19,9 +19,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from permllm.config import DTYPES, ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.export.card import model_card, model_notice
-from permllm.export.packed import pack, packed_shapes
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
-from permllm.export.transformers_classes import METHOD, sparse_config
+from permllm.export.transformers_classes import sparse_config
 from permllm.models.checkpoint import all_finite, parameter_names, weight_files
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.loading import hub_commit
@@ -38,7 +37,6 @@ from permllm.validation import check_number, check_one_of
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("dense", "packed")
 SUMMARY = "permllm.json"
 _LOCK = ".lock"
 
@@ -49,25 +47,20 @@ class Request:
 
     Attributes:
         form: one of `FORMS`.
-        format: `dense`, or `packed`: kept values and their places.
         dtype: of the weights; None is that of the run.
         shard_gb: largest size of a file, in 10^9 bytes.
     """
 
     form: str
-    format: str = "dense"
     dtype: str | None = None
     shard_gb: float = 5.0
 
     def check(self) -> None:
-        """Raise ConfigError when a value is not valid, or two do not go together."""
+        """Raise ConfigError when a value is not valid."""
         check_one_of("export.form", self.form, FORMS)
-        check_one_of("export.format", self.format, FORMATS)
         if self.dtype is not None:
             check_one_of("export.dtype", self.dtype, DTYPES)
         check_number("export.shard_gb", self.shard_gb, positive=True)
-        if self.form == "simulate" and self.format == "packed":
-            raise ConfigError("export.format=packed needs a model that is N:M in stored order: export=folded or gathered")
 
 
 def export_run(directory: Path, request: Request, target: Path, dense: Path | None = None) -> dict[str, Any]:
@@ -75,12 +68,12 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
 
     Args:
         directory: of a run that has been pruned.
-        request: form, format and dtype.
+        request: form and dtype.
         target: the folder to write; must not hold anything yet. It appears when it is complete.
         dense: folder of the dense model, where it is no longer where the run found it.
 
     Returns:
-        The summary that is also written beside the model: form, format, pattern, sizes in bytes, seconds.
+        The summary that is also written beside the model: form, pattern, size in bytes, seconds.
 
     Raises:
         ConfigError: the request cannot be met: the directory is no run, the orders do not fold, the target is not empty.
@@ -112,7 +105,7 @@ def write_checkpoint(
 
     Args:
         record: what is known of it.
-        request: form, format and dtype.
+        request: form and dtype.
         source: the model that was pruned; of its pruned linears, `record` makes the weights from what it gives.
         target: as in `export_run`.
         started: `time.perf_counter()` when it began.
@@ -256,41 +249,34 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
     kept = record.pruned(left)
     stored = stored_order(request.form, skeleton, groups, kept.orders)
     dtype = getattr(torch, request.dtype or record.config["model"]["dtype"])
-    pattern_of = {f"{path}.weight": group.pattern or record.pattern for group in left for path in group.members}
-    packed = pattern_of if request.format == "packed" else {}
 
     shapes = dict(skeleton.state_dict())
     planned: dict[str, Tensor] = {}
     for name in parameter_names(skeleton):
-        shape = shapes[name].shape
-        if name in packed:
-            values, places = packed_shapes(shape[0], shape[1], packed[name])
-            planned[f"{name}_values"] = torch.empty(values, dtype=dtype, device="meta")
-            planned[f"{name}_places"] = torch.empty(places, dtype=torch.uint8, device="meta")
-        else:
-            planned[name] = torch.empty(shape, dtype=dtype if shapes[name].is_floating_point() else None, device="meta")
+        floating = shapes[name].is_floating_point()
+        planned[name] = torch.empty(shapes[name].shape, dtype=dtype if floating else None, device="meta")
     for path, order in stored.gathers.items():
         planned[f"{path}.input_order"] = torch.empty(order.shape, dtype=torch.int32, device="meta")
-
-    held: dict[str, Tensor] = {}  # the other part of a packed weight, until it is asked for
 
     def make(name: str) -> Tensor:
         if name.endswith(".input_order"):
             return stored.gathers[name.removesuffix(".input_order")].to(torch.int32)
-        if name in shapes:
-            return _stored(record, kept, source, stored, name, pruned.get(name), dtype)
-        if name not in held:
-            base = name.removesuffix("_values").removesuffix("_places")
-            values, places = pack(_stored(record, kept, source, stored, base, pruned[base], dtype), packed[base])
-            held.update({f"{base}_values": values, f"{base}_places": places})
-        return held.pop(name)
+        return _stored(record, kept, source, stored, name, pruned.get(name), dtype)
 
-    config = _config(source, stored, request, record, dtype)
+    config = _config(source, stored, dtype)
     _write_settings("config", config, folder)  # before anything large
     write_shards(folder, planned, make, int(request.shard_gb * 1e9))
 
     source.save_tokenizer(folder)
-    summary = _summary(record, request, planned, pruned, shapes, dtype) | {
+    others = record.metrics["sparsity"].get("patterns")
+    summary = {
+        "form": request.form,
+        "sparsity": str(record.pattern),
+        **({"patterns": others} if others else {}),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in planned.values()),
+        "config_hash": record.metrics["config_hash"],
+        "shard_gb": request.shard_gb,
         "gathers": len(stored.gathers),
         "seconds": time.perf_counter() - started,
     }
@@ -336,50 +322,13 @@ def _stored(
     return stored.apply(name, cast + 0.0 if path is not None else cast)
 
 
-def _config(
-    source: DenseSource, stored: StoredOrder, request: Request, record: PrunedRecord, dtype: torch.dtype
-) -> PreTrainedConfig:
+def _config(source: DenseSource, stored: StoredOrder, dtype: torch.dtype) -> PreTrainedConfig:
     config = source.skeleton.config
     vars(config).pop("auto_map", None)  # of remote code, which nothing here runs and no export holds
     architecture = type(source.skeleton).__name__
-    if stored.gathers or request.format == "packed":
+    if stored.gathers:
         config = sparse_config(config, sorted(stored.gathers))
         architecture = f"Sparse{architecture}"
     config.architectures = [architecture]
     config.dtype = dtype
-    if request.format == "packed":
-        config.quantization_config = {"quant_method": METHOD} | _patterns(record)
     return config
-
-
-def _patterns(record: PrunedRecord) -> dict[str, Any]:
-    """N:M, and by linear where it is not that or a linear stayed dense."""
-    others = record.metrics["sparsity"].get("patterns")
-    return {"sparsity": str(record.pattern)} | ({"patterns": others} if others else {})
-
-
-def _summary(
-    record: PrunedRecord,
-    request: Request,
-    planned: dict[str, Tensor],
-    pruned: dict[str, str],
-    shapes: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    item = torch.empty(0, dtype=dtype).element_size()
-    of_pruned = [name.removesuffix("_values").removesuffix("_places") in pruned for name in planned]
-    sizes = [tensor.numel() * tensor.element_size() for tensor in planned.values()]
-    dense = sum(shapes[name].numel() * item for name in pruned)
-    now = sum(size for size, mine in zip(sizes, of_pruned, strict=True) if mine)
-    return {
-        "form": request.form,
-        "format": request.format,
-        **_patterns(record),
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes": sum(sizes),
-        "dense_bytes": sum(sizes) - now + dense,
-        "pruned_layers_bytes": now,
-        "pruned_layers_dense_bytes": dense,
-        "config_hash": record.metrics["config_hash"],
-        "shard_gb": request.shard_gb,
-    }

@@ -1,6 +1,6 @@
-"""What transformers needs to load gathered and packed checkpoints. `import permllm.export` registers it.
+"""What transformers needs to load gathered checkpoints. `import permllm.export` registers it.
 
-A checkpoint in one of these forms must never load as a plain model with wrong logits. Its config.json therefore carries a
+Such a checkpoint must never load as a plain model with wrong logits. Its config.json therefore carries a
 model type of its own and, where a plain config has its width, a text that says what to import; the dense model's config
 lies inside, under `dense_config`. A plain class refuses the text, `AutoModelForCausalLM` the type, and both errors quote them.
 """
@@ -10,31 +10,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permllm.errors import DataError
-from permllm.export.packed import packed_shapes, unpack
 from permllm.models.checkpoint import META, TRIPWIRES, check_checkpoint, check_values
-from permllm.models.families import channel_groups, family_names, linear_at
-from permllm.models.patterns import recorded_groups
+from permllm.models.families import channel_groups, family_names
 from permllm.models.structure import causal_types
-from permllm.record.schema import Patterns, validated
-from permllm.sparsity import NMPattern
 from permllm.version import __version__
 
-METHOD = "permllm"
 # No name to install: nobody vouches for what a package index has under it.
 _HINT = "make a checkout of the project importable and import permllm.export before loading this checkpoint"
 # Of what `from_pretrained` takes: where on the hub a checkpoint is, and how it may be had.
@@ -42,7 +33,7 @@ _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def model_type_of(dense_type: str, hint: str = _HINT) -> str:
-    """Model type of a gathered or packed model of a family; transformers quotes it when it does not know it.
+    """Model type of a gathered model of a family; transformers quotes it when it does not know it.
 
     The same in all versions but for the hint, so that any of them knows the checkpoints of those before.
     """
@@ -55,7 +46,7 @@ def writer() -> str:
 
 
 def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConfig:
-    """The config of a gathered or packed model.
+    """The config of a gathered model.
 
     Args:
         dense: the dense model's.
@@ -71,7 +62,6 @@ class _SparseConfig:
     """Mixed into the config class of a family: how it is written and read."""
 
     gathers: list[str]
-    keep_packed: bool
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -83,7 +73,6 @@ class _SparseConfig:
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         inner = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         outer = {key: inner.pop(key) for key in ("model_type", "architectures", "transformers_version") if key in inner}
-        inner.pop("keep_packed", None)
         written = outer | dict.fromkeys(TRIPWIRES, f"written by {writer()}: {_HINT}") | {"dense_config": inner}
         Path(json_file_path).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -124,15 +113,6 @@ class _SparseModel:
         return loaded
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place of another, and its gather with it."""
-    order = getattr(model.get_submodule(path), "input_order", None)
-    if order is not None:
-        attach_gather(module, order.numel())
-        module.input_order = order
-    model.set_submodule(path, module)
-
-
 def attach_gather(module: nn.Module, channels: int) -> None:
     """Give a module a buffer `input_order`, int32 `(channels,)`, and permute its input's last dimension by it."""
     module.register_buffer("input_order", torch.arange(channels, dtype=torch.int32))
@@ -158,110 +138,11 @@ def _width_of(model: nn.Module, path: str) -> int:
     raise DataError(f"{path} is no module whose input can be gathered")
 
 
-class PackedLinear(nn.Module):
-    """A linear whose weight stays packed and is unpacked in each forward: half the memory, slower.
-
-    Args:
-        linear: whose shape, bias and dtype it takes over; may be on the meta device.
-        pattern: N:M.
-    """
-
-    weight_values: Tensor
-    weight_places: Tensor
-
-    def __init__(self, linear: nn.Linear, pattern: NMPattern) -> None:
-        super().__init__()
-        self.pattern = pattern
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        values, places = packed_shapes(self.out_features, self.in_features, pattern)
-        dtype, device = linear.weight.dtype, linear.weight.device
-        self.register_buffer("weight_values", torch.empty(values, dtype=dtype, device=device))
-        self.register_buffer("weight_places", torch.empty(places, dtype=torch.uint8, device=device))
-        self.bias = linear.bias
-
-    def dense_weight(self) -> Tensor:
-        """The weight, `(C_out, C_in)`."""
-        return unpack(self.weight_values, self.weight_places, self.pattern)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x (..., C_in)` to `(..., C_out)`."""
-        return nn.functional.linear(x, self.dense_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        """Sizes, for printing."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, pattern={self.pattern}"
-
-
-@register_quantization_config(METHOD)
-class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint.
-
-    Args:
-        sparsity: N:M, as a string.
-        patterns: the same by linear, or `dense`, of those that are not as the rest.
-    """
-
-    def __init__(self, sparsity: str = "2:4", patterns: dict[str, str] | None = None, **kwargs: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.sparsity = str(NMPattern.parse(sparsity))
-        self.patterns = validated("quantization_config: patterns", patterns or {}, Patterns)
-
-
-@register_quantizer(METHOD)
-class PackedQuantizer(HfQuantizer):
-    """Reads packed checkpoints. The weights are unpacked at the end of loading, or stay packed with `keep_packed=True`."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        assert isinstance(self.quantization_config, PackedConfig)
-        pattern = NMPattern.parse(self.quantization_config.sparsity)
-        for group in recorded_groups(channel_groups(model), pattern, self.quantization_config.patterns):
-            for path in group.members:
-                _replace(model, path, PackedLinear(linear_at(model, path), group.pattern or pattern))
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Not every transformers 5 compares the shapes of what it takes for quantised.
-        for name, tensor in model.state_dict().items():
-            if tensor.shape != self._shapes[name]:
-                raise DataError(f"the checkpoint has in another shape than its config asks for {name}")
-        # A model that is not unpacked is checked too: wrong places must not wait for the first forward.
-        keep_packed = model.config.keep_packed
-        for path, packed in [(path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear)]:
-            if packed.weight_places.is_meta:  # where there are no values
-                keep_packed = True
-                continue
-            try:
-                weight = packed.dense_weight()
-            except DataError as error:
-                raise DataError(f"{path}.weight: {error}") from error
-            if not keep_packed:
-                with torch.device("meta"):
-                    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
-                linear.weight = nn.Parameter(weight)  # which can be trained, as that of a dense checkpoint
-                linear.bias = packed.bias
-                _replace(model, path, linear)
-        if not keep_packed:
-            self.remove_quantization_config(model)
-        return model
-
-    def is_serializable(self) -> bool:
-        """A model that stayed packed can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Packed weights get no gradients."""
-        return False
-
-
 def register() -> None:
-    """Make gathered and packed models known to transformers: of all families, and of other types once one is read."""
-    for dense_type, hint in product(family_names(), (_HINT,)):
+    """Make gathered models known to transformers: of all families, and of other types once one is read."""
+    for dense_type in family_names():
         if dense_type in CONFIG_MAPPING:  # a package's may be for another transformers
-            _config_class(dense_type, hint)
+            _config_class(dense_type, _HINT)
     for dense_type in causal_types():
         label = model_type_of(dense_type)
         if label not in CONFIG_MAPPING:
@@ -290,13 +171,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _config_class(dense_type: str, hint: str) -> Any:
-    """The config class of gathered and packed models of a type; it and the model class are known to transformers after."""
+    """The config class of gathered models of a type; it and the model class are known to transformers after."""
     label = model_type_of(dense_type, hint)
     if label in CONFIG_MAPPING and not issubclass(CONFIG_MAPPING[label], _OnDemand):
         return CONFIG_MAPPING[label]
     dense_config: Any = CONFIG_MAPPING[dense_type]
     dense_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-    defaults = {"model_type": label, "dense_type": dense_type, "gathers": [], "keep_packed": False}
+    defaults = {"model_type": label, "dense_type": dense_type, "gathers": []}
     name = dense_config.__name__.removesuffix("Config")
     config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
     model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})

@@ -1,6 +1,6 @@
 """Proof that a checkpoint is N:M sparse as it is stored, and whole.
 
-Any folder that transformers can load from safetensors files, ours or not, dense or packed, one tensor at a time: the files
+Any folder that transformers can load from safetensors files, ours or not, one tensor at a time: the files
 hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every linear
 N:M as an export of ours says of it, or dense where it says that. With `--against DENSE` also the difference of the logits from
 another model's: of a folded model from its `simulate` form none, from the dense model what pruning costs.
@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import SUMMARY
-from permllm.export.packed import unpack
 from permllm.models.checkpoint import (
     ORDER,
     all_finite,
@@ -56,7 +55,6 @@ class LayerReport:
         violations: groups of M with more than N nonzeros, in stored order; None where M does not divide C_in.
         negative_zeros: entries that are -0.0.
         nan: entries that are not finite.
-        packed: stored as values and places.
         pattern: N:M that it should be.
     """
 
@@ -66,7 +64,6 @@ class LayerReport:
     violations: int | None
     negative_zeros: int
     nan: int
-    packed: bool
     pattern: str
 
     def problems(self) -> list[str]:
@@ -226,14 +223,12 @@ def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) ->
     summary = _summary(folder)
     if summary is None:
         return []
-    there = {name.removesuffix("_values") for name in places}
-    strange = [name for name in summary.get("patterns", {}) if f"{name}.weight" not in there]
+    strange = [name for name in summary.get("patterns", {}) if f"{name}.weight" not in places]
     if strange:
         return [f"{SUMMARY} has a pattern of {name}, which has no weight" for name in strange]
     entries = [entry for _, entry in places.values()]
     found: dict[str, object] = {
         "gathers": len(getattr(skeleton.config, "gathers", [])),
-        "format": "packed" if any(name.endswith(".weight_places") for name in places) else "dense",
         "bytes": sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries),
     }
     return [
@@ -265,22 +260,14 @@ def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...
     """Look at a tensor; a report where it should be sparse.
 
     Raises:
-        DataError: it is not finite, no permutation, or not packed as it must be.
+        DataError: it is not finite, or no permutation.
     """
-    if name.endswith(".weight_places"):
-        return []  # they are read with their values
     tensor = _read(name, places)
     if name.endswith(ORDER):
         check_order(name, tensor)
         return []
-    base = name.removesuffix("_values")
-    sparse = f".{base}".endswith(suffixes)
-    pattern = stated.of(base)
-    if base != name and f"{base}_places" in places and pattern:
-        try:
-            tensor = unpack(tensor, _read(f"{base}_places", places), pattern)
-        except DataError as error:
-            raise DataError(f"{base}: {error}") from error
+    sparse = f".{name}".endswith(suffixes)
+    pattern = stated.of(name)
     if not sparse or not pattern or tensor.dim() != 2 or not tensor.numel():
         if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite")
@@ -289,13 +276,12 @@ def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...
     divides = channels % pattern.m == 0
     return [
         LayerReport(
-            name=base,
+            name=name,
             shape=(rows, channels),
             zeros=1 - int(tensor.count_nonzero()) / tensor.numel(),
             violations=violations(tensor, None, pattern) if divides else None,
             negative_zeros=_negative_zeros(tensor),
             nan=0 if all_finite(tensor) else int((~tensor.isfinite()).sum()),
-            packed=base != name,
             pattern=str(pattern),
         )
     ]

@@ -31,7 +31,7 @@ WEIGHTS = (
 # Where a gathered model keeps the order of a module's input.
 ORDER = ".input_order"
 # What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward;
-# a gathered or packed model has a text there.
+# a gathered model has a text there.
 TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 # For `device_map`: the model without values.
 META = {"": "meta"}
@@ -200,9 +200,9 @@ def odd_formats(formats: dict[str, str], model: nn.Module) -> dict[str, str]:
     for name, found in sorted(formats.items()):
         if name.endswith(ORDER):
             valid = found in _WHOLE
-        elif name in parameters or name.endswith((".weight", ".bias", ".weight_values")):
+        elif name in parameters or name.endswith((".weight", ".bias")):
             valid = found in _FLOATING
-        else:  # places, and the masks that old versions kept
+        else:  # the masks that old versions kept
             valid = found in _FLOATING + _WHOLE + _BYTES
         if not valid:
             odd[name] = found
@@ -272,9 +272,9 @@ def check_runs(what: object, model: PreTrainedModel) -> None:
 
 
 def check_dense(what: str, config: PreTrainedConfig) -> None:
-    """Raise ConfigError where a config is that of a gathered or packed checkpoint, which has been pruned already."""
+    """Raise ConfigError where a config is that of a gathered checkpoint, which has been pruned already."""
     if hasattr(config, "dense_type"):
-        raise ConfigError(f"{what} is a gathered or packed checkpoint of a pruned model: give the dense one")
+        raise ConfigError(f"{what} is a gathered checkpoint of a pruned model: give the dense one")
 
 
 def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any) -> PreTrainedModel:
@@ -305,7 +305,7 @@ def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, 
 def _settings(folder: Path) -> ModelSettings:
     file = folder / "config.json"
     written = read_json(file, Object)
-    # A gathered or packed model has the dense one's config inside of its own, and its widths there alone.
+    # A gathered model has the dense one's config inside of its own, and its widths there alone.
     inner = validated(f"{file}: dense_config", written.get("dense_config", {}), Object)
     outer = {key: value for key, value in written.items() if not inner or key not in TRIPWIRES}
     return validated(str(file), outer | inner, ModelSettings)

@@ -189,7 +189,7 @@ def family_of_config(config: Any) -> Family:
     Raises:
         ConfigError: as `family_of`.
     """
-    # A gathered or packed model has a type of its own and is built like the dense one.
+    # A gathered model has a type of its own and is built like the dense one.
     model_type: str = getattr(config, "dense_type", config.model_type)
     if model_type in FAMILIES or model_type in family_names():
         return family_named(model_type)

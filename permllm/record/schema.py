@@ -188,17 +188,13 @@ class Sparsity(TypedDict):
 
 
 class ExportSummary(TypedDict):
-    """`permllm.json` beside an exported model, and `export` in `metrics.json`; sizes in bytes."""
+    """`permllm.json` beside an exported model, and `export` in `metrics.json`; its size in bytes."""
 
     form: Literal["simulate", "folded", "gathered"]
-    format: Literal["dense", "packed"]
     sparsity: Pattern
     patterns: NotRequired[Patterns]
     dtype: str
     bytes: Positive
-    dense_bytes: Positive
-    pruned_layers_bytes: Positive
-    pruned_layers_dense_bytes: Positive
     config_hash: str
     shard_gb: Annotated[float, Field(gt=0)]
     gathers: Whole

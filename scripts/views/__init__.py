@@ -36,7 +36,6 @@ _MODULES = {
     "orders": "exports",
     "stock": "exports",
     "verify": "exports",
-    "bench": "exports",
 }
 _BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Views of exports: what folding costs, stock transformers, proofs, speed and memory, from what the commands wrote as JSON."""
+"""Views of exports: what folding costs, stock transformers, and proofs, from what the commands wrote as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from permllm.record.names import RECORDS
 from permllm.record.schema import Object
 from permllm.results.collect import Run, collect
 from permllm.results.render import as_text
-from scripts.views.tables import computed_on
 
 # The default recipe.
 _RECIPE = {
@@ -101,46 +100,6 @@ def verify(folder: Path, files: str = "verify-*.json") -> list[str]:
         line["relative difference of logits"] = f"{difference['relative']:.1e}" if difference else ""
         lines.append(line | {"verdict": "passed" if report["passed"] else "failed"})
     return _table(lines)
-
-
-def bench(folder: Path, files: str = "bench-*.json") -> list[str]:
-    """Speed and loading of each file of `permllm bench`."""
-    lines: list[str] = []
-    for name, report in _json(folder, files):
-        sizes, memory = report["file_bytes"], report["weight_bytes"]
-        speed = (
-            {
-                "variant": row["variant"],
-                "batch": f"{row['batch']}",
-                "prefill, tokens/s": f"{row['prefill_tokens_a_second']:.0f} (spread {row['prefill_spread']:.0%})",
-                "decoding, tokens/s": f"{row['decode_tokens_a_second']:.1f} (spread {row['decode_spread']:.0%})",
-            }
-            for row in report["speed"]
-        )
-        loading = (
-            {
-                "variant": variant,
-                "loading, s": f"{seconds:.2f}",
-                "weights in memory, MB": f"{memory[variant] / 1e6:.1f}",
-                "files, MB": f"{sizes[variant] / 1e6:.1f}" if sizes.get(variant) else "",
-            }
-            for variant, seconds in report["loading_s"].items()
-        )
-        titles = {"product, ms": "dense_s", "gather, ms": "gather_s", "norm, ms": "norm_s"}
-        titles |= {"norm and gather, ms": "norm_and_gather_s"}
-        layers = (
-            {"group of the first layer": row["group"], "size": f"{row['rows']} x {row['channels']}"}
-            | {title: f"{row[key] * 1e3:.2f}" for title, key in titles.items()}
-            for row in report["layers"]
-        )
-        lines += [
-            f"`{name.removeprefix('bench-')}`, {report['dtype']}, {report['gathers']} gathers, prompts of "
-            f"{report['prompt']} tokens, {computed_on(report['hardware'])}; {report['note']}.",
-            "",
-        ]
-        for rows in (speed, loading, layers):
-            lines += [*_table(rows), ""]
-    return lines[:-1]
 
 
 def _table(lines: Any) -> list[str]:

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm.commands import call
 from permllm.errors import DataError
-from permllm.export import gathered_norm
 from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, why_dense, without_gathers
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import Stated
@@ -25,18 +24,17 @@ CUDA = torch.device("cuda")
 
 def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered", "packed"), tmp_path / "out")
+    export_run(run, Request("gathered"), tmp_path / "out")
     small = ["--prompt", "8", "--new-tokens", "2", "--batch-sizes", "1", "2", "--repeats", "1", "--layer-tokens", "16"]
     words = [str(tmp_path / "out"), "--against", str(tmp_path / "dense"), *small, "--device", "cpu"]
     result = run_module("permllm", "bench", *words, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert "no sparse tensor cores here" in report["note"]
-    variants = ["dense", "as stored", "as stored, gathers left out", "kept packed", "kept packed, gathers left out"]
+    variants = ["dense", "as stored", "as stored, gathers left out"]
     assert [(row["variant"], row["batch"]) for row in report["speed"]] == [(name, b) for b in (1, 2) for name in variants]
     assert all(row["prefill_tokens_a_second"] > 0 and row["decode_tokens_a_second"] > 0 for row in report["speed"])
     assert report["gathers"] == 6
-    assert report["weight_bytes"]["kept packed"] < report["weight_bytes"]["as stored"]
     assert report["file_bytes"]["as stored"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert [row["channels"] for row in report["layers"]] == [32, 32, 32, 64]
     assert report["layers"][0]["sparse_s"] is None
@@ -67,25 +65,6 @@ def test_gathers_can_be_left_out_for_a_while(tmp_path: Path) -> None:
     with without_gathers(model):
         assert not torch.allclose(logits(model), before)
     assert torch.equal(logits(model), before)
-
-
-def test_the_reference_of_the_fused_norm_is_a_norm_and_a_gather() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 5, 24, generator=generator), torch.randn(24, generator=generator)
-    order = torch.randperm(24, generator=generator).int()
-    expected = torch.nn.functional.rms_norm(x, (24,), weight, 1e-6)[..., order.long()]
-    torch.testing.assert_close(gathered_norm.reference(x, weight, order, 1e-6), expected)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available() or not gathered_norm.available(), reason="needs a GPU with Triton")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_fused_norm(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(7, 4096, device=CUDA, dtype=dtype), torch.randn(4096, device=CUDA, dtype=dtype)
-    order = torch.randperm(4096, device=CUDA).int()
-    expected = gathered_norm.reference(x, weight, order, 1e-6)
-    # Half precision is rounded before the weight, and once more after it: two units in the last place.
-    tolerance = {} if dtype == torch.float32 else {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
-    torch.testing.assert_close(gathered_norm.gathered_rms_norm(x, weight, order, 1e-6), expected, **tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not sparse_tensor_cores(CUDA), reason="needs sparse tensor cores")

@@ -162,10 +162,9 @@ def _norms_in_float64(call: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-@pytest.mark.parametrize("format", ["dense", "packed"])
-def test_gathered_models_keep_any_order(name: str, format: str, tmp_path: Path) -> None:
+def test_gathered_models_keep_any_order(name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model(name), "free")
-    summary = export_run(run, Request("gathered", format), tmp_path / "out")
+    summary = export_run(run, Request("gathered"), tmp_path / "out")
     pruned = reference(variant_model(name), run)
     gathered = load(tmp_path / "out")
     assert relative(logits(gathered), logits(pruned)) < 1e-5
@@ -208,34 +207,12 @@ def test_folding_holds_for_random_shapes(seed: int, tmp_path: Path) -> None:
     name = ["qwen3", "mistral", "qwen3-tied"][seed % 3]
     pattern = NMPattern(n, m)
     run = make_run(tmp_path, variant_model(name, **shape), "foldable", pattern)
-    export_run(run, Request("folded", "packed" if seed % 2 else "dense", "float64"), tmp_path / "out")
+    export_run(run, Request("folded", "float64"), tmp_path / "out")
     folded, pruned = load(tmp_path / "out", dtype=torch.float64), reference(variant_model(name, **shape), run).double()
     assert relative(logits(folded), logits(pruned)) < 1e-6
     for group in channel_groups(folded):
         for path in group.members:
             assert violations(linear_at(folded, path).weight, torch.arange(group.channels), pattern) == 0
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("keep", [False, True])
-def test_packed_models_are_the_dense_ones_in_fewer_bytes(dtype: str, keep: bool, tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    dense = export_run(run, Request("folded", "dense", dtype), tmp_path / "dense-form")
-    packed = export_run(run, Request("folded", "packed", dtype), tmp_path / "packed-form")
-    first, second = load(tmp_path / "dense-form"), load(tmp_path / "packed-form", keep_packed=keep)
-    assert torch.equal(logits(first), logits(second))
-    assert dense["pruned_layers_bytes"] == packed["pruned_layers_dense_bytes"]
-    share = packed["pruned_layers_bytes"] / packed["pruned_layers_dense_bytes"]
-    assert share == (0.5625 if dtype != "float32" else 0.53125)
-    for folder, summary in (("dense-form", dense), ("packed-form", packed)):
-        size = (tmp_path / folder / "model.safetensors").stat().st_size
-        assert summary["bytes"] < size < summary["bytes"] + 20_000  # the rest is the header
-    if not keep:
-        second.save_pretrained(tmp_path / "unpacked")
-        assert torch.equal(logits(load(tmp_path / "unpacked")), logits(first))
-    else:
-        second.save_pretrained(tmp_path / "repacked")
-        assert torch.equal(logits(load(tmp_path / "repacked")), logits(first))
 
 
 def test_changed_weights_are_exported(tmp_path: Path) -> None:
@@ -253,13 +230,12 @@ def test_changed_weights_are_exported(tmp_path: Path) -> None:
 
 
 def test_shards_are_split_as_transformers_does_and_load(tmp_path: Path) -> None:
-    for format in ("dense", "packed"):
-        run = make_run(tmp_path / format, variant_model("llama"), "foldable")
-        export_run(run, Request("folded", format, shard_gb=2e-5), tmp_path / format / "out")
-        files = sorted(file.name for file in (tmp_path / format / "out").glob("*.safetensors"))
-        assert len(files) > 2
-        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-        assert relative(logits(load(tmp_path / format / "out")), logits(reference(variant_model("llama"), run))) < 1e-4
+    run = make_run(tmp_path, variant_model("llama"), "foldable")
+    export_run(run, Request("folded", shard_gb=2e-5), tmp_path / "out")
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert relative(logits(load(tmp_path / "out")), logits(reference(variant_model("llama"), run))) < 1e-4
 
 
 def test_a_checkpoint_in_another_layout_is_loaded_as_a_whole(tmp_path: Path) -> None:
@@ -277,7 +253,9 @@ def test_a_checkpoint_in_another_layout_is_loaded_as_a_whole(tmp_path: Path) -> 
 
 def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered", "packed"), tmp_path / "out")
+    summary = export_run(run, Request("gathered"), tmp_path / "out")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert summary["bytes"] < size < summary["bytes"] + 20_000  # the rest is the header
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer_config.json", "README.md", "model.safetensors"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == ByT5Tokenizer(extra_ids=0)("abc").input_ids
@@ -286,7 +264,6 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
         "2:4",
         "import permllm.export",
         "library_name: transformers",
-        "packed",
         "a checkout of the project importable",
     ):
         assert text in card
@@ -318,12 +295,10 @@ def test_an_export_carries_the_licence_and_the_notice_of_its_model(tmp_path: Pat
 
 def test_one_call_opens_what_an_export_wrote(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
-    folders = [tmp_path / format for format in ("dense-form", "packed-form")]
-    for folder, format in zip(folders, ("dense", "packed"), strict=True):
-        export_run(run, Request("gathered", format), folder)
-        assert torch.equal(logits(permllm.load(folder)), logits(load(folder)))
-    code = "import sys, permllm\nfor folder in sys.argv[1:]: print(type(permllm.load(folder, dtype='float32')).__name__)"
-    assert _python(code, *folders).stdout == "SparseLlamaForCausalLM\n" * 2
+    export_run(run, Request("gathered"), tmp_path / "out")
+    assert torch.equal(logits(permllm.load(tmp_path / "out")), logits(load(tmp_path / "out")))
+    code = "import sys, permllm\nprint(type(permllm.load(sys.argv[1], dtype='float32')).__name__)"
+    assert _python(code, tmp_path / "out").stdout == "SparseLlamaForCausalLM\n"
 
 
 def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
@@ -354,13 +329,13 @@ assert "permllm" not in sys.modules
 def test_without_permllm_ours_say_what_to_import_and_a_folded_model_needs_nothing(
     tmp_path: Path,
 ) -> None:
-    forms = (("gathered", "dense"), ("folded", "packed"), ("folded", "dense"))
-    for form, format in forms:
-        run = make_run(tmp_path / form / format, variant_model("llama"), "free" if form == "gathered" else "foldable")
-        export_run(run, Request(form, format), run.parent / "out")
-    result = _python(WITHOUT_PERMLLM, *(tmp_path / form / format / "out" for form, format in forms))
+    forms = ("gathered", "folded")
+    for form in forms:
+        run = make_run(tmp_path / form, variant_model("llama"), "free" if form == "gathered" else "foldable")
+        export_run(run, Request(form), run.parent / "out")
+    result = _python(WITHOUT_PERMLLM, *(tmp_path / form / "out" for form in forms))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["REFUSED"] * 4 + ["LOADED"] * 2, result.stdout
+    assert result.stdout.split() == ["REFUSED"] * 2 + ["LOADED"] * 2, result.stdout
 
 
 def _python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
@@ -380,9 +355,7 @@ def test_bad_requests(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "foldable")
     for request, text in [
         (Request("flat"), "export.form='flat'"),
-        (Request("folded", "zip"), "export.format='zip'"),
         (Request("folded", dtype="int8"), "export.dtype='int8'"),
-        (Request("simulate", "packed"), "export=folded or gathered"),
         (Request("folded", shard_gb=0), "export.shard_gb=0"),
     ]:
         with pytest.raises(ConfigError, match=text):
@@ -404,17 +377,16 @@ def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
         export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("where", ["places", "values", "dense", "end"])
+@pytest.mark.parametrize("where", ["linear", "embedding", "end"])
 def test_corrupt_and_truncated_files_are_refused_with_the_name_of_the_tensor(where: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    export_run(run, Request("folded", "packed"), tmp_path / "out")
+    run = make_run(tmp_path, variant_model("llama"), "free")
+    export_run(run, Request("gathered"), tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     data = bytearray(file.read_bytes())
     header, _, start = read_header(file)
     name = {
-        "places": "model.layers.1.mlp.up_proj.weight_places",
-        "values": "model.layers.0.self_attn.k_proj.weight_values",
-        "dense": "model.embed_tokens.weight",
+        "linear": "model.layers.0.self_attn.k_proj.weight",
+        "embedding": "model.embed_tokens.weight",
         "end": max(header, key=lambda key: header[key]["data_offsets"][1]),
     }[where]
     first, last = header[name]["data_offsets"]

@@ -26,13 +26,13 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("form", "format"), [("folded", "dense"), ("folded", "packed"), ("gathered", "packed")])
+@pytest.mark.parametrize("form", ["folded", "gathered"])
 @pytest.mark.parametrize("name", sorted(PARTS))
-def test_what_stays_dense_follows_the_orders_around_it(name: str, form: str, format: str, tmp_path: Path) -> None:
+def test_what_stays_dense_follows_the_orders_around_it(name: str, form: str, tmp_path: Path) -> None:
     keep_dense, sparsity_of = PARTS[name]
     constraint = "foldable" if form == "folded" else "free"
     run = make_run(tmp_path, variant_model(name), constraint, keep_dense=keep_dense, sparsity_of=sparsity_of)
-    export_run(run, Request(form, format), tmp_path / "out")
+    export_run(run, Request(form), tmp_path / "out")
     expected = logits(reference(variant_model(name), run))
     assert relative(logits(load(tmp_path / "out")), expected) < 1e-5
     assert relative(logits(variant_model(name)), expected) > 0.01
@@ -45,13 +45,11 @@ def test_what_stays_dense_follows_the_orders_around_it(name: str, form: str, for
         assert layer.pattern == told.get(layer.name.removesuffix(".weight"), "2:4")
         pattern = NMPattern.parse(layer.pattern)
         assert layer.zeros == 1 - pattern.n / pattern.m
-        assert layer.packed == (format == "packed")
-    if format == "dense":  # by hand, from the file alone
-        state = load_file(tmp_path / "out" / "model.safetensors")
-        for layer in report.layers:
-            pattern = NMPattern.parse(layer.pattern)
-            assert int((state[layer.name] != 0).view(-1, pattern.m).sum(1).max()) == pattern.n
-        assert all(bool((state[dense] != 0).all()) for dense in report.dense)
+    state = load_file(tmp_path / "out" / "model.safetensors")  # by hand, from the file alone
+    for layer in report.layers:
+        pattern = NMPattern.parse(layer.pattern)
+        assert int((state[layer.name] != 0).view(-1, pattern.m).sum(1).max()) == pattern.n
+    assert all(bool((state[dense] != 0).all()) for dense in report.dense)
 
 
 def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Path) -> None:

@@ -132,22 +132,9 @@ ORDERS: dict[str, tuple[Change, str]] = {
     "gathers that are no list": (settings(gathers="x"), "gathers: "),
     "gathers that are no names": (settings(gathers=[1]), "gathers.0: "),
 }
-PACKED: dict[str, tuple[Change, str]] = {
-    "no values": (gone(f"{UP}_values"), f"lacks {UP}_values"),
-    "no places": (gone(f"{UP}_places"), f"lacks {UP}_places"),
-    "NaN in values": (put(f"{UP}_values", NAN), f"{UP}.* holds values that are not finite"),
-    "places that are none": (put(f"{UP}_places", 0), f"{UP}: the places of its values"),
-    "values of another shape": (become(f"{UP}_values", lambda values: values[:, :8]), f"another shape .* {UP}_values"),
-    "places of another shape": (become(f"{UP}_places", lambda places: places[:, :2]), f"another shape .* {UP}_places"),
-    "values of whole numbers": (become(f"{UP}_values", lambda values: values.to(torch.int32)), f"{UP}_values .*I32"),
-    "a sparsity that is none": (settings(quantization_config={"quant_method": "permllm", "sparsity": "x"}), "sparsity='x'"),
-    "another sparsity": (settings(quantization_config={"quant_method": "permllm", "sparsity": "1:4"}), "another shape"),
-}
 CASES = [
-    *[("folded-dense", name, *case) for name, case in PLAIN.items()],
-    *[("gathered-dense", name, *case) for name, case in {**PLAIN, **ORDERS}.items()],
-    *[(kind, name, *case) for kind in ("folded-packed", "gathered-packed") for name, case in PACKED.items()],
-    *[("gathered-packed", name, *case) for name, case in ORDERS.items()],
+    *[("folded", name, *case) for name, case in PLAIN.items()],
+    *[("gathered", name, *case) for name, case in {**PLAIN, **ORDERS}.items()],
 ]
 
 
@@ -156,9 +143,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole export in each form, and the runs that they are from."""
     folder = tmp_path_factory.mktemp("exports")
     for form, constraint in (("folded", "foldable"), ("gathered", "free")):
-        run = make_run(folder / form, variant_model("llama"), constraint)
-        for format in ("dense", "packed"):
-            export_run(run, Request(form, format), folder / f"{form}-{format}")
+        run = make_run(folder / f"of-{form}", variant_model("llama"), constraint)
+        export_run(run, Request(form), folder / form)
     return folder
 
 
@@ -184,7 +170,7 @@ def verdict(folder: Path) -> str:
     return "\n".join(report.problems)
 
 
-@pytest.mark.parametrize("kind", ["folded-dense", "folded-packed", "gathered-dense", "gathered-packed"])
+@pytest.mark.parametrize("kind", ["folded", "gathered"])
 def test_whole_exports_pass_with_and_without_checksums(kind: str, exports: Path, tmp_path: Path) -> None:
     ours, theirs = verify(exports / kind), verify(rewritten(exports / kind, tmp_path / "x", lambda *_: None))
     assert (ours.passed, ours.checksums, ours.problems) == (True, True, [])
@@ -200,25 +186,23 @@ def test_what_is_not_whole_neither_passes_nor_loads(
     with pytest.raises(PermLLMError, match=message) as refused:
         bench.load(folder, torch.device("cpu"), None)
     assert "\n" not in str(refused.value)
-    if kind != "folded-dense" and name != "settings that make NaN":  # a model of ours, which loads nowhere
+    if kind != "folded" and name != "settings that make NaN":  # a model of ours, which loads nowhere
         with pytest.raises(PermLLMError, match=message):
             AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["gathered-dense", "gathered-packed"])
-def test_whole_models_load_in_every_way(kind: str, exports: Path) -> None:
-    expected = logits(AutoModelForCausalLM.from_pretrained(exports / kind))
-    model, report = AutoModelForCausalLM.from_pretrained(exports / kind, output_loading_info=True)
+def test_whole_models_load_in_every_way(exports: Path) -> None:
+    folder = exports / "gathered"
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert torch.equal(logits(model), expected)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for options in ({"keep_packed": True}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(exports / kind, **options)), expected)
-    half = AutoModelForCausalLM.from_pretrained(exports / kind, dtype=torch.bfloat16)
+    for options in ({"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, **options)), expected)
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.get_submodule(GATHERED).input_order.dtype == torch.int32
-    by_name, report = AutoModelForCausalLM.from_pretrained(
-        str(exports / kind), output_loading_info=True, device_map={"": "meta"}
-    )
+    by_name, report = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, device_map={"": "meta"})
     assert by_name.device.type == "meta"
     assert not report["missing_keys"]
 
@@ -229,27 +213,27 @@ def test_what_the_hub_has_is_compared_too(exports: Path, tmp_path: Path) -> None
     (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
     snapshot.parent.mkdir()
     hub = {"cache_dir": tmp_path, "local_files_only": True}
-    shutil.copytree(exports / "gathered-dense", snapshot)
-    expected = logits(AutoModelForCausalLM.from_pretrained(exports / "gathered-dense"))
+    shutil.copytree(exports / "gathered", snapshot)
+    expected = logits(AutoModelForCausalLM.from_pretrained(exports / "gathered"))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("some/model", **hub)), expected)
     shutil.rmtree(snapshot)
-    rewritten(exports / "gathered-dense", snapshot, gone(ORDER))
+    rewritten(exports / "gathered", snapshot, gone(ORDER))
     with pytest.raises(DataError, match=f"lacks {ORDER}"):
         AutoModelForCausalLM.from_pretrained("some/model", **hub)
 
 
 def test_orders_in_64_bits_are_orders(exports: Path, tmp_path: Path) -> None:
-    folder = rewritten(exports / "gathered-dense", tmp_path / "x", become(ORDER, lambda order: order.long()))
+    folder = rewritten(exports / "gathered", tmp_path / "x", become(ORDER, lambda order: order.long()))
     assert verdict(folder) == ""
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(folder)),
-        logits(AutoModelForCausalLM.from_pretrained(exports / "gathered-dense")),
+        logits(AutoModelForCausalLM.from_pretrained(exports / "gathered")),
     )
 
 
 @pytest.mark.parametrize("name", [UP, NORM, ORDER])
 def test_a_flipped_bit_of_ours_is_found_by_its_checksum(name: str, exports: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(exports / "gathered-dense", tmp_path / "x")
+    folder = shutil.copytree(exports / "gathered", tmp_path / "x")
     file = folder / "model.safetensors"
     entries, _, start = read_header(file)
     data = bytearray(file.read_bytes())
@@ -260,11 +244,9 @@ def test_a_flipped_bit_of_ours_is_found_by_its_checksum(name: str, exports: Path
             read(folder)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("gathers", 5), ("format", "dense"), ("bytes", 7)], ids=["gathers", "format", "bytes"]
-)
+@pytest.mark.parametrize(("key", "value"), [("gathers", 5), ("bytes", 7)], ids=["gathers", "bytes"])
 def test_what_permllm_json_says_must_hold(key: str, value: object, exports: Path, tmp_path: Path) -> None:
-    folder = rewritten(exports / "gathered-packed", tmp_path / "x", lambda *_: None, summary=True)
+    folder = rewritten(exports / "gathered", tmp_path / "x", lambda *_: None, summary=True)
     summary = json.loads((folder / SUMMARY).read_text())
     del summary["crc32"]
     (folder / SUMMARY).write_text(json.dumps(summary | {key: value}))
@@ -278,12 +260,12 @@ def test_an_order_taken_out_of_files_and_config_is_missed_by_permllm_json(export
         config["dense_config"]["gathers"].remove(GATHERED)
 
     assert "says gathers=6, and the checkpoint has 5" in verdict(
-        rewritten(exports / "gathered-dense", tmp_path / "x", change, summary=True)
+        rewritten(exports / "gathered", tmp_path / "x", change, summary=True)
     )
 
 
 def test_a_checkpoint_without_a_config_proves_nothing(exports: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(exports / "folded-dense", tmp_path / "x")
+    folder = shutil.copytree(exports / "folded", tmp_path / "x")
     (folder / "config.json").unlink()
     assert "config.json cannot be read" in verdict(folder)
 
@@ -296,9 +278,9 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
     def command(folder: Path) -> tuple[int, str]:
         return call("verify", [str(folder)]), capsys.readouterr().out
 
-    code, said = command(exports / "folded-dense")
+    code, said = command(exports / "folded")
     assert (code, "contents compared with their checksums" in said, said.splitlines()[-1]) == (0, True, "passed")
-    code, said = command(rewritten(exports / "folded-dense", tmp_path / "theirs", lambda *_: None))
+    code, said = command(rewritten(exports / "folded", tmp_path / "theirs", lambda *_: None))
     assert (code, "contents without checksums" in said, said.splitlines()[-1]) == (0, True, "passed")
     assert call("verify", [str(tmp_path / "theirs"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checksums"] is False
@@ -306,7 +288,7 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
     def strangers(tensors: Tensors, config: dict[str, Any]) -> None:
         tensors.update({f"x\npassed\x1b[2K.{number}": torch.zeros(1) for number in range(30)})
 
-    code, said = command(rewritten(exports / "folded-dense", tmp_path / "strange", strangers))
+    code, said = command(rewritten(exports / "folded", tmp_path / "strange", strangers))
     assert code == 1
     assert "- it has, although its config asks for none, x\\npassed\\x1b[2K.0" in said
     assert "passed" not in said.splitlines()
@@ -333,7 +315,7 @@ CONTENTS = [
 
 @pytest.mark.parametrize("file", ["config.json", SUMMARY, "model.safetensors.index.json", "generation_config.json"])
 def test_garbage_in_a_json_file_is_one_line(file: str, exports: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(exports / "folded-dense", tmp_path / "x")
+    folder = shutil.copytree(exports / "folded", tmp_path / "x")
     if file.endswith("index.json"):
         (folder / "model.safetensors").rename(folder / "other.safetensors")
     for content in CONTENTS:
@@ -349,7 +331,7 @@ def test_garbage_in_a_json_file_is_one_line(file: str, exports: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "x.safetensors"])
 def test_an_index_names_files_of_its_own_folder_alone(name: str, exports: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(exports / "folded-dense", tmp_path / "a" / "x")
+    folder = shutil.copytree(exports / "folded", tmp_path / "a" / "x")
     (folder / "model.safetensors").rename(tmp_path / "a" / "x.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: name}}))
     for read in (verify, lambda path: bench.load(path, torch.device("cpu"), None)):
@@ -358,7 +340,7 @@ def test_an_index_names_files_of_its_own_folder_alone(name: str, exports: Path, 
 
 
 def test_two_files_with_one_tensor_are_refused(exports: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(exports / "folded-dense", tmp_path / "x")
+    folder = shutil.copytree(exports / "folded", tmp_path / "x")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     shutil.copyfile(folder / "a.safetensors", folder / "b.safetensors")
     index = {"weight_map": {UP: "a.safetensors", NORM: "b.safetensors"}}
@@ -368,7 +350,7 @@ def test_two_files_with_one_tensor_are_refused(exports: Path, tmp_path: Path) ->
 
 
 def test_a_difference_that_is_not_finite_fails(exports: Path, tmp_path: Path) -> None:
-    folder = rewritten(exports / "folded-dense", tmp_path / "x", put(HEAD, 3e38))  # in float64 it would not overflow
+    folder = rewritten(exports / "folded", tmp_path / "x", put(HEAD, 3e38))  # in float64 it would not overflow
     tensors = load_file(folder / "model.safetensors")
     tensors[HEAD].fill_(3e38)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -377,7 +359,7 @@ def test_a_difference_that_is_not_finite_fails(exports: Path, tmp_path: Path) ->
 
 
 def test_a_dense_model_that_is_not_whole_is_not_exported(exports: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(exports / "folded" / "run", tmp_path / "run")
+    run = shutil.copytree(exports / "of-folded" / "run", tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     metrics.pop("crc32", None)
     changes = (
@@ -388,10 +370,10 @@ def test_a_dense_model_that_is_not_whole_is_not_exported(exports: Path, tmp_path
     for number, (change, message) in enumerate(changes):
         dense = tmp_path / str(number)
         dense.mkdir()
-        tensors = load_file(exports / "folded" / "dense" / "model.safetensors")
+        tensors = load_file(exports / "of-folded" / "dense" / "model.safetensors")
         change(tensors, {})
         save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-        shutil.copyfile(exports / "folded" / "dense" / "config.json", dense / "config.json")
+        shutil.copyfile(exports / "of-folded" / "dense" / "config.json", dense / "config.json")
         (run / "metrics.json").write_text(json.dumps(metrics | {"model": "a hub's"}))
         with pytest.raises(DataError, match=message):
             export_run(run, Request("folded"), tmp_path / "out", dense)
@@ -399,7 +381,7 @@ def test_a_dense_model_that_is_not_whole_is_not_exported(exports: Path, tmp_path
 
 
 def test_what_a_killed_export_left_is_cleared_and_what_is_written_is_not(exports: Path, tmp_path: Path) -> None:
-    run, out = exports / "folded" / "run", tmp_path / "out"
+    run, out = exports / "of-folded" / "run", tmp_path / "out"
     child = os.fork()
     if child == 0:
         write = shards.write_file
@@ -422,25 +404,25 @@ def test_what_a_killed_export_left_is_cleared_and_what_is_written_is_not(exports
         export_run(run, Request("folded"), out)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd", ".out.0123abcd", "out"]
     assert (living / "model.safetensors").is_file()
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (exports / "folded-dense").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (exports / "folded").iterdir())
     assert verify(out).passed
 
 
 def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -> None:
-    summary = present_export(exports / "gathered-packed")
+    summary = present_export(exports / "gathered")
     assert summary is not None
-    assert (summary["form"], summary["format"], summary["gathers"]) == ("gathered", "packed", 6)
+    assert (summary["form"], summary["gathers"]) == ("gathered", 6)
     assert present_export(tmp_path / "nothing") is None
     for number, break_it in enumerate(
         (
             lambda folder: (folder / SUMMARY).unlink(),
             lambda folder: (folder / SUMMARY).write_text("[]"),
-            lambda folder: (folder / SUMMARY).write_text((folder / SUMMARY).read_text().replace("packed", "dense")),
+            lambda folder: (folder / SUMMARY).write_text((folder / SUMMARY).read_text().replace("gathered", "dense")),
             lambda folder: (folder / "model.safetensors").unlink(),
             lambda folder: os.truncate(folder / "model.safetensors", 5000),
         )
     ):
-        folder = shutil.copytree(exports / "gathered-packed", tmp_path / str(number))
+        folder = shutil.copytree(exports / "gathered", tmp_path / str(number))
         break_it(folder)
         assert present_export(folder) is None
 
@@ -458,8 +440,7 @@ def test_a_model_card_holds_names_and_no_markup_of_theirs() -> None:
     values = {"value": 1.0, "window": 2, "tokens": 3}
     perplexity = {"dense": {name: values}, "sparse": {name: values}}
     metrics = {"name": "run`s", "config_hash": "0", "perplexity": perplexity}
-    summary = {"sparsity": "2:4", "form": "folded", "format": "dense", "gathers": 0, "dtype": "float32", "bytes": 1}
-    summary |= {"pruned_layers_bytes": 1, "pruned_layers_dense_bytes": 1}
+    summary = {"sparsity": "2:4", "form": "folded", "gathers": 0, "dtype": "float32", "bytes": 1}
     environment = {"command": "run.py `x` ``y``\n# z", "versions": {"torch": "<b>"}}
     card = model_card(config, metrics, environment, summary)
     _, head, body = card.split("---\n", 2)

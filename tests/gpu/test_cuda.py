@@ -1,4 +1,4 @@
-"""On a machine with a GPU: the tiny pipeline there, Triton's kernels, packed weights; 2:4: `tests/export/test_bench.py`."""
+"""On a machine with a GPU: the tiny pipeline there, and Triton's kernels; 2:4: `tests/export/test_bench.py`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from permllm import runner
 from permllm.config import read_config
-from permllm.export.checkpoint import Request, export_run
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.permutation.lcp.assignment import device_solver, harden
 from permllm.sparsity import NMPattern
-from tests.export.test_export import make_run, variant_model
 from tests.test_config import composed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -72,13 +69,3 @@ def test_kernels_that_triton_made_are_the_eager_ones(dtype: torch.dtype) -> None
     ours, theirs = (form.exchanges(*piece, grad, 2, 4, dtype, 32) for form in (compiled, EAGER))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
-
-
-def test_packed_weights_multiply_as_dense_ones(tmp_path: Path) -> None:
-    export_run(make_run(tmp_path, variant_model("llama"), "free"), Request("gathered", "packed"), tmp_path / "out")
-    tokens = torch.arange(1, 17)[None].to(DEVICE)
-    found = []
-    for kept in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", keep_packed=kept).to(DEVICE).eval()
-        found.append(model(input_ids=tokens).logits)
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

@@ -26,7 +26,7 @@ def family_by_structure(config: PreTrainedConfig, model_type: str) -> Family:
     """The family of a model type without a table; found once for each config in a process.
 
     Args:
-        config: of a dense, gathered or packed model.
+        config: of a dense or gathered model.
         model_type: of the dense model.
 
     Raises:

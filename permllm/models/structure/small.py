@@ -75,7 +75,7 @@ def small_model(config: PreTrainedConfig, model_type: str) -> PreTrainedModel:
     """The small model, its weights, norms and biases random but for what is not trained.
 
     Args:
-        config: of a dense, gathered or packed model.
+        config: of a dense or gathered model.
         model_type: of the dense model.
 
     Raises:
@@ -103,14 +103,14 @@ def small_config(config: PreTrainedConfig, model_type: str, hidden: int | None) 
     """The settings of the small model.
 
     Args:
-        config: of a dense, gathered or packed model.
+        config: of a dense or gathered model.
         model_type: of the dense model.
         hidden: width of the residual stream; None for that of all query heads together.
     """
     small = copy.deepcopy(config)
     if small.model_type != model_type:
         inner = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-        for key in ("gathers", "keep_packed", "dense_type"):
+        for key in ("gathers", "dense_type"):
             inner.pop(key, None)
         small = CONFIG_MAPPING[model_type](**inner)
     small.quantization_config = None
