@@ -266,7 +266,7 @@ def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
 
 @pytest.mark.parametrize(
     ("option", "sampling"),
-    [("c4", "documents"), ("pile", "documents"), ("pile-10k", "documents"), ("wikitext2", "overlapping")],
+    [("c4", "documents"), ("pile", "documents"), ("wikitext2", "overlapping")],
 )
 def test_an_option_of_calibration_says_how_the_papers_code_draws_windows(option: str, sampling: str) -> None:
     chosen = config("model=tiny", f"calibration={option}")
@@ -309,9 +309,9 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (
             ["calibration.dataset=mars", "plan=true"],
             "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
-            "passages-and-questions, pile, pile-10k, sciq-support, wikitext2, text",
+            "passages-and-questions, pile, sciq-support, wikitext2, text",
         ),
-        (["calibration.dataset=pile_10k"], "calibration.dataset='pile_10k' is not valid"),
+        (["calibration.dataset=law_questions"], "calibration.dataset='law_questions' is not valid"),
         (["calibration.dataset=base"], "calibration.dataset='base' is not valid"),
         (
             ["calibration.sampling=often"],

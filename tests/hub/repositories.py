@@ -201,10 +201,6 @@ def _write_texts(root: Path, paragraphs: list[str], sentences: list[str], order:
         stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     (pile / "val.jsonl.zst").write_bytes(buffer.getvalue().to_pybytes())
 
-    ten = _dataset(root / "NeelNanda" / "pile-10k", {"default": {"train": "data/train-*"}})
-    (ten / "data").mkdir()
-    _parquet([document() for _ in range(60)], ten / "data" / "train-00000-of-00001-4746b8785c874cc7.parquet")
-
 
 def _write_tasks(root: Path, sentences: list[str], order: random.Random) -> None:
     """Data sets as lm-eval's task files name them: repository, configuration, folder, splits and a row."""

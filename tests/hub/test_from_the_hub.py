@@ -52,7 +52,6 @@ CALIBRATION = {
     "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
     "pile": ("mit-han-lab/pile-val-backup", "val.jsonl.zst"),
-    "pile-10k": ("NeelNanda/pile-10k", "data/train-00000-of-00001-4746b8785c874cc7.parquet"),
 }
 PERPLEXITY = {
     "c4": ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz"),
@@ -90,7 +89,7 @@ CASES = (
     ),
     Case("mistral", "wikitext2", "c4"),
     Case("qwen2", "pile", "c4"),
-    Case("qwen3", "pile-10k", "wikitext2"),
+    Case("qwen3", "pile", "wikitext2"),
     Case("opt", "c4", "wikitext2", ("evaluation.zero_shot.tasks=[]", "export=simulate")),
 )
 
