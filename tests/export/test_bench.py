@@ -67,6 +67,7 @@ def test_gathers_can_be_left_out_for_a_while(tmp_path: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or not sparse_tensor_cores(CUDA), reason="needs sparse tensor cores")
 def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}

@@ -17,7 +17,7 @@ from permllm.permutation.lcp.assignment import device_solver, harden
 from permllm.sparsity import NMPattern
 from tests.test_config import composed
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICE = torch.device("cuda")
 
 
