@@ -1,13 +1,16 @@
-"""What a reader sees of many runs: a page, a picture of quality over minutes, or a table of the paper from W&B.
+"""Write what a reader sees of many runs: a page, a picture, or a table of the paper from W&B.
 
 permllm report runs --to report.html
 permllm report experiments/table1 --to result.png
+permllm report runs --curves curves.png
+permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 permllm report --offline runs --table table6
 
 The page holds the table with sort and filter, the plots, and each run's settings, time, memory and pictures; it needs no
-network. The picture has a point a row and the Pareto front; its suffix, .png, .svg or .pdf, chooses the format.
+network. The picture has a point a row and the Pareto front; its suffix, .png, .svg or .pdf, chooses the format. The option
+--curves draws the losses of what learned, --masks the mask of one linear under every row.
 
 The table has the paper's numbers beside, and each model has one of its own. --offline reads what runs left on this machine,
 sent or not (wandb 0.31 or newer). --publish makes a W&B report of it, and a view of the project's workspace, with quality over
@@ -34,7 +37,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directories", nargs="*", type=Path, metavar="DIR", help="runs, directories that hold some, or files of records"
     )
-    parser.add_argument("--to", type=Path, metavar="FILE", help="FILE.html, or FILE.png, .svg, .pdf")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--to", type=Path, metavar="FILE", help="FILE.html, or FILE.png, .svg, .pdf")
+    written.add_argument("--curves", type=Path, metavar="FILE.png", help="draw the losses of what learned")
+    written.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
+    parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
     parser.add_argument("--measure", metavar="NAME", help="of the picture, for example 'average acc'; default: the main one")
@@ -55,51 +62,51 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(options: argparse.Namespace) -> Answer:
     """What was written, or the tables."""
+    file = options.to or options.curves or options.masks
     if options.wandb or options.offline:
-        if options.directories or options.to or not options.table:
-            raise ConfigError("--wandb and --offline go with --table, and without DIR and --to")
+        if options.directories or file or not options.table:
+            raise ConfigError("--wandb and --offline go with --table, and without DIR, --to, --curves and --masks")
         return _of_wandb(options)
-    if not options.directories or not options.to:
-        raise ConfigError("DIR... and --to FILE are needed, or --wandb PROJECT and --table")
-    page = options.to.suffix == ".html"
-    if ignored := options.measure if page else options.paper:
-        option, kind = ("--measure", "a picture") if page else ("--paper", "a page")
-        raise ConfigError(f"{option} {ignored}: it is of {kind}, and --to {options.to} is none")
-    return _drawn(options)
+    if not options.directories or not file:
+        raise ConfigError("DIR... and one of --to, --curves and --masks are needed, or --wandb PROJECT and --table")
+    page = file == options.to and file.suffix == ".html"
+    used = {"paper": page, "measure": options.to and not page, "baseline": options.to, "linear": options.masks}
+    for option, is_used in used.items():
+        if (value := getattr(options, option)) and not is_used:
+            raise ConfigError(f"--{option} {value}: {file} shows nothing of it")
+    return _drawn(options, file, page)
 
 
-def _drawn(options: argparse.Namespace) -> Answer:
+def _drawn(options: argparse.Namespace, file: Path, page: bool) -> Answer:
     collection = collect(options.directories)
     if not collection.runs:
         raise ConfigError("; ".join(["no finished run is among them", *collection.left_out()]))
     summary = summarise(collection.runs)
     baseline = take_baseline(summary, options.baseline)
-    if options.to.suffix == ".html":
-        write_page("--to", options.to, collection, summary, baseline, beside(options.paper, collection.runs))
+    if page:
+        _write_page(file, collection, summary, baseline, beside(options.paper, collection.runs))
     else:
-        from permllm.results.plots import plot_cost
+        from permllm.results.plots import plot_cost, plot_curves, plot_masks
 
-        _note([*collection.left_out(), *summary.notes, *undrawn(summary, options.measure)])
-        plot_cost(summary, options.to, options.measure)
-    found = {
-        "file": str(options.to),
-        "runs": len(collection.runs),
-        "rows": len(summary.rows),
-        "bytes": options.to.stat().st_size,
-    }
-    return Answer(found, lambda: print(f"{options.to}: {len(collection.runs)} runs, {found['bytes'] / 1e3:.0f} kB"))
+        _note([*collection.left_out(), *summary.notes, *(undrawn(summary, options.measure) if options.to else [])])
+        if options.to:
+            plot_cost(summary, file, options.measure)
+        elif options.curves:
+            plot_curves(summary, file)
+        else:
+            plot_masks(summary, file, options.linear)
+    runs, size = len(collection.runs), file.stat().st_size
+    found = {"file": str(file), "runs": runs, "rows": len(summary.rows), "bytes": size}
+    return Answer(found, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
 
 
-def write_page(
-    option: str, file: Path, collection: Collection, summary: Summary, baseline: Row | None, paper: Comparison | None
-) -> None:
-    """Write the page. Raises ConfigError, which names the option that asked for it, where the file cannot be written."""
+def _write_page(file: Path, collection: Collection, summary: Summary, baseline: Row | None, paper: Comparison | None) -> None:
     from permllm.results.page import page  # what draws takes longer to import than a table takes
 
     try:
         write_text(file, page(collection, summary, baseline, paper))
     except DataError as error:
-        raise ConfigError(f"{option}: {error}") from error
+        raise ConfigError(f"--to: {error}") from error
 
 
 def _of_wandb(options: argparse.Namespace) -> Answer:

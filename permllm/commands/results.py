@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from permllm.commands.answer import Answer
-from permllm.commands.report import write_page
 from permllm.errors import ConfigError
 from permllm.results.collect import collect
 from permllm.results.published import beside
@@ -19,7 +18,6 @@ from permllm.results.render import (
     records,
     render,
     take_baseline,
-    undrawn,
     without_interval,
 )
 from permllm.results.summary import summarise
@@ -37,14 +35,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="two rows alone: their differences, with intervals over the windows and items that both were asked",
     )
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the main measure and the loss curves")
-    parser.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
-    parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
-    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write one page with the table, plots and each run")
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """The table, and the pictures that were asked for."""
+    """The table."""
     collection = collect(options.places)
     for note in collection.left_out():
         print(f"note: {note}", file=sys.stderr)
@@ -63,26 +57,14 @@ def work(options: argparse.Namespace) -> Answer:
     baseline = take_baseline(summary, options.baseline)
     notes = without_interval(summary, baseline) if baseline is not None else []
     notes += [paper.note] if paper and paper.note else []
-    notes += undrawn(summary, None) if options.plot else []
     for note in [*summary.notes, *notes]:
         print(f"note: {note}", file=sys.stderr)
-    # What draws takes longer to import than a table takes.
-    if options.plot:
-        from permllm.results.plots import plot
-
-        plot(summary, options.plot)
-    if options.masks:
-        from permllm.results.plots import plot_masks
-
-        plot_masks(summary, options.masks, options.linear)
-    if options.html:
-        write_page("--html", options.html, collection, summary, baseline, paper)
     # Intervals take their time: only what is printed is made.
     rows = records(summary, baseline, paper) if options.json else []
     return Answer(rows, lambda: print(render(summary, options.format, baseline, paper), end=""))
 
 
 def _refuse_beside_compare(options: argparse.Namespace) -> None:
-    for name in ("baseline", "paper", "plot", "masks", "html"):
+    for name in ("baseline", "paper"):
         if getattr(options, name):
             raise ConfigError(f"--compare shows two rows alone, and goes without --{name}")

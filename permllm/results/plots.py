@@ -1,4 +1,4 @@
-"""Pictures of a summary: its main measure against what varies, the loss curves of what learned, and the masks of one layer."""
+"""Pictures of a summary: quality over minutes, the loss curves of what learned, and the masks of one layer."""
 
 from __future__ import annotations
 
@@ -13,61 +13,36 @@ from permllm.record.names import MASKS
 from permllm.results import cost
 from permllm.results.pictures import by_layer
 from permllm.results.render import heading, main_measure
-from permllm.results.summary import Measure, Row, Summary, row_labels
+from permllm.results.summary import Row, Summary, row_labels
 from permllm.runtime.plotting import load_pyplot, save_figure
 
-_INCHES_A_BAR = 0.28
 # What a legend inside of the axes has room for, and a label.
 _IN_A_LEGEND, _LETTERS = 6, 48
 # Of matplotlib, which then begins anew.
 _COLOURS, _MARKERS = 10, "osD^vPX*<>"
 
 
-def plot(summary: Summary, file: Path) -> None:
-    """Write a picture; its suffix chooses the format.
-
-    One numeric setting that varies gives a line (perplexity against block size, say), anything else bars. Where runs have a
-    history, their losses stand beside it.
+def plot_curves(summary: Summary, file: Path) -> None:
+    """Write a picture of the loss curves of all rows that learned; its suffix chooses the format.
 
     Raises:
-        ConfigError: matplotlib is missing, nothing can be drawn, or the suffix is no format of a picture.
+        ConfigError: matplotlib is missing, no run has learned, or the suffix is no format of a picture.
     """
-    pyplot = load_pyplot("--plot")
+    pyplot = load_pyplot("--curves")
     from matplotlib import ticker
 
-    name = main_measure(summary)
-    if name is None:
-        raise ConfigError("--plot: the runs have neither a perplexity nor an accuracy")
-    labels = {id(row): name for row, name in zip(summary.rows, row_labels(summary), strict=True)}
-    learned = [(labels[id(row)], curve) for row in summary.rows if (curve := losses(row))]
-    rows = [row for row in summary.rows if name in row.measures]
-    numeric = numeric_setting(summary)
-    height = 4.0 if numeric is not None else max(4.0, _INCHES_A_BAR * len(rows) + 1)
-    figure, axes = pyplot.subplots(1, 2 if learned else 1, figsize=(13 if learned else 7, height), squeeze=False)
-    axis = axes[0][0]
-    if numeric is not None:
-        points = sorted(((float(row.labels[numeric]), row.measures[name]) for row in rows), key=lambda point: point[0])
-        measures = [measure for _, measure in points]
-        axis.errorbar(
-            [x for x, _ in points], [_drawn(measure) for measure in measures], _errors(measures), marker="o", capsize=3
-        )
-        axis.set_xlabel(numeric)
-        axis.set_ylabel(name)
-    else:
-        _bars(axis, [labels[id(row)] for row in rows], [row.measures[name] for row in rows], name)
-    if name in summary.dense:
-        mark = axis.axhline if numeric is not None else axis.axvline
-        mark(_drawn(summary.dense[name]), linestyle="--", color="grey", label="dense")
-        axis.legend()
+    labels = row_labels(summary)
+    learned = [(label, curve) for row, label in zip(summary.rows, labels, strict=True) if (curve := losses(row))]
+    if not learned:
+        raise ConfigError(f"--curves {file}: no run has a history of losses")
+    figure, axis = pyplot.subplots(figsize=(7, 4))
     for number, (label, curve) in enumerate(learned):
         curve = [loss if math.isfinite(loss) else math.nan for loss in curve]
-        axes[0][1].plot(range(1, len(curve) + 1), curve, label=_cut(label), **_look(number))
-    if learned:
-        axes[0][1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        axes[0][1].set_xlabel("epoch")
-        axes[0][1].set_ylabel("loss, mean of the epoch")
-        _legend(axes[0][1], "best")
-    save_figure(figure, "--plot", file)
+        axis.plot(range(1, len(curve) + 1), curve, label=_cut(label), **_look(number))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
+    _legend(axis, "best")
+    save_figure(figure, "--curves", file)
 
 
 def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
@@ -204,14 +179,6 @@ def losses(row: Row) -> list[float]:
     return [entry["loss"] for entry in row.runs[0].history]
 
 
-def _bars(axis: Any, labels: list[str], measures: list[Measure], name: str) -> None:
-    # By place, not by name: two rows may have the same.
-    axis.barh(range(len(labels)), [_drawn(measure) for measure in measures], xerr=_errors(measures), capsize=3)
-    axis.set_yticks(range(len(labels)), [_cut(label) for label in labels])
-    axis.set_xlabel(name)
-    axis.invert_yaxis()
-
-
 def _look(number: int) -> dict[str, str]:
     """A colour and a marker that no other of the first hundred has together."""
     return {"color": f"C{number % _COLOURS}", "marker": _MARKERS[number // _COLOURS % len(_MARKERS)]}
@@ -227,13 +194,3 @@ def _legend(axis: Any, place: str) -> None:
 
 def _cut(label: str) -> str:
     return label if len(label) <= _LETTERS else f"{label[: _LETTERS - 1]}…"
-
-
-def _drawn(measure: Measure) -> float:
-    """The mean; nothing, which is what a picture has of NaN, where that is infinite."""
-    return measure.mean if math.isfinite(measure.mean) else math.nan
-
-
-def _errors(measures: list[Measure]) -> list[float] | None:
-    errors = [measure.error for measure in measures]
-    return errors if any(errors) else None

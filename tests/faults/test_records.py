@@ -137,9 +137,9 @@ KEYS = ["\ud800", MARKUP, "x_bytes", "x (limited)", "1", ""]
 MODES = [
     *(("--format", name) for name in FORMATS),
     ("--baseline", "permutation=none"),
-    ("--paper", "table1", "--html", "{}/page.html"),
     ("--paper", "2", "--baseline", "permutation=heuristic"),
 ]
+WRITTEN = [("--to", "{}/page.html"), ("--to", "{}/minutes.png"), ("--curves", "{}/curves.png")]
 
 
 def places(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -195,14 +195,14 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def results(folder: Path, *options: str) -> tuple[int, str, list[str]]:
-    """`permllm results` here: exit code, output and the lines of what it says beside; raises what it raises."""
+def results(folder: Path, *options: str, command: str = "results") -> tuple[int, str, list[str]]:
+    """A command here: exit code, output and the lines of what it says beside; raises what it raises."""
     with (
         tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="") as out,  # a command may close what it writes to
         redirect_stdout(out),  # type: ignore[type-var]
         redirect_stderr(io.StringIO()) as err,
     ):
-        code = call("results", [str(folder), *(option.format(folder) for option in options)])
+        code = call(command, [str(folder), *(option.format(folder) for option in options)])
         out.flush()
         return code, Path(out.name).read_bytes().decode(), err.getvalue().splitlines()
 
@@ -240,13 +240,16 @@ def test_a_record_that_is_not_as_it_should_be_is_skipped_and_all_others_are_show
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(change=changed_files())
-def test_a_picture_is_drawn_of_what_is_left(triple: Path, change: tuple[int, str, Any]) -> None:
+@given(change=changed_files(), written=st.sampled_from(WRITTEN[:2]))
+def test_a_page_and_pictures_are_written_of_what_is_left(
+    triple: Path, change: tuple[int, str, Any], written: tuple[str, str]
+) -> None:
     number, name, content = change
     file = triple / f"run{number}" / name
     try:
         write_record_file(file, content)
-        check_shown(triple, number, "--plot", "{}/plot.png")
+        code, _, said = results(triple, *written, command="report")
+        assert code == 0, said
     finally:
         write_record_file(file, TRIPLE[number][name])
 
@@ -256,7 +259,8 @@ def test_a_picture_is_drawn_of_what_is_left(triple: Path, change: tuple[int, str
 def test_a_file_of_garbage_takes_no_other_record_with_it(tmp_path: Path, name: str, text: str) -> None:
     write_triple(tmp_path)
     (tmp_path / "run1" / name).write_bytes(text.encode("latin-1"))
-    check_shown(tmp_path, 1, "--html", "{}/page.html")
+    check_shown(tmp_path, 1)
+    assert results(tmp_path, *WRITTEN[0], command="report")[0] == 0
 
 
 @pytest.mark.parametrize("name", ["masks.safetensors", "permutations.safetensors"])
@@ -264,10 +268,9 @@ def test_tensors_of_garbage_cost_a_picture_and_nothing_else(tmp_path: Path, name
     write_triple(tmp_path)
     for number, content in enumerate((b"", struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 60) + b"{}")):
         (tmp_path / f"run{number}" / name).write_bytes(content)
-    code, out, said = results(tmp_path, "--html", "{}/page.html")
-    assert (code, len(said), len(out.splitlines())) == (0, 1, 6)
+    assert results(tmp_path, *WRITTEN[0], command="report")[0] == 0
     assert (tmp_path / "page.html").read_text().count(f"{name} has no readable safetensors header") == 2
-    code, _, said = results(tmp_path, "--masks", "{}/masks.png")
+    code, _, said = results(tmp_path, "--masks", "{}/masks.png", command="report")
     assert code == 1
     assert said[-1].startswith("error: ")
 
@@ -303,8 +306,10 @@ def test_numbers_and_texts_at_the_edge_are_shown(triple: Path) -> None:
     metrics["name"] = MARKUP
     try:
         write_record_file(file, metrics)
-        for options in (("--format", "md"), ("--plot", "{}/plot.png"), ("--html", "{}/page.html"), ("--format", "latex")):
-            code, out, said = results(triple, *options)
+        for written in WRITTEN:
+            assert results(triple, *written, command="report")[0] == 0
+        for format in ("md", "latex"):
+            code, out, said = results(triple, "--format", format)
             assert (code, len(said)) == (0, 1)
             assert "inf" in out
             assert "\x1b" not in out

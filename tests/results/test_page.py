@@ -434,17 +434,28 @@ def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "message"),
+    ("option", "value", "written"),
     [
-        ("a.html", ("--measure", "average acc"), "--measure average acc: it is of a picture, and --to "),
-        ("a.png", ("--paper", "table1"), "--paper table1: it is of a page, and --to "),
+        ("--measure", "average acc", ("--to", "a.html")),
+        ("--measure", "average acc", ("--curves", "a.png")),
+        ("--paper", "table1", ("--to", "a.png")),
+        ("--baseline", "permutation=none", ("--masks", "a.png")),
+        ("--linear", "model.layers.0.mlp.down_proj", ("--to", "a.html")),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
-    name: str, words: tuple[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, written: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("report", [str(THREE_RUNS), "--to", str(tmp_path / name), *words]) == 1
-    assert capsys.readouterr().err == f"error: {message}{tmp_path / name} is none\n"
+    assert call("report", [str(THREE_RUNS), written[0], str(tmp_path / written[1]), option, value]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {option} {value}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--curves", "--masks"])
+def test_curves_and_masks_are_written_by_the_command(option: str, tmp_path: Path) -> None:
+    write_orders_and_masks(make_run(tmp_path / "run", 20.0))
+    assert call("report", [str(tmp_path), option, str(tmp_path / "a.png")]) == 0
+    assert Image.open(tmp_path / "a.png").format == "PNG"
 
 
 def test_a_picture_holds_what_it_draws(tmp_path: Path) -> None:

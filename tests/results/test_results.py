@@ -19,7 +19,7 @@ from rich.console import Console
 from permllm.errors import ConfigError
 from permllm.record.run_tensors import write_masks
 from permllm.results.collect import collect
-from permllm.results.plots import numeric_setting, plot, plot_masks
+from permllm.results.plots import plot_curves, plot_masks
 from permllm.results.published import Comparison, published
 from permllm.results.render import cells, find_row, main_measure, records, render, take_baseline
 from permllm.results.summary import summarise
@@ -317,6 +317,20 @@ def test_masks_are_drawn_as_they_are(tmp_path: Path) -> None:
         plot_masks(summary, tmp_path / "masks.png")
 
 
+def test_curves_are_those_of_the_rows_that_learned(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0)
+    other = make_run(tmp_path / "b", 30.0, permutation="none")
+    (other / "history.jsonl").unlink()
+    plot_curves(summarise(collect([tmp_path]).runs), tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert "<!-- lcp -->" in drawn
+    assert "<!-- none -->" not in drawn
+    with pytest.raises(ConfigError, match="--curves"):
+        plot_curves(summarise(collect([other]).runs), tmp_path / "curves.svg")
+    with pytest.raises(ConfigError, match=r"--curves .*\.nothing"):
+        plot_curves(summarise(collect([tmp_path]).runs), tmp_path / "curves.nothing")
+
+
 def test_a_sweeps_folder_stands_for_the_runs_of_its_jobs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs" / "a", 20.0)
     make_run(tmp_path / "runs" / "of another sweep", 30.0, block_size=128)
@@ -326,22 +340,6 @@ def test_a_sweeps_folder_stands_for_the_runs_of_its_jobs(tmp_path: Path) -> None
     (folder / "jobs" / "0001.json").write_text('{"overrides": ["a=1"], "outcome": "failed", "reason": "no memory"}')
     assert [found.directory for found in collect([folder]).runs] == [run]
     assert collect([folder]).skipped == [(folder, "a=1: no memory")]
-
-
-def test_the_plot_is_a_line_over_a_number_and_bars_over_names(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 20.0)
-    make_run(tmp_path / "b", 30.0, block_size=128)
-    summary = summarise(collect([tmp_path]).runs)
-    assert numeric_setting(summary) == "block_size"
-    plot(summary, tmp_path / "line.png")
-    assert (tmp_path / "line.png").read_bytes()[:4] == b"\x89PNG"
-    make_run(tmp_path / "c", 40.0, permutation="none")
-    bars = summarise(collect([tmp_path]).runs)
-    assert numeric_setting(bars) is None
-    plot(bars, tmp_path / "bars.svg")
-    assert "<svg" in (tmp_path / "bars.svg").read_text()
-    with pytest.raises(ConfigError, match=r"--plot .*\.nothing"):
-        plot(bars, tmp_path / "bars.nothing")
 
 
 def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_path: Path) -> None:
@@ -408,13 +406,11 @@ def test_an_empty_directory_says_what_was_looked_for(tmp_path: Path) -> None:
 
 
 def test_the_command_line_reads_the_records_of_the_repository(tmp_path: Path) -> None:
-    picture = tmp_path / "plot.png"
-    result = run_module("permllm", "results", str(THREE_RUNS), "--paper", "table1", "--plot", str(picture))
+    result = run_module("permllm", "results", str(THREE_RUNS), "--paper", "table1")
     assert result.returncode == 0, result.stderr
     for name in ("| permutation |", "| none |", "| heuristic |", "| lcp |", "hellaswag acc (limited)"):
         assert name in result.stdout
     assert "compare the order of the rows" in result.stderr
-    assert picture.is_file()
     failed = run_module("permllm", "results", str(tmp_path / "nothing"))
     assert (failed.returncode, failed.stderr) == (
         1,
