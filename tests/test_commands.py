@@ -51,7 +51,6 @@ def test_each_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("export", ["{}/nothing", "--to", "{}/new"], 1),
         ("verify", ["{}/nothing"], 2),
         ("bench", ["{}/nothing"], 1),
-        ("cache", ["nothing"], 1),
     ],
 )
 def test_an_error_is_one_line_and_in_json_too(
@@ -76,16 +75,6 @@ def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr(results, "work", lambda _: Answer({"a": [float("inf"), float("nan"), 1.5]}, lambda: None))
     assert call("results", ["x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, None, 1.5]}
-
-
-def test_the_cache_is_listed_and_cleared(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (cache / "tokens").mkdir(parents=True)
-    (cache / "tokens" / "a.safetensors").write_bytes(b"12345")
-    assert call("cache", ["--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kinds"] == {"tokens": {"results": 1, "bytes": 5}}
-    assert call("cache", ["tokens", "--clear"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "tokens     1 result, 0.0 MB, 0.0 MB cleared"
-    assert not list((cache / "tokens").glob("*.safetensors"))
 
 
 def test_run_is_run_py(tmp_path: Path) -> None:

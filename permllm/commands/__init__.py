@@ -34,7 +34,6 @@ COMMANDS = {
     "verify": "prove that a checkpoint is whole and N:M as it is stored",
     "bench": "measure a checkpoint: prefill, decoding, gathers, loading, sizes",
     "records": "keep finished runs in one file, a line each",
-    "cache": "list, or clear, what jobs keep for each other",
 }
 _EPILOG = "permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout."
 

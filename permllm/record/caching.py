@@ -2,7 +2,7 @@
 
 A lock for each digest lets jobs that run at the same time, in any processes that share the folder, wait for the first of them
 instead of computing the same. Kept files are never changed, and one that was is computed again; deleting the folder costs time
-and nothing else. `permllm cache` lists and clears them, and PERMLLM_CACHE_GB bounds them.
+and nothing else. PERMLLM_CACHE_GB bounds them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,54 +113,23 @@ def digest_of(tensor: Tensor) -> str:
     return hashlib.sha256(head + tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def kept_files() -> dict[str, list[Path]]:
-    """The kept results, by kind, those first that were longest not used."""
-    found: dict[str, list[Path]] = {}
-    for file in cache_directory().glob("*/[!.]*"):
-        if file.suffix in _SUFFIXES and file.parent.name not in _NOT_KEPT:
-            found.setdefault(file.parent.name, []).append(file)
-    return {kind: sorted(files, key=_last_use) for kind, files in sorted(found.items())}
-
-
-def forget(files: Iterable[Path]) -> int:
-    """Remove kept results that no process is at work on; the bytes that are free then."""
-    freed = 0
-    for file in files:
-        try:
-            with FileLock(file.with_suffix(".lock"), timeout=0):
-                freed += file.stat().st_size
-                file.unlink()
-        except (Timeout, FileNotFoundError):
-            continue
-    return freed
-
-
 def _trim(kept: Path) -> None:
     """Forget what was longest not used where the results take more than PERMLLM_CACHE_GB, in 10^9 bytes."""
     bound = cache_bound()
     if bound is None:
         return
-    files = sorted((file for found in kept_files().values() for file in found if file != kept), key=_last_use)
-    over = sum(map(size_of, (*files, kept))) - bound
-    for file in files:
-        if over <= 0:
-            break
-        over -= forget([file])
-
-
-def size_of(file: Path) -> int:
-    """Bytes of a kept result; none where another process has removed it."""
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _last_use(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    over = -bound
+    found: list[tuple[float, int, Path]] = []
+    for file in cache_directory().glob("*/[!.]*"):
+        if file.suffix in _SUFFIXES and file.parent.name not in _NOT_KEPT:
+            with suppress(FileNotFoundError):  # another process has removed it
+                found.append((file.stat().st_mtime, file.stat().st_size, file))
+                over += found[-1][1]
+    for _, size, file in sorted(found):
+        if over > 0 and file != kept:
+            with suppress(Timeout, FileNotFoundError), FileLock(file.with_suffix(".lock"), timeout=0):
+                file.unlink()
+                over -= size
 
 
 def _file(kind: str, identity: Mapping[str, Any], code: tuple[str, ...], suffix: str) -> Path:

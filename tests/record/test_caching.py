@@ -16,7 +16,6 @@ from transformers import ByT5Tokenizer
 import permllm
 from permllm.calibration.norm_over import NormOver
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
-from permllm.commands import call
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.data.named import perplexity_texts
@@ -256,24 +255,3 @@ def test_what_was_longest_not_used_goes_first(cache: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PERMLLM_CACHE_GB", "many")
     with pytest.raises(ConfigError, match="PERMLLM_CACHE_GB=many"):
         keep(9)
-
-
-def test_the_cache_is_listed_and_cleared(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for kind in ("one", "two"):
-        cached_tensors(kind, {"a": 1}, CODE, lambda: {"x": torch.zeros(25_000)})
-    (cache / "wheels").mkdir()
-    (cache / "wheels" / "x.json").write_text("{}")
-    for words, found in ((["one", "--clear"], ["one"]), ([], ["two"]), (["--clear"], ["two"]), ([], [])):
-        assert call("cache", words) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == str(cache)
-        assert [line.split()[0] for line in lines[1:]] == found
-    assert (cache / "wheels" / "x.json").exists()
-    assert call("cache", ["three"]) == 1
-    assert capsys.readouterr().err == "error: three: nothing of that kind is kept; there are: none\n"
-    # Another process removes a result between the listing and its size.
-    monkeypatch.setattr("permllm.commands.cache.kept_files", lambda: {"one": [cache / "one" / "gone.json"]})
-    assert call("cache", []) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["one", "1", "result,", "0.0", "MB"]
