@@ -28,12 +28,11 @@ from permllm.version import __version__
 
 COMMANDS = {
     "run": "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",
-    "results": "make one table of many runs",
+    "results": "make one table of many runs, or keep them in one file",
     "report": "write a page, or a picture of quality over minutes, of many runs",
     "export": "write the pruned model of a run as a checkpoint",
     "verify": "prove that a checkpoint is whole and N:M as it is stored",
     "bench": "measure a checkpoint: prefill, decoding, gathers, loading, sizes",
-    "records": "keep finished runs in one file, a line each",
 }
 _EPILOG = "permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout."
 

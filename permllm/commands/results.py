@@ -1,4 +1,9 @@
-"""One table of all runs below some directories: a column for whatever varies, mean and deviation over seeds."""
+"""One table of all runs below some directories: a column for whatever varies, mean and deviation over seeds.
+
+permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
+
+The option --jsonl keeps the runs in one file instead, a line each, which is read like their folders.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from pathlib import Path
 from permllm.commands.answer import Answer
 from permllm.errors import ConfigError
 from permllm.results.collect import collect
+from permllm.results.kept import keep_runs
 from permllm.results.published import beside
 from permllm.results.render import (
     FORMATS,
@@ -34,11 +40,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE,...",
         help="two rows alone: their differences, with intervals over the windows and items that both were asked",
     )
+    parser.add_argument("--jsonl", type=Path, metavar="FILE.jsonl", help="write the runs there, a line each, and no table")
     parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """The table."""
+    """The table, or what was kept."""
+    if options.jsonl:
+        _refuse_beside("jsonl", options, "baseline", "compare", "paper")
+        names = keep_runs(options.places, options.jsonl)
+        return Answer({"file": str(options.jsonl), "runs": names}, lambda: print(f"{options.jsonl}: {len(names)} runs"))
     collection = collect(options.places)
     for note in collection.left_out():
         print(f"note: {note}", file=sys.stderr)
@@ -46,7 +57,7 @@ def work(options: argparse.Namespace) -> Answer:
         raise ConfigError("no finished run is among them")
     summary = summarise(collection.runs)
     if options.compare:
-        _refuse_beside_compare(options)
+        _refuse_beside("compare", options, "baseline", "paper")
         for note in summary.notes:
             print(f"note: {note}", file=sys.stderr)
         first, second = (find_row(summary, text, "--compare") for text in options.compare)
@@ -64,7 +75,7 @@ def work(options: argparse.Namespace) -> Answer:
     return Answer(rows, lambda: print(render(summary, options.format, baseline, paper), end=""))
 
 
-def _refuse_beside_compare(options: argparse.Namespace) -> None:
-    for name in ("baseline", "paper"):
+def _refuse_beside(option: str, options: argparse.Namespace, *names: str) -> None:
+    for name in names:
         if getattr(options, name):
-            raise ConfigError(f"--compare shows two rows alone, and goes without --{name}")
+            raise ConfigError(f"--{option} goes without --{name}")

@@ -354,10 +354,15 @@ def test_a_checksum_is_of_what_a_reader_has(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x.json", Object) == {"layers": {"9": [1, 2], "10": float("inf")}, "name": "ä"}
 
 
+def keep(*places: Path | str, to: Path) -> int:
+    """`permllm results PLACES --jsonl TO`: the exit code."""
+    return call("results", [*map(str, places), "--jsonl", str(to)])
+
+
 def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path) -> None:
     for line in lines_of(THREE_RUNS / "records.jsonl"):
         as_folder(line, tmp_path / "folders")
-    assert call("records", [str(tmp_path / "folders"), "--to", str(tmp_path / "kept" / "records.jsonl")]) == 0
+    assert keep(tmp_path / "folders", to=tmp_path / "kept" / "records.jsonl") == 0
     code, table, said = results(tmp_path / "folders")
     assert code == 0
     assert results(tmp_path / "kept")[:2] == results(tmp_path / "kept" / "records.jsonl")[:2] == (0, table)
@@ -366,36 +371,20 @@ def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path)
     assert results(tmp_path)[1] == table
 
 
-def test_records_are_added_and_replaced(tmp_path: Path) -> None:
-    def kept(*words: str) -> set[str]:
-        assert call("records", [*words, "--to", str(file)]) == 0
-        return {line["run"] for line in lines_of(file)}
-
+def test_the_file_is_replaced_and_a_name_in_it_is_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "kept.jsonl"
     for name, value in (("a", 20.0), ("b", 30.0)):
         make_run(tmp_path / name, value, block_size=int(value))
-    assert kept(str(tmp_path / "a")) == {"a"}
-    assert kept(str(tmp_path / "b")) == {"a", "b"}
-    before = file.read_bytes()
-    assert kept(str(tmp_path / "b")) == {"a", "b"}
-    assert file.read_bytes() == before
-    assert kept(str(tmp_path / "b"), "--replace") == {"b"}
+    assert keep(tmp_path / "a", tmp_path / "b", to=file) == 0
+    assert [line["run"] for line in lines_of(file)] == ["a", "b"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert keep(".", to=file) == 0
+    assert [line["run"] for line in lines_of(file)] == ["b"]
     make_run(tmp_path / "elsewhere" / "b", 40.0, block_size=32)
-    assert call("records", [str(tmp_path / "b"), str(tmp_path / "elsewhere"), "--to", str(file)]) == 1
-    assert {line["run"] for line in lines_of(file)} == {"b"}
-
-
-def test_a_run_is_kept_under_its_name_wherever_one_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "kept.jsonl"
-    monkeypatch.chdir(make_run(tmp_path / "a", 20.0))
-    assert call("records", [".", "--to", str(file)]) == 0
-    assert [line["run"] for line in lines_of(file)] == ["a"]
     (tmp_path / "none.jsonl").touch()
-    assert call("records", [str(tmp_path / "none.jsonl"), "--to", str(file), "--replace"]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path / 'none.jsonl'}: no finished run is among them\n"
-    assert len(lines_of(file)) == 1
+    assert keep(tmp_path / "b", tmp_path / "elsewhere", to=file) == 1
+    assert keep(tmp_path / "none.jsonl", to=file) == 1
+    assert [line["run"] for line in lines_of(file)] == ["b"]
 
 
 def test_folders_of_the_machine_are_not_kept(tmp_path: Path) -> None:
@@ -405,7 +394,7 @@ def test_folders_of_the_machine_are_not_kept(tmp_path: Path) -> None:
     typed = "run.py seed=0 paths.cache_dir=/data/cache run_dir=/data/x paths.wandb_dir=offline 'sparsity_of={down_proj: 4:8}'"
     line["environment"]["command"] = f"{typed} hydra.run.dir=/data/y hydra.sweep.dir=/data/z"
     as_folder(line, tmp_path / "folders")
-    assert call("records", [str(tmp_path / "folders"), "--to", str(tmp_path / "kept.jsonl")]) == 0
+    assert keep(tmp_path / "folders", to=tmp_path / "kept.jsonl") == 0
     (kept,) = lines_of(tmp_path / "kept.jsonl")
     assert kept["config"]["paths"] == {"runs_dir": "runs", "cache_dir": None, "wandb_dir": "offline"}
     assert (kept["config"]["runs_dir"], kept["config"]["run_dir"]) == ("runs", None)
@@ -413,37 +402,22 @@ def test_folders_of_the_machine_are_not_kept(tmp_path: Path) -> None:
     assert "/data" not in (tmp_path / "kept.jsonl").read_text()
 
 
-def test_another_run_of_the_name_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As of two sweeps whose jobs are numbered."""
-    for sweep, seed in (("a", 0), ("b", 1)):
-        make_run(tmp_path / sweep / "0", 20.0, seed=seed)
-    words = ["--to", str(tmp_path / "kept.jsonl")]
-    assert call("records", [str(tmp_path / "a"), *words]) == 0
-    before = (tmp_path / "kept.jsonl").read_text()
-    assert call("records", [str(tmp_path / "b"), *words]) == 1
-    assert "has another run of the name 0: give it another name first" in capsys.readouterr().err
-    assert (tmp_path / "kept.jsonl").read_text() == before
-    assert call("records", [str(tmp_path / "a"), *words]) == 0
-
-
 def test_scores_are_kept_too(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", 20.0)
     scores = {"evaluations": {"0": {"perplexity": {"sparse": {"x": [1.5, 2.5]}}}}}
     write_record(folder / "scores.json", scores)
-    assert call("records", [str(folder), "--to", str(tmp_path / "kept" / "records.jsonl")]) == 0
+    assert keep(folder, to=tmp_path / "kept" / "records.jsonl") == 0
     (line,) = lines_of(tmp_path / "kept" / "records.jsonl")
     assert line["scores"] == scores
 
 
-def test_what_is_not_finished_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_finished_is_not_kept(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", 20.0)
+    assert keep(tmp_path, to=tmp_path / "x.json") == 1
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps(metrics | {"status": "running"}))
-    assert call("records", [str(tmp_path), "--to", str(tmp_path / "x.jsonl")]) == 1
-    assert "cannot be kept: not finished (status 'running')" in capsys.readouterr().err
-    assert not (tmp_path / "x.jsonl").exists()
-    assert call("records", [str(tmp_path), "--to", str(tmp_path / "x.json")]) == 1
-    assert "expected a file whose name ends in .jsonl" in capsys.readouterr().err
+    assert keep(tmp_path, to=tmp_path / "x.jsonl") == 1
+    assert not list(tmp_path.glob("x.*"))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
