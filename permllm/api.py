@@ -27,7 +27,7 @@ from permllm.config import HYDRA_DEFAULTS, PerplexityConfig, RunConfig, conf_dir
 from permllm.data.calibration import calibration_tokens, windows_of
 from permllm.data.named import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
@@ -46,7 +46,7 @@ from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
-from permllm.usage import options_of, refusal, refused
+from permllm.usage import options_of, refusal
 from permllm.validation import check_whole
 
 # Of a model that `prune` has pruned: what `save` needs.
@@ -375,9 +375,9 @@ def _composed(
             try:
                 OmegaConf.update(composed, key, value)
             except OmegaConfBaseException as error:
-                raise ConfigError(refused(key, value, error, words)) from error
+                raise ConfigError(f"{key}={value}: {first_line(error)}") from error
     except HydraException as error:
-        raise ConfigError(refusal(error, words)) from error
+        raise ConfigError(refusal(error)) from error
     finally:
         GlobalHydra.instance().hydra = before
     return read_config(composed)

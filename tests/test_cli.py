@@ -136,8 +136,6 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["pruner=none"], "pruner=none: no such option; valid are: magnitude, ria"),
-        (["modle=tiny"], "modle"),
         (["model=local"], "model.path"),
         (["model=qwen2.5-0.5b", "logger=none"], "model Qwen/Qwen2.5-0.5B is not whole in the local hub cache"),
     ],

@@ -25,15 +25,6 @@ def test_its_help_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"permllm {__version__}\n"
 
 
-@pytest.mark.parametrize(("typed", "nearest"), [("reslts", "results"), ("zzz", None)])
-def test_a_misspelt_command_suggests_the_nearest(typed: str, nearest: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([typed]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {typed!r} is no command")
-    assert (f"did you mean {nearest}?" in said) if nearest else ("did you mean" not in said)
-    assert said.count("\n") == 1
-
-
 @pytest.mark.parametrize("name", WITH_ANSWERS)
 def test_each_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -53,7 +53,6 @@ ROOMS = (
     # `python -m` of a module.
     "verify",
     "bench",
-    "cache",
     "__main__",
     "__init__",
 )

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -48,11 +47,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return _completion(words)
     if words and words[0] in COMMANDS:
         return call(words[0], words[1:])
-    if words and not words[0].startswith("-"):
-        near = get_close_matches(words[0], COMMANDS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: {words[0]!r} is no command; there are {', '.join(COMMANDS)}{meant}", file=sys.stderr)
-        return 2
     parser = argparse.ArgumentParser(
         prog="permllm",
         description="Learnable channel permutation for N:M sparse large language models.",

@@ -8,7 +8,6 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,8 @@ WHEEL_TASKS = {
 def check_known(key: str, tasks: Iterable[str]) -> None:
     """Raise ConfigError, which names the setting, where lm-eval knows no task of a name."""
     for task in tasks:
-        known = task_manager().all_tasks
-        if task not in known:
-            near = get_close_matches(task, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key}: lm-eval does not know {task}{meant}; `lm-eval ls tasks` lists all")
+        if task not in task_manager().all_tasks:
+            raise ConfigError(f"{key}: lm-eval does not know {task}; `lm-eval ls tasks` lists all")
 
 
 def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: ZeroShotConfig) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 
 from torch import nn
 
@@ -129,6 +128,5 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
     if not found:
         words = {path.removeprefix(group.prefix) for group in groups for path in (*group.members, group.name)}
         words |= {part for word in words for part in word.split(".")}
-        near = get_close_matches(name, sorted(words), n=3) or sorted(words)
-        raise ConfigError(f"{key}: the model has no {name!r} in its decoder layers; nearest are: {', '.join(near)}")
+        raise ConfigError(f"{key}: the model has no {name!r} in its decoder layers; there are: {', '.join(sorted(words))}")
     return found

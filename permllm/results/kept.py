@@ -34,7 +34,7 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     if found.skipped:
         path, reason = found.skipped[0]
         raise ConfigError(f"--jsonl: {path} cannot be kept: {reason}")
-    runs = [*found.runs, *found.studies]
+    runs = found.runs
     # An absolute path has a name also where the place is ".".
     names = [Path(os.path.abspath(run.directory)).name for run in runs]
     if not names:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from permllm import cli, runner
+from permllm import runner
 from permllm.config import instantiate_permutation, read_config
 from permllm.data.text_file import read_text_file
 from permllm.errors import ConfigError, DataError
@@ -139,25 +139,6 @@ def test_what_is_no_file_is_not_read_as_a_text(tmp_path: Path) -> None:
             read_text_file(str(tmp_path / name))
     with pytest.raises(DataError, match="does not exist"):
         read_text_file("a\0b.txt")
-
-
-@pytest.mark.parametrize("words", [("pruner=null",), ("-m", "permutation=none", "pruner=wanda,null")])
-def test_a_group_without_an_option_is_one_line(
-    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", *words, "model=tiny", "logger=none"])
-    monkeypatch.setattr(cli, "job", lambda: pytest.fail("composed"))
-    assert cli.main() == 1
-    assert capsys.readouterr().err == "error: pruner=null: every job needs one of its options, which --help lists\n"
-
-
-@pytest.mark.parametrize("words", [("permutation.margin=interval(0.01,0.2)",), ("-m", "pruner=glob(*)")])
-def test_what_only_hydra_can_enumerate_is_left_to_it(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[str]] = []
-    monkeypatch.setattr(sys, "argv", ["run.py", *words, "model=tiny", "logger=none"])
-    monkeypatch.setattr(cli, "job", lambda: given.append(sys.argv[1:]))
-    assert cli.main() == 0
-    assert given == [[*words, "model=tiny", "logger=none"]]
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

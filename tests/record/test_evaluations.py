@@ -212,14 +212,12 @@ def test_tasks_that_cannot_be_told_apart_or_are_none_are_said_before_anything_is
         (["empty"], r"empty\.yaml is no definition of a task"),
         (["nothing"], r"nothing\.yaml is no definition of a task"),
         (["gone"], r"gone\.yaml does not exist"),
-        (["gsm9k"], "lm-eval does not know gsm9k; did you mean gsm8k"),
+        (["gsm9k"], "lm-eval does not know gsm9k"),
     ):
         asked = ", ".join(name if name.startswith("gsm") else f"{tmp_path}/{name}.yaml" for name in names)
         with pytest.raises(ConfigError, match=message):
             run(tmp_path, f"evaluation.tasks=[{asked}]")
-    with pytest.raises(
-        ConfigError, match=r"evaluation\.zero_shot\.tasks: lm-eval does not know arc_esy; did you mean arc_easy"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluation\.zero_shot\.tasks: lm-eval does not know arc_esy"):
         run(tmp_path, "evaluation.zero_shot.tasks=[arc_esy]")
 
 
