@@ -52,7 +52,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("dense", "sequential")
 SAMPLINGS = ("disjoint", "documents", "overlapping")
-LOGGERS = ("wandb", "mlflow", "tensorboard", "none")
+LOGGERS = ("auto", "wandb", "mlflow", "tensorboard", "none")
 
 
 @dataclass
@@ -212,7 +212,7 @@ class LoggerConfig:
     """Group `logger`.
 
     Attributes:
-        name: `wandb`, `mlflow`, `tensorboard` or `none`.
+        name: `auto` (W&B where it has a key, else none), `wandb`, `mlflow`, `tensorboard` or `none`.
         project: W&B project, or MLflow experiment.
         group: W&B group, or MLflow's tag `group`; None is the sweep's name, and leaves a single run ungrouped.
     """
@@ -498,7 +498,7 @@ def _check(config: RunConfig) -> None:
     check_one_of("calibration.statistics", config.calibration.statistics, STATISTICS)
     check_one_of("calibration.sampling", config.calibration.sampling, SAMPLINGS)
     check_one_of("logger.name", config.logger.name, LOGGERS)
-    if config.logger.name == "wandb":
+    if config.logger.name in ("auto", "wandb"):
         _check_project(config.logger.project)
     check_one_of("evaluation.zero_shot.source", config.evaluation.zero_shot.source, ("hub", "wheel"))
     check_whole("calibration.samples", config.calibration.samples, 1)

@@ -127,8 +127,9 @@ class _TensorBoard:
 @contextmanager
 def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """The logger that the group `logger` selects, closed at the end, also when the run fails."""
-    if config.logger.name == "wandb":
-        with _open_wandb(config, directory) as logger:
+    mode = _wandb_mode() if config.logger.name in ("auto", "wandb") else None
+    if config.logger.name == "wandb" or mode not in (None, "disabled"):
+        with _open_wandb(config, directory, mode or "offline") as logger:
             yield logger
     elif config.logger.name == "tensorboard":
         try:
@@ -202,23 +203,24 @@ def _wandb_id(config: RunConfig, directory: Path) -> str:
     return run_id
 
 
-def _wandb_key() -> bool:
-    """Whether credentials are there; asks nobody, and a key that the server refuses counts as none."""
+def _wandb_mode() -> str | None:
+    """Return `WANDB_MODE`, else "online" with a key, "offline" with one that cannot be verified, None without one."""
     import wandb
 
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
     try:
-        return wandb.login(prompt=False)
+        return "online" if wandb.login(prompt=False) else None
     except (wandb.errors.Error, OSError):
-        return False
+        return "offline"
 
 
 @contextmanager
-def _open_wandb(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
+def _open_wandb(config: RunConfig, directory: Path, mode: str) -> Iterator[RunLogger]:
     import wandb
 
     settings = wandb.Settings(silent=True, console="off")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
     # All jobs of a sweep write below one folder, so that one `wandb sync` or `wandb leet` finds them.
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
+from wandb.errors import AuthenticationError
 
 from permllm import runner
 from permllm.commands import main
@@ -182,6 +183,41 @@ def attempt(folder: Path, *overrides: str) -> Iterator[RunLogger]:
     config = read_config(composed("model=tiny", "logger=wandb", f"runs_dir={folder}", *overrides))
     with open_logger(config, folder / "run") as logger:
         yield logger
+
+
+@pytest.mark.parametrize(
+    ("login", "variable", "mode"),
+    [
+        (False, None, None),
+        (True, None, "online"),
+        (AuthenticationError("no answer"), None, "offline"),
+        (False, "offline", "offline"),
+        (True, "disabled", None),
+    ],
+)
+def test_the_default_is_wandb_where_a_key_is_configured_or_its_mode_is_said(
+    login: bool | Exception, variable: str | None, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def log_in(prompt: bool) -> bool:
+        assert not prompt
+        if isinstance(login, Exception):
+            raise login
+        return login
+
+    def init(mode: str, **_: Any) -> SimpleNamespace:
+        started.append(mode)
+        return SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda exit_code: None)
+
+    monkeypatch.setattr("wandb.login", log_in)
+    monkeypatch.setattr("wandb.init", init)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    with attempt(tmp_path, "logger=auto") as logger:
+        assert isinstance(logger, _WandB) == bool(mode)
+    assert started == [mode] * bool(mode)
+    assert (tmp_path / "run" / WANDB_ID).exists() == bool(mode)
 
 
 def test_a_continued_run_is_the_same_one_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
