@@ -65,51 +65,39 @@ def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, m
         validated("history.jsonl", json.loads(line), Pass)
 
 
+GARBAGE_METRICS = [
+    '{"schema_version": 2, "status": "running", "name": "a", "config_hash": "0", "seconds": []}',
+    '{"schema_version": 2, "status": "\\ud800"}',
+    "[" * 100_000,
+    "1" * 5000,
+    "[]",
+    "\xff",
+]
+GARBAGE_SETTINGS = [
+    "name: 2026-01-01",
+    "name: !!set {a, b}",
+    "1: a",
+    "name: &a x\nmodel: *a",
+    "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
+    "name: !!python/object/apply:os.system [true]",
+    'name: "\\ud800"',
+    "name: [",
+    "[" * 5000,
+    "? [a, {b: c}]\n: d",
+    "",
+]
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            '{"schema_version": 2, "status": "running", "name": "a", "config_hash": "0", "seconds": []}',
-            "seconds: input should",
-        ),
-        ('{"schema_version": 2, "status": "\\ud800"}', "is not readable JSON: 'utf-8' codec"),
-        ("[" * 100_000, "is not readable JSON: maximum recursion"),
-        ("1" * 5000, "is not readable JSON: Exceeds the limit"),
-        ("[]", "input should be a valid dictionary"),
-        ("\xff", "is not readable JSON"),
-    ],
+    ("name", "text"),
+    [*(("metrics.json", text) for text in GARBAGE_METRICS), *(("config.yaml", text) for text in GARBAGE_SETTINGS)],
+    ids=lambda part: part[:20],
 )
-def test_garbage_in_place_of_metrics_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "metrics.json"
+def test_garbage_in_place_of_a_record_is_one_line(tmp_path: Path, name: str, text: str) -> None:
+    file = tmp_path / name
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=message) as raised:
-        read_json(file, Metrics)
-    assert str(raised.value).startswith(str(file))
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 300
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name: 2026-01-01", "name: input was not a valid JSON value"),
-        ("name: !!set {a, b}", "name: input was not a valid JSON value"),
-        ("1: a", "1.*: input should be a valid string"),
-        ("name: &a x\nmodel: *a", r"refers to another part of itself: \*a"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", r"refers to another part of itself: \*a"),
-        ("name: !!python/object/apply:os.system [true]", "could not determine a constructor"),
-        ('name: "\\ud800"', "'utf-8' codec"),
-        ("name: [", "is not readable YAML"),
-        ("[" * 5000, "is not readable YAML"),
-        ("? [a, {b: c}]\n: d", "is not readable YAML"),
-        ("", "input should be a valid dictionary"),
-    ],
-)
-def test_garbage_in_place_of_settings_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(text)
-    with pytest.raises(DataError, match=message) as raised:
-        read_yaml(file, Settings)
+    with pytest.raises(DataError) as raised:
+        read_json(file, Metrics) if name == "metrics.json" else read_yaml(file, Settings)
     assert str(raised.value).startswith(str(file))
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300

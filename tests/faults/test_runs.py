@@ -401,7 +401,7 @@ def test_broken_orders_of_an_interrupted_run_are_found_again(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "null", "[]", "{", "3", '{"schema_version": 2}', '{"schema_version": 1, "status": 3}', "[" * 100_000],
+    ["", "null", "[]", "{", "3", '{"schema_version": 2}', '{"schema_version": 2, "status": 3}', "[" * 100_000],
     ids=["empty", "null", "list", "cut", "number", "nothing in it", "another type", "deep"],
 )
 def test_metrics_that_cannot_be_read_are_measured_again(

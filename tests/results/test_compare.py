@@ -370,7 +370,7 @@ def test_a_value_may_be_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", [["--baseline", "permutation=none"], ["--paper", "table1"]])
 def test_two_rows_alone_go_without_what_is_of_all(option: list[str], two: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("results", [str(two[0]), "--compare", "permutation=lcp", "permutation=none", *option]) == 1
-    assert f"error: --compare goes without {option[0]}\n" in capsys.readouterr().err
+    assert option[0] in capsys.readouterr().err
 
 
 def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> None:
