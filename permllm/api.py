@@ -55,7 +55,7 @@ _OWN_TEXT = "text"
 # What says how windows are made of documents.
 _OF_DOCUMENTS = {f"calibration__{name}" for name in ("samples", "seqlen", "sampling", "data_files")}
 # Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
-_NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "method", "experiment", "hparams_search"}
+_NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "method", "experiment"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
 # But what says how the texts are read.
 _HERE = {"model.bos"}
@@ -82,7 +82,7 @@ def prune(
     *,
     texts: str | Sequence[str] | Tensor,
     pruner: str = "wanda",
-    permutation: str | None = None,
+    permutation: str = "lcp",
     sparsity: str = "2:4",
     searchpath: Sequence[str] = (),
     **settings: Any,
@@ -96,7 +96,7 @@ def prune(
         texts: to calibrate on: documents, the name of an option of the group `calibration` (`"c4"`), or windows of tokens,
             int64 `(samples, seqlen)`.
         pruner: an option of that group.
-        permutation: an option of that group; None is that of `recipe` and `budget`, by themselves `lcp`.
+        permutation: an option of that group.
         sparsity: N:M.
         searchpath: where options of other packages lie, as in `hydra.searchpath`: `["pkg://mypackage.conf"]`.
         settings: any other, as the command line has it, with two underscores for a dot: `permutation__epochs=2`,
@@ -347,12 +347,10 @@ def _documents(texts: object, other: str) -> list[str]:
 
 
 def _composed(
-    pruner: str, permutation: str | None, sparsity: str, text: str, settings: dict[str, Any], searchpath: Sequence[str]
+    pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any], searchpath: Sequence[str]
 ) -> RunConfig:
     """The settings, as the command line would have composed them."""
-    chosen = {"pruner": pruner, "calibration": text, "logger": "none"}
-    if permutation is not None:  # else what a recipe chooses
-        chosen["permutation"] = permutation
+    chosen = {"pruner": pruner, "permutation": permutation, "calibration": text, "logger": "none"}
     single = {"sparsity": sparsity}
     for name, value in settings.items():
         key = name.replace("__", ".")

@@ -239,7 +239,7 @@ class ExportConfig:
 
 @dataclass
 class PathsConfig:
-    """Group `paths`.
+    """`paths`: where things lie.
 
     Attributes:
         runs_dir: where run directories are made, unless `runs_dir` at the top says it.
@@ -257,7 +257,6 @@ class BudgetConfig:
     """Group `budget`: amounts that other groups refer to; where one is not given, each group has its own.
 
     Attributes:
-        name: of the option.
         samples: windows of calibration text.
         seqlen: tokens in a window of calibration text.
         epochs: of learning over the samples.
@@ -268,7 +267,6 @@ class BudgetConfig:
         items: of each zero-shot task; None is all.
     """
 
-    name: str = MISSING
     samples: int = MISSING
     seqlen: int = MISSING
     epochs: int = MISSING
@@ -301,8 +299,10 @@ class RunConfig:
             config alone, with `model=hub`.
         save_weights: keep the weights that a pruner or a reconstruction changed, so that the pruned model can be rebuilt.
         export: the checkpoint that a finished run writes into its directory; a finished run can still be asked for it.
+        protocol: the option of group `protocol`; None for none. It changes no result by itself.
+        method: the option of group `method`, likewise.
         budget: amounts that the groups before it refer to (group `budget`); empty for the default ones.
-        paths: where things lie (group `paths`).
+        paths: where things lie.
     """
 
     name: str
@@ -327,6 +327,8 @@ class RunConfig:
     plan: bool = False
     save_weights: bool = True
     export: ExportConfig = field(default_factory=ExportConfig)
+    protocol: str | None = None
+    method: str | None = None
     budget: dict[str, Any] = field(default_factory=dict)
     paths: PathsConfig = field(default_factory=PathsConfig)
 

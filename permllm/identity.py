@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 # Settings that do not change a pruned model; its identity leaves them out.
-_NOT_PART_OF_A_RUN = ("force", "plan", "logger", "runs_dir", "run_dir", "export", "budget", "evaluation", "paths")
+_NOT_PART_OF_A_RUN = (
+    *("force", "plan", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
+    *("protocol", "budget", "method"),
+)
 # Of the model: under what it comes, and where its weights wait, which change nothing of it.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that a permutation takes as arguments where its `uses` names them.

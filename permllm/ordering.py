@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.calibration.dense import DenseCalibration, Pruner
+from permllm.calibration.dense import DenseCalibration, NormOver, Pruner
 from permllm.calibration.shared import shared_calibration, shared_target
 from permllm.config import RunConfig, windows_learned_from
 from permllm.errors import ConfigError
@@ -42,7 +42,7 @@ def calibrate(
     config: RunConfig, loaded: LoadedModel, tokens: Tensor, pruner: Pruner, products: torch.dtype
 ) -> DenseCalibration:
     """What the dense model tells, as the settings ask for it; of all linears, so that jobs which keep some dense share it."""
-    norm_over = config.permutation.get("norm_over", "tokens")
+    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
     batch_size = config.calibration.batch_size
     groups = channel_groups(loaded.model)
     return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)

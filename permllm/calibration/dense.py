@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from permllm.calibration.norm_over import NormOver
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistic, InputStatistics, Statistics
 from permllm.errors import ConfigError, TrainingError
@@ -19,6 +18,8 @@ from permllm.models.checkpoint import all_finite
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
+
+NormOver = Literal["tokens", "samples"]
 
 
 class Pruner(Protocol):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.calibration.dense import DenseCalibration, Pruner, calibrate_dense
-from permllm.calibration.norm_over import NormOver
+from permllm.calibration.dense import DenseCalibration, NormOver, Pruner, calibrate_dense
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.models.decoder import last_states
 from permllm.models.families import ChannelGroup

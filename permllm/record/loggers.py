@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # In the run directory: the id of its W&B run.
 WANDB_ID = ".wandb-id"
 # Of what is typed for a job, what does not tell it from others: it names the sweep, or says nothing about the result.
-_NOT_IN_A_NAME = ("experiment", "hparams_search", "logger", "runs_dir", "run_dir", "force")
+_NOT_IN_A_NAME = ("experiment", "logger", "runs_dir", "run_dir", "force")
 # Where a pass belongs, not what it found.
 _WITHOUT_CHART = ("pass/pass", "pass/round", "pass/first_layer", "pass/last_layer")
 # Of ours, and what W&B makes itself.

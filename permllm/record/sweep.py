@@ -133,7 +133,7 @@ def _different_texts(config_name: str | None, axes: dict[str, list[str]]) -> str
     said = "; ".join(f"{model} {calibration} and {perplexity}" for model, (calibration, perplexity) in texts.items())
     return (
         f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}. What is measured on "
-        "different texts cannot be compared: give protocol=offline or protocol=papers, or calibration= and evaluation="
+        "different texts cannot be compared: give protocol=offline or protocol=paper, or calibration= and evaluation="
     )
 
 

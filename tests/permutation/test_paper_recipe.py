@@ -179,13 +179,13 @@ def test_the_temperature_changes_once_a_pass_and_never_ends(cache: Path) -> None
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's feed-forward flattens its samples
 def test_the_released_scale_of_the_norm_moves_no_mask(cache: Path, pruner: str, family: str) -> None:
     saliencies, masks = {}, {}
-    for norm_over in ("tokens", "samples"):
+    for conventions in ("ours", "paper"):
         model = tiny_model(family)
-        settings = config("model=tiny", f"pruner={pruner}", f"permutation.norm_over={norm_over}")
+        settings = config("model=tiny", f"pruner={pruner}", f"permutation.conventions={conventions}")
         problem = learning(model, settings)
-        saliencies[norm_over] = {path: problem.saliency_of(path) for path in problem.factors}
+        saliencies[conventions] = {path: problem.saliency_of(path) for path in problem.factors}
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-        masks[norm_over] = prune(
+        masks[conventions] = prune(
             model,
             problem.groups,
             tokens(),
@@ -197,6 +197,6 @@ def test_the_released_scale_of_the_norm_moves_no_mask(cache: Path, pruner: str, 
         ).masks
     length = tokens().shape[1]
     factor = {"wanda": length**0.5, "ria": length**0.25}.get(pruner, 1.0)
-    for path, values in saliencies["tokens"].items():
-        torch.testing.assert_close(saliencies["samples"][path], values * factor, rtol=1e-5, atol=0)
-        assert torch.equal(masks["samples"][path], masks["tokens"][path])
+    for path, values in saliencies["ours"].items():
+        torch.testing.assert_close(saliencies["paper"][path], values * factor, rtol=1e-5, atol=0)
+        assert torch.equal(masks["paper"][path], masks["ours"][path])

@@ -14,7 +14,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 import permllm
-from permllm.calibration.norm_over import NormOver
+from permllm.calibration.dense import NormOver
 from permllm.calibration.shared import packed_factors, shared_calibration, unpacked_factors
 from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.calibration import all_tokens, calibration_tokens, tokenizer_digest

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.learning.stacks import BlockStack
-from permllm.permutation.lcp.settings import SinkhornStart
-from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
+from permllm.permutation.lcp.sinkhorn import SinkhornStart, logit_gradient, normalize
 from permllm.runtime.memory import to_device
 
 # Entries that are normalised together on a GPU, where each operator is a launch; on a CPU a single stack stays in the cache.

@@ -19,6 +19,7 @@ from permllm.models.families import ChannelGroup
 from permllm.permutation.lcp.assignment import device_solver, harden_together
 from permllm.permutation.lcp.blocks import BlockLogits, SoftBatch, soft_batches
 from permllm.permutation.lcp.settings import LCPSettings
+from permllm.permutation.lcp.sinkhorn import SinkhornStart
 from permllm.permutation.shared import SharedOrder, expanded
 from permllm.record.names import BEST_SO_FAR
 from permllm.record.run_tensors import check_order, write_orders
@@ -92,7 +93,7 @@ class OrderLearner(Learner):
 
     def temperature(self, moment: Moment) -> float:
         """Of the soft permutations."""
-        if self.settings.temperature_every == "epoch":
+        if self.settings.conventions == "paper":
             return self.settings.temperature(moment.epoch / moment.epochs)
         return self.settings.temperature(moment.step / max(1, moment.steps - 1))
 
@@ -109,7 +110,8 @@ class OrderLearner(Learner):
 
     @torch.no_grad()
     def _harden(self, temperature: float) -> None:
-        asked = (temperature, self.settings.sinkhorn_iterations, self.settings.sinkhorn_start)
+        start: SinkhornStart = "softmax" if self.settings.conventions == "paper" else "exponential"
+        asked = (temperature, self.settings.sinkhorn_iterations, start)
         self._batches = soft_batches(self.blocks, *asked)
         started = time.perf_counter()
         try:

@@ -109,7 +109,7 @@ class LCP(LCPSettings):
 
         def scores_of(path: str) -> Scores:
             factors = problem.factors_of(path)
-            if self.normalize_saliency:
+            if self.conventions == "ours":
                 factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
             return Scores(factors)
 

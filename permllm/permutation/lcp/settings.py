@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from permllm.calibration.norm_over import NormOver
 from permllm.errors import ConfigError
 from permllm.learning.settings import LearningSettings, StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
 from permllm.validation import check_number, check_one_of, check_whole
 
 Init = Literal["heuristic", "random"]
-TemperatureEvery = Literal["step", "epoch"]
-SinkhornStart = Literal["exponential", "softmax"]
+Conventions = Literal["ours", "paper"]
 
 
 @dataclass(kw_only=True)
@@ -30,19 +28,16 @@ class LCPSettings(LearningSettings):
         init: `heuristic` starts at RIA's order with logits close to the assignment boundary (`margin` on the identity plus
             `noise`); `random` is the paper's start: identity order, logits uniform in +-1/sqrt(B) times a learned scale that
             starts at sqrt(B), clamped to +-1 with a gradient that passes.
-        temperature_every: how often the temperature changes: each `step`, from 0 to 1 of progress, or each `epoch`, by the
-            share of the epochs before it, which never is 1 (the paper's released code).
         sinkhorn_iterations: L; 0 leaves what they start from.
-        sinkhorn_start: `exponential` of the logits over the temperature, or `softmax` of their rows (the paper's released
-            code); what differs is L = 0.
-        norm_over: what the mean square of the inputs in the pruner's saliency is a mean over: `tokens`, or `samples` (the
-            paper's released code), which makes every norm larger by the root of a sample's length. The masks are the same,
-            and the softmax over each group is sharper where the saliency is not normalised.
+        conventions: `ours`, or `paper` for those of the paper's released code, which differ in four details. Ours: each
+            linear's saliency is divided by its mean before the group softmax; the mean square of the inputs is over tokens;
+            the temperature changes each step, from 0 to 1 of progress; Sinkhorn starts from the exponential of the logits
+            over the temperature. The paper's: no division; a mean over samples, which makes each norm larger by the root of
+            a sample's length, and the softmax sharper; each epoch, by the share of epochs before it; a softmax over rows.
         rounds: how often the epochs are gone through, schedules and all, each time from the best order so far with its groups
             of M dealt anew to the blocks, at random. The mask is the same, and channels meet others than before.
         straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
-        normalize_saliency: divide each linear's saliency by its mean before the group softmax.
         gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
@@ -52,13 +47,10 @@ class LCPSettings(LearningSettings):
     temperature: Callable[[float], float]
     constraint: Constraint = "free"
     init: Init = "heuristic"
-    temperature_every: TemperatureEvery = "step"
+    conventions: Conventions = "ours"
     sinkhorn_iterations: int = 5
-    sinkhorn_start: SinkhornStart = "exponential"
-    norm_over: NormOver = "tokens"
     rounds: int = 1
     straight_through: StraightThrough = "swap"
-    normalize_saliency: bool = True
     gumbel: float = 0.0
     margin: float = 0.05
     noise: float = 0.02
@@ -69,10 +61,8 @@ class LCPSettings(LearningSettings):
         check_constraint(self.constraint)
         check_one_of("permutation.init", self.init, get_args(Init))
         check_one_of("permutation.straight_through", self.straight_through, get_args(StraightThrough))
-        check_one_of("permutation.temperature_every", self.temperature_every, get_args(TemperatureEvery))
+        check_one_of("permutation.conventions", self.conventions, get_args(Conventions))
         check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
-        check_one_of("permutation.sinkhorn_start", self.sinkhorn_start, get_args(SinkhornStart))
-        check_one_of("permutation.norm_over", self.norm_over, get_args(NormOver))
         self.check("permutation")
         check_whole("permutation.rounds", self.rounds, 1)
         check_temperature(self.temperature)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from permllm.permutation.lcp.settings import SinkhornStart
+SinkhornStart = Literal["exponential", "softmax"]
 
 
 def _dim(half: int) -> int:
