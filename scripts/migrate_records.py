@@ -55,6 +55,19 @@ GONE: dict[str, tuple[Any, ...]] = {
     "permutation.mask_temperature": (1.0,),
     "permutation.deal": ("random",),
     "temperature.end": (0.1,),
+    "export.format": ("dense",),
+    "permutation.rounds": (1,),
+    "permutation.gumbel": (0.0,),
+    "permutation.skip": (0,),
+    "mask.rounds": (1,),
+    "mask.skip": (0,),
+    "mask.orders": ("fixed",),
+    "mask.start": ("pruner",),
+    "mask.centered": (True,),
+    "mask.sweeps": (3,),
+    "mask.weights_learning_rate": (None,),
+    "reconstruction.average": (0.0,),
+    "reconstruction.columns": ("permuted",),
 }
 OF_THE_PAPER = {
     "normalize_saliency": False,
@@ -78,7 +91,6 @@ TARGETS = {
     "admm": "permllm.reconstruction.ADMM",
     "obs": "permllm.reconstruction.OBS",
     "distill": "permllm.reconstruction.Distill",
-    "block": "permllm.reconstruction.Block",
     "linear": "permllm.permutation.lcp.temperature.Linear",
 }
 NONE = {"permutation": "permllm.permutation.Identity", "reconstruction": "permllm.reconstruction.NoReconstruction"}
