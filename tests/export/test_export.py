@@ -301,17 +301,6 @@ def test_one_call_opens_what_an_export_wrote(tmp_path: Path) -> None:
     assert _python(code, tmp_path / "out").stdout == "SparseLlamaForCausalLM\n"
 
 
-def test_checkpoints_of_earlier_versions_are_known(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered"), tmp_path / "out")
-    file = tmp_path / "out" / "config.json"
-    text = file.read_text()
-    assert "import permllm.export before" in text
-    expected = logits(load(tmp_path / "out"))
-    file.write_text(text.replace("import permllm.export before", "import permllm before"))
-    assert torch.equal(logits(load(tmp_path / "out")), expected)
-
-
 WITHOUT_PERMLLM = """
 import sys
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -577,7 +577,9 @@ def online_run(number: int, *, state: str = "finished", group: str = "table6-1a2
         "model": {"name": changed.get("model", "llama-2-7b")},
         "sparsity": "2:4",
         "pruner": {"name": "wanda"},
-        "permutation": {"name": "lcp-paper", "block_size": block_size, "sinkhorn_iterations": 5},
+        "permutation": {"name": "lcp-paper", "uses": ["block_size"], "sinkhorn_iterations": 5},
+        "mask": {"name": "pruner"},
+        "reconstruction": {"name": "none"},
         "block_size": block_size,
         "seed": changed.get("seed", 0),
         "calibration": {"dataset": "c4"},
@@ -797,7 +799,6 @@ def specified(part: Any) -> dict[str, Any]:
 
 def test_groups_are_panel_keys_by_their_name() -> None:
     runs = [online_run(1), online_run(2)]
-    # A record says neither the usual mask nor where a setting has another name now.
     runs[1].config |= {"pruner": {"name": "ria"}, "mask": {"name": "refined"}}
     for run, length in zip(runs, (128, 64), strict=True):
         run.config["calibration"] = {"dataset": "c4", "seqlen": length}
