@@ -399,8 +399,8 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
         further = replace(config, calibration=calibration).further
         if further:
             raise ConfigError(
-                f"texts has {texts.shape[0]} windows of tokens, and {texts.shape[0] + further} are asked for: `samples` and "
-                "`skip` of the permutation, the mask and the reconstruction say how many are learned from"
+                f"texts has {texts.shape[0]} windows of tokens, and {texts.shape[0] + further} are asked for: `samples` of "
+                "the permutation, the mask and the reconstruction, and its `skip`, say how many are learned from"
             )
     mask = "" if config.mask["name"] == "pruner" else f"-{config.mask['name']}"
     methods = f"{config.pruner['name']}-{config.permutation['name']}{mask}"

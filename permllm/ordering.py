@@ -56,13 +56,9 @@ def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
         drawn: int64 `(samples, length)`, those of the calibration first.
         target: of the former, `(calibration samples, length, hidden)`.
     """
-    asked = {
-        number
-        for method in job.methods.learned.values()
-        for number in range(len(drawn))[windows_for(method, job.config.calibration.samples)]
-    }
-    further = torch.tensor(sorted(asked - set(range(len(target)))), dtype=torch.int64)
-    if not len(further):
+    asked = (windows_for(method, job.config.calibration.samples).stop for method in job.methods.learned.values())
+    further = slice(len(target), max(asked, default=0))
+    if further.stop <= further.start:
         return target
     whole = target.new_empty(len(drawn), *target.shape[1:])  # what nobody asks for is not even touched
     whole[: len(target)] = target

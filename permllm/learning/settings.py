@@ -24,8 +24,6 @@ class DescentSettings:
         steps: how many steps there are in all, over as many epochs as that takes; null is what `epochs` says.
         samples: windows of the calibration text to learn from: those of `calibration.samples` come first, further ones are
             drawn like them; null takes as many as `calibration.samples`.
-        skip: how many of these windows are passed over before, so that something learns from others than what learned before
-            it, or than the statistics are of. Where `calibration.sampling` lets windows overlap, text may come again.
         batch_size: samples a step.
         micro_batch_size: how many of them are computed at a time, to hold the activations of so few: their gradients add up to
             the same step. None computes all of a step's together.
@@ -36,7 +34,6 @@ class DescentSettings:
     epochs: int = 3
     steps: int | None = None
     samples: int | None = None
-    skip: int = 0
     batch_size: int = 4
     micro_batch_size: int | None = None
     activation_checkpointing: bool | None = None
@@ -49,7 +46,6 @@ class DescentSettings:
         for name in ("steps", "samples", "micro_batch_size"):
             if getattr(self, name) is not None:
                 check_whole(f"{group}.{name}", getattr(self, name), 1)
-        check_whole(f"{group}.skip", self.skip, 0)
 
 
 @dataclass(kw_only=True)

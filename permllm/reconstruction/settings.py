@@ -33,16 +33,21 @@ class DistillSettings(DescentSettings):
     """Settings of the distillation.
 
     Attributes:
+        skip: how many windows of the text are passed over before those that it learns from, so that it learns from others than
+            what learned before it, or than the statistics are of. Where `calibration.sampling` lets windows overlap, text may
+            come again.
         start: what the kept weights are before, linear by linear: `masked`, as the pruner left them; `obs` or `admm`, what
             `reconstruction=obs` or `reconstruction=admm` makes of them.
     """
 
     learning_rate: float = 1e-4
     epochs: int = 2
+    skip: int = 0
     start: Start = "masked"
 
     def __post_init__(self) -> None:
         self.check("reconstruction")
+        check_whole("reconstruction.skip", self.skip, 0)
         check_one_of("reconstruction.start", self.start, get_args(Start))
 
 
