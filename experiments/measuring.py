@@ -19,9 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, read_config, register_resolvers
+from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, digest_of, read_config, register_resolvers
 from permllm.errors import PermLLMError, one_line
-from permllm.identity import digest_of
 from permllm.nodes import register
 from permllm.record.cache_folder import choose_cache
 from permllm.record.environment import environment

@@ -27,7 +27,7 @@ from permllm.config import HYDRA_DEFAULTS, PerplexityConfig, RunConfig, conf_dir
 from permllm.data.calibration import calibration_tokens, windows_of
 from permllm.data.named import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
-from permllm.errors import ConfigError, DataError, first_line
+from permllm.errors import ConfigError, DataError, check_whole, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
@@ -47,7 +47,6 @@ from permllm.runtime.seeding import seed_everything
 from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
 from permllm.usage import options_of, refusal
-from permllm.validation import check_whole
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"

@@ -6,8 +6,13 @@ The groups `pruner`, `permutation`, `temperature`, `mask` and `reconstruction` s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from inspect import signature
@@ -15,17 +20,236 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from permllm.errors import ConfigError, PermLLMError, first_line, reason_of
-from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of, identity_of
-from permllm.inputs import input_digest, is_task_file, task_digest
-from permllm.pattern import NMPattern
-from permllm.validation import check_one_of, check_whole
+from permllm.errors import ConfigError, PermLLMError, check_one_of, check_whole, first_line, reason_of
 
 log = logging.getLogger(__name__)
+
+_POSSIBLE = "N:M needs 0 < N < M, such as 2:4, 4:8, 1:4 or 3:4"
+
+
+@dataclass(frozen=True)
+class NMPattern:
+    """Keep `n` of every `m` consecutive weights along the input channels."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ConfigError(f"{self}: {_POSSIBLE}")
+
+    @classmethod
+    def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
+        """Read `"N:M"`. Raises ConfigError, which names the setting `key`, when `text` has another form."""
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
+        if match is None:
+            raise ConfigError(f"{key}={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)")
+        if not 0 < int(match[1]) < int(match[2]):
+            raise ConfigError(f"{key}={text}: {_POSSIBLE}")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
+    """Raise ConfigError unless M divides `channels`, the number of input channels of `where`."""
+    if channels % pattern.m:
+        raise ConfigError(f"{pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}")
+
+
+def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level, keys joined by the separator; what is empty goes."""
+    flat: dict[str, Any] = {}
+    for key, part in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(part, separator, f"{name}{separator}") if isinstance(part, Mapping) else {name: part}
+    return flat
+
+
+def finite(value: Any) -> Any:
+    """The values without NaN and infinity, which JSON has not: None stands there."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Settings that do not change a pruned model; its identity leaves them out.
+_NOT_PART_OF_A_RUN = (
+    *("force", "plan", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
+    *("protocol", "budget", "method"),
+)
+# Of the model: under what it comes, and where its weights wait, which change nothing of it.
+_NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
+# Settings at the top that a permutation takes as arguments where its `uses` names them.
+FROM_THE_TOP = ("block_size", "temperature")
+# Among the digests of files (`inputs`), those that a model is evaluated on, and of these the text of the perplexity.
+_EVALUATED = "evaluation."
+_EVALUATED_FILE = "evaluation.perplexity.data_files"
+
+_DIGITS = 12
+
+
+def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of resolved settings that makes a pruned model.
+
+    Neither the names of this package's classes, which may move, nor what the permutation does not use are part of it.
+    """
+    identity = {key: value for key, value in resolved.items() if key not in _NOT_PART_OF_A_RUN}
+    if "inputs" in identity:
+        identity["inputs"] = {
+            key: digest for key, digest in (identity["inputs"] or {}).items() if not key.startswith(_EVALUATED)
+        }
+    if isinstance(identity.get("model"), Mapping):
+        identity["model"] = {key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL}
+        if str(identity["model"].get("device")).startswith("cuda:"):  # which of them is all one
+            identity["model"]["device"] = "cuda"
+    permutation = dict(identity.get("permutation") or {})
+    used = permutation.pop("uses", None) or []
+    identity["permutation"] = permutation
+    for key in FROM_THE_TOP:
+        if key not in used:
+            identity.pop(key, None)
+    return _without_classes(identity)
+
+
+def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of resolved settings that says how a model is evaluated: `perplexity`, `zero_shot`, `tasks`, where asked for.
+
+    Sizes of batches are not part of it, nor is where a file lies, but its name, which names the result, and its digest.
+    """
+    settings = resolved.get("evaluation") or {}
+    text, tasks = dict(settings.get("perplexity") or {}), dict(settings.get("zero_shot") or {})
+    digest = (resolved.get("inputs") or {}).get(_EVALUATED_FILE)
+    file = text.pop("data_files", None)
+    text.pop("batch_tokens", None)
+    tasks.pop("batch_size", None)
+    if file:
+        text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
+    found = {}
+    if text and (resolved.get("model") or {}).get("bos"):
+        text["bos"] = True
+    if file or text.get("dataset") is not None:
+        found["perplexity"] = text
+    if tasks.get("tasks"):
+        found["zero_shot"] = tasks
+    asked = {}
+    for name, task in (settings.get("tasks") or {}).items():
+        how = dict(task or {"num_fewshot": None, "limit": None})
+        how |= {key: value for key, value in tasks.items() if key == "add_bos_token" or (key, value) == ("source", "wheel")}
+        file = f"{_EVALUATED}tasks.{name}"
+        digest = (resolved.get("inputs") or {}).get(file, "of no file")
+        asked[str(name).rsplit("/", 1)[-1]] = how if digest == "of no file" else how | {"digest": digest}
+    if asked:
+        found["tasks"] = asked
+    return found
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Hexadecimal digest of settings."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+
+def _without_classes(value: Any) -> Any:
+    """The settings without the names of this package's classes; those of somebody else's say what they are."""
+    if not isinstance(value, Mapping):
+        return value
+    ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
+    return {key: _without_classes(part) for key, part in value.items() if not (key == "_target_" and ours)}
+
+
+# What of a definition names files.
+_NAMING = ("include", "dataset_path", "data_files", "data_dir")
+
+
+def input_digest(path: Path) -> str | None:
+    """A file's sha256; of a run directory that of its order; of another folder, names, sizes and times; None for nothing."""
+    if (path / "permutations.safetensors").is_file():
+        path = path / "permutations.safetensors"
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.is_dir():
+        listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return None
+
+
+def is_task_file(name: str) -> bool:
+    """Whether the name of a task of lm-eval is the path of a YAML that defines one."""
+    return name.endswith((".yaml", ".yml"))
+
+
+@dataclass(frozen=True)
+class TaskFunction:
+    """A function of a module beside a definition, `!function module.name`."""
+
+    name: str
+
+
+class TaskDefinition(yaml.SafeLoader):
+    """Reads a definition of a task: what `!function` names is a `TaskFunction`, what stands under other tags is None."""
+
+
+TaskDefinition.add_multi_constructor("!", lambda loader, suffix, node: None)
+TaskDefinition.add_constructor(
+    "!function", lambda loader, node: TaskFunction(str(node.value)) if isinstance(node, yaml.ScalarNode) else None
+)
+
+
+def task_digest(definition: Path) -> str | None:
+    """What changes when a task of one's own does: its YAML's sha256, or one of that and of all that it names.
+
+    Named are definitions that it includes, modules of its functions, and data (`dataset_path`, and in `dataset_kwargs`
+    `data_files`, which may be patterns, and `data_dir`): files beside the definition or in the working directory, and all that
+    lies in such folders. None where there is no YAML.
+    """
+    files: dict[Path, None] = {}
+    _add_files(definition, files)
+    digests = [input_digest(file) for file in files]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _add_files(definition: Path, files: dict[Path, None]) -> None:
+    if definition in files or not definition.is_file():
+        return
+    files[definition] = None
+    try:
+        found = yaml.load(definition.read_text(encoding="utf-8"), Loader=TaskDefinition)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return  # which is said where the task is read
+    for name in _named(found):
+        for place in (definition.parent / name, Path(name)):
+            with suppress(OSError, ValueError):  # a text that is no path
+                if is_task_file(name):
+                    _add_files(place, files)
+                    continue
+                found_there = sorted(place.parent.glob(place.name)) if "*" in place.name else [place]
+                inside = (sorted(one.rglob("*")) if one.is_dir() else [one] for one in found_there)
+                files.update(dict.fromkeys(file for one in inside for file in one if file.is_file()))
+
+
+def _named(value: Any, naming: bool = False) -> Iterator[str]:
+    """Paths that a part of a definition may name, whether they are there or not."""
+    if isinstance(value, TaskFunction):
+        yield f"{value.name.rpartition('.')[0]}.py"
+    elif isinstance(value, str) and naming:
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _named(part, naming or key in _NAMING)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _named(part, naming)
+
 
 # Hydra 1.4 has one set of defaults alone, and wants to know which classes settings may name: any, as in 1.3, for they are
 # typed or written by whoever starts the job.

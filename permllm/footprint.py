@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.gram import Gram
-from permllm.config import PLACEMENTS, RunConfig
+from permllm.config import PLACEMENTS, NMPattern, RunConfig
 from permllm.learning.training import KEPT_ON_A_HOST, kept_a_token, steps_of
 from permllm.mask.contract import MaskPlan
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.models.losses import chunk_of
 from permllm.models.patterns import groups_to_prune
-from permllm.pattern import NMPattern
 from permllm.permutation.contract import planned_orders
 from permllm.runtime import parallel
 from permllm.runtime.memory import host_memory

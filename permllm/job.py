@@ -16,7 +16,7 @@ from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import InputStatistic
 from permllm.config import ExportConfig, RunConfig, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_contract, check_one_of, check_whole
 from permllm.export.checkpoint import Request
 from permllm.footprint import FITS, Footprint, placements
 from permllm.learning.settings import LearningSettings
@@ -37,7 +37,6 @@ from permllm.record.progress import Progress
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity import check_divides
-from permllm.validation import check_contract, check_one_of, check_whole
 
 log = logging.getLogger(__name__)
 

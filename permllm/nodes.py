@@ -12,8 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
-from permllm.config import BudgetConfig, EvaluationConfig, ModelConfig, RunConfig
-from permllm.identity import FROM_THE_TOP
+from permllm.config import FROM_THE_TOP, BudgetConfig, EvaluationConfig, ModelConfig, RunConfig
 from permllm.mask.settings import LowRankSettings, RefinedSettings, ScoreSettings
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear

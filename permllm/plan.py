@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from permllm.config import NMPattern
 from permllm.footprint import FITS, Footprint, placements
 from permllm.models.families import ChannelGroup
-from permllm.pattern import NMPattern
 from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.runtime.speed import copy_rate, product_rate

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from permllm.pattern import NMPattern, check_divides
+from permllm.config import NMPattern, check_divides
 
 __all__ = [
     "NMPattern",

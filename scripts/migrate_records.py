@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from permllm.config import (
+    FROM_THE_TOP,
     CalibrationConfig,
     ExportConfig,
     LoggerConfig,
@@ -25,8 +26,9 @@ from permllm.config import (
     PerplexityConfig,
     RunConfig,
     ZeroShotConfig,
+    digest_of,
+    evaluation_of,
 )
-from permllm.identity import FROM_THE_TOP, digest_of, evaluation_of
 from permllm.nodes import SETTINGS
 from permllm.record.files import write_record_lines
 from permllm.record.names import SCHEMA_VERSION

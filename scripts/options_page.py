@@ -20,8 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from permllm import config  # noqa: E402
-from permllm.identity import FROM_THE_TOP  # noqa: E402
-from permllm.nested import flatten  # noqa: E402
+from permllm.config import FROM_THE_TOP, flatten  # noqa: E402
 from permllm.nodes import SETTINGS  # noqa: E402
 from permllm.usage import options_of  # noqa: E402
 

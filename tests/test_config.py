@@ -13,9 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
+from permllm.config import RunConfig, digest_of, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
-from permllm.identity import digest_of
 from permllm.job import methods_of
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model

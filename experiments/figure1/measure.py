@@ -25,7 +25,7 @@ from permllm.calibration.statistics.gram import Gram
 from permllm.config import RunConfig, instantiate
 from permllm.data.calibration import calibration_tokens
 from permllm.data.named import calibration_text
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_whole
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.loading import load_model
 from permllm.models.patterns import groups_to_prune
@@ -33,7 +33,6 @@ from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import heuristic_order
 from permllm.runtime.precision import compute_dtype
 from permllm.sparsity import NMPattern, check_divides, nm_mask, permuted_nm_mask, retained_saliency
-from permllm.validation import check_whole
 
 # How each kind of order is called, and drawn.
 _LABELS = {

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.measuring import main
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import RunConfig
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_whole
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.learning.problem import LearningProblem
 from permllm.learning.training import Moment, Training, Window
@@ -43,7 +43,6 @@ from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_me
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
 from permllm.sparsity import NMPattern
-from permllm.validation import check_whole
 
 # Tokens of each sequence of a step.
 SEQUENCE = 128

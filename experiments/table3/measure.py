@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
 from permllm.config import RunConfig
+from permllm.errors import check_whole
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import meta_model
 from permllm.runtime.timing import interleaved
 from permllm.sparsity import NMPattern, nm_mask
-from permllm.validation import check_whole
 
 _PATTERN = NMPattern(2, 4)
 # The paper's rows, by the places of their channel groups in a layer: attention input and output, MLP input and output.

@@ -19,8 +19,8 @@ from importlib import import_module
 from typing import Any
 
 from permllm.commands.answer import Answer
+from permllm.config import finite
 from permllm.errors import PermLLMError, one_line
-from permllm.nested import finite
 from permllm.runtime.interruption import starting
 from permllm.runtime.tool import run_tool
 from permllm.version import __version__

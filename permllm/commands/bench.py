@@ -16,10 +16,9 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.commands.answer import Answer
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_whole
 from permllm.export.bench import LAYER_COLUMNS, measure
 from permllm.runtime.terminal import terminal
-from permllm.validation import check_whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,7 @@ from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data import texts
 from permllm.data.text_file import TextFile
 from permllm.data.texts.base import Text
-from permllm.errors import ConfigError, first_line
-from permllm.validation import check_contract, check_one_of, check_whole
+from permllm.errors import ConfigError, check_contract, check_one_of, check_whole, first_line
 
 _FILE = "text"
 _NO_TEXT = "base"

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig
+from permllm.config import EvaluationConfig, TaskConfig, TaskDefinition, ZeroShotConfig, is_task_file
 from permllm.data.hub import hub_access
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.evaluation.zero_shot import (
@@ -23,7 +23,6 @@ from permllm.evaluation.zero_shot import (
     task_manager,
     write_wheel_tasks,
 )
-from permllm.inputs import TaskDefinition, is_task_file
 
 
 def task_label(name: str) -> str:

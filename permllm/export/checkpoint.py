@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from permllm.config import DTYPES, ModelConfig
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, check_number, check_one_of
 from permllm.export.card import model_card, model_notice
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
 from permllm.export.transformers_classes import sparse_config
@@ -33,7 +33,6 @@ from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedMod
 from permllm.record.shards import write_shards
 from permllm.record.tensor_file import read_header
 from permllm.sparsity import NMPattern
-from permllm.validation import check_number, check_one_of
 
 log = logging.getLogger(__name__)
 

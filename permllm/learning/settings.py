@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
-from permllm.errors import ConfigError
-from permllm.validation import check_number, check_one_of, check_whole
+from permllm.errors import ConfigError, check_number, check_one_of, check_whole
 
 Loss = Literal["cosine", "mse", "kl"]
 StraightThrough = Literal["swap", "hard", "soft"]

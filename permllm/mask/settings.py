@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_number, check_one_of, check_whole
 from permllm.learning.settings import LearningSettings
-from permllm.validation import check_number, check_one_of, check_whole
 
 Orders = Literal["fixed", "together", "turns", "searched"]
 Start = Literal["pruner", "refined"]

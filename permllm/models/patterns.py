@@ -12,10 +12,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from permllm.config import RunConfig
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError, DataError
 from permllm.models.families import ChannelGroup, channel_groups
-from permllm.pattern import NMPattern
 
 DENSE = "dense"
 """Where a record names patterns by linear: one that was not pruned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from permllm.validation import check_one_of
+from permllm.errors import check_one_of
 
 Constraint = Literal["free", "foldable"]
 

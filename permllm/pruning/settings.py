@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from permllm.validation import check_number
+from permllm.errors import check_number
 
 
 @dataclass(frozen=True)

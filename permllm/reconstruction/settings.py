@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from permllm.errors import check_number, check_one_of, check_whole
 from permllm.learning.settings import DescentSettings
-from permllm.validation import check_number, check_one_of, check_whole
 
 Start = Literal["masked", "obs", "admm"]
 

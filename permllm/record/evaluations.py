@@ -1,7 +1,7 @@
 """A pruned model may be evaluated in several ways, and its record holds all of them.
 
 The one that was asked for last stands at the top of `metrics.json`: how it was made under `evaluation`
-(`permllm.identity.evaluation_of`), its results under `perplexity`, `zero_shot` and `tasks`, the digest of its text in `texts`
+(`permllm.config.evaluation_of`), its results under `perplexity`, `zero_shot` and `tasks`, the digest of its text in `texts`
 (of several, a digest of each by its name), its settings in `protocol`. The others have the same keys in their entries of
 `other_evaluations`, and `finished`.
 """
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from permllm.identity import digest_of
+from permllm.config import digest_of
 
 _OTHERS, _FINISHED = "other_evaluations", "finished"
 _OWN = ("evaluation", "evaluation_hash", "perplexity", "zero_shot", "tasks")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from permllm.nested import flatten
+from permllm.config import flatten
 from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, others, task_label
 from permllm.runtime.terminal import terminal
 

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from permllm.config import RunConfig
+from permllm.config import RunConfig, flatten
 from permllm.errors import ConfigError, first_line
-from permllm.nested import flatten
 from permllm.record import sweep
 from permllm.record.files import write_text
 

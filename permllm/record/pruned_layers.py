@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
-from permllm.pattern import NMPattern
 from permllm.record.names import PRUNED_LAYERS
 from permllm.record.pruned import Group
 from permllm.record.run_tensors import check_mask, check_order

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError, DataError
-from permllm.pattern import NMPattern
 
 Schema = TypeVar("Schema")
 
@@ -159,7 +159,7 @@ class EvaluationScores(TypedDict):
 
 
 class Scores(TypedDict):
-    """`scores.json`: by the digest of the evaluation (`permllm.identity.evaluation_of`)."""
+    """`scores.json`: by the digest of the evaluation (`permllm.config.evaluation_of`)."""
 
     evaluations: dict[str, EvaluationScores]
 
@@ -209,7 +209,7 @@ class Protocol(TypedDict):
 
 
 class Evaluated(TypedDict):
-    """How a model was evaluated, in `metrics.json` (`permllm.identity.evaluation_of`)."""
+    """How a model was evaluated, in `metrics.json` (`permllm.config.evaluation_of`)."""
 
     perplexity: NotRequired[Object]
     zero_shot: NotRequired[Object]

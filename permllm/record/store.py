@@ -14,10 +14,8 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from permllm.config import RunConfig
+from permllm.config import RunConfig, flatten, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.identity import identity_of
-from permllm.nested import flatten
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
 from permllm.record.names import (
@@ -445,7 +443,7 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
 
     Args:
         directory: of the run.
-        evaluation: that it must hold (`permllm.identity.evaluation_of`); None asks for none.
+        evaluation: that it must hold (`permllm.config.evaluation_of`); None asks for none.
     """
     try:
         metrics = read_json(directory / METRICS, Metrics)

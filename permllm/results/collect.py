@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from permllm.config import identity_of
 from permllm.errors import ConfigError, DataError
-from permllm.identity import identity_of
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, read_json, read_json_lines, read_record_lines, read_yaml
 from permllm.record.names import CONFIG, ENVIRONMENT, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION, SCORES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from permllm.nested import flatten
+from permllm.config import flatten
 from permllm.record import evaluations
 from permllm.record.names import ENVIRONMENT
 from permllm.results.collect import Run

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from permllm.nested import finite
+from permllm.config import finite
 from permllm.results import cost
 from permllm.results.collect import Collection
 from permllm.results.details import details

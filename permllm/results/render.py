@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from permllm.config import finite
 from permllm.errors import ConfigError
-from permllm.nested import finite
 from permllm.results.compare import Paired, change_between, paired
 from permllm.results.published import Comparison
 from permllm.results.summary import GAP, Measure, Row, Summary, close_gaps, one_start, row_labels, shared_perplexities

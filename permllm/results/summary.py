@@ -12,8 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from permllm.identity import digest_of, identity_of
-from permllm.nested import flatten
+from permllm.config import digest_of, flatten, identity_of
 from permllm.record import evaluations
 from permllm.record.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
 from permllm.record.figures import PRUNING_STAGES

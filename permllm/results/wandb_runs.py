@@ -13,9 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from permllm.config import evaluation_of, flatten, identity_of
 from permllm.errors import ConfigError, DataError
-from permllm.identity import evaluation_of, identity_of
-from permllm.nested import flatten
 from permllm.record.names import SCHEMA_VERSION
 from permllm.record.schema import FinishedRun, Object, Settings, validated
 from permllm.results.collect import Run

@@ -13,8 +13,7 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from permllm.config import HYDRA_DEFAULTS, conf_directory, register_resolvers
-from permllm.nested import flatten
+from permllm.config import HYDRA_DEFAULTS, conf_directory, flatten, register_resolvers
 from permllm.nodes import register
 from permllm.record.names import RECORDS
 from permllm.results.collect import Run, collect

@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 from permllm import runner
-from permllm.config import TaskConfig, ZeroShotConfig, read_config
+from permllm.config import TaskConfig, ZeroShotConfig, digest_of, read_config, task_digest
 from permllm.errors import ConfigError
 from permllm.evaluation import measure
 from permllm.evaluation.tasks import run_task, task_label
-from permllm.identity import digest_of
-from permllm.inputs import task_digest
 from permllm.models.loading import LoadedModel, load_model
 from permllm.record.figures import result_rows
 from permllm.record.files import read_json

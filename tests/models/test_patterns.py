@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.patterns import DENSE, differing_patterns, pruned_groups, recorded_groups
-from permllm.pattern import NMPattern
 from tests.conftest import tiny_model
 
 PATTERN = NMPattern(2, 4)

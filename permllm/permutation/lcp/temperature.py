@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from permllm.validation import check_number
+from permllm.errors import check_number
 
 
 @dataclass(frozen=True)
