@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from permllm.version import __version__
+from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
     from permllm.api import Pruned, load, perplexity, prune, save

@@ -79,23 +79,26 @@ OF_THE_PAPER = {
 }
 CLASSES = {"lcp-paper": "lcp"}
 TARGETS = {
-    "wanda": "permllm.pruning.Wanda",
-    "ria": "permllm.pruning.RIA",
-    "sparsegpt": "permllm.pruning.SparseGPT",
-    "magnitude": "permllm.pruning.Magnitude",
-    "heuristic": "permllm.permutation.Heuristic",
-    "from_file": "permllm.permutation.FromFile",
-    "lcp": "permllm.permutation.LCP",
-    "pruner": "permllm.mask.PrunerMask",
-    "score": "permllm.mask.ScoreMask",
-    "lowrank": "permllm.mask.LowRankMask",
-    "refined": "permllm.mask.RefinedMask",
-    "admm": "permllm.reconstruction.ADMM",
-    "obs": "permllm.reconstruction.OBS",
-    "distill": "permllm.reconstruction.Distill",
+    "wanda": "permllm.pruning.wanda.Wanda",
+    "ria": "permllm.pruning.ria.RIA",
+    "sparsegpt": "permllm.pruning.sparsegpt.SparseGPT",
+    "magnitude": "permllm.pruning.magnitude.Magnitude",
+    "heuristic": "permllm.permutation.heuristic.Heuristic",
+    "from_file": "permllm.permutation.from_file.FromFile",
+    "lcp": "permllm.permutation.lcp.method.LCP",
+    "pruner": "permllm.mask.pruner.PrunerMask",
+    "score": "permllm.mask.score.ScoreMask",
+    "lowrank": "permllm.mask.lowrank.LowRankMask",
+    "refined": "permllm.mask.refined.RefinedMask",
+    "admm": "permllm.reconstruction.admm.ADMM",
+    "obs": "permllm.reconstruction.obs.OBS",
+    "distill": "permllm.reconstruction.distill.Distill",
     "linear": "permllm.permutation.lcp.temperature.Linear",
 }
-NONE = {"permutation": "permllm.permutation.Identity", "reconstruction": "permllm.reconstruction.NoReconstruction"}
+NONE = {
+    "permutation": "permllm.permutation.identity.Identity",
+    "reconstruction": "permllm.reconstruction.base.NoReconstruction",
+}
 
 
 def renamed(settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from permllm.commands import COMMANDS, call, main
-from permllm.version import __version__
+from permllm.runtime.version import __version__
 from tests.conftest import ROOT, run_module, run_python
 
 WITH_ANSWERS = [name for name in COMMANDS if name != "run"]

@@ -1,4 +1,4 @@
-"""The version stands in `permllm/version.py`; what repeats it says the same."""
+"""The version stands in `permllm/runtime/version.py`; what repeats it says the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tomllib
 
 import yaml
 
-from permllm.version import __version__
+from permllm.runtime.version import __version__
 from tests.conftest import ROOT
 
 

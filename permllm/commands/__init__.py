@@ -23,7 +23,7 @@ from permllm.config import finite
 from permllm.errors import PermLLMError, one_line
 from permllm.runtime.interruption import starting
 from permllm.runtime.tool import run_tool
-from permllm.version import __version__
+from permllm.runtime.version import __version__
 
 COMMANDS = {
     "run": "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",

@@ -24,7 +24,7 @@ from permllm.errors import DataError
 from permllm.models.checkpoint import META, TRIPWIRES, check_checkpoint, check_values
 from permllm.models.families import channel_groups, family_names
 from permllm.models.structure import causal_types
-from permllm.version import __version__
+from permllm.runtime.version import __version__
 
 # No name to install: nobody vouches for what a package index has under it.
 _HINT = "make a checkout of the project importable and import permllm.export before loading this checkpoint"

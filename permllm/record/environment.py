@@ -19,7 +19,7 @@ import torch
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.precision import multiplies_bfloat16
-from permllm.version import __version__
+from permllm.runtime.version import __version__
 
 _PACKAGES = (
     "torch",
