@@ -23,7 +23,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
-from permllm.config import HYDRA_DEFAULTS, PerplexityConfig, RunConfig, conf_directory, read_config, register_resolvers
+from permllm.config import (
+    HYDRA_DEFAULTS,
+    NMPattern,
+    PerplexityConfig,
+    RunConfig,
+    conf_directory,
+    read_config,
+    register_resolvers,
+)
 from permllm.data.calibration import calibration_tokens, windows_of
 from permllm.data.named import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
@@ -44,7 +52,6 @@ from permllm.record.progress import Progress
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
-from permllm.sparsity import NMPattern
 from permllm.stages import figures, prune_model
 from permllm.usage import options_of, refusal
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from permllm.calibration.dense import Pruner
 from permllm.calibration.statistics.base import InputStatistic
-from permllm.config import ExportConfig, RunConfig, instantiate, instantiate_permutation
+from permllm.config import ExportConfig, RunConfig, check_divides, instantiate, instantiate_permutation
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError, check_contract, check_one_of, check_whole
 from permllm.export.checkpoint import Request
@@ -36,7 +36,6 @@ from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
-from permllm.sparsity import check_divides
 
 log = logging.getLogger(__name__)
 

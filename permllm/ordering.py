@@ -14,7 +14,7 @@ from torch import Tensor
 
 from permllm.calibration.dense import DenseCalibration, NormOver, Pruner
 from permllm.calibration.shared import shared_calibration, shared_target
-from permllm.config import RunConfig, windows_learned_from
+from permllm.config import NMPattern, RunConfig, windows_learned_from
 from permllm.errors import ConfigError
 from permllm.helping import call_helpers
 from permllm.job import Job
@@ -31,7 +31,6 @@ from permllm.record.progress import Progress
 from permllm.record.pruned import linear_shapes
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern
 
 # In a line of the history where masks learn.
 _MASKS = "mask_flips"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from permllm.calibration.dense import Pruner, by_layer, collecting, member_factors
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.calibration.statistics.base import InputStatistics
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream, last_states
 from permllm.models.families import ChannelGroup, linear_at
@@ -27,10 +28,11 @@ from permllm.reconstruction.base import (
     Reconstruction,
     trains_network,
 )
+from permllm.record.masks import PackedMasks, violations
 from permllm.record.pruned_layers import FoundLayer, PrunedLayers
 from permllm.record.tensor_file import read_tensor
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern, PackedMasks, permuted_nm_mask, saliency_sum, violations
+from permllm.sparsity import permuted_nm_mask, saliency_sum
 
 
 @dataclass

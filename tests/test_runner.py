@@ -26,11 +26,11 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import load_model
 from permllm.record.figures import flat_figures
 from permllm.record.files import read_json
+from permllm.record.masks import violations
 from permllm.record.run_tensors import read_masks, write_masks
 from permllm.record.schema import Environment, Metrics
 from permllm.record.store import RunRecord
 from permllm.runtime.interruption import Terminated
-from permllm.sparsity import violations
 from tests.test_config import composed
 
 

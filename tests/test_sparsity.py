@@ -7,17 +7,10 @@ import itertools
 import pytest
 import torch
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
-from permllm.sparsity import (
-    NMPattern,
-    PackedMasks,
-    keep_largest,
-    nm_mask,
-    permuted_nm_mask,
-    ranks_of,
-    retained_saliency,
-    violations,
-)
+from permllm.record.masks import PackedMasks, violations
+from permllm.sparsity import keep_largest, nm_mask, permuted_nm_mask, ranks_of, retained_saliency
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (8, 32)]
 

@@ -22,7 +22,7 @@ from permllm.calibration.dense import layer_statistics, member_factors
 from permllm.calibration.saliency import saliency
 from permllm.calibration.statistics.base import Statistics
 from permllm.calibration.statistics.gram import Gram
-from permllm.config import RunConfig, instantiate
+from permllm.config import NMPattern, RunConfig, check_divides, instantiate
 from permllm.data.calibration import calibration_tokens
 from permllm.data.named import calibration_text
 from permllm.errors import ConfigError, check_whole
@@ -32,7 +32,7 @@ from permllm.models.patterns import groups_to_prune
 from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import heuristic_order
 from permllm.runtime.precision import compute_dtype
-from permllm.sparsity import NMPattern, check_divides, nm_mask, permuted_nm_mask, retained_saliency
+from permllm.sparsity import nm_mask, permuted_nm_mask, retained_saliency
 
 # How each kind of order is called, and drawn.
 _LABELS = {

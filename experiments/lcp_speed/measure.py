@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
 from permllm.calibration.saliency import SaliencyFactors, saliency
-from permllm.config import RunConfig
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError, check_whole
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.learning.problem import LearningProblem
@@ -42,7 +42,6 @@ from permllm.record.names import CHECKPOINT
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
-from permllm.sparsity import NMPattern
 
 # Tokens of each sequence of a step.
 SEQUENCE = 128

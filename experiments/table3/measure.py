@@ -22,13 +22,13 @@ from torch.sparse import to_sparse_semi_structured
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
-from permllm.config import RunConfig
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import check_whole
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.loading import meta_model
 from permllm.runtime.timing import interleaved
-from permllm.sparsity import NMPattern, nm_mask
+from permllm.sparsity import nm_mask
 
 _PATTERN = NMPattern(2, 4)
 # The paper's rows, by the places of their channel groups in a layer: attention input and output, MLP input and output.

@@ -21,11 +21,11 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.commands.answer import Answer
+from permllm.config import NMPattern
 from permllm.errors import printable
 from permllm.export.stock import stock_perplexity
 from permllm.export.verify import Report, verify
 from permllm.runtime.terminal import terminal
-from permllm.sparsity import NMPattern
 
 FAILED = 2
 _SHOWN = 20

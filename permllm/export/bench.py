@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError, DataError
 from permllm.export.transformers_classes import gathered_modules
 from permllm.export.verify import Stated, stated_patterns
@@ -34,10 +35,10 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.record.environment import hardware, versions
+from permllm.record.masks import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory, return_freed_memory
 from permllm.runtime.timing import interleaved
-from permllm.sparsity import NMPattern, violations
 
 _TWO_OF_FOUR = NMPattern(2, 4)
 # Of a row of the first layer: seconds.

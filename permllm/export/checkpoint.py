@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from permllm.config import DTYPES, ModelConfig
+from permllm.config import DTYPES, ModelConfig, NMPattern
 from permllm.errors import ConfigError, DataError, check_number, check_one_of
 from permllm.export.card import model_card, model_notice
 from permllm.export.stored_order import FORMS, StoredOrder, stored_order
@@ -32,7 +32,6 @@ from permllm.record.pruned import Pruned
 from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
 from permllm.record.shards import write_shards
 from permllm.record.tensor_file import read_header
-from permllm.sparsity import NMPattern
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.patterns import recorded_groups
@@ -15,7 +16,6 @@ from permllm.record.files import read_json
 from permllm.record.names import METRICS, WEIGHTS
 from permllm.record.pruned import Pruned
 from permllm.record.schema import Metrics
-from permllm.sparsity import NMPattern
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import SUMMARY
 from permllm.models.checkpoint import (
@@ -34,10 +35,10 @@ from permllm.models.checkpoint import (
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.patterns import DENSE
 from permllm.record.files import read_json
+from permllm.record.masks import violations
 from permllm.record.run_tensors import check_order
 from permllm.record.schema import ExportSummary, TensorEntry
 from permllm.record.tensor_file import check_file, read_tensor
-from permllm.sparsity import NMPattern, violations
 
 _SEQUENCES, _LENGTH = 4, 64
 

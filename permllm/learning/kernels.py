@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.saliency import SaliencyFactors, saliency_t
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
 from permllm.models.families import ChannelGroup
 from permllm.runtime.compiling import usable
 from permllm.runtime.precision import product_dtype
-from permllm.sparsity import NMPattern, keep_largest, keep_largest_of, ranks_of
+from permllm.sparsity import keep_largest, keep_largest_of, ranks_of
 
 # Weights times steps. Compiling takes 10 to 20 s and saves some 100 ns a weight and step on two cores; with wide groups one or
 # two minutes, and saves half of that.

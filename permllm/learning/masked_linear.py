@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from permllm.config import NMPattern
 from permllm.learning.kernels import EAGER, Kernels
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
@@ -47,7 +48,7 @@ from permllm.learning.stacks import BlockStack
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
 from permllm.runtime.precision import product, product_dtype, products_as_they_are
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 
 StandIn = TypeVar("StandIn", bound=nn.Module)
 

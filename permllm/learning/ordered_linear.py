@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors, saliency_t
+from permllm.config import NMPattern
 from permllm.learning.kernels import EAGER, Kernels
 from permllm.learning.masked_linear import standing_in
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
 from permllm.models.families import ChannelGroup
 from permllm.runtime.precision import product, product_dtype
-from permllm.sparsity import NMPattern, nm_mask
+from permllm.sparsity import nm_mask
 
 
 class _OrderedMaskedLinear(torch.autograd.Function):

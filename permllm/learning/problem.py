@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.config import NMPattern
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
-from permllm.sparsity import NMPattern
 
 
 @dataclass

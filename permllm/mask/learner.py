@@ -15,8 +15,8 @@ from permllm.learning.ordered_linear import OrderedMaskedLinear
 from permllm.learning.scores import Scores
 from permllm.learning.training import Learner, Moment
 from permllm.models.families import ChannelGroup
+from permllm.record.masks import packed_mask, unpacked_mask
 from permllm.record.run_tensors import check_order
-from permllm.sparsity import packed_mask, unpacked_mask
 
 
 class MaskLearner(Learner, Generic[StandIn]):

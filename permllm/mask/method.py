@@ -34,9 +34,10 @@ from permllm.permutation.heuristic import Search, search_of, searched
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.method import LCP
 from permllm.permutation.shared import SharedOrder, expanded, orders_within, shared_orders
+from permllm.record.masks import PackedMasks, unpacked_mask
 from permllm.record.names import MASK_CHECKPOINT
 from permllm.runtime import parallel
-from permllm.sparsity import PackedMasks, permuted_nm_mask, unpacked_mask
+from permllm.sparsity import permuted_nm_mask
 
 ScoresOf: TypeAlias = dict[str, dict[str, Tensor]]
 """Parameters of scores by the path of a linear and their name, channels in the dense model's order."""

@@ -20,14 +20,16 @@ from tqdm.auto import tqdm
 from permllm.calibration.dense import collecting
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gram import Gram
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.mask.contract import FoundMasks
 from permllm.mask.settings import RefinedSettings
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
+from permllm.record.masks import PackedMasks, packed_mask
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern, PackedMasks, packed_mask, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
 _BLOCK = 64

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import Constraint
-from permllm.sparsity import NMPattern, is_permutation
+from permllm.record.masks import is_permutation
 
 
 class Permutation(Protocol):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import FromFileSettings
 from permllm.permutation.shared import foldable
 from permllm.record.run_tensors import read_orders
-from permllm.sparsity import NMPattern
 
 
 @dataclass

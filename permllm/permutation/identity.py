@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permllm.sparsity import NMPattern
+from permllm.config import NMPattern
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.learning.stacks import BlockStack, split_blocks
 from permllm.models.families import ChannelGroup
 from permllm.permutation.settings import Constraint
-from permllm.sparsity import NMPattern
 
 RESIDUAL = "residual_stream"
 

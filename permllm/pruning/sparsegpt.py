@@ -10,9 +10,10 @@ from torch import Tensor
 from permllm.calibration.saliency import SaliencyFactors
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gram import Gram
+from permllm.config import NMPattern, check_divides
 from permllm.errors import TrainingError
 from permllm.pruning.settings import SparseGPTSettings
-from permllm.sparsity import NMPattern, check_divides, keep_largest
+from permllm.sparsity import keep_largest
 
 _COLUMNS_AT_A_TIME = 128
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from permllm.calibration.statistics.base import InputStatistics, Statistics
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
-from permllm.sparsity import NMPattern
 
 
 @dataclass(frozen=True)

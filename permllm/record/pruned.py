@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.record.names import MASKS, PERMUTATIONS, WEIGHTS
 from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader
-from permllm.sparsity import NMPattern
 
 
 class Group(Protocol):

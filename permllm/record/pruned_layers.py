@@ -16,13 +16,13 @@ from typing_extensions import TypedDict
 
 from permllm.config import NMPattern
 from permllm.errors import DataError
+from permllm.record.masks import PackedMasks
 from permllm.record.names import PRUNED_LAYERS
 from permllm.record.pruned import Group
 from permllm.record.run_tensors import check_mask, check_order
 from permllm.record.schema import Positive, Whole, validated
 from permllm.record.tensor_file import read_header, read_tensors
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import PackedMasks
 
 log = logging.getLogger(__name__)
 

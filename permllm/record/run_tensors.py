@@ -16,11 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
+from permllm.record.masks import PackedMasks, is_permutation, unpacked_mask, violations
 from permllm.record.schema import Positive, validated
 from permllm.record.tensor_file import check_file, read_header, read_tensor, read_tensors
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import NMPattern, PackedMasks, is_permutation, unpacked_mask, violations
 
 _SHAPES = "shapes"
 _Shapes = dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]]

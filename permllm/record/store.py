@@ -14,10 +14,11 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from permllm.config import RunConfig, flatten, identity_of
+from permllm.config import NMPattern, RunConfig, flatten, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.record import evaluations
 from permllm.record.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
+from permllm.record.masks import PackedMasks
 from permllm.record.names import (
     BEST_SO_FAR,
     CHECKPOINT,
@@ -43,7 +44,6 @@ from permllm.record.run_tensors import check_mask, mask_reader, read_orders, wei
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, validated
 from permllm.record.tensor_file import read_header
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import NMPattern, PackedMasks
 
 log = logging.getLogger(__name__)
 

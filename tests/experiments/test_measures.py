@@ -14,8 +14,8 @@ from experiments.figure1.measure import Layer, swaps
 from experiments.lcp_speed.measure import DensePermutedLinear
 from experiments.measuring import add_record
 from permllm.calibration.saliency import SaliencyFactors
+from permllm.config import NMPattern
 from permllm.record.schema import Environment, Settings, validated
-from permllm.sparsity import NMPattern
 from tests.conftest import run_python
 from tests.kept import EXPERIMENTS, lines_of
 

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from permllm.commands import call
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, why_dense, without_gathers
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import Stated
 from permllm.models.families import channel_groups, linear_at
-from permllm.sparsity import NMPattern
 from tests.conftest import run_module, tiny_model
 from tests.export.test_export import logits, make_run, variant_model
 

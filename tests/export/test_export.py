@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 
 import permllm
-from permllm.config import ModelConfig
+from permllm.config import ModelConfig, NMPattern
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.rebuild import apply_record
@@ -26,10 +26,11 @@ from permllm.models.loading import folder_identity
 from permllm.models.patterns import differing_patterns, pruned_groups
 from permllm.permutation.shared import expanded, shared_orders
 from permllm.record.files import write_record, write_text
+from permllm.record.masks import violations
 from permllm.record.run_tensors import write_masks
 from permllm.record.tensor_file import check_file, read_header
 from permllm.record.tensors import write_tensors
-from permllm.sparsity import NMPattern, permuted_nm_mask, violations
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import FAMILY_SETTINGS, tiny_config
 from tests.permutation.test_shared import random_order
 

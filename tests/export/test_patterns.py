@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
 from permllm.record.files import read_json, write_record
 from permllm.record.schema import Object
-from permllm.sparsity import NMPattern
 from tests.export.test_export import load, logits, make_run, reference, relative, variant_model
 
 # A layer, a member of a group, and a group of the residual stream stay dense; a group has another M.

@@ -14,11 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from permllm import runner
 from permllm.commands import call
-from permllm.config import read_config
+from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
-from permllm.sparsity import NMPattern
 from tests.conftest import run_module
 from tests.export.test_export import make_run, variant_model
 from tests.test_config import composed

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from permllm import runner
-from permllm.config import read_config
+from permllm.config import NMPattern, read_config
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.permutation.lcp.assignment import device_solver, harden
-from permllm.sparsity import NMPattern
 from tests.test_config import composed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

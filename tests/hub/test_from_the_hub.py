@@ -18,11 +18,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
 from permllm.record.files import write_record
-from permllm.sparsity import NMPattern
 from tests.conftest import run_command
 from tests.hub.jobs import Job, Outcome, run_jobs
 from tests.hub.repositories import MODELS

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.dense import calibrate_dense
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.learning.training import kept_a_token
 from permllm.mask.score import ScoreMask
 from permllm.models.families import channel_groups
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity import NMPattern
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import lcp
 

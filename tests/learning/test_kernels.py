@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.config import NMPattern
 from permllm.learning import kernels, masked_linear
 from permllm.learning.kernels import EAGER, Kernels, KernelUse, compiled_kernels
 from permllm.learning.training import Training
@@ -24,7 +25,7 @@ from permllm.mask.score import ScoreMask
 from permllm.models import losses
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern, nm_mask
+from permllm.sparsity import nm_mask
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import lcp, problem
 

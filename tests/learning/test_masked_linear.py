@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors
+from permllm.config import NMPattern
 from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
-from permllm.sparsity import NMPattern
 from tests.permutation.differentiable import sinkhorn
 
 Variant = Literal["hard", "soft"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.config import NMPattern
 from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.ordered_linear import OrderedMaskedLinear
 from permllm.learning.scores import FreeScores, LowRankScores, Scores
@@ -14,7 +15,7 @@ from permllm.learning.stacks import split_blocks
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.runtime.precision import products_in
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 from tests.permutation.differentiable import sinkhorn
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)

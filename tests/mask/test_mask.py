@@ -24,7 +24,8 @@ from permllm.permutation.shared import foldable
 from permllm.pipeline import prune
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity import permuted_nm_mask, violations
+from permllm.record.masks import violations
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import tiny_model
 from tests.permutation.test_lcp import output_loss_of, really_pruned
 from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm import runner, stages
-from permllm.config import read_config
+from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.learning.scores import FreeScores
@@ -20,7 +20,7 @@ from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import channel_groups, linear_at
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity import NMPattern, nm_mask, permuted_nm_mask, retained_saliency
+from permllm.sparsity import nm_mask, permuted_nm_mask, retained_saliency
 from tests.conftest import tiny_model
 from tests.learning.test_scores import PATTERN, given
 from tests.mask.test_mask import check_masks, mask, ordered, pruners

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.models.families import channel_groups
 from permllm.permutation.heuristic import (
     Search,
@@ -24,7 +25,6 @@ from permllm.permutation.heuristic import (
     sums_of_larger,
 )
 from permllm.permutation.shared import shared_orders
-from permllm.sparsity import NMPattern
 from tests.conftest import tiny_model
 
 

@@ -27,7 +27,7 @@ from permllm.permutation.lcp.method import LCP
 from permllm.learning.problem import LearningProblem
 from permllm.permutation.lcp.temperature import Linear
 from permllm.calibration.saliency import SaliencyFactors
-from permllm.sparsity import NMPattern
+from permllm.config import NMPattern
 
 layers = json.loads(sys.argv[1])
 torch.ones(64, 64) @ torch.ones(64, 64)

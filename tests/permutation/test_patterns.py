@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from permllm.calibration.dense import Pruner, calibrate_dense
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
@@ -20,7 +21,6 @@ from permllm.permutation.shared import foldable
 from permllm.pipeline import PrunedModel, prune
 from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.obs import OBS
-from permllm.sparsity import NMPattern
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PRUNERS, lcp, tokens
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.learning.stacks import split_blocks
 from permllm.models.families import channel_groups
 from permllm.models.patterns import pruned_groups
 from permllm.permutation.heuristic import heuristic_order, search_order
 from permllm.permutation.shared import RESIDUAL, SharedOrder, check_segments, expanded, foldable, shared_orders
-from permllm.sparsity import NMPattern
 from tests.conftest import FAMILY_SETTINGS, tiny_model
 
 

@@ -14,6 +14,7 @@ from permllm.calibration.saliency import saliency
 from permllm.calibration.statistics.base import InputStatistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.calibration.statistics.norm import Norm
+from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.permutation.heuristic import Heuristic
@@ -25,7 +26,7 @@ from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import tiny_model
 
 PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "sparsegpt": SparseGPT}

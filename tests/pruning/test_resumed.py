@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.calibration.dense import calibrate_dense
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.loading import load_model
@@ -23,7 +24,6 @@ from permllm.pruning.wanda import Wanda
 from permllm.reconstruction.obs import OBS
 from permllm.record import pruned_layers
 from permllm.record.names import PRUNED_LAYERS
-from permllm.sparsity import NMPattern
 from tests.conftest import tiny_model
 from tests.models.test_placement import saved, settings
 from tests.pruning.test_pipeline import tokens

@@ -9,8 +9,10 @@ from torch import Tensor
 from permllm.calibration.saliency import saliency
 from permllm.calibration.statistics.base import InputStatistics
 from permllm.calibration.statistics.gram import Gram
+from permllm.config import NMPattern
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.sparsity import NMPattern, permuted_nm_mask, violations
+from permllm.record.masks import violations
+from permllm.sparsity import permuted_nm_mask
 
 PATTERN = NMPattern(2, 4)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from permllm.calibration.statistics.base import InputStatistics
 from permllm.calibration.statistics.gram import Gram
+from permllm.config import NMPattern
 from permllm.errors import ConfigError, TrainingError
 from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
@@ -23,7 +24,7 @@ from permllm.reconstruction.admm import ADMM
 from permllm.reconstruction.base import PrunedLinear
 from permllm.reconstruction.distill import Distill
 from permllm.reconstruction.obs import OBS
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import tiny_model
 from tests.pruning.test_pipeline import PATTERN, problem, tokens
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from permllm.commands import call
+from permllm.config import NMPattern
 from permllm.record.environment import environment
 from permllm.record.figures import pruning_minutes
 from permllm.record.names import MASKS, PERMUTATIONS
@@ -38,7 +39,7 @@ from permllm.results.plots import cost_data, plot_cost
 from permllm.results.published import Comparison, published
 from permllm.results.render import cells, main_measure, take_baseline
 from permllm.results.summary import Summary, row_labels, summarise
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import ROOT, run_module
 from tests.kept import THREE_RUNS
 from tests.results.test_results import make_run

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
+from permllm.config import NMPattern
 from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.scores import Scores
 from permllm.learning.stacks import split_blocks
@@ -18,7 +19,7 @@ from permllm.models.losses import head_divergence
 from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.runtime import precision
 from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in, recomputed
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn
 

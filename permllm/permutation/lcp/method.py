@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.learning.course import Course
 from permllm.learning.kernels import Kernels, chosen_kernels
@@ -31,7 +32,7 @@ from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.shared import SharedOrder, expanded, orders_within, shared_orders
 from permllm.record.names import CHECKPOINT
 from permllm.runtime import parallel
-from permllm.sparsity import NMPattern, permuted_nm_mask
+from permllm.sparsity import permuted_nm_mask
 
 
 class LCP(LCPSettings):
