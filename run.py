@@ -7,6 +7,6 @@ from permllm.runtime.interruption import starting
 if __name__ == "__main__":
     starting()
 
-    from permllm.cli import main
+    from permllm.cli import run
 
-    sys.exit(main())
+    sys.exit(run())

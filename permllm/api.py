@@ -45,7 +45,7 @@ from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows
 from permllm.models.loading import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
-from permllm.nodes import register
+from permllm.nodes import options_of, refusal, register
 from permllm.record.environment import environment
 from permllm.record.loggers import NO_LOGGER
 from permllm.record.progress import Progress
@@ -53,7 +53,6 @@ from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.stages import figures, prune_model
-from permllm.usage import options_of, refusal
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from permllm.config import read_config, register_resolvers
 from permllm.errors import DataError, InUseError, PermLLMError, everything_wanted, one_line
 from permllm.helping import assist
+from permllm.nodes import check_names
 from permllm.record import sweep
 from permllm.record.evaluations import mean_accuracy
 from permllm.record.outcomes import Job
@@ -30,7 +31,6 @@ from permllm.runner import run
 from permllm.runtime import parallel
 from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
 from permllm.runtime.watch import FAILED, INTERRUPTED
-from permllm.usage import check_names
 
 # Packages whose errors are those of a launcher's processes.
 _LAUNCHERS = ("submitit", "joblib", "loky")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.commands import COMMANDS, call, main
+from permllm.cli import COMMANDS, call, main
 from permllm.runtime.version import __version__
 from tests.conftest import ROOT, run_module, run_python
 
@@ -85,8 +85,8 @@ def test_a_question_imports_little(tmp_path: Path) -> None:
     code = (
         "import atexit, sys; sys.argv = ['run.py', '--help']\n"
         f"atexit.register(lambda: print([name for name in {heavy} if name in sys.modules]))\n"
-        "from permllm.cli import main\n"
-        "sys.exit(main())"
+        "from permllm.cli import run\n"
+        "sys.exit(run())"
     )
     shown = run_python("-c", code, cwd=tmp_path, fresh=True).stdout
     assert shown.splitlines()[-1] == "[]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 
-from permllm.usage import options_of
+from permllm.nodes import options_of
 from tests.conftest import ROOT
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from permllm import cli
-from permllm.usage import options_of
+from permllm.nodes import options_of
 from tests.conftest import ROOT, run_command, run_python
 
 
@@ -24,7 +24,7 @@ def test_a_system_that_jobs_do_not_run_on_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    assert cli.main() == 1
+    assert cli.run() == 1
     assert capsys.readouterr().err == "error: a job needs Linux or macOS; on Windows that is WSL\n"
 
 

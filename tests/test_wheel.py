@@ -44,7 +44,7 @@ def test_it_holds_the_settings_and_what_the_package_reads(wheel: Path) -> None:
     assert {str(file.relative_to(ROOT)) for file in data} <= inside
     assert {name.split("/")[0] for name in inside if ".dist-info/" not in name} == {"permllm"}
     (points,) = [name for name in inside if name.endswith("entry_points.txt")]
-    assert "permllm = permllm.commands:main" in zipfile.ZipFile(wheel).read(points).decode()
+    assert "permllm = permllm.cli:main" in zipfile.ZipFile(wheel).read(points).decode()
 
 
 def test_a_job_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:

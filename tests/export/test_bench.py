@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from permllm.commands import call
+from permllm.cli import call
 from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, why_dense, without_gathers

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from permllm import runner
-from permllm.commands import call
+from permllm.cli import call
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from permllm.commands import call
+from permllm.cli import call
 from permllm.errors import ConfigError, DataError, PermLLMError
 from permllm.export import bench
 from permllm.export.card import model_card

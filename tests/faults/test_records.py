@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from permllm import runner
-from permllm.commands import call
+from permllm.cli import call
 from permllm.config import read_config
 from permllm.errors import DataError
 from permllm.record import files

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pytest
 
 from permllm import runner
-from permllm.commands import call
+from permllm.cli import call
 from permllm.config import read_config
 from permllm.export.checkpoint import Request, export_run
 from permllm.record.figures import print_run

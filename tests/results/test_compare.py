@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
-from permllm.commands import call
+from permllm.cli import call
 from permllm.config import digest_of, evaluation_of
 from permllm.errors import ConfigError
 from permllm.record.files import write_record
@@ -720,9 +720,9 @@ def test_without_a_finished_run_there_is_no_frame(tmp_path: Path, caplog: pytest
 def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 20.0)
     code = (
-        "import sys; from permllm.commands import main\n"
+        "import sys; from permllm.cli import main\n"
         f"assert main(['results', {str(tmp_path)!r}]) == 0\n"
-        "heavy = ('torch', 'transformers', 'hydra', 'omegaconf', 'wandb', 'safetensors', 'matplotlib', 'scipy', 'lm_eval')\n"
+        "heavy = ('torch', 'transformers', 'wandb', 'safetensors', 'matplotlib', 'scipy', 'lm_eval')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     assert run_python("-c", code, cwd=tmp_path, fresh=True).stdout.splitlines()[-1] == "[]"

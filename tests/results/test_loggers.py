@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from wandb.errors import AuthenticationError
 
 from permllm import runner
-from permllm.commands import main
+from permllm.cli import main
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.record.figures import flat_figures, nats_above_dense

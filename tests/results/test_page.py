@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from permllm.commands import call
+from permllm.cli import call
 from permllm.config import NMPattern
 from permllm.record.environment import environment
 from permllm.record.figures import pruning_minutes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.commands import call
+from permllm.cli import call
 from scripts.readme_tables import main
 from scripts.views import markers
 from tests.conftest import ROOT
