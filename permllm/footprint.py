@@ -171,8 +171,7 @@ class Footprint:
             most = max(self.masks_by_window)
             # A masked weight in the format of the products.
             waiting = self._product_item * most if self.masks.keeps_masked and not together else 0
-            waiting += self._learned_weights
-            learned = most + (of_window if together else 0) + (pruned if self.masks.with_weights else 0)
+            learned = most + (of_window if together else 0)
             found.append(Learning("learn masks", self._mask, learned, self.masks.windows, waiting))
         if self.reconstructs:
             waiting = 4 * self.kept  # places
@@ -181,11 +180,6 @@ class Footprint:
             windows = [(0, self.layers)]
             found.append(Learning("learn weights", self._reconstruction, self.kept, windows, waiting))
         return found
-
-    @property
-    def _learned_weights(self) -> int:
-        """Bytes of the weights that masks have learned with them, before they are pruned."""
-        return sum(self.weights.values()) * self.item if self.masks and self.masks.with_weights else 0
 
     @property
     def masks_by_window(self) -> list[int]:
@@ -227,7 +221,6 @@ class Footprint:
         # The new weights of a layer beside the old ones, while their outputs are compared.
         new = max(self.of_layers) * self.item
         stages["prune"] = self._statistics(self._pruner, self._reconstruction) + new + 4 * 2 * self._largest
-        stages["prune"] += self._learned_weights
         weights = self._weights(placement, streams)
         on_device = {name: math.ceil(weights + size) for name, size in stages.items()}
         return Needs(on_device, math.ceil(self._beside(placement, streams)))
@@ -360,7 +353,7 @@ class Footprint:
         found = 2.0 * len(perplexity.names) * self._measured * (layers + head)
         found += tokens * layers  # statistics
         found += tokens * (layers + 2 * sum(self.weights.values()))  # dense outputs, and those of the pruned linears
-        changes = self._pruner.updates_weights or self._reconstruction.changes_weights or self._learned_weights
+        changes = self._pruner.updates_weights or self._reconstruction.changes_weights
         if changes or config.calibration.statistics != "dense":
             found += 2 * tokens * layers  # inputs that the pruned layers before give
         for asked in (

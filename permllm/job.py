@@ -30,7 +30,7 @@ from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint, HeuristicSettings
 from permllm.permutation.shared import check_segments, shared_orders
-from permllm.reconstruction.base import Reconstruction, makes_weights, trains_network
+from permllm.reconstruction.base import Reconstruction, trains_network
 from permllm.record.code import code_digest
 from permllm.record.loggers import RunLogger
 from permllm.record.progress import Progress
@@ -62,12 +62,7 @@ class Methods:
     @property
     def change_weights(self) -> bool:
         """Whether the kept weights become others than the dense model's."""
-        return self.pruner.updates_weights or self.reconstruction.changes_weights or self.masks_change_weights
-
-    @property
-    def masks_change_weights(self) -> bool:
-        """The weights under the masks are found with them."""
-        return bool(getattr(self.mask, "learns_weights", False))
+        return self.pruner.updates_weights or self.reconstruction.changes_weights
 
     @property
     def orders_learn_with_masks(self) -> bool:
@@ -187,8 +182,6 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 "mask.start=refined is not valid with permutation.init=random: masks are refined in the order that it starts "
                 "from, and random logits begin with another"
             )
-        if methods.masks_change_weights:
-            _check_weights(config, methods)
         if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
             raise ConfigError(
                 f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "
@@ -208,25 +201,8 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
         )
 
 
-def _check_weights(config: RunConfig, methods: Methods) -> None:
-    """Raise ConfigError where something else would make the weights anew that learn with masks."""
-    others = []
-    if methods.pruner.updates_weights:
-        others.append(f"pruner={config.pruner.get('name')}")
-    if makes_weights(methods.reconstruction):
-        start = config.reconstruction.get("start")
-        others.append(f"reconstruction.start={start}" if start else f"reconstruction={config.reconstruction.get('name')}")
-    if others:
-        raise ConfigError(
-            f"mask.weights_learning_rate is not valid with {others[0]}, which makes the weights anew from the dense ones; "
-            "reconstruction=distill and reconstruction=block go on from those that have learned"
-        )
-
-
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
     """What needs the weights of all layers at once, where they may come one layer at a time; None for nothing."""
-    if methods.masks_change_weights:
-        return f"mask={config.mask.get('name')} with mask.weights_learning_rate trains all weights together"
     if trains_network(methods.reconstruction):
         return f"reconstruction={config.reconstruction.get('name')} trains all kept weights together"
     for group, method in methods.learned.items():

@@ -174,14 +174,13 @@ def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration | None, order: 
     assert dense is not None
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
-    shapes = linear_shapes(job.groups)
     with record.stage("mask", job.device):
-        masks = record.kept_masks(shapes)
+        masks = record.kept_masks(linear_shapes(job.groups))
         # Masks are N:M in the orders that were found with them.
         kept = None if masks is None else record.kept_orders({group.name: group.channels for group in job.groups})
     orders = kept or {group.name: _order_by(order, problem, group) for group in job.groups}
     if masks is not None:
-        return FoundMasks(orders, masks, record.kept_weights(shapes) if job.methods.masks_change_weights else {})
+        return FoundMasks(orders, masks)
     with record.stage("mask", job.device):
         earlier = [] if mask.learns_orders else [line for line in record.passes() if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
@@ -193,7 +192,6 @@ def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration | None, order: 
             else:  # found by the first process alone
                 found = FoundMasks(*mask.masks(problem, orders, permutation))
         record.keep_orders(found.orders)
-        record.keep_weights(found.weights)
         record.keep_masks(found.masks)
     return found
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,7 +84,6 @@ def prune(
     *,
     compute_dtype: torch.dtype | None = None,
     masks: Mapping[str, Tensor] | None = None,
-    learned: Mapping[str, Tensor] = MappingProxyType({}),
     network_tokens: Tensor | None = None,
     directory: Path | None = None,
     run: str = "",
@@ -106,7 +104,6 @@ def prune(
         reconstruction: of the kept weights; None leaves them as the pruner does.
         compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
         masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
-        learned: weights `(C_out, C_in)` by linear that stand under these masks in the place of the dense ones.
         network_tokens: those that the whole network is reconstructed on, where they are others than `tokens`.
         directory: where layers that are pruned wait until all are, and a reconstruction may write a checkpoint; an earlier
             attempt's are taken from there.
@@ -120,7 +117,7 @@ def prune(
     asked = (*(pruner.statistics if factors is None or pruner.updates_weights else ()), *reconstruction.statistics)
     target = None if network_tokens is None else last_states(model, network_tokens, batch_size, compute_dtype)
     dense = LayerStream(model, tokens, batch_size, compute_dtype)
-    changes = pruner.updates_weights or reconstruction.changes_weights or bool(learned)
+    changes = pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if factors is None or changes else None
     result = PrunedModel()
     placement, kept_layers = placement_of(model), PrunedLayers(directory, run)
@@ -152,7 +149,6 @@ def prune(
                 found,
                 statistics.get(group.name),
                 masks,
-                learned,
                 weights,
                 result,
             )
@@ -243,7 +239,6 @@ def _prune_group(
     factors: dict[str, SaliencyFactors],
     statistics: InputStatistics | None,
     masks: Mapping[str, Tensor] | None,
-    learned: Mapping[str, Tensor],
     weights: dict[str, Tensor],
     result: PrunedModel,
 ) -> None:
@@ -265,8 +260,7 @@ def _prune_group(
             new, mask = pruner.update(weight, statistics, perm, pattern, **given)  # type: ignore[attr-defined]
         else:
             mask = permuted_nm_mask(scores, perm, pattern) if masks is None else masks[path].to(weight.device)
-            kept_weight = learned[path].to(weight) if path in learned else weight
-            new = torch.where(mask, kept_weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
+            new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
         weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, statistics))
         result.masks[path] = mask.cpu()
         kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)

@@ -73,8 +73,6 @@ def print_plan(footprint: Footprint, chosen: str, alone: str | None) -> None:
     if footprint.masks:
         each = footprint.masks_by_window
         console.print(f"mask parameters        {sum(each)}, in stages of at most {max(each)}")
-        if footprint.masks.with_weights:
-            console.print(f"weights                {sum(footprint.weights.values())}, which learn with the masks")
     if footprint.reconstructs:
         console.print(f"kept weights           {footprint.kept}, which learn together")
     needs = footprint.needs(chosen)

@@ -96,7 +96,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         else:
             check_tasks(config.evaluation)
             if record.begun:
-                record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern, methods.masks_change_weights)
+                record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern)
             learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
             footprint = footprint_of(config, methods, skeleton(), device)
             placement = placement_for(footprint, config, methods)

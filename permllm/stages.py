@@ -38,10 +38,9 @@ def prune_model(
             dense.target = target_of_all(job, drawn, dense.target)
     order = order_of(job, drawn, dense)
     masks: Mapping[str, Tensor] | None = None
-    weights: Mapping[str, Tensor] = {}
     found = found_masks(job, drawn, dense, order)
     if found is not None:
-        order, masks, weights = among(found.orders), found.masks, found.weights
+        order, masks = among(found.orders), found.masks
     count = len(tokens)
     of_network = windows_for(job.methods.reconstruction, count)
     factors = dense.factors if dense is not None and config.calibration.statistics == "dense" else None
@@ -59,7 +58,6 @@ def prune_model(
             job.methods.reconstruction,
             compute_dtype=job.products,
             masks=masks,
-            learned=weights,
             network_tokens=drawn[of_network] if of_network.start or of_network.stop > count else None,
             directory=record.directory,
             run=config.hash,

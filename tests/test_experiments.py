@@ -136,15 +136,13 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
             assert all(method.samples == 4 * method.steps for method in learned.values())
         whole = {group: (config.permutation if group == "permutation" else getattr(config, group))["name"] for group in parts}
         steps = {group: method.steps * getattr(method, "rounds", 1) for group, method in learned.items()}
-        of_weights = "weights" if whole["mask"] == "score" and config.mask["weights_learning_rate"] else ""
-        found[*whole.values(), of_weights] = max(steps.values(), default=0)
+        found[*whole.values()] = max(steps.values(), default=0)
         assert sum(steps.values()) <= 100
         if "select_from" in config.mask:
             assert config.mask["select_from"] == 0  # nothing measures all of the text
     assert len(found) >= 12
-    assert found["heuristic", "score", "none", ""] == 100
-    assert found["heuristic", "score", "none", "weights"] == 90
-    assert found["none", "pruner", "distill", ""] == 70
+    assert found["heuristic", "score", "none"] == 100
+    assert found["none", "pruner", "distill"] == 70
     # Without a budget they learn from the calibration samples.
     for config in jobs("experiment=frontier", "~budget.steps", "~budget.text"):
         assert config.further == 0

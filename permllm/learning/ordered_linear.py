@@ -53,18 +53,11 @@ class _OrderedMaskedLinear(torch.autograd.Function):
             if masked_t is None:
                 masked_t = module.masked_weight_t(ctx.product_dtype, weight)
             grad_x = _columns_at(product(grad_y, masked_t.t()), module.inverse, ctx.input_dtype).view(ctx.input_shape)
-        if module.values is None or not ctx.learning:
-            del masked_t  # before the gradients of the scores, which may be as large
+        del masked_t  # before the gradients of the scores, which may be as large
         if not ctx.learning:
             return grad_x, None
         grad_masked_t = product(x.t(), grad_y)
-        of_scores = module.scores.gradients(grad_masked_t, module.under_mask_t(weight), module.pattern.m)
-        if module.values is None:
-            return grad_x, None, *of_scores
-        if masked_t is None:
-            masked_t = module.masked_weight_t(ctx.product_dtype, weight)
-        # A kept weight that is exactly zero has no gradient of its score either, and stays.
-        return grad_x, None, *of_scores, grad_masked_t.to(module.values.dtype).mul_(masked_t != 0)
+        return grad_x, None, *module.scores.gradients(grad_masked_t, weight.t(), module.pattern.m)
 
 
 def _columns_at(states: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -86,7 +79,6 @@ class OrderedMaskedLinear(nn.Module):
         pattern: N:M.
         order: int64 `(C_in,)`; None is that of the dense model.
         kernels: of the elementwise work, eager or compiled.
-        values: what stands under the mask instead of the weight, `(C_in, C_out)` in the order, and learns; None is the weight.
     """
 
     def __init__(
@@ -96,7 +88,6 @@ class OrderedMaskedLinear(nn.Module):
         pattern: NMPattern,
         order: Tensor | None,
         kernels: Kernels = EAGER,
-        values: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.linear = linear
@@ -105,23 +96,16 @@ class OrderedMaskedLinear(nn.Module):
         self.order = order
         self.inverse = None if order is None else order.argsort()
         self.kernels = kernels
-        self.values = None if values is None else nn.Parameter(values)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., C_in)`, in the dense model's order, to `(..., C_out)`."""
-        parameters = [*self.scores.parameters(), *(() if self.values is None else (self.values,))]
-        learning = [values for values in parameters if values.requires_grad and torch.is_grad_enabled()]
+        learning = [values for values in self.scores.parameters() if values.requires_grad and torch.is_grad_enabled()]
         return _OrderedMaskedLinear.apply(x, self, *learning)
-
-    def under_mask_t(self, weight: Tensor) -> Tensor:
-        """What stands under the mask, `(C_in, C_out)`: the weight, which is given, or what learns in its place."""
-        return weight.t() if self.values is None else self.values.data
 
     @torch.no_grad()
     def masked_weight_t(self, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
         """`(W * mask)^T`, `(C_in, C_out)`, in the order; of the weight that is given where the module's own is not there."""
         weight_t = (self.linear.weight if weight is None else weight).t()
-        values_t = self.under_mask_t(weight_t.t())
         channels, rows = weight_t.shape
         n, m = self.pattern.n, self.pattern.m
         masked_t = torch.empty(channels, rows, dtype=dtype, device=weight_t.device)
@@ -129,7 +113,7 @@ class OrderedMaskedLinear(nn.Module):
         for first in range(0, channels, step):
             part = slice(first, first + step)
             scores = saliency_t(weight_t[part], SaliencyFactors(*self.scores.piece(weight_t, part)))
-            masked_t[part] = self.kernels.select(values_t[part], scores, n, m, dtype)
+            masked_t[part] = self.kernels.select(weight_t[part], scores, n, m, dtype)
         return masked_t
 
     @torch.no_grad()
@@ -137,13 +121,6 @@ class OrderedMaskedLinear(nn.Module):
         """The mask as it is now: bool `(C_out, C_in)`, in the dense model's order."""
         found = nm_mask(self.scores.values_t(self.linear.weight.t()).t(), self.pattern)
         return found if self.inverse is None else found[:, self.inverse]
-
-    @torch.no_grad()
-    def learned_weight(self) -> Tensor:
-        """A copy of what stands under the mask and outside of it, `(C_out, C_in)` in the dense model's order and format."""
-        assert self.values is not None
-        values_t = self.values if self.inverse is None else self.values[self.inverse]
-        return values_t.t().to(self.linear.weight.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -153,7 +130,6 @@ def ordered_linears(
     orders: Mapping[str, Tensor],
     scores_of: Callable[[str, Tensor, SaliencyFactors, Tensor], Scores],
     kernels: Kernels = EAGER,
-    learn_weights: bool = False,
 ) -> Iterator[dict[str, list[OrderedMaskedLinear]]]:
     """Put a masked linear in the place of every linear of some groups, and the linears back at the end.
 
@@ -164,7 +140,6 @@ def ordered_linears(
         scores_of: what a mask is chosen by, from the path of a linear, its weight `(C_out, C_in)` and saliency factors, both
             in the order, and the order.
         kernels: as in `OrderedMaskedLinear`.
-        learn_weights: what is kept of the weights learns too, as a copy in float32 at least.
 
     Yields:
         The masked linears by the name of their group.
@@ -174,11 +149,7 @@ def ordered_linears(
         order = orders[group.name].to(linear.weight.device)
         scores = scores_of(path, ordered(group, linear.weight.data), problem.factors_of(path).permuted(order), order)
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
-        values = None
-        if learn_weights:
-            wide = torch.promote_types(linear.weight.dtype, torch.float32)
-            values = ordered(group, linear.weight.data).t().to(wide, copy=True)
-        return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels, values)
+        return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels)
 
     @cache  # layers that come and go ask for it each time
     def on(device: torch.device, name: str) -> Tensor:

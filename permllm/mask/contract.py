@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,13 +31,10 @@ class FoundMasks(NamedTuple):
     Attributes:
         orders: int64 `(C_in,)` by group.
         masks: bool `(C_out, C_in)` by linear, original channel order; each group of M in the order keeps N.
-        weights: like the masks, those that stand under them where they learned too, in the format of the model; none where
-            they are the dense model's.
     """
 
     orders: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class FoundMask(Mask, Protocol):
@@ -70,15 +66,13 @@ class MaskPlan:
 
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
-        parameters: that masks are chosen by and learn, by decoder layer; neither orders nor weights are among them.
+        parameters: that masks are chosen by and learn, by decoder layer; orders are not among them.
         keeps_masked: masked weights wait for backward.
-        with_weights: the weights under the masks learn too.
     """
 
     windows: list[tuple[int, int]]
     parameters: dict[int, int]
     keeps_masked: bool = False
-    with_weights: bool = False
 
 
 class LearnedMask(FoundMask, Protocol):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -27,7 +26,6 @@ from permllm.mask.contract import FoundMasks, MaskPlan
 from permllm.mask.learner import MaskLearner
 from permllm.mask.refined import Refining
 from permllm.mask.settings import MaskSettings
-from permllm.mask.weights import MaskedWeightLearner
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import Search, search_of, searched
@@ -56,13 +54,11 @@ class _Found:
         present: int64 `(C_in,)` by group, in which learning goes on.
         orders: those that `masks` are N:M in. Of earlier windows a searched order may be present that is not.
         masks: by linear, as `packed_mask` gives them.
-        weights: that stand under them, by linear, where they learn.
     """
 
     present: dict[str, Tensor]
     orders: dict[str, Tensor]
     masks: dict[str, Tensor]
-    weights: dict[str, Tensor]
 
     @classmethod
     def before(cls, orders: Mapping[str, Tensor], state: Checkpoint | None) -> _Found:
@@ -70,22 +66,19 @@ class _Found:
         of_masks = {"orders": {}, "orders_of_earlier": {}, "earlier": {}} if state is None else state["learners"][-1]
         kept = {key: _on_cpu(of_masks[key]) for key in ("orders", "orders_of_earlier", "earlier")}
         present = {**orders, **kept["orders"]}
-        return cls(present, present | kept["orders_of_earlier"], kept["earlier"], {})
+        return cls(present, present | kept["orders_of_earlier"], kept["earlier"])
 
     def before_window(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """What a `MaskLearner` has in its checkpoint."""
         return self.masks, self.present, self.orders
 
     def take(self, learners: list[Learner], again: bool) -> ScoresOf:
-        """Have the orders, weights and masks that a window has learned; the scores, where it learns again."""
+        """Have the orders and masks that a window has learned; the scores, where it learns again."""
         *others, masks = learners
         assert isinstance(masks, MaskLearner)
         for learner in others:
-            if isinstance(learner, MaskedWeightLearner):
-                self.weights |= learner.best
-            else:
-                assert isinstance(learner, OrderLearner)
-                self.present |= expanded(learner.shared, learner.best)
+            assert isinstance(learner, OrderLearner)
+            self.present |= expanded(learner.shared, learner.best)
         if masks.best:
             self.masks |= masks.best
             self.orders |= {group.name: self.present[group.name] for group in masks.groups}
@@ -109,11 +102,6 @@ class MaskLearning(MaskSettings):
         """The orders learn with the masks, by descent."""
         return self.orders in WITH_ORDERS
 
-    @property
-    def learns_weights(self) -> bool:
-        """The weights under the masks learn with them."""
-        return self.weights_learning_rate is not None
-
     @abstractmethod
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
         """What the mask of a linear is chosen by, from its weight `(C_out, C_in)`; it starts at the pruner's mask."""
@@ -131,7 +119,7 @@ class MaskLearning(MaskSettings):
         parameters: dict[int, int] = {}
         for group in groups:
             parameters[group.layer] = parameters.get(group.layer, 0) + self.count(group)
-        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked, self.learns_weights)
+        return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked)
 
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None) -> FoundMasks:
         """Learn the masks of all linears; as `permllm.mask.contract.LearnedMask`.
@@ -173,7 +161,7 @@ class MaskLearning(MaskSettings):
                 scores = found.take(learners, again=window.round + 1 < self.rounds)
                 del learners  # before those of the next window, which are as large
         masks = PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
-        return FoundMasks(found.orders, masks, found.weights)
+        return FoundMasks(found.orders, masks)
 
     def _searched(
         self,
@@ -245,21 +233,17 @@ class MaskLearning(MaskSettings):
 
     @contextmanager
     def _in_orders(self, problem: LearningProblem, window: Window, found: _Found, start: ScoresAt) -> Iterator[list[Learner]]:
-        """Masks in orders that are fixed, and the weights under them, where they learn."""
+        """Masks in orders that are fixed."""
         groups = [group for group in problem.groups if group.layer in window]
         placement = placement_of(problem.model)
         kernels = chosen_kernels(self, problem, groups, self._steps(problem), None, dense=True)
-        with ordered_linears(problem, groups, found.present, start, kernels, self.learns_weights) as linears:
+        with ordered_linears(problem, groups, found.present, start, kernels) as linears:
 
             def mask_of(group: ChannelGroup, linear: OrderedMaskedLinear) -> Tensor:
                 with placement.layer(group.layer):
                     return linear.mask()
 
-            of_weights: list[Learner] = []
-            if self.weights_learning_rate is not None:
-                each = (zip(group.members, linears[group.name], strict=True) for group in groups)
-                of_weights = [MaskedWeightLearner(dict(chain.from_iterable(each)), self.weights_learning_rate)]
-            yield [*of_weights, MaskLearner(groups, linears, mask_of, self.learning_rate, *found.before_window())]
+            yield [MaskLearner(groups, linears, mask_of, self.learning_rate, *found.before_window())]
 
     @contextmanager
     def _with_orders(
@@ -316,6 +300,3 @@ def _shared(order: SharedOrder, orders: Mapping[str, Tensor]) -> Tensor:
 def _check(state: Checkpoint) -> None:
     """Raise DataError where a checkpoint is not one of masks."""
     MaskLearner.check(state["learners"][-1] if state["learners"] else {})
-    for other in state["learners"][:-1]:
-        if "values" in other:
-            MaskedWeightLearner.check(other)

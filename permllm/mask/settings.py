@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from permllm.errors import ConfigError, check_number, check_one_of, check_whole
+from permllm.errors import ConfigError, check_one_of, check_whole
 from permllm.learning.settings import LearningSettings
 
 Orders = Literal["fixed", "together", "turns", "searched"]
@@ -43,9 +43,6 @@ class MaskSettings(LearningSettings):
             learned by then.
         centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
-        weights_learning_rate: of the weights, which learn with the masks from the dense ones; one that is left out has no
-            gradient, and moves on by what AdamW has averaged before. Null leaves them as they are. It takes 16 bytes a
-            weight, and all layers at once.
     """
 
     epochs: int = 1
@@ -53,25 +50,13 @@ class MaskSettings(LearningSettings):
     orders: Orders = "fixed"
     centered: bool = True
     rounds: int = 1
-    weights_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         self.check("mask")
         check_one_of("mask.orders", self.orders, get_args(Orders))
         check_whole("mask.rounds", self.rounds, 1)
-        if self.weights_learning_rate is not None:
-            self._check_weights()
         if self.orders == "searched" and self.rounds == 1:
             raise ConfigError("mask.orders=searched searches an order between rounds: set mask.rounds to 2 or more")
-
-    def _check_weights(self) -> None:
-        check_number("mask.weights_learning_rate", self.weights_learning_rate, positive=True)
-        for name, value in (("orders", "fixed"), ("layers_per_stage", "all"), ("last_layers", None), ("rounds", 1)):
-            if getattr(self, name) != value:
-                raise ConfigError(
-                    "mask.weights_learning_rate has the weights of all layers learn together, in orders that are there: "
-                    f"mask.{name}={getattr(self, name)} is not valid with it"
-                )
 
 
 @dataclass(kw_only=True)

@@ -101,11 +101,6 @@ class NoReconstruction:
         """Nothing."""
 
 
-def makes_weights(reconstruction: Reconstruction) -> bool:
-    """Whether it makes the weights of each linear anew from the dense ones, in `linear`; `start=masked` does not."""
-    return type(reconstruction).linear is not NoReconstruction.linear and getattr(reconstruction, "start", None) != "masked"
-
-
 def trains_network(reconstruction: Reconstruction) -> bool:
     """Whether it changes the weights of the whole model together, in `network`."""
     return type(reconstruction).network is not NoReconstruction.network

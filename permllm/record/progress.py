@@ -109,21 +109,6 @@ class Progress:
         """
         return None
 
-    def kept_weights(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor]:
-        """The weights that an earlier process has learned with the masks that it kept.
-
-        Args:
-            shapes: `(C_out, C_in)` of each linear, by its path.
-        """
-        return {}
-
-    def keep_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep the weights that were learned with masks, before these, for a process that goes on.
-
-        Args:
-            weights: `(C_out, C_in)` by linear, on the CPU; none where they did not learn.
-        """
-
     def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Keep the masks that were learned, for a process that goes on.
 

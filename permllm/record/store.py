@@ -27,7 +27,6 @@ from permllm.record.names import (
     ENVIRONMENT,
     EXPORT,
     HISTORY,
-    LEARNED_WEIGHTS,
     MASK_CHECKPOINT,
     MASKS,
     METRICS,
@@ -40,15 +39,14 @@ from permllm.record.names import (
 )
 from permllm.record.progress import Progress
 from permllm.record.pruned import Group, Pruned, linear_shapes
-from permllm.record.run_tensors import check_mask, mask_reader, read_orders, weight_reader, write_masks, write_orders
+from permllm.record.run_tensors import check_mask, mask_reader, read_orders, write_masks, write_orders
 from permllm.record.schema import FinishedRun, Metrics, Object, Scores, validated
 from permllm.record.tensor_file import read_header
-from permllm.record.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
 # Needed while orders, masks or weights are learned, and to continue.
-_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, LEARNED_WEIGHTS)
+_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR)
 # Files without a checksum of their own: metrics.json states them once the run is finished.
 _STATED = (CONFIG, HISTORY, ENVIRONMENT)
 # What pruning adds to the metrics.
@@ -247,13 +245,12 @@ class RunRecord(Progress):
         """Remove the layers that were pruned before all were."""
         shutil.rmtree(self.path(PRUNED_LAYERS), ignore_errors=True)
 
-    def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern, with_weights: bool = False) -> None:
+    def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern) -> None:
         """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
 
         Args:
             groups: of the model, those that are pruned.
             pattern: N:M of the groups that have none of their own.
-            with_weights: weights are found with the masks.
         """
         if self.pruned:
             try:
@@ -278,24 +275,20 @@ class RunRecord(Progress):
         masks = self.path(MASKS)
         if not self.pruned and masks.is_file():
             try:
-                self._check_masks(masks, groups, pattern, with_weights)
+                self._check_masks(masks, groups, pattern)
             except DataError as error:
                 log.warning("%s: finding the masks again", error)
                 masks.unlink()
                 self._forget_layers()
                 self.metrics["seconds"].pop("mask", None)
 
-    def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern, with_weights: bool) -> None:
-        """Raise DataError unless masks that were learned are N:M in the orders that are there, and their weights there too."""
-        shapes = linear_shapes(groups)
-        read = mask_reader(file, shapes)
-        read_weight = weight_reader(self.path(LEARNED_WEIGHTS), shapes) if with_weights else None
+    def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern) -> None:
+        """Raise DataError unless masks that were learned are N:M in the orders that are there."""
+        read = mask_reader(file, linear_shapes(groups))
         orders = read_orders(self.path(PERMUTATIONS), {group.name: group.channels for group in groups})
         for group in groups:
             for path in group.members:
                 check_mask(file, path, read(path), orders[group.name], group.pattern or pattern)
-                if read_weight is not None:
-                    read_weight(path)
 
     def _forget_pruning(self) -> None:
         self.metrics["status"] = "running"
@@ -366,16 +359,6 @@ class RunRecord(Progress):
         log.info("continuing %s with the masks that it learned", self.directory)
         read = mask_reader(file, shapes)
         return PackedMasks((path, read(path)) for path in shapes)
-
-    def kept_weights(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor]:
-        """The weights that were learned with masks, as `Progress.kept_weights`; errors as `weight_reader`."""
-        read = weight_reader(self.path(LEARNED_WEIGHTS), shapes)
-        return {path: read(path) for path in shapes}
-
-    def keep_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights, where there are some."""
-        if weights:
-            write_tensors(self.path(LEARNED_WEIGHTS), weights)
 
     def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Write the masks."""

@@ -27,7 +27,7 @@ from permllm.pruning.wanda import Wanda
 from permllm.record.masks import violations
 from permllm.sparsity import permuted_nm_mask
 from tests.conftest import tiny_model
-from tests.permutation.test_lcp import output_loss_of, really_pruned
+from tests.permutation.test_lcp import output_loss_of
 from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
 
 METHODS = {"score": ScoreMask, "lowrank": LowRankMask}
@@ -74,25 +74,6 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutat
     assert output_loss_of(orders, masks) < 0.9 * output_loss_of(orders, pruners(learning, orders))
 
 
-@pytest.mark.parametrize("permutation", ["none", "heuristic"])
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_weights_that_learn_with_the_masks_are_what_is_pruned(name: str, permutation: str) -> None:
-    measured: list[float] = []
-    model = tiny_model("llama")
-    before = {name: values.clone() for name, values in model.state_dict().items()}
-    learning = problem(model, Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
-    orders = ordered(learning, permutation)
-    found = mask(name, epochs=12, select_from=12, weights_learning_rate=0.02).masks(learning, orders)
-    check_masks(learning, orders, found.masks)
-    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())  # the model is dense still
-    pruned = really_pruned(orders, found.masks, found.weights).model
-    for path, kept in found.masks.items():
-        assert torch.equal(linear_at(pruned, path).weight, torch.where(kept, found.weights[path], 0.0))
-    assert output_loss_of(orders, found.masks, found.weights) == pytest.approx(min(measured), rel=1e-4)
-    _, masks, *_ = mask(name, epochs=12, select_from=12).masks(problem(tiny_model("llama"), Wanda()), orders)
-    assert min(measured) < 0.8 * output_loss_of(orders, masks)
-
-
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_have_it(name: str) -> None:
     learning = problem(tiny_model("llama"), Wanda())
@@ -109,7 +90,6 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
     ("orders", "stage", "begun"),
     [
         ("fixed", "all", "pruner"),
-        ("fixed", "all", "with weights"),
         ("fixed", 1, "pruner"),
         ("fixed", 1, "refined"),
         ("together", "all", "pruner"),
@@ -126,9 +106,8 @@ def test_an_interrupted_training_continues_to_the_same_result(
     rounds = {"epochs": 1, "rounds": 3} if orders == "searched" else {"epochs": 3}
     # With a scaler of gradients, which is a part of what goes on.
     dtype = torch.float16 if (orders, stage) == ("together", "all") else torch.float32
-    of_weights = {"weights_learning_rate": 0.01 if begun == "with weights" else None}
     start_at = "refined" if begun == "refined" else "pruner"
-    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, start=start_at, **rounds, **of_weights)
+    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, start=start_at, **rounds)
     permutation = lcp(init="random", learning_rate=0.1)
 
     def learned(**extra: Any) -> FoundMasks:
@@ -136,7 +115,6 @@ def test_an_interrupted_training_continues_to_the_same_result(
         start = permutation.start(learning) if orders in ("together", "turns") else ordered(learning, "heuristic")
         found: FoundMasks = method.masks(learning, start, permutation)
         check_masks(learning, found.orders, found.masks)
-        assert bool(found.weights) == (begun == "with weights")
         return found
 
     class Interrupt(Exception):

@@ -181,67 +181,9 @@ def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, mo
     assert metrics["perplexity"] == again["perplexity"]
 
 
-@pytest.mark.parametrize("left", ["whole", "cut short", "gone"])
-def test_a_run_whose_weights_learn_with_the_masks_goes_on_where_it_stopped(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
-) -> None:
-    overrides = ("permutation=none", "mask=score", "mask.weights_learning_rate=0.01", *LEARNING)
-    whole, whole_directory = run(tmp_path / "whole", *overrides, "export=folded")
-    assert {whole["sparsity"][key] for key in ("weights_changed", "weights_kept")} == {True}
-    assert verify(whole_directory / "export").passed
-    directory = stopped_before_pruning(tmp_path, monkeypatch, *overrides)
-    file = directory / "learned_weights.safetensors"
-    if left == "cut short":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif left == "gone":
-        file.unlink()
-    trained = trained_from_here(monkeypatch)
-    metrics, _ = run(tmp_path, *overrides)
-    assert trained == ([] if left == "whole" else ["mask"])
-    assert metrics["perplexity"] == whole["perplexity"]
-    for name in ("masks.safetensors", "weights.safetensors"):
-        assert (directory / name).read_bytes() == (whole_directory / name).read_bytes()
-    assert not file.exists()
-    plain, _ = run(tmp_path, "permutation=none", "mask=score", *LEARNING)
-    assert plain["perplexity"]["sparse"] != metrics["perplexity"]["sparse"]
-
-
-def test_training_goes_on_from_weights_that_learned_with_the_masks(cache: Path, tmp_path: Path) -> None:
-    overrides = ("permutation=heuristic", "mask=score", "mask.weights_learning_rate=0.01", *LEARNING)
-    before, _ = run(tmp_path, *overrides)
-    still, _ = run(tmp_path, *overrides, "reconstruction=distill", "reconstruction.learning_rate=1e-12")
-    name = next(iter(before["perplexity"]["sparse"]))
-    values = [metrics["perplexity"]["sparse"][name]["value"] for metrics in (before, still)]
-    assert values[0] == pytest.approx(values[1], rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ("mask=score", "mask.weights_learning_rate=0.01", "pruner=sparsegpt", "permutation=none"),
-            "mask.weights_learning_rate is not valid with pruner=sparsegpt, which makes the weights anew",
-        ),
-        (
-            ("mask=score", "mask.weights_learning_rate=0.01", "reconstruction=obs", "permutation=none"),
-            "mask.weights_learning_rate is not valid with reconstruction=obs, which",
-        ),
-        (
-            ("mask=score", "mask.weights_learning_rate=0.01", "reconstruction=distill", "reconstruction.start=admm"),
-            "mask.weights_learning_rate is not valid with reconstruction.start=admm, which",
-        ),
-        (
-            ("mask=lowrank", "mask.weights_learning_rate=0.01", "mask.layers_per_stage=1", "permutation=none"),
-            "mask.layers_per_stage=1 is not valid with it",
-        ),
-        (
-            ("mask=lowrank", "mask.weights_learning_rate=0", "permutation=none"),
-            r"mask.weights_learning_rate=0\S*: expected a",
-        ),
-        (
-            ("mask=score", "mask.weights_learning_rate=0.01", "model.placement=host", "permutation=none"),
-            "mask=score with mask.weights_learning_rate trains all weights together, which needs model.placement=device",
-        ),
         (("mask=score", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=score"),
         (("mask=score", "mask.orders=together", "permutation=heuristic"), "mask.orders=together needs permutation=lcp"),
         (

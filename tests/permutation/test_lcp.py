@@ -62,23 +62,12 @@ def output_loss(orders: dict[str, Tensor]) -> float:
     return output_loss_of(orders, None)
 
 
-def really_pruned(
-    orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, learned: Mapping[str, Tensor]
-) -> LearningProblem:
-    """A problem whose model is pruned: under given masks, or None for the pruner's, and to given weights, if any."""
+def output_loss_of(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> float:
+    """The same under given masks, or None for the pruner's."""
     model = tiny_model("llama")
     learning = problem(model, Wanda())
     order = lambda name, _, __: orders[name]  # noqa: E731
-    prune(model, learning.groups, tokens(), Wanda(), PATTERN, order, 4, learning.factors, masks=masks, learned=learned)
-    return learning
-
-
-def output_loss_of(
-    orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, learned: Mapping[str, Tensor] | None = None
-) -> float:
-    """The same of `really_pruned`."""
-    learning = really_pruned(orders, masks, learned or {})
-    model = learning.model
+    prune(model, learning.groups, tokens(), Wanda(), PATTERN, order, 4, learning.factors, masks=masks)
     stream = LayerStream(model, tokens(), 4)
     for index in range(len(decoder_layers(model))):
         stream.advance(index)
