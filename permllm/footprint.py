@@ -308,9 +308,7 @@ class Footprint:
         # The learning target and two streams of states. Or a text's states, which goes through layer by layer. On a host that
         # learns, what is there only while the target is computed is a stage of its own.
         computed = 0 if self.device.type == "cpu" else config.further
-        # Masks that are refined before they learn in stages have a stream of their own.
-        refining = config.calibration.samples if self._in_stages and config.mask.get("start") == "refined" else 0
-        states = (every + max(2 * self._streamed_samples + refining, computed)) * self._state
+        states = (every + max(2 * self._streamed_samples, computed)) * self._state
         of_text = self._measured * hidden * self.item if placement != "device" and config.evaluation.perplexity.names else 0
         beside: float = max(states, of_text)
         learns = self.orders or self.masks

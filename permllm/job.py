@@ -177,11 +177,6 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
                 f"mask.orders={config.mask.get('orders')} learns the order with the masks, in their layers and rounds: "
                 "permutation.last_layers and permutation.rounds say nothing there; mask.last_layers and mask.rounds do"
             )
-        if methods.orders_learn_with_masks and config.mask.get("start") == "refined" and permutation.init == "random":
-            raise ConfigError(
-                "mask.start=refined is not valid with permutation.init=random: masks are refined in the order that it starts "
-                "from, and random logits begin with another"
-            )
         if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
             raise ConfigError(
                 f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from permllm.config import FROM_THE_TOP, BudgetConfig, EvaluationConfig, ModelConfig, RunConfig, conf_directory
 from permllm.errors import SHORT_ERRORS, ConfigError, everything_wanted, first_line
-from permllm.mask.settings import LowRankSettings, RefinedSettings, ScoreSettings
+from permllm.mask.settings import LowRankSettings, MaskSettings
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.settings import FromFileSettings, HeuristicSettings
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, type]] = {
     "pruner": {"ria": RIASettings, "sparsegpt": SparseGPTSettings},
     "permutation": {"heuristic": HeuristicSettings, "from_file": FromFileSettings, "lcp": LCPSettings},
     "temperature": {"linear": Linear, "cosine": Cosine, "exponential": Exponential, "constant": Constant},
-    "mask": {"refined": RefinedSettings, "score": ScoreSettings, "lowrank": LowRankSettings},
+    "mask": {"score": MaskSettings, "lowrank": LowRankSettings},
     "reconstruction": {"obs": OBSSettings, "admm": ADMMSettings, "distill": DistillSettings},
 }
 # The name of the whole configuration's node.

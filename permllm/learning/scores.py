@@ -2,8 +2,7 @@
 
 The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would gain if the weight came
 in, or loses while it stays. It is linear in the mask, as `straight_through=swap` is for orders. What a group keeps follows
-from the differences between its scores alone, so that the mean of its gradients says nothing and may be taken away
-(`centered`).
+from the differences between its scores alone, so that the mean of its gradients says nothing and is taken away.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ class Scores(nn.Module):
 
     Args:
         factors: of the saliency of a linear, in the order that its weight is stored in, on its device.
-        centered: the mean of each group's gradients is taken away.
 
     Attributes:
         by_channel: names of the parameters that have a row for each channel.
@@ -35,9 +33,8 @@ class Scores(nn.Module):
     by_channel: ClassVar[tuple[str, ...]] = ()
     keeps_masked = False
 
-    def __init__(self, factors: SaliencyFactors, centered: bool = False) -> None:
+    def __init__(self, factors: SaliencyFactors) -> None:
         super().__init__()
-        self.centered = centered
         # Like the weight: what belongs to a channel in a row, for the channels are gathered.
         self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
 
@@ -77,11 +74,10 @@ class Scores(nn.Module):
         dtype = self.factors.column.dtype
         # A copy is multiplied in place: on a CPU another tensor of the size costs several times the product.
         of_scores = grad * weight_t if grad.dtype == dtype else grad.to(dtype).mul_(weight_t)
-        if self.centered:
-            groups = (of_scores if order is None else of_scores.index_select(0, order)).unflatten(0, (-1, m))
-            groups -= groups.mean(1, keepdim=True)
-            if order is not None:
-                of_scores.index_copy_(0, order, groups.flatten(0, 1))
+        groups = (of_scores if order is None else of_scores.index_select(0, order)).unflatten(0, (-1, m))
+        groups -= groups.mean(1, keepdim=True)
+        if order is not None:
+            of_scores.index_copy_(0, order, groups.flatten(0, 1))
         return self.of_parameters(of_scores)
 
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
@@ -94,38 +90,16 @@ class FreeScores(Scores):
 
     Args:
         weight: `(C_out, C_in)`, of the linear.
-        factors, centered: as in `Scores`.
+        factors: as in `Scores`.
     """
 
     by_channel = ("free",)
     keeps_masked = True
 
-    def __init__(self, weight: Tensor, factors: SaliencyFactors, centered: bool = False) -> None:
-        super().__init__(factors, centered)
+    def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
+        super().__init__(factors)
         # A channel in a row, whatever the weight is like: channels are gathered, and processes add up what is contiguous.
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
-
-    def start_at(self, keep_t: Tensor, m: int, order: Tensor | None = None) -> None:
-        """Have the scores choose a given mask: within each group of M they change places, so that it is as close as before.
-
-        Where the last score that stays and the first that goes are equal, those that stay become larger by a rounding error.
-
-        Args:
-            keep_t: bool `(C_in, C_out)`, N:M.
-            m: channels of a group.
-            order: int64 `(C_in,)`, in which they are groups; None where they are as they are stored.
-        """
-        order = torch.arange(len(keep_t), device=keep_t.device) if order is None else order
-        values = self.free.data[order].unflatten(0, (-1, m))
-        keep = keep_t[order].view_as(values)
-        largest, by_value = values.sort(dim=1, descending=True, stable=True)
-        # By value still, but the kept ones first.
-        kept_first = keep.gather(1, by_value).byte().sort(dim=1, descending=True, stable=True).indices
-        values = values.scatter(1, by_value.gather(1, kept_first), largest)
-        last = values.masked_fill(~keep, math.inf).amin(1, keepdim=True)
-        tied = keep & (values == last) & (last == values.masked_fill(keep, -math.inf).amax(1, keepdim=True))
-        values = torch.where(tied, values + torch.finfo(values.dtype).eps * values.abs().clamp_min(1), values)
-        self.free.data[order] = values.flatten(0, 1)
 
     @override
     def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
@@ -143,15 +117,12 @@ class LowRankScores(Scores):
         weight, factors: as in `FreeScores`.
         rank: of the product; 0 leaves the terms of the channels.
         generator: of its start.
-        centered: as in `Scores`.
     """
 
     by_channel = ("channel", "right")
 
-    def __init__(
-        self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator, centered: bool = False
-    ) -> None:
-        super().__init__(factors, centered)
+    def __init__(self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator) -> None:
+        super().__init__(factors)
         rows, channels = weight.shape
         dtype, device = factors.column.dtype, weight.device
         self.channel = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))

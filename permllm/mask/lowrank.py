@@ -19,7 +19,7 @@ class LowRankMask(LowRankSettings, MaskLearning):
 
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
         """What the mask of a linear is chosen by."""
-        return LowRankScores(weight, factors, self.rank, generator, self.centered)
+        return LowRankScores(weight, factors, self.rank, generator)
 
     def count(self, group: ChannelGroup) -> int:
         """Parameters of the linears of a group."""

@@ -20,13 +20,12 @@ from permllm.learning.kernels import chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.ordered_linear import OrderedMaskedLinear, ordered_linears
 from permllm.learning.problem import LearningProblem
-from permllm.learning.scores import FreeScores, Scores
+from permllm.learning.scores import Scores
 from permllm.learning.training import Checkpoint, Learner, Window, samples_of, steps_of
 from permllm.mask.contract import FoundMasks, MaskPlan
 from permllm.mask.learner import MaskLearner
-from permllm.mask.refined import Refining
 from permllm.mask.settings import MaskSettings
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
 from permllm.permutation.heuristic import Search, search_of, searched
 from permllm.permutation.lcp.learner import OrderLearner, members
@@ -90,12 +89,8 @@ class MaskLearning(MaskSettings):
 
     learned = True
     local = False
+    statistics: ClassVar[Statistics] = ()
     kind: ClassVar[type[Scores]]
-
-    @property
-    def statistics(self) -> Statistics:
-        """Of what the linears read, for the masks that learning starts from."""
-        return ()
 
     @property
     def learns_orders(self) -> bool:
@@ -109,10 +104,6 @@ class MaskLearning(MaskSettings):
     @abstractmethod
     def count(self, group: ChannelGroup) -> int:
         """Parameters of the linears of a group."""
-
-    def refining(self, problem: LearningProblem) -> Refining | None:
-        """What makes the masks that learning starts from; None where it is the pruner."""
-        return None
 
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
         """What learns on a model of these groups and so many decoder layers."""
@@ -139,7 +130,6 @@ class MaskLearning(MaskSettings):
         def learns(first: int, stop: int) -> bool:
             return any(first <= group.layer < stop for group in problem.groups)
 
-        refining, layers = self.refining(problem), len(decoder_layers(problem.model))
         scores: ScoresOf = {}
         for window in course.windows(learns, mask_of):
             if not window.round:
@@ -147,13 +137,7 @@ class MaskLearning(MaskSettings):
             if scores and self.orders == "searched":
                 search = partial(self._searched, problem, permutation, scores, found.present, window)
                 found.present |= parallel.from_first(search)
-            refined: dict[str, Tensor] = {}
-            if refining is not None and not scores and not course.resumes(window):
-                of_window = [group for group in problem.groups if group.layer in window]
-                refined = parallel.from_first(partial(refining.packed, of_window, found.present))
-                if window.stop == layers:
-                    refining = None  # and its states
-            start = self._start(problem, window, found, scores, refined)
+            start = self._start(problem, window, scores)
             with self._learners(problem, window, found, start, permutation) as learners:
                 del start
                 scores.clear()  # the learners have them
@@ -195,12 +179,9 @@ class MaskLearning(MaskSettings):
         shared = orders_within(shared_orders(problem.groups, permutation.constraint), window.first, window.stop)
         return expanded(shared, searched([search(order) for order in shared], problem.device, "permutation"))
 
-    def _start(
-        self, problem: LearningProblem, window: Window, found: _Found, scores: ScoresOf, refined: Mapping[str, Tensor]
-    ) -> ScoresAt:
-        """What the linears of a window start from: scores, where there are some, else refined masks, else the pruner's."""
+    def _start(self, problem: LearningProblem, window: Window, scores: ScoresOf) -> ScoresAt:
+        """What the linears of a window start from: scores, where there are some, else the pruner's."""
         generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
-        group_of = {path: group for group in problem.groups if group.layer in window for path in group.members}
 
         def start(path: str, weight: Tensor, factors: SaliencyFactors, order: Tensor | None = None) -> Scores:
             made = self.scores(weight, factors, generator)
@@ -208,14 +189,6 @@ class MaskLearning(MaskSettings):
                 places = torch.arange(weight.shape[1], device=weight.device) if order is None else order
                 values = {n: v[places] if n in made.by_channel else v for n, v in scores[path].items()}
                 made.load_state_dict(values)
-            elif path in refined:
-                assert isinstance(made, FreeScores)
-                keep_t = unpacked_mask(refined[path], weight.shape).to(weight.device).t()
-                m = problem.pattern_of(group_of[path]).m
-                if order is None:
-                    made.start_at(keep_t, m, found.present[group_of[path].name].to(weight.device))
-                else:
-                    made.start_at(keep_t[order], m)
             return made
 
         return start

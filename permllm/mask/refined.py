@@ -9,102 +9,65 @@ pair of a row is exchanged a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from permllm.calibration.dense import collecting
+from permllm.calibration.dense import by_layer, collecting
 from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
 from permllm.mask.contract import FoundMasks
-from permllm.mask.settings import RefinedSettings
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.models.placement import placement_of
-from permllm.record.masks import PackedMasks, packed_mask
+from permllm.record.masks import PackedMasks
 from permllm.runtime.precision import products_in
 from permllm.sparsity import permuted_nm_mask
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
 _BLOCK = 64
+# Sweeps over the groups of a linear: most of what there is to gain comes in the first ones.
+_SWEEPS = 3
 
 
-@dataclass(kw_only=True)
-class RefinedMask(RefinedSettings):
+class RefinedMask:
     """The pruner's masks, refined on what the linears read in the dense model. Nothing learns, no weight changes."""
 
-    learned: ClassVar[bool] = False
-    local: ClassVar[bool] = False
-    learns_orders: ClassVar[bool] = False
+    learned = False
+    local = False
+    learns_orders = False
     statistics: ClassVar[Statistics] = (Gram,)
 
+    @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None) -> FoundMasks:
         """The orders as they are, and the masks of all linears; as `permllm.mask.contract.FoundMask`."""
-        masks = PackedMasks()
-        for path, bits in Refining(problem, self.sweeps).packed(problem.groups, orders).items():
-            masks.set_packed(path, bits, linear_at(problem.model, path).weight.shape)
+        tokens = problem.tokens if problem.calibration is None else problem.calibration
+        stream, masks = LayerStream(problem.model, tokens, problem.calibration_batch_size), PackedMasks()
+        for layer, members in by_layer(problem.model, problem.groups, "refine masks"):
+            with collecting(problem.model, members, (Gram,)) as statistics:
+                stream.advance(layer)
+            for group in members:
+                masks.update(_of_group(problem, group, orders[group.name].to(problem.device), statistics[group.name]))
         return FoundMasks(dict(orders), masks)
 
 
-class Refining:
-    """Refines masks layer by layer, in ascending order; the hidden states of one layer's boundary are kept.
-
-    Args:
-        problem: the dense model, what its pruner makes masks of, and windows, of which those of the calibration are read.
-        sweeps: over the groups of a linear, at most.
-    """
-
-    def __init__(self, problem: LearningProblem, sweeps: int) -> None:
-        self.problem = problem
-        self.sweeps = sweeps
-        self._stream: LayerStream | None = None
-        self._layer = 0
-
-    @torch.no_grad()
-    def packed(self, groups: Sequence[ChannelGroup], orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masks of the linears of some groups, in original channel order, as `packed_mask` gives them.
-
-        Args:
-            groups: of layers that no earlier call has passed; no linear is masked meanwhile.
-            orders: int64 `(C_in,)` by group, in which masks are N:M.
-        """
-        problem = self.problem
-        found: dict[str, Tensor] = {}
-        if self._stream is None:
-            tokens = problem.tokens if problem.calibration is None else problem.calibration
-            self._stream = LayerStream(problem.model, tokens, problem.calibration_batch_size)
-        for layer in tqdm(sorted({group.layer for group in groups}), desc="refine masks", unit="layer"):
-            for index in range(self._layer, layer):
-                self._stream.advance(index)
-            members = [group for group in groups if group.layer == layer]
-            with placement_of(problem.model).layer(layer):
-                with collecting(problem.model, members, (Gram,)) as statistics:
-                    self._stream.advance(layer)
-                self._layer = layer + 1
-                for group in members:
-                    found |= self._of_group(group, orders[group.name].to(problem.device), statistics[group.name])
-        return found
-
-    def _of_group(self, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
-        problem, pattern = self.problem, self.problem.pattern_of(group)
-        gram = statistics[Gram].value[order][:, order]
-        weights = [linear_at(problem.model, path).weight for path in group.members]
-        start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
-        # What reads the same channels is refined together: the more rows, the fewer passes.
-        with products_in(gram.dtype, problem.device):  # what is narrower in a model's products would decide wrongly
-            mask = refined_mask(torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern, self.sweeps)
-        parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
-        return {path: packed_mask(part) for path, part in zip(group.members, parts, strict=True)}
+def _of_group(problem: LearningProblem, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
+    """The masks of the linears of a group, bool `(C_out, C_in)` on the CPU in original channel order."""
+    pattern, gram = problem.pattern_of(group), statistics[Gram].value[order][:, order]
+    weights = [linear_at(problem.model, path).weight for path in group.members]
+    start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
+    # What reads the same channels is refined together: the more rows, the fewer passes.
+    with products_in(gram.dtype, problem.device):  # what is narrower in a model's products would decide wrongly
+        mask = refined_mask(torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern)
+    parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
+    return dict(zip(group.members, parts, strict=True))
 
 
 @torch.no_grad()
-def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int) -> Tensor:
+def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS) -> Tensor:
     """A mask that takes away no more of any row of the output: each `e H e^T` is at most what it was, up to rounding.
 
     Args:

@@ -9,24 +9,6 @@ from permllm.errors import ConfigError, check_one_of, check_whole
 from permllm.learning.settings import LearningSettings
 
 Orders = Literal["fixed", "together", "turns", "searched"]
-Start = Literal["pruner", "refined"]
-
-# Sweeps over the groups of a linear: most of what there is to gain comes in the first ones.
-_SWEEPS = 3
-
-
-@dataclass(kw_only=True)
-class RefinedSettings:
-    """Settings of masks that exchanges refine.
-
-    Attributes:
-        sweeps: over the groups of a linear, at most; in each of them a row of a group exchanges one pair.
-    """
-
-    sweeps: int = _SWEEPS
-
-    def __post_init__(self) -> None:
-        check_whole("mask.sweeps", self.sweeps, 1)
 
 
 @dataclass(kw_only=True)
@@ -41,14 +23,12 @@ class MaskSettings(LearningSettings):
             the permutation says of them has no effect); `turns`, the same with order and mask in every other step;
             `searched`, between rounds the heuristic searches an order anew that retains the most of what the masks have
             learned by then.
-        centered: the mean of the gradients of each group of M is taken away, since a choice follows from differences alone.
         rounds: how often the epochs or steps are gone through, schedules and all, each time from the scores before.
     """
 
     epochs: int = 1
     select_from: int = 0
     orders: Orders = "fixed"
-    centered: bool = True
     rounds: int = 1
 
     def __post_init__(self) -> None:
@@ -57,22 +37,6 @@ class MaskSettings(LearningSettings):
         check_whole("mask.rounds", self.rounds, 1)
         if self.orders == "searched" and self.rounds == 1:
             raise ConfigError("mask.orders=searched searches an order between rounds: set mask.rounds to 2 or more")
-
-
-@dataclass(kw_only=True)
-class ScoreSettings(MaskSettings):
-    """Settings of a mask that is learned with a score for each weight.
-
-    Attributes:
-        start: the masks that learning starts from: `pruner`, those of the pruner's saliency; `refined`, what `mask=refined`
-            makes of them, in the layers that learn.
-    """
-
-    start: Start = "pruner"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_of("mask.start", self.start, get_args(Start))
 
 
 @dataclass(kw_only=True)

@@ -34,10 +34,10 @@ def given(form: str = "one term", seed: int = 0) -> tuple[nn.Linear, SaliencyFac
     return linear, SaliencyFactors(power, column, row), torch.randperm(CHANNELS, generator=generator)
 
 
-def made(kind: str, linear: nn.Linear, factors: SaliencyFactors, centered: bool = False) -> Scores:
+def made(kind: str, linear: nn.Linear, factors: SaliencyFactors) -> Scores:
     if kind == "free":
-        return FreeScores(linear.weight, factors, centered)
-    return LowRankScores(linear.weight, factors, 3, torch.Generator().manual_seed(2), centered)
+        return FreeScores(linear.weight, factors)
+    return LowRankScores(linear.weight, factors, 3, torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("form", ["one term", "two terms", "dense", "dense, without the weight"])
@@ -75,10 +75,11 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
         y.backward(grad.to(y.dtype))
     x, grad = x.bfloat16().double(), grad.bfloat16().double()
     masked = (linear.weight * permuted_nm_mask(saliency(linear.weight, narrow), order, PATTERN)).bfloat16().double()
+    groups = (x.T @ grad * linear.weight.T.double())[order].unflatten(0, (-1, PATTERN.m))
     exact = {
         "output": (y, x @ masked.T + linear.bias.double()),
         "input": (inputs.grad, grad @ masked),
-        "scores": (scores.free.grad, (x.T @ grad * linear.weight.T.double())[order]),
+        "scores": (scores.free.grad, (groups - groups.mean(1, keepdim=True)).flatten(0, 1)),
     }
     for name, (found, expected) in exact.items():
         assert found is not None
@@ -89,13 +90,12 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
     assert inputs.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("stored", ["as it was", "in the order"])
 @pytest.mark.parametrize("form", ["one term", "dense"])
 @pytest.mark.parametrize("kind", ["free", "lowrank"])
-def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stored: str, centered: bool) -> None:
+def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stored: str) -> None:
     linear, factors, order = given(form)
-    scores = made(kind, linear, factors, centered)
+    scores = made(kind, linear, factors)
     generator = torch.Generator().manual_seed(1)
     for parameter in scores.parameters():  # away from the start
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
     if stored == "in the order":
         there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
         there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
-        moved = made(kind, there, factors.permuted(order), centered)
+        moved = made(kind, there, factors.permuted(order))
         with torch.no_grad():
             for name, parameter in moved.named_parameters():
                 values = getattr(scores, name)
@@ -131,10 +131,9 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
         channel, left, right = leaves
         values = base + channel + left @ right.t()
     hard = permuted_nm_mask(values.detach(), order, PATTERN).double()
-    chosen_by = values
-    if centered:  # from the mean of each group, which leaves every choice as it is
-        groups = values[:, order].unflatten(1, (-1, PATTERN.m))
-        chosen_by = (groups - groups.mean(2, keepdim=True)).flatten(1)[:, order.argsort()]
+    groups = values[:, order].unflatten(1, (-1, PATTERN.m))
+    # From the mean of each group, which leaves every choice as it is.
+    chosen_by = (groups - groups.mean(2, keepdim=True)).flatten(1)[:, order.argsort()]
     mask = hard + chosen_by - chosen_by.detach()  # straight through
     reference_x = x.clone().requires_grad_()
     expected = reference_x @ (linear.weight * mask).t() + linear.bias
@@ -167,18 +166,3 @@ def test_orders_learn_through_scores_as_through_a_saliency_of_the_same_values(va
         found.append(logits.logits[0].grad.clone())
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
     assert free.free.grad is not None  # both learn at once
-
-
-def test_scores_that_tie_start_at_a_given_mask_too() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-3, 4, (ROWS, CHANNELS), generator=generator).double()  # few values, as of 4-bit weights
-    _, _, order = given()
-    groups = torch.rand(ROWS, CHANNELS // PATTERN.m, PATTERN.m, generator=generator)
-    keep = (groups.argsort(-1).argsort(-1) < PATTERN.n).flatten(1)[:, order.argsort()]  # any mask that is N:M in the order
-    scores = FreeScores(weight, SaliencyFactors(1, torch.ones(1, CHANNELS, dtype=torch.float64)))
-    before = scores.free.detach().clone()
-    scores.start_at(keep.t(), PATTERN.m, order)
-    assert torch.equal(permuted_nm_mask(scores.values_t(weight.t()).t(), order, PATTERN), keep)
-    # Apart from ties, groups hold the values that they held.
-    as_groups = [values[order].unflatten(0, (-1, PATTERN.m)).sort(dim=1).values for values in (before, scores.free.detach())]
-    torch.testing.assert_close(*as_groups, rtol=1e-12, atol=1e-12)

@@ -87,27 +87,18 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
 
 
 @pytest.mark.parametrize(
-    ("orders", "stage", "begun"),
-    [
-        ("fixed", "all", "pruner"),
-        ("fixed", 1, "pruner"),
-        ("fixed", 1, "refined"),
-        ("together", "all", "pruner"),
-        ("turns", 1, "refined"),
-        ("searched", "all", "refined"),
-        ("searched", 1, "pruner"),
-    ],
+    ("orders", "stage"),
+    [("fixed", "all"), ("fixed", 1), ("together", "all"), ("turns", 1), ("searched", "all"), ("searched", 1)],
 )
 def test_an_interrupted_training_continues_to_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orders: str, stage: str | int, begun: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orders: str, stage: str | int
 ) -> None:
     monkeypatch.setattr(training_module, "_CHECKPOINT_EVERY", 0.0)
     monkeypatch.setattr(training_module, "_TIMES_WRITING", 0.0)
     rounds = {"epochs": 1, "rounds": 3} if orders == "searched" else {"epochs": 3}
     # With a scaler of gradients, which is a part of what goes on.
     dtype = torch.float16 if (orders, stage) == ("together", "all") else torch.float32
-    start_at = "refined" if begun == "refined" else "pruner"
-    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, start=start_at, **rounds)
+    method = mask("score", batch_size=2, layers_per_stage=stage, orders=orders, **rounds)
     permutation = lcp(init="random", learning_rate=0.1)
 
     def learned(**extra: Any) -> FoundMasks:

@@ -15,16 +15,15 @@ from permllm import runner, stages
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
-from permllm.learning.scores import FreeScores
 from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import channel_groups, linear_at
 from permllm.pipeline import prune
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity import nm_mask, permuted_nm_mask, retained_saliency
+from permllm.sparsity import nm_mask
 from tests.conftest import tiny_model
-from tests.learning.test_scores import PATTERN, given
-from tests.mask.test_mask import check_masks, mask, ordered, pruners
-from tests.pruning.test_pipeline import lcp, problem, tokens
+from tests.learning.test_scores import PATTERN
+from tests.mask.test_mask import check_masks, ordered, pruners
+from tests.pruning.test_pipeline import problem, tokens
 from tests.test_config import composed
 from tests.test_runner import run
 
@@ -93,47 +92,6 @@ def test_only_the_calibration_samples_are_read() -> None:
     assert all(torch.equal(masks[path], same[path]) for path in masks)
 
 
-@pytest.mark.parametrize("stored", ["as it was", "in the order"])
-@pytest.mark.parametrize("form", ["one term", "dense"])
-def test_scores_start_at_a_given_mask(form: str, stored: str) -> None:
-    linear, factors, order = given(form)
-    keep = permuted_nm_mask(torch.randn(linear.weight.shape, dtype=torch.float64), order, PATTERN)
-    if stored == "in the order":
-        linear.weight.data, keep = linear.weight.data[:, order], keep[:, order]
-        factors = factors.permuted(order)
-    along = torch.arange(len(order)) if stored == "in the order" else order
-    scores = FreeScores(linear.weight, factors)
-    before = scores.free.data.clone()
-    scores.start_at(keep.t(), PATTERN.m, None if stored == "in the order" else order)
-    assert torch.equal(permuted_nm_mask(scores.values_t(linear.weight.t()).t(), along, PATTERN), keep)
-    groups = [values[along].unflatten(0, (-1, PATTERN.m)) for values in (before, scores.free.data)]
-    assert torch.equal(groups[0].sort(1).values, groups[1].sort(1).values)  # each group has the scores that it had
-    # Of the kept, and of the others, those that were larger are.
-    kept = keep.t()[along].unflatten(0, (-1, PATTERN.m))
-    for which in (kept, ~kept):
-        rank = [torch.where(which, values, -torch.inf).argsort(1) for values in groups]
-        assert torch.equal(*rank)
-
-
-@pytest.mark.parametrize(("orders", "stage"), [("fixed", "all"), ("fixed", 1), ("together", "all")])
-def test_learning_starts_at_them(orders: str, stage: str | int) -> None:
-    learning = problem(tiny_model("llama"), Wanda())
-    start = ordered(learning, "heuristic")
-    _, refined, *_ = RefinedMask().masks(learning, start)
-    still = lcp(init="heuristic", learning_rate=1e-12)
-    method = mask("score", start="refined", learning_rate=1e-12, orders=orders, layers_per_stage=stage)
-    found, masks, *_ = method.masks(learning, start, still)
-    check_masks(learning, found, masks)
-    if orders == "fixed":
-        assert all(torch.equal(masks[path], refined[path]) for path in refined)
-    else:  # a shared order may begin with its groups elsewhere, which changes no mask
-        weights = {path: learning.saliency_of(path) for path in refined}
-        assert all(
-            retained_saliency(weights[path], masks[path]) == pytest.approx(retained_saliency(weights[path], refined[path]))
-            for path in refined
-        )
-
-
 def test_a_pruner_that_corrects_weights_does_so_under_them(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "mask=refined", "export=folded")
     plain, _ = run(tmp_path, "pruner=sparsegpt", "permutation=none")
@@ -170,27 +128,19 @@ def test_a_run_goes_on_with_them_after_an_interruption(cache: Path, tmp_path: Pa
     assert metrics["perplexity"] == again["perplexity"]
 
 
-def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path) -> None:
-    for words, message in (
-        (("mask=refined", "mask.sweeps=0"), "mask.sweeps=0"),
-        (("mask=refined", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=refined"),
-        (("mask=score", "mask.start=both"), "mask.start='both'"),
-        (
-            ("mask=score", "mask.start=refined", "mask.orders=together", "permutation=lcp", "permutation.init=random"),
-            "mask.start=refined is not valid with permutation.init=random",
-        ),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
+def test_statistics_of_pruned_layers_are_refused(cache: Path, tmp_path: Path) -> None:
+    words = ("mask=refined", "calibration.statistics=sequential", "permutation=none")
+    with pytest.raises(ConfigError, match="is not valid with mask=refined"):
+        runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
 
 
 def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:
     learning = problem(tiny_model("llama"), Wanda())
     orders = ordered(learning, "none")
-    _, masks, *_ = RefinedMask(sweeps=1).masks(learning, orders)
+    _, masks, *_ = RefinedMask().masks(learning, orders)
     group = channel_groups(learning.model)[0]
     learning.groups = [group]
-    _, alone, *_ = RefinedMask(sweeps=1).masks(learning, orders)
+    _, alone, *_ = RefinedMask().masks(learning, orders)
     assert set(alone) == set(group.members)
     assert all(torch.equal(masks[path], alone[path]) for path in alone)
     assert all(linear_at(learning.model, path).weight.all() for path in masks)  # the model is dense still

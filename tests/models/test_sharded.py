@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, "sharded", [*LCP, "keep_dense=[0]", "permutation.batch_size=2"]),
         # The first process searches orders while the others wait in the middle of learning.
         (2, "sharded", ["permutation=heuristic", "mask=score", "mask.orders=searched", "mask.rounds=2", "mask.batch_size=4"]),
-        (2, "sharded", [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4", "mask.start=refined"]),
+        (2, "sharded", [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4"]),
         # Weights that change go back to their parts.
         (2, "sharded", ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
         (3, "sharded", [*LCP, "reconstruction=obs", "export=gathered"]),
