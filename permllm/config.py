@@ -263,8 +263,6 @@ _SET_AT_THE_TOP = {"block_size": "block_size={}", "temperature": "temperature=OP
 _NEEDED = {
     "permutation.path": "permutation=from_file needs permutation.path=RUN, a run directory or a permutations.safetensors"
 }
-# `mask.orders` with which the order learns by descent beside the masks, from their windows.
-WITH_ORDERS = ("together", "turns")
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 
@@ -571,8 +569,7 @@ class RunConfig:
     def further(self) -> int:
         """Windows of the calibration text, after `calibration.samples`, that a method learns from."""
         first = self.calibration.samples
-        of_orders = [] if self.mask.get("orders") in WITH_ORDERS else [self.permutation]
-        asked = [*of_orders, self.mask, self.reconstruction]
+        asked = (self.permutation, self.mask, self.reconstruction)
         return max(first, *(windows_learned_from(one.get("samples"), one.get("skip"), first).stop for one in asked)) - first
 
     # What a job is is asked many times, and follows from files that take time to read: once.

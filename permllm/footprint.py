@@ -25,7 +25,7 @@ from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.models.losses import chunk_of
 from permllm.models.patterns import groups_to_prune
-from permllm.permutation.contract import planned_orders
+from permllm.permutation.contract import LearningPlan
 from permllm.runtime import parallel
 from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
@@ -117,7 +117,7 @@ class Footprint:
         self.every, self.groups = channel_groups(model), groups_to_prune(model, config)
         self.layers = len(decoder_layers(model))
         self.masks: MaskPlan | None = mask.plan(self.groups, self.layers) if mask.learned else None
-        self.orders = planned_orders(permutation, mask, self.groups, self.layers)
+        self.orders: LearningPlan | None = permutation.plan(self.groups, self.layers) if permutation.learned else None
         self.weights: Counter[NMPattern] = Counter()
         for group in self.groups:
             self.weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
@@ -132,11 +132,6 @@ class Footprint:
     def of_layers(self) -> list[int]:
         """Parameters of each decoder layer."""
         return [sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(self.model)]
-
-    @property
-    def orders_with_masks(self) -> bool:
-        """Orders learn with the masks, in their windows."""
-        return bool(getattr(self._mask, "learns_orders", False))
 
     @property
     def _product_item(self) -> int:
@@ -157,26 +152,21 @@ class Footprint:
     def learning(self) -> list[Learning]:
         """What learns, in its order."""
         found = []
-        together = self.orders_with_masks
-        of_window = depth = 0
-        pruned = sum(self.weights.values())
         if self.orders and self.orders.windows:
             depth = max(stop - first for first, stop in self.orders.windows)
             share = self.layers - self.orders.windows[0][0]
             of_window = self.orders.logits * depth // share
-            if not together:
-                waiting = 4 * of_window  # the gradients of soft permutations
-                found.append(Learning("learn", self._permutation, of_window, self.orders.windows, waiting))
+            waiting = 4 * of_window  # the gradients of soft permutations
+            found.append(Learning("learn", self._permutation, of_window, self.orders.windows, waiting))
         if self.masks:
             most = max(self.masks_by_window)
             # A masked weight in the format of the products.
-            waiting = self._product_item * most if self.masks.keeps_masked and not together else 0
-            learned = most + (of_window if together else 0)
-            found.append(Learning("learn masks", self._mask, learned, self.masks.windows, waiting))
+            waiting = self._product_item * most if self.masks.keeps_masked else 0
+            found.append(Learning("learn masks", self._mask, most, self.masks.windows, waiting))
         if self.reconstructs:
             waiting = 4 * self.kept  # places
             # Half-precision weights learn as float32 copies and are read as they are; float32 ones are rounded.
-            waiting += 2 * pruned if self.config.model.dtype == "float32" else 0
+            waiting += 2 * sum(self.weights.values()) if self.config.model.dtype == "float32" else 0
             windows = [(0, self.layers)]
             found.append(Learning("learn weights", self._reconstruction, self.kept, windows, waiting))
         return found
@@ -274,7 +264,7 @@ class Footprint:
         together = min(mine, getattr(method, "micro_batch_size", None) or mine)
         tokens = together * self.config.calibration.seqlen
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.
-        gathers = method is self._mask and not self.orders_with_masks and self.config.permutation.get("name") != "none"
+        gathers = method is self._mask and self.config.permutation.get("name") != "none"
         activations = tokens * kept_a_token(self.every, hidden, item, gathers) * item * depth
         recomputes = getattr(method, "activation_checkpointing", None)
         if streams or recomputes or (recomputes is None and activations > KEPT_ON_A_HOST):

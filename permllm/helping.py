@@ -158,6 +158,6 @@ def _learn(config: RunConfig, loaded: LoadedModel, given: dict[str, Any]) -> Non
             if given["orders"] is None:
                 methods.permutation.orders(problem)
             else:
-                methods.mask.masks(problem, given["orders"], methods.permutation)
+                methods.mask.masks(problem, given["orders"])
     except TrainingError:
         pass  # the first process has met it at the same step, and says so

@@ -25,10 +25,9 @@ from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.loading import LoadedModel
 from permllm.models.patterns import groups_to_prune
 from permllm.models.placement import placement_of
-from permllm.permutation.contract import planned_orders
 from permllm.permutation.from_file import FromFile
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.settings import Constraint, HeuristicSettings
+from permllm.permutation.settings import Constraint
 from permllm.permutation.shared import check_segments, shared_orders
 from permllm.reconstruction.base import Reconstruction, trains_network
 from permllm.record.code import code_digest
@@ -65,15 +64,9 @@ class Methods:
         return self.pruner.updates_weights or self.reconstruction.changes_weights
 
     @property
-    def orders_learn_with_masks(self) -> bool:
-        """The permutation only gives the orders that learning starts from."""
-        return bool(not self.mask.local and self.mask.learns_orders)
-
-    @property
     def learned(self) -> dict[str, Any]:
         """What trains, by its group, in the order in which it does."""
-        orders = {} if self.orders_learn_with_masks else {"permutation": self.permutation}
-        return {group: method for group, method in (orders | {"mask": self.mask}).items() if method.learned}
+        return {group: method for group in ("permutation", "mask") if (method := getattr(self, group)).learned}
 
 
 @dataclass
@@ -160,23 +153,8 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
         check_contract(key, methods.mask, (), ("plan",))
         check_whole(f"{key}: batch_size", getattr(methods.mask, "batch_size", None), 1)
     if not methods.mask.local:
-        check_contract(key, methods.mask, ("learns_orders",), ("masks",))
+        check_contract(key, methods.mask, (), ("masks",))
         _check_statistics(key, methods.mask)
-        if config.mask.get("orders") == "searched" and not isinstance(permutation, LCPSettings | HeuristicSettings):
-            raise ConfigError(
-                "mask.orders=searched needs permutation=heuristic or permutation=lcp, not "
-                f"permutation={config.permutation.get('name')}"
-            )
-        if methods.mask.learns_orders and not isinstance(permutation, LCPSettings):
-            raise ConfigError(
-                f"mask.orders={config.mask.get('orders')} needs permutation=lcp, whose settings say how the order learns, not "
-                f"permutation={config.permutation.get('name')}"
-            )
-        if methods.orders_learn_with_masks and (permutation.last_layers is not None or permutation.rounds > 1):
-            raise ConfigError(
-                f"mask.orders={config.mask.get('orders')} learns the order with the masks, in their layers and rounds: "
-                "permutation.last_layers and permutation.rounds say nothing there; mask.last_layers and mask.rounds do"
-            )
         if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
             raise ConfigError(
                 f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "
@@ -283,12 +261,11 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
             spans = method.spans(len(decoder_layers(model)))
             if not any(first <= group.layer < stop for group in groups for first, stop in spans):
                 raise ConfigError(f"{name}.last_layers={method.last_layers}: keep_dense leaves nothing to learn in them")
-    plan = planned_orders(permutation, methods.mask, groups, len(decoder_layers(model)))
+    plan = permutation.plan(groups, len(decoder_layers(model))) if permutation.learned else None
     if plan is not None and isinstance(permutation, LCPSettings) and not plan.logits:
-        what = "mask" if methods.orders_learn_with_masks else "permutation"
         raise ConfigError(
             f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that share "
-            f"it, as by {what}.layers_per_stage=all and all layers"
+            "it, as by permutation.layers_per_stage=all and all layers"
         )
     return groups
 

@@ -21,7 +21,6 @@ from permllm.job import Job
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
 from permllm.learning.training import steps_in_all
-from permllm.mask.contract import FoundMasks
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
 from permllm.permutation.contract import checked_order
@@ -142,9 +141,6 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     if kept is not None:
         return kept
     job.record.begin_learning()
-    if job.methods.orders_learn_with_masks:
-        start: dict[str, Tensor] = job.methods.permutation.start(problem)
-        return start
     if job.methods.permutation.learned:
         call_helpers(problem, job.loaded.identity, job.products)
         with parallel.in_step():
@@ -159,8 +155,10 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     return orders
 
 
-def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order) -> FoundMasks | None:
-    """The masks of all linears, with the orders that they are N:M in; None where the pruner chooses them.
+def found_masks(
+    job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
+) -> tuple[Order, Mapping[str, Tensor] | None]:
+    """The order of the channel groups as it is, and the masks of all linears; None where the pruner chooses them.
 
     Args:
         job: whose record and logger learn of what is found.
@@ -168,32 +166,31 @@ def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration | None, order: 
         dense: what the dense model tells.
         order: of the channel groups, as `order_of` gives it.
     """
-    permutation, mask, record = job.methods.permutation, job.methods.mask, job.record
+    mask, record = job.methods.mask, job.record
     if mask.local:
-        return None
+        return order, None
     assert dense is not None
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
     with record.stage("mask", job.device):
         masks = record.kept_masks(linear_shapes(job.groups))
-        # Masks are N:M in the orders that were found with them.
         kept = None if masks is None else record.kept_orders({group.name: group.channels for group in job.groups})
     orders = kept or {group.name: _order_by(order, problem, group) for group in job.groups}
     if masks is not None:
-        return FoundMasks(orders, masks)
+        return among(orders), masks
     with record.stage("mask", job.device):
-        earlier = [] if mask.learns_orders else [line for line in record.passes() if _MASKS not in line]
+        earlier = [line for line in record.passes() if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
         with products_in(job.products, job.device):
             if mask.learned:
                 call_helpers(problem, job.loaded.identity, job.products, orders)
                 with parallel.in_step():
-                    found = FoundMasks(*mask.masks(problem, orders, permutation))
+                    masks = mask.masks(problem, orders)
             else:  # found by the first process alone
-                found = FoundMasks(*mask.masks(problem, orders, permutation))
-        record.keep_orders(found.orders)
-        record.keep_masks(found.masks)
-    return found
+                masks = mask.masks(problem, orders)
+        record.keep_orders(orders)
+        record.keep_masks(masks)
+    return among(orders), masks
 
 
 def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Tensor:

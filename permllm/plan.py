@@ -61,9 +61,8 @@ def print_plan(footprint: Footprint, chosen: str, alone: str | None) -> None:
     if config.model.bos:
         console.print("windows                begin with BOS, in calibration and perplexity")
     console.print(f"logits                 {plan.logits if plan else 0}")
-    what = "mask" if footprint.orders_with_masks else "permutation"
     for name in plan.stays if plan else []:
-        console.print(f"{name} stays where it starts: it learns only with {what}.layers_per_stage=all and all layers")
+        console.print(f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers")
     windows = plan.windows if plan else []
     if windows:
         console.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from permllm.job import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
-from permllm.ordering import among, calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for
+from permllm.ordering import calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for
 from permllm.pipeline import PrunedModel, prune
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,7 @@ def prune_model(
             dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
             dense.target = target_of_all(job, drawn, dense.target)
     order = order_of(job, drawn, dense)
-    masks: Mapping[str, Tensor] | None = None
-    found = found_masks(job, drawn, dense, order)
-    if found is not None:
-        order, masks = among(found.orders), found.masks
+    order, masks = found_masks(job, drawn, dense, order)
     count = len(tokens)
     of_network = windows_for(job.methods.reconstruction, count)
     factors = dense.factors if dense is not None and config.calibration.statistics == "dense" else None

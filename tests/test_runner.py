@@ -174,18 +174,6 @@ def test_last_layers_that_all_stay_dense_are_refused(settings: tuple[str, ...], 
         run(tmp_path, *settings, f"{group}.last_layers=1", "keep_dense=[-1]")
 
 
-@pytest.mark.parametrize("setting", ["last_layers=1", "rounds=2"])
-def test_what_orders_that_learn_with_masks_would_not_hear_is_refused(setting: str, cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^mask\.orders=together learns the order with the masks"):
-        run(tmp_path, "permutation=lcp", "mask=score", "mask.orders=together", f"permutation.{setting}")
-
-
-def test_orders_that_learn_with_masks_ask_for_no_windows_of_their_own() -> None:
-    settings = ("model=tiny", "permutation=lcp", "mask=score", "permutation.samples=1000", "mask.samples=20")
-    fixed, together = (read_config(composed(*settings, f"mask.orders={name}")) for name in ("fixed", "together"))
-    assert (fixed.further, together.further) == (992, 12)
-
-
 def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
     config = read_config(composed("model=tiny"))

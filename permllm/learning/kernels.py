@@ -409,7 +409,6 @@ def chosen_kernels(
     groups: Iterable[ChannelGroup],
     steps: int,
     straight_through: str | None,
-    dense: bool = False,
 ) -> Kernels:
     """Compiled kernels where `settings.compile` asks for them, or compiling is soon made up for; else eager ones.
 
@@ -420,8 +419,7 @@ def chosen_kernels(
         problem: what is learned from.
         groups: whose linears are masked.
         steps: how many there will be.
-        straight_through: as in `KernelUse`.
-        dense: the scores are a number for each weight, whatever the pruner's saliency is.
+        straight_through: as in `KernelUse`; where none learns, the scores are a number for each weight.
     """
     groups = list(groups)
     patterns = list(dict.fromkeys(map(problem.pattern_of, groups)))
@@ -430,7 +428,8 @@ def chosen_kernels(
     if wanted is None:
         weights = sum(group.channels * sum(group.rows) for group in groups)
         wanted = steps * weights > (_COMPILE_FROM if narrow == patterns else _COMPILE_WIDE_FROM)
-    if straight_through is None:  # the mask alone
+    of_weights = straight_through is None  # the mask alone
+    if of_weights:
         patterns = narrow
     if not wanted or not patterns:
         return EAGER
@@ -441,9 +440,9 @@ def chosen_kernels(
         straight_through,
         weights=model_weight.dtype,
         products=product_dtype(model_weight),
-        power=0 if dense else factors.power,
-        row=factors.row is not None and not dense,
-        dense=factors.dense or dense,
+        power=0 if of_weights else factors.power,
+        row=factors.row is not None and not of_weights,
+        dense=factors.dense or of_weights,
     )
     made = [kernels for pattern in patterns if (kernels := compiled_kernels(replace(use, pattern=pattern)))]
     return made[0] if len(made) == len(patterns) else EAGER

@@ -22,9 +22,6 @@ where c is among the N largest of b then, its own mask entry `dM` comes in and t
 and for c's own group it is the same with c itself as the member whose place is taken. No softmax, so its temperature is not
 used. The comparisons are R C B / M, a pass over memory that a compiler fuses.
 
-Scores can learn instead of the order or with it (`permllm.learning.scores`): their gradient needs no order, and nothing but
-`dM`.
-
 All products, those of blocks too, are made in one format: that of the weights, or autocast's inside of
 `permllm.runtime.precision.products_in`. Saliencies and masks come from the weights as they are.
 """
@@ -48,7 +45,6 @@ from permllm.learning.stacks import BlockStack
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.placement import placement_of
 from permllm.runtime.precision import product, product_dtype, products_as_they_are
-from permllm.sparsity import permuted_nm_mask
 
 StandIn = TypeVar("StandIn", bound=nn.Module)
 
@@ -74,18 +70,16 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         layout: _Layout,
         perm: Tensor,
         hard: Tensor | None,
-        orders: int,
-        *learning: Tensor,
+        *soft: Tensor,
     ) -> Tensor:
         dtype = product_dtype(x)
         flat = x.flatten(0, -2).to(dtype)
         y = product(flat, _masked_weight_t(weight, layout, perm, dtype))
         if bias is not None:
             y += bias
-        ctx.save_for_backward(flat if learning else None, weight, perm, hard)
-        ctx.layout, ctx.orders, ctx.learns = layout, orders, bool(learning)
+        ctx.save_for_backward(flat if soft else None, weight, perm, hard)
+        ctx.layout, ctx.soft_dtype = layout, soft[0].dtype if soft else None
         ctx.input_shape, ctx.input_dtype, ctx.product_dtype = x.shape, x.dtype, dtype
-        ctx.soft_dtype = learning[0].dtype if orders else None
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -94,21 +88,15 @@ class _PermutedMaskedLinear(torch.autograd.Function):
         layout: _Layout = ctx.layout
         weight_t = weight.t()
         grad_y = grads[0].flatten(0, -2)
-        nothing = (None,) * 6
-        grad_masked_t: Any = product(x.t(), grad_y) if ctx.learns else None
         grad_soft: list[Tensor] = []
-        if ctx.orders:
-            masked_t, grad_soft = _order_gradients(layout, weight_t, perm, hard, grad_masked_t, ctx.soft_dtype)
+        if x is not None:
+            masked_t, grad_soft = _order_gradients(layout, weight_t, perm, hard, product(x.t(), grad_y), ctx.soft_dtype)
         else:
             masked_t = _masked_weight_t(weight, layout, perm, ctx.product_dtype)
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             grad_x = product(grad_y, masked_t.t()).view(ctx.input_shape).to(ctx.input_dtype)
-        del masked_t  # before the gradients of the scores, which may be as large
-        of_scores: list[Tensor] = []
-        if len(ctx.needs_input_grad) > 7 + ctx.orders:
-            of_scores = layout.scores.gradients(grad_masked_t, weight_t, layout.pattern.m, perm)
-        return grad_x, *nothing, *grad_soft, *of_scores
+        return grad_x, None, None, None, None, None, *grad_soft
 
 
 def _order_gradients(
@@ -178,12 +166,12 @@ def _masked_weight_t(weight: Tensor, layout: _Layout, perm: Tensor, dtype: torch
 
 
 class PermutedMaskedLinear(nn.Module):
-    """Stands in for a frozen `nn.Linear` while its channel order, or the scores of its mask, are learned.
+    """Stands in for a frozen `nn.Linear` while its channel order is learned.
 
     Args:
         linear: the layer; its weight `(C_out, C_in)` is used as it is and gets no gradient. It is fastest when the weight is
             stored column by column (`weight.t()` contiguous), because channels are gathered.
-        scores: what the mask is chosen by; their parameters learn where they require gradients.
+        scores: what the mask is chosen by.
         pattern: N:M.
         stacks: how the positions split into blocks (see `permllm.permutation.lcp.blocks`), which are worked on some at a time.
         straight_through: `swap`, or `hard` or `soft`, which mask stands in the second gradient term.
@@ -203,7 +191,6 @@ class PermutedMaskedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
-        self.scores = scores
         self._layout = _Layout(scores, pattern, stacks, straight_through, kernels)
         self._order: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
 
@@ -225,14 +212,7 @@ class PermutedMaskedLinear(nn.Module):
             raise RuntimeError("set_order must be called before forward")
         perm, hard, soft = self._order
         self._order = None  # or the soft permutations and their graph would live until the next step
-        scores = [values for values in self.scores.parameters() if values.requires_grad and torch.is_grad_enabled()]
-        learning = [*soft, *scores]
-        weight, bias = self.linear.weight, self.linear.bias
-        return _PermutedMaskedLinear.apply(x, weight, bias, self._layout, perm, hard, len(soft), *learning)
-
-    def mask(self, perm: Tensor) -> Tensor:
-        """The mask in an order int64 `(C_in,)`: bool `(C_out, C_in)`, original channel order."""
-        return permuted_nm_mask(self.scores.values_t(self.linear.weight.t()).t(), perm, self._layout.pattern)
+        return _PermutedMaskedLinear.apply(x, self.linear.weight, self.linear.bias, self._layout, perm, hard, *soft)
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def ordered_linears(
     problem: LearningProblem,
     groups: Iterable[ChannelGroup],
     orders: Mapping[str, Tensor],
-    scores_of: Callable[[str, Tensor, SaliencyFactors, Tensor], Scores],
+    scores_of: Callable[[Tensor, SaliencyFactors], Scores],
     kernels: Kernels = EAGER,
 ) -> Iterator[dict[str, list[OrderedMaskedLinear]]]:
     """Put a masked linear in the place of every linear of some groups, and the linears back at the end.
@@ -137,8 +137,8 @@ def ordered_linears(
         problem: whose model.
         groups: whose linears.
         orders: int64 `(C_in,)` by group.
-        scores_of: what a mask is chosen by, from the path of a linear, its weight `(C_out, C_in)` and saliency factors, both
-            in the order, and the order.
+        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` of a linear and its saliency factors, both in the
+            order.
         kernels: as in `OrderedMaskedLinear`.
 
     Yields:
@@ -147,7 +147,7 @@ def ordered_linears(
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> OrderedMaskedLinear:
         order = orders[group.name].to(linear.weight.device)
-        scores = scores_of(path, ordered(group, linear.weight.data), problem.factors_of(path).permuted(order), order)
+        scores = scores_of(ordered(group, linear.weight.data), problem.factors_of(path).permuted(order))
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         return OrderedMaskedLinear(linear, scores, problem.pattern_of(group), moved, kernels)
 

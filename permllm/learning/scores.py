@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,9 @@ class Scores(nn.Module):
         factors: of the saliency of a linear, in the order that its weight is stored in, on its device.
 
     Attributes:
-        by_channel: names of the parameters that have a row for each channel.
         keeps_masked: a masked weight that forward has made may wait for backward: it is little beside the scores.
     """
 
-    by_channel: ClassVar[tuple[str, ...]] = ()
     keeps_masked = False
 
     def __init__(self, factors: SaliencyFactors) -> None:
@@ -52,32 +49,22 @@ class Scores(nn.Module):
             chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
         return self.factors.power, chosen, self.factors.row
 
-    def state_in(self, order: Tensor) -> dict[str, Tensor]:
-        """A copy of the parameters by name, those by channel in another order, int64 `(C_in,)` of the present positions."""
-        values = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        return {name: value[order] if name in self.by_channel else value.clone() for name, value in values.items()}
-
     def values_t(self, weight_t: Tensor) -> Tensor:
         """All scores of a transposed weight `(C_in, C_out)`, same shape."""
         return saliency_t(weight_t, SaliencyFactors(*self.piece(weight_t, slice(None))))
 
-    def gradients(self, grad: Tensor, weight_t: Tensor, m: int, order: Tensor | None = None) -> list[Tensor]:
+    def gradients(self, grad: Tensor, weight_t: Tensor, m: int) -> list[Tensor]:
         """Gradients of the parameters, in their order, from that of the masked weight.
 
         Args:
             grad, weight_t: `(C_in, C_out)`.
             m: channels of a group.
-            order: int64 `(C_in,)`, in which they are groups; None where they are as they are stored.
         """
-        if not any(True for _ in self.parameters()):
-            return []
         dtype = self.factors.column.dtype
         # A copy is multiplied in place: on a CPU another tensor of the size costs several times the product.
         of_scores = grad * weight_t if grad.dtype == dtype else grad.to(dtype).mul_(weight_t)
-        groups = (of_scores if order is None else of_scores.index_select(0, order)).unflatten(0, (-1, m))
+        groups = of_scores.unflatten(0, (-1, m))
         groups -= groups.mean(1, keepdim=True)
-        if order is not None:
-            of_scores.index_copy_(0, order, groups.flatten(0, 1))
         return self.of_parameters(of_scores)
 
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
@@ -93,7 +80,6 @@ class FreeScores(Scores):
         factors: as in `Scores`.
     """
 
-    by_channel = ("free",)
     keeps_masked = True
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
@@ -103,7 +89,7 @@ class FreeScores(Scores):
 
     @override
     def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
-        return 0, rows_at(self.free.data, channels).t(), None
+        return 0, self.free.data[channels].t(), None
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
@@ -119,8 +105,6 @@ class LowRankScores(Scores):
         generator: of its start.
     """
 
-    by_channel = ("channel", "right")
-
     def __init__(self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator) -> None:
         super().__init__(factors)
         rows, channels = weight.shape
@@ -133,20 +117,15 @@ class LowRankScores(Scores):
     @override
     def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
         power, column, row = super().piece(weight_t, channels)
-        scores = log_saliency_t(rows_at(weight_t, channels), SaliencyFactors(power, column, row))
-        scores += rows_at(self.channel.data, channels).unsqueeze(1)
-        scores.addmm_(rows_at(self.right.data, channels), self.left.data.t())
+        scores = log_saliency_t(weight_t[channels], SaliencyFactors(power, column, row))
+        scores += self.channel.data[channels].unsqueeze(1)
+        scores.addmm_(self.right.data[channels], self.left.data.t())
         return 0, scores.t(), None
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
         with products_as_they_are(of_scores):  # their sums over all rows could overflow in float16
             return [of_scores.sum(1), of_scores.t() @ self.right.data, of_scores @ self.left.data]
-
-
-def rows_at(values: Tensor, rows: Tensor | slice) -> Tensor:
-    """Some rows of a tensor: a copy of those at int64 `(k,)`, or a view of consecutive ones."""
-    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:

@@ -83,13 +83,7 @@ class Moment(NamedTuple):
 
 
 class Learner(ABC):
-    """What learns in a window, such as the orders or the masks, and sets the masked linears accordingly.
-
-    Attributes:
-        turn: it learns in every other step only, in those with this remainder; None in each.
-    """
-
-    turn: int | None = None
+    """What learns in a window, such as the orders or the masks, and sets the masked linears accordingly."""
 
     @property
     def gathers(self) -> bool:
@@ -99,10 +93,6 @@ class Learner(ABC):
     def masked_weights(self) -> int:
         """Numbers of masked weights that wait for backward."""
         return 0
-
-    def learns(self, moment: Moment | None) -> bool:
-        """Whether it learns in a step; None is no step."""
-        return moment is not None and (self.turn is None or moment.step % 2 == self.turn)
 
     @abstractmethod
     def parameters(self) -> list[dict[str, Any]]:
@@ -263,7 +253,7 @@ class Training:
         value, *flips = torch.stack([total.double(), *(count.double() for count in counted if count is not None)]).tolist()
         if not math.isfinite(value):
             raise TrainingError(self._failure(self._where(batch)))
-        self._add_up_gradients(moment)
+        self._add_up_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -310,9 +300,9 @@ class Training:
             except ValueError as error:
                 raise TrainingError(self._failure(str(error))) from error
 
-    def _add_up_gradients(self, moment: Moment) -> None:
+    def _add_up_gradients(self) -> None:
         if parallel.world_size() > 1:
-            groups = [group for learner in self.learners if learner.learns(moment) for group in learner.parameters()]
+            groups = [group for learner in self.learners for group in learner.parameters()]
             parameters = [parameter for group in groups for parameter in group["params"]]
             for parameter in parameters:
                 if parameter.grad is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,38 +25,21 @@ class Mask(Protocol):
     local: bool
 
 
-class FoundMasks(NamedTuple):
-    """What a method has found, all of it on the CPU.
-
-    Attributes:
-        orders: int64 `(C_in,)` by group.
-        masks: bool `(C_out, C_in)` by linear, original channel order; each group of M in the order keeps N.
-    """
-
-    orders: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
-
-
 class FoundMask(Mask, Protocol):
     """Finds the masks of all linears together; where it does not train, the first process of torchrun does.
 
     Attributes:
         statistics: of what the linears read, that it sums over the calibration text (`permllm.calibration.statistics`).
-        learns_orders: the orders learn with the masks, by the settings of the permutation.
     """
 
     statistics: Statistics
-    learns_orders: bool
 
-    def masks(
-        self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | FoundMasks:
-        """The orders and masks, as `FoundMasks` has them.
+    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The masks by linear, bool `(C_out, C_in)` on the CPU, original channel order; N of each M in the order are kept.
 
         Args:
             problem: what they are found for.
-            orders: of all groups; where orders learn too, those of the permutation's start.
-            permutation: the method that found them.
+            orders: int64 `(C_in,)` on the CPU by channel group.
         """
 
 
@@ -66,7 +49,7 @@ class MaskPlan:
 
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
-        parameters: that masks are chosen by and learn, by decoder layer; orders are not among them.
+        parameters: that masks are chosen by and learn, by decoder layer.
         keeps_masked: masked weights wait for backward.
     """
 

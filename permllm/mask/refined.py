@@ -10,7 +10,7 @@ pair of a row is exchanged a step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from permllm.calibration.statistics.base import InputStatistics, Statistics
 from permllm.calibration.statistics.gram import Gram
 from permllm.config import NMPattern
 from permllm.learning.problem import LearningProblem
-from permllm.mask.contract import FoundMasks
 from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.record.masks import PackedMasks
@@ -38,12 +37,11 @@ class RefinedMask:
 
     learned = False
     local = False
-    learns_orders = False
     statistics: ClassVar[Statistics] = (Gram,)
 
     @torch.no_grad()
-    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor], permutation: Any = None) -> FoundMasks:
-        """The orders as they are, and the masks of all linears; as `permllm.mask.contract.FoundMask`."""
+    def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
+        """The masks of all linears; as `permllm.mask.contract.FoundMask`."""
         tokens = problem.tokens if problem.calibration is None else problem.calibration
         stream, masks = LayerStream(problem.model, tokens, problem.calibration_batch_size), PackedMasks()
         for layer, members in by_layer(problem.model, problem.groups, "refine masks"):
@@ -51,7 +49,7 @@ class RefinedMask:
                 stream.advance(layer)
             for group in members:
                 masks.update(_of_group(problem, group, orders[group.name].to(problem.device), statistics[group.name]))
-        return FoundMasks(dict(orders), masks)
+        return masks
 
 
 def _of_group(problem: LearningProblem, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,13 +54,12 @@ class LearnedPermutation(JointPermutation, Protocol):
 
     batch_size: int
 
-    def plan(self, groups: list[ChannelGroup], layers: int, spans: list[tuple[int, int]] | None = None) -> LearningPlan:
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """What it will learn on a model of these groups and so many decoder layers.
 
         Args:
             groups: that are pruned.
             layers: of the decoder.
-            spans: first decoder layer and the one after the last of what learns together; None is as its own settings say.
         """
 
 
@@ -83,22 +82,6 @@ class LearningPlan:
     logits: int
     parameters: int
     stays: list[str]
-
-
-def planned_orders(permutation: Any, mask: Any, groups: list[ChannelGroup], layers: int) -> LearningPlan | None:
-    """What orders will learn, in the windows of the masks where they learn with them; None where they do not.
-
-    Args:
-        permutation: the method.
-        mask: likewise, as in `permllm.mask.contract`.
-        groups: that are pruned.
-        layers: of the decoder.
-    """
-    if not permutation.learned:
-        return None
-    together = getattr(mask, "learns_orders", False)
-    found: LearningPlan = permutation.plan(groups, layers, *([mask.spans(layers)] if together else []))
-    return found
 
 
 def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:

@@ -111,16 +111,12 @@ def searched(searches: list[Search], device: torch.device, what: str) -> dict[st
     return {search.name: found[search.name] for search in searches}
 
 
-def search_order(
-    shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern, present: Tensor | None = None
-) -> Tensor:
+def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Tensor:
     """What one search finds, int64 `(channels,)` on the CPU; as `search_of`."""
-    return _finished(search_of(shared, saliency_of, pattern, present).steps)
+    return _finished(search_of(shared, saliency_of, pattern).steps)
 
 
-def search_of(
-    shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern, present: Tensor | None = None
-) -> Search:
+def search_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Search:
     """The search for the heuristic permutation of each segment of a shared order, int64 `(channels,)` on the CPU.
 
     Args:
@@ -128,7 +124,6 @@ def search_of(
         saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
             group at a time, several times.
         pattern: N:M of the groups that have none of their own.
-        present: the order that it must retain more than, int64 `(channels,)` on the CPU; None is the identity.
     """
     of_one = len(shared.groups) == 1
 
@@ -143,27 +138,25 @@ def search_of(
             for scores, its in held or map(whole, shared.groups):
                 yield scores[:, start : start + shared.segment], its
 
-        before = (torch.arange(shared.channels) if present is None else present).split(shared.segment)
         found = []
-        for start, of_segment in zip(range(0, shared.channels, shared.segment), before, strict=True):
-            found.append(start + (yield from _steps(partial(parts, start), of_segment - start)))
+        for start in range(0, shared.channels, shared.segment):
+            found.append(start + (yield from _steps(partial(parts, start))))
         return torch.cat(found)
 
     largest = max(group.channels * sum(group.rows) for group in shared.groups)
     return Search(shared.name, 4 * largest, steps())
 
 
-def heuristic_order(saliency: Parts, present: Tensor | None = None) -> Tensor:
-    """Order that retains more saliency than the present one, or that when it does not.
+def heuristic_order(saliency: Parts) -> Tensor:
+    """Order that retains more saliency than the identity, or that when it does not.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
-        present: int64 `(C_in,)` on the CPU; None is the identity.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    return _finished(_steps(saliency, present))
+    return _finished(_steps(saliency))
 
 
 def _finished(steps: Steps) -> Tensor:
@@ -177,7 +170,7 @@ def _finished(steps: Steps) -> Tensor:
         return found
 
 
-def _steps(saliency: Parts, present: Tensor | None) -> Steps:
+def _steps(saliency: Parts) -> Steps:
     """`heuristic_order`, one assignment after the other."""
     sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
     total = _sum(sums)
@@ -187,12 +180,12 @@ def _steps(saliency: Parts, present: Tensor | None) -> Steps:
     for position in range(largest.m):
         sources = yield position_scores(saliency, perm, position, largest.m)
         perm = exchanged(perm, position, largest.m, sources)
-    present = torch.arange(len(total)) if present is None else present
+    identity = torch.arange(len(total))
     retained = [0.0, 0.0]
     for part, pattern in saliency():
-        for index, order in enumerate((present, perm)):
+        for index, order in enumerate((identity, perm)):
             retained[index] += _retained(part, order, pattern)
-    return perm if retained[1] > retained[0] else present
+    return perm if retained[1] > retained[0] else identity
 
 
 def allocate(total: Tensor, pattern: NMPattern) -> Tensor:

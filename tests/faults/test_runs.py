@@ -21,7 +21,6 @@ from permllm.evaluation import measure
 from permllm.export.checkpoint import Request, export_run
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.method import LCP
-from permllm.record import loggers
 from permllm.record.files import read_json, write_json
 from permllm.record.run_tensors import read_masks, write_masks, write_orders
 from permllm.record.schema import Metrics
@@ -237,18 +236,6 @@ def test_a_finished_run_that_kept_no_weights_stays_finished_and_one_that_was_int
     assert results(tmp_path / "run") == results(tmp_path / "other")
 
 
-def test_searched_masks_go_on_in_the_orders_that_were_found_with_them(cache: Path, tmp_path: Path) -> None:
-    searched = ("mask.orders=searched", "mask.rounds=2", "mask.learning_rate=0.1")
-    words = (*SMALL, "permutation=heuristic", "mask=score", *searched)
-    patch = interrupted(stages, "prune")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", *words)
-    patch.undo()
-    assert run(tmp_path / "run", *words)["sparsity"]["violations"] == 0
-    run(tmp_path / "other", *words)
-    assert results(tmp_path / "run") == results(tmp_path / "other")
-
-
 def test_what_was_found_is_not_searched_again(cache: Path, tmp_path: Path, learning: Path) -> None:
     """The order behind masks that are learned, and the start of an order that has begun to learn."""
 
@@ -269,21 +256,6 @@ def test_what_was_found_is_not_searched_again(cache: Path, tmp_path: Path, learn
     run(tmp_path / "other", *words)
     assert results(tmp_path / "run") == results(tmp_path / "other")
     assert results(tmp_path / "lcp") == results(learning / "finished")
-
-
-def test_epochs_of_orders_and_masks_together_are_told_once(cache: Path, tmp_path: Path) -> None:
-    together = ("permutation=lcp", "mask=score", "mask.orders=together", "mask.epochs=2")
-    words = (*SMALL[:-1], *together)
-    told: list[int] = []
-    with pytest.MonkeyPatch.context() as watching:
-        watching.setattr(loggers._Nowhere, "log_pass", lambda self, values, number: told.append(number))
-        patch = before_a_line(lambda values: values["pass"] == 2)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", *words)
-        patch.undo()
-        run(tmp_path / "run", *words)
-    assert told == [1, 2]
-    assert len(history(tmp_path / "run")) == 2
 
 
 def test_the_history_has_the_epochs_of_masks_and_then_of_weights(cache: Path, tmp_path: Path) -> None:

@@ -8,15 +8,10 @@ from torch import Tensor, nn
 
 from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import NMPattern
-from permllm.learning.masked_linear import PermutedMaskedLinear
 from permllm.learning.ordered_linear import OrderedMaskedLinear
 from permllm.learning.scores import FreeScores, LowRankScores, Scores
-from permllm.learning.stacks import split_blocks
-from permllm.permutation.lcp.assignment import harden
-from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.runtime.precision import products_in
 from permllm.sparsity import permuted_nm_mask
-from tests.permutation.differentiable import sinkhorn
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
 
@@ -90,10 +85,9 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
     assert inputs.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("stored", ["as it was", "in the order"])
 @pytest.mark.parametrize("form", ["one term", "dense"])
 @pytest.mark.parametrize("kind", ["free", "lowrank"])
-def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stored: str) -> None:
+def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> None:
     linear, factors, order = given(form)
     scores = made(kind, linear, factors)
     generator = torch.Generator().manual_seed(1)
@@ -102,26 +96,20 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
     x = torch.randn(5, CHANNELS, generator=generator, dtype=torch.float64)
     grad = torch.randn(5, ROWS, generator=generator, dtype=torch.float64)
     ours_x = x.clone().requires_grad_()
-    if stored == "in the order":
-        there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
-        there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
-        moved = made(kind, there, factors.permuted(order))
-        with torch.no_grad():
-            for name, parameter in moved.named_parameters():
-                values = getattr(scores, name)
-                parameter.copy_(values if name == "left" else values[order])
-        ordered = OrderedMaskedLinear(there, moved, PATTERN, order)
-        ours = ordered(ours_x)
-        ours.backward(grad)
-        for name, parameter in scores.named_parameters():
-            found = getattr(moved, name).grad
-            parameter.grad = found if name == "left" else found[order.argsort()]
-        assert torch.equal(ordered.mask(), permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN))
-    else:
-        module = PermutedMaskedLinear(linear, scores, PATTERN, split_blocks(CHANNELS, 16))
-        module.set_order(order)
-        ours = module(ours_x)
-        ours.backward(grad)
+    there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
+    there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
+    moved = made(kind, there, factors.permuted(order))
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            values = getattr(scores, name)
+            parameter.copy_(values if name == "left" else values[order])
+    ordered = OrderedMaskedLinear(there, moved, PATTERN, order)
+    ours = ordered(ours_x)
+    ours.backward(grad)
+    for name, parameter in scores.named_parameters():
+        found = getattr(moved, name).grad
+        parameter.grad = found if name == "left" else found[order.argsort()]
+    assert torch.equal(ordered.mask(), permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN))
 
     base = saliency(linear.weight, factors).clamp_min(torch.finfo(torch.float64).tiny).log()
     leaves = [parameter.detach().clone().requires_grad_() for parameter in scores.parameters()]
@@ -145,24 +133,3 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str, stor
         torch.testing.assert_close(parameter.grad, leaf.grad, rtol=1e-10, atol=1e-12)
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("variant", ["swap", "hard", "soft"])
-def test_orders_learn_through_scores_as_through_a_saliency_of_the_same_values(variant: str) -> None:
-    linear, factors, _ = given()
-    logits = BlockLogits(torch.arange(CHANNELS), split_blocks(CHANNELS, 12), [torch.randn(2, 12, 12, dtype=torch.float64)])
-    soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
-    hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
-    free = FreeScores(linear.weight, factors)
-    free.free.data.copy_(saliency(linear.weight, factors).t())
-    x = torch.randn(5, CHANNELS, dtype=torch.float64)
-    found = []
-    for scores in (Scores(factors), free):
-        module = PermutedMaskedLinear(linear, scores, PATTERN, logits.stacks, variant)  # type: ignore[arg-type]
-        module.set_order(logits.order(hard), hard, [sinkhorn(stack, 0.7, 3) for stack in logits.effective()])
-        logits.zero_grad()
-        module(x).square().sum().backward()
-        assert logits.logits[0].grad is not None
-        found.append(logits.logits[0].grad.clone())
-    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
-    assert free.free.grad is not None  # both learn at once

@@ -185,11 +185,6 @@ def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, mo
     ("overrides", "message"),
     [
         (("mask=score", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=score"),
-        (("mask=score", "mask.orders=together", "permutation=heuristic"), "mask.orders=together needs permutation=lcp"),
-        (
-            ("mask=score", "mask.orders=searched", "mask.rounds=2", "permutation=none"),
-            "mask.orders=searched needs permutation=heuristic or",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

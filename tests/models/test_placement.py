@@ -159,7 +159,6 @@ METHODS = {
     "lcp": ["permutation=lcp", "permutation.epochs=2", "block_size=16"],
     "lcp-stages": ["permutation=lcp", "permutation.layers_per_stage=1", "block_size=16"],
     "score": ["permutation=heuristic", "mask=score", "mask.epochs=2"],
-    "together": ["permutation=lcp", "mask=score", "mask.orders=together", "block_size=16"],
     "lowrank": ["permutation=heuristic", "mask=lowrank", "mask.layers_per_stage=1"],
     "refined": ["permutation=heuristic", "mask=refined"],
     "obs": ["permutation=heuristic", "reconstruction=obs"],

@@ -45,9 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (3, "sharded", [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
         # A process has no sample of the last batch, and nothing learns in the layer before those that do.
         (2, "sharded", [*LCP, "keep_dense=[0]", "permutation.batch_size=2"]),
-        # The first process searches orders while the others wait in the middle of learning.
-        (2, "sharded", ["permutation=heuristic", "mask=score", "mask.orders=searched", "mask.rounds=2", "mask.batch_size=4"]),
-        (2, "sharded", [*LCP, "mask=score", "mask.orders=together", "mask.batch_size=4"]),
+        (2, "sharded", ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1", "mask.batch_size=4"]),
         # Weights that change go back to their parts.
         (2, "sharded", ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
         (3, "sharded", [*LCP, "reconstruction=obs", "export=gathered"]),
@@ -55,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, "disk", [*LCP, "permutation.layers_per_stage=1", "reconstruction=obs"]),
         (2, "host", [*LCP, "mask=score", "mask.batch_size=4"]),
     ],
-    ids=["stages", "dense-first", "searched", "together", "sparsegpt", "obs", "disk", "host"],
+    ids=["stages", "dense-first", "masks", "sparsegpt", "obs", "disk", "host"],
 )
 def test_it_is_what_one_process_makes_of_the_model(
     checkpoint: Path, tmp_path: Path, processes: int, placement: str, method: list[str]

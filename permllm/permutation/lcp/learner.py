@@ -138,7 +138,7 @@ class OrderLearner(Learner):
     @override
     def set_layer(self, index: int, moment: Moment | None) -> None:
         for order, group in members(self.shared, self.window, index):
-            self._set_order(order, self.linears[group.name], moment if self.learns(moment) else None)
+            self._set_order(order, self.linears[group.name], moment)
 
     def _set_order(self, order: SharedOrder, linears: list[PermutedMaskedLinear], moment: Moment | None) -> None:
         if order.name in self.fixed:

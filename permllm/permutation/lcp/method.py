@@ -7,7 +7,6 @@ layer. The weights stay as they are. Forward uses hard permutations and hard mas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -21,7 +20,7 @@ from permllm.learning.kernels import Kernels, chosen_kernels
 from permllm.learning.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
-from permllm.learning.stacks import BlockStack, count_logits
+from permllm.learning.stacks import count_logits
 from permllm.learning.training import Checkpoint, Window, samples_of, steps_of
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.contract import LearningPlan
@@ -38,10 +37,9 @@ from permllm.sparsity import permuted_nm_mask
 class LCP(LCPSettings):
     """The method; its settings are those of `LCPSettings`."""
 
-    def plan(self, groups: list[ChannelGroup], layers: int, spans: list[tuple[int, int]] | None = None) -> LearningPlan:
-        """What learns on a model of these channel groups and so many decoder layers, in these windows or in its own."""
-        shared = shared_orders(groups, self.constraint)
-        spans = spans or self.spans(layers)
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """What learns on a model of these channel groups and so many decoder layers."""
+        shared, spans = shared_orders(groups, self.constraint), self.spans(layers)
         learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
         blocks, sizes = {}, {}
         for order in shared:
@@ -114,17 +112,8 @@ class LCP(LCPSettings):
                 factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
             return Scores(factors)
 
-        return masked_linears(problem, self.places(shared, window), scores_of, self.straight_through, kernels)
-
-    def places(self, shared: list[SharedOrder], window: Window) -> Iterator[tuple[ChannelGroup, list[BlockStack]]]:
-        """The channel groups of a window, each with its blocks."""
-        for order, group in members(shared, window):
-            yield group, order.group_stacks(self.block_size)
-
-    def start(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """Where learning starts from, int64 `(C_in,)` on the CPU by group."""
-        shared = shared_orders(problem.groups, self.constraint)
-        return expanded(shared, self.start_orders(problem, shared, self.spans(len(decoder_layers(problem.model)))[0][0]))
+        places = ((group, order.group_stacks(self.block_size)) for order, group in members(shared, window))
+        return masked_linears(problem, places, scores_of, self.straight_through, kernels)
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
