@@ -39,7 +39,7 @@ from permllm.errors import ConfigError, DataError, check_whole, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
-from permllm.job import Job, checked_groups, methods_of
+from permllm.methods import Job, checked_groups, methods_of
 from permllm.models.checkpoint import read_weights
 from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows

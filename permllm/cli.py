@@ -126,7 +126,7 @@ def _json(value: Any) -> str:
 @hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")
 def job(composed: DictConfig) -> float:
     """One job of the command line; what it returns is what a search minimises."""
-    from permllm.session import SESSION
+    from permllm.job import SESSION
 
     return SESSION.job(composed)
 
@@ -141,6 +141,6 @@ def run() -> int:
     register()
     if any(word.split("=")[0] in _QUESTIONS for word in sys.argv[1:]):
         return run_tool(lambda: reported(job) or 0)
-    from permllm.session import SESSION
+    from permllm.job import SESSION
 
     return SESSION.of(lambda: reported(job))

@@ -12,8 +12,8 @@ from torch import Tensor
 from permllm.calibration.shared import packed_factors, unpacked_factors
 from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, one_line
-from permllm.job import methods_of
 from permllm.learning.problem import LearningProblem
+from permllm.methods import methods_of
 from permllm.models.loading import LoadedModel, load_model
 from permllm.models.patterns import groups_to_prune
 from permllm.record.cache_folder import choose_cache

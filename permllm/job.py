@@ -1,273 +1,135 @@
-"""A job: the methods that its settings name, made and checked before anything is computed, and what its stages work on."""
+"""One job, top to bottom: load, calibrate, permute, prune, evaluate, record; and the jobs of a command."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from inspect import isabstract, signature
-from typing import Any, get_args
+import math
+import shutil
+import statistics
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from omegaconf import DictConfig
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from permllm.calibration.dense import Pruner
-from permllm.calibration.statistics.base import InputStatistic
-from permllm.config import ExportConfig, RunConfig, check_divides, instantiate, instantiate_permutation
-from permllm.data.named import calibration_text
-from permllm.errors import ConfigError, check_contract, check_one_of, check_whole
-from permllm.export.checkpoint import Request
-from permllm.footprint import FITS, Footprint, placements
-from permllm.learning.settings import LearningSettings
-from permllm.models.checkpoint import check_dense
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
-from permllm.models.loading import LoadedModel
+from permllm.config import ExportConfig, RunConfig, read_config, register_resolvers
+from permllm.data.calibration import calibration_tokens
+from permllm.data.named import calibration_text, check_texts, perplexity_texts
+from permllm.errors import ConfigError, DataError, InUseError, PermLLMError, everything_wanted, one_line
+from permllm.evaluation.measure import evaluate
+from permllm.evaluation.perplexity import perplexity_windows
+from permllm.evaluation.tasks import check_tasks
+from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
+from permllm.export.rebuild import apply_record
+from permllm.helping import assist, check_shares, loaded_by_all
+from permllm.methods import (
+    Job,
+    Methods,
+    checked_groups,
+    code_of,
+    footprint_of,
+    methods_of,
+    needs_device,
+    placement_for,
+)
+from permllm.models.families import linear_at
+from permllm.models.limits import check_windows
+from permllm.models.loading import LoadedModel, check_model_runs, load_model, meta_model
 from permllm.models.patterns import groups_to_prune
-from permllm.models.placement import placement_of
-from permllm.permutation.from_file import FromFile
-from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.settings import Constraint
-from permllm.permutation.shared import check_segments, shared_orders
-from permllm.reconstruction.base import Reconstruction, trains_network
-from permllm.record.code import code_digest
-from permllm.record.loggers import RunLogger
-from permllm.record.progress import Progress
+from permllm.nodes import check_names
+from permllm.pipeline import PrunedModel
+from permllm.plan import print_plan
+from permllm.record import sweep
+from permllm.record.cache_folder import choose_cache
+from permllm.record.caching import clear_cache
+from permllm.record.environment import environment
+from permllm.record.evaluations import mean_accuracy
+from permllm.record.figures import earlier_figures, flat_figures, print_run
+from permllm.record.files import write_record
+from permllm.record.job_log import job_log
+from permllm.record.loggers import RunLogger, open_logger
+from permllm.record.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
+from permllm.record.outcomes import Outcome
+from permllm.record.run_tensors import write_masks, write_orders
+from permllm.record.store import RunRecord, is_finished, run_directory
+from permllm.record.tensors import write_tensors
+from permllm.results.collect import collect
+from permllm.results.summary import summarise
+from permllm.results.table import print_comparison, print_jobs
 from permllm.runtime import parallel
-from permllm.runtime.memory import available_host_memory, free_memory
+from permllm.runtime.devices import resolve_device
+from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
+from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory, return_freed_memory
+from permllm.runtime.precision import compute_dtype, half_products
+from permllm.runtime.seeding import seed_everything
+from permllm.runtime.watch import FAILED, INTERRUPTED
+from permllm.stages import figures, prune_model
 
 log = logging.getLogger(__name__)
 
-# What a pruned model follows from, beside its methods.
-_MAKES_RESULTS = ("permllm.calibration.shared", "permllm.data.calibration", "permllm.models.loading", "permllm.pipeline")
 
+def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
+    """Run one job; under torchrun the part of the first process, which keeps the record (`permllm.helping` has the others').
 
-@dataclass(frozen=True)
-class Methods:
-    """What a job prunes with.
-
-    Attributes:
-        pruner: the base pruner.
-        permutation: finds the order of each channel group.
-        mask: finds the masks, unless it leaves them to the pruner.
-        reconstruction: changes the kept weights.
-    """
-
-    pruner: Pruner
-    permutation: Any
-    mask: Any
-    reconstruction: Reconstruction
-
-    @property
-    def change_weights(self) -> bool:
-        """Whether the kept weights become others than the dense model's."""
-        return self.pruner.updates_weights or self.reconstruction.changes_weights
-
-    @property
-    def learned(self) -> dict[str, Any]:
-        """What trains, by its group, in the order in which it does."""
-        return {group: method for group in ("permutation", "mask") if (method := getattr(self, group)).learned}
-
-
-@dataclass
-class Job:
-    """What the stages of a job work on.
-
-    Attributes:
-        config: of the job.
-        methods: that it prunes with.
-        record: what it leaves, in a run directory or in memory.
-        logger: where its numbers stream to.
-        loaded: the model, dense until it is pruned.
-        groups: its channel groups that are pruned, all layers.
-        products: dtype of matrix products before the evaluation.
-    """
-
-    config: RunConfig
-    methods: Methods
-    record: Progress
-    logger: RunLogger
-    loaded: LoadedModel
-    groups: list[ChannelGroup]
-    products: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.loaded.model.device
-
-    @property
-    def permutation_key(self) -> str:
-        """The setting that named the permutation."""
-        return f"permutation={self.config.permutation.get('name')}"
-
-    def weight(self, path: str) -> Tensor:
-        """The present weight of a linear, on the host."""
-        with placement_of(self.loaded.model).layer_of(path):
-            return linear_at(self.loaded.model, path).weight.data.cpu()
-
-
-def methods_of(config: RunConfig) -> Methods:
-    """The methods that the settings name.
+    Returns:
+        The metrics and the run directory; None when only a plan was asked for.
 
     Raises:
-        ConfigError: one cannot be made or lacks what it will be asked for, or the masks would be made from other
-            statistics than those that their order is learned with.
+        PermLLMError: with one line for the person who started it.
     """
-    methods = Methods(
-        instantiate(config.pruner),
-        instantiate_permutation(config),
-        instantiate(config.mask),
-        instantiate(config.reconstruction),
-    )
-    _check_contracts(config, methods)
-    statistics = config.calibration.statistics
-    kept = methods.learned if methods.mask.local else methods.learned | {"mask": methods.mask}
-    for group in kept if statistics != "dense" else ():
-        raise ConfigError(
-            f"calibration.statistics={statistics} is not valid with {group}={getattr(config, group)['name']}, which is "
-            "found with dense statistics and keeps them"
-        )
-    return methods
+    choose_cache(config.paths.cache_dir)
+    check_texts(config.calibration, config.evaluation.perplexity)
+    methods = methods_of(config)
+    request = export_request(config, methods)
+    device = resolve_device(config.model.device)
+    if not config.plan:
+        parallel.use_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        return_freed_memory()  # an earlier job's, or it would count as taken
+    skeleton = cache(partial(meta_model, config.model))
+    if config.plan or config.model.source != "hub" or config.model.architecture:
+        checked_groups(config, methods, skeleton())
+        if config.plan:
+            footprint = footprint_of(config, methods, skeleton(), device)
+            print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
+            return None
 
-
-def _check_contracts(config: RunConfig, methods: Methods) -> None:
-    """Raise ConfigError where a method lacks what its protocol says: hours later would be late."""
-    pruner, permutation = methods.pruner, methods.permutation
-    key = f"pruner={config.pruner.get('name')}"
-    check_contract(key, pruner, ("updates_weights",), ("factors",))
-    _check_statistics(key, pruner)
-    check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
-    key = f"permutation={config.permutation.get('name')}"
-    check_contract(key, permutation, ("learned", "local"), ())
-    check_contract(key, permutation, (), ("order",) if permutation.local else ("orders",))
-    if permutation.learned:
-        check_contract(key, permutation, (), ("orders", "plan"))
-        check_whole(f"{key}: batch_size", getattr(permutation, "batch_size", None), 1)
-    constraint = getattr(permutation, "constraint", "missing")
-    if constraint is not None or not permutation.local:  # a file's is known once the groups are
-        check_one_of(f"{key}: constraint", constraint, get_args(Constraint))
-    key = f"mask={config.mask.get('name')}"
-    check_contract(key, methods.mask, ("learned", "local"), ())
-    if methods.mask.learned:
-        check_contract(key, methods.mask, (), ("plan",))
-        check_whole(f"{key}: batch_size", getattr(methods.mask, "batch_size", None), 1)
-    if not methods.mask.local:
-        check_contract(key, methods.mask, (), ("masks",))
-        _check_statistics(key, methods.mask)
-        if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "
-                f"and pruner={config.pruner.get('name')} only does so under its own"
-            )
-    key = f"reconstruction={config.reconstruction.get('name')}"
-    check_contract(key, methods.reconstruction, ("changes_weights", "learned"), ("linear", "network"))
-    if methods.reconstruction.learned:
-        check_whole(f"{key}: batch_size", getattr(methods.reconstruction, "batch_size", None), 1)
-    _check_statistics(key, methods.reconstruction)
-    reason = needs_device(config, methods)
-    if reason and config.model.placement not in ("auto", "device"):
-        raise ConfigError(f"{reason}, which needs model.placement=device")
-    if config.model.placement == "sharded" and parallel.world_size() == 1 and not config.plan:
-        raise ConfigError(
-            "model.placement=sharded needs several processes: torchrun --nproc-per-node 2 run.py model.placement=sharded"
-        )
-
-
-def needs_device(config: RunConfig, methods: Methods) -> str | None:
-    """What needs the weights of all layers at once, where they may come one layer at a time; None for nothing."""
-    if trains_network(methods.reconstruction):
-        return f"reconstruction={config.reconstruction.get('name')} trains all kept weights together"
-    for group, method in methods.learned.items():
-        if getattr(method, "activation_checkpointing", None) is False:
-            return f"{group}.activation_checkpointing=false keeps all layers for backward"
-    return None
-
-
-def footprint_of(config: RunConfig, methods: Methods, model: PreTrainedModel, device: torch.device) -> Footprint:
-    """What a job takes, from its model on the meta device."""
-    parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
-    return Footprint(config, model, *parts, device)
-
-
-def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> str:
-    """Where the weights of a job's model are to wait: what the settings say, or the first placement that fits here.
-
-    Where none fits, that which needs least is tried, as estimates are no more than that; a warning says so.
-    """
-    if config.model.placement != "auto":
-        return config.model.placement
-    if needs_device(config, methods):
-        return "device"
-    candidates = placements(config)
-    device, host = footprint.device, available_host_memory() // parallel.local_processes()
-    free = free_memory(device) if device.type == "cuda" else host
-    reasons: list[str] = []
-    for name in candidates:
-        needs = footprint.needs(name)
-        asked = (needs.device, needs.host) if device.type == "cuda" else (needs.device + needs.host, 0)
-        if asked[0] <= FITS * free and asked[1] <= FITS * host:
-            if reasons:
-                log.info("model.placement=%s, as %s", name, "; ".join(reasons))
-            return name
-        place, size, has = (str(device), asked[0], free) if asked[0] > FITS * free else ("the host", asked[1], host)
-        reasons.append(f"{name} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}")
-    log.warning("no model.placement fits: %s. Trying %s", "; ".join(reasons), candidates[-1])
-    return candidates[-1]
-
-
-def _check_statistics(key: str, method: object) -> None:
-    kinds = getattr(method, "statistics", None)
-    if not isinstance(kinds, tuple) or not all(
-        isinstance(kind, type) and issubclass(kind, InputStatistic) and not isabstract(kind) for kind in kinds
-    ):
-        kind = f"{type(method).__module__}.{type(method).__qualname__}"
-        raise ConfigError(f"{key}: {kind} needs an attribute `statistics`, a tuple of classes of statistics")
-
-
-def code_of(config: RunConfig, methods: Methods) -> str:
-    """Digest of the modules that a pruned model follows from: those of its text and its methods, and all that they import."""
-    of_text = calibration_text(config.calibration).code
-    parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
-    of_methods = [module for part in parts for module in _modules_of(part)]
-    return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)
-
-
-def _modules_of(method: object) -> Iterator[str]:
-    """Where a method is written, and what it was given to call, such as a schedule."""
-    yield type(method).__module__
-    for given in vars(method).values():
-        if callable(given):
-            yield getattr(given, "func", given).__module__
-
-
-def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:
-    """The channel groups of a model that are pruned, all layers.
-
-    Raises:
-        ConfigError: the model is pruned already, M does not divide what must hold whole groups of M, given orders lack one of
-            them or do not fold as asked, or nothing would learn in any of them.
-    """
-    check_dense(config.model.path or config.model.name, model.config)
-    groups, permutation = groups_to_prune(model, config), methods.permutation
-    for group in groups:
-        check_divides(group.pattern or config.pattern, group.channels, group.name)
-    if not permutation.local:
-        check_segments(shared_orders(groups, permutation.constraint), config.pattern)
-    if isinstance(permutation, FromFile):
-        permutation.check(groups, folds=config.export.form == "folded")
-    for name, method in methods.learned.items():
-        if isinstance(method, LearningSettings) and method.last_layers is not None:
-            spans = method.spans(len(decoder_layers(model)))
-            if not any(first <= group.layer < stop for group in groups for first, stop in spans):
-                raise ConfigError(f"{name}.last_layers={method.last_layers}: keep_dense leaves nothing to learn in them")
-    plan = permutation.plan(groups, len(decoder_layers(model))) if permutation.learned else None
-    if plan is not None and isinstance(permutation, LCPSettings) and not plan.logits:
-        raise ConfigError(
-            f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that share "
-            "it, as by permutation.layers_per_stage=all and all layers"
-        )
-    return groups
+    record = RunRecord(run_directory(config), config, config.force)
+    with record.opened():
+        clear_left_over(record.path(WRITTEN_EXPORT))
+        record.compare_code(code_of(config, methods))
+        if record.finished:
+            log.info("%s is finished already; force=true runs it again", record.directory)
+        else:
+            check_tasks(config.evaluation)
+            if record.begun:
+                record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern)
+            learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
+            footprint = footprint_of(config, methods, skeleton(), device)
+            placement = placement_for(footprint, config, methods)
+            config = replace(config, model=replace(config.model, placement=placement))
+            if device.type == "cpu" and placement == "disk":
+                keep_freed_memory(SPARING)
+            if not record.pruned:
+                record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
+            if learns:
+                check_shares(learns, config.calibration.samples)
+            half = half_products(getattr(torch, config.model.dtype), device)
+            with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
+                _stages(config, methods, record, logger, device, bool(learns))
+        if request is not None:
+            _export(request, record)
+        print_run(record.metrics, record.directory)
+    return record.metrics, record.directory
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
@@ -293,3 +155,271 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
             "or export=gathered, which keeps any permutation"
         )
     return request
+
+
+def _stages(
+    config: RunConfig, methods: Methods, record: RunRecord, logger: RunLogger, device: torch.device, learns: bool
+) -> None:
+    seed_everything(config.seed)
+    reset_peak_memory(device)
+    clear_cache()
+    if not record.other_evaluations:  # of what is pruned, which is pruned already where they are
+        write_record(record.path(ENVIRONMENT), environment(config.seed, device))
+    with record.stage("load", device):
+        # Not before: what fails here until the model is loaded fails without the others.
+        if learns or config.model.placement == "sharded":
+            parallel.tell(parallel.PREPARE, asdict(config))
+        with loaded_by_all(config):
+            loaded = load_model(config.model, config.seed)
+        if config.model.placement == "sharded":
+            check_model_runs(config.model, loaded.model)
+        if record.metrics.setdefault("model", loaded.identity) != loaded.identity:
+            began = record.metrics["model"]
+            raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
+        groups = checked_groups(config, methods, loaded.model)
+        _check_amounts(config, loaded, record.pruned)
+    products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
+    job = Job(config, methods, record, logger, loaded, groups, products)
+
+    _evaluate(job, record, "dense")
+    if record.pruned:
+        log.info("continuing %s after pruning", record.directory)
+        apply_record(loaded.model, loaded.identity, record.directory)
+    else:
+        _prune(job, record)
+    _evaluate(job, record, "sparse")
+
+    record.finish()
+    logger.summary(flat_figures(record.metrics), earlier_figures(record.metrics))
+
+
+def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None:
+    """Raise DataError where a text has too few tokens for its windows, or others than the model reads: later would be late."""
+    tokenizer, model = loaded.tokenizer, loaded.model
+    for named in perplexity_texts(config.evaluation.perplexity):
+        windows = perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)
+        check_windows(f"evaluation.perplexity: {named.name}", windows, model)
+    if not pruned:
+        windows = calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+        check_windows("calibration", windows, model)
+
+
+def _evaluate(job: Job, record: RunRecord, which: str) -> None:
+    with record.stage(f"evaluate {which}", job.device):
+        others = record.other_evaluations
+        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, others, record.scores)
+
+
+def _prune(job: Job, record: RunRecord) -> None:
+    """Calibrate, find the orders, prune: the model is sparse afterwards, and the record holds what rebuilds it."""
+    shutil.rmtree(record.path(EXPORT), ignore_errors=True)  # of an earlier attempt, whose tensors are gone
+    record.note_code(code_of(job.config, job.methods))
+
+    def tokens() -> Tensor:
+        digest = calibration_text(job.config.calibration).text.digest(calibration=True)
+        record.metrics.setdefault("texts", {})["calibration"] = digest
+        config = job.config
+        return calibration_tokens(job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+
+    def keep(pruned: PrunedModel) -> None:
+        write_orders(record.path(PERMUTATIONS), pruned.orders)
+        write_masks(record.path(MASKS), pruned.masks)
+        found = figures(job, pruned)
+        if found["sparsity"]["weights_kept"]:
+            planned = {path: linear_at(job.loaded.model, path).weight for path in pruned.masks}
+            write_tensors(record.path(WEIGHTS), planned, make=job.weight)
+        record.metrics |= found
+
+    prune_model(job, tokens, keep)
+
+
+def _export(request: Request, record: RunRecord) -> None:
+    """Write the pruned model into the run directory, unless it is there already in this form."""
+    wanted = {"form": request.form, "dtype": request.dtype or record.config["model"]["dtype"]}
+    wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
+    target = record.path(EXPORT)
+    # The folder says what it holds: a process can be killed before the record says it.
+    present = present_export(target)
+    if present is not None and all(present.get(key) == value for key, value in wanted.items()):
+        log.info("%s is there already", target)
+        summary = dict(present)
+    else:
+        # The old one stays until the new one is whole.
+        written = record.path(WRITTEN_EXPORT)
+        summary = export_run(record.directory, request, written)
+        shutil.rmtree(target, ignore_errors=True)
+        written.rename(target)
+    if record.metrics.get("export") != summary:
+        record.metrics["export"] = summary
+        record.save()
+
+
+# Packages whose errors are those of a launcher's processes.
+_LAUNCHERS = ("submitit", "joblib", "loky")
+
+
+class Session:
+    """The jobs of one command: one, or those of a sweep, which a launcher may run in other processes."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def of(self, main: Callable[[], Any]) -> int:
+        """Run what Hydra made of the command line, and end it: the exit code."""
+        started()
+        try:
+            with scheduler_signals():
+                main()
+        except KeyboardInterrupt as error:  # between jobs, or while those of other processes were waited for
+            if parallel.rank() == 0:
+                print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
+            self.close()
+            parallel.stop(INTERRUPTED)
+            return exit_code(error)
+        except SystemExit as stop:
+            # Hydra refuses the command line, or a launcher gives up although some jobs have finished.
+            if stop.code == 1:
+                self.close()
+            raise
+        except Exception as error:
+            if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
+                raise
+            # One of its processes was killed, or ran out of its time: the others have left what they did. Only the last lines
+            # of such a message may say why.
+            print(f"error: {type(error).__name__}: {str(error).strip()}\n{CONTINUES}", file=sys.stderr)
+            self.close()
+            return 1
+        code = self.close()
+        parallel.stop()
+        return code
+
+    def job(self, composed: DictConfig) -> float:
+        """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs.
+
+        Under torchrun that holds for all processes, which go through the jobs together as the first one says
+        (`permllm.runtime.parallel`). Only where one of them fails alone in the middle of learning, all end.
+
+        Returns:
+            What a search minimises (`objective`), in all processes; infinite for a job that failed: a sampler then avoids it.
+
+        Raises:
+            SystemExit: with code 130, 143 or 129 where Ctrl-C, SIGTERM or SIGHUP stops it, after a table of what was done
+                before; with code 1 where the processes have lost each other.
+        """
+        register_resolvers()  # a launcher's process has begun with this
+        transformers.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if sweep.sweeping():
+            sweep.share_cores()
+            if parallel.several() and sweep.launched_elsewhere():
+                text = (
+                    "torchrun's processes go through the jobs of a sweep together, one after the other: hydra/launcher=basic"
+                )
+                self._done("failed", text)
+                print(f"error: {text}", file=sys.stderr)
+                return math.inf
+        parallel.start()
+        try:
+            with scheduler_signals():  # in a launcher's process too
+                value = self._assist() if parallel.rank() else self._lead(composed)
+            if parallel.rank():
+                return value
+            if parallel.out_of_step():
+                self.close()
+                print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
+                raise SystemExit(1)
+            parallel.tell(parallel.OVER, value)
+            return value
+        except BaseException as error:
+            parallel.stop(INTERRUPTED if isinstance(error, SystemExit) and is_interruption(error.code) else FAILED)
+            raise
+
+    def _assist(self) -> float:
+        """A job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
+        logging.getLogger("permllm").setLevel(logging.WARNING)
+        try:
+            return assist()
+        except KeyboardInterrupt as error:
+            raise SystemExit(exit_code(error)) from None
+        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    def _lead(self, composed: DictConfig) -> float:
+        """A job in the only process, or in the first of several."""
+        try:
+            config = read_config(sweep.place_record(composed))
+            check_names(config)
+            skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
+            result = run(config)
+            if result is None:
+                return math.inf
+            metrics, directory = result
+            self._done("skipped" if skipped else "ran", directory=str(directory))
+            return objective(metrics)
+        except KeyboardInterrupt as error:
+            self._done("failed", f"{what_happened(error)}: the same command continues it")
+            print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
+            self.close()
+            raise SystemExit(exit_code(error)) from None
+        except InUseError as error:
+            if not sweep.sweeping():
+                self._failed = True
+                print(f"error: {error}", file=sys.stderr)
+            self._done("skipped", one_line(error))
+        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            if everything_wanted():
+                raise
+            text = one_line(error)
+            self._done("failed", text)
+            print(f"error: {text}", file=sys.stderr)
+        except Exception as error:
+            if not sweep.sweeping():
+                raise
+            # An error of ours must be seen whole, and still not take the other jobs with it.
+            traceback.print_exc()
+            self._done("failed", f"{type(error).__name__}: {one_line(error)}")
+        return math.inf
+
+    def close(self) -> int:
+        """Print the comparison where there is one to make, and what became of each job of several; the exit code.
+
+        Under torchrun the first process does that for all.
+        """
+        if parallel.rank():
+            return 0
+        jobs = sweep.outcomes()
+        if len(jobs) > 1:
+            shared = set.intersection(*(set(job.overrides) for job in jobs))
+            labels = [" ".join(word for word in job.overrides if word not in shared) for job in jobs]
+            finished = [Path(job.directory) for job in jobs if job.directory]
+            runs = collect(finished).runs if finished else []
+            if len(runs) > 1:
+                print_comparison(summarise(runs))
+            outcomes = [(job.outcome, job.reason or job.directory or "") for job in jobs]
+            print_jobs([(label, *outcome) for label, outcome in zip(labels, outcomes, strict=True)])
+        return 1 if self._failed or any(job.outcome == "failed" for job in jobs) else 0
+
+    def _done(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
+        self._failed = self._failed or outcome == "failed"
+        if sweep.sweeping():
+            try:
+                sweep.keep(Outcome(sweep.overrides(), outcome, reason, directory))
+            except DataError as error:
+                # A full disk must not take the other jobs with it.
+                print(f"error: {error}", file=sys.stderr)
+
+
+def objective(metrics: dict[str, Any]) -> float:
+    """The sparse model's perplexity, of several texts the geometric mean, else 1 less its mean accuracy, else infinite."""
+    found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
+    if found:
+        return found[0] if len(found) == 1 else math.exp(statistics.fmean(map(math.log, found)))
+    accuracy = mean_accuracy(metrics.get("zero_shot", {}).get("sparse", {}))
+    return math.inf if math.isnan(accuracy) else 1 - accuracy
+
+
+# Of this process.
+SESSION = Session()

@@ -17,10 +17,10 @@ from permllm.calibration.shared import shared_calibration, shared_target
 from permllm.config import NMPattern, RunConfig, windows_learned_from
 from permllm.errors import ConfigError
 from permllm.helping import call_helpers
-from permllm.job import Job
 from permllm.learning.problem import LearningProblem
 from permllm.learning.settings import LearningSettings
 from permllm.learning.training import steps_in_all
+from permllm.methods import Job
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.loading import LoadedModel
 from permllm.permutation.contract import checked_order

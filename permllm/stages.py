@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from permllm.job import Job
+from permllm.methods import Job
 from permllm.models.families import channel_groups
 from permllm.models.patterns import differing_patterns
 from permllm.ordering import calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for

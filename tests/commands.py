@@ -27,7 +27,7 @@ _IMPORTED = (
     "hydra.main",
     "hydra.core.plugins",
     "matplotlib.figure",
-    "permllm.session",
+    "permllm.job",
     "permllm.cli",
     "permllm.export.checkpoint",
     "wandb",

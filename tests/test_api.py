@@ -24,9 +24,9 @@ from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export import checkpoint
 from permllm.export.verify import verify
+from permllm.job import run
 from permllm.models.families import linear_at
 from permllm.record.run_tensors import mask_reader, read_orders
-from permllm.runner import run
 from tests.conftest import ROOT, run_python, tiny_model
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")

@@ -15,13 +15,13 @@ from omegaconf import DictConfig
 
 from permllm.config import RunConfig, digest_of, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
-from permllm.job import methods_of
+from permllm.job import Session
+from permllm.methods import methods_of
 from permllm.models.families import channel_groups
 from permllm.models.loading import meta_model
-from permllm.record.outcomes import Job
+from permllm.record.outcomes import Outcome
 from permllm.record.store import run_directory
 from permllm.record.tensors import write_tensors
-from permllm.session import Session
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -392,7 +392,7 @@ def test_control_c_ends_with_a_line_and_the_shells_code(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permllm.session.run", interrupt)
+    monkeypatch.setattr("permllm.job.run", interrupt)
     with pytest.raises(SystemExit) as stopped:
         Session().job(composed("model=tiny", "logger=none"))
     assert stopped.value.code == 130
@@ -406,10 +406,10 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
         raise ZeroDivisionError("nothing to divide by")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permllm.session.run", broken)
+    monkeypatch.setattr("permllm.job.run", broken)
     with pytest.raises(ZeroDivisionError):
         Session().job(composed("model=tiny", "logger=none"))
-    jobs: list[Job] = []
+    jobs: list[Outcome] = []
     monkeypatch.setattr("permllm.record.sweep.sweeping", lambda: True)
     monkeypatch.setattr("permllm.record.sweep.share_cores", lambda: None)
     monkeypatch.setattr("permllm.record.sweep.keep", jobs.append)

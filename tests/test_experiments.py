@@ -12,7 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
-from permllm.job import methods_of
+from permllm.methods import methods_of
 from permllm.results.collect import Run
 from permllm.results.published import Comparison, published
 from permllm.results.summary import Row

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from permllm import config, job, runner
+from permllm import config, job, methods
 from permllm.calibration.statistics.base import InputStatistic
 from permllm.calibration.statistics.norm import Norm
 from permllm.config import read_config
@@ -74,13 +74,13 @@ PACKAGES = {"pruner": "pruning", "permutation": "permutation", "reconstruction":
 def put(method: object, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a method made in the place of the one that a setting names."""
     group, _, name = key.partition("=")
-    real = job.instantiate
+    real = methods.instantiate
 
     def made(settings: dict[str, Any]) -> Any:
         mine = settings["name"] == name and f"permllm.{PACKAGES[group]}." in settings["_target_"]
         return method if mine else real(settings)
 
-    for module in (job, config):  # which makes a permutation
+    for module in (methods, config):  # which makes a permutation
         monkeypatch.setattr(module, "instantiate", made)
 
 
@@ -92,7 +92,7 @@ def test_what_a_method_lacks_is_named(
     put(kind(), key, monkeypatch)
     config = read_config(composed("model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"))
     with pytest.raises(ConfigError, match=f"^{key}: .*{name}") as caught:
-        runner.run(config)
+        job.run(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -105,7 +105,7 @@ def test_a_statistic_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(Pruner, "statistics", wrong)
         put(Pruner(), "pruner=wanda", monkeypatch)
         with pytest.raises(ConfigError, match=r"^pruner=wanda: .* needs an attribute `statistics`"):
-            job.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
+            methods.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
         monkeypatch.undo()
 
 
@@ -121,5 +121,5 @@ def test_a_statistic_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_method_with_all_of_it_is_taken(kind: type, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = kind()
     put(method, key, monkeypatch)
-    methods = job.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
-    assert getattr(methods, key.partition("=")[0]) is method
+    found = methods.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
+    assert getattr(found, key.partition("=")[0]) is method

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from permllm import runner, stages
+from permllm import job, stages
 from permllm.config import read_config
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ from tests.test_config import composed
 
 
 def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
-    result = runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
+    result = job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
     assert result is not None
     return result
 
@@ -105,15 +105,15 @@ def test_a_finished_run_is_skipped_and_force_runs_it_again(
 ) -> None:
     run(tmp_path)
     calls: list[str] = []
-    real = runner.load_model
-    monkeypatch.setattr(runner, "load_model", lambda *args: calls.append("load") or real(*args))
+    real = job.load_model
+    monkeypatch.setattr(job, "load_model", lambda *args: calls.append("load") or real(*args))
     run(tmp_path)
     assert not calls
     run(tmp_path, "force=true")
     assert calls == ["load"]
 
 
-@pytest.mark.parametrize(("module", "stage"), [(stages, "prune"), (runner, "_evaluate")])
+@pytest.mark.parametrize(("module", "stage"), [(stages, "prune"), (job, "_evaluate")])
 def test_an_unfinished_run_continues_and_does_not_learn_twice(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, stage: str
 ) -> None:
@@ -162,7 +162,7 @@ def test_an_order_that_a_run_lacks_is_said_before_anything_is_computed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, directory = run(tmp_path, "permutation=heuristic", "keep_dense=[-1]")
-    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=r"no permutation for model\.layers\.1\.self_attn\.qkv_proj"):
         run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
 
@@ -301,9 +301,9 @@ def test_other_processes_are_called_when_nothing_is_left_that_could_fail_before_
     cache: Path, tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(runner.parallel, "tell", lambda word, given: told.append(word))
+    monkeypatch.setattr(job.parallel, "tell", lambda word, given: told.append(word))
     if fails:
-        monkeypatch.setattr(runner, "write_record", lambda *_: (_ for _ in ()).throw(DataError("no space")))
+        monkeypatch.setattr(job, "write_record", lambda *_: (_ for _ in ()).throw(DataError("no space")))
         with pytest.raises(DataError, match="no space"):
             run(tmp_path)
     else:
@@ -318,7 +318,7 @@ def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path,
     def fails(*_: Any) -> None:
         raise DataError("no space left")
 
-    monkeypatch.setattr(runner, "export_run", fails)
+    monkeypatch.setattr(job, "export_run", fails)
     with pytest.raises(DataError, match="no space left"):
         run(tmp_path, "permutation=none", "export=gathered")
     assert (directory / "export" / "model.safetensors").read_bytes() == before
@@ -353,7 +353,7 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
 def test_tensorboard_and_wandb_get_the_training_and_the_result(cache: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = runner.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}/runs")))
+    result = job.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}/runs")))
     assert result is not None
     events = EventAccumulator(str(result[1] / "tensorboard"))
     events.Reload()

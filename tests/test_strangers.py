@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
 import permllm
-from permllm import runner
+from permllm import job
 from permllm.calibration.dense import calibrate_dense
 from permllm.calibration.saliency import saliency
 from permllm.config import instantiate, read_config
@@ -186,7 +186,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Ite
 
 
 def run(*overrides: str) -> tuple[dict[str, Any], Path]:
-    result = runner.run(read_config(composed(SEARCH, "logger=none", *overrides)))
+    result = job.run(read_config(composed(SEARCH, "logger=none", *overrides)))
     assert result is not None
     return result
 

@@ -15,7 +15,7 @@ JOBS = "jobs"
 
 
 @dataclass
-class Job:
+class Outcome:
     """What became of one job.
 
     Attributes:
@@ -31,7 +31,7 @@ class Job:
     directory: str | None = None
 
 
-def kept(folder: Path, since: float = 0.0) -> list[Job]:
+def kept(folder: Path, since: float = 0.0) -> list[Outcome]:
     """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out.
 
     Args:
@@ -41,7 +41,7 @@ def kept(folder: Path, since: float = 0.0) -> list[Job]:
     return [job for file, job in kept_files(folder) if file.stat().st_mtime >= since]
 
 
-def kept_files(folder: Path) -> list[tuple[Path, Job]]:
+def kept_files(folder: Path) -> list[tuple[Path, Outcome]]:
     """The outcomes in a sweep's folder, each with its file, as `kept` has them."""
     found = []
     for file in sorted((folder / JOBS).glob("*.json")):
@@ -49,7 +49,7 @@ def kept_files(folder: Path) -> list[tuple[Path, Job]]:
             read = read_json(file, SweepJob)
         except DataError:
             continue
-        job = Job(read["overrides"], read["outcome"], read.get("reason", ""), read.get("directory"))
+        job = Outcome(read["overrides"], read["outcome"], read.get("reason", ""), read.get("directory"))
         if job.directory is not None:
             job.directory = os.path.normpath(folder / job.directory)
         found.append((file, job))

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from permllm.record.files import write_record
-from permllm.record.outcomes import JOBS, Job, kept, kept_files
+from permllm.record.outcomes import JOBS, Outcome, kept, kept_files
 
 # Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
@@ -142,7 +142,7 @@ def _text_of(part: Any) -> str:
     return str(name) if isinstance(name, str | None) else ", ".join(map(str, name))
 
 
-def outcomes() -> list[Job]:
+def outcomes() -> list[Outcome]:
     """Of the sweep that this process started, what has come of its jobs since; nothing for a single job."""
     return kept(_STARTED[0][0], _STARTED[0][1]) if _STARTED else []
 
@@ -175,7 +175,7 @@ def place_record(composed: DictConfig) -> DictConfig:
     return OmegaConf.merge(composed, given)  # type: ignore[return-value]
 
 
-def keep(job: Job) -> None:
+def keep(job: Outcome) -> None:
     """Write a job's outcome into the sweep's folder, for the process that waits for all of them."""
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir)

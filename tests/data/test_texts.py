@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
-from permllm import runner
+from permllm import job
 from permllm.config import CalibrationConfig, PerplexityConfig, read_config
 from permllm.data.calibration import calibration_tokens
 from permllm.data.hub import HubFile
@@ -195,7 +195,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp
     chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"]
     chosen += ["calibration.dataset=mypackage.mine", "evaluation.perplexity.dataset=mypackage.mine"]
     config = read_config(composed(*chosen, "evaluation.perplexity.seqlen=32"))
-    result = runner.run(config)
+    result = job.run(config)
     assert result is not None
     metrics, _ = result
     forward, backward = " ".join(words), " ".join(reversed(words))
@@ -230,7 +230,7 @@ def test_a_module_that_is_no_such_text_is_one_line(own: Path, tmp_path: Path, so
         write(own, "mine", source)
     chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run", "plan=true"]
     with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='?mypackage\.mine'?:? ") as caught:
-        runner.run(read_config(composed(*chosen, "evaluation.perplexity.dataset=mypackage.mine")))
+        job.run(read_config(composed(*chosen, "evaluation.perplexity.dataset=mypackage.mine")))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -253,5 +253,5 @@ def test_a_file_of_another_kind_is_refused_before_a_run_begins(cache: Path, tmp_
     (tmp_path / "notes.md").write_text("words")
     typed = ["calibration=text", f"calibration.data_files={tmp_path / 'notes.md'}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(DataError, match=r"notes\.md: the ending '\.md' is not known; valid are \.txt"):
-        runner.run(read_config(composed("model=tiny", "logger=none", *typed)))
+        job.run(read_config(composed("model=tiny", "logger=none", *typed)))
     assert not (tmp_path / "run").exists()

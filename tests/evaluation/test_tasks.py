@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from permllm import runner
+from permllm import job
 from permllm.config import TaskConfig, ZeroShotConfig, digest_of, read_config, task_digest
 from permllm.errors import ConfigError
 from permllm.evaluation import measure
@@ -97,7 +97,7 @@ def test_a_choice_with_examples_and_a_generation_are_measured_recorded_and_shown
     words = asked(tasks, colours={"num_fewshot": 2}, sums={"num_fewshot": 1, "limit": 4})
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32", "evaluation.perplexity.limit=1"]
     settings = read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *small, words))
-    result = runner.run(settings)
+    result = job.run(settings)
     assert result is not None
     metrics, directory = result
     assert read_json(directory / "metrics.json", FinishedRun) == metrics

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from permllm import runner
+from permllm import job
 from permllm.config import ModelConfig, ZeroShotConfig, read_config
 from permllm.errors import ConfigError
 from permllm.evaluation import measure
@@ -90,7 +90,7 @@ def test_a_kept_dense_accuracy_follows_from_the_setting(cache: Path, tmp_path: P
     chosen = ["model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", "evaluation.zero_shot.tasks=[rte]"]
     for permutation, value in (("none", "null"), ("heuristic", "null"), ("none", "false"), ("heuristic", "false")):
         setting = f"evaluation.zero_shot.add_bos_token={value}"
-        result = runner.run(read_config(composed(*chosen, f"permutation={permutation}", setting)))
+        result = job.run(read_config(composed(*chosen, f"permutation={permutation}", setting)))
         assert result is not None
     # The dense model once, and each sparse one.
     assert measured == [None] * 3 + [False] * 3

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from permllm import runner
+from permllm import job
 from permllm.cli import call
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError, DataError
@@ -142,7 +142,7 @@ def test_stock_transformers_finds_the_perplexity_of_the_run(
 ) -> None:
     words = ("model=tiny", "permutation=heuristic", "permutation.constraint=foldable", "export=folded", "logger=none")
     small = ("calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=3")
-    assert runner.run(read_config(composed(*words, *small, f"run_dir={tmp_path}/run"))) is not None
+    assert job.run(read_config(composed(*words, *small, f"run_dir={tmp_path}/run"))) is not None
     capsys.readouterr()
     checkpoint = tmp_path / "run" / "export"
     assert call("verify", [str(checkpoint), "--stock", str(tmp_path / "run"), "--json"]) == 0

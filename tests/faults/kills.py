@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from permllm import runner
+from permllm import job as runner
 from permllm.config import RunConfig, read_config, register_resolvers
 from permllm.nodes import register
 from permllm.record import environment

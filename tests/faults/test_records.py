@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permllm import runner
+from permllm import job
 from permllm.cli import call
 from permllm.config import read_config
 from permllm.errors import DataError
@@ -57,7 +57,7 @@ def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, m
 
     monkeypatch.setattr(files, "write_atomically", checked)
     overrides = ("permutation.epochs=1", "evaluation.zero_shot.tasks=[]", "export=gathered", f"run_dir={tmp_path}/run")
-    runner.run(read_config(composed(*TINY, *overrides)))
+    job.run(read_config(composed(*TINY, *overrides)))
     assert len(written) > 6
     read_json(tmp_path / "run" / "metrics.json", FinishedRun)
     read_yaml(tmp_path / "run" / "config.yaml", Settings)

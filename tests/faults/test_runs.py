@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from permllm import ordering, runner, stages
+from permllm import job, ordering, stages
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
@@ -45,7 +45,7 @@ Change = Callable[[Path], object]
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
-    result = runner.run(read_config(composed(*overrides, f"run_dir={folder}")))
+    result = job.run(read_config(composed(*overrides, f"run_dir={folder}")))
     assert result is not None
     return result[0]
 
@@ -188,7 +188,7 @@ def test_a_run_that_was_interrupted_and_lost_nothing_does_not_prune_again(
     pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(pruned["wanda"] / "interrupted", tmp_path / "run")
-    monkeypatch.setattr(runner, "prune_model", None)
+    monkeypatch.setattr(job, "prune_model", None)
     run(tmp_path / "run", *SMALL)
     assert results(tmp_path / "run") == results(pruned["wanda"] / "finished")
 

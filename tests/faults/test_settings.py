@@ -15,7 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from permllm import runner
+from permllm import job
 from permllm.config import instantiate_permutation, read_config
 from permllm.data.text_file import read_text_file
 from permllm.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
 )
 def test_values_that_cannot_work_are_one_line(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        runner.run(read_config(composed(*TINY, override, f"runs_dir={tmp_path}")))
+        job.run(read_config(composed(*TINY, override, f"runs_dir={tmp_path}")))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatc
 def test_the_umask_is_kept(tmp_path: Path, cache: Path, umask: int, file_mode: int, folder_mode: int) -> None:
     before = os.umask(umask)
     try:
-        runner.run(read_config(composed(*TINY, f"run_dir={tmp_path}/run")))
+        job.run(read_config(composed(*TINY, f"run_dir={tmp_path}/run")))
         export_run(tmp_path / "run", Request("gathered"), tmp_path / "model")
     finally:
         os.umask(before)

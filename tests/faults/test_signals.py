@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from permllm import runner
+from permllm import job
 from permllm.cli import call
 from permllm.config import read_config
 from permllm.export.checkpoint import Request, export_run
@@ -146,7 +146,7 @@ class Unread:
 def test_commands_end_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_full(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = runner.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={tmp_path}/run")))
+    result = job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={tmp_path}/run")))
     assert result is not None
     metrics, directory = result
     export_run(directory, Request("gathered"), tmp_path / "model")

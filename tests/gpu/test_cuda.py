@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from permllm import runner
+from permllm import job
 from permllm.config import NMPattern, read_config
 from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
 from permllm.permutation.lcp.assignment import device_solver, harden
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda")
 def run(directory: Path, *overrides: str) -> list[float]:
     """The loss of each pass of learning."""
     settings = ("model=tiny", "logger=none", "permutation.compile=true", f"run_dir={directory}", *overrides)
-    assert runner.run(read_config(composed(*settings))) is not None
+    assert job.run(read_config(composed(*settings))) is not None
     return [json.loads(line)["loss"] for line in (directory / "history.jsonl").read_text().splitlines()]
 
 

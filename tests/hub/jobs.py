@@ -68,8 +68,8 @@ def run_jobs(jobs: list[Job], cwd: Path, **environment: str) -> list[Outcome]:
 def _run(job: Job) -> Outcome:
     from hydra import compose, initialize_config_dir
 
+    from permllm.job import Session
     from permllm.nodes import register
-    from permllm.session import Session
 
     register()
     for source, target in job.copies.items():

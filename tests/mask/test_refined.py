@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm import runner, stages
+from permllm import job, stages
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_them_after_an_interruption(cache: Path, tmp_path: Pa
 def test_statistics_of_pruned_layers_are_refused(cache: Path, tmp_path: Path) -> None:
     words = ("mask=refined", "calibration.statistics=sequential", "permutation=none")
     with pytest.raises(ConfigError, match="is not valid with mask=refined"):
-        runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
+        job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
 
 
 def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:

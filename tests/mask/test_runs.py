@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from permllm import ordering, runner, stages
+from permllm import job, ordering, stages
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens
 from permllm.errors import ConfigError
@@ -189,5 +189,5 @@ def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, mo
 )
 def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        runner.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
+        job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
     assert not list(tmp_path.rglob("metrics.json"))

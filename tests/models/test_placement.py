@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from permllm import job
+from permllm import methods as job_methods
 from permllm.config import ModelConfig, RunConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
@@ -325,29 +325,29 @@ def test_auto_takes_the_first_placement_that_fits(
     chosen: str,
     said: str,
 ) -> None:
-    monkeypatch.setattr(job, "free_memory", lambda _: int(device_gb * 1e9))
-    monkeypatch.setattr(job, "available_host_memory", lambda: int(host_gb * 1e9))
+    monkeypatch.setattr(job_methods, "free_memory", lambda _: int(device_gb * 1e9))
+    monkeypatch.setattr(job_methods, "available_host_memory", lambda: int(host_gb * 1e9))
     asked = config("model=qwen2.5-7b")
-    methods = job.methods_of(asked)
-    footprint = job.footprint_of(asked, methods, meta_model(asked.model), torch.device("cuda"))
+    methods = job_methods.methods_of(asked)
+    footprint = job_methods.footprint_of(asked, methods, meta_model(asked.model), torch.device("cuda"))
     with caplog.at_level(logging.INFO):
-        assert job.placement_for(footprint, asked, methods) == chosen
+        assert job_methods.placement_for(footprint, asked, methods) == chosen
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)
 
 
 def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "available_host_memory", lambda: 0)
+    monkeypatch.setattr(job_methods, "available_host_memory", lambda: 0)
     for words, expected in ((("reconstruction=distill",), "device"), ((), "host")):
         asked = config("model=tiny", *words)
-        methods = job.methods_of(asked)
-        footprint = job.footprint_of(asked, methods, meta_model(asked.model), torch.device("cpu"))
-        assert job.placement_for(footprint, asked, methods) == expected
+        methods = job_methods.methods_of(asked)
+        footprint = job_methods.footprint_of(asked, methods, meta_model(asked.model), torch.device("cpu"))
+        assert job_methods.placement_for(footprint, asked, methods) == expected
 
 
 def planned(asked: RunConfig) -> Footprint:
     """What a job on a CPU takes."""
-    return job.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+    return job_methods.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
 
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
 import permllm
-from permllm import runner
+from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
@@ -186,6 +186,6 @@ def test_what_cannot_be_pruned_is_one_line_before_anything_is_computed(
     overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        runner.run(read_config(composed(*overrides, f"run_dir={tmp_path / 'run'}")))
+        job.run(read_config(composed(*overrides, f"run_dir={tmp_path / 'run'}")))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "run").glob("permutations.safetensors"))

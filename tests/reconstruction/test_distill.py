@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
-from permllm import pipeline, runner
+from permllm import job, pipeline
 from permllm.calibration.statistics.gram import Gram
 from permllm.config import read_config
 from permllm.data.calibration import calibration_tokens, document_windows, joined_windows, overlapping_windows
@@ -144,12 +144,12 @@ def test_a_run_that_is_stopped_while_it_distils_continues(tmp_path: Path, monkey
     words = ("model=tiny", "logger=none", "permutation=none", "reconstruction=distill", "reconstruction.samples=6")
     words = (*words, "calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=2")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    runner.run(read_config(composed(*words, f"run_dir={whole}")))
+    job.run(read_config(composed(*words, f"run_dir={whole}")))
     stops(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(read_config(composed(*words, f"run_dir={stopped}")))
+        job.run(read_config(composed(*words, f"run_dir={stopped}")))
     assert (stopped / DISTILL_CHECKPOINT).is_file()
-    runner.run(read_config(composed(*words, f"run_dir={stopped}")))
+    job.run(read_config(composed(*words, f"run_dir={stopped}")))
     assert not (stopped / DISTILL_CHECKPOINT).exists()
     before, after = (load_file(folder / "weights.safetensors") for folder in (whole, stopped))
     assert all(torch.equal(weight, after[path]) for path, weight in before.items())

