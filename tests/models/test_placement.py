@@ -347,7 +347,7 @@ def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files
 
 def planned(asked: RunConfig) -> Footprint:
     """What a job on a CPU takes."""
-    return job_methods.footprint_of(asked, job.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+    return job_methods.footprint_of(asked, job_methods.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
 
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
