@@ -365,8 +365,7 @@ class Footprint:
         return getattr(learning.method, "samples", None) or self.config.calibration.samples
 
     def _steps(self, learning: Learning) -> int:
-        rounds = getattr(learning.method, "rounds", 1)
-        return int(rounds * steps_of(learning.method, self._windows(learning)))
+        return steps_of(learning.method, self._windows(learning))
 
 
 def _through_the_head(method: Any) -> bool:

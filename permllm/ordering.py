@@ -214,7 +214,7 @@ def _steps_of(job: Job, what: str) -> int:
     if not isinstance(method, LearningSettings):
         return 0
     count = method.samples or job.config.calibration.samples
-    return steps_in_all(method, count, len(decoder_layers(job.loaded.model)), getattr(method, "rounds", 1))
+    return steps_in_all(method, count, len(decoder_layers(job.loaded.model)))
 
 
 def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:

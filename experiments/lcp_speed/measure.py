@@ -275,10 +275,10 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
     kernels = compiled_kernels(KernelUse(device.type, weights=dtype, products=compute)) or EAGER
     shared = shared_orders(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
-    window = Window(0, 0, 0, 1, None, problem.target)
+    window = Window(0, 0, 1, None, problem.target)
     moment = Moment(1, 2, 0, 1)
     # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
-    logits = {name: LCP(**settings).start_logits(problem, shared, orders, near=True) for name in ("lcp", "checkpoint")}
+    logits = {name: LCP(**settings).start_logits(problem, shared, orders) for name in ("lcp", "checkpoint")}
     peak = 0
     for repeat in range(repeats + 1):
         with products_in(compute, device):

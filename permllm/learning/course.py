@@ -1,8 +1,7 @@
-"""The windows of a model one after the other, each in its rounds, from where a checkpoint was left."""
+"""The windows of a model one after the other, from where a checkpoint was left."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ class Course:
     Args:
         settings: of the descent.
         problem: what is learned from; it is told of the epochs that are done.
-        rounds: how often each window is gone through before the next.
         name: of the method, for a person.
         file: of the checkpoint in the problem's directory.
         check: raises DataError where a checkpoint is not what the learners can go on from.
@@ -33,20 +31,17 @@ class Course:
         self,
         settings: LearningSettings,
         problem: LearningProblem,
-        rounds: int,
         name: str,
         file: str,
         check: Callable[[Checkpoint], object],
     ) -> None:
         self.settings = settings
         self.problem = problem
-        self.rounds = rounds
         self.name, self.file = name, file
         # A folder without the checkpoint must not let a process learn from elsewhere than the others.
         self.state = parallel.from_first(lambda: read_checkpoint(problem, file, check))
         self._begin = 0 if self.state is None else self.state["window"]
         self._passes: list[dict[str, Any]] = [] if self.state is None else list(self.state["passes"])
-        self._best_loss = math.inf
         problem.on_resume(list(self._passes))
 
     def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
@@ -57,26 +52,18 @@ class Course:
             mask_of: of each linear before a window, when the window comes.
         """
         stream = WindowStream(self.problem)
-        spans = self.settings.spans(len(decoder_layers(self.problem.model)))
-        for number, (first, stop) in enumerate(span for span in spans for _ in range(self.rounds)):
+        for number, (first, stop) in enumerate(self.settings.spans(len(decoder_layers(self.problem.model)))):
             if number >= self._begin and learns(first, stop):
-                yield Window(number, number % self.rounds, first, stop, stream.inputs(first, mask_of), stream.target(stop))
-
-    def resumes(self, window: Window) -> bool:
-        """Whether a window is the one that goes on from the checkpoint."""
-        return self.state is not None and window.number == self._begin
+                yield Window(number, first, stop, stream.inputs(first, mask_of), stream.target(stop))
 
     def train(self, window: Window, learners: Sequence[Learner]) -> None:
-        """Have learners learn in a window; what is the best of them is measured from one round to the next.
+        """Have learners learn in a window.
 
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        start_loss = self._best_loss if window.round else math.inf
-        training = Training(self.settings, self.problem, window, learners, self.name, self.file, start_loss, self._passes)
-        if self.resumes(window):
-            assert self.state is not None
+        training = Training(self.settings, self.problem, window, learners, self.name, self.file, self._passes)
+        if self.state is not None:
             training.restore(self.state)
             self.state = None  # which is as large as what learns
         training.run()
-        self._best_loss = training.best_loss

@@ -46,8 +46,7 @@ class Window:
     """Consecutive decoder layers that learn together.
 
     Attributes:
-        number: from 0, over all windows and rounds.
-        round: of the window, from 0.
+        number: from 0, over all windows.
         first: index of its first decoder layer.
         stop: index after its last.
         inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on the host; None where they are
@@ -56,7 +55,6 @@ class Window:
     """
 
     number: int
-    round: int
     first: int
     stop: int
     inputs: Tensor | None
@@ -110,8 +108,8 @@ class Learner(ABC):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises DataError where it is of something else."""
 
-    def begin(self, moment: Moment, generator: torch.Generator | None) -> None:  # noqa: B027 - there may be nothing to do
-        """Before a step; without a generator, and so without noise, before what was learned so far is measured.
+    def begin(self, moment: Moment) -> None:  # noqa: B027 - there may be nothing to do
+        """Prepare a step, or a measurement of what was learned so far.
 
         Raises:
             ValueError: it is not finite; the message says what.
@@ -153,7 +151,6 @@ class Training:
         learners: what learns, in the order in which they set a layer.
         name: of the method, for a person.
         file: of the checkpoint in the problem's directory.
-        best_loss: measured loss of what it starts from; infinite where it was not measured.
         passes: the lines of the epochs before, to be added to.
     """
 
@@ -165,7 +162,6 @@ class Training:
         learners: Sequence[Learner],
         name: str,
         file: str,
-        best_loss: float = math.inf,
         passes: list[dict[str, Any]] | None = None,
     ) -> None:
         self.settings = settings
@@ -187,9 +183,9 @@ class Training:
         tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
         self.loss = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
-        self.generator = torch.Generator().manual_seed(problem.seed + 1 + 1000 * window.round)
+        self.generator = torch.Generator().manual_seed(problem.seed + 1)
         self.done = 0
-        self.best_loss = best_loss
+        self.best_loss = math.inf
         self.passes = [] if passes is None else passes
         self.samples = Batches(problem.tokens, window.target, window.inputs, self.device)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
@@ -245,7 +241,7 @@ class Training:
             TrainingError: the loss is not finite; nothing is updated.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self._begin(moment, self.generator)
+        self._begin(moment)
         total = self._backward(batch, moment, after)
         parallel.add_up([total])
         counted = [learner.flips() for learner in self.learners]
@@ -293,10 +289,10 @@ class Training:
             with self._placement.layer(index):
                 pass
 
-    def _begin(self, moment: Moment, generator: torch.Generator | None) -> None:
+    def _begin(self, moment: Moment) -> None:
         for learner in self.learners:
             try:
-                learner.begin(moment, generator)
+                learner.begin(moment)
             except ValueError as error:
                 raise TrainingError(self._failure(str(error))) from error
 
@@ -312,7 +308,7 @@ class Training:
     def _end_of_epoch(self, moment: Moment) -> None:
         measured = None
         self.optimizer.zero_grad(set_to_none=True)
-        self._begin(moment, None)
+        self._begin(moment)
         if moment.epoch >= self.epochs - self.settings.select_from:
             measured = self._measure()
             if not math.isfinite(measured):
@@ -326,7 +322,6 @@ class Training:
         self.done = moment.epoch + 1
         values: dict[str, Any] = {
             "pass": self.done,
-            "round": self.window.round + 1,
             "first_layer": self.window.first,
             "last_layer": self.window.stop - 1,
             "loss": self._mean_loss(),
@@ -546,9 +541,9 @@ def steps_of(settings: DescentSettings, samples: int) -> int:
     return settings.steps or settings.epochs * math.ceil(samples / settings.batch_size)
 
 
-def steps_in_all(settings: LearningSettings, samples: int, layers: int, rounds: int) -> int:
-    """How many steps all windows have, gone through so often, of a model of so many decoder layers."""
-    return len(settings.spans(layers)) * rounds * steps_of(settings, samples)
+def steps_in_all(settings: LearningSettings, samples: int, layers: int) -> int:
+    """How many steps all windows have, of a model of so many decoder layers."""
+    return len(settings.spans(layers)) * steps_of(settings, samples)
 
 
 def kept_a_token(groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False) -> int:

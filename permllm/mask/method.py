@@ -56,7 +56,7 @@ class MaskLearning(MaskSettings):
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        course = Course(self, problem, 1, "mask", MASK_CHECKPOINT, _check)
+        course = Course(self, problem, "mask", MASK_CHECKPOINT, _check)
         before = {} if course.state is None else course.state["learners"][0]["earlier"]
         found: dict[str, Tensor] = {path: bits.cpu() for path, bits in before.items()}
 

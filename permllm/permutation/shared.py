@@ -11,7 +11,6 @@ folds into the neighbouring weights for free (`constraint=foldable`) is:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +45,6 @@ class SharedOrder:
     segment: int
     repeats: int
     groups: tuple[ChannelGroup, ...]
-
-    def m(self, pattern: NMPattern) -> int:
-        """Positions that stay together: the largest M of its groups, where those of no pattern of their own have `pattern`."""
-        return max([(group.pattern or pattern).m for group in self.groups], default=pattern.m)
 
     @property
     def layers(self) -> range:
@@ -102,20 +97,6 @@ class SharedOrder:
             return None
         return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
 
-    def deal(self, order: Tensor, pattern: NMPattern, sequences: Iterable[Tensor]) -> Tensor:
-        """The groups of M of a shared order in another sequence: the same masks, other neighbours.
-
-        Args:
-            order: int64 `(channels,)`.
-            pattern: N:M of the groups that have none of their own.
-            sequences: of groups, int64, for pieces of the order one after the other, none of which crosses a segment.
-        """
-        groups, dealt, first = order.view(-1, self.m(pattern)), [], 0
-        for sequence in sequences:
-            dealt.append(groups[first + sequence.to(order.device)].flatten())
-            first += len(sequence)
-        return torch.cat(dealt)
-
     def _starts(self, device: torch.device) -> Tensor:
         return torch.arange(0, self.channels, self.segment, device=device).repeat_interleave(self.segment)
 
@@ -164,7 +145,7 @@ def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
         pattern: N:M of the groups that have none of their own.
     """
     for order in shared:
-        m = order.m(pattern)
+        m = max([(group.pattern or pattern).m for group in order.groups], default=pattern.m)
         if order.segment % m:
             raise ConfigError(
                 f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} channels, which M = "

@@ -50,7 +50,7 @@ class Distill(DistillSettings, NoReconstruction):
         settings = LearningSettings.of(self, loss=self.loss, select_from=0)
         kept = KeptWeights(pruned.linears, pruned.masks)
         learner = WeightLearner(kept, self.learning_rate)
-        window = Window(0, 0, 0, len(decoder_layers(problem.model)), None, problem.target)
+        window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with parallel.alone(), kept.gradients():
             state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
             passes = [] if state is None else list(state["passes"])

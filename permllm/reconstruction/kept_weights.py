@@ -101,7 +101,7 @@ class WeightLearner(Learner):
         return [{"params": self.kept.values, "lr": self.learning_rate}]
 
     @override
-    def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
+    def begin(self, moment: Moment) -> None:
         self.kept.write()
 
     @override

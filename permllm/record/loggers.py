@@ -24,7 +24,7 @@ WANDB_ID = ".wandb-id"
 # Of what is typed for a job, what does not tell it from others: it names the sweep, or says nothing about the result.
 _NOT_IN_A_NAME = ("experiment", "logger", "runs_dir", "run_dir", "force")
 # Where a pass belongs, not what it found.
-_WITHOUT_CHART = ("pass/pass", "pass/round", "pass/first_layer", "pass/last_layer")
+_WITHOUT_CHART = ("pass/pass", "pass/first_layer", "pass/last_layer")
 # Of ours, and what W&B makes itself.
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # W&B refuses longer ones.

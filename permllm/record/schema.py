@@ -307,7 +307,6 @@ class Pass(TypedDict):
     flips: NotRequired[float | None]
     mask_flips: NotRequired[float]
     weights_learned: NotRequired[Whole]
-    round: NotRequired[Positive]
     first_layer: NotRequired[Whole]
     last_layer: NotRequired[Whole]
     step_seconds: NotRequired[Seconds]

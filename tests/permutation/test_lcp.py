@@ -17,7 +17,6 @@ from permllm.errors import ConfigError, TrainingError
 from permllm.learning import training as training_module
 from permllm.learning.kernels import EAGER
 from permllm.learning.problem import LearningProblem
-from permllm.learning.stacks import split_blocks
 from permllm.learning.training import Moment, Training, Window
 from permllm.learning.windows import WindowStream
 from permllm.models.decoder import LayerStream
@@ -25,7 +24,6 @@ from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.losses import cosine_loss
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp import method as lcp_module
-from permllm.permutation.lcp.blocks import BlockLogits
 from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.permutation.shared import RESIDUAL, foldable, shared_orders
@@ -151,7 +149,7 @@ def test_a_step_in_portions_is_the_undivided_step(portion: int) -> None:
                 samples.append(len(args[0]))
 
         decoder_layers(learning.model)[0].mlp.register_forward_pre_hook(count)  # type: ignore[union-attr, operator]
-        settings = lcp(init="random", learning_rate=0.05, micro_batch_size=micro_batch_size, gumbel=0.1)
+        settings = lcp(init="random", learning_rate=0.05, micro_batch_size=micro_batch_size)
         return settings.orders(learning), steps, passes, samples
 
     orders, steps, passes, samples = learned(None)
@@ -406,57 +404,6 @@ def test_schedules() -> None:
         Linear(1.0, 0)
 
 
-def test_rounds_let_channels_leave_their_blocks_and_never_lose_the_best(tmp_path: Path) -> None:
-    seen: list[dict[str, Any]] = []
-    settings = {"init": "random", "block_size": 16, "epochs": 3, "learning_rate": 0.1, "select_from": 1, "rounds": 3}
-    orders = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), on_pass=seen.append))
-    assert [(values["round"], values["pass"]) for values in seen] == [(r, p) for r in (1, 2, 3) for p in (1, 2, 3)]
-    measured = [values["measured_loss"] for values in seen if values["measured_loss"] is not None]
-    assert len(measured) == 3
-    assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
-    left = 0
-    for order in orders.values():
-        blocks = (order // 16).view(-1, 16)
-        left += int((blocks != blocks.mode(1, keepdim=True).values).sum())
-    assert left > 0
-
-    class Interrupt(Exception):
-        pass
-
-    def stop(values: dict[str, Any]) -> None:
-        if (values["round"], values["pass"]) == (2, 1):
-            raise Interrupt
-
-    with pytest.raises(Interrupt):
-        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
-    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path))
-    assert all(torch.equal(orders[name], continued[name]) for name in orders)
-
-
-def test_gumbel_noise_moves_channels_that_nothing_else_moves(tmp_path: Path) -> None:
-    flips: dict[float, float] = {}
-    for gumbel in (0.0, 1.0):
-        steps: list[float] = []
-        learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values, steps=steps: steps.append(values["flips"]))
-        orders = lcp(gumbel=gumbel, learning_rate=1e-9, margin=1.0, noise=0.0, epochs=2).orders(learning)
-        flips[gumbel] = sum(steps)
-        # What is kept is the order without noise: that of the start, so far from the boundary.
-        start = lcp(learning_rate=1e-9, margin=1.0, noise=0.0, epochs=1).orders(problem(tiny_model("llama"), Wanda()))
-        assert all(torch.equal(orders[name], start[name]) for name in orders)
-    assert flips[0.0] == 0.0
-    assert flips[1.0] > 1.0
-
-
-def test_gumbel_noise_has_the_moments_of_its_distribution() -> None:
-    logits = BlockLogits(torch.arange(256), split_blocks(256, 256), [torch.zeros(1, 256, 256)])
-    logits.perturb(2.0, torch.Generator().manual_seed(0))
-    noise = logits.effective()[0].detach()
-    assert float(noise.mean()) == pytest.approx(2.0 * 0.5772, abs=0.03)
-    assert float(noise.std()) == pytest.approx(2.0 * torch.pi / 6**0.5, abs=0.03)
-    logits.perturb(0.0, torch.Generator())
-    assert not logits.effective()[0].any()
-
-
 def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
@@ -477,17 +424,17 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
         learning = problem(tiny_model("llama", dtype=torch.float64), Wanda())
         shared = shared_orders(learning.groups, settings.constraint)
         start = {order.name: torch.arange(order.channels) for order in shared}
-        blocks = settings.start_logits(learning, shared, start, near=False)
+        blocks = settings.start_logits(learning, shared, start)
         for block in blocks.values():
             # The same logits everywhere: then every group has the same soft and hard permutations, shared or not.
             for stack in block.logits:
                 stack.data.copy_(torch.eye(stack.shape[1]) + 0.1 * torch.arange(stack.shape[1]))
-        window = Window(0, 0, 0, 2, None, learning.target)
+        window = Window(0, 0, 2, None, learning.target)
         with settings.masked(learning, shared, window, EAGER) as linears:
             learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
             training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
             moment = Moment(0, 1, 0, 1)
-            learner.begin(moment, None)
+            learner.begin(moment)
             training._loss(torch.arange(6), moment).backward()
             learner.collect()
         found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
@@ -523,12 +470,12 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
         settings = lcp(epochs=1, batch_size=len(samples), loss=loss, straight_through=straight_through)
         shared = shared_orders(groups, "free")
         start = {order.name: torch.arange(order.channels) for order in shared}
-        blocks = settings.start_logits(learning, shared, start, near=True)
-        window, moment = Window(0, 0, 0, 2, None, learning.target), Moment(0, 1, 0, 1)
+        blocks = settings.start_logits(learning, shared, start)
+        window, moment = Window(0, 0, 2, None, learning.target), Moment(0, 1, 0, 1)
         with settings.masked(learning, shared, window, EAGER) as linears:
             learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
             training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
-            learner.begin(moment, None)
+            learner.begin(moment)
             with products_in(dtype, torch.device("cpu")):
                 training._backward(torch.arange(len(samples)), moment)
         return torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits])

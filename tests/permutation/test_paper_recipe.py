@@ -116,7 +116,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
     problem = learning(model, settings)
     shared = shared_orders(problem.groups, "free")
     start = method.start_orders(problem, shared, 0)
-    blocks = method.start_logits(problem, shared, start, near=False)
+    blocks = method.start_logits(problem, shared, start)
     reference: dict[str, tuple[list[Tensor], Tensor]] = {}
     for name, block in blocks.items():
         assert block.scale is not None
@@ -126,7 +126,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
             block.scale.detach().clone().requires_grad_(),
         )
 
-    window = Window(0, 0, 0, 2, None, problem.target)
+    window = Window(0, 0, 2, None, problem.target)
     with method.masked(problem, shared, window, EAGER) as linears:
         learner = OrderLearner(method, problem, shared, window, start, blocks, linears)
         training = Training(method, problem, window, [learner], "lcp", "checkpoint")

@@ -75,7 +75,7 @@ def test_each_linear_has_its_own_pattern_and_the_others_stay_as_they_were(pruner
 def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, straight_through: Any) -> None:
     model = tiny_model("llama")
     losses: list[float] = []
-    settings = {"block_size": 16, "rounds": 2, "epochs": 3, "select_from": 3, "learning_rate": 0.05}
+    settings = {"block_size": 16, "epochs": 3, "select_from": 3, "learning_rate": 0.05}
     method = lcp(constraint=constraint, straight_through=straight_through, **settings)
     learning = learning_problem(model, PRUNERS["wanda"](), on_pass=lambda values: losses.append(values["measured_loss"]))
     orders = method.orders(learning)

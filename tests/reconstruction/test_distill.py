@@ -57,14 +57,14 @@ def of_squares(masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()
-        learner.begin(Moment(step, STEPS, step // 4, 2), generator)
+        learner.begin(Moment(step, STEPS, step // 4, 2))
         with kept.gradients():
             torch.stack([linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears]).sum().backward()
         assert all(linear.weight.grad is None and not linear.weight.requires_grad for linear in linears)
         optimizer.step()
         scheduler.step()
         if step in (3, STEPS - 1):  # the end of an epoch
-            learner.begin(Moment(step, STEPS, step // 4, 2), None)
+            learner.begin(Moment(step, STEPS, step // 4, 2))
     return before, [linear.weight for linear in linears]
 
 
@@ -299,7 +299,7 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     learning = LearningProblem(model, groups, tokens(), {}, target, PATTERN, seed=0)
     settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
     with kept.gradients(), products_in(products, torch.device("cpu")):
-        window = Window(0, 0, 0, 2, None, target)
+        window = Window(0, 0, 2, None, target)
         loop = training.Training(settings, learning, window, [WeightLearner(kept, 1e-3)], "distill", "file")
         values = sum(int(mask.sum()) for mask in masks)
         rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)

@@ -97,7 +97,7 @@ def test_runs_are_named_by_what_was_typed_and_grouped_by_their_sweep(
 
 
 def test_every_value_has_its_axis(logged: dict[str, list[dict[str, Any]]]) -> None:
-    places = [f"pass/{name}" for name in ("round", "first_layer", "last_layer")]
+    places = [f"pass/{name}" for name in ("first_layer", "last_layer")]
     for of_run in logged.values():
         metrics = {record["metric"]["name"]: record["metric"] for record in of_run if "metric" in record}
         named = {key for row in rows(of_run) for key in row if not key.startswith("_")}

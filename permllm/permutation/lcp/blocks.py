@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from permllm.learning.stacks import BlockStack
 from permllm.permutation.lcp.sinkhorn import SinkhornStart, logit_gradient, normalize
-from permllm.runtime.memory import to_device
 
 # Entries that are normalised together on a GPU, where each operator is a launch; on a CPU a single stack stays in the cache.
 _TOGETHER = 1 << 25
@@ -51,23 +50,10 @@ class BlockLogits(nn.Module):
         self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
-        self._noise: list[Tensor] = []
-
-    def perturb(self, width: float, generator: torch.Generator | None) -> None:
-        """Add Gumbel noise times `width` to the logits in use, until the next call; 0 takes it away."""
-        self._noise = []
-        if width:
-            for stack in self.logits:
-                uniform = torch.rand(stack.shape, generator=generator).clamp_(1e-7, 1 - 1e-7)
-                gumbel = uniform.log_().neg_().log_().mul_(-width).to(stack.dtype)
-                self._noise.append(to_device(gumbel, stack.device))
 
     def effective(self) -> list[Tensor]:
         """The logits in use, a stack each."""
-        logits = list(self.logits)
-        if self.scale is not None:
-            logits = [_Clamped.apply(stack * self.scale) for stack in logits]
-        return [stack + noise for stack, noise in zip(logits, self._noise, strict=True)] if self._noise else logits
+        return list(self.logits) if self.scale is None else [_Clamped.apply(stack * self.scale) for stack in self.logits]
 
     def order(self, hard: Tensor) -> Tensor:
         """The channel at each position, int64 `(C_in,)`, when `hard` `(C_in,)` is the row of its block's matrix there."""

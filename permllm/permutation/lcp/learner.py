@@ -98,15 +98,10 @@ class OrderLearner(Learner):
         return self.settings.temperature(moment.step / max(1, moment.steps - 1))
 
     @override
-    def begin(self, moment: Moment, generator: torch.Generator | None) -> None:
+    def begin(self, moment: Moment) -> None:
         """Every order that learns, from the present logits."""
-        temperature = self.temperature(moment)
-        if self.settings.gumbel:
-            width = 0.0 if generator is None else self.settings.gumbel * temperature
-            for block in self.blocks.values():
-                block.perturb(width, generator)
         self._before = self.present
-        self._harden(temperature)
+        self._harden(self.temperature(moment))
 
     @torch.no_grad()
     def _harden(self, temperature: float) -> None:

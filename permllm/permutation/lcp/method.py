@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.learning.course import Course
 from permllm.learning.kernels import Kernels, chosen_kernels
@@ -65,7 +64,7 @@ class LCP(LCPSettings):
         """
         shared = shared_orders(problem.groups, self.constraint)
         first = self.spans(len(decoder_layers(problem.model)))[0][0]
-        course = Course(self, problem, self.rounds, "lcp", CHECKPOINT, partial(_best, shared))
+        course = Course(self, problem, "lcp", CHECKPOINT, partial(_best, shared))
         if course.state is not None:
             orders = _best(shared, course.state)
         else:  # another GPU must not let a process learn from elsewhere than the others
@@ -79,15 +78,12 @@ class LCP(LCPSettings):
 
         for window in course.windows(lambda first, stop: bool(orders_within(shared, first, stop)), mask_of):
             learning = orders_within(shared, window.first, window.stop)
-            if window.round and not course.resumes(window):
-                generator = torch.Generator().manual_seed(problem.seed + 2 + window.number)
-                orders |= {order.name: dealt(order, orders[order.name], problem.pattern, generator) for order in learning}
-            logits = self.start_logits(problem, learning, orders, near=self.init == "heuristic" or window.round > 0)
+            logits = self.start_logits(problem, learning, orders)
             with self.masked(problem, shared, window) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
                 course.train(window, [learner])
                 orders = learner.best
-                del logits, learner  # before what the next round needs
+                del logits, learner  # before what the next window needs
         return expanded(shared, orders)
 
     def masked(
@@ -103,7 +99,7 @@ class LCP(LCPSettings):
         """
         if kernels is None:
             learning = [group for order in orders_within(shared, window.first, window.stop) for group in order.groups]
-            steps = self.rounds * steps_of(self, samples_of(self, problem))
+            steps = steps_of(self, samples_of(self, problem))
             kernels = chosen_kernels(self, problem, learning, steps, self.straight_through)
 
         def scores_of(path: str) -> Scores:
@@ -123,9 +119,10 @@ class LCP(LCPSettings):
         return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
 
     def start_logits(
-        self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor], near: bool
+        self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
     ) -> dict[str, BlockLogits]:
         """The logits of each order at the start, on the model's device: near the given orders, or the paper's random ones."""
+        near = self.init == "heuristic"
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
@@ -140,13 +137,6 @@ class LCP(LCPSettings):
             scale = None if near else math.sqrt(self.block_size)
             logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
         return logits
-
-
-def dealt(order: SharedOrder, present: Tensor, pattern: NMPattern, generator: torch.Generator) -> Tensor:
-    """The groups of M of an order, int64 `(channels,)`, in random sequence inside of its segments."""
-    groups = order.segment // order.m(pattern)
-    segments = range(order.channels // order.segment)
-    return order.deal(present, pattern, [torch.randperm(groups, generator=generator) for _ in segments])
 
 
 def _best(shared: list[SharedOrder], state: Checkpoint) -> dict[str, Tensor]:

@@ -33,11 +33,8 @@ class LCPSettings(LearningSettings):
             the temperature changes each step, from 0 to 1 of progress; Sinkhorn starts from the exponential of the logits
             over the temperature. The paper's: no division; a mean over samples, which makes each norm larger by the root of
             a sample's length, and the softmax sharper; each epoch, by the share of epochs before it; a softmax over rows.
-        rounds: how often the epochs are gone through, schedules and all, each time from the best order so far with its groups
-            of M dealt anew to the blocks, at random. The mask is the same, and channels meet others than before.
         straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
-        gumbel: Gumbel noise on the logits over the temperature in each step (Mena et al. 2018), times this; 0 is none.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).
     """
@@ -48,9 +45,7 @@ class LCPSettings(LearningSettings):
     init: Init = "heuristic"
     conventions: Conventions = "ours"
     sinkhorn_iterations: int = 5
-    rounds: int = 1
     straight_through: StraightThrough = "swap"
-    gumbel: float = 0.0
     margin: float = 0.05
     noise: float = 0.02
     learned = True
@@ -63,9 +58,8 @@ class LCPSettings(LearningSettings):
         check_one_of("permutation.conventions", self.conventions, get_args(Conventions))
         check_whole("permutation.sinkhorn_iterations", self.sinkhorn_iterations, 0)
         self.check("permutation")
-        check_whole("permutation.rounds", self.rounds, 1)
         check_temperature(self.temperature)
-        for name in ("gumbel", "margin", "noise"):
+        for name in ("margin", "noise"):
             check_number(f"permutation.{name}", getattr(self, name), positive=False)
 
 
