@@ -20,8 +20,6 @@ _RECIPE = {
     "straight_through": "swap",
     "learning_rate": 0.01,
     "epochs": 3,
-    "rounds": 1,
-    "gumbel": 0.0,
     "init": "heuristic",
     "margin": 0.05,
     "noise": 0.02,
