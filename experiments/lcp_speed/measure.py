@@ -287,7 +287,7 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
                 lcp = LCP(**settings, activation_checkpointing=recompute)
                 with lcp.masked(problem, shared, window, kernels) as linears:
                     learner = OrderLearner(lcp, problem, shared, window, orders, logits[name], linears)
-                    training = Training(lcp, problem, window, [learner], "lcp", CHECKPOINT)
+                    training = Training(lcp, problem, window, learner, "lcp", CHECKPOINT)
                     training.step(everything, moment)  # the first step of an optimizer allocates its moments
                     reset_peak_memory(device)
                     found[name] = clock(lambda training=training: training.step(everything, moment), device)  # type: ignore[misc]

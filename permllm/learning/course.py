@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from permllm.learning.problem import LearningProblem
@@ -21,7 +21,7 @@ class Course:
         problem: what is learned from; it is told of the epochs that are done.
         name: of the method, for a person.
         file: of the checkpoint in the problem's directory.
-        check: raises DataError where a checkpoint is not what the learners can go on from.
+        check: raises DataError where a checkpoint is not what the learner can go on from.
 
     Attributes:
         state: the checkpoint to go on from; None where there is none, and from when a window has gone on from it.
@@ -56,13 +56,13 @@ class Course:
             if number >= self._begin and learns(first, stop):
                 yield Window(number, first, stop, stream.inputs(first, mask_of), stream.target(stop))
 
-    def train(self, window: Window, learners: Sequence[Learner]) -> None:
-        """Have learners learn in a window.
+    def train(self, window: Window, learner: Learner) -> None:
+        """Have something learn in a window.
 
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        training = Training(self.settings, self.problem, window, learners, self.name, self.file, self._passes)
+        training = Training(self.settings, self.problem, window, learner, self.name, self.file, self._passes)
         if self.state is not None:
             training.restore(self.state)
             self.state = None  # which is as large as what learns

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -148,7 +148,7 @@ class Training:
         settings: of the descent.
         problem: the model, whose linears in the window are masked linears now or hold the weights that learn, and the samples.
         window: the layers.
-        learners: what learns, in the order in which they set a layer.
+        learner: what learns.
         name: of the method, for a person.
         file: of the checkpoint in the problem's directory.
         passes: the lines of the epochs before, to be added to.
@@ -159,7 +159,7 @@ class Training:
         settings: LearningSettings,
         problem: LearningProblem,
         window: Window,
-        learners: Sequence[Learner],
+        learner: Learner,
         name: str,
         file: str,
         passes: list[dict[str, Any]] | None = None,
@@ -167,14 +167,13 @@ class Training:
         self.settings = settings
         self.problem = problem
         self.window = window
-        self.learners = learners
+        self.learner = learner
         self.name, self.file = name, file
         self._placement = placement_of(problem.model)
         self.device = problem.device
         # Fused: no temporaries of the size of all parameters.
         fused = self.device.type in ("cpu", "cuda")
-        groups = [group for learner in learners for group in learner.parameters()]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=settings.weight_decay, fused=fused)
         self.scaler = gradient_scaler(next(problem.model.parameters()).dtype, self.device)
         self.count = samples_of(settings, problem)
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
@@ -196,14 +195,13 @@ class Training:
         self._next_save = time.perf_counter() + _CHECKPOINT_EVERY
 
     def run(self) -> None:
-        """All epochs that are left; the learners know the best."""
+        """All epochs that are left; the learner knows the best."""
         done = self.done * self.steps_an_epoch + len(self._losses)
         label = f"{self.name}, layers {self.window.first} to {self.window.stop - 1}"
         with tqdm(total=self.steps, initial=done, desc=label, unit="step") as progress:
             for number in range(self.done, self.epochs):
                 if self._sequence is None:
-                    for learner in self.learners:
-                        learner.begin_epoch()
+                    self.learner.begin_epoch()
                     self._sequence = torch.randperm(self.count, generator=self.generator)
                 batches = self._sequence.split(self.settings.batch_size)[: self.steps - number * self.steps_an_epoch]
                 for position in range(len(self._losses), len(batches)):
@@ -235,7 +233,7 @@ class Training:
             after: the next batch, to be fetched while the device works on this one; None where there is none.
 
         Returns:
-            The loss before the update, and what the learners tell of the step.
+            The loss before the update, and what the learner tells of the step.
 
         Raises:
             TrainingError: the loss is not finite; nothing is updated.
@@ -244,19 +242,16 @@ class Training:
         self._begin(moment)
         total = self._backward(batch, moment, after)
         parallel.add_up([total])
-        counted = [learner.flips() for learner in self.learners]
-        # One transfer for all of them.
-        value, *flips = torch.stack([total.double(), *(count.double() for count in counted if count is not None)]).tolist()
+        counted = self.learner.flips()
+        # One transfer for both.
+        value, *flips = torch.stack([total.double(), *([] if counted is None else [counted.double()])]).tolist()
         if not math.isfinite(value):
             raise TrainingError(self._failure(self._where(batch)))
         self._add_up_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        values: dict[str, float] = {}
-        for learner, count in zip(self.learners, counted, strict=True):
-            values |= learner.step_values(moment, None if count is None else flips.pop(0))
-        return value, values
+        return value, self.learner.step_values(moment, flips[0] if flips else None)
 
     def _backward(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> Tensor:
         """The loss of this process's share of a batch, a part of the mean over all of it, whose gradients are left."""
@@ -274,8 +269,7 @@ class Training:
                 total = total + loss.detach()
             if ahead is not None and len(ahead):
                 self.samples.fetch(ahead)
-        for learner in self.learners:
-            learner.collect()
+        self.learner.collect()
         return total
 
     def _portions(self, batch: Tensor) -> list[Tensor]:
@@ -290,16 +284,14 @@ class Training:
                 pass
 
     def _begin(self, moment: Moment) -> None:
-        for learner in self.learners:
-            try:
-                learner.begin(moment)
-            except ValueError as error:
-                raise TrainingError(self._failure(str(error))) from error
+        try:
+            self.learner.begin(moment)
+        except ValueError as error:
+            raise TrainingError(self._failure(str(error))) from error
 
     def _add_up_gradients(self) -> None:
         if parallel.world_size() > 1:
-            groups = [group for learner in self.learners for group in learner.parameters()]
-            parameters = [parameter for group in groups for parameter in group["params"]]
+            parameters = [parameter for group in self.learner.parameters() for parameter in group["params"]]
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -315,8 +307,7 @@ class Training:
                 raise TrainingError(self._failure(self._where(torch.arange(self.count))))
         # What was not measured is better than nothing, but not than what was.
         if not math.isfinite(self.best_loss) if measured is None else measured < self.best_loss:
-            for learner in self.learners:
-                learner.keep()
+            self.learner.keep()
         if measured is not None:
             self.best_loss = min(self.best_loss, measured)
         self.done = moment.epoch + 1
@@ -327,8 +318,7 @@ class Training:
             "loss": self._mean_loss(),
             "measured_loss": measured,
         }
-        for learner in self.learners:
-            values |= learner.epoch_values(moment)
+        values |= self.learner.epoch_values(moment)
         values |= {"step_seconds": self._seconds / len(self._losses), "peak_memory_bytes": peak_memory(self.device)}
         self.passes.append(values)
         self._sequence, self._losses, self._seconds = None, [], 0.0
@@ -368,9 +358,8 @@ class Training:
         return self.loss(hidden, batch.target)
 
     def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], moment: Moment | None) -> Tensor:
-        """One decoder layer as the learners set it; what gradients go through is rebuilt in backward, one layer at a time."""
-        for learner in self.learners:
-            learner.set_layer(index, moment if torch.is_grad_enabled() else None)
+        """One decoder layer as the learner sets it; what gradients go through is rebuilt in backward, one layer at a time."""
+        self.learner.set_layer(index, moment if torch.is_grad_enabled() else None)
         with self._placement.layer(index) as layer:
             return run_layer(layer, hidden, kwargs)
 
@@ -391,8 +380,8 @@ class Training:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
             tokens = hidden.numel() // hidden.shape[-1]
-            item, gathers = hidden.element_size(), any(learner.gathers for learner in self.learners)
-            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1], item, gathers) * item
+            item = hidden.element_size()
+            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1], item, self.learner.gathers) * item
             kept *= self.window.stop - self.window.first
             if self.device.type == "cuda":
                 allowed = _SHARE_OF_FREE * (free_memory(self.device) - self._not_yet_taken(hidden))
@@ -413,8 +402,7 @@ class Training:
             for weight in self.problem.model.parameters()
             if weight.requires_grad and weight.dtype != product
         )
-        masked = sum(learner.masked_weights() for learner in self.learners)
-        return size * (1 + moments) + rounded + masked * product.itemsize
+        return size * (1 + moments) + rounded + self.learner.masked_weights() * product.itemsize
 
     @torch.no_grad()
     def _where(self, indices: Tensor) -> str:
@@ -434,7 +422,7 @@ class Training:
         text = f"{self.name.upper()} stopped in epoch {self.done + 1}: {reason}"
         directory = self.problem.directory
         if directory:
-            text += "".join(learner.write_best(directory) for learner in self.learners)
+            text += self.learner.write_best(directory)
         return text
 
     def _save(self) -> None:
@@ -454,7 +442,7 @@ class Training:
             "sequence": self._sequence,
             "losses": self._losses,
             "seconds": self._seconds,
-            "learners": [learner.state() for learner in self.learners],
+            "learner": self.learner.state(),
         }
         write_torch(self.problem.directory / self.file, state)
         now = time.perf_counter()
@@ -464,15 +452,12 @@ class Training:
         """Continue from a checkpoint of the same window (see `read_checkpoint`).
 
         Raises:
-            DataError: it is of other learners.
+            DataError: it is of something else.
         """
-        if len(state["learners"]) != len(self.learners):
-            raise DataError(f"{self.problem.directory}/{self.file} is of something else: remove it to learn anew")
-        for learner, of_learner in zip(self.learners, state["learners"], strict=True):
-            try:
-                learner.restore(of_learner)
-            except DataError as error:
-                raise DataError(f"{self.problem.directory}/{self.file}: {error}: remove it to learn anew") from error
+        try:
+            self.learner.restore(state["learner"])
+        except DataError as error:
+            raise DataError(f"{self.problem.directory}/{self.file}: {error}: remove it to learn anew") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and "scaler" in state:
@@ -500,7 +485,7 @@ class Checkpoint(TypedDict):
     sequence: InstanceOf[Tensor] | None
     losses: list[float]
     seconds: float
-    learners: list[dict[str, Any]]
+    learner: dict[str, Any]
 
 
 def read_checkpoint(
@@ -511,7 +496,7 @@ def read_checkpoint(
     Args:
         problem: what is learned from.
         file: in its directory.
-        check: raises DataError where the state is not what the learners can go on from.
+        check: raises DataError where the state is not what the learner can go on from.
     """
     path = problem.directory / file if problem.directory else None
     if path is None or not path.is_file():

@@ -17,7 +17,7 @@ from permllm.learning.kernels import chosen_kernels
 from permllm.learning.ordered_linear import ordered_linears
 from permllm.learning.problem import LearningProblem
 from permllm.learning.scores import Scores
-from permllm.learning.training import Checkpoint, samples_of, steps_of
+from permllm.learning.training import samples_of, steps_of
 from permllm.mask.contract import MaskPlan
 from permllm.mask.learner import MaskLearner
 from permllm.mask.settings import MaskSettings
@@ -56,8 +56,8 @@ class MaskLearning(MaskSettings):
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        course = Course(self, problem, "mask", MASK_CHECKPOINT, _check)
-        before = {} if course.state is None else course.state["learners"][0]["earlier"]
+        course = Course(self, problem, "mask", MASK_CHECKPOINT, lambda state: MaskLearner.check(state["learner"]))
+        before = {} if course.state is None else course.state["learner"]["earlier"]
         found: dict[str, Tensor] = {path: bits.cpu() for path, bits in before.items()}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -76,12 +76,7 @@ class MaskLearning(MaskSettings):
             scores_of = partial(self.scores, generator=generator)
             with ordered_linears(problem, groups, orders, scores_of, kernels) as linears:
                 learner = MaskLearner(problem, groups, linears, self.learning_rate, found)
-                course.train(window, [learner])
+                course.train(window, learner)
                 found |= learner.best
                 del linears, learner  # before those of the next window, which are as large
         return PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
-
-
-def _check(state: Checkpoint) -> None:
-    """Raise DataError where a checkpoint is not one of masks."""
-    MaskLearner.check(state["learners"][0] if state["learners"] else {})

@@ -55,7 +55,7 @@ class Distill(DistillSettings, NoReconstruction):
             state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
             passes = [] if state is None else list(state["passes"])
             problem.on_resume(passes)
-            training = Training(settings, problem, window, [learner], "distill", DISTILL_CHECKPOINT, passes=passes)
+            training = Training(settings, problem, window, learner, "distill", DISTILL_CHECKPOINT, passes=passes)
             if state is not None:
                 training.restore(state)
             del state  # which is as large as the weights
@@ -64,8 +64,6 @@ class Distill(DistillSettings, NoReconstruction):
 
 def _check(kept: KeptWeights, state: Checkpoint) -> None:
     """Raise DataError where a checkpoint is not one of these weights."""
-    if len(state["learners"]) != 1:
-        raise DataError("it is of something else than weights")
-    WeightLearner.check(state["learners"][0])
-    if state["learners"][0].get("places") != kept.digest:
+    WeightLearner.check(state["learner"])
+    if state["learner"].get("places") != kept.digest:
         raise DataError("it is of other masks")

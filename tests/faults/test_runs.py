@@ -315,7 +315,7 @@ def other_run(file: Path) -> object:
 
 def bad_best(file: Path) -> object:
     state = torch.load(file, weights_only=True)
-    next(iter(state["learners"][0]["best"].values()))[:2] = 0
+    next(iter(state["learner"]["best"].values()))[:2] = 0
     return torch.save(state, file)
 
 
@@ -485,7 +485,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(learning: Path, tmp_pa
     shutil.copytree(learning / "second", folder)
     file = folder / "lcp_checkpoint.pt"
     state = torch.load(file, weights_only=True)
-    logits = state["learners"][0]["logits"]
+    logits = state["learner"]["logits"]
     logits[next(iter(logits))] = torch.zeros(3)
     torch.save(state, file)
     with pytest.raises(DataError, match=r"lcp_checkpoint\.pt: it has logits of other shapes: remove it"):

@@ -41,7 +41,7 @@ def test_weights_of_logits_decay_apart_from_their_gradients(monkeypatch: pytest.
     for decay in (0.0, 0.1):
 
         def step(self: Training, *given: Any, decay: float = decay) -> Any:
-            logits = [value for learner in self.learners for part in learner.parameters() for value in part["params"]]
+            logits = [value for part in self.learner.parameters() for value in part["params"]]
             before = [value.detach().clone() for value in logits]
             found = real(self, *given)
             seen.setdefault(decay, (before, [value.detach().clone() for value in logits]))
@@ -432,7 +432,7 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
         window = Window(0, 0, 2, None, learning.target)
         with settings.masked(learning, shared, window, EAGER) as linears:
             learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
-            training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
+            training = Training(settings, learning, window, learner, "lcp", "checkpoint")
             moment = Moment(0, 1, 0, 1)
             learner.begin(moment)
             training._loss(torch.arange(6), moment).backward()
@@ -474,7 +474,7 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
         window, moment = Window(0, 0, 2, None, learning.target), Moment(0, 1, 0, 1)
         with settings.masked(learning, shared, window, EAGER) as linears:
             learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
-            training = Training(settings, learning, window, [learner], "lcp", "checkpoint")
+            training = Training(settings, learning, window, learner, "lcp", "checkpoint")
             learner.begin(moment)
             with products_in(dtype, torch.device("cpu")):
                 training._backward(torch.arange(len(samples)), moment)

@@ -129,7 +129,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
     window = Window(0, 0, 2, None, problem.target)
     with method.masked(problem, shared, window, EAGER) as linears:
         learner = OrderLearner(method, problem, shared, window, start, blocks, linears)
-        training = Training(method, problem, window, [learner], "lcp", "checkpoint")
+        training = Training(method, problem, window, learner, "lcp", "checkpoint")
         moment = Moment(3, training.steps, 1, training.epochs)  # two steps an epoch: in the second of four
         temperature = learner.temperature(moment)
         loss, _ = training.step(BATCH, moment)

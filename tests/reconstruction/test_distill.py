@@ -300,7 +300,7 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
     with kept.gradients(), products_in(products, torch.device("cpu")):
         window = Window(0, 0, 2, None, target)
-        loop = training.Training(settings, learning, window, [WeightLearner(kept, 1e-3)], "distill", "file")
+        loop = training.Training(settings, learning, window, WeightLearner(kept, 1e-3), "distill", "file")
         values = sum(int(mask.sum()) for mask in masks)
         rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
         assert loop._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments

@@ -81,7 +81,7 @@ class LCP(LCPSettings):
             logits = self.start_logits(problem, learning, orders)
             with self.masked(problem, shared, window) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
-                course.train(window, [learner])
+                course.train(window, learner)
                 orders = learner.best
                 del logits, learner  # before what the next window needs
         return expanded(shared, orders)
@@ -141,7 +141,7 @@ class LCP(LCPSettings):
 
 def _best(shared: list[SharedOrder], state: Checkpoint) -> dict[str, Tensor]:
     """The best orders of a checkpoint. Raises DataError where it does not hold all of them."""
-    found = OrderLearner.best_of(state["learners"][0] if state["learners"] else {})
+    found = OrderLearner.best_of(state["learner"])
     if found.keys() != {order.name for order in shared}:
         raise DataError("it holds other orders")
     return found
