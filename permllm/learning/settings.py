@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from permllm.errors import ConfigError, check_number, check_one_of, check_whole
 
-Loss = Literal["cosine", "mse", "kl"]
+Loss = Literal["cosine", "kl"]
 StraightThrough = Literal["swap", "hard", "soft"]
 
 
@@ -53,8 +53,8 @@ class LearningSettings(DescentSettings):
 
     Attributes:
         weight_decay: of AdamW.
-        loss: `kl` of the next-token distributions, which needs `layers_per_stage=all`; `cosine` of the stage's output (the
-            paper), or `mse` of it. None is `kl` where the whole model learns together, else `cosine`.
+        loss: `kl` of the next-token distributions, which needs `layers_per_stage=all`, or `cosine` of the stage's output (the
+            paper). None is `kl` where the whole model learns together, else `cosine`.
         layers_per_stage: how many consecutive decoder layers learn together: `all` of them (the paper), 1, or so many. Stages
             learn in turn, each on the inputs that the pruned layers before give it, against its own dense output, in the
             memory of its layers alone.

@@ -13,8 +13,6 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import usable
 from permllm.runtime.precision import product, product_dtype
 
-LOSSES = ("cosine", "mse", "kl")
-
 # Logits of all steps from which compiling is made up for: it takes some 10 s and saves 12 ns each on one core.
 _COMPILE_FROM = 1e9
 # Logits that exist at a time on a GPU, where that is more than 128 tokens and less than 1024.
@@ -33,7 +31,7 @@ def loss_named(name: str, model: nn.Module, tokens: int, compiled: bool | None) 
     """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
 
     Args:
-        name: `cosine`, `mse`, or `kl`, which needs the outputs of the last layer.
+        name: `cosine`, or `kl`, which needs the outputs of the last layer.
         model: whose final norm and head `kl` goes through.
         tokens: it will be taken of, in all.
         compiled: whether the elementwise work of `kl` is compiled; None where it is soon made up for.
@@ -45,7 +43,7 @@ def loss_named(name: str, model: nn.Module, tokens: int, compiled: bool | None) 
         use = head.weight.device, product_dtype(head.weight), len(head.weight)
         divergence = _compiled_divergence(*use) if wanted and head.plain else _divergence
         return lambda output, target: head_divergence(head, output, target, divergence)
-    return {"cosine": cosine_loss, "mse": mean_square_loss}[name]
+    return cosine_loss
 
 
 def cosine_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -260,11 +260,10 @@ def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_pat
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
-@pytest.mark.parametrize("loss", ["mse", "kl"])
-def test_other_losses_learn_too(loss: str) -> None:
+def test_the_divergence_learns_too() -> None:
     measured: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
-    settings: dict[str, Any] = {"loss": loss, "block_size": 32, "batch_size": 3}
+    settings: dict[str, Any] = {"loss": "kl", "block_size": 32, "batch_size": 3}
     lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     start: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: start.append(values["measured_loss"]))
@@ -455,7 +454,7 @@ def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_lea
 
 
 @pytest.mark.parametrize(
-    ("loss", "straight_through"), [("cosine", "swap"), ("kl", "swap"), ("mse", "swap"), ("kl", "hard"), ("cosine", "soft")]
+    ("loss", "straight_through"), [("cosine", "swap"), ("kl", "swap"), ("kl", "hard"), ("cosine", "soft")]
 )
 def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_through: str) -> None:
     samples = torch.randint(0, 259, (64, 64), generator=torch.Generator().manual_seed(0))
