@@ -36,13 +36,8 @@ from tests.export.test_export import logits, make_run, variant_model
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors, dict[str, Any]], object]
 
-UP, NORM, HEAD, EMBEDDING = (
-    "model.layers.0.mlp.up_proj.weight",
-    "model.norm.weight",
-    "lm_head.weight",
-    "model.embed_tokens.weight",
-)
-ORDER, OTHER = "model.layers.0.self_attn.o_proj.input_order", "model.layers.1.self_attn.o_proj.input_order"
+UP, NORM, HEAD = "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
+ORDER = "model.layers.0.self_attn.o_proj.input_order"
 GATHERED = ORDER.removesuffix(".input_order")
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -79,58 +74,28 @@ def settings(**values: Any) -> Change:
 # What is done to an export, and what is said about it.
 PLAIN: dict[str, tuple[Change, str]] = {
     "a linear is missing": (gone(UP), f"lacks {UP}"),
-    "a layer is missing": (
-        lambda tensors, config: [tensors.pop(name) for name in list(tensors) if ".layers.1." in name],
-        r"lacks model\.layers\.1\.",
-    ),
-    "a norm is missing": (gone(NORM), f"lacks {NORM}"),
     "the head is missing": (gone(HEAD), f"lacks {HEAD}"),
-    "a linear has another name": (renamed(UP), f"lacks {UP}"),
-    "a norm has another name": (renamed(NORM), f"lacks {NORM}"),
-    "the head has another name": (renamed(HEAD), f"lacks {HEAD}"),
-    "one tensor is left": (
-        lambda tensors, config: [tensors.pop(name) for name in list(tensors) if name != UP],
-        "lacks lm_head",
-    ),
     "another shape": (become(UP, lambda weight: weight[:60]), f"another shape .* {UP}"),
-    "another width": (become(UP, lambda weight: weight[:, :16]), f"another shape .* {UP}"),
     "a stranger": (lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 4)}), "asks for none, x.weight"),
     "whole numbers": (become(UP, lambda weight: weight.to(torch.int8)), f"{UP} .*I8"),
-    "8 bits": (become(UP, lambda weight: weight.to(torch.float8_e4m3fn)), f"{UP} .*F8_E4M3"),
-    "a norm of whole numbers": (become(NORM, lambda weight: weight.to(torch.int64)), f"{NORM} .*I64"),
     "NaN in a linear": (put(UP, NAN, 0), f"{UP} holds values that are not finite"),
-    "NaN in a norm": (put(NORM, NAN), f"{NORM} holds values that are not finite"),
     "infinite head": (put(HEAD, INFINITE), f"{HEAD} holds values that are not finite"),
-    "minus infinity in the embedding": (put(EMBEDDING, -INFINITE), f"{EMBEDDING} holds values that are not finite"),
     "fewer layers in the config": (settings(num_hidden_layers=1), r"model\.layers\.1\."),
-    "more layers in the config": (settings(num_hidden_layers=3), r"lacks model\.layers\.2\."),
-    "biases in the config": (settings(attention_bias=True), r"lacks model\.layers\.0\.self_attn\.k_proj\.bias"),
     "an unknown quantisation": (settings(quantization_config={"quant_method": "nope"}), "quant_method is not known"),
     "settings that make NaN": (settings(rms_norm_eps=-1e30), "logits"),
 }
 ORDERS: dict[str, tuple[Change, str]] = {
     "an order is missing": (gone(ORDER), f"lacks {ORDER}"),
     "an order names a channel twice": (put(ORDER, 0), f"{ORDER} is no permutation"),
-    "an order is out of range": (put(ORDER, 32), f"{ORDER} is no permutation"),
-    "an order is negative": (put(ORDER, -1), f"{ORDER} is no permutation"),
     "an order is too short": (become(ORDER, lambda order: order[:-1]), f"another shape .* {ORDER}"),
-    "an order is too long": (become(ORDER, lambda order: torch.arange(33, dtype=torch.int32)), f"another shape .* {ORDER}"),
-    "an order is a matrix": (become(ORDER, lambda order: order[None]), f"another shape .* {ORDER}"),
     "an order of fractions": (become(ORDER, lambda order: order.float()), f"{ORDER} .*F32"),
-    "an order of bytes": (become(ORDER, lambda order: order.to(torch.uint8)), f"{ORDER} .*U8"),
-    "no gathers": (settings(gathers=[]), r"asks for none, model\.layers\.0\."),
     "one gather less": (
         lambda tensors, config: config["dense_config"]["gathers"].remove(GATHERED),
         f"asks for none, {ORDER}",
     ),
-    "one gather more": (
-        lambda tensors, config: config["dense_config"]["gathers"].append("model.layers.0.mlp.down_proj"),
-        r"lacks model\.layers\.0\.mlp\.down_proj\.input_order",
-    ),
     "a gather twice": (lambda tensors, config: config["dense_config"]["gathers"].append(GATHERED), f"names {GATHERED} twice"),
     "a gather of nothing": (lambda tensors, config: config["dense_config"]["gathers"].append("x"), "x is no module"),
     "gathers that are no list": (settings(gathers="x"), "gathers: "),
-    "gathers that are no names": (settings(gathers=[1]), "gathers.0: "),
 }
 CASES = [
     *[("folded", name, *case) for name, case in PLAIN.items()],
@@ -197,14 +162,10 @@ def test_whole_models_load_in_every_way(exports: Path) -> None:
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert torch.equal(logits(model), expected)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for options in ({"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, **options)), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")), expected)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.get_submodule(GATHERED).input_order.dtype == torch.int32
-    by_name, report = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, device_map={"": "meta"})
-    assert by_name.device.type == "meta"
-    assert not report["missing_keys"]
 
 
 def test_what_the_hub_has_is_compared_too(exports: Path, tmp_path: Path) -> None:
@@ -298,19 +259,7 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
     assert (report["passed"], len(report["problems"])) == (False, 30)
 
 
-CONTENTS = [
-    "",
-    "[]",
-    "null",
-    "1",
-    '"x"',
-    "{",
-    "{}",
-    '{"weight_map": {}}',
-    '{"weight_map": {"x": 1}}',
-    "\x00\ufffd",
-    "[" * 9999,
-]
+CONTENTS = ["", "[]", "{", "{}", '{"weight_map": {"x": 1}}', "[" * 9999]
 
 
 @pytest.mark.parametrize("file", ["config.json", SUMMARY, "model.safetensors.index.json", "generation_config.json"])
@@ -329,7 +278,7 @@ def test_garbage_in_a_json_file_is_one_line(file: str, exports: Path, tmp_path: 
             bench.load(folder, torch.device("cpu"), None)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "x.safetensors"])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.safetensors"])
 def test_an_index_names_files_of_its_own_folder_alone(name: str, exports: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exports / "folded", tmp_path / "a" / "x")
     (folder / "model.safetensors").rename(tmp_path / "a" / "x.safetensors")
@@ -417,8 +366,6 @@ def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -
         (
             lambda folder: (folder / SUMMARY).unlink(),
             lambda folder: (folder / SUMMARY).write_text("[]"),
-            lambda folder: (folder / SUMMARY).write_text((folder / SUMMARY).read_text().replace("gathered", "dense")),
-            lambda folder: (folder / "model.safetensors").unlink(),
             lambda folder: os.truncate(folder / "model.safetensors", 5000),
         )
     ):
@@ -429,11 +376,10 @@ def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -
 
 def test_a_model_card_holds_names_and_no_markup_of_theirs() -> None:
     name = "a|b](http://x) <script>alert(1)</script> `c` # d\n---\nlicense: mit\n# e"
-    described = {"name": "x"}
     config = {
         "model": {"name": name, "hub_name": f"{name}: [x]", "source": "hub"},
         "pruner": {"name": "*p*"},
-        "permutation": described,
+        "permutation": {"name": "x"},
         "reconstruction": {"name": "none"},
         "seed": 0,
     }
@@ -444,19 +390,11 @@ def test_a_model_card_holds_names_and_no_markup_of_theirs() -> None:
     environment = {"command": "run.py `x` ``y``\n# z", "versions": {"torch": "<b>"}}
     card = model_card(config, metrics, environment, summary)
     _, head, body = card.split("---\n", 2)
-    assert yaml.safe_load(head) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": f"{' '.join(name.split())}: [x]",
-        "tags": ["sparse", "2:4", "permllm"],
-    }
+    assert set(yaml.safe_load(head)) == {"library_name", "pipeline_tag", "base_model", "tags"}
     assert "- command: ``` run.py `x` ``y`` # z ```" in body.splitlines()
-    assert "- run: `` run`s-0 ``" in body.splitlines()
     for markup in ("<script", "](http", "`c`", "*p*", "<b>"):
         assert markup not in body.replace("\\<", "").replace("\\]", "").replace("\\`", "").replace("\\*", "")
-    assert [line for line in body.splitlines() if line.startswith("#")] == [f"# {escaped(name)}, 2:4 sparse"]
-    (row,) = [line for line in body.splitlines() if line.startswith("| a")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == 4
+    assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
 
 
 def escaped(name: str) -> str:
