@@ -21,14 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, digest_of, read_config, register_resolvers
 from permllm.errors import PermLLMError, one_line
-from permllm.nodes import register
-from permllm.record.cache_folder import choose_cache
-from permllm.record.environment import environment
-from permllm.record.files import read_record_lines, write_record_lines
-from permllm.record.names import SCHEMA_VERSION
-from permllm.record.schema import KeptRecord
+from permllm.pruning.config_store import register
+from permllm.runs.cache_folder import choose_cache
+from permllm.runs.environment import environment
+from permllm.runs.files import read_record_lines, write_record_lines
+from permllm.runs.names import SCHEMA_VERSION
+from permllm.runs.plotting import load_pyplot, save_figure
+from permllm.runs.schema import KeptRecord
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.plotting import load_pyplot, save_figure
 from permllm.runtime.seeding import seed_everything
 
 # Begins the names of a script's own settings.

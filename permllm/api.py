@@ -32,27 +32,27 @@ from permllm.config import (
     read_config,
     register_resolvers,
 )
-from permllm.data.calibration import calibration_tokens, windows_of
-from permllm.data.named import NamedText, perplexity_texts
+from permllm.data.registry import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
+from permllm.data.windows import calibration_tokens, windows_of
 from permllm.errors import ConfigError, DataError, check_whole, first_line
 from permllm.evaluation.perplexity import perplexity as measure
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, write_checkpoint
-from permllm.methods import Job, checked_groups, methods_of
 from permllm.models.checkpoint import read_weights
 from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows
-from permllm.models.loading import LoadedModel
+from permllm.models.load import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
-from permllm.nodes import options_of, refusal, register
-from permllm.record.environment import environment
-from permllm.record.loggers import NO_LOGGER
-from permllm.record.progress import Progress
+from permllm.pruning.config_store import options_of, refusal, register
+from permllm.pruning.methods import Job, checked_groups, methods_of
+from permllm.pruning.stages import figures, prune_model
+from permllm.runs.environment import environment
+from permllm.runs.loggers import NO_LOGGER
+from permllm.runs.progress import Progress
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
-from permllm.stages import figures, prune_model
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"

@@ -21,10 +21,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from permllm.commands.answer import Answer
 from permllm.config import HYDRA_MAIN, conf_directory, finite, register_resolvers
 from permllm.errors import PermLLMError, one_line
-from permllm.nodes import register, reported
+from permllm.pruning.config_store import register, reported
+from permllm.runtime.answer import Answer
 from permllm.runtime.interruption import starting
 from permllm.runtime.slurm import adopt_step
 from permllm.runtime.tool import run_tool
@@ -40,11 +40,11 @@ COMMANDS = {
 }
 # Of the commands but `run`.
 _MODULES = {
-    "results": "permllm.commands.results",
-    "report": "permllm.commands.report",
-    "export": "permllm.commands.export",
-    "verify": "permllm.commands.verify",
-    "bench": "permllm.commands.bench",
+    "results": "permllm.runs.results_command",
+    "report": "permllm.runs.report_command",
+    "export": "permllm.export.export_command",
+    "verify": "permllm.export.verify_command",
+    "bench": "permllm.export.bench_command",
 }
 # Hydra answers these itself.
 _QUESTIONS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")

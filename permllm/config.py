@@ -449,7 +449,7 @@ class ExportConfig:
     """Group `export`.
 
     Attributes:
-        form: `none`, `simulate`, `folded` or `gathered` (see `permllm.export.stored_order`).
+        form: `none`, `simulate`, `folded` or `gathered` (see `permllm.export.fold`).
         dtype: of the exported weights; None is the model's.
         shard_gb: largest size of a file, in 10^9 bytes.
     """

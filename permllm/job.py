@@ -21,16 +21,21 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from permllm.config import ExportConfig, RunConfig, read_config, register_resolvers
-from permllm.data.calibration import calibration_tokens
-from permllm.data.named import calibration_text, check_texts, perplexity_texts
+from permllm.data.registry import calibration_text, check_texts, perplexity_texts
+from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError, InUseError, PermLLMError, everything_wanted, one_line
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.evaluation.tasks import check_tasks
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
-from permllm.helping import assist, check_shares, loaded_by_all
-from permllm.methods import (
+from permllm.models.families import linear_at
+from permllm.models.limits import check_windows
+from permllm.models.load import LoadedModel, check_model_runs, load_model, meta_model
+from permllm.models.selection import groups_to_prune
+from permllm.pruning.config_store import check_names
+from permllm.pruning.layerwise import PrunedModel
+from permllm.pruning.methods import (
     Job,
     Methods,
     checked_groups,
@@ -40,30 +45,26 @@ from permllm.methods import (
     needs_device,
     placement_for,
 )
-from permllm.models.families import linear_at
-from permllm.models.limits import check_windows
-from permllm.models.loading import LoadedModel, check_model_runs, load_model, meta_model
-from permllm.models.patterns import groups_to_prune
-from permllm.nodes import check_names
-from permllm.pipeline import PrunedModel
-from permllm.plan import print_plan
-from permllm.record import sweep
-from permllm.record.cache_folder import choose_cache
-from permllm.record.caching import clear_cache
-from permllm.record.environment import environment
-from permllm.record.evaluations import mean_accuracy
-from permllm.record.figures import earlier_figures, flat_figures, print_run
-from permllm.record.files import write_record
-from permllm.record.job_log import job_log
-from permllm.record.loggers import RunLogger, open_logger
-from permllm.record.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
-from permllm.record.outcomes import Outcome
-from permllm.record.run_tensors import write_masks, write_orders
-from permllm.record.store import RunRecord, is_finished, run_directory
-from permllm.record.tensors import write_tensors
-from permllm.results.collect import collect
-from permllm.results.summary import summarise
-from permllm.results.table import print_comparison, print_jobs
+from permllm.pruning.plan import print_plan
+from permllm.pruning.stages import figures, prune_model
+from permllm.pruning.workers import assist, check_shares, loaded_by_all
+from permllm.runs import sweep
+from permllm.runs.cache import clear_cache
+from permllm.runs.cache_folder import choose_cache
+from permllm.runs.directory import RunRecord, is_finished, run_directory
+from permllm.runs.environment import environment
+from permllm.runs.evaluations import mean_accuracy
+from permllm.runs.figures import earlier_figures, flat_figures, print_run
+from permllm.runs.files import write_record
+from permllm.runs.job_log import job_log
+from permllm.runs.loggers import RunLogger, open_logger
+from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
+from permllm.runs.outcomes import Outcome
+from permllm.runs.printed import print_comparison, print_jobs
+from permllm.runs.read import collect
+from permllm.runs.run_tensors import write_masks, write_orders
+from permllm.runs.table import summarise
+from permllm.runs.tensors import write_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
@@ -71,13 +72,12 @@ from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 from permllm.runtime.watch import FAILED, INTERRUPTED
-from permllm.stages import figures, prune_model
 
 log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
-    """Run one job; under torchrun the part of the first process, which keeps the record (`permllm.helping` has the others').
+    """Run one job, under torchrun the part of rank 0, which keeps the record; `permllm.pruning.workers` has the other ranks.
 
     Returns:
         The metrics and the run directory; None when only a plan was asked for.

@@ -29,9 +29,9 @@ from permllm.config import (
     digest_of,
     evaluation_of,
 )
-from permllm.nodes import SETTINGS
-from permllm.record.files import write_record_lines
-from permllm.record.names import SCHEMA_VERSION
+from permllm.pruning.config_store import SETTINGS
+from permllm.runs.files import write_record_lines
+from permllm.runs.names import SCHEMA_VERSION
 
 # Old key, new key, and values that have other names, by dotted group.
 RENAMED: dict[str, dict[str, tuple[str, dict[Any, Any]]]] = {
@@ -85,19 +85,19 @@ TARGETS = {
     "magnitude": "permllm.pruning.magnitude.Magnitude",
     "heuristic": "permllm.permutation.heuristic.Heuristic",
     "from_file": "permllm.permutation.from_file.FromFile",
-    "lcp": "permllm.permutation.lcp.method.LCP",
+    "lcp": "permllm.permutation.lcp.lcp.LCP",
     "pruner": "permllm.mask.pruner.PrunerMask",
     "score": "permllm.mask.score.ScoreMask",
     "lowrank": "permllm.mask.lowrank.LowRankMask",
     "refined": "permllm.mask.refined.RefinedMask",
-    "admm": "permllm.reconstruction.admm.ADMM",
-    "obs": "permllm.reconstruction.obs.OBS",
-    "distill": "permllm.reconstruction.distill.Distill",
+    "admm": "permllm.pruning.admm.ADMM",
+    "obs": "permllm.pruning.obs.OBS",
+    "distill": "permllm.pruning.distill.Distill",
     "linear": "permllm.permutation.lcp.temperature.Linear",
 }
 NONE = {
-    "permutation": "permllm.permutation.identity.Identity",
-    "reconstruction": "permllm.reconstruction.base.NoReconstruction",
+    "permutation": "permllm.permutation.none.Identity",
+    "reconstruction": "permllm.pruning.reconstruction.NoReconstruction",
 }
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from permllm import config  # noqa: E402
 from permllm.config import FROM_THE_TOP, flatten  # noqa: E402
-from permllm.nodes import SETTINGS, options_of  # noqa: E402
+from permllm.pruning.config_store import SETTINGS, options_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 # The settings of a group whose options share them.

@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from permllm.config import HYDRA_DEFAULTS, ModelConfig, conf_directory, read_config, register_resolvers  # noqa: E402
 from permllm.models.checkpoint import parameter_names  # noqa: E402
-from permllm.models.loading import meta_model  # noqa: E402
-from permllm.nodes import register  # noqa: E402
-from permllm.record.shards import write_shards  # noqa: E402
+from permllm.models.load import meta_model  # noqa: E402
+from permllm.pruning.config_store import register  # noqa: E402
+from permllm.runs.shards import write_shards  # noqa: E402
 
 
 def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.errors import PermLLMError
-from permllm.record.files import write_text
+from permllm.runs.files import write_text
 from scripts.views import with_views
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from permllm.record.files import read_record_lines
-from permllm.record.schema import KeptRecord
+from permllm.runs.files import read_record_lines
+from permllm.runs.schema import KeptRecord
 from tests.conftest import ROOT
 
 EXPERIMENTS = ROOT / "experiments"

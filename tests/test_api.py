@@ -26,7 +26,7 @@ from permllm.export import checkpoint
 from permllm.export.verify import verify
 from permllm.job import run
 from permllm.models.families import linear_at
-from permllm.record.run_tensors import mask_reader, read_orders
+from permllm.runs.run_tensors import mask_reader, read_orders
 from tests.conftest import ROOT, run_python, tiny_model
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")

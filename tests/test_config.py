@@ -16,12 +16,12 @@ from omegaconf import DictConfig
 from permllm.config import RunConfig, digest_of, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
 from permllm.job import Session
-from permllm.methods import methods_of
 from permllm.models.families import channel_groups
-from permllm.models.loading import meta_model
-from permllm.record.outcomes import Outcome
-from permllm.record.store import run_directory
-from permllm.record.tensors import write_tensors
+from permllm.models.load import meta_model
+from permllm.pruning.methods import methods_of
+from permllm.runs.directory import run_directory
+from permllm.runs.outcomes import Outcome
+from permllm.runs.tensors import write_tensors
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -410,9 +410,9 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     with pytest.raises(ZeroDivisionError):
         Session().job(composed("model=tiny", "logger=none"))
     jobs: list[Outcome] = []
-    monkeypatch.setattr("permllm.record.sweep.sweeping", lambda: True)
-    monkeypatch.setattr("permllm.record.sweep.share_cores", lambda: None)
-    monkeypatch.setattr("permllm.record.sweep.keep", jobs.append)
+    monkeypatch.setattr("permllm.runs.sweep.sweeping", lambda: True)
+    monkeypatch.setattr("permllm.runs.sweep.share_cores", lambda: None)
+    monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.
     assert [session.job(composed("model=tiny", "logger=none")) for _ in range(2)] == [math.inf, math.inf]

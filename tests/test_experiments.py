@@ -12,10 +12,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
-from permllm.methods import methods_of
-from permllm.results.collect import Run
-from permllm.results.published import Comparison, published
-from permllm.results.summary import Row
+from permllm.pruning.methods import methods_of
+from permllm.runs.published import Comparison, published
+from permllm.runs.read import Run
+from permllm.runs.table import Row
 from tests.conftest import ROOT, run_command
 
 CONF = ROOT / "conf"

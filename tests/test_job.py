@@ -1,125 +1,412 @@
-"""A method that lacks what it will be asked for is refused before anything is computed."""
+"""The run record: its schema, resuming, forcing, and rebuilding the pruned model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import errno
+import json
+import re
+import signal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
-from permllm import config, job, methods
-from permllm.calibration.statistics.base import InputStatistic
-from permllm.calibration.statistics.norm import Norm
+from permllm import job
 from permllm.config import read_config
-from permllm.errors import ConfigError
+from permllm.data.texts.builtin import TEXT as BUILTIN
+from permllm.errors import ConfigError, DataError
+from permllm.evaluation import measure
+from permllm.export.rebuild import apply_record
+from permllm.export.verify import verify
+from permllm.models.families import channel_groups, linear_at
+from permllm.models.load import load_model
+from permllm.pruning import stages
+from permllm.runs.directory import RunRecord
+from permllm.runs.figures import flat_figures
+from permllm.runs.files import read_json
+from permllm.runs.masks import violations
+from permllm.runs.run_tensors import read_masks, write_masks
+from permllm.runs.schema import Environment, Metrics
+from permllm.runtime.interruption import Terminated
 from tests.test_config import composed
 
 
-@dataclass
-class Pruner:
-    statistics = ()
-    updates_weights = False
-
-    def factors(self, weight: Any, statistics: Any) -> Any:
-        raise AssertionError("asked")
+def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
+    result = job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
+    assert result is not None
+    return result
 
 
-@dataclass
-class Local:
-    learned = False
-    local = True
-    constraint = "free"
-
-    def order(self, group: str, saliency: Any, pattern: Any) -> Any:
-        raise AssertionError("asked")
-
-
-@dataclass
-class Learned:
-    learned = True
-    local = False
-    constraint = "free"
-    batch_size = 1
-
-    def orders(self, problem: Any) -> Any:
-        raise AssertionError("asked")
-
-    def plan(self, groups: Any, layers: int) -> Any:
-        raise AssertionError("asked")
-
-
-@dataclass
-class Reconstruction:
-    changes_weights = False
-    learned = False
-    statistics = ()
-
-    def linear(self, pruned: Any) -> Any:
-        raise AssertionError("asked")
-
-    layer = network = linear
-
-
-OF_A_RECONSTRUCTION = ("changes_weights", "learned", "statistics", "linear", "layer", "network")
-CASES: list[tuple[type, str, str]] = [
-    *((Pruner, name, "pruner=wanda") for name in ("statistics", "updates_weights", "factors")),
-    *((Local, name, "permutation=none") for name in ("learned", "local", "constraint", "order")),
-    *((Learned, name, "permutation=none") for name in ("orders", "plan", "batch_size", "constraint")),
-    *((Reconstruction, name, "reconstruction=none") for name in OF_A_RECONSTRUCTION),
-]
-PACKAGES = {"pruner": "pruning", "permutation": "permutation", "reconstruction": "reconstruction"}
-
-
-def put(method: object, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a method made in the place of the one that a setting names."""
-    group, _, name = key.partition("=")
-    real = methods.instantiate
-
-    def made(settings: dict[str, Any]) -> Any:
-        mine = settings["name"] == name and f"permllm.{PACKAGES[group]}." in settings["_target_"]
-        return method if mine else real(settings)
-
-    for module in (methods, config):  # which makes a permutation
-        monkeypatch.setattr(module, "instantiate", made)
-
-
-@pytest.mark.parametrize(("kind", "name", "key"), CASES)
-def test_what_a_method_lacks_is_named(
-    kind: type, name: str, key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
+def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
+    cache: Path, tmp_path: Path, pruner: str, permutation: str
 ) -> None:
-    monkeypatch.setattr(kind, name, "wrong")
-    put(kind(), key, monkeypatch)
-    config = read_config(composed("model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run"))
-    with pytest.raises(ConfigError, match=f"^{key}: .*{name}") as caught:
-        job.run(config)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    metrics, directory = run(tmp_path, f"pruner={pruner}", f"permutation={permutation}")
+    assert read_json(directory / "metrics.json", Metrics) == metrics
+    assert metrics["schema_version"] == 2
+    for which in ("dense", "sparse"):
+        assert set(metrics["perplexity"][which]["builtin"]) == {"value", "window", "tokens"}
+    assert metrics["sparsity"]["pattern"] == "2:4"
+    assert metrics["sparsity"]["fraction"] == 0.5
+    assert metrics["sparsity"]["violations"] == 0
+    assert metrics["peak_memory_bytes"] > 0
+    assert metrics["planned_memory_bytes"] > 0
+    assert {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"} <= set(metrics["seconds"])
+    assert (directory / "weights.safetensors").is_file() == (pruner == "sparsegpt")
+
+    config = read_config(composed("model=tiny"))
+    loaded = load_model(config.model, config.seed)
+    model = loaded.model
+    apply_record(model, loaded.identity, directory)
+    orders = load_file(directory / "permutations.safetensors")
+    masks = read_masks(directory / "masks.safetensors")
+    for group in channel_groups(model):
+        assert orders[group.name].dtype == torch.int64
+        assert metrics["retained_saliency"][group.name] <= 1
+        assert metrics["output_error"][group.name] > 0
+        for path in group.members:
+            weight = linear_at(model, path).weight
+            assert violations(weight, orders[group.name], config.pattern) == 0
+            assert not weight[~masks[path]].any()
+    from permllm.data.registry import perplexity_texts
+    from permllm.evaluation.perplexity import perplexity, perplexity_windows
+
+    (text,) = perplexity_texts(config.evaluation.perplexity)
+    windows = perplexity_windows(load_model(config.model, 0).tokenizer, text, config.evaluation.perplexity)
+    again = perplexity(model, windows, 2048)["value"]
+    assert again == pytest.approx(metrics["perplexity"]["sparse"]["builtin"]["value"], rel=1e-6)
 
 
-def test_a_statistic_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unfinished(InputStatistic):
-        """Without `update`."""
+def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
+    _, directory = run(tmp_path, "permutation.epochs=5")
+    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    assert [line["pass"] for line in lines] == list(range(1, 6))
+    learned = {"loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
+    assert set(lines[0]) == learned | {"pass", "first_layer", "last_layer"}
+    environment = read_json(directory / "environment.json", Environment)
+    assert {"versions", "git", "hardware", "seed", "command", "started"} == set(environment)
+    assert yaml.safe_load((directory / "config.yaml").read_text())["sparsity"] == "2:4"
 
-    for wrong in ((int,), (Norm(4, "cpu", 1),), (Norm, Unfinished), [Norm]):
-        monkeypatch.setattr(Pruner, "statistics", wrong)
-        put(Pruner(), "pruner=wanda", monkeypatch)
-        with pytest.raises(ConfigError, match=r"^pruner=wanda: .* needs an attribute `statistics`"):
-            methods.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
-        monkeypatch.undo()
+
+def test_the_same_command_gives_the_same_bits(cache: Path, tmp_path: Path) -> None:
+    first, first_directory = run(tmp_path / "a")
+    second, second_directory = run(tmp_path / "b")
+    assert first["perplexity"] == second["perplexity"]
+    for name in ("permutations.safetensors", "masks.safetensors"):
+        assert (first_directory / name).read_bytes() == (second_directory / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("kind", "key"),
-    [
-        (Pruner, "pruner=wanda"),
-        (Local, "permutation=none"),
-        (Learned, "permutation=none"),
-        (Reconstruction, "reconstruction=none"),
-    ],
-)
-def test_a_method_with_all_of_it_is_taken(kind: type, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = kind()
-    put(method, key, monkeypatch)
-    found = methods.methods_of(read_config(composed("model=tiny", "logger=none", "permutation=none")))
-    assert getattr(found, key.partition("=")[0]) is method
+def test_a_finished_run_is_skipped_and_force_runs_it_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    calls: list[str] = []
+    real = job.load_model
+    monkeypatch.setattr(job, "load_model", lambda *args: calls.append("load") or real(*args))
+    run(tmp_path)
+    assert not calls
+    run(tmp_path, "force=true")
+    assert calls == ["load"]
+
+
+@pytest.mark.parametrize(("module", "stage"), [(stages, "prune"), (job, "_evaluate")])
+def test_an_unfinished_run_continues_and_does_not_learn_twice(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, stage: str
+) -> None:
+    whole, whole_directory = run(tmp_path / "whole")
+    real = getattr(module, stage)
+
+    def fail(*args: Any, **keywords: Any) -> Any:
+        if stage == "prune" or "sparse" in args:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(module, stage, fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(module, stage, real)
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
+    monkeypatch.setattr("permllm.training.loop.Training.run", lambda self: pytest.fail("learned again"))
+    metrics, directory = run(tmp_path)
+    assert metrics["status"] == "finished"
+    assert metrics["perplexity"] == whole["perplexity"]
+    assert (directory / "masks.safetensors").read_bytes() == (whole_directory / "masks.safetensors").read_bytes()
+
+
+def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) -> None:
+    learned, directory = run(tmp_path)
+    again, _ = run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
+    assert again["perplexity"]["sparse"] == learned["perplexity"]["sparse"]
+    _, other_directory = run(
+        tmp_path, "pruner=sparsegpt", "permutation=from_file", f"permutation.path={directory}/permutations.safetensors"
+    )
+    orders, expected = (load_file(d / "permutations.safetensors") for d in (other_directory, directory))
+    assert all(torch.equal(orders[name], expected[name]) for name in expected)
+    save_file({name: order.int() for name, order in expected.items()}, tmp_path / "int32.safetensors")
+    _, of_int32 = run(tmp_path, "permutation=from_file", f"permutation.path={tmp_path}/int32.safetensors")
+    orders = load_file(of_int32 / "permutations.safetensors")
+    assert all(orders[name].dtype == torch.int64 and torch.equal(orders[name], expected[name]) for name in expected)
+    with pytest.raises(ConfigError, match="is of 32 channels, not 16"):
+        run(
+            tmp_path, "permutation=from_file", f"permutation.path={directory}", "model.architecture.hidden_size=16",
+            "model.architecture.num_attention_heads=2",
+        )  # fmt: skip
+
+
+def test_an_order_that_a_run_lacks_is_said_before_anything_is_computed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory = run(tmp_path, "permutation=heuristic", "keep_dense=[-1]")
+    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=r"no permutation for model\.layers\.1\.self_attn\.qkv_proj"):
+        run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
+
+
+@pytest.mark.parametrize("settings", [("permutation=lcp",), ("permutation=none", "mask=score")], ids=["order", "mask"])
+def test_last_layers_that_all_stay_dense_are_refused(settings: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
+    group = "mask" if "mask=score" in settings else "permutation"
+    with pytest.raises(ConfigError, match=f"{group}.last_layers=1: keep_dense leaves nothing to learn"):
+        run(tmp_path, *settings, f"{group}.last_layers=1", "keep_dense=[-1]")
+
+
+def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
+    config = read_config(composed("model=tiny"))
+    with pytest.raises(DataError, match="save_weights=false"):
+        apply_record(load_model(config.model, 0).model, metrics["model"], directory)
+    with pytest.raises(DataError, match="was pruned from random:"):
+        apply_record(load_model(config.model, 1).model, "another", directory)
+
+
+def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "permutation=none")
+    calls: list[str] = []
+    real = measure.perplexity
+    monkeypatch.setattr(measure, "perplexity", lambda *args: calls.append(args[3]) or real(*args))
+    run(tmp_path, "permutation=heuristic")
+    assert calls == ["sparse perplexity"]
+    run(tmp_path, "permutation=heuristic", "evaluation.perplexity.seqlen=32")
+    assert calls == ["sparse perplexity", "dense perplexity", "sparse perplexity"]
+
+
+@pytest.mark.parametrize("sparsity", ["4:8", "1:4", "3:4"])
+def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
+    metrics, _ = run(tmp_path, f"sparsity='{sparsity}'", "permutation.epochs=1")
+    n, m = map(int, sparsity.split(":"))
+    assert metrics["sparsity"] | {"weights_changed": None} == {
+        "pattern": sparsity, "fraction": 1 - n / m, "of_model": 1 - n / m, "violations": 0, "weights_changed": None,
+        "weights_kept": False,
+    }  # fmt: skip
+
+
+def test_your_own_text(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
+    (tmp_path / "held-out.txt").write_text(BUILTIN.evaluation().upper())
+    settings = ["calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4"]
+    settings += ["calibration.seqlen=32", "permutation=none"]
+    metrics, _ = run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/held-out.txt")
+    assert set(metrics["perplexity"]["sparse"]) == {"held-out"}
+    (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
+    for name in ("mine", "copy"):
+        with pytest.raises(ConfigError, match=f"{name}.txt' is the file that calibration reads: nothing of it is held out"):
+            run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
+
+
+def test_another_content_of_a_named_file_is_evaluated_anew(cache: Path, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    arguments = ["permutation=none", f"evaluation.perplexity.data_files={text}"]
+    text.write_text(BUILTIN.evaluation())
+    first, _ = run(tmp_path, *arguments)
+    text.write_text(BUILTIN.evaluation().upper())
+    second, _ = run(tmp_path, *arguments)
+    assert first["perplexity"] != second["perplexity"]
+    assert [entry["perplexity"] for entry in second["other_evaluations"]] == [first["perplexity"]]
+
+
+def test_another_content_of_a_calibration_file_is_another_run(cache: Path, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    small = ["calibration.samples=2", "calibration.seqlen=32"]
+    arguments = ["permutation=none", "calibration=text", f"calibration.data_files={text}", *small]
+    text.write_text(BUILTIN.evaluation())
+    _, first = run(tmp_path, *arguments)
+    text.write_text(BUILTIN.evaluation().upper())
+    _, second = run(tmp_path, *arguments)
+    assert first != second
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize("method", ["wanda/lcp", "sparsegpt/heuristic", "ria/none", "magnitude/lcp"])
+def test_every_family_runs_the_whole_pipeline(cache: Path, tmp_path: Path, family: str, method: str) -> None:
+    pruner, permutation = method.split("/")
+    overrides = [f"model.architecture.model_type={family}", f"pruner={pruner}", f"permutation={permutation}"]
+    if permutation == "lcp":
+        overrides.append("permutation.epochs=2")
+    if family == "opt":
+        overrides += ["~model.architecture.intermediate_size", "~model.architecture.num_key_value_heads"]
+        overrides += ["+model.architecture.ffn_dim=64", "+model.architecture.word_embed_proj_dim=32"]
+    metrics, directory = run(tmp_path, *overrides)
+    assert metrics["status"] == "finished"
+    assert metrics["sparsity"]["violations"] == 0
+    assert metrics["perplexity"]["sparse"]["builtin"]["value"] > 1
+    assert len(load_file(directory / "permutations.safetensors")) == 8
+
+
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    record = RunRecord(tmp_path, read_config(composed("model=tiny")))
+    with pytest.raises(ConfigError, match=r"is not empty and holds no config\.yaml"), record.opened():
+        pytest.fail("entered")
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    config = read_config(composed("model=tiny"))
+    first = RunRecord(tmp_path / "run", config)
+    with first.opened():
+        first.save()
+        with (
+            pytest.raises(ConfigError, match="in use by another process"),
+            RunRecord(tmp_path / "run", config, force=True).opened(),
+        ):
+            pytest.fail("entered")
+        assert (tmp_path / "run" / "metrics.json").is_file()  # force must not touch what another process is writing
+
+
+def test_a_run_whose_metrics_were_broken_is_done_again(cache: Path, tmp_path: Path) -> None:
+    metrics, directory = run(tmp_path, "permutation=heuristic")
+    (directory / "metrics.json").write_text('{"status": "fin')
+    again, _ = run(tmp_path, "permutation=heuristic")
+    assert again["status"] == "finished"
+    assert again["perplexity"] == metrics["perplexity"]
+    assert again["seconds"] != metrics["seconds"]
+
+
+def test_an_export_in_smaller_files_is_another_one(cache: Path, tmp_path: Path) -> None:
+    words = ("permutation=none", "export=simulate")
+    _, directory = run(tmp_path, *words)
+    count = len(list((directory / "export").glob("*.safetensors")))
+    made = (directory / "export" / "permllm.json").stat().st_mtime_ns
+    run(tmp_path, *words)
+    assert (directory / "export" / "permllm.json").stat().st_mtime_ns == made
+    run(tmp_path, *words, "export.shard_gb=0.0001")
+    assert len(list((directory / "export").glob("*.safetensors"))) > count
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_other_processes_are_called_when_nothing_is_left_that_could_fail_before_them(
+    cache: Path, tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(job.parallel, "tell", lambda word, given: told.append(word))
+    if fails:
+        monkeypatch.setattr(job, "write_record", lambda *_: (_ for _ in ()).throw(DataError("no space")))
+        with pytest.raises(DataError, match="no space"):
+            run(tmp_path)
+    else:
+        run(tmp_path)
+    assert told == ([] if fails else ["prepare"])
+
+
+def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, directory = run(tmp_path, "permutation=none", "export=simulate")
+    before = (directory / "export" / "model.safetensors").read_bytes()
+
+    def fails(*_: Any) -> None:
+        raise DataError("no space left")
+
+    monkeypatch.setattr(job, "export_run", fails)
+    with pytest.raises(DataError, match="no space left"):
+        run(tmp_path, "permutation=none", "export=gathered")
+    assert (directory / "export" / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.setenv("PERMLLM_CACHE", str(cache))
+    metrics, _ = run(tmp_path, "permutation=none", "export=gathered")
+    assert metrics["export"]["form"] == "gathered"
+    assert not (directory / "export.new").exists()
+
+
+def test_masks_take_one_bit_a_weight(tmp_path: Path) -> None:
+    mask = torch.rand(13, 20) > 0.5
+    write_masks(tmp_path / "masks.safetensors", {"a.b": mask})
+    assert torch.equal(read_masks(tmp_path / "masks.safetensors")["a.b"], mask)
+    assert load_file(tmp_path / "masks.safetensors")["a.b"].shape == (33,)
+
+
+def test_no_space_leaves_nothing_that_looks_like_a_result(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("permllm.runs.tensors.write_file", full)
+    with pytest.raises(DataError, match="no space left to write"):
+        run(tmp_path, "permutation=none")
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert not list(directory.glob("*.safetensors"))
+    assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
+
+
+def test_tensorboard_and_wandb_get_the_training_and_the_result(cache: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = job.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}/runs")))
+    assert result is not None
+    events = EventAccumulator(str(result[1] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"lcp/loss", "lcp/temperature", "lcp/flips", "lcp/seconds", "perplexity/sparse/builtin/value"} <= set(tags)
+    assert len(events.Scalars("lcp/loss")) == 6  # two steps a pass, three passes
+
+
+def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise Terminated(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permllm.pruning.stages.prune", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *small)
+    _, directory = run(tmp_path, *small)
+    lines = [line.split(" ", 3) for line in (directory / "run.log").read_text().splitlines()]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", f"{day} {time}") for day, time, *_ in lines)
+    said = [rest for *_, rest in lines]
+    assert sum(line.startswith("command: ") for line in said) == 2
+    assert "ended: terminated by SIGTERM" in said
+    assert said[-1] == "finished"
+    assert any(line.startswith("prune: ") for line in said)
+    before = (directory / "run.log").read_bytes()
+    run(tmp_path, *small)  # is finished, and nothing happens
+    assert (directory / "run.log").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["permutation=lcp"], ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1"]])
+def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_form(
+    words: list[str], cache: Path, tmp_path: Path
+) -> None:
+    words = ["permutation.constraint=foldable", "keep_dense=[0,v_proj]", "sparsity_of={down_proj: 4:8}", *words]
+    metrics, directory = run(tmp_path, *words, "export=folded")
+    dense = {f"model.layers.0.{name}_proj" for name in ("mlp.gate", "mlp.up", "mlp.down", *map("self_attn.{}".format, "qkvo"))}
+    told = dict.fromkeys([*dense, "model.layers.1.self_attn.v_proj"], "dense") | {"model.layers.1.mlp.down_proj": "4:8"}
+    assert metrics["sparsity"]["patterns"] == told
+    assert metrics["sparsity"]["violations"] == 0
+    # Widths 32 and 64, two key-value heads of four: 32 x (32 + 16 + 32) of attention and 3 x 32 x 64 of the MLP are pruned.
+    assert metrics["sparsity"]["of_model"] == (2560 + 6144) / 2 / (2 * (3072 + 6144))
+    assert len(read_masks(directory / "masks.safetensors")) == 6
+    for form in ([], ["export=gathered"]):
+        if form:
+            run(tmp_path, *words, *form)
+        report = verify(directory / "export")
+        assert report.passed, report.problems
+        assert report.dense == sorted(f"{path}.weight" for path, text in told.items() if text == "dense")
+    assert "2:4, 1 linear 4:8, 8 dense, 23.61% zeros" in (directory / "export" / "README.md").read_text()
+    assert not any("patterns" in name for name in flat_figures(metrics))  # a curve for each linear
+    # What was pruned is rebuilt from the record, to be evaluated in another way.
+    again, _ = run(tmp_path, *words, "evaluation.perplexity.limit=1")
+    assert again["sparsity"] == metrics["sparsity"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 
-from permllm.nodes import options_of
+from permllm.pruning.config_store import options_of
 from tests.conftest import ROOT
 
 

@@ -16,19 +16,19 @@ from transformers import ByT5Tokenizer
 
 import permllm
 from permllm import job
-from permllm.calibration.dense import calibrate_dense
-from permllm.calibration.saliency import saliency
 from permllm.config import instantiate, read_config
-from permllm.data.calibration import calibration_tokens
+from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, TrainingError
-from permllm.export.transformers_classes import register
+from permllm.export.gathered import register
 from permllm.export.verify import verify
 from permllm.models import families
 from permllm.models.families import channel_groups
-from permllm.models.loading import load_model
-from permllm.record.code import code_digest
-from permllm.record.run_tensors import read_masks
-from permllm.sparsity import permuted_nm_mask
+from permllm.models.load import load_model
+from permllm.runs.code import code_digest
+from permllm.runs.run_tensors import read_masks
+from permllm.sparsity.calibrate import calibrate_dense
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.saliency import saliency
 from tests.conftest import run_command
 from tests.test_config import composed
 
@@ -41,8 +41,8 @@ FILES = {
 
         import torch
 
-        from permllm.calibration.saliency import SaliencyFactors
-        from permllm.calibration.statistics.base import InputStatistic
+        from permllm.sparsity.saliency import SaliencyFactors
+        from permllm.sparsity.statistics import InputStatistic
 
 
         class Largest(InputStatistic):
@@ -111,7 +111,7 @@ FILES = {
     "reconstructing.py": """
         from dataclasses import dataclass
 
-        from permllm.reconstruction.base import NoReconstruction
+        from permllm.pruning.reconstruction import NoReconstruction
 
 
         @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from permllm import cli
-from permllm.nodes import options_of
+from permllm.pruning.config_store import options_of
 from tests.conftest import ROOT, run_command, run_python
 
 

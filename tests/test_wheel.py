@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.record.store import is_finished
+from permllm.runs.directory import is_finished
 from tests.conftest import ROOT, run_python
 
 

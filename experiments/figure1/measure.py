@@ -18,21 +18,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
-from permllm.calibration.dense import layer_statistics, member_factors
-from permllm.calibration.saliency import saliency
-from permllm.calibration.statistics.base import Statistics
-from permllm.calibration.statistics.gram import Gram
 from permllm.config import NMPattern, RunConfig, check_divides, instantiate
-from permllm.data.calibration import calibration_tokens
-from permllm.data.named import calibration_text
+from permllm.data.registry import calibration_text
+from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, check_whole
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.models.loading import load_model
-from permllm.models.patterns import groups_to_prune
-from permllm.models.placement import placement_of
+from permllm.models.load import load_model
+from permllm.models.offload import placement_of
+from permllm.models.selection import groups_to_prune
 from permllm.permutation.heuristic import heuristic_order
 from permllm.runtime.precision import compute_dtype
-from permllm.sparsity import nm_mask, permuted_nm_mask, retained_saliency
+from permllm.sparsity.calibrate import layer_statistics, member_factors
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask, retained_saliency
+from permllm.sparsity.saliency import saliency
+from permllm.sparsity.statistics import Statistics
 
 # How each kind of order is called, and drawn.
 _LABELS = {

@@ -22,26 +22,26 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
-from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError, check_whole
-from permllm.learning.kernels import EAGER, KernelUse, compiled_kernels
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Moment, Training, Window
-from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
-from permllm.models.losses import cosine_loss
+from permllm.models.layers import layer_inputs, run_layer
+from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
+from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
-from permllm.permutation.lcp.method import LCP
 from permllm.permutation.lcp.temperature import Constant
-from permllm.permutation.shared import shared_orders
-from permllm.record.environment import hardware
-from permllm.record.names import CHECKPOINT
+from permllm.runs.environment import hardware
+from permllm.runs.names import CHECKPOINT
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
+from permllm.sparsity.saliency import SaliencyFactors, saliency
+from permllm.training.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.training.loop import Moment, Training, Window
+from permllm.training.losses import cosine_loss
+from permllm.training.problem import LearningProblem
 
 # Tokens of each sequence of a step.
 SEQUENCE = 128

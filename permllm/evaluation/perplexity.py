@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permllm.config import PerplexityConfig
 from permllm.data.bos import bos_of
-from permllm.data.calibration import all_tokens, begun
-from permllm.data.named import NamedText
+from permllm.data.registry import NamedText
+from permllm.data.windows import all_tokens, begun
 from permllm.errors import DataError
 from permllm.models.checkpoint import vocabulary_of
-from permllm.models.decoder import LayerStream
 from permllm.models.families import after_layers
 from permllm.models.head import Head, tokens_at_a_time
-from permllm.models.placement import placement_of
+from permllm.models.layers import LayerStream
+from permllm.models.offload import placement_of
 
 
 def perplexity_windows(

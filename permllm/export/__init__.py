@@ -1,5 +1,5 @@
 """The pruned model as a checkpoint. Importing it lets transformers load gathered ones."""
 
-from permllm.export.transformers_classes import register
+from permllm.export.gathered import register
 
 register()

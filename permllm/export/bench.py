@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from permllm.config import NMPattern
 from permllm.errors import ConfigError, DataError
-from permllm.export.transformers_classes import gathered_modules
+from permllm.export.gathered import gathered_modules
 from permllm.export.verify import Stated, stated_patterns
 from permllm.models.checkpoint import (
     check_checkpoint,
@@ -34,8 +34,8 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import channel_groups, decoder_layers, linear_at
-from permllm.record.environment import hardware, versions
-from permllm.record.masks import violations
+from permllm.runs.environment import hardware, versions
+from permllm.runs.masks import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory, return_freed_memory
 from permllm.runtime.timing import interleaved

@@ -19,19 +19,19 @@ from transformers import GenerationConfig, PreTrainedConfig
 from permllm.config import DTYPES, ModelConfig, NMPattern
 from permllm.errors import ConfigError, DataError, check_number, check_one_of
 from permllm.export.card import model_card, model_notice
-from permllm.export.stored_order import FORMS, StoredOrder, stored_order
-from permllm.export.transformers_classes import sparse_config
+from permllm.export.fold import FORMS, StoredOrder, stored_order
+from permllm.export.gathered import sparse_config
 from permllm.models.checkpoint import all_finite, parameter_names, weight_files
 from permllm.models.families import ChannelGroup, channel_groups
-from permllm.models.loading import hub_commit
-from permllm.models.patterns import recorded_groups
+from permllm.models.load import hub_commit
+from permllm.models.selection import recorded_groups
 from permllm.models.source import DenseSource, dense_source
-from permllm.record.files import read_json, read_yaml, scratch_of, write_record
-from permllm.record.names import CONFIG, ENVIRONMENT, METRICS
-from permllm.record.pruned import Pruned
-from permllm.record.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
-from permllm.record.shards import write_shards
-from permllm.record.tensor_file import read_header
+from permllm.runs.files import read_json, read_yaml, scratch_of, write_record
+from permllm.runs.names import CONFIG, ENVIRONMENT, METRICS
+from permllm.runs.pruned import Pruned
+from permllm.runs.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
+from permllm.runs.shards import write_shards
+from permllm.runs.tensor_file import read_header
 
 log = logging.getLogger(__name__)
 

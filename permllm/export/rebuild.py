@@ -10,12 +10,12 @@ from torch import nn
 from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
-from permllm.models.patterns import recorded_groups
-from permllm.models.placement import masked, placement_of
-from permllm.record.files import read_json
-from permllm.record.names import METRICS, WEIGHTS
-from permllm.record.pruned import Pruned
-from permllm.record.schema import Metrics
+from permllm.models.offload import masked, placement_of
+from permllm.models.selection import recorded_groups
+from permllm.runs.files import read_json
+from permllm.runs.names import METRICS, WEIGHTS
+from permllm.runs.pruned import Pruned
+from permllm.runs.schema import Metrics
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from permllm.config import PerplexityConfig
-from permllm.data.named import perplexity_texts
+from permllm.data.registry import perplexity_texts
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.record.files import read_json, read_yaml
-from permllm.record.names import CONFIG, METRICS
-from permllm.record.schema import FinishedRun, PrunedModel, Settings, validated
+from permllm.runs.files import read_json, read_yaml
+from permllm.runs.names import CONFIG, METRICS
+from permllm.runs.schema import FinishedRun, PrunedModel, Settings, validated
 
 _CHILD = """
 import json, math, sys

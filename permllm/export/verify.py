@@ -33,12 +33,12 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import decoder_layers, family_of
-from permllm.models.patterns import DENSE
-from permllm.record.files import read_json
-from permllm.record.masks import violations
-from permllm.record.run_tensors import check_order
-from permllm.record.schema import ExportSummary, TensorEntry
-from permllm.record.tensor_file import check_file, read_tensor
+from permllm.models.selection import DENSE
+from permllm.runs.files import read_json
+from permllm.runs.masks import violations
+from permllm.runs.run_tensors import check_order
+from permllm.runs.schema import ExportSummary, TensorEntry
+from permllm.runs.tensor_file import check_file, read_tensor
 
 _SEQUENCES, _LENGTH = 4, 64
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.errors import DataError
-from permllm.learning.ordered_linear import OrderedMaskedLinear
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Learner, Moment
 from permllm.models.families import ChannelGroup
-from permllm.models.placement import placement_of
-from permllm.record.masks import packed_mask, unpacked_mask
+from permllm.models.offload import placement_of
+from permllm.runs.masks import packed_mask, unpacked_mask
+from permllm.training.loop import Learner, Moment
+from permllm.training.ordered_linear import OrderedMaskedLinear
+from permllm.training.problem import LearningProblem
 
 
 class MaskLearner(Learner):

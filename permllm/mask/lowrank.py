@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from permllm.calibration.saliency import SaliencyFactors
-from permllm.learning.scores import LowRankScores, Scores
-from permllm.mask.method import MaskLearning
+from permllm.mask.learned import MaskLearning
 from permllm.mask.settings import LowRankSettings
 from permllm.models.families import ChannelGroup
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.training.scores import LowRankScores, Scores
 
 
 class LowRankMask(LowRankSettings, MaskLearning):

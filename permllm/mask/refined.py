@@ -15,16 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permllm.calibration.dense import by_layer, collecting
-from permllm.calibration.statistics.base import InputStatistics, Statistics
-from permllm.calibration.statistics.gram import Gram
 from permllm.config import NMPattern
-from permllm.learning.problem import LearningProblem
-from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.record.masks import PackedMasks
+from permllm.models.layers import LayerStream
+from permllm.runs.masks import PackedMasks
 from permllm.runtime.precision import products_in
-from permllm.sparsity import permuted_nm_mask
+from permllm.sparsity.calibrate import by_layer, collecting
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.training.problem import LearningProblem
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
 _BLOCK = 64
@@ -41,7 +41,7 @@ class RefinedMask:
 
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
-        """The masks of all linears; as `permllm.mask.contract.FoundMask`."""
+        """The masks of all linears; as `permllm.mask.base.FoundMask`."""
         tokens = problem.tokens if problem.calibration is None else problem.calibration
         stream, masks = LayerStream(problem.model, tokens, problem.calibration_batch_size), PackedMasks()
         for layer, members in by_layer(problem.model, problem.groups, "refine masks"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from permllm.calibration.saliency import SaliencyFactors
-from permllm.learning.scores import FreeScores, Scores
-from permllm.mask.method import MaskLearning
+from permllm.mask.learned import MaskLearning
 from permllm.models.families import ChannelGroup
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.training.scores import FreeScores, Scores
 
 
 class ScoreMask(MaskLearning):

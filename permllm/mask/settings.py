@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from permllm.errors import check_whole
-from permllm.learning.settings import LearningSettings
+from permllm.training.settings import LearningSettings
 
 
 @dataclass(kw_only=True)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
-from permllm.record.files import read_json
-from permllm.record.run_tensors import check_order
-from permllm.record.schema import ModelSettings, Object, TensorEntry, TensorIndex, validated
-from permllm.record.tensor_file import TYPES, check_file, read_header
+from permllm.runs.files import read_json
+from permllm.runs.run_tensors import check_order
+from permllm.runs.schema import ModelSettings, Object, TensorEntry, TensorIndex, validated
+from permllm.runs.tensor_file import TYPES, check_file, read_header
 
 # Kinds of weights, an index of several files and the single file, in the order in which transformers looks for them.
 WEIGHTS = (

@@ -1,7 +1,7 @@
 """What a model family is: where its decoder layers are, which linears of a layer share a channel order, and what absorbs it.
 
 A family is a short table, keyed by `config.model_type`. To add one, add a table; an installed package adds its own by an entry
-point (CONTRIBUTING.md, "A model family"). A type without a table has what its structure shows (`permllm.models.structure`).
+point (CONTRIBUTING.md, "A model family"). A type without a table has what its structure shows (`permllm.models.discovery`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ChannelGroup:
         rows: C_out of each member.
         table: the row of the family's table that it comes from.
         heads: key-value heads, and query heads for each of them, where a channel belongs to a head; else (1, 1).
-        pattern: N:M of the members, where it is not that of the job (`permllm.models.patterns`).
+        pattern: N:M of the members, where it is not that of the job (`permllm.models.selection`).
     """
 
     name: str
@@ -193,7 +193,7 @@ def family_of_config(config: Any) -> Family:
     model_type: str = getattr(config, "dense_type", config.model_type)
     if model_type in FAMILIES or model_type in family_names():
         return family_named(model_type)
-    from permllm.models.structure import family_by_structure
+    from permllm.models.discovery import family_by_structure
 
     return family_by_structure(config, model_type)
 
@@ -213,7 +213,7 @@ def family_named(model_type: str) -> Family:
 
 def check_known(model_type: str) -> None:
     """Raise ConfigError where a model type has no table and transformers no causal language model of it."""
-    from permllm.models.structure import causal_types
+    from permllm.models.discovery import causal_types
 
     if model_type not in FAMILIES and model_type not in family_names() and model_type not in causal_types():
         known = ", ".join(family_names())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from permllm.models.decoder import replaced_forwards
 from permllm.models.families import after_layers, family_of
+from permllm.models.layers import replaced_forwards
 
 # Tokens of the vocabulary, and hidden states, that a head is compared with the plain product on.
 _ROWS, _STATES = 64, 8

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
-from permllm.models.placement import Slot, Untouched
+from permllm.models.offload import Slot, Untouched
 from permllm.runtime import parallel
 
 

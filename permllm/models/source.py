@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError
 from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, untied, weight_files
-from permllm.models.loading import dense_folder, folder_identity, generation_of, load_model, meta_model
-from permllm.record.tensor_file import read_tensor
+from permllm.models.load import dense_folder, folder_identity, generation_of, load_model, meta_model
+from permllm.runs.tensor_file import read_tensor
 
 _TOKENIZER_FILES = (
     "tokenizer*",

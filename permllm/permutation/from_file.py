@@ -10,9 +10,9 @@ from torch import Tensor
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
+from permllm.permutation.foldable import foldable
 from permllm.permutation.settings import FromFileSettings
-from permllm.permutation.shared import foldable
-from permllm.record.run_tensors import read_orders
+from permllm.runs.run_tensors import read_orders
 
 
 @dataclass

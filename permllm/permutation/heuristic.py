@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from permllm.config import NMPattern, check_divides
-from permllm.learning.problem import LearningProblem
 from permllm.models.families import ChannelGroup
+from permllm.permutation.foldable import SharedOrder, expanded, shared_orders
 from permllm.permutation.settings import HeuristicSettings
-from permllm.permutation.shared import SharedOrder, expanded, shared_orders
 from permllm.runtime.devices import cores
-from permllm.sparsity import nm_mask, saliency_sum
+from permllm.sparsity.nm import nm_mask, saliency_sum
+from permllm.training.problem import LearningProblem
 
 # Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096

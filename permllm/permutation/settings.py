@@ -21,7 +21,7 @@ class HeuristicSettings:
 
     Attributes:
         constraint: `free`, an order for each channel group; `foldable`, only what neighbouring weights absorb
-            (`permllm.permutation.shared`).
+            (`permllm.permutation.foldable`).
     """
 
     constraint: Constraint = "free"

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics.base import InputStatistics, Statistics
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.sparsity.statistics import InputStatistics, Statistics
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics.base import InputStatistics, Statistics
-from permllm.calibration.statistics.norm import Norm
 from permllm.pruning.settings import RIASettings
+from permllm.sparsity.norm import Norm
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.sparsity.statistics import InputStatistics, Statistics
 
 
 class RIA(RIASettings):

@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permllm.calibration.saliency import SaliencyFactors
-from permllm.calibration.statistics.base import InputStatistics, Statistics
-from permllm.calibration.statistics.gram import Gram
 from permllm.config import NMPattern, check_divides
 from permllm.errors import TrainingError
 from permllm.pruning.settings import SparseGPTSettings
-from permllm.sparsity import keep_largest
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.nm import keep_largest
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.sparsity.statistics import InputStatistics, Statistics
 
 _COLUMNS_AT_A_TIME = 128
 

@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from permllm.config import HYDRA_DEFAULTS, conf_directory, flatten, register_resolvers
-from permllm.nodes import register
-from permllm.record.names import RECORDS
-from permllm.results.collect import Run, collect
-from permllm.results.render import as_text
+from permllm.pruning.config_store import register
+from permllm.runs.names import RECORDS
+from permllm.runs.read import Run, collect
+from permllm.runs.render import as_text
 from scripts.views.tables import processor
 
 _GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")

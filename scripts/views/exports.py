@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from permllm.record.files import read_json
-from permllm.record.names import RECORDS
-from permllm.record.schema import Object
-from permllm.results.collect import Run, collect
-from permllm.results.render import as_text
+from permllm.runs.files import read_json
+from permllm.runs.names import RECORDS
+from permllm.runs.read import Run, collect
+from permllm.runs.render import as_text
+from permllm.runs.schema import Object
 
 # The default recipe.
 _RECIPE = {

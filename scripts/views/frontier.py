@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from permllm.errors import DataError
-from permllm.record.names import RECORDS
-from permllm.results.cost import memory, minutes, spent_elsewhere
-from permllm.results.render import as_text, cells
-from permllm.results.summary import GAP
+from permllm.runs.cost import memory, minutes, spent_elsewhere
+from permllm.runs.names import RECORDS
+from permllm.runs.render import as_text, cells
+from permllm.runs.table import GAP
 from scripts.views.tables import machine, narrowed, runs_of
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from permllm.errors import DataError
-from permllm.record.names import RECORDS
-from permllm.results.collect import Run, collect
-from permllm.results.cost import method_of
-from permllm.results.render import as_text
+from permllm.runs.cost import method_of
+from permllm.runs.names import RECORDS
+from permllm.runs.read import Run, collect
+from permllm.runs.render import as_text
 from scripts.views.tables import machine
 
 

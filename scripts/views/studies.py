@@ -6,10 +6,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from permllm.record.files import read_record_lines
-from permllm.record.names import RECORDS
-from permllm.record.schema import KeptRecord
-from permllm.results.published import published
+from permllm.runs.files import read_record_lines
+from permllm.runs.names import RECORDS
+from permllm.runs.published import published
+from permllm.runs.schema import KeptRecord
 from scripts.views.tables import Entry, machine, published_table
 
 

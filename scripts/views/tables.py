@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 
 from permllm.errors import ConfigError, DataError
-from permllm.record import evaluations
-from permllm.record.names import RECORDS
-from permllm.results.collect import Run, collect
-from permllm.results.published import Comparison, Published, published
-from permllm.results.render import as_text, heading, main_measure, render, shown, take_baseline
-from permllm.results.summary import Row, Summary, summarise
+from permllm.runs import evaluations
+from permllm.runs.names import RECORDS
+from permllm.runs.published import Comparison, Published, published
+from permllm.runs.read import Run, collect
+from permllm.runs.render import as_text, heading, main_measure, render, shown, take_baseline
+from permllm.runs.table import Row, Summary, summarise
 from scripts.views import Marker, markers
 
 # Measures of a table that says nothing else: parts of their names.

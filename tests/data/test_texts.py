@@ -15,15 +15,15 @@ from transformers import ByT5Tokenizer
 
 from permllm import job
 from permllm.config import CalibrationConfig, PerplexityConfig, read_config
-from permllm.data.calibration import calibration_tokens
 from permllm.data.hub import HubFile
-from permllm.data.named import calibration_text, perplexity_texts
+from permllm.data.registry import calibration_text, perplexity_texts
 from permllm.data.text_file import TextFile, read_text_file
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.data.texts.law_questions import TEXT as LAW
 from permllm.data.texts.passages_and_questions import TEXT as MIXED
 from permllm.data.texts.sciq_support import TEXT as SCIQ
+from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
 from tests.conftest import ROOT
@@ -244,9 +244,9 @@ def test_windows_of_a_text_follow_from_its_own_module(cache: Path, monkeypatch: 
         asked.append(code)
         return {"tokens": torch.zeros(1)}
 
-    monkeypatch.setattr("permllm.data.calibration.cached_tensors", kept)
+    monkeypatch.setattr("permllm.data.windows.cached_tensors", kept)
     calibration_tokens(TOKENIZER, CalibrationConfig("builtin"), seed=0)
-    assert asked == [("permllm.data.calibration", "permllm.data.texts.builtin")]
+    assert asked == [("permllm.data.windows", "permllm.data.texts.builtin")]
 
 
 def test_a_file_of_another_kind_is_refused_before_a_run_begins(cache: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from permllm.config import PerplexityConfig
-from permllm.data.named import perplexity_texts
+from permllm.data.registry import perplexity_texts
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import DataError
 from permllm.evaluation.perplexity import perplexity, perplexity_windows

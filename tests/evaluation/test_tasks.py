@@ -18,14 +18,14 @@ from permllm.config import TaskConfig, ZeroShotConfig, digest_of, read_config, t
 from permllm.errors import ConfigError
 from permllm.evaluation import measure
 from permllm.evaluation.tasks import run_task, task_label
-from permllm.models.loading import LoadedModel, load_model
-from permllm.record.figures import result_rows
-from permllm.record.files import read_json
-from permllm.record.schema import FinishedRun, Scores
-from permllm.results.collect import collect
-from permllm.results.compare import Paired, paired
-from permllm.results.render import cells, comparison, main_measure
-from permllm.results.summary import summarise
+from permllm.models.load import LoadedModel, load_model
+from permllm.runs.compare import Paired, paired
+from permllm.runs.figures import result_rows
+from permllm.runs.files import read_json
+from permllm.runs.read import collect
+from permllm.runs.render import cells, comparison, main_measure
+from permllm.runs.schema import FinishedRun, Scores
+from permllm.runs.table import summarise
 from tests.test_config import composed, config
 
 COMMON = """

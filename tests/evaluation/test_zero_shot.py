@@ -18,7 +18,7 @@ from permllm.errors import ConfigError
 from permllm.evaluation import measure
 from permllm.evaluation import zero_shot as module
 from permllm.evaluation.zero_shot import zero_shot
-from permllm.models.loading import load_model
+from permllm.models.load import load_model
 from tests.conftest import tiny_model
 from tests.hub.repositories import write_model
 from tests.test_config import composed

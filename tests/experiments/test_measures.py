@@ -13,9 +13,9 @@ from torch import Tensor
 from experiments.figure1.measure import Layer, swaps
 from experiments.lcp_speed.measure import DensePermutedLinear
 from experiments.measuring import add_record
-from permllm.calibration.saliency import SaliencyFactors
 from permllm.config import NMPattern
-from permllm.record.schema import Environment, Settings, validated
+from permllm.runs.schema import Environment, Settings, validated
+from permllm.sparsity.saliency import SaliencyFactors
 from tests.conftest import run_python
 from tests.kept import EXPERIMENTS, lines_of
 

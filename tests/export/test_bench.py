@@ -17,7 +17,7 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import Stated
 from permllm.models.families import channel_groups, linear_at
 from tests.conftest import run_module, tiny_model
-from tests.export.test_export import logits, make_run, variant_model
+from tests.export.test_checkpoint import logits, make_run, variant_model
 
 CUDA = torch.device("cuda")
 

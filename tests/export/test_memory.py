@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.export.test_export import make_run, variant_model
+from tests.export.test_checkpoint import make_run, variant_model
 
 # What the process grows by over its memory after the imports: all pages, those of mapped files too.
 CHILD = """

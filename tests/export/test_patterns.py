@@ -13,9 +13,9 @@ from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
-from permllm.record.files import read_json, write_record
-from permllm.record.schema import Object
-from tests.export.test_export import load, logits, make_run, reference, relative, variant_model
+from permllm.runs.files import read_json, write_record
+from permllm.runs.schema import Object
+from tests.export.test_checkpoint import load, logits, make_run, reference, relative, variant_model
 
 # A layer, a member of a group, and a group of the residual stream stay dense; a group has another M.
 PARTS = {

@@ -19,7 +19,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
 from tests.conftest import run_module
-from tests.export.test_export import make_run, variant_model
+from tests.export.test_checkpoint import make_run, variant_model
 from tests.test_config import composed
 
 

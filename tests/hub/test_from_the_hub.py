@@ -22,7 +22,7 @@ from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
-from permllm.record.files import write_record
+from permllm.runs.files import write_record
 from tests.conftest import run_command
 from tests.hub.jobs import Job, Outcome, run_jobs
 from tests.hub.repositories import MODELS

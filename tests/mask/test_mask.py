@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from permllm.errors import ConfigError
-from permllm.learning import training as training_module
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Training
 from permllm.mask.lowrank import LowRankMask
 from permllm.mask.score import ScoreMask
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
-from permllm.pipeline import prune
+from permllm.pruning.layerwise import prune
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.record.masks import violations
-from permllm.sparsity import permuted_nm_mask
+from permllm.runs.masks import violations
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.training import loop as training_module
+from permllm.training.loop import Training
+from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.permutation.test_lcp import output_loss_of
-from tests.pruning.test_pipeline import PATTERN, problem, tokens
+from tests.pruning.test_layerwise import PATTERN, problem, tokens
 
 METHODS = {"score": ScoreMask, "lowrank": LowRankMask}
 

@@ -11,21 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm import job, stages
+from permllm import job
 from permllm.config import NMPattern, read_config
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import channel_groups, linear_at
-from permllm.pipeline import prune
+from permllm.pruning import stages
+from permllm.pruning.layerwise import prune
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity import nm_mask
+from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
-from tests.learning.test_scores import PATTERN
 from tests.mask.test_mask import check_masks, ordered, pruners
-from tests.pruning.test_pipeline import problem, tokens
+from tests.pruning.test_layerwise import problem, tokens
 from tests.test_config import composed
-from tests.test_runner import run
+from tests.test_job import run
+from tests.training.test_scores import PATTERN
 
 
 def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from permllm import job, ordering, stages
+from permllm import job
 from permllm.config import read_config
-from permllm.data.calibration import calibration_tokens
+from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError
 from permllm.export.verify import verify
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Training
-from permllm.models.decoder import last_states
-from permllm.models.loading import load_model
-from permllm.record.files import read_json
-from permllm.record.schema import Metrics, Pass, validated
+from permllm.models.layers import last_states
+from permllm.models.load import load_model
+from permllm.pruning import ordering, stages
+from permllm.runs.files import read_json
+from permllm.runs.schema import Metrics, Pass, validated
+from permllm.training.loop import Training
+from permllm.training.problem import LearningProblem
 from tests.test_config import composed
-from tests.test_runner import run
+from tests.test_job import run
 
 LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")
 
@@ -104,7 +105,7 @@ def test_each_method_learns_from_its_own_amount_of_text(cache: Path, tmp_path: P
         forwards.append(len(tokens))
         return last_states(model, tokens, *more)
 
-    monkeypatch.setattr("permllm.pipeline.last_states", counted)
+    monkeypatch.setattr("permllm.pruning.layerwise.last_states", counted)
     run(tmp_path, *words)
     assert not forwards  # no weight changes: nobody asks for the target of the further text again
     orders, masks = seen

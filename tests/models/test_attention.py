@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from permllm.models.attention import attention_in_float32
-from permllm.models.decoder import layer_inputs, run_layer
 from permllm.models.families import decoder_layers
+from permllm.models.layers import layer_inputs, run_layer
 from permllm.runtime.precision import products_in
 from tests.conftest import tiny_model
 

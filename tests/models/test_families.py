@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from permllm.errors import ConfigError
-from permllm.models.decoder import LayerStream, layer_inputs, run_layer
 from permllm.models.families import FAMILIES, channel_groups, decoder_layers, family_named, linear_at
+from permllm.models.layers import LayerStream, layer_inputs, run_layer
 from tests.conftest import tiny_model
 
 

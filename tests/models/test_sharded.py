@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.methods import methods_of
+from permllm.pruning.methods import methods_of
 from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
 from tests.runtime.test_parallel import finished, torchrun

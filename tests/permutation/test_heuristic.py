@@ -10,6 +10,7 @@ from torch import Tensor
 
 from permllm.config import NMPattern
 from permllm.models.families import channel_groups
+from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import (
     Search,
     Steps,
@@ -24,7 +25,6 @@ from permllm.permutation.heuristic import (
     searched,
     sums_of_larger,
 )
-from permllm.permutation.shared import shared_orders
 from tests.conftest import tiny_model
 
 

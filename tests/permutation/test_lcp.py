@@ -12,26 +12,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from permllm.calibration.dense import calibrate_dense
 from permllm.errors import ConfigError, TrainingError
-from permllm.learning import training as training_module
-from permllm.learning.kernels import EAGER
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Moment, Training, Window
-from permllm.learning.windows import WindowStream
-from permllm.models.decoder import LayerStream
 from permllm.models.families import channel_groups, decoder_layers, linear_at
-from permllm.models.losses import cosine_loss
+from permllm.models.layers import LayerStream
+from permllm.permutation.foldable import RESIDUAL, foldable, shared_orders
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.lcp import method as lcp_module
+from permllm.permutation.lcp import lcp as lcp_module
 from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
-from permllm.permutation.shared import RESIDUAL, foldable, shared_orders
-from permllm.pipeline import prune
+from permllm.pruning.layerwise import prune
 from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
+from permllm.sparsity.calibrate import calibrate_dense
+from permllm.training import loop as training_module
+from permllm.training.kernels import EAGER
+from permllm.training.loop import Moment, Training, Window
+from permllm.training.losses import cosine_loss
+from permllm.training.problem import LearningProblem
+from permllm.training.windows import WindowStream
 from tests.conftest import tiny_model
-from tests.pruning.test_pipeline import PATTERN, lcp, problem, tokens
+from tests.pruning.test_layerwise import PATTERN, lcp, problem, tokens
 
 
 def test_weights_of_logits_decay_apart_from_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ import torch._dynamo  # which learning imports, and Triton with it where it is i
 from transformers import AutoConfig, AutoModelForCausalLM
 from permllm.runtime.memory import peak_host_memory, reset_peak_memory
 from permllm.models.families import channel_groups
-from permllm.permutation.lcp.method import LCP
-from permllm.learning.problem import LearningProblem
+from permllm.permutation.lcp.lcp import LCP
+from permllm.training.problem import LearningProblem
 from permllm.permutation.lcp.temperature import Linear
-from permllm.calibration.saliency import SaliencyFactors
+from permllm.sparsity.saliency import SaliencyFactors
 from permllm.config import NMPattern
 
 layers = json.loads(sys.argv[1])

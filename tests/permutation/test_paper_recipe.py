@@ -10,19 +10,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
-from permllm import ordering
 from permllm.config import RunConfig, instantiate, instantiate_permutation
-from permllm.learning.kernels import EAGER
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Moment, Training, Window
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
-from permllm.models.loading import LoadedModel
+from permllm.models.load import LoadedModel
+from permllm.permutation.foldable import shared_orders
+from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
-from permllm.permutation.lcp.method import LCP
-from permllm.permutation.shared import shared_orders
-from permllm.pipeline import prune
+from permllm.pruning import ordering
+from permllm.pruning.layerwise import prune
+from permllm.training.kernels import EAGER
+from permllm.training.loop import Moment, Training, Window
+from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_pipeline import PATTERN, tokens
+from tests.pruning.test_layerwise import PATTERN, tokens
 from tests.test_config import config
 
 BATCH = torch.tensor([0, 2, 5])

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from permllm.calibration.dense import Pruner, calibrate_dense
 from permllm.config import NMPattern
-from permllm.learning.problem import LearningProblem
-from permllm.models.decoder import LayerStream
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
-from permllm.models.losses import cosine_loss
-from permllm.models.patterns import pruned_groups
+from permllm.models.layers import LayerStream
+from permllm.models.selection import pruned_groups
+from permllm.permutation.foldable import foldable
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.identity import Identity
-from permllm.permutation.shared import foldable
-from permllm.pipeline import PrunedModel, prune
-from permllm.reconstruction.distill import Distill
-from permllm.reconstruction.obs import OBS
+from permllm.permutation.none import Identity
+from permllm.pruning.distill import Distill
+from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.obs import OBS
+from permllm.sparsity.calibrate import Pruner, calibrate_dense
+from permllm.training.losses import cosine_loss
+from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_pipeline import PRUNERS, lcp, tokens
+from tests.pruning.test_layerwise import PRUNERS, lcp, tokens
 
 PATTERN = NMPattern(6, 8)
 # In the second layer one member alone is pruned of what reads the residual stream, and in the first one group.

@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.calibration.dense import calibrate_dense
 from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, decoder_layers
-from permllm.models.loading import load_model
-from permllm.models.placement import placement_of
+from permllm.models.load import load_model
+from permllm.models.offload import placement_of
 from permllm.permutation.heuristic import Heuristic
-from permllm.pipeline import PrunedModel, prune
+from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.obs import OBS
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.reconstruction.obs import OBS
-from permllm.record import pruned_layers
-from permllm.record.names import PRUNED_LAYERS
+from permllm.runs import pruned_layers
+from permllm.runs.names import PRUNED_LAYERS
+from permllm.sparsity.calibrate import calibrate_dense
 from tests.conftest import tiny_model
-from tests.models.test_placement import saved, settings
-from tests.pruning.test_pipeline import tokens
+from tests.models.test_offload import saved, settings
+from tests.pruning.test_layerwise import tokens
 
 PATTERN = NMPattern(2, 4)
 

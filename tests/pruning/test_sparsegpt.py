@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.calibration.saliency import saliency
-from permllm.calibration.statistics.base import InputStatistics
-from permllm.calibration.statistics.gram import Gram
 from permllm.config import NMPattern
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.record.masks import violations
-from permllm.sparsity import permuted_nm_mask
+from permllm.runs.masks import violations
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.saliency import saliency
+from permllm.sparsity.statistics import InputStatistics
 
 PATTERN = NMPattern(2, 4)
 

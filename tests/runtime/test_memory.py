@@ -11,7 +11,7 @@ from tests.commands import ROOT
 
 STAGES = """
 import torch
-from permllm.record.progress import Progress
+from permllm.runs.progress import Progress
 from permllm.runtime.memory import host_memory, keep_freed_memory
 keep_freed_memory()
 progress, cpu = Progress(), torch.device("cpu")

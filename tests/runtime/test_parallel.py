@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.record.outcomes import kept
-from permllm.record.store import RunRecord, run_directory
+from permllm.runs.directory import RunRecord, run_directory
+from permllm.runs.outcomes import kept
 from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed
@@ -36,7 +36,7 @@ OVERRIDES = (
 APART = f"""
 import os, pathlib, runpy, sys
 from permllm.errors import DataError
-from permllm.learning import training
+from permllm.training import loop as training
 own = pathlib.Path("rank" + os.environ["RANK"])
 own.mkdir(exist_ok=True)
 os.chdir(own)

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from permllm.calibration.saliency import SaliencyFactors, saliency
 from permllm.config import NMPattern
-from permllm.learning.masked_linear import PermutedMaskedLinear
-from permllm.learning.scores import Scores
-from permllm.learning.stacks import split_blocks
 from permllm.models.head import Head
-from permllm.models.losses import head_divergence
-from permllm.permutation.lcp.blocks import BlockLogits
+from permllm.permutation.lcp.logits import BlockLogits
 from permllm.runtime import precision
 from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in, recomputed
-from permllm.sparsity import permuted_nm_mask
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.saliency import SaliencyFactors, saliency
+from permllm.training.blocks import split_blocks
+from permllm.training.losses import head_divergence
+from permllm.training.masked_linear import PermutedMaskedLinear
+from permllm.training.scores import Scores
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn
 

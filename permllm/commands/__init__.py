@@ -1,1 +1,0 @@
-"""Commands of `permllm`, each a module."""

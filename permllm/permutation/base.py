@@ -1,0 +1,109 @@
+"""What a permutation method is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern
+from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup
+from permllm.permutation.settings import Constraint
+from permllm.runs.masks import is_permutation
+from permllm.training.problem import LearningProblem
+
+
+class Permutation(Protocol):
+    """What every method has.
+
+    Attributes:
+        learned: it trains (`LearnedPermutation`).
+        local: it orders one channel group from its saliency alone (`LocalPermutation`); otherwise all of them together
+            (`JointPermutation`).
+        constraint: that its orders keep (see `permllm.permutation.foldable`); None where that is not known before.
+    """
+
+    learned: bool
+    local: bool
+    constraint: Constraint | None
+
+
+class LocalPermutation(Permutation, Protocol):
+    """Orders one channel group at a time."""
+
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""
+
+
+class JointPermutation(Permutation, Protocol):
+    """Orders all channel groups from the whole dense model."""
+
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """int64 `(C_in,)` on the CPU by group."""
+
+
+class LearnedPermutation(JointPermutation, Protocol):
+    """Trains, in all processes of torchrun together.
+
+    Attributes:
+        batch_size: samples a step.
+    """
+
+    batch_size: int
+
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """What it will learn on a model of these groups and so many decoder layers.
+
+        Args:
+            groups: that are pruned.
+            layers: of the decoder.
+        """
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """What a learned method will do, for `plan=true`.
+
+    Attributes:
+        windows: first decoder layer and the one after the last of what learns together, one after the other.
+        blocks: by channel group, how its channels are cut, for a person.
+        sizes: by channel group, how many parameters its order has, for a person.
+        logits: parameters that belong to channels.
+        parameters: all that learn.
+        stays: names of the orders that do not learn.
+    """
+
+    windows: list[tuple[int, int]]
+    blocks: dict[str, str]
+    sizes: dict[str, str]
+    logits: int
+    parameters: int
+    stays: list[str]
+
+
+def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
+    """The order of a channel group that a method has given, on the CPU.
+
+    Args:
+        key: the setting that named the method.
+        group: name of the group.
+        channels: of it.
+        order: what was given.
+
+    Raises:
+        ConfigError: it is no int64 permutation of the channels: a model in it would not be N:M.
+    """
+    reason = None
+    if not isinstance(order, Tensor):
+        reason = f"it is a {type(order).__name__}"
+    elif order.dtype != torch.int64 or order.shape != (channels,):
+        reason = f"it is {str(order.dtype).removeprefix('torch.')} {tuple(order.shape)}"
+    elif not is_permutation(order):
+        reason = "some channels stand in it twice and others never"
+    if reason is not None:
+        raise ConfigError(f"{key}: the order of {group} must be a permutation, int64 ({channels},), and {reason}")
+    assert isinstance(order, Tensor)
+    return order.cpu()

@@ -1,0 +1,186 @@
+"""Which channel groups share an order, and which orders fold into a model's weights.
+
+Learning and searching work on *shared orders*: a vector of positions, cut into segments that no channel leaves, from which one
+or several channel groups take theirs. A free permutation is the trivial case, one order and one segment for each group. What
+folds into the neighbouring weights for free (`constraint=foldable`) is:
+
+- where linears produce the channels one by one (an MLP's inner width): any order;
+- where attention stands between: an order inside each head, the same for all query heads of one key-value head;
+- the residual stream: one order for all groups of all layers that read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern
+from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup
+from permllm.permutation.settings import Constraint
+from permllm.training.blocks import BlockStack, split_blocks
+
+RESIDUAL = "residual_stream"
+
+
+@dataclass(frozen=True)
+class SharedOrder:
+    """One order and the channel groups that use it.
+
+    A group's channels are the segments of the order, each `repeats` times in a row: with `repeats` 2 and the segments a and b,
+    a a b b. Its order does in every copy what the shared order does in the segment.
+
+    Attributes:
+        name: of the group, or `residual_stream`.
+        channels: positions of the order.
+        segment: positions of a segment; no block and no channel crosses a multiple of it.
+        repeats: copies of each segment in a group.
+        groups: that use it, in the model's order.
+    """
+
+    name: str
+    channels: int
+    segment: int
+    repeats: int
+    groups: tuple[ChannelGroup, ...]
+
+    @property
+    def layers(self) -> range:
+        """Decoder layers from the first that uses it to the last."""
+        return range(self.groups[0].layer, self.groups[-1].layer + 1)
+
+    def stacks(self, block_size: int) -> list[BlockStack]:
+        """Blocks of the shared order."""
+        return split_blocks(self.channels, block_size, self.segment)
+
+    def group_stacks(self, block_size: int) -> list[BlockStack]:
+        """Blocks of a group that uses it; what belongs to them is given by `expand_blocks`."""
+        return split_blocks(self.channels * self.repeats, block_size, self.segment)
+
+    def expand(self, order: Tensor) -> Tensor:
+        """The order of a group, int64 `(channels * repeats,)`, from the shared one, int64 `(channels,)`."""
+        if self.repeats == 1:
+            return order
+        local = self.expand_rows(order - self._starts(order.device))
+        copies = torch.arange(0, len(local), self.segment, device=order.device)
+        return local + copies.repeat_interleave(self.segment)
+
+    def expand_rows(self, values: Tensor) -> Tensor:
+        """What stands at each position of a group, `(channels * repeats,)`, from what stands at each shared one."""
+        return values.view(-1, 1, self.segment).expand(-1, self.repeats, -1).reshape(-1)
+
+    def expand_blocks(self, stacks: list[Tensor]) -> list[Tensor]:
+        """Block matrices of a group, a stack for each of `group_stacks`, from those of the shared order; differentiable."""
+        if self.repeats == 1:
+            return stacks
+        segments = self.channels // self.segment
+        if len(stacks) == 1:
+            blocks = stacks[0].unflatten(0, (segments, 1, -1))
+            return [blocks.expand(-1, self.repeats, -1, -1, -1).flatten(0, 2)]
+        each = len(stacks) // segments
+        return [stack for first in range(0, len(stacks), each) for stack in stacks[first : first + each] * self.repeats]
+
+    def collect(self, saliency: Tensor) -> Tensor:
+        """Saliency on the shared positions: `(rows, channels * repeats)` to `(rows * repeats, channels)`."""
+        if self.repeats == 1:
+            return saliency
+        return saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0).reshape(-1, self.channels)
+
+    def shared(self, order: Tensor) -> Tensor | None:
+        """The shared order behind a group's order, int64 `(channels,)`; None where there is none."""
+        starts = torch.arange(0, len(order), self.segment).repeat_interleave(self.segment)
+        local = (order.cpu() - starts).view(-1, self.repeats, self.segment)
+        inside = bool(((local >= 0) & (local < self.segment)).all())
+        if not inside or not torch.equal(local, local[:, :1].expand_as(local)):
+            return None
+        return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
+
+    def _starts(self, device: torch.device) -> Tensor:
+        return torch.arange(0, self.channels, self.segment, device=device).repeat_interleave(self.segment)
+
+
+def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
+    """The orders that a method may choose, in the order in which their first groups run.
+
+    Raises:
+        ConfigError: they must fold, and nothing absorbs an order of a group; the message names it.
+    """
+    if constraint == "free":
+        return [SharedOrder(group.name, group.channels, group.channels, 1, (group,)) for group in groups]
+    for group in groups:
+        if not group.table.folds:
+            raise ConfigError(
+                f"permutation.constraint=foldable: no neighbouring weights absorb an order of {group.name}; "
+                "permutation.constraint=free asks none to, and export=gathered keeps any order"
+            )
+    stream = tuple(group for group in groups if not group.table.producers)
+    found = []
+    for group in groups:
+        if stream and group is stream[0]:
+            found.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
+        elif group.table.producers:
+            found.append(local_order(group))
+    return found
+
+
+def orders_within(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
+    """The orders that the decoder layers from `first` to before `stop` have all groups of, so that they may change there."""
+    return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
+
+
+def local_order(group: ChannelGroup) -> SharedOrder:
+    """What the producers of a group can absorb."""
+    heads, repeats = group.heads
+    channels = group.channels // repeats
+    return SharedOrder(group.name, channels, channels // heads if group.table.by_head else channels, repeats, (group,))
+
+
+def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
+    """Raise ConfigError when a group of M would cross a segment, or one of a smaller M one of a larger.
+
+    Args:
+        shared: the orders.
+        pattern: N:M of the groups that have none of their own.
+    """
+    for order in shared:
+        m = max([(group.pattern or pattern).m for group in order.groups], default=pattern.m)
+        if order.segment % m:
+            raise ConfigError(
+                f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} channels, which M = "
+                f"{m} does not divide; constraint=free has no heads to respect"
+            )
+        for group in order.groups:
+            its = group.pattern or pattern
+            if m % its.m:
+                raise ConfigError(
+                    f"sparsity_of: {group.name} is {its}, and others that share its permutation have groups of {m}: one M "
+                    "must divide the other; with constraint=free they share none"
+                )
+
+
+def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The orders of all groups by group name, each a tensor of its own, from shared orders by their name."""
+    return {group.name: order.expand(orders[order.name]).clone() for order in shared for group in order.groups}
+
+
+def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The shared orders by name behind the orders of all groups.
+
+    Raises:
+        ConfigError: one of them does not fold; the message names it.
+    """
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        order = orders[group.name]
+        if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
+            raise ConfigError(f"the permutation of {group.name} does not fold: no neighbouring weights absorb one")
+    for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
+        for group in shared.groups:
+            behind = shared.shared(orders[group.name])
+            if behind is None:
+                raise ConfigError(f"the permutation of {group.name} does not fold: it is not the same inside each head")
+            if not torch.equal(found.setdefault(shared.name, behind), behind):
+                raise ConfigError(f"the permutation of {group.name} does not fold: it is not that of {shared.groups[0].name}")
+    return found

@@ -1,0 +1,153 @@
+"""Learnable channel permutation (PermLLM, section 4): the settings, the start, and the windows of layers in turn.
+
+All logits of a window of decoder layers learn together, end to end, against the dense model's output of the window's last
+layer. The weights stay as they are. Forward uses hard permutations and hard masks; backward goes through the soft ones.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from permllm.errors import DataError
+from permllm.models.families import ChannelGroup, decoder_layers
+from permllm.permutation.base import LearningPlan
+from permllm.permutation.foldable import SharedOrder, expanded, orders_within, shared_orders
+from permllm.permutation.heuristic import search_of, searched
+from permllm.permutation.lcp.learner import OrderLearner, members
+from permllm.permutation.lcp.logits import BlockLogits
+from permllm.permutation.lcp.settings import LCPSettings
+from permllm.runs.names import CHECKPOINT
+from permllm.runtime import parallel
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.training.blocks import count_logits
+from permllm.training.kernels import Kernels, chosen_kernels
+from permllm.training.loop import Checkpoint, Window, samples_of, steps_of
+from permllm.training.masked_linear import PermutedMaskedLinear, masked_linears
+from permllm.training.problem import LearningProblem
+from permllm.training.scores import Scores
+from permllm.training.stages import Course
+
+
+class LCP(LCPSettings):
+    """The method; its settings are those of `LCPSettings`."""
+
+    def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
+        """What learns on a model of these channel groups and so many decoder layers."""
+        shared, spans = shared_orders(groups, self.constraint), self.spans(layers)
+        learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
+        blocks, sizes = {}, {}
+        for order in shared:
+            stacks = order.stacks(self.block_size)
+            repeated = len(order.groups) > 1 or order.repeats > 1
+            for group in order.groups:
+                blocks[group.name] = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
+                sizes[group.name] = str(count_logits(stacks)) + (f", shared as {_sharing(order)}" if repeated else "")
+        logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
+        scales = len(learning) if self.init == "random" else 0
+        stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
+        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
+
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Learn the orders of all channel groups.
+
+        Returns:
+            int64 `(C_in,)` on the CPU by group: the best order of the last epochs (`select_from`).
+
+        Raises:
+            TrainingError: the loss is not finite; the message names the first layer whose output is not, and where the best
+                order so far is kept.
+        """
+        shared = shared_orders(problem.groups, self.constraint)
+        first = self.spans(len(decoder_layers(problem.model)))[0][0]
+        course = Course(self, problem, "lcp", CHECKPOINT, partial(_best, shared))
+        if course.state is not None:
+            orders = _best(shared, course.state)
+        else:  # another GPU must not let a process learn from elsewhere than the others
+            orders = parallel.from_first(lambda: self.start_orders(problem, shared, first))
+        used_by = {group.name: order for order in shared for group in order.groups}
+
+        def mask_of(group: ChannelGroup, path: str) -> Tensor:
+            score, order = problem.saliency_of(path), used_by[group.name]
+            perm = order.expand(orders[order.name]).to(score.device)
+            return permuted_nm_mask(score, perm, problem.pattern_of(group))
+
+        for window in course.windows(lambda first, stop: bool(orders_within(shared, first, stop)), mask_of):
+            learning = orders_within(shared, window.first, window.stop)
+            logits = self.start_logits(problem, learning, orders)
+            with self.masked(problem, shared, window) as linears:
+                learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
+                course.train(window, learner)
+                orders = learner.best
+                del logits, learner  # before what the next window needs
+        return expanded(shared, orders)
+
+    def masked(
+        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None
+    ) -> AbstractContextManager[dict[str, list[PermutedMaskedLinear]]]:
+        """Masked linears in a window of the problem's model, by the pruner's saliency.
+
+        Args:
+            problem: whose model.
+            shared: all orders of the model.
+            window: of layers.
+            kernels: None chooses them.
+        """
+        if kernels is None:
+            learning = [group for order in orders_within(shared, window.first, window.stop) for group in order.groups]
+            steps = steps_of(self, samples_of(self, problem))
+            kernels = chosen_kernels(self, problem, learning, steps, self.straight_through)
+
+        def scores_of(path: str) -> Scores:
+            factors = problem.factors_of(path)
+            if self.conventions == "ours":
+                factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
+            return Scores(factors)
+
+        places = ((group, order.group_stacks(self.block_size)) for order, group in members(shared, window))
+        return masked_linears(problem, places, scores_of, self.straight_through, kernels)
+
+    def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
+        """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
+        drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
+        searches = [search_of(order, problem.saliency_of, problem.pattern) for order in shared if order not in drawn]
+        found = searched(searches, problem.device, "start permutation")
+        return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
+
+    def start_logits(
+        self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
+    ) -> dict[str, BlockLogits]:
+        """The logits of each order at the start, on the model's device: near the given orders, or the paper's random ones."""
+        near = self.init == "heuristic"
+        generator = torch.Generator().manual_seed(problem.seed)
+        dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
+        logits = {}
+        for order in learning:
+            stacks, start = order.stacks(self.block_size), []
+            for stack in stacks:
+                uniform = torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
+                if near:
+                    start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
+                else:
+                    start.append(uniform / math.sqrt(self.block_size))
+            scale = None if near else math.sqrt(self.block_size)
+            logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
+        return logits
+
+
+def _best(shared: list[SharedOrder], state: Checkpoint) -> dict[str, Tensor]:
+    """The best orders of a checkpoint. Raises DataError where it does not hold all of them."""
+    found = OrderLearner.best_of(state["learner"])
+    if found.keys() != {order.name for order in shared}:
+        raise DataError("it holds other orders")
+    return found
+
+
+def _sharing(order: SharedOrder) -> str:
+    if len(order.groups) > 1:
+        return order.name
+    return f"{order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"

@@ -1,0 +1,154 @@
+"""The logits that live on the blocks of an order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.permutation.lcp.sinkhorn import SinkhornStart, logit_gradient, normalize
+from permllm.training.blocks import BlockStack
+
+# Entries that are normalised together on a GPU, where each operator is a launch; on a CPU a single stack stays in the cache.
+_TOGETHER = 1 << 25
+
+
+class _Clamped(torch.autograd.Function):
+    """Clamp to +-1 with a straight-through gradient: a logit that has reached the bound must find its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.clamp(-1.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class BlockLogits(nn.Module):
+    """The learnable logits of one order, on top of a fixed base order.
+
+    Args:
+        base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds channel `base[b B + p]`.
+        stacks: how the positions split into blocks (`split_blocks`).
+        logits: one float32 `(blocks, B, B)` for each stack; row = channel of the block in base order, column = target position
+            in the block.
+        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)`, whose gradient passes as
+            if nothing were clamped (the paper's released code); otherwise they are used as they are.
+    """
+
+    base: Tensor
+    first: Tensor
+
+    def __init__(self, base: Tensor, stacks: list[BlockStack], logits: list[Tensor], scale: float | None = None) -> None:
+        super().__init__()
+        self.register_buffer("base", base.clone())  # its own: loading a state writes into it
+        self.stacks = stacks
+        starts = [stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size) for stack in self.stacks]
+        self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
+        self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
+
+    def effective(self) -> list[Tensor]:
+        """The logits in use, a stack each."""
+        return list(self.logits) if self.scale is None else [_Clamped.apply(stack * self.scale) for stack in self.logits]
+
+    def order(self, hard: Tensor) -> Tensor:
+        """The channel at each position, int64 `(C_in,)`, when `hard` `(C_in,)` is the row of its block's matrix there."""
+        return self.base[self.first + hard]
+
+
+class SoftBatch:
+    """Soft permutations of one size, made together, and the way of their gradients back to the logits.
+
+    A straight-through step uses the hard permutations in forward and never reads the values of the soft ones: what stands in
+    for them are zeros of their shape, without memory of their own, which gather gradients.
+
+    Args:
+        orders: all that there are, by name.
+        stacks: those of this batch, each by its order and its number there.
+        temperature, iterations, start: as in `normalize`.
+
+    Attributes:
+        stacks: as given.
+        stand_ins: `(blocks, B, B)` for each of them, leaves.
+        soft: `(blocks, B, B)` of all of them one after the other, not differentiable; may be deleted.
+    """
+
+    def __init__(
+        self,
+        orders: Mapping[str, BlockLogits],
+        stacks: list[tuple[str, int]],
+        temperature: float,
+        iterations: int,
+        start: SinkhornStart,
+    ) -> None:
+        self.stacks = stacks
+        self._orders, self._temperature = orders, temperature
+        logits = self._logits()
+        self._counts = [len(stack) for stack in logits]
+        self.soft, self._potentials = normalize(_joined(logits), temperature, iterations, start)
+        nothing = self.soft.new_zeros(())
+        self.stand_ins = [nothing.expand(stack.shape).requires_grad_() for stack in logits]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each stack of `(blocks, ...)`."""
+        return values.split(self._counts)
+
+    def broken(self) -> str | None:
+        """The order of the first soft permutation that is not finite; None where all are."""
+        parts = zip(self.stacks, self.split(self.soft), strict=True)
+        return next((name for (name, _), part in parts if not bool(part.isfinite().all())), None)
+
+    def backward(self) -> None:
+        """Send the gradients of the stand-ins on to the logits, and forget them."""
+        grads = [stand_in.grad for stand_in in self.stand_ins]
+        if all(grad is None for grad in grads):
+            return
+        whole = [
+            torch.zeros_like(stand_in) if grad is None else grad for stand_in, grad in zip(self.stand_ins, grads, strict=True)
+        ]
+        for stand_in in self.stand_ins:
+            stand_in.grad = None
+        logits = self._logits()
+        found = logit_gradient(_joined(logits), self._temperature, self._potentials, _joined(whole))
+        torch.autograd.backward(logits, self.split(found))
+
+    def _logits(self) -> list[Tensor]:
+        of = {name: self._orders[name].effective() for name in dict.fromkeys(name for name, _ in self.stacks)}
+        return [of[name][number] for name, number in self.stacks]
+
+
+def soft_batches(
+    orders: Mapping[str, BlockLogits], temperature: float, iterations: int, start: SinkhornStart = "exponential"
+) -> list[SoftBatch]:
+    """The soft permutations of several orders, in as few batches of one size of block as the device takes."""
+    waiting: dict[int, list[tuple[str, int, int]]] = {}
+    most = 0
+    for name, order in orders.items():
+        most = _TOGETHER if order.base.device.type == "cuda" else 0
+        for number, stack in enumerate(order.logits):
+            waiting.setdefault(stack.shape[-1], []).append((name, number, stack.numel()))
+    found = []
+    for stacks in waiting.values():
+        for batch in _batches(stacks, most):
+            found.append(SoftBatch(orders, batch, temperature, iterations, start))
+    return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
+
+
+def _batches(stacks: list[tuple[str, int, int]], most: int) -> Iterator[list[tuple[str, int]]]:
+    batch: list[tuple[str, int]] = []
+    entries = 0
+    for name, number, size in stacks:
+        if batch and entries + size > most:
+            yield batch
+            batch, entries = [], 0
+        batch.append((name, number))
+        entries += size
+    yield batch

@@ -1,0 +1,123 @@
+"""Least squares of the kept weights: ADMM, then conjugate gradients, as ALPS does once its mask stays (arXiv 2406.07831)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permllm.errors import TrainingError
+from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear
+from permllm.pruning.reconstruction_settings import ADMMSettings
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.statistics import InputStatistics, Statistics
+
+# ADMM's, for a Hessian whose diagonal is 1: what a few iterations and the conjugate gradients after them do best with.
+_PENALTY = 0.3
+# ADMM takes one product an iteration and falls fast at first; conjugate gradients take two and reach the end.
+_ADMM_ITERATIONS = 4
+# Of the error: conjugate gradients that gain less in an iteration stop.
+_LEAST_GAIN = 1e-3
+
+
+class ADMM(ADMMSettings, NoReconstruction):
+    """`min ||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`, all rows together, from `H = X^T X`.
+
+    Channels are scaled so that the diagonal of H is 1, and `(H + penalty I)^-1` serves ADMM and preconditions the conjugate
+    gradients. The error never ends above that of the pruned weights it begins with.
+    """
+
+    changes_weights = True
+    statistics: ClassVar[Statistics] = (Gram,)
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The new weight. Raises TrainingError where inputs are not finite."""
+        assert pruned.statistics is not None
+        root, hessian, inverse = self._factors(pruned.statistics)
+        dense, start = pruned.dense.float() * root, pruned.weight.float() * root
+        found = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations) / root
+        return torch.where(pruned.mask, found, 0.0).to(pruned.weight.dtype)
+
+    def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
+        """The root of the damped Hessian's diagonal, the Hessian scaled by it, and ADMM's inverse, for all of a group."""
+
+        def root() -> Tensor:
+            diagonal = statistics[Gram].value.diagonal() / max(statistics.tokens, 1)
+            mean = diagonal.mean()
+            return (diagonal + (self.damping * mean if mean > 0 else 1.0)).sqrt()
+
+        def hessian() -> Tensor:
+            scaled = statistics[Gram].value / max(statistics.tokens, 1)
+            return scaled.div_(scale).div_(scale[:, None]).fill_diagonal_(1.0)
+
+        def inverse() -> Tensor:
+            shifted = scaled.clone().fill_diagonal_(1.0 + _PENALTY)
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            if info.any():
+                raise TrainingError("reconstruction=admm: the inputs of a linear are not finite")
+            return torch.cholesky_inverse(factor)
+
+        name = f"damping {self.damping}"
+        scale = statistics.derived(f"root of the Hessian's diagonal, {name}", root)
+        scaled = statistics.derived(f"scaled Hessian, {name}", hessian)
+        return scale, scaled, statistics.derived(f"ADMM's inverse, {name}", inverse)
+
+
+def masked_least_squares(
+    dense: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, inverse: Tensor, iterations: int
+) -> Tensor:
+    """The `w` under the mask that makes each row of `(w - dense) hessian (w - dense)^T` small.
+
+    Args:
+        dense: float `(C_out, C_in)`.
+        start: same shape, zero outside of the mask; no row ends with a larger error.
+        mask: bool, same shape.
+        hessian: `(C_in, C_in)`, positive definite, its diagonal 1.
+        inverse: of the Hessian plus ADMM's penalty on the diagonal.
+        iterations: of the conjugate gradients, at most.
+    """
+    mask = mask.to(dense.dtype)
+    target, before = dense @ hessian, start @ hessian
+    found = _admm(target, start, mask, inverse)
+    after = found @ hessian
+    worse = _error(start - dense, before - target) <= _error(found - dense, after - target)
+    found, product = torch.where(worse, start, found), torch.where(worse, before, after)
+    error = _error(found - dense, product - target).sum()
+    # Preconditioned conjugate gradients, each row with step lengths of its own; none of them makes its error larger.
+    residual = (target - product) * mask
+    conditioned = (residual @ inverse) * mask
+    direction, slope = conditioned, (residual * conditioned).sum(1, keepdim=True)
+    for _ in range(iterations):
+        curved = (direction @ hessian) * mask
+        length = _ratio(slope, (direction * curved).sum(1, keepdim=True))
+        found = found + length * direction
+        gain = (length * slope).sum()
+        error = error - gain
+        if gain <= _LEAST_GAIN * error:
+            break
+        residual = residual - length * curved
+        conditioned = (residual @ inverse) * mask
+        last, slope = slope, (residual * conditioned).sum(1, keepdim=True)
+        direction = conditioned + _ratio(slope, last) * direction
+    return found
+
+
+def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
+    """A few iterations from the weights `start`: a ridge solution, its projection onto the mask, and the scaled dual."""
+    kept, dual = start, torch.zeros_like(start)
+    for _ in range(_ADMM_ITERATIONS):
+        free = (target + _PENALTY * (kept - dual)) @ inverse
+        kept = (free + dual) * mask
+        dual = dual + free - kept
+    return kept
+
+
+def _error(difference: Tensor, product: Tensor) -> Tensor:
+    """Of each row, from its difference to the dense one and the Hessian's product with that."""
+    return (difference * product).sum(1, keepdim=True)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Zero where a row is at its end."""
+    return torch.where(below > 0, above / below, 0.0)

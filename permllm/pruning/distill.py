@@ -1,0 +1,69 @@
+"""Distillation of the dense model into the kept weights of the pruned one, end to end."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from permllm.errors import DataError
+from permllm.models.families import decoder_layers
+from permllm.pruning.admm import ADMM
+from permllm.pruning.kept_weights import KeptWeights, WeightLearner
+from permllm.pruning.obs import OBS
+from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
+from permllm.pruning.reconstruction_settings import DistillSettings
+from permllm.runs.names import DISTILL_CHECKPOINT
+from permllm.runtime import parallel
+from permllm.sparsity.statistics import Statistics
+from permllm.training.loop import Checkpoint, Training, Window, read_checkpoint
+from permllm.training.settings import LearningSettings, Loss
+
+
+class Distill(DistillSettings, NoReconstruction):
+    """Adam on all kept weights towards the dense model's next-token distributions, by the loop that everything learns in.
+
+    Holds the weights and `KeptWeights` with its moments. Under torchrun the first process alone trains.
+    """
+
+    changes_weights = True
+    learned = True
+    loss: ClassVar[Loss] = "kl"
+
+    @property
+    def statistics(self) -> Statistics:  # type: ignore[override]
+        """Those of what the weights start from."""
+        return self._before.statistics
+
+    @property
+    def _before(self) -> Reconstruction:
+        return {"masked": NoReconstruction, "obs": OBS, "admm": ADMM}[self.start]()
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The weight that learning starts from."""
+        return self._before.linear(pruned)
+
+    def network(self, pruned: PrunedNetwork) -> None:
+        """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
+        problem = pruned.problem
+        settings = LearningSettings.of(self, loss=self.loss, select_from=0)
+        kept = KeptWeights(pruned.linears, pruned.masks)
+        learner = WeightLearner(kept, self.learning_rate)
+        window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
+        with parallel.alone(), kept.gradients():
+            state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
+            passes = [] if state is None else list(state["passes"])
+            problem.on_resume(passes)
+            training = Training(settings, problem, window, learner, "distill", DISTILL_CHECKPOINT, passes=passes)
+            if state is not None:
+                training.restore(state)
+            del state  # which is as large as the weights
+            training.run()
+
+
+def _check(kept: KeptWeights, state: Checkpoint) -> None:
+    """Raise DataError where a checkpoint is not one of these weights."""
+    WeightLearner.check(state["learner"])
+    if state["learner"].get("places") != kept.digest:
+        raise DataError("it is of other masks")

@@ -1,0 +1,134 @@
+"""The kept weights of some linears as they are trained, by whatever optimizer: what the masks leave out takes no memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from permllm.errors import DataError
+from permllm.training.loop import Learner, Moment
+
+# In a line of the history where weights learn: how many.
+WEIGHTS_LEARNED = "weights_learned"
+
+
+class KeptWeights:
+    """The values under the masks, `(kept,)` for each linear, and their gradients, which arrive in backward.
+
+    Of float32 weights, half of them kept, these and Adam's two moments are 10 bytes a weight, with their places. The gradient
+    of one linear at a time is whole.
+
+    Args:
+        linears: whose weights are trained. Half-precision weights are trained as float32 copies, or small steps would be
+            rounded away.
+        masks: bool `(C_out, C_in)` for each of them.
+
+    Attributes:
+        weights: of the linears.
+        values: to be optimized; `write` puts them into the weights.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
+        self.weights: list[Tensor] = [linear.weight for linear in linears]
+        self._places = [_places(mask).to(weight.device) for mask, weight in zip(masks, self.weights, strict=True)]
+        self.values = [
+            value.to(torch.promote_types(value.dtype, torch.float32))
+            for value in (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
+        ]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of where the kept weights are: masks of one pattern keep equally many."""
+        found = hashlib.sha256()
+        for places in self._places:
+            found.update(places.cpu().numpy().data)
+        return found.hexdigest()
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Inside, the values get the gradients of the weights, which have none of their own."""
+        handles = []
+        for number, weight in enumerate(self.weights):
+            weight.requires_grad_(True)
+            take = lambda arrived, number=number: self._take(number, arrived)  # noqa: E731
+            handles.append(weight.register_post_accumulate_grad_hook(take))
+        try:
+            yield
+        finally:
+            for weight, handle in zip(self.weights, handles, strict=True):
+                handle.remove()
+                weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Have the weights be the values."""
+        for number, (weight, value) in enumerate(zip(self.weights, self.values, strict=True)):
+            weight.put_(self._places[number].long(), value.to(weight.dtype))
+
+    def _take(self, number: int, weight: Tensor) -> None:
+        assert weight.grad is not None
+        value = self.values[number]
+        gradient = self._kept(number, weight.grad).to(value.dtype)
+        value.grad = gradient if value.grad is None else value.grad.add_(gradient)
+        weight.grad = None
+
+    def _kept(self, number: int, tensor: Tensor) -> Tensor:
+        """The entries of a tensor `(C_out, C_in)` that the mask keeps, `(kept,)`."""
+        return tensor.take(self._places[number].long())
+
+
+class WeightLearner(Learner):
+    """Kept weights as what learns in a window: the model's own linears hold them.
+
+    Args:
+        kept: the weights.
+        learning_rate: at the start.
+    """
+
+    def __init__(self, kept: KeptWeights, learning_rate: float) -> None:
+        self.kept = kept
+        self.learning_rate = learning_rate
+
+    @override
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": self.kept.values, "lr": self.learning_rate}]
+
+    @override
+    def begin(self, moment: Moment) -> None:
+        self.kept.write()
+
+    @override
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        return {WEIGHTS_LEARNED: sum(value.numel() for value in self.kept.values)}
+
+    @override
+    def keep(self) -> None:
+        """Nothing: the last weights are the result."""
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"values": self.kept.values, "places": self.kept.digest}
+
+    @staticmethod
+    def check(state: dict[str, Any]) -> None:
+        """Raise DataError where a state is not one of weights."""
+        values = state.get("values")
+        if not isinstance(values, list) or not all(isinstance(value, Tensor) for value in values):
+            raise DataError("it holds no weights")
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        for value, found in zip(self.kept.values, state["values"], strict=True):
+            value.copy_(found)
+        self.kept.write()
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().flatten().to(torch.int32)

@@ -1,0 +1,244 @@
+"""Where the order of each channel group comes from: found group by group, searched or learned for all of them, or kept.
+
+And where the masks do, if it is not the pruner that chooses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern, RunConfig, windows_learned_from
+from permllm.errors import ConfigError
+from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
+from permllm.models.load import LoadedModel
+from permllm.permutation.base import checked_order
+from permllm.pruning.kept_weights import WEIGHTS_LEARNED
+from permllm.pruning.methods import Job
+from permllm.pruning.workers import call_helpers
+from permllm.runs.loggers import RunLogger
+from permllm.runs.progress import Progress
+from permllm.runs.pruned import linear_shapes
+from permllm.runtime import parallel
+from permllm.runtime.precision import products_in
+from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner
+from permllm.sparsity.calibration_cache import shared_calibration, shared_target
+from permllm.training.loop import steps_in_all
+from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningSettings
+
+# In a line of the history where masks learn.
+_MASKS = "mask_flips"
+Order = Callable[[str, Tensor, NMPattern], Tensor]
+
+
+def calibrate(
+    config: RunConfig, loaded: LoadedModel, tokens: Tensor, pruner: Pruner, products: torch.dtype
+) -> DenseCalibration:
+    """What the dense model tells, as the settings ask for it; of all linears, so that jobs which keep some dense share it."""
+    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
+    batch_size = config.calibration.batch_size
+    groups = channel_groups(loaded.model)
+    return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)
+
+
+def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
+    """The target of the calibration samples, and of the further ones that what is learned asks for.
+
+    Args:
+        job: of the dense model.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        target: of the former, `(calibration samples, length, hidden)`.
+    """
+    asked = (windows_for(method, job.config.calibration.samples).stop for method in job.methods.learned.values())
+    further = slice(len(target), max(asked, default=0))
+    if further.stop <= further.start:
+        return target
+    whole = target.new_empty(len(drawn), *target.shape[1:])  # what nobody asks for is not even touched
+    whole[: len(target)] = target
+    whole[further] = shared_target(job.loaded, drawn[further], job.config.calibration.batch_size, job.products)
+    return whole
+
+
+def windows_for(method: object, calibration: int) -> slice:
+    """The windows of the text that a method learns from, where the first so many are those of the calibration."""
+    return windows_learned_from(getattr(method, "samples", None), getattr(method, "skip", None), calibration)
+
+
+def learning_problem(
+    config: RunConfig,
+    loaded: LoadedModel,
+    groups: list[ChannelGroup],
+    drawn: Tensor,
+    dense: DenseCalibration,
+    directory: Path | None = None,
+    chosen: slice | None = None,
+) -> LearningProblem:
+    """What a method is given that learns from the whole model; its checkpoint goes into the directory.
+
+    Args:
+        config: of the job.
+        loaded: the dense model.
+        groups: that are pruned.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells, of those that are learned from too.
+        directory: None keeps no checkpoint.
+        chosen: windows to learn from; None is those of the calibration.
+    """
+    chosen = chosen or slice(0, config.calibration.samples)
+    return LearningProblem(
+        model=loaded.model,
+        groups=groups,
+        tokens=drawn[chosen],
+        factors=dense.factors,
+        target=dense.target[chosen],
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+        calibration=drawn[: config.calibration.samples],
+        directory=directory,
+        run=config.hash,
+    )
+
+
+def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
+    """What gives the order of a channel group, int64 `(C_in,)`, for its name and saliency: each when it is pruned, or all now.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells; needed where the method orders all groups together.
+    """
+    permutation, record = job.methods.permutation, job.record
+    if permutation.local:
+
+        def order(name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+            with record.stage("permute", job.device):
+                return checked_order(job.permutation_key, name, saliency.shape[1], permutation.order(name, saliency, pattern))
+
+        return order
+    assert dense is not None
+    with record.stage("permute", job.device):
+        chosen = windows_for(permutation, job.config.calibration.samples)
+        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
+        _tell(job, problem)
+        with products_in(job.products, job.device):
+            orders = _all_orders(job, problem)
+    return among(orders)
+
+
+def among(orders: Mapping[str, Tensor]) -> Order:
+    """What gives the order of a channel group where all are known, int64 `(C_in,)` by its name."""
+    return lambda name, saliency, pattern: orders[name]
+
+
+def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
+    kept = job.record.kept_orders({group.name: group.channels for group in job.groups})
+    if kept is not None:
+        return kept
+    job.record.begin_learning()
+    if job.methods.permutation.learned:
+        call_helpers(problem, job.loaded.identity, job.products)
+        with parallel.in_step():
+            found = job.methods.permutation.orders(problem)
+    else:  # searched by the first process alone
+        found = job.methods.permutation.orders(problem)
+    key = job.permutation_key
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {type(found).__name__}")
+    orders = {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
+    job.record.keep_orders(orders)
+    return orders
+
+
+def found_masks(
+    job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
+) -> tuple[Order, Mapping[str, Tensor] | None]:
+    """The order of the channel groups as it is, and the masks of all linears; None where the pruner chooses them.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells.
+        order: of the channel groups, as `order_of` gives it.
+    """
+    mask, record = job.methods.mask, job.record
+    if mask.local:
+        return order, None
+    assert dense is not None
+    chosen = windows_for(mask, job.config.calibration.samples)
+    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
+    with record.stage("mask", job.device):
+        masks = record.kept_masks(linear_shapes(job.groups))
+        kept = None if masks is None else record.kept_orders({group.name: group.channels for group in job.groups})
+    orders = kept or {group.name: _order_by(order, problem, group) for group in job.groups}
+    if masks is not None:
+        return among(orders), masks
+    with record.stage("mask", job.device):
+        earlier = [line for line in record.passes() if _MASKS not in line]
+        _tell(job, problem, earlier, _steps_of(job, "permutation"))
+        with products_in(job.products, job.device):
+            if mask.learned:
+                call_helpers(problem, job.loaded.identity, job.products, orders)
+                with parallel.in_step():
+                    masks = mask.masks(problem, orders)
+            else:  # found by the first process alone
+                masks = mask.masks(problem, orders)
+        record.keep_orders(orders)
+        record.keep_masks(masks)
+    return among(orders), masks
+
+
+def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Tensor:
+    scores = [problem.saliency_of(path) for path in group.members]
+    return order(group.name, torch.cat(scores), problem.pattern_of(group)).cpu()
+
+
+def watch_weights(job: Job) -> Callable[[LearningProblem], None]:
+    """What has a job's record and logger learn of the steps and epochs in which weights learn, after all others."""
+
+    def watch(problem: LearningProblem) -> None:
+        earlier = [line for line in job.record.passes() if WEIGHTS_LEARNED not in line]
+        _tell(job, problem, earlier, _steps_of(job, "permutation") + _steps_of(job, "mask"))
+
+    return watch
+
+
+def _steps_of(job: Job, what: str) -> int:
+    """The steps in which orders (`permutation`), or masks (`mask`), learn before what comes after them."""
+    method = job.methods.learned.get(what)
+    if not isinstance(method, LearningSettings):
+        return 0
+    count = method.samples or job.config.calibration.samples
+    return steps_in_all(method, count, len(decoder_layers(job.loaded.model)))
+
+
+def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:
+    """Have the job's record and logger learn of the steps and epochs of what learns, after those of what learned before."""
+    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
+    passes = _Passes(job.record, job.logger, earlier)
+    problem.on_pass, problem.on_resume = passes.add, passes.resume
+
+
+class _Passes:
+    """The epochs of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
+
+    def __init__(self, record: Progress, logger: RunLogger, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        self._record, self._logger, self._earlier = record, logger, list(earlier)
+        self._done = len(self._earlier)
+
+    def resume(self, passes: list[dict[str, Any]]) -> None:
+        lines = [*self._earlier, *passes]
+        held = self._record.restart_history(lines)
+        for number, values in enumerate(lines[held:], held + 1):
+            self._logger.log_pass(values, number)
+        self._done = len(lines)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self._done += 1
+        self._record.append_history(values)
+        self._logger.log_pass(values, self._done)

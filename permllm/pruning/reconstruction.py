@@ -1,0 +1,106 @@
+"""What a reconstruction is: it changes the kept weights after the masks are known, and never a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from permllm.config import NMPattern
+from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.training.problem import LearningProblem
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """One linear after its mask was chosen.
+
+    Attributes:
+        dense: the dense weight, `(C_out, C_in)`.
+        weight: the pruned weight as the pruner left it, same shape, +0.0 outside of the mask.
+        mask: bool, same shape, original channel order.
+        perm: int64 `(C_in,)`.
+        pattern: N:M, which the mask obeys in permuted order.
+        statistics: those that the reconstruction names, of the inputs that the pruned layers before give; None where no
+            weight changes.
+    """
+
+    dense: Tensor
+    weight: Tensor
+    mask: Tensor
+    perm: Tensor
+    pattern: NMPattern
+    statistics: InputStatistics | None
+
+
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """The model when all of its layers are pruned.
+
+    Attributes:
+        problem: the model with its pruned weights, and windows with the dense model's output: those that `samples` and `skip`
+            of the reconstruction ask for, or all of the calibration where they are its first ones.
+        linears: its pruned linears.
+        masks: bool `(C_out, C_in)` for each of them, on the host, made when it is asked for.
+    """
+
+    problem: LearningProblem
+    linears: Sequence[nn.Linear]
+    masks: Collection[Tensor]
+
+
+class Reconstruction(Protocol):
+    """Changes kept weights: linear by linear, and then in the whole model.
+
+    Attributes:
+        changes_weights: false only where it does nothing.
+        learned: it trains the kept weights of the whole model (`LearnedReconstruction`), in the first process of torchrun.
+        statistics: what it asks of the calibration text (`permllm.sparsity`).
+    """
+
+    changes_weights: bool
+    learned: bool
+
+    @property
+    def statistics(self) -> Statistics:
+        """Classes of statistics; a class attribute will do."""
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The new weight of a linear, zero outside of the mask."""
+
+    def network(self, pruned: PrunedNetwork) -> None:
+        """Change the weights of all linears in place, zero outside of their masks."""
+
+
+class LearnedReconstruction(Reconstruction, Protocol):
+    """Trains the kept weights of all layers together.
+
+    Attributes:
+        batch_size: samples a step.
+        loss: towards the dense model, as `permllm.training.losses` names them.
+    """
+
+    batch_size: int
+    loss: str
+
+
+class NoReconstruction:
+    """The kept weights stay as the pruner left them."""
+
+    changes_weights = False
+    learned = False
+    statistics: ClassVar[Statistics] = ()
+
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """The weight as it is."""
+        return pruned.weight
+
+    def network(self, pruned: PrunedNetwork) -> None:
+        """Nothing."""
+
+
+def trains_network(reconstruction: Reconstruction) -> bool:
+    """Whether it changes the weights of the whole model together, in `network`."""
+    return type(reconstruction).network is not NoReconstruction.network

@@ -1,0 +1,111 @@
+"""Pure mathematics of N:M masks.
+
+A mask is bool, True = kept. Groups are M consecutive entries along one dimension; each keeps its N largest entries. Equal
+entries are ordered by position, the lowest index first, so that a mask is a function of the saliency alone: 4-bit weights
+tie often (in 15 % of the groups of four, the second and third magnitudes are equal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern, check_divides
+from permllm.runs.masks import COMPARE_UP_TO
+
+
+def keep_largest(values: Tensor, n: int, dim: int) -> Tensor:
+    """Mask of the `n` largest entries along `dim`, ties to the lowest index.
+
+    Args:
+        values: any shape, floating; `dim` is one group of M entries.
+        n: how many to keep, 0 < n < values.shape[dim].
+
+    Returns:
+        bool, the shape of `values`, with exactly `n` True along `dim`.
+    """
+    m = values.shape[dim]
+    if m > COMPARE_UP_TO:
+        order = values.argsort(dim=dim, descending=True, stable=True)
+        return torch.zeros_like(values, dtype=torch.bool).scatter_(dim, order.narrow(dim, 0, n), True)
+    return torch.stack(keep_largest_of(values.unbind(dim), n), dim=dim)
+
+
+def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
+    """Which of M tensors hold the `n` largest entries, place by place, ties to the first.
+
+    Args:
+        entries: M tensors of one shape.
+        n: how many to keep at each place, 0 < n < M.
+
+    Returns:
+        M bool tensors of that shape.
+    """
+    return [rank < n for rank in ranks_of(entries)]
+
+
+def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
+    """How many of M tensors hold a larger entry, place by place; of equal ones the first counts as the larger.
+
+    Args:
+        entries: M tensors of one shape.
+
+    Returns:
+        M integer tensors of that shape, at each place a permutation of 0 to M - 1.
+    """
+    m = len(entries)
+    # Bytes are fastest as they stand; compiled code cannot vectorise them, but keeps counts in registers.
+    counter = torch.int32 if torch.compiler.is_compiling() else torch.int8 if m <= 128 else torch.int16
+    # ahead[i] counts the entries that come before entry i in the order "larger first, then lower index". Of each pair
+    # i < j exactly one is ahead of the other: start as if every j were ahead of i, then correct.
+    ahead = [torch.full(entries[0].shape, m - 1 - i, dtype=counter, device=entries[0].device) for i in range(m)]
+    for i in range(m):
+        for j in range(i + 1, m):
+            i_first = (entries[i] >= entries[j]).to(counter)
+            ahead[j] += i_first
+            ahead[i] -= i_first
+    return ahead
+
+
+def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:
+    """N:M mask along the last dimension.
+
+    Args:
+        saliency: `(..., C_in)`, floating, larger is more worth keeping; M divides C_in.
+
+    Returns:
+        bool `(..., C_in)`, exactly N True in each group of M consecutive entries.
+
+    Raises:
+        ConfigError: M does not divide C_in.
+    """
+    channels = saliency.shape[-1]
+    check_divides(pattern, channels, "the layer")
+    groups = saliency.unflatten(-1, (channels // pattern.m, pattern.m))
+    return keep_largest(groups, pattern.n, dim=-1).flatten(-2)
+
+
+def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tensor:
+    """N:M mask that is chosen in permuted order and returned in the original order.
+
+    Args:
+        saliency: `(C_out, C_in)`, original channel order.
+        perm: int64 `(C_in,)`, `saliency[:, perm]` is the permuted order.
+
+    Returns:
+        bool `(C_out, C_in)`, original channel order.
+    """
+    return nm_mask(saliency[:, perm], pattern)[:, perm.argsort()]
+
+
+def retained_saliency(saliency: Tensor, mask: Tensor) -> float:
+    """Share of the total saliency that the mask keeps, in [0, 1] (RIA's objective for a permutation)."""
+    return saliency_sum(saliency, mask) / max(saliency_sum(saliency), 1e-300)
+
+
+def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:
+    """Sum of a saliency, or of what a mask keeps of it, in float64."""
+    kept = saliency if mask is None else torch.where(mask, saliency, 0.0)
+    return float(kept.sum(dtype=torch.float64))

@@ -1,0 +1,72 @@
+"""What orders, masks and weights are learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permllm.config import NMPattern
+from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.offload import placement_of
+from permllm.sparsity.saliency import SaliencyFactors, saliency
+
+
+@dataclass
+class LearningProblem:
+    """What is learned from.
+
+    Attributes:
+        model: of a known family: dense, and unchanged afterwards, where orders and masks learn.
+        groups: its channel groups that are pruned, all layers.
+        tokens: int64 `(samples, length)`.
+        factors: saliency factors of every linear, by module path.
+        target: dense output of the last decoder layer, `(samples, length, hidden)` on the host.
+        pattern: N:M of the groups that have none of their own.
+        seed: of the initial logits and the order of samples.
+        calibration_batch_size: samples a forward where nothing is learned.
+        calibration: int64 `(samples, length)`, what the factors are of; None where that is the tokens.
+        directory: where the checkpoint goes; None keeps none.
+        run: digest of the settings; a checkpoint of another run is not continued.
+        on_step: called after each step with loss, temperature, flips and seconds.
+        on_pass: called after each epoch with the same and the memory.
+        on_resume: called before learning, with what `on_pass` was given for each epoch that is done; with nothing where
+            there is no checkpoint, or none that can be continued.
+    """
+
+    model: nn.Module
+    groups: list[ChannelGroup]
+    tokens: Tensor
+    factors: dict[str, SaliencyFactors]
+    target: Tensor
+    pattern: NMPattern
+    seed: int
+    calibration_batch_size: int = 8
+    calibration: Tensor | None = None
+    directory: Path | None = None
+    run: str = ""
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
+    on_pass: Callable[[dict[str, Any]], None] = lambda values: None
+    on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None
+
+    def pattern_of(self, group: ChannelGroup) -> NMPattern:
+        """N:M of a channel group."""
+        return group.pattern or self.pattern
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def factors_of(self, path: str) -> SaliencyFactors:
+        """Saliency factors of a linear, on the device."""
+        return self.factors[path].to(self.device)
+
+    def saliency_of(self, path: str) -> Tensor:
+        """Saliency of a linear, `(C_out, C_in)` on the device."""
+        with placement_of(self.model).layer_of(path):
+            return saliency(linear_at(self.model, path).weight, self.factors_of(path))

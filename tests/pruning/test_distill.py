@@ -1,0 +1,309 @@
+"""Distillation: its optimizer against Adam's formula, its text, and a distillation that is killed and continued."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer
+
+from permllm import job
+from permllm.config import read_config
+from permllm.data.windows import calibration_tokens, document_windows, joined_windows, overlapping_windows
+from permllm.errors import ConfigError
+from permllm.models.families import channel_groups, linear_at
+from permllm.permutation.none import Identity
+from permllm.pruning import distill
+from permllm.pruning import layerwise as pipeline
+from permllm.pruning.admm import ADMM
+from permllm.pruning.distill import Distill
+from permllm.pruning.kept_weights import KeptWeights, WeightLearner
+from permllm.pruning.layerwise import prune
+from permllm.pruning.magnitude import Magnitude
+from permllm.pruning.obs import OBS
+from permllm.pruning.reconstruction import NoReconstruction, PrunedNetwork
+from permllm.runs.names import DISTILL_CHECKPOINT
+from permllm.runtime import parallel
+from permllm.runtime.precision import products_in
+from permllm.sparsity.gram import Gram
+from permllm.training import loop as training
+from permllm.training.loop import Moment, Window
+from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningSettings
+from tests.conftest import tiny_model
+from tests.pruning.test_layerwise import PATTERN, tokens
+from tests.test_config import composed, config
+
+TOKENIZER = ByT5Tokenizer(extra_ids=0)
+STEPS, RATE = 7, 0.05
+
+
+def of_squares(masks: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Two linears, before and after so many steps down `sum(weight^4)`, as the training loop asks for them."""
+    generator = torch.Generator().manual_seed(0)
+    linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)]
+    for number, linear in enumerate(linears):
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator, dtype=torch.float64))
+        linear.weight.mul_(masks[number])
+    before = [linear.weight.clone() for linear in linears]
+    kept = KeptWeights(linears, masks)
+    learner = WeightLearner(kept, RATE)
+    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        learner.begin(Moment(step, STEPS, step // 4, 2))
+        with kept.gradients():
+            torch.stack([linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears]).sum().backward()
+        assert all(linear.weight.grad is None and not linear.weight.requires_grad for linear in linears)
+        optimizer.step()
+        scheduler.step()
+        if step in (3, STEPS - 1):  # the end of an epoch
+            learner.begin(Moment(step, STEPS, step // 4, 2))
+    return before, [linear.weight for linear in linears]
+
+
+def test_kept_weights_learn_as_adam_says() -> None:
+    generator = torch.Generator().manual_seed(1)
+    masks = [torch.rand(rows, 8, generator=generator) < 0.5 for rows in (3, 5)]
+    for number, (weight, after) in enumerate(zip(*of_squares(masks), strict=True)):
+        kept = masks[number]
+        mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+        for step in range(STEPS):
+            gradient = (4 * weight**3 + 1) * kept
+            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+            rate = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            corrected = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            weight = weight - rate * mean / (1 - 0.9 ** (step + 1)) / corrected
+        torch.testing.assert_close(after, weight, rtol=1e-9, atol=1e-12)
+        assert not after[~kept].any()
+
+
+def pruned_with(model: nn.Module, reconstruction: Any, **more: Any) -> None:
+    prune(model, channel_groups(model), tokens(), Magnitude(), PATTERN, Identity().order, 4, None, reconstruction, **more)
+
+
+def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> None:
+    alive: list[object] = []
+
+    class Watching(Distill):
+        def network(self, network: Any) -> None:
+            alive.extend(one for one in gc.get_objects() if isinstance(one, Gram))
+
+    pruned_with(tiny_model("llama"), Watching(epochs=1, batch_size=2, start="admm"), network_tokens=tokens(10))
+    assert not alive
+
+
+def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
+    model = tiny_model("llama")
+    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003} | settings)
+    pruned_with(model, reconstruction, network_tokens=tokens(10), directory=directory, run="run")
+    return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
+
+
+def stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Every step writes a checkpoint, and the process ends after one of them."""
+    write = training.write_torch
+
+    def write_and_stop(path: Path, state: Any) -> None:
+        write(path, state)
+        if state["scheduler"]["last_epoch"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(training, "write_torch", write_and_stop)
+
+
+@pytest.mark.parametrize(("written", "where"), [(2, "epoch 0 of 2 and 2 steps"), (8, "epoch 1 of 2 and 3 steps")])
+def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, written: int, where: str
+) -> None:
+    whole = distilled(None)
+    stops(monkeypatch, written)
+    with pytest.raises(KeyboardInterrupt):
+        distilled(tmp_path)
+    with caplog.at_level("INFO"):
+        continued = distilled(tmp_path)
+    assert f"continuing after {where}" in caplog.text
+    assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
+    # What is of something else, or broken, is not continued, and says so.
+    (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
+    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", math.inf)
+    monkeypatch.setattr(training, "write_torch", lambda *_: None)
+    assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
+    assert "learning begins anew" in caplog.text
+
+
+def test_a_run_that_is_stopped_while_it_distils_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("model=tiny", "logger=none", "permutation=none", "reconstruction=distill", "reconstruction.samples=6")
+    words = (*words, "calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=2")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    job.run(read_config(composed(*words, f"run_dir={whole}")))
+    stops(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(read_config(composed(*words, f"run_dir={stopped}")))
+    assert (stopped / DISTILL_CHECKPOINT).is_file()
+    job.run(read_config(composed(*words, f"run_dir={stopped}")))
+    assert not (stopped / DISTILL_CHECKPOINT).exists()
+    before, after = (load_file(folder / "weights.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(weight, after[path]) for path, weight in before.items())
+
+
+def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() -> None:
+    model = tiny_model("llama")
+    expected = model.model(input_ids=tokens(10)).last_hidden_state
+    seen: list[PrunedNetwork] = []
+
+    class Sees(NoReconstruction):
+        changes_weights = True
+
+        def network(self, pruned: PrunedNetwork) -> None:
+            seen.append(pruned)
+
+    pruned_with(model, Sees(), network_tokens=tokens(10))
+    assert torch.equal(seen[0].problem.tokens, tokens(10))
+    torch.testing.assert_close(model.model.norm(seen[0].problem.target), expected)
+
+
+def test_what_does_not_train_the_network_is_not_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The masks of all linears, a byte a weight, and the states of all samples.
+    monkeypatch.setattr(pipeline, "PrunedNetwork", None)
+    pruned_with(tiny_model("llama"), OBS())
+    with pytest.raises(TypeError):
+        pruned_with(tiny_model("llama"), Distill(epochs=1, batch_size=2, learning_rate=0.003))
+
+
+def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> None:
+    documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
+    for draw in (joined_windows, document_windows, overlapping_windows):
+        more = draw(TOKENIZER, documents, 8, 40, seed=0, further=6)
+        assert more.shape == (14, 40)
+        assert torch.equal(more[:8], draw(TOKENIZER, documents, 8, 40, seed=0))
+        assert len(more.unique(dim=0)) == 14
+    disjoint = joined_windows(TOKENIZER, documents, 8, 40, seed=0, further=6)
+    found = [documents[0].index(TOKENIZER.decode(window[1:-1])) for window in disjoint]
+    assert min(abs(a - b) for number, a in enumerate(found) for b in found[:number]) >= 40
+
+
+def test_settings_say_how_many_windows_are_drawn() -> None:
+    words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16", "reconstruction=distill")
+    asked = config(*words, "reconstruction.samples=7")
+    assert asked.further == 3
+    assert calibration_tokens(TOKENIZER, asked.calibration, 0, further=asked.further).shape == (7, 16)
+    assert config(*words, "reconstruction.samples=2").further == config(*words).further == 0
+    assert config(*words, "reconstruction.samples=null").hash == config(*words).hash != asked.hash
+    with pytest.raises(ConfigError, match=r"reconstruction\.samples=0"):
+        Distill(samples=0)
+
+
+@pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
+def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type) -> None:
+    found = []
+    for reconstruction in (Distill(start=start, learning_rate=1e-12, epochs=1), like()):  # type: ignore[arg-type]
+        model = tiny_model("llama", dtype=torch.float64)
+        groups = channel_groups(model)
+        pruned_with(model, reconstruction)
+        found.append([linear_at(model, path).weight for group in groups for path in group.members])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = training.recomputed
+
+    def counted(*given: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        return real(*given, **keywords)
+
+    monkeypatch.setattr(training, "recomputed", counted)
+    kept = distilled(None)
+    assert not calls  # what a tiny model needs is little
+    monkeypatch.setattr(training, "KEPT_ON_A_HOST", 0.0)
+    recomputed = distilled(None)
+    assert calls
+    for path, weight in kept.items():
+        torch.testing.assert_close(recomputed[path], weight)
+
+
+def test_steps_go_through_the_samples_as_often_as_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, counted = distilled(None), distilled(None, epochs=1, steps=10)
+    assert all(torch.equal(weight, counted[path]) for path, weight in whole.items())
+    seen: list[Tensor] = []
+    real = training.Training.step
+
+    def watched(self: training.Training, batch: Tensor, *more: Any) -> Any:
+        seen.append(batch)
+        return real(self, batch, *more)
+
+    monkeypatch.setattr(training.Training, "step", watched)
+    distilled(None, epochs=1, steps=7)
+    assert [len(batch) for batch in seen] == 7 * [2]
+    assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
+    assert len(torch.cat(seen[5:]).unique()) == 4
+    with pytest.raises(ConfigError, match=r"reconstruction\.steps=0"):
+        Distill(steps=0)
+
+
+def test_the_seed_says_in_which_order_the_samples_come() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny_model("llama")
+        pruned_with(model, Distill(epochs=1, batch_size=2, learning_rate=0.003), network_tokens=tokens(10), seed=seed)
+        found.append(linear_at(model, channel_groups(model)[0].members[0]).weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_among_several_processes_the_first_alone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = distilled(None)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    assert parallel.world_size() == 2
+    assert all(torch.equal(weight, whole[path]) for path, weight in distilled(None).items())
+    assert parallel.world_size() == 2
+
+
+def test_a_checkpoint_of_other_masks_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        stops(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(tmp_path)
+    real = distill.KeptWeights.__init__
+
+    def others(self: KeptWeights, linears: Any, masks: list[Tensor]) -> None:  # that keep as many
+        real(self, linears, [mask.flip(1) for mask in masks])
+
+    monkeypatch.setattr(distill.KeptWeights, "__init__", others)
+    distilled(tmp_path)
+    assert "it is of other masks: learning begins anew" in caplog.text
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> None:
+    model = tiny_model("llama")
+    groups = channel_groups(model)
+    linears = [linear_at(model, path) for group in groups for path in group.members]
+    masks = [torch.rand(linear.weight.shape) < 0.5 for linear in linears]
+    kept = KeptWeights(linears, masks)
+    target = model.model(input_ids=tokens()).last_hidden_state.detach()
+    learning = LearningProblem(model, groups, tokens(), {}, target, PATTERN, seed=0)
+    settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
+    with kept.gradients(), products_in(products, torch.device("cpu")):
+        window = Window(0, 0, 2, None, target)
+        loop = training.Training(settings, learning, window, WeightLearner(kept, 1e-3), "distill", "file")
+        values = sum(int(mask.sum()) for mask in masks)
+        rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
+        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments
+        loop.step(torch.arange(2), Moment(0, 4, 0, 1))
+        assert loop._not_yet_taken(target) == 4 * values + rounded

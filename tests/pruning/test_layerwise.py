@@ -1,0 +1,168 @@
+"""Every family, pruner and permutation through calibration, learning and pruning; the record rebuilds the result."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern
+from permllm.models.families import FAMILIES, channel_groups, linear_at
+from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.lcp.lcp import LCP
+from permllm.permutation.lcp.temperature import Linear
+from permllm.permutation.none import Identity
+from permllm.pruning.layerwise import prune
+from permllm.pruning.magnitude import Magnitude
+from permllm.pruning.ria import RIA
+from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.wanda import Wanda
+from permllm.sparsity.calibrate import Pruner, calibrate_dense
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.norm import Norm
+from permllm.sparsity.saliency import saliency
+from permllm.sparsity.statistics import InputStatistics
+from permllm.training.problem import LearningProblem
+from tests.conftest import tiny_model
+
+PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "sparsegpt": SparseGPT}
+PATTERN = NMPattern(2, 4)
+
+
+def tokens(samples: int = 6, length: int = 12) -> Tensor:
+    return torch.randint(0, 259, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def lcp(**settings: Any) -> LCP:
+    defaults: dict[str, Any] = {"block_size": 24, "epochs": 2, "batch_size": 4, "loss": "cosine"}
+    return LCP(**defaults | {"temperature": Linear(), **settings})
+
+
+def problem(model: torch.nn.Module, pruner: Pruner, pattern: NMPattern = PATTERN, **extra: Any) -> LearningProblem:
+    groups = channel_groups(model)
+    dense = calibrate_dense(model, groups, tokens(), pruner, batch_size=4)
+    return LearningProblem(model, groups, tokens(), dense.factors, dense.target, pattern, seed=0, **extra)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("pruner_name", sorted(PRUNERS))
+@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
+@pytest.mark.parametrize("statistics", ["dense", "sequential"])
+def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
+    family: str, pruner_name: str, permutation: str, statistics: str
+) -> None:
+    model = tiny_model(family)
+    dense_model = copy.deepcopy(model)
+    pruner = PRUNERS[pruner_name]()
+    groups = channel_groups(model)
+    learning = problem(model, pruner)
+    if permutation == "lcp":
+        orders = lcp().orders(learning)
+        order = lambda name, scores, pattern: orders[name]  # noqa: E731
+    else:
+        order = (Identity() if permutation == "none" else Heuristic()).order
+    factors = learning.factors if statistics == "dense" else None
+    result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors)
+    assert result.violations == 0
+    for group in groups:
+        perm = result.orders[group.name]
+        assert sorted(perm.tolist()) == list(range(group.channels))
+        for path in group.members:
+            weight, mask = linear_at(model, path).weight, result.masks[path]
+            kept = (weight[:, perm] != 0).unflatten(1, (-1, 4)).sum(-1)
+            assert kept.max() <= 2
+            assert not torch.signbit(weight[~mask]).any()
+            assert not weight[~mask].any()
+            if pruner_name != "sparsegpt":
+                assert torch.equal(weight, torch.where(mask, linear_at(dense_model, path).weight, 0.0))
+    # Nothing outside the pruned linears has moved.
+    pruned = {f"{path}.weight" for group in groups for path in group.members}
+    for (name, parameter), (_, before) in zip(model.named_parameters(), dense_model.named_parameters(), strict=True):
+        assert name in pruned or torch.equal(parameter, before)
+    assert all(0 < value <= 1 for value in result.retained.values())
+    assert all(value > 0 for value in result.output_error.values())
+
+
+def test_learning_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    lcp().orders(problem(model, Wanda()))
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.is_contiguous()
+
+
+def test_output_error_is_the_relative_squared_error_on_the_dense_inputs() -> None:
+    model = tiny_model("opt")  # with biases
+    dense_model = copy.deepcopy(model)
+    groups = channel_groups(model)
+    captured: dict[str, Tensor] = {}
+    for group in groups:
+        for path in group.members:
+            linear_at(dense_model, path).register_forward_pre_hook(lambda _, args, path=path: captured.update({path: args[0]}))
+    dense_model(input_ids=tokens())
+    result = prune(model, groups, tokens(), Wanda(), PATTERN, Heuristic().order, 4, None)
+    for group in groups:
+        error = norm = 0.0
+        for path in group.members:
+            x = captured[path].flatten(0, -2).double()
+            dense, sparse = linear_at(dense_model, path).weight.double(), linear_at(model, path).weight.double()
+            error += float((x @ (dense - sparse).T).square().sum())
+            norm += float((x @ dense.T).square().sum())
+        assert result.output_error[group.name] == pytest.approx(error / norm, rel=1e-4)
+
+
+def test_sequential_statistics_come_from_the_pruned_layers_before() -> None:
+    model = tiny_model("llama")
+    groups = channel_groups(model)
+    dense_factors = calibrate_dense(model, groups, tokens(), Wanda(), 4).factors
+    result = prune(model, groups, tokens(), Wanda(), PATTERN, Identity().order, 4, None)
+    second = [group for group in groups if group.layer == 1]
+    path = second[0].members[0]
+    fresh = tiny_model("llama")
+    # The same model with its first layer pruned, everything recomputed by hand.
+    for group in groups:
+        if group.layer == 0:
+            for member in group.members:
+                linear_at(fresh, member).weight.data *= result.masks[member]
+    by_hand = calibrate_dense(fresh, groups, tokens(), Wanda(), 4).factors[path]
+    assert not torch.allclose(by_hand.column, dense_factors[path].column)
+    weight = linear_at(fresh, path).weight
+    assert torch.equal(result.masks[path], permuted_nm_mask(saliency(weight, by_hand), torch.arange(32), PATTERN))
+
+
+def test_smaller_sparsity_has_smaller_error_everywhere() -> None:
+    errors = []
+    for pattern in (NMPattern(3, 4), NMPattern(2, 4), NMPattern(1, 4)):
+        model = tiny_model("llama")
+        result = prune(model, channel_groups(model), tokens(), Wanda(), pattern, Identity().order, 4, None)
+        errors.append(result.output_error["model.layers.0.mlp.down_proj"])
+    assert errors == sorted(errors)
+
+
+def test_a_statistic_that_was_not_asked_for_is_not_there() -> None:
+    with pytest.raises(RuntimeError, match="Gram was not asked for"):
+        InputStatistics(4, "cpu", (Norm,))[Gram]
+
+
+def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -> None:
+    model = tiny_model("llama")
+    rounded = problem(model, SparseGPT()).factors
+    results = {}
+    for dtype in (None, torch.bfloat16):
+        dense = calibrate_dense(model, channel_groups(model), tokens(), SparseGPT(), 4, dtype)
+        pruned = copy.deepcopy(model)
+        groups = channel_groups(pruned)
+        found = prune(pruned, groups, tokens(), SparseGPT(), PATTERN, Identity().order, 4, dense.factors, compute_dtype=dtype)
+        assert found.violations == 0
+        results[dtype] = dense.factors
+        last = "model.layers.1.mlp.down_proj"
+        torch.testing.assert_close(dense.factors[last].column, rounded[last].column, rtol=0.2, atol=0)
+    assert not torch.equal(results[None][last].column, results[torch.bfloat16][last].column)
+    assert torch.equal(results[None][last].column, rounded[last].column)

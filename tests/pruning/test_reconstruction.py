@@ -1,0 +1,150 @@
+"""Reconstructions lower the error of what they say they do, keep the masks, and come back from the record."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from permllm.config import NMPattern
+from permllm.errors import ConfigError, TrainingError
+from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.models.layers import LayerStream
+from permllm.permutation.heuristic import Heuristic
+from permllm.pruning.admm import ADMM
+from permllm.pruning.distill import Distill
+from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.magnitude import Magnitude
+from permllm.pruning.obs import OBS
+from permllm.pruning.reconstruction import PrunedLinear
+from permllm.pruning.wanda import Wanda
+from permllm.sparsity.gram import Gram
+from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.statistics import InputStatistics
+from tests.conftest import tiny_model
+from tests.pruning.test_layerwise import PATTERN, problem, tokens
+
+
+def pruned(reconstruction: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
+    model = tiny_model("llama", dtype=dtype)
+    learning = problem(model, Wanda())
+    result = prune(model, learning.groups, tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors, reconstruction)
+    return model, result, learning.target
+
+
+def output_error(model: torch.nn.Module, target: Tensor) -> float:
+    stream = LayerStream(model, tokens(), 4)
+    for index in range(len(decoder_layers(model))):
+        stream.advance(index)
+    return float(((stream.states() - target).square().sum(-1) / target.square().sum(-1)).mean())
+
+
+@pytest.mark.parametrize("reconstruction", [OBS(), ADMM(), Distill(epochs=20, learning_rate=0.003)])
+def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any) -> None:
+    plain, before, target = pruned(None)
+    mended, after, _ = pruned(reconstruction)
+    assert after.violations == 0
+    first_layer = [name for name in before.masks if ".layers.0." in name]
+    assert all(torch.equal(before.masks[name], after.masks[name]) for name in first_layer)
+    for path, mask in after.masks.items():
+        weight = linear_at(mended, path).weight
+        assert not weight[~mask].any()
+        assert not torch.equal(weight, linear_at(plain, path).weight)
+        assert not weight.requires_grad
+    assert output_error(mended, target) < 0.95 * output_error(plain, target)
+
+
+def correlated() -> tuple[Tensor, PrunedLinear]:
+    """Inputs `(400, 64)` of which neighbours in a random order share half of their signal, and a linear pruned for them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 64, generator=generator) + torch.randn(400, 32, generator=generator).repeat_interleave(2, 1)
+    x = x[:, torch.randperm(64, generator=generator)] * torch.logspace(-1, 1, 64)
+    weight = torch.randn(6, 64, generator=generator)
+    statistics = InputStatistics(64, "cpu", (Gram,))
+    statistics.update(x)
+    perm = torch.randperm(64, generator=generator)
+    mask = permuted_nm_mask(weight.abs() * x.norm(dim=0), perm, NMPattern(2, 4))
+    return x.double(), PrunedLinear(weight, weight * mask, mask, perm, NMPattern(2, 4), statistics)
+
+
+def squared_error(x: Tensor, linear: PrunedLinear, weight: Tensor) -> Tensor:
+    """Of each row's output."""
+    return (x @ (weight.double() - linear.dense.double()).T).square().sum(0)
+
+
+def least_squares(x: Tensor, linear: PrunedLinear) -> Tensor:
+    """The kept weights of least error, row by row."""
+    best = torch.zeros_like(linear.dense, dtype=torch.float64)
+    for row, kept in enumerate(linear.mask):
+        best[row, kept] = torch.linalg.lstsq(x[:, kept], x @ linear.dense[row].double(), driver="gelsd").solution
+    return best
+
+
+def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optimum() -> None:
+    x, linear = correlated()
+
+    def error(weight: Tensor) -> float:
+        return float(squared_error(x, linear, weight).sum())
+
+    corrected = OBS(damping=1e-6).linear(linear)
+    assert not corrected[~linear.mask].any()
+    # SparseGPT corrects each pruned weight with the columns after it alone, so it cannot reach the optimum.
+    assert error(least_squares(x, linear)) <= error(corrected) < error(linear.weight)
+
+
+def test_admm_ends_at_the_least_squares_of_each_row() -> None:
+    x, linear = correlated()
+    best = least_squares(x, linear)
+    found = ADMM(iterations=40, damping=1e-9).linear(linear)
+    assert not found[~linear.mask].any()
+    least = squared_error(x, linear, best)
+    assert (squared_error(x, linear, found) <= 1.01 * least).all()
+    # A dozen iterations are nearly there, and no row is worse than before.
+    errors = [squared_error(x, linear, ADMM(iterations=number, damping=1e-9).linear(linear)) for number in (1, 12)]
+    assert errors[1].sum() <= 1.05 * least.sum()
+    assert all((error <= squared_error(x, linear, linear.weight)).all() for error in errors)
+    assert errors[1].sum() < squared_error(x, linear, OBS(damping=1e-6).linear(linear)).sum()
+    # Weights that are best already stay.
+    again = ADMM(damping=1e-9).linear(replace(linear, weight=best.float()))
+    assert squared_error(x, linear, again).sum() <= 1.0001 * least.sum()
+
+
+def test_bfloat16_weights_are_trained_in_float32() -> None:
+    plain, _, target = pruned(None, torch.bfloat16)
+    mended, _, _ = pruned(Distill(epochs=20, learning_rate=0.003), torch.bfloat16)
+    assert output_error(mended, target) < output_error(plain, target)
+
+
+def test_training_stops_when_the_loss_is_not_finite() -> None:
+    model = tiny_model("llama")
+    learning = problem(model, Magnitude())
+    broken = copy.deepcopy(model)
+    decoder_layers(broken)[0].input_layernorm.weight.data[0] = float("nan")
+    message = "DISTILL stopped in epoch 1: the loss is not finite: the output of decoder layer 0 is not"
+    with pytest.raises(TrainingError, match=message):
+        prune(
+            broken,
+            channel_groups(broken),
+            tokens(),
+            Magnitude(),
+            PATTERN,
+            Heuristic().order,
+            4,
+            learning.factors,
+            Distill(),
+        )
+
+
+def test_values_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reconstruction\.epochs=0"):
+        Distill(epochs=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.learning_rate=0"):
+        Distill(learning_rate=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.damping=0"):
+        OBS(damping=0)
+    with pytest.raises(ConfigError, match=r"reconstruction\.iterations=0"):
+        ADMM(iterations=0)

@@ -1,0 +1,171 @@
+"""How a command ends that a person, a scheduler or a reader of its output ends early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+from permllm import job
+from permllm.cli import call
+from permllm.config import read_config
+from permllm.export.checkpoint import Request, export_run
+from permllm.runs.figures import print_run
+from permllm.runtime.interruption import Terminated, exit_code, scheduler_signals
+from tests.conftest import ROOT
+from tests.test_config import composed
+
+QUICK = ("model=tiny", "logger=none", "calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=1")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_schedulers_signal_ends_the_work_once(handlers: None, number: int, code: int) -> None:
+    wound_up = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)  # while the record is written
+            wound_up.append(number)
+
+    with scheduler_signals(), pytest.raises(Terminated) as caught:
+        work()
+    assert wound_up == [number]
+    assert exit_code(caught.value) == code
+    assert exit_code(KeyboardInterrupt()) == 130
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_handlers_of_others_stay_and_so_does_what_is_ignored(handlers: None) -> None:
+    seen: list[int] = []
+
+    def of_a_launcher(number: int, _: Any) -> None:
+        seen.append(number)
+
+    signal.signal(signal.SIGTERM, of_a_launcher)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with scheduler_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert seen == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is of_a_launcher
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_thread_sets_no_handlers(handlers: None) -> None:
+    found = []
+
+    def work() -> None:
+        with scheduler_signals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL]
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"PERMLLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and would be there too
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
+    sweep = ("-m", "permutation.epochs=1,100000", *QUICK, "permutation.compile=false")
+    process = started(tmp_path, *sweep)
+    give_up = time.monotonic() + 200
+    while not any(len(file.read_text().splitlines()) > 1 for file in tmp_path.rglob("history.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    process.terminate()
+    out, error = process.communicate(timeout=100)
+    assert process.returncode == 143, error
+    assert error.splitlines()[-1] == "terminated by SIGTERM: the same command continues where it stopped"
+    assert "Traceback" not in error
+    # The table of the sweep, and what became of its jobs.
+    assert "terminated by SIGTERM: the same command continues it" in " ".join(out.split())
+    seconds = [json.loads(file.read_text())["seconds"] for file in tmp_path.rglob("metrics.json")]
+    assert len(seconds) == 2
+    assert all(found["permute"] > 0 for found in seconds)
+
+
+def test_an_early_interruption_is_one_line(tmp_path: Path) -> None:
+    processes = [started(tmp_path, *QUICK) for _ in range(2)]
+    for process in processes:
+        time.sleep(0.8)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=100)
+        assert (process.returncode, out) == (130, "")
+        assert len(error.splitlines()) == 1
+        assert error.startswith("interrupted: ")
+
+
+class Unread:
+    """A standard output whose reader has left."""
+
+    def __enter__(self) -> TextIO:
+        reader, writer = os.pipe()
+        os.close(reader)
+        self._stream = os.fdopen(writer, "w")
+        return self._stream
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def test_commands_end_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_full(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={tmp_path}/run")))
+    assert result is not None
+    metrics, directory = result
+    export_run(directory, Request("gathered"), tmp_path / "model")
+    capsys.readouterr()
+    for name, word, unread, full in (
+        ("results", str(directory), 141, 1),
+        ("verify", str(tmp_path / "model"), 0, 2),  # what it found does not depend on who reads it
+    ):
+        with Unread() as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert call(name, [word]) == unread
+        assert capsys.readouterr().err == ""
+        with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert call(name, [word]) == full
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert "No space left on device" in error
+        assert len(error.splitlines()) == 1
+    with Unread() as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        print_run(metrics, directory)  # a job of a sweep goes on

@@ -1,0 +1,84 @@
+"""N:M masks against brute force, with ties."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from permllm.config import NMPattern
+from permllm.errors import ConfigError
+from permllm.runs.masks import PackedMasks, violations
+from permllm.sparsity.nm import keep_largest, nm_mask, permuted_nm_mask, ranks_of, retained_saliency
+
+PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (8, 32)]
+
+
+def brute_force(row: list[float], n: int, m: int) -> list[bool]:
+    kept = [False] * len(row)
+    for start in range(0, len(row), m):
+        order = sorted(range(start, start + m), key=lambda i: (-row[i], i))
+        for index in order[:n]:
+            kept[index] = True
+    return kept
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_mask_equals_sorting_each_group_with_ties_to_the_lowest_index(n: int, m: int) -> None:
+    generator = torch.Generator().manual_seed(n * 100 + m)
+    saliency = torch.randint(0, 4, (16, 4 * m), generator=generator).double()  # few values: many ties
+    mask = nm_mask(saliency, NMPattern(n, m))
+    assert mask.tolist() == [brute_force(row, n, m) for row in saliency.tolist()]
+
+
+def test_the_two_ways_to_rank_agree_on_every_small_pattern_of_values() -> None:
+    values = torch.tensor(list(itertools.product(range(3), repeat=4)), dtype=torch.float64)
+    for n in (1, 2, 3):
+        order = values.argsort(dim=1, descending=True, stable=True)
+        expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order[:, :n], True)
+        assert torch.equal(keep_largest(values, n, dim=1), expected)
+
+
+@pytest.mark.parametrize("m", [127, 128, 129, 300])
+def test_wide_groups_are_ranked_by_sorting(m: int) -> None:
+    values = torch.randint(0, 9, (m, 3), generator=torch.Generator().manual_seed(m)).double()
+    found = torch.stack(ranks_of(values.unbind(0))).long()
+    assert torch.equal(found, values.argsort(dim=0, descending=True, stable=True).argsort(dim=0))
+
+
+def test_permuted_mask_is_n_m_in_permuted_order_only() -> None:
+    saliency = torch.rand(8, 32, generator=torch.Generator().manual_seed(0))
+    perm = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    pattern = NMPattern(2, 4)
+    mask = permuted_nm_mask(saliency, perm, pattern)
+    assert torch.equal(mask[:, perm].unflatten(1, (-1, 4)).sum(-1), torch.full((8, 8), 2))
+    assert violations(mask.float(), perm, pattern) == 0
+    assert violations(mask.float(), torch.arange(32), pattern) > 0
+    kept = (saliency * mask).sum() / saliency.sum()
+    assert retained_saliency(saliency, mask) == pytest.approx(float(kept), rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["2-4", "4:2", "0:4", "4:4", "", 124, None, "2:4:8"])
+def test_other_patterns_are_refused(text: object) -> None:
+    with pytest.raises(ConfigError, match="sparsity"):
+        NMPattern.parse(text)
+
+
+def test_m_must_divide_the_channels() -> None:
+    with pytest.raises(ConfigError, match="does not divide the 30 input channels"):
+        nm_mask(torch.rand(2, 30), NMPattern(2, 4))
+
+
+def test_packed_masks_are_those_that_were_given_in_an_eighth_of_their_bytes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in (("a", (3, 5)), ("b", (16, 8)))}
+    masks = PackedMasks(given)
+    assert list(masks) == ["a", "b"]
+    assert all(torch.equal(masks[name], mask) for name, mask in given.items())
+    assert [masks.packed(name)[0].numel() for name in given] == [2, 16]
+    masks["a"] = ~given["a"]
+    assert torch.equal(masks["a"], ~given["a"])
+    del masks["b"]
+    assert next(iter(masks.items()))[0] == "a"
+    assert len(masks) == 1

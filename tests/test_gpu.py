@@ -1,0 +1,70 @@
+"""On a machine with a GPU: the tiny pipeline there, and Triton's kernels; 2:4: `tests/export/test_bench.py`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from permllm import job
+from permllm.config import NMPattern, read_config
+from permllm.permutation.lcp.assignment import device_solver, harden
+from permllm.training.kernels import EAGER, KernelUse, compiled_kernels
+from tests.test_config import composed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICE = torch.device("cuda")
+
+
+def run(directory: Path, *overrides: str) -> list[float]:
+    """The loss of each pass of learning."""
+    settings = ("model=tiny", "logger=none", "permutation.compile=true", f"run_dir={directory}", *overrides)
+    assert job.run(read_config(composed(*settings))) is not None
+    return [json.loads(line)["loss"] for line in (directory / "history.jsonl").read_text().splitlines()]
+
+
+def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        there = run(tmp_path / "cuda", "compute_dtype=float32")
+    assert "without compiled kernels" not in caplog.text
+    here = run(tmp_path / "cpu", "compute_dtype=float32", "model.device=cpu")
+    assert there == pytest.approx(here, rel=1e-2)
+    metrics = json.loads((tmp_path / "cuda" / "metrics.json").read_text())
+    hardware = json.loads((tmp_path / "cuda" / "environment.json").read_text())["hardware"]
+    assert hardware["device"] == "cuda:0"
+    assert hardware["gpu"]["name"] == torch.cuda.get_device_name(0)
+    assert metrics["sparsity"]["violations"] == 0
+    assert 0 < metrics["peak_memory_bytes"] < 1 << 30
+    for order in load_file(tmp_path / "cuda" / "permutations.safetensors").values():
+        assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+def test_blocks_are_solved_where_they_are() -> None:
+    assert device_solver(64, torch.float32) is not None
+    generator = torch.Generator().manual_seed(0)
+    near = torch.eye(64)[torch.randperm(64, generator=generator)] + 0.1 * torch.rand(300, 64, 64, generator=generator)
+    for soft in (torch.rand(300, 64, 64, generator=generator), near, torch.rand(9, 24, 24, generator=generator)):
+        there, here = harden(soft.to(DEVICE)).cpu(), harden(soft)
+        values = [soft.double().gather(1, perm[:, None]).sum((1, 2)) for perm in (there, here)]
+        torch.testing.assert_close(*values, rtol=0, atol=1e-9)
+        assert torch.equal(there.sort().values, here.sort().values)
+    with pytest.raises(ValueError, match="not finite"):
+        harden(torch.full((1, 8, 8), torch.nan, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_triton_made_are_the_eager_ones(dtype: torch.dtype) -> None:
+    compiled = compiled_kernels(KernelUse("cuda", "swap", NMPattern(2, 4), dtype, dtype))
+    assert compiled is not None
+    generator = torch.Generator().manual_seed(0)
+    weight_t, grad = (torch.randn(256, 96, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    channels, column = torch.randperm(256, generator=generator).to(DEVICE), torch.rand(1, 256, generator=generator).to(DEVICE)
+    piece = (weight_t, channels, 1, column, None)
+    torch.testing.assert_close(compiled.mask(*piece, 2, 4, dtype), EAGER.mask(*piece, 2, 4, dtype))
+    ours, theirs = (form.exchanges(*piece, grad, 2, 4, dtype, 32) for form in (compiled, EAGER))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
