@@ -16,6 +16,9 @@ import pytest
 from tests import commands
 from tests.commands import ROOT, SECONDS
 
+# The command `permllm` of this environment.
+COMMAND = Path(sys.executable).with_name("permllm")
+
 if TYPE_CHECKING:  # the process that hands tests out reads this file too, and needs neither
     import torch
     from transformers import PreTrainedModel
@@ -178,7 +181,7 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """`python WORDS`: a script, a module after `-m`, or after `-m permllm` the command `permllm`."""
     if words[:2] == ("-m", "permllm"):
-        words = (str(Path(sys.executable).with_name("permllm")), *words[2:])
+        words = (str(COMMAND), *words[2:])
     cwd, environment = cwd or Path.cwd(), environment or dict(os.environ)
     if not fresh:
         return commands.command(list(words), cwd, environment)

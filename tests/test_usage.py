@@ -11,7 +11,7 @@ import pytest
 
 from permllm import cli
 from permllm.pruning.config_store import options_of
-from tests.conftest import ROOT, run_command, run_python
+from tests.conftest import COMMAND, ROOT, run_command, run_python
 
 
 def test_help_has_a_line_for_each_group(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_everything_is_there_for_who_asks_for_it(tmp_path: Path) -> None:
 
 def test_a_shell_completes_the_command(tmp_path: Path) -> None:
     """Through the script that Hydra gives, as bash calls it."""
-    (tmp_path / "permllm").write_text(f'#!/bin/sh\nexec {sys.executable} -m permllm "$@"\n')
+    (tmp_path / "permllm").write_text(f'#!/bin/sh\nexec {sys.executable} {COMMAND} "$@"\n')
     (tmp_path / "permllm").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for line, place, found in (

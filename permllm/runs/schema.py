@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationEr
 from typing_extensions import TypedDict
 
 from permllm.config import NMPattern
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, printable
 
 Schema = TypeVar("Schema")
 
@@ -39,7 +39,7 @@ def validated(where: str, value: Any, schema: type[Schema]) -> Schema:
         _adapter(cast(Hashable, schema)).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = _cut(".".join(str(part) for part in first["loc"]))
+        field = _cut(printable(".".join(str(part) for part in first["loc"])))
         if first["type"] == "missing":
             raise DataError(f"{where}: {field} is missing") from error
         shown = _cut(repr(first["input"]))

@@ -156,7 +156,7 @@ def test_the_search_repeats_itself_and_outlives_a_failing_trial(tmp_path: Path) 
     command += ["hydra.sweeper.direction=minimize", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0"]
     command += ["permutation.margin=tag(log, interval(0.01, 0.5))", "temperature.start=interval(0.1, 3.0)"]
     # 30 is no block size for 2:4: such trials fail.
-    command.append("+hydra.sweeper.params.block_size='choice(16,30)'")
+    command.append("block_size=choice(16,30)")
     first = run_command(*command, cwd=tmp_path)
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     before = [job.overrides for job in kept(folder)]

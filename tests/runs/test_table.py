@@ -61,7 +61,7 @@ def make_run(
         "status": "finished",
         "name": config["name"],
         "config_hash": "0",
-        "evaluation": {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}},
+        "evaluation": changed.pop("evaluation", {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}),
         "evaluation_hash": "0",
         "texts": {"perplexity": "0123456789"},
         "seconds": {"permute": 5.0, "evaluate sparse": 100.0},

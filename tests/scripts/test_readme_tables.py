@@ -39,7 +39,7 @@ def kept(tmp_path: Path) -> Path:
     for size, value in ((32, 30.0), (64, 20.0)):
         make_run(tmp_path / "runs" / f"run{size}", value, block_size=size)
         (tmp_path / "runs" / f"run{size}" / "environment.json").write_text(json.dumps(COMPUTED_WITH))
-    assert call("records", [str(tmp_path / "runs"), "--to", str(tmp_path / "records.jsonl")]) == 0
+    assert call("results", [str(tmp_path / "runs"), "--jsonl", str(tmp_path / "records.jsonl")]) == 0
     return tmp_path
 
 
