@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,7 +27,6 @@ from permllm.export import bench
 from permllm.export.card import model_card
 from permllm.export.checkpoint import SUMMARY, Request, export_run, present_export
 from permllm.export.verify import verify
-from permllm.runs import shards
 from permllm.runs.tensor_file import read_header
 from tests.export.test_checkpoint import logits, make_run, variant_model
 
@@ -55,11 +52,6 @@ def become(name: str, change: Callable[[Tensor], Tensor]) -> Change:
 def gone(*names: str) -> Change:
     """Tensors are missing."""
     return lambda tensors, config: [tensors.pop(name) for name in names]
-
-
-def renamed(name: str) -> Change:
-    """A tensor has another name."""
-    return lambda tensors, config: tensors.update({f"other.{name}": tensors.pop(name)})
 
 
 def settings(**values: Any) -> Change:
@@ -183,15 +175,6 @@ def test_what_the_hub_has_is_compared_too(exports: Path, tmp_path: Path) -> None
         AutoModelForCausalLM.from_pretrained("some/model", **hub)
 
 
-def test_orders_in_64_bits_are_orders(exports: Path, tmp_path: Path) -> None:
-    folder = rewritten(exports / "gathered", tmp_path / "x", become(ORDER, lambda order: order.long()))
-    assert verdict(folder) == ""
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(folder)),
-        logits(AutoModelForCausalLM.from_pretrained(exports / "gathered")),
-    )
-
-
 @pytest.mark.parametrize("name", [UP, NORM, ORDER])
 def test_a_flipped_bit_of_ours_is_found_by_its_checksum(name: str, exports: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exports / "gathered", tmp_path / "x")
@@ -203,16 +186,6 @@ def test_a_flipped_bit_of_ours_is_found_by_its_checksum(name: str, exports: Path
     for read in (verify, AutoModelForCausalLM.from_pretrained, lambda path: bench.load(path, torch.device("cpu"), None)):
         with pytest.raises(DataError, match=f"corrupt: {re.escape(name)} is not what was written"):
             read(folder)
-
-
-@pytest.mark.parametrize(("key", "value"), [("gathers", 5), ("bytes", 7)], ids=["gathers", "bytes"])
-def test_what_permllm_json_says_must_hold(key: str, value: object, exports: Path, tmp_path: Path) -> None:
-    folder = rewritten(exports / "gathered", tmp_path / "x", lambda *_: None, summary=True)
-    summary = json.loads((folder / SUMMARY).read_text())
-    del summary["crc32"]
-    (folder / SUMMARY).write_text(json.dumps(summary | {key: value}))
-    assert f"{SUMMARY} says {key}={value}, and the checkpoint has {summary[key]}" in verdict(folder)
-    assert present_export(folder) is None or key != "bytes"
 
 
 def test_an_order_taken_out_of_files_and_config_is_missed_by_permllm_json(exports: Path, tmp_path: Path) -> None:
@@ -329,34 +302,6 @@ def test_a_dense_model_that_is_not_whole_is_not_exported(exports: Path, tmp_path
         assert not list(tmp_path.glob("*out*"))
 
 
-def test_what_a_killed_export_left_is_cleared_and_what_is_written_is_not(exports: Path, tmp_path: Path) -> None:
-    run, out = exports / "of-folded" / "run", tmp_path / "out"
-    child = os.fork()
-    if child == 0:
-        write = shards.write_file
-
-        def killed(*arguments: Any) -> None:
-            write(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        shards.write_file = killed
-        export_run(run, Request("folded"), out)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert (left / "model.safetensors").is_file()
-    living, old, strange = tmp_path / ".out.0123abcd", tmp_path / ".out.0123abce", tmp_path / ".other.0123abcd"
-    for folder in (living, old, strange):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"x")
-    with FileLock(living / ".lock"):
-        export_run(run, Request("folded"), out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd", ".out.0123abcd", "out"]
-    assert (living / "model.safetensors").is_file()
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (exports / "folded").iterdir())
-    assert verify(out).passed
-
-
 def test_an_export_is_present_where_it_is_whole(exports: Path, tmp_path: Path) -> None:
     summary = present_export(exports / "gathered")
     assert summary is not None
@@ -395,7 +340,3 @@ def test_a_model_card_holds_names_and_no_markup_of_theirs() -> None:
     for markup in ("<script", "](http", "`c`", "*p*", "<b>"):
         assert markup not in body.replace("\\<", "").replace("\\]", "").replace("\\`", "").replace("\\*", "")
     assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
-
-
-def escaped(name: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>()#!|~&$])", r"\\\1", " ".join(name.split()))

@@ -30,9 +30,8 @@ from tests.conftest import tiny_config, tiny_model
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]
 UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
-THREE_HEADS = {f"model.layers.{layer}.self_attn.{kind}_proj.weight": torch.ones(24, 32) for layer in (0, 1) for kind in "kv"}
 # What other files than config.json and safetensors may hold instead of what they should.
-GARBAGE = ["", "[]", "null", "1", "{", "\x00\ufffd", "[" * 9999]
+GARBAGE = ["", "[]", "{", "[" * 9999]
 
 
 def poisoned(name: str, value: float) -> Change:
@@ -45,53 +44,27 @@ def poisoned(name: str, value: float) -> Change:
 BROKEN: dict[str, tuple[Change, str]] = {
     "a linear is missing": (lambda tensors, config: tensors.pop(UP), f"lacks {UP}"),
     "the head is missing": (lambda tensors, config: tensors.pop(HEAD), f"lacks {HEAD}"),
-    "a norm is missing": (lambda tensors, config: tensors.pop(NORM), f"lacks {NORM}"),
-    "renamed": (lambda tensors, config: tensors.update({"up": tensors.pop(UP)}), f"lacks {UP}"),
     "a stranger": (lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 2)}), "asks for none, x.weight"),
     "another shape": (lambda tensors, config: tensors.update({UP: torch.zeros(60, 32)}), f"another shape .* {UP}"),
     "fewer layers": (
         lambda tensors, config: config.update(num_hidden_layers=1),
         r"asks for none, model\.layers\.1\..* 6 more",
     ),
-    "more layers": (lambda tensors, config: config.update(num_hidden_layers=3), r"lacks model\.layers\.2\..* and 6 more"),
-    "biases": (lambda tensors, config: config.update(attention_bias=True), r"lacks model\.layers\.0\.self_attn\.k_proj\.bias"),
-    "no width": (lambda tensors, config: config.update(intermediate_size=0), "another shape"),
-    "other heads": (lambda tensors, config: config.update(num_key_value_heads=3), "another shape"),
     "whole numbers": (lambda tensors, config: tensors.update({UP: tensors[UP].to(torch.int8)}), f"{UP} as I8: .*quantised"),
-    "8 bits": (lambda tensors, config: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}), f"{UP} as F8_E4M3"),
     "quantised": (lambda tensors, config: config.update(quantization_config={"quant_method": "x"}), "quantization_config"),
     "NaN in a norm": (poisoned(NORM, float("nan")), f"{NORM} holds values that are not finite"),
-    "infinite head": (poisoned(HEAD, float("inf")), f"{HEAD} holds values that are not finite"),
-    "minus infinity": (poisoned(UP, float("-inf")), f"{UP} holds values that are not finite"),
     "a size that is text": (lambda tensors, config: config.update(hidden_size="x"), "hidden_size"),
-    "a size that is nothing": (lambda tensors, config: config.update(hidden_size=None), "hidden_size"),
-    "a list": (lambda tensors, config: config.update(vocab_size=[1]), "vocab_size"),
-    "no head_dim": (lambda tensors, config: config.update(head_dim=0), "head_dim"),
-    "a width of nothing": (lambda tensors, config: config.update(hidden_size=0), "hidden_size"),
-    "no layers": (lambda tensors, config: config.update(num_hidden_layers=0), "num_hidden_layers"),
     "more layers than can be built": (lambda tensors, config: config.update(num_hidden_layers=10**9), "num_hidden_layers"),
-    "more heads than can be built": (lambda tensors, config: config.update(head_dim=2**31), "head_dim"),
     "no dtype": (lambda tensors, config: config.update(dtype="nope"), "nope"),
     "a norm that is text": (lambda tensors, config: config.update(rms_norm_eps="x"), "transformers cannot load"),
     "a norm that makes NaN": (lambda tensors, config: config.update(rms_norm_eps=-1e30), "logits are not finite"),
-    "rope that makes NaN": (lambda tensors, config: config.update(rope_parameters={"rope_theta": 0.0}), "transformers|finite"),
-    "outputs without names": (
-        lambda tensors, config: config.update(return_dict=False),
-        "transformers cannot load .* no attribute",
-    ),
     "a kernel of the hub": (lambda tensors, config: config.update(attn_implementation="a/b"), "attn_implementation"),
     "another kernel of the hub": (lambda tensors, config: config.update(_attn_implementation="a/b"), "attn_implementation"),
     "weights elsewhere": (
         lambda tensors, config: config.update(transformers_weights="../x.safetensors"),
         "transformers_weights",
     ),
-    "a config inside that is none": (lambda tensors, config: config.update(dense_config=[]), "dense_config"),
     "no type": (lambda tensors, config: config.pop("model_type"), "model_type"),
-    "a type that is a list": (lambda tensors, config: config.update(model_type=["llama"]), "model_type"),
-    "heads that do not divide": (
-        lambda tensors, config: (config.update(num_key_value_heads=3), tensors.update(THREE_HEADS)),
-        "transformers cannot load",
-    ),
     "fewer tokens than the tokenizer's": (
         lambda tensors, config: (
             config.update(vocab_size=200),
@@ -100,7 +73,6 @@ BROKEN: dict[str, tuple[Change, str]] = {
         "its tokenizer has tokens up to 258, and the model knows 200",
     ),
     "no activation": (lambda tensors, config: config.update(hidden_act="nope"), "nope"),
-    "no rope": (lambda tensors, config: config.update(rope_scaling={"type": "nope"}), "nope"),
 }
 
 
@@ -184,7 +156,6 @@ def test_pickled_weights_are_read_and_examined_but_never_unpickled(tmp_path: Pat
     broken: dict[str, tuple[object, str]] = {
         "code": (Code(marker), "transformers cannot load"),
         "more": (whole | {"x": Code(marker)}, "transformers cannot load"),
-        "list": ([1], "transformers cannot load"),
         "text": (whole | {UP: "x"}, "transformers cannot load"),
         "less": ({name: tensor for name, tensor in whole.items() if name != UP}, f"lacks {UP}"),
         "bytes": (whole | {UP: whole[UP].to(torch.int8)}, f"{UP} as torch.int8: .*quantised"),
@@ -206,8 +177,8 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path, kind: str) -> No
     folder = tmp_path / "a" / "model"
     config = checkpoint(folder, lambda *_: None)
     (folder / "model.safetensors").rename(tmp_path / "a" / "outside")
-    contents = [json.dumps({"weight_map": {UP: name}}) for name in ("../outside", str(tmp_path / "a" / "outside"), "..", "no")]
-    for content in [*contents, "{}", '{"weight_map": []}', '{"weight_map": {"x": null}}', *GARBAGE]:
+    contents = [json.dumps({"weight_map": {UP: name}}) for name in ("../outside", str(tmp_path / "a" / "outside"), "no")]
+    for content in [*contents, "{}", *GARBAGE]:
         (folder / f"{kind}.index.json").write_text(content)
         with pytest.raises(DataError, match="index") as refused:
             load_model(config, seed=0)
@@ -244,9 +215,6 @@ def test_names_of_an_older_layout_are_no_way_around(tmp_path: Path) -> None:
     ("sizes", "message"),
     [
         ({"num_key_value_heads": 3}, "transformers cannot load tiny"),
-        ({"vocab_size": 100}, "its tokenizer has tokens up to 258, and the model knows 100"),
-        ({"hidden_act": "nope"}, "transformers cannot load tiny: .*nope"),
-        ({"hidden_size": "x"}, "transformers cannot load the architecture of model=tiny: .*hidden_size"),
         ({"rope_parameters": {"rope_theta": 0.0}}, "not finite|transformers cannot load"),
     ],
     ids=str,
@@ -305,7 +273,7 @@ def loads_as_it_is_or_not_at_all(folder: Path, tensors: dict[str, Tensor]) -> No
     assert len(lines) == 1
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(changes=st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=2))
 def test_whatever_a_config_says_a_model_is_what_its_file_holds(whole: Path, changes: dict[str, Any]) -> None:
     file, tensors = whole / "config.json", dict(tiny_model("llama").named_parameters())
@@ -327,7 +295,7 @@ _ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from([UP, HEAD, NORM, EMBEDDING]),
     entry=st.one_of(_ENTRIES, st.none(), st.just([])),

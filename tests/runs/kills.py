@@ -1,4 +1,4 @@
-"""A job is killed before and after all that it moves, removes or appends to; the same command must end with the same result.
+"""A job is killed before all that it moves, removes or appends to; the same command must end with the same result.
 
 What a kill leaves is the folder as it is at that place: one run makes a copy at each. `python kills.py FOLDER` prints as JSON
 how many places there were, and the first difference of those where there was one. Each job is a fork of this process, so that
@@ -49,16 +49,13 @@ class Places:
         self.seen = 0
         self._folder, self._copies = folder, copies
 
-    def around(self, owner: Any, name: str, after: bool) -> None:
-        """Before each call of a function is a place, and after it."""
+    def before(self, owner: Any, name: str) -> None:
+        """Before each call of a function is a place; what is left after it is there before the next."""
         original: Callable[..., Any] = getattr(owner, name)
 
         def counted(*arguments: Any, **named: Any) -> Any:
             self._here()
-            result = original(*arguments, **named)
-            if after:
-                self._here()
-            return result
+            return original(*arguments, **named)
 
         setattr(owner, name, counted)
 
@@ -77,14 +74,14 @@ def job(config: RunConfig, folder: Path) -> None:
 def copied(config: RunConfig, folder: Path, copies: Path) -> int:
     """The job with a copy of its folder at each place; the number of places."""
     places = Places(folder, copies)
-    for owner, name, after in (
-        (os, "replace", True),
-        (Path, "rename", True),
-        (RunRecord, "append_history", True),
-        (Path, "unlink", False),  # what is left after is what is there before the next
-        (shutil, "rmtree", False),
+    for owner, name in (
+        (os, "replace"),
+        (Path, "rename"),
+        (RunRecord, "append_history"),
+        (Path, "unlink"),
+        (shutil, "rmtree"),
     ):
-        places.around(owner, name, after)
+        places.before(owner, name)
     job(config, folder)
     return places.seen
 

@@ -67,23 +67,16 @@ def test_a_run_is_as_the_forms_say_at_every_write(tmp_path: Path, cache: Path, m
 
 GARBAGE_METRICS = [
     '{"schema_version": 2, "status": "running", "name": "a", "config_hash": "0", "seconds": []}',
-    '{"schema_version": 2, "status": "\\ud800"}',
     "[" * 100_000,
-    "1" * 5000,
     "[]",
     "\xff",
 ]
 GARBAGE_SETTINGS = [
     "name: 2026-01-01",
-    "name: !!set {a, b}",
     "1: a",
-    "name: &a x\nmodel: *a",
     "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
     "name: !!python/object/apply:os.system [true]",
-    'name: "\\ud800"',
     "name: [",
-    "[" * 5000,
-    "? [a, {b: c}]\n: d",
     "",
 ]
 
@@ -118,10 +111,25 @@ TRIPLE = [
 ]
 FILES = sorted(TRIPLE[0])
 MARKUP = "</script><b>|$\\frac{[/red]\n\x1b[31m\u2028"
-STRANGE: list[Any] = [None, True, 0, -1, 1.5, math.nan, math.inf, -math.inf, 10**400, 1e308, 5e-324]
-STRANGE += ["", "x", "nan", "1e999", "२:४", MARKUP, "\ud800", [], [1, "a", [2]], {}, {"a": {"b": [1]}}, {"value": "x"}, [[[]]]]
-IN_YAML: list[Any] = [*STRANGE, date(2026, 1, 1), {1, 2}, {1: 2}, (1, 2), b"x"]
-KEYS = ["\ud800", MARKUP, "x_bytes", "x (limited)", "1", ""]
+STRANGE: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    math.nan,
+    math.inf,
+    10**400,
+    "",
+    "x",
+    MARKUP,
+    [],
+    [1, "a", [2]],
+    {},
+    {"value": "x"},
+]
+IN_YAML: list[Any] = [*STRANGE, date(2026, 1, 1), {1: 2}]
+KEYS = [MARKUP, "x_bytes", "x (limited)", ""]
 MODES = [
     *(("--format", name) for name in FORMATS),
     ("--baseline", "permutation=none"),
@@ -213,7 +221,7 @@ def check_shown(folder: Path, number: int, *options: str) -> None:
         assert runs[f"run{other}"]["measures"]["boolq-passages perplexity (window 256)"]["mean"] == perplexity
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(change=changed_files(), mode=st.sampled_from(MODES))
 def test_a_record_that_is_not_as_it_should_be_is_skipped_and_all_others_are_shown(
     triple: Path, change: tuple[int, str, Any], mode: tuple[str, ...]
@@ -227,7 +235,7 @@ def test_a_record_that_is_not_as_it_should_be_is_skipped_and_all_others_are_show
         write_record_file(file, TRIPLE[number][name])
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(change=changed_files(), written=st.sampled_from(WRITTEN[:2]))
 def test_a_page_and_pictures_are_written_of_what_is_left(
     triple: Path, change: tuple[int, str, Any], written: tuple[str, str]
@@ -242,7 +250,7 @@ def test_a_page_and_pictures_are_written_of_what_is_left(
         write_record_file(file, TRIPLE[number][name])
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff", "x: &a [1]\ny: [*a, *a]\n", "? !!set {a}\n: b", "<<: {a: 1}"])
+@pytest.mark.parametrize("text", ["{", "\x00\xff"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_garbage_takes_no_other_record_with_it(tmp_path: Path, name: str, text: str) -> None:
     write_triple(tmp_path)
@@ -266,14 +274,9 @@ def test_tensors_of_garbage_cost_a_picture_and_nothing_else(tmp_path: Path, name
 @pytest.mark.parametrize(
     "text",
     [
-        "[]",
-        '{"overrides": 5, "outcome": "ran"}',
-        '{"overrides": [5], "outcome": "ran"}',
+        "{",
         '{"overrides": [], "outcome": "flew"}',
-        '{"overrides": [], "outcome": "ran", "directory": "a\\u0000b"}',
         '{"overrides": [], "outcome": "ran", "directory": 5}',
-        '{"overrides": [], "outcome": "failed", "reason": ["x"]}',
-        "{" * 100_000,
     ],
 )
 def test_an_outcome_of_a_sweep_that_is_garbage_is_left_out(tmp_path: Path, text: str) -> None:
@@ -407,7 +410,7 @@ def test_what_is_not_finished_is_not_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("x.*"))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(place=st.integers(0, 10**9), bit=st.integers(0, 7))
 def test_a_bit_that_flips_in_a_line_costs_that_line_at_most(place: int, bit: int) -> None:
     text = bytearray((THREE_RUNS / "records.jsonl").read_bytes())

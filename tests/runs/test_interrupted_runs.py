@@ -97,7 +97,7 @@ def garbage(file: Path) -> object:
 
 
 def without_checksums(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
-    """The file as another tool would write it, or an older version."""
+    """The file as another tool would write it."""
 
     def write(file: Path) -> object:
         if file.name == MASKS:
@@ -122,29 +122,23 @@ def duplicate(orders: dict[str, torch.Tensor]) -> None:
 
 BROKEN_MASKS: dict[str, Change] = {
     "removed": Path.unlink,
-    "cut": cut,
     "a flipped bit": flipped(-5),
     "garbage": garbage,
     "a layer is missing": without_checksums(lambda masks: masks.pop(UP)),
-    "a layer too many": without_checksums(lambda masks: masks.update(x=masks[UP])),
     "another shape": without_checksums(lambda masks: masks.update({UP: masks[UP][:-4].contiguous()})),
     "not N:M": without_checksums(lambda masks: masks[UP][0, 0].logical_not_()),
-    "nothing is pruned": without_checksums(lambda masks: masks[UP].fill_(True)),
 }
 BROKEN_ORDERS: dict[str, Change] = {
     "removed": Path.unlink,
-    "cut": cut,
     "a flipped bit": flipped(-8),
     "garbage": garbage,
     "a channel twice": without_checksums(duplicate),
-    "out of range": without_checksums(lambda orders: orders[GROUP].add_(1)),
     "a group is missing": without_checksums(lambda orders: orders.pop(GROUP)),
     "another width": without_checksums(lambda orders: orders.update({GROUP: torch.arange(32)})),
     "floats": without_checksums(lambda orders: orders.update({GROUP: orders[GROUP].float()})),
 }
 BROKEN_WEIGHTS: dict[str, Change] = {
     "removed": Path.unlink,
-    "cut": cut,
     "a flipped bit": flipped(-5),
     "NaN": without_checksums(lambda weights: weights[UP].view(-1)[3].fill_(float("nan"))),
     "a layer is missing": without_checksums(lambda weights: weights.pop(UP)),
@@ -195,8 +189,7 @@ def test_a_run_that_was_interrupted_and_lost_nothing_does_not_prune_again(
     assert results(tmp_path / "run") == results(pruned["wanda"] / "finished")
 
 
-@pytest.mark.parametrize("name", [MASKS, ORDERS])
-@pytest.mark.parametrize("change", [Path.unlink, cut], ids=["removed", "cut"])
+@pytest.mark.parametrize(("name", "change"), [(MASKS, Path.unlink), (ORDERS, cut)], ids=["removed", "cut"])
 def test_a_finished_run_without_its_tensors_is_not_finished(
     pruned: dict[str, Path], tmp_path: Path, name: str, change: Change
 ) -> None:
@@ -321,14 +314,6 @@ def bad_best(file: Path) -> object:
     return torch.save(state, file)
 
 
-def a_list(file: Path) -> object:
-    return torch.save([1], file)
-
-
-def empty(file: Path) -> object:
-    return file.write_bytes(b"")
-
-
 def lacks(file: Path) -> object:
     state = torch.load(file, weights_only=True)
     del state["optimizer"]
@@ -337,17 +322,8 @@ def lacks(file: Path) -> object:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        cut,
-        garbage,
-        flipped(2000),
-        other_run,
-        bad_best,
-        lacks,
-        lambda file: torch.save([1], file),
-        lambda file: file.write_text(""),
-    ],
-    ids=["cut", "garbage", "flipped", "another run", "no permutation", "lacks a key", "a list", "empty"],
+    [garbage, flipped(2000), other_run, bad_best, lacks],
+    ids=["garbage", "flipped", "another run", "no permutation", "lacks a key"],
 )
 def test_a_broken_checkpoint_of_learning_is_learned_anew(
     learning: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Change
@@ -373,11 +349,7 @@ def test_broken_orders_of_an_interrupted_run_are_found_again(
     assert results(folder) == results(learning / "finished")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "null", "[]", "{", "3", '{"schema_version": 2}', '{"schema_version": 2, "status": 3}', "[" * 100_000],
-    ids=["empty", "null", "list", "cut", "number", "nothing in it", "another type", "deep"],
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2, "status": 3}'], ids=["cut", "list", "another type"])
 def test_metrics_that_cannot_be_read_are_measured_again(
     pruned: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
@@ -390,9 +362,7 @@ def test_metrics_that_cannot_be_read_are_measured_again(
     assert results(folder) == results(pruned["wanda"] / "finished")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "- 1", "a: [", "a: &x [*x]", "\x00"], ids=["empty", "list", "cut", "recursive", "binary"]
-)
+@pytest.mark.parametrize("text", ["", "- 1", "a: ["], ids=["empty", "list", "cut"])
 def test_a_config_that_cannot_be_read_is_refused_by_name(pruned: dict[str, Path], tmp_path: Path, text: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(pruned["wanda"] / "finished", folder)
@@ -403,7 +373,7 @@ def test_a_config_that_cannot_be_read_is_refused_by_name(pruned: dict[str, Path]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "saliency", "target", "dense"])
-@pytest.mark.parametrize("change", ["a digit", "cut", "another"])
+@pytest.mark.parametrize("change", ["a digit", "cut"])
 def test_what_the_cache_holds_is_what_was_written_or_computed_again(
     cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, change: str
 ) -> None:
@@ -416,15 +386,7 @@ def test_what_the_cache_holds_is_what_was_written_or_computed_again(
         if change == "a digit":
             place = data.index(b'"value": ') + 10 if kind == "dense" else len(data) - 2
             data[place] ^= 1
-        elif change == "cut":
-            data = data[:-9]
-        else:
-            name = next(iter(load_file(file))) if kind != "dense" else ""
-            data = bytearray(b'{"result": {"value": 1.0}}' if kind == "dense" else b"")
-            if kind != "dense":
-                save_file({name: torch.zeros(3)}, file)
-                data = bytearray(file.read_bytes())
-        file.write_bytes(data)
+        file.write_bytes(data if change == "a digit" else data[:-9])
     run(tmp_path / "second", *words)
     assert "computing it again" in caplog.text
     assert results(tmp_path / "second") == results(tmp_path / "first")
@@ -492,11 +454,3 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(learning: Path, tmp_pa
     torch.save(state, file)
     with pytest.raises(DataError, match=r"lcp_checkpoint\.pt: it has logits of other shapes: remove it"):
         run(folder, *LEARNED)
-
-
-def test_masks_and_orders_come_back_as_they_were(tmp_path: Path) -> None:
-    masks = {"b": torch.rand(5, 7) > 0.5, "a": torch.rand(3, 8) > 0.5}
-    write_masks(tmp_path / MASKS, masks)
-    assert all(torch.equal(mask, masks[name]) for name, mask in read_masks(tmp_path / MASKS).items())
-    write_orders(tmp_path / ORDERS, {"x": torch.randperm(9)})
-    assert load_file(tmp_path / ORDERS)["x"].dtype == torch.int64
