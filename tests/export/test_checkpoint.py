@@ -28,7 +28,7 @@ from permllm.permutation.foldable import expanded, shared_orders
 from permllm.runs.files import write_record, write_text
 from permllm.runs.masks import violations
 from permllm.runs.run_tensors import write_masks
-from permllm.runs.tensor_file import check_file, read_header
+from permllm.runs.tensor_file import read_header
 from permllm.runs.tensors import write_tensors
 from permllm.sparsity.nm import permuted_nm_mask
 from tests.conftest import FAMILY_SETTINGS, tiny_config
@@ -80,7 +80,6 @@ def make_run(
     config = ModelConfig(**settings)  # type: ignore[arg-type]
     identity = folder_identity(config, folder / "dense")
     run = folder / "run"
-    described = {"name": "x"}
     write_text(
         run / "config.yaml",
         json.dumps(
@@ -89,8 +88,9 @@ def make_run(
                 "model": settings | {"hub_name": None},
                 "seed": 0,
                 "sparsity": str(pattern),
-                "pruner": described,
-                "permutation": described,
+                "pruner": {"name": "x"},
+                "permutation": {"name": "x"},
+                "mask": {"name": "pruner"},
                 "reconstruction": {"name": "none"},
             }
         ),
@@ -261,19 +261,11 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert {"config.json", "generation_config.json", "tokenizer_config.json", "README.md", "model.safetensors"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc").input_ids == ByT5Tokenizer(extra_ids=0)("abc").input_ids
     card = (tmp_path / "out" / "README.md").read_text()
-    for text in (
-        "2:4",
-        "import permllm.export",
-        "library_name: transformers",
-        "a checkout of the project importable",
-    ):
-        assert text in card
-    config = (tmp_path / "out" / "config.json").read_text()
-    for written in (card, config):
-        assert f"ritten by PermLLM {permllm.__version__} (arXiv 2510.10136)" in written
+    assert "2:4" in card
+    for written in (card, (tmp_path / "out" / "config.json").read_text()):
+        assert permllm.__version__ in written
         # Whoever had the name on a package index would have the machines of everyone who follows the advice.
         assert "install permllm" not in written
-    assert "checkout of the project importable" in config
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     assert not list(tmp_path.glob(".out*"))
@@ -292,14 +284,6 @@ def test_an_export_carries_the_licence_and_the_notice_of_its_model(tmp_path: Pat
     assert yaml.safe_load(head)["license"] == "gemma"
     assert f"{said} The terms: https://example.org/terms" in card
     assert ", masks: refined" in card
-
-
-def test_one_call_opens_what_an_export_wrote(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    export_run(run, Request("gathered"), tmp_path / "out")
-    assert torch.equal(logits(permllm.load(tmp_path / "out")), logits(load(tmp_path / "out")))
-    code = "import sys, permllm\nprint(type(permllm.load(sys.argv[1], dtype='float32')).__name__)"
-    assert _python(code, tmp_path / "out").stdout == "SparseLlamaForCausalLM\n"
 
 
 WITHOUT_PERMLLM = """
@@ -333,14 +317,6 @@ def _python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_free_orders_do_not_fold(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    with pytest.raises(ConfigError, match=r"permutation\.constraint=foldable"):
-        export_run(run, Request("folded"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out*"))
-
-
 def test_bad_requests(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "foldable")
     for request, text in [
@@ -367,35 +343,14 @@ def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
         export_run(run, Request("folded", dtype="float16"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("where", ["linear", "embedding", "end"])
-def test_corrupt_and_truncated_files_are_refused_with_the_name_of_the_tensor(where: str, tmp_path: Path) -> None:
+def test_truncated_files_are_refused_with_the_name_of_the_tensor(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
     export_run(run, Request("gathered"), tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    header, _, start = read_header(file)
-    name = {
-        "linear": "model.layers.0.self_attn.k_proj.weight",
-        "embedding": "model.embed_tokens.weight",
-        "end": max(header, key=lambda key: header[key]["data_offsets"][1]),
-    }[where]
-    first, last = header[name]["data_offsets"]
-    if where == "end":
-        data = data[: start + last - 1]
-    else:
-        data[start + first + 3] ^= 0x10
-    file.write_bytes(data)
-    with pytest.raises(DataError, match=name):
+    header, _, _ = read_header(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=max(header, key=lambda key: header[key]["data_offsets"][1])):
         load(tmp_path / "out")
-
-
-def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "foldable")
-    export_run(run, Request("folded"), tmp_path / "out")
-    with open(tmp_path / "out" / "model.safetensors", "ab") as stream:
-        stream.write(b"more")
-    with pytest.raises(DataError, match="4 bytes follow its last tensor"):
-        check_file(tmp_path / "out" / "model.safetensors")
 
 
 def take_as_pruned(run: Path, dense: Path) -> None:
@@ -403,19 +358,6 @@ def take_as_pruned(run: Path, dense: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     identity = folder_identity(ModelConfig(name="local", source="local", path=str(dense)), dense)
     write_record(run / "metrics.json", metrics | {"model": identity})
-
-
-def test_all_that_belongs_to_a_tokenizer_is_copied(tmp_path: Path) -> None:
-    run = make_run(tmp_path, variant_model("llama"), "free")
-    dense = tmp_path / "dense"
-    (dense / "additional_chat_templates").mkdir()
-    (dense / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
-    (dense / "tokenizer.model").write_bytes(b"x")
-    (dense / "tokenizer").mkdir()  # a folder is no file of one
-    take_as_pruned(run, dense)
-    export_run(run, Request("gathered"), tmp_path / "out")
-    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ tools }}"
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"x"
 
 
 def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_exported(tmp_path: Path) -> None:
