@@ -351,18 +351,6 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
 
 
-def test_tensorboard_and_wandb_get_the_training_and_the_result(cache: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result = job.run(read_config(composed("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}/runs")))
-    assert result is not None
-    events = EventAccumulator(str(result[1] / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    assert {"lcp/loss", "lcp/temperature", "lcp/flips", "lcp/seconds", "perplexity/sparse/builtin/value"} <= set(tags)
-    assert len(events.Scalars("lcp/loss")) == 6  # two steps a pass, three passes
-
-
 def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
 

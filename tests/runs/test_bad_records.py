@@ -111,23 +111,7 @@ TRIPLE = [
 ]
 FILES = sorted(TRIPLE[0])
 MARKUP = "</script><b>|$\\frac{[/red]\n\x1b[31m\u2028"
-STRANGE: list[Any] = [
-    None,
-    True,
-    0,
-    -1,
-    1.5,
-    math.nan,
-    math.inf,
-    10**400,
-    "",
-    "x",
-    MARKUP,
-    [],
-    [1, "a", [2]],
-    {},
-    {"value": "x"},
-]
+STRANGE: list[Any] = [None, True, 0, -1, 1.5, math.nan, math.inf, 10**400, "x", MARKUP, [], [1, "a", [2]], {}, {"value": "x"}]
 IN_YAML: list[Any] = [*STRANGE, date(2026, 1, 1), {1: 2}]
 KEYS = [MARKUP, "x_bytes", "x (limited)", ""]
 MODES = [
