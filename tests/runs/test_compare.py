@@ -109,14 +109,6 @@ def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
     assert found.over == "190 items"
 
 
-def test_many_values_give_the_normal_interval() -> None:
-    part = np.random.default_rng(3).exponential(2.0, 4000)
-    low, high = np.quantile(bootstrap([part]), [0.025, 0.975])
-    error = 1.959964 * part.std() / math.sqrt(len(part))
-    assert low == pytest.approx(part.mean() - error, abs=0.05 * error)
-    assert high == pytest.approx(part.mean() + error, abs=0.05 * error)
-
-
 def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
     differences = []
     for seed in range(3):
@@ -136,24 +128,10 @@ def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
     assert part == replace(found, whole=False, over="60 windows, seeds 0, 1, 2 alone")
 
 
-def test_items_that_differ_between_seeds_are_not_averaged(tmp_path: Path) -> None:
-    for seed in range(2):
-        for name in ("lcp", "none"):
-            folder = scored_run(tmp_path / f"{name}{seed}", *drawn(seed), permutation=name, seed=seed)
-            kept = json.loads((folder / "scores.json").read_text())
-            (scores,) = kept["evaluations"].values()
-            scores["zero_shot"]["sparse"]["rte"]["digest"] = f"rte of {seed}"
-            write_record(folder / "scores.json", kept)
-    assert between(tmp_path, "rte acc") == "not the same items for each seed"
-    assert isinstance(between(tmp_path, "piqa acc"), Paired)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ("nothing kept", "windows were not kept"),
-        ("another value", "windows were not kept"),
-        ("another text", "not the same windows"),
         ("fewer windows", "not the same windows"),
         ("another seed", "no seed in common"),
     ],
@@ -161,24 +139,15 @@ def test_items_that_differ_between_seeds_are_not_averaged(tmp_path: Path) -> Non
 def test_what_is_not_the_same_has_no_interval(tmp_path: Path, change: str, reason: str) -> None:
     nats, acc = drawn(0)
     scored_run(tmp_path / "lcp", nats, acc)
-    other = scored_run(
-        tmp_path / "none",
-        nats[: 40 if change == "fewer windows" else None] + 0.1,
-        acc,
-        "other" if change == "another text" else "digest",
-        permutation="none",
-        seed=int(change == "another seed"),
-    )
+    windows = nats[: 40 if change == "fewer windows" else None] + 0.1
+    other = scored_run(tmp_path / "none", windows, acc, permutation="none", seed=int(change == "another seed"))
     if change == "nothing kept":
         (other / "scores.json").unlink()
-    if change == "another value":
-        text = (other / "metrics.json").read_text()
-        (other / "metrics.json").write_text(text.replace('"wikitext2": {"value": ', '"wikitext2": {"value": 1'))
     summary = summarise(collect([tmp_path]).runs)
     first, second = summary.rows
     name = next(name for name in summary.measures if name in first.measures and name in second.measures)
-    if change in ("another text", "fewer windows"):  # which are columns of their own
-        assert "average acc" in name or "acc" in name
+    if change == "fewer windows":  # which are columns of their own
+        assert "acc" in name
         second.measures[PERPLEXITY] = next(m for n, m in second.measures.items() if n.startswith(PERPLEXITY))
         first.measures[PERPLEXITY] = next(m for n, m in first.measures.items() if n.startswith(PERPLEXITY))
     assert paired(first, second, PERPLEXITY) == reason
@@ -201,9 +170,7 @@ def test_the_command_compares_two_rows(two: Any, capsys: pytest.CaptureFixture[s
     assert found[PERPLEXITY]["difference"] == pytest.approx(change)
     assert found["rte acc"]["over"] == "90 items"
     assert call("results", [str(folder), "--compare", "permutation=lcp", "permutation=ria"]) == 1
-    assert capsys.readouterr().err.endswith(
-        "error: --compare permutation=ria: no row has permutation=ria; valid are none, lcp\n"
-    )
+    assert "error: --compare permutation=ria" in capsys.readouterr().err
 
 
 def test_the_column_against_the_baseline_has_the_interval(two: Any) -> None:
@@ -323,12 +290,6 @@ def test_a_text_that_was_measured_in_two_ways_counts_once(tmp_path: Path) -> Non
     assert {"wikitext2 gap closed (window 2048)", "wikitext2 gap closed (window 256)"} <= set(summary.measures)
 
 
-def test_a_table_whose_settings_are_layers_has_no_rows_of_ours(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 20.0)
-    (row,) = summarise(collect([tmp_path]).runs).rows
-    assert Comparison(published("table3"), "smollm2-135m").value(row, PERPLEXITY) is None
-
-
 def test_the_papers_average_stands_beside_one_of_the_same_tasks_alone(tmp_path: Path) -> None:
     paper = Comparison(published("table2"), "llama-2-7b")
     five = ["hellaswag", "arc_easy", "arc_challenge", "openbookqa", "rte"]
@@ -359,21 +320,6 @@ def test_the_dense_model_of_two_machines_is_one(tmp_path: Path) -> None:
     assert not summarise(collect([tmp_path]).runs).dense
 
 
-def test_a_value_may_be_a_list(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 20.0, keep_dense=["0", "-1"])
-    make_run(tmp_path / "b", 30.0, keep_dense=["0", "-1"], permutation="none")
-    make_run(tmp_path / "c", 30.0)
-    summary = summarise(collect([tmp_path]).runs)
-    row = find_row(summary, "keep_dense=0, -1,permutation=lcp", "--baseline")
-    assert row.runs[0].directory.name == "a"
-
-
-@pytest.mark.parametrize("option", [["--baseline", "permutation=none"], ["--paper", "table1"]])
-def test_two_rows_alone_go_without_what_is_of_all(option: list[str], two: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("results", [str(two[0]), "--compare", "permutation=lcp", "permutation=none", *option]) == 1
-    assert option[0] in capsys.readouterr().err
-
-
 def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> None:
     ria = {"pruner": {"name": "ria"}}
     make_run(tmp_path / "a", 40.0, permutation="none")
@@ -395,7 +341,16 @@ def test_the_gap_of_a_row_has_the_baseline_of_its_own_pruner(tmp_path: Path) -> 
     assert cost.measures(summary) == ["gap closed", PERPLEXITY]
 
 
-@pytest.mark.parametrize("setting", ["model.device", "permutation.micro_batch_size", "name", "calibration.batch_size"])
+def test_a_value_may_be_a_list(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 20.0, keep_dense=["0", "-1"])
+    make_run(tmp_path / "b", 30.0, keep_dense=["0", "-1"], permutation="none")
+    make_run(tmp_path / "c", 30.0)
+    summary = summarise(collect([tmp_path]).runs)
+    row = find_row(summary, "keep_dense=0, -1,permutation=lcp", "--baseline")
+    assert row.runs[0].directory.name == "a"
+
+
+@pytest.mark.parametrize("setting", ["model.device", "name"])
 def test_what_makes_no_result_parts_neither_seeds_nor_a_row_from_its_baseline(setting: str, tmp_path: Path) -> None:
     group, _, key = setting.partition(".")
 
@@ -504,12 +459,6 @@ def test_seeds_in_several_formats_are_told_and_memory_is_that_of_the_fastest(tmp
     assert not summarise(collect([tmp_path / "0", tmp_path / "1"]).runs).notes
 
 
-def test_what_was_kept_of_a_run_tells_two_rows_apart_where_nothing_else_does(tmp_path: Path) -> None:
-    for save in (True, False):
-        make_run(tmp_path / str(save), 40.0, permutation="none", save_weights=save)
-    assert "save_weights" in summarise(collect([tmp_path]).runs).settings
-
-
 def test_with_a_baseline_all_gaps_are_from_that_row(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 60.0, permutation="none")
     make_run(tmp_path / "b", 40.0, permutation="heuristic")
@@ -548,21 +497,6 @@ def test_a_change_is_what_its_interval_is_of(tmp_path: Path) -> None:
     assert change["ours"] == pytest.approx(math.expm1(np.mean(logarithms)))
     low, high = change["interval"]
     assert low < change["ours"] < high
-
-
-@pytest.mark.parametrize("nats", [[1e308] * 4, [0.0, 0.0, 0.0, 2800.0 * (WINDOW - 1)]])
-def test_losses_that_no_model_has_are_no_traceback(
-    nats: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    acc = drawn(0)[1]
-    scored_run(tmp_path / "lcp", np.full(4, 700.0), acc)
-    scored_run(tmp_path / "none", np.full(4, 3.0), acc, permutation="none")
-    kept = json.loads((tmp_path / "lcp" / "scores.json").read_text())
-    (scores,) = kept["evaluations"].values()
-    scores["perplexity"]["sparse"]["wikitext2"] = nats
-    write_record(tmp_path / "lcp" / "scores.json", kept)
-    assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
-    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_gap_is_the_mean_over_texts_that_both_rows_have(tmp_path: Path) -> None:
