@@ -15,14 +15,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedModel
 
 import permllm
-from permllm import api
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
-from permllm.export import checkpoint
 from permllm.export.verify import verify
 from permllm.job import run
 from permllm.models.families import linear_at
@@ -153,10 +151,9 @@ def test_gradients_that_were_left_are_no_part_of_what_is_found(tokenizer: ByT5To
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_gradients_may_be_switched_off(mode: Any, tokenizer: ByT5Tokenizer) -> None:
+def test_gradients_may_be_switched_off(tokenizer: ByT5Tokenizer) -> None:
     model, other = tiny_model("llama"), tiny_model("llama")
-    with mode():
+    with torch.inference_mode():
         found = permllm.prune(model, tokenizer, texts=[TEXT], **SMALL)
     expected = permllm.prune(other, tokenizer, texts=[TEXT], **SMALL)
     assert all(torch.equal(order, expected.orders[name]) for name, order in found.orders.items())
@@ -189,26 +186,10 @@ class Rounded(torch.nn.Linear):
         return super().forward(x.round())
 
 
-@pytest.mark.parametrize("kind", ["class", "dtype"])
-def test_a_quantised_linear_is_named(kind: str, model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
-    mlp = model.model.layers[0].mlp
-    said = "Rounded" if kind == "class" else "Linear of float8_e4m3fn"
-    if kind == "class":
-        mlp.down_proj.__class__ = Rounded
-    else:
-        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ConfigError, match=rf"down_proj is a {said}, not a Linear of floats: quantised or adapted"):
+def test_a_quantised_linear_is_named(model: PreTrainedModel, tokenizer: ByT5Tokenizer) -> None:
+    model.model.layers[0].mlp.down_proj.__class__ = Rounded
+    with pytest.raises(ConfigError, match="down_proj is a Rounded, not a Linear of floats: quantised or adapted"):
         permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
-
-
-def test_a_config_that_cannot_be_saved_is_said_before_the_weights_are_written(
-    model: PreTrainedModel, tokenizer: ByT5Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    permllm.prune(model, tokenizer, texts=[TEXT], permutation="none", **FEW)
-    model.config.max_length = 512
-    monkeypatch.setattr(checkpoint, "write_shards", lambda *_: pytest.fail("written"))
-    with pytest.raises(ConfigError, match=r"model\.config cannot be saved by transformers"):
-        permllm.save(model, tmp_path / "out", form="simulate")
 
 
 def test_what_names_other_weights_or_code_does_not_go_into_an_export(
@@ -259,39 +240,19 @@ def test_weights_that_were_trained_afterwards_are_saved_under_the_masks(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pruner": "wandaa"}, "wandaa"),
+        ({"pruner": "wandaa"}, "pruner/wandaa"),
         ({"sparsity": "4:2"}, "4:2"),
-        ({"permutation__epoks": 1}, "epoks"),
-        ({"blok_size": 1}, "blok_size"),
+        ({"permutation__epoch": 3}, "permutation.epoch=3: "),
+        ({"sede": 1}, "sede=1: "),
         ({"permutation__learning_rate": -1.0}, "learning_rate"),
+        ({"model__dtype": "float16"}, "model.dtype=float16: permllm.prune takes only settings"),
         ({"texts": torch.zeros(3)}, "texts: expected int64 tokens (samples, seqlen)"),
-        (
-            {"texts": WINDOWS, "reconstruction": "distill", "reconstruction__samples": 3},
-            "texts has 2 windows of tokens, and 3 are",
-        ),
-        (
-            {"texts": WINDOWS, "reconstruction": "distill", "reconstruction__skip": 1},
-            "texts has 2 windows of tokens, and 3 are",
-        ),
-        ({"texts": "nowhere"}, "texts='nowhere': expected a list of documents, or one of boolq-passages,"),
-        ({"texts": TEXT}, "texts='A neural network spends most of [...]': expected a list of documents"),
+        ({"texts": WINDOWS, "reconstruction": "distill", "reconstruction__samples": 3}, "texts has 2 windows of tokens"),
+        ({"texts": WINDOWS, "calibration__seqlen": 7}, "calibration__seqlen: texts are windows of tokens, and are"),
+        ({"texts": "nowhere"}, "texts='nowhere': expected a list of documents, or one of"),
         ({"texts": []}, "texts: expected at least one document"),
         ({"texts": [1, 2]}, "texts: expected at least one document, a str each"),
-        ({"texts": None}, "texts: expected at least one document"),
-        ({"texts": torch.zeros((0, 16), dtype=torch.int64)}, "texts: expected int64 tokens (samples, seqlen)"),
         ({"texts": torch.full((2, 16), 100_000)}, "texts: expected tokens from 0 to "),
-        ({"texts": torch.full((2, 16), -1)}, "and there are -1 to -1"),
-        ({"evaluation": "paper"}, "evaluation=paper: permllm.prune takes only settings of how to"),
-        ({"model__dtype": "float16"}, "model.dtype=float16: permllm.prune takes only settings"),
-        ({"permutation__epoch": 3}, "permutation.epoch=3: "),
-        ({"permutation__epochs": "x"}, "permutation.epochs=x: "),
-        ({"pruner": "wandaa"}, "pruner/wandaa"),
-        ({"sede": 1}, "sede=1: "),
-        ({"texts": {"text": [TEXT]}}, "texts: expected at least one document, a str each"),
-        (
-            {"texts": WINDOWS, "calibration__seqlen": 7},
-            "calibration__seqlen: texts are windows of tokens, and are",
-        ),
     ],
 )
 def test_bad_settings_are_one_line(
@@ -337,21 +298,12 @@ def test_tokens_need_no_tokenizer(model: PreTrainedModel, tmp_path: Path) -> Non
     assert permllm.load(tmp_path / "out").config.model_type == "llama"
 
 
-def test_numbers_of_numpy_are_settings() -> None:
-    assert api._composed("wanda", "lcp", "2:4", "builtin", {"seed": np.int64(3)}, ()).seed == 3
-
-
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
         ([TEXT], {"window": 1}, "window=1: expected a whole number of at least 2"),
-        ([TEXT], {"window": 32.0}, "window=32.0: expected a whole number"),
         ([TEXT], {"limit": 0}, "limit=0: expected a whole number of at least 1"),
-        ([TEXT], {"batch_tokens": 0}, "batch_tokens=0: expected a whole number of at least 1"),
-        ([b"abc"], {}, "texts: expected at least one document, a str each"),
         ([], {}, "texts: expected at least one document, a str each"),
-        (None, {}, "texts: expected at least one document, a str each"),
-        (TEXT, {}, "texts='A neural network spends most of [...]': expected a list of documents, or the name of a text"),
         (WINDOWS, {"window": 8}, "window=8: texts are windows of 16 tokens, and are taken as they are"),
     ],
 )
@@ -498,10 +450,6 @@ class Adapted(torch.nn.Module):
         return self.base_layer(x)
 
 
-def identity_mask(model: PreTrainedModel) -> None:
-    prune.identity(linear_at(model, "model.layers.0.mlp.down_proj"), "weight")
-
-
 def weight_norm(model: PreTrainedModel) -> None:
     parametrizations.weight_norm(linear_at(model, "model.layers.0.mlp.down_proj"))
 
@@ -518,7 +466,6 @@ def adapted_head(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (identity_mask, "mlp.down_proj is a Linear, whose weight is computed from others, not a Linear of floats"),
         (weight_norm, "mlp.down_proj is a ParametrizedLinear, whose weight is computed from others, not a Linear of floats"),
         (own_forward, "mlp.down_proj is a Linear with a forward of its own, not a Linear of floats"),
         (adapted_head, "its head is a Adapted that is no plain Linear"),
@@ -566,9 +513,10 @@ def test_what_is_gathered_can_be_trained_and_pickled(model: PreTrainedModel, tmp
     loaded = permllm.load(tmp_path / "out", local_files_only=True, trust_remote_code=False)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     torch.save(loaded, tmp_path / "whole.pt")
-    code = "import sys, torch, permllm.export; print(type(torch.load(sys.argv[1], weights_only=False)).__name__)"
-    again = run_python("-c", code, str(tmp_path / "whole.pt"), fresh=True)
-    assert again.stdout == "SparseLlamaForCausalLM\n", again.stderr
+    code = "import sys, torch, permllm; found = [permllm.load(sys.argv[1]), torch.load(sys.argv[2], weights_only=False)]\n"
+    code += "print(*(type(model).__name__ for model in found))"
+    again = run_python("-c", code, str(tmp_path / "out"), str(tmp_path / "whole.pt"), fresh=True)
+    assert again.stdout.split() == ["SparseLlamaForCausalLM"] * 2, again.stderr
     with pytest.raises(ConfigError, match="output_loading_info"):
         permllm.load(tmp_path / "out", output_loading_info=True)
 

@@ -194,25 +194,6 @@ def test_a_task_of_the_wheel_takes_its_examples_from_there_and_never_the_item_it
     assert all(sorted(re.findall(r"There are (\d)", text)) == ["0", "1", "2"] for text in asked_with)
 
 
-def test_what_is_measured_is_kept_task_by_task(tasks: dict[str, str], run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "cached_values", lambda *given: given[-1]())
-    monkeypatch.setattr(measure, "tokenizer_digest", lambda _: "")
-    loaded: Any = type("Loaded", (), {"model": type("Model", (), {"device": type("Device", (), {"type": "cpu"})})})()
-    loaded.identity, loaded.tokenizer = "", None
-    words = ["model=tiny", "evaluation.perplexity.dataset=null"]
-    both = config(*words, asked(tasks, colours={"num_fewshot": 2}, sums={}))
-    found: dict[str, Any] = {"evaluation": both.evaluation_identity, "evaluation_hash": "both"}
-    measure.evaluate(loaded, both.evaluation, "sparse", found, lambda: None)
-    measure.evaluate(loaded, both.evaluation, "sparse", found, lambda: None)
-    assert run == ["colours", "sums"]
-    # Another evaluation takes what was measured in the same way, and no more.
-    other = config(*words, asked(tasks, colours={"num_fewshot": 3}, sums={}))
-    begun: dict[str, Any] = {"evaluation": other.evaluation_identity, "evaluation_hash": "other"}
-    measure.evaluate(loaded, other.evaluation, "sparse", begun, lambda: None, [found])
-    assert run == ["colours", "sums", "colours"]
-    assert begun["tasks"]["sparse"].keys() == {"colours", "sums"}
-
-
 FOLLOWS = """
 include: base.yml
 task: mine
@@ -288,21 +269,6 @@ def test_tasks_are_part_of_how_a_model_is_evaluated_only_where_they_are_given(ta
     assert len({digest_of(one.evaluation_identity) for one in (base, *asked_for)}) == len(words) + 1
     Path(tasks["sums"]).write_text("task: another")
     assert read_config(composed("model=tiny", words[-1])).evaluation_identity != asked_for[-1].evaluation_identity
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("evaluation.tasks={gsm9k: null}", r"^evaluation\.tasks: lm-eval does not know gsm9k"),
-        ("evaluation.tasks={nowhere.yaml: null}", r"^evaluation\.tasks: nowhere\.yaml does not exist"),
-    ],
-)
-def test_a_task_that_is_not_there_is_one_line(words: str, message: str) -> None:
-    settings = config("model=tiny", words).evaluation
-    loaded = load_model(config("model=tiny").model, 0)
-    ((name, task),) = settings.tasks.items()
-    with pytest.raises(ConfigError, match=message):
-        run_task(loaded.model, loaded.tokenizer, name, task or TaskConfig(), settings.zero_shot)
 
 
 @pytest.mark.parametrize("setting", ["num_fewshot: -1", "limit: 0"])
