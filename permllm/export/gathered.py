@@ -32,12 +32,12 @@ _HINT = "make a checkout of the project importable and import permllm.export bef
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
-def model_type_of(dense_type: str, hint: str = _HINT) -> str:
+def model_type_of(dense_type: str) -> str:
     """Model type of a gathered model of a family; transformers quotes it when it does not know it.
 
     The same in all versions but for the hint, so that any of them knows the checkpoints of those before.
     """
-    return f"{dense_type}, N:M sparse, written by PermLLM (arXiv 2510.10136): {hint}"
+    return f"{dense_type}, N:M sparse, written by PermLLM (arXiv 2510.10136): {_HINT}"
 
 
 def writer() -> str:
@@ -53,7 +53,7 @@ def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConf
         gathers: paths of the modules whose input is gathered.
     """
     settings = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
-    config = _config_class(dense.model_type, _HINT)(**settings)
+    config = _config_class(dense.model_type)(**settings)
     config.gathers = gathers
     return config
 
@@ -142,7 +142,7 @@ def register() -> None:
     """Make gathered models known to transformers: of all families, and of other types once one is read."""
     for dense_type in family_names():
         if dense_type in CONFIG_MAPPING:  # a package's may be for another transformers
-            _config_class(dense_type, _HINT)
+            _config_class(dense_type)
     for dense_type in causal_types():
         label = model_type_of(dense_type)
         if label not in CONFIG_MAPPING:
@@ -156,7 +156,7 @@ class _OnDemand:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return _config_class(cls.dense_type, _HINT).from_dict(config_dict, **kwargs)
+        return _config_class(cls.dense_type).from_dict(config_dict, **kwargs)
 
 
 def __getattr__(name: str) -> Any:
@@ -166,13 +166,13 @@ def __getattr__(name: str) -> Any:
     dense = next((kind for kind in kinds if found and CONFIG_MAPPING[kind].__name__ == f"{found[1]}Config"), None)
     if dense is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _config_class(dense, _HINT)
+    _config_class(dense)
     return globals()[name]
 
 
-def _config_class(dense_type: str, hint: str) -> Any:
+def _config_class(dense_type: str) -> Any:
     """The config class of gathered models of a type; it and the model class are known to transformers after."""
-    label = model_type_of(dense_type, hint)
+    label = model_type_of(dense_type)
     if label in CONFIG_MAPPING and not issubclass(CONFIG_MAPPING[label], _OnDemand):
         return CONFIG_MAPPING[label]
     dense_config: Any = CONFIG_MAPPING[dense_type]
@@ -181,8 +181,7 @@ def _config_class(dense_type: str, hint: str) -> Any:
     name = dense_config.__name__.removesuffix("Config")
     config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
     model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})
-    if hint == _HINT:  # by these names a pickle finds them
-        globals().update({one.__name__: one for one in (config, model)})
+    globals().update({one.__name__: one for one in (config, model)})  # by these names a pickle finds them
     AutoConfig.register(label, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model)
     return config

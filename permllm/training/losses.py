@@ -52,12 +52,6 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
 
 
-def mean_square_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared distance over squared length of the target, mean over tokens, in float32 or wider."""
-    output, target = _wide(output), _wide(target)
-    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
-
-
 # The divergence of some tokens from their logits, `sparse` and `dense (tokens, vocabulary)`, a sum, and its gradient in their
 # format, if that is asked for. It is not divided by the tokens: in float16 that of a mean would vanish.
 _Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
