@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from permllm import job
 from permllm.config import ModelConfig, RunConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
@@ -29,7 +30,7 @@ from permllm.models.source import dense_source
 from permllm.pruning import methods as job_methods
 from permllm.pruning.footprint import FITS, Footprint
 from permllm.runtime import memory, parallel
-from tests.conftest import ROOT, run_command, tiny_model
+from tests.conftest import ROOT, run_command, run_python, tiny_model
 from tests.test_config import config
 
 PLACEMENTS = ("host", "disk")
@@ -67,14 +68,12 @@ def test_perplexity_is_the_same_to_the_bit(tmp_path: Path, family: str, dtype: t
     assert found[2] == found[0]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_files_of_another_format_give_the_weights_that_loading_gives(tmp_path: Path, placement: str) -> None:
+def test_files_of_another_format_give_the_weights_that_loading_gives(tmp_path: Path) -> None:
     folder = saved("qwen2", tmp_path, torch.bfloat16)
     windows = torch.randint(0, 259, (3, 16), generator=torch.Generator().manual_seed(0))
-    found = [
-        perplexity(load_model(settings(folder, one, dtype="float32"), 0).model, windows, 32) for one in ("device", placement)
-    ]
-    assert found[0] == found[1]
+    models = [load_model(settings(folder, one, dtype="float32"), 0).model for one in ("device", *PLACEMENTS)]
+    found = [perplexity(model, windows, 32) for model in models]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("placement", ["device", "disk"])
@@ -167,14 +166,15 @@ METHODS = {
 
 
 def run(checkpoint: Path, folder: Path, placement: str, *words: str) -> dict[str, Any]:
-    """The record of a run of its own directory for each placement."""
+    """The record of a run of its own directory for each placement; they share a cache."""
     directory = folder / placement
     of_model = ["model=local", f"model.path={checkpoint}", "model.architecture=null", "model.device=cpu"]
     same = ["calibration=builtin", "evaluation=builtin", "logger=none", f"model.placement={placement}", f"run_dir={directory}"]
-    done = run_command(*of_model, *same, *words, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    record: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
-    return record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERMLLM_CACHE", str(folder / "cache"))
+        result = job.run(config(*of_model, *same, *words))
+    assert result is not None
+    return result[0]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -303,9 +303,9 @@ def test_parameters_that_layers_share_are_refused() -> None:
     ],
 )
 def test_what_a_placement_cannot_do_is_one_line(tmp_path: Path, words: list[str], reason: str) -> None:
-    done = run_command("model=tiny", "logger=none", *words, cwd=tmp_path)
-    assert done.returncode == 1
-    assert reason in done.stderr.strip().splitlines()[-1]
+    with pytest.raises(ConfigError) as caught:
+        job.run(config("model=tiny", "logger=none", f"run_dir={tmp_path}/run", *words))
+    assert str(caught.value).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -427,8 +427,8 @@ print(peak_host_memory() - before)
 def test_only_what_is_at_work_is_in_memory(tmp_path: Path) -> None:
     words = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_key_value_heads": 4}
     overrides = [f"model.architecture.{key}={value}" for key, value in words.items()]
-    command = [sys.executable, "scripts/random_checkpoint.py", str(tmp_path / "model"), "model=tiny", *overrides]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    command = ["scripts/random_checkpoint.py", str(tmp_path / "model"), "model=tiny", *overrides]
+    assert run_python(*command, cwd=ROOT).returncode == 0
 
     def grown(placement: str) -> int:
         command = [sys.executable, "-c", CHILD, str(tmp_path / "model"), placement]
@@ -456,22 +456,21 @@ print(peak_host_memory() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_knows_the_logits_of_an_evaluation(dtype: str) -> None:
+def test_the_plan_knows_the_logits_of_an_evaluation() -> None:
     vocabulary = 40_000
-    words = [f"model.dtype={dtype}", f"model.architecture.vocab_size={vocabulary}", "evaluation.perplexity.batch_tokens=2048"]
+    words = ["model.dtype=bfloat16", f"model.architecture.vocab_size={vocabulary}", "evaluation.perplexity.batch_tokens=2048"]
     asked = config("model=tiny", "logger=none", "evaluation.perplexity.seqlen=1024", "permutation=none", *words)
     made = planned(asked)
     stages = made.needs("device").stages
-    command = [sys.executable, "-c", EVALUATES, dtype, str(vocabulary)]
+    command = [sys.executable, "-c", EVALUATES, "bfloat16", str(vocabulary)]
     taken = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     assert stages["evaluate"] - stages["weights"] == pytest.approx(taken, rel=0.15)
 
 
 WIDE = {
-    "hidden_size": 1536,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 4,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
@@ -481,20 +480,18 @@ WIDE = {
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "model"
     overrides = [f"model.architecture.{key}={value}" for key, value in WIDE.items()]
-    command = [sys.executable, "scripts/random_checkpoint.py", str(folder), "model=tiny", *overrides]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert run_python("scripts/random_checkpoint.py", str(folder), "model=tiny", *overrides, cwd=ROOT).returncode == 0
     return folder
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("placement", ["device", "disk"])
 @pytest.mark.parametrize(
-    "method",
+    ("placement", "method"),
     [
-        ["permutation=none"],
-        ["permutation=lcp", "permutation.init=random", "permutation.epochs=1"],
-        ["permutation=none", "mask=score", "mask.epochs=1"],
-        ["permutation=none", "pruner=sparsegpt"],
+        ("disk", ["permutation=none"]),
+        ("disk", ["permutation=lcp", "permutation.init=random", "permutation.epochs=1"]),
+        ("device", ["permutation=none", "mask=score", "mask.epochs=1"]),
+        ("device", ["permutation=none", "pruner=sparsegpt"]),
     ],
     ids=["none", "lcp", "score", "sparsegpt"],
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.pruning.methods import methods_of
 from permllm.runtime import parallel
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, run_python
 from tests.runtime.test_parallel import finished, torchrun
 from tests.test_config import composed
 
@@ -33,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = ["model.architecture.hidden_size=40", "model.architecture.num_attention_heads=5"]
     shape += ["model.architecture.num_key_value_heads=5", "model.architecture.intermediate_size=52"]
     words = [str(folder), "model=tiny", "model.dtype=float64", *shape, "--shard-gb", "0.0001"]
-    subprocess.run([sys.executable, "scripts/random_checkpoint.py", *words], cwd=ROOT, check=True, capture_output=True)
+    assert run_python("scripts/random_checkpoint.py", *words, cwd=ROOT).returncode == 0
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm.models.checkpoint import indexed_files
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import ROOT, run_python
 
 
 def written(folder: Path, *words: str) -> Path:
-    command = [sys.executable, "scripts/random_checkpoint.py", str(folder), "model=tiny", *words]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert run_python("scripts/random_checkpoint.py", str(folder), "model=tiny", *words, cwd=ROOT).returncode == 0
     return folder
 
 
@@ -53,7 +49,6 @@ def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
-    command = [sys.executable, "scripts/random_checkpoint.py", str(tmp_path), "model=tiny"]
-    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    found = run_python("scripts/random_checkpoint.py", str(tmp_path), "model=tiny", cwd=ROOT)
     assert found.returncode == 1
     assert found.stderr == f"{tmp_path} is not empty\n"
