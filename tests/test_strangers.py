@@ -219,7 +219,7 @@ def test_one_of_each_kind_runs_together(package: Path, tmp_path: Path) -> None:
     [
         ["permutation=heuristic", "permutation.constraint=foldable", "export=folded"],
         ["export=gathered"],
-        ["permutation.straight_through=hard", "permutation.loss=cosine", "permutation.normalize_saliency=false"],
+        ["permutation.straight_through=hard", "permutation.loss=cosine", "permutation.conventions=paper"],
         ["permutation.straight_through=soft", "permutation.constraint=foldable", "export=folded"],
     ],
     ids=["heuristic", "swap", "hard", "soft"],

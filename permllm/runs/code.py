@@ -11,8 +11,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent.parent
 _NAME = _PACKAGE.name
-# Rooms that carry values and make none; of what a process is, the precision of its products decides.
-_PLUMBING = ("version", "errors", "validation", "nested", "identity", "runtime", "config", "record")
+# Packages that carry values and make none. Of `runtime`, only the precision of products changes a value.
+_PLUMBING = ("errors", "config", "runtime", "runs")
 _DECIDES = (f"{_NAME}.runtime.precision",)
 
 

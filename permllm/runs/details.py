@@ -7,8 +7,8 @@ from typing import Any
 from permllm.config import flatten
 from permllm.runs import evaluations
 from permllm.runs.names import ENVIRONMENT
-from permllm.runs.read import Run
 from permllm.runs.pictures import pictures
+from permllm.runs.read import Run
 from permllm.runs.render import heading, shown
 from permllm.runs.table import Row, Summary, flat_settings, setting_text, summarise
 

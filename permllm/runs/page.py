@@ -21,10 +21,10 @@ from plotly.offline import get_plotlyjs
 
 from permllm.config import finite
 from permllm.runs import cost
-from permllm.runs.read import Collection
 from permllm.runs.details import details
 from permllm.runs.plots import numeric_setting
 from permllm.runs.published import Comparison
+from permllm.runs.read import Collection
 from permllm.runs.render import cells, heading, main_measure, shown
 from permllm.runs.table import Measure, Row, Summary, row_labels, setting_text
 

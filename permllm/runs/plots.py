@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
-from permllm.runs.names import MASKS
 from permllm.runs import cost
+from permllm.runs.names import MASKS
 from permllm.runs.pictures import by_layer
+from permllm.runs.plotting import load_pyplot, save_figure
 from permllm.runs.render import heading, main_measure
 from permllm.runs.table import Row, Summary, row_labels
-from permllm.runs.plotting import load_pyplot, save_figure
 
 # What a legend inside of the axes has room for, and a label.
 _IN_A_LEGEND, _LETTERS = 6, 48

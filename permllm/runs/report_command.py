@@ -23,13 +23,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from permllm.runtime.answer import Answer
 from permllm.errors import ConfigError, DataError
 from permllm.runs.files import write_text
-from permllm.runs.read import Collection, collect
 from permllm.runs.published import Comparison, beside, published
+from permllm.runs.read import Collection, collect
 from permllm.runs.render import FORMATS, records, take_baseline, undrawn
 from permllm.runs.table import Row, Summary, summarise
+from permllm.runtime.answer import Answer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

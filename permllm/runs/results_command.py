@@ -11,11 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from permllm.runtime.answer import Answer
 from permllm.errors import ConfigError
-from permllm.runs.read import collect
 from permllm.runs.kept import keep_runs
 from permllm.runs.published import beside
+from permllm.runs.read import collect
 from permllm.runs.render import (
     FORMATS,
     compared,
@@ -27,6 +26,7 @@ from permllm.runs.render import (
     without_interval,
 )
 from permllm.runs.table import summarise
+from permllm.runtime.answer import Answer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from permllm.config import evaluation_of, flatten, identity_of
 from permllm.errors import ConfigError, DataError
 from permllm.runs.names import SCHEMA_VERSION
-from permllm.runs.schema import FinishedRun, Object, Settings, validated
-from permllm.runs.read import Run
 from permllm.runs.published import Comparison, Published
+from permllm.runs.read import Run
 from permllm.runs.render import render
+from permllm.runs.schema import FinishedRun, Object, Settings, validated
 from permllm.runs.table import Summary, summarise
 
 # What the logger adds to the settings that make a result.

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.permutation.lcp.settings import SinkhornStart
-from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
+from permllm.permutation.lcp.sinkhorn import SinkhornStart, logit_gradient, normalize
 
 
 class _Sinkhorn(torch.autograd.Function):

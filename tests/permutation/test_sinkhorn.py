@@ -15,8 +15,7 @@ from permllm.permutation.lcp import assignment
 from permllm.permutation.lcp import logits as blocks
 from permllm.permutation.lcp.assignment import harden, harden_together
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
-from permllm.permutation.lcp.settings import SinkhornStart
-from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
+from permllm.permutation.lcp.sinkhorn import SinkhornStart, logit_gradient, normalize
 from permllm.runtime import parallel
 from permllm.training.blocks import BlockStack
 from tests.permutation.differentiable import sinkhorn

@@ -59,17 +59,17 @@ class Reconstruction:
     def linear(self, pruned: Any) -> Any:
         raise AssertionError("asked")
 
-    layer = network = linear
+    network = linear
 
 
-OF_A_RECONSTRUCTION = ("changes_weights", "learned", "statistics", "linear", "layer", "network")
+OF_A_RECONSTRUCTION = ("changes_weights", "learned", "statistics", "linear", "network")
 CASES: list[tuple[type, str, str]] = [
     *((Pruner, name, "pruner=wanda") for name in ("statistics", "updates_weights", "factors")),
     *((Local, name, "permutation=none") for name in ("learned", "local", "constraint", "order")),
     *((Learned, name, "permutation=none") for name in ("orders", "plan", "batch_size", "constraint")),
     *((Reconstruction, name, "reconstruction=none") for name in OF_A_RECONSTRUCTION),
 ]
-PACKAGES = {"pruner": "pruning", "permutation": "permutation", "reconstruction": "reconstruction"}
+PACKAGES = {"pruner": "pruning", "permutation": "permutation", "reconstruction": "pruning.reconstruction"}
 
 
 def put(method: object, key: str, monkeypatch: pytest.MonkeyPatch) -> None:

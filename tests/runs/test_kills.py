@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each job is a fork")
 def test_a_job_that_was_killed_anywhere_ends_with_the_same_result(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "kills.py"), str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "runs" / "kills.py"), str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

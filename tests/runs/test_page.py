@@ -25,20 +25,19 @@ from PIL import Image
 
 from permllm.cli import call
 from permllm.config import NMPattern
-from permllm.runs.environment import environment
-from permllm.runs.figures import pruning_minutes
-from permllm.runs.names import MASKS, PERMUTATIONS
-from permllm.runs.run_tensors import write_masks
-from permllm.runs.tensors import write_tensors
 from permllm.runs import cost
-from permllm.runs.read import collect
-from permllm.runs.details import LEFT_OUT, RUN_BYTES, details
-from permllm.runs.page import page, sections, sort_key
+from permllm.runs.details import details
+from permllm.runs.environment import environment
+from permllm.runs.names import MASKS, PERMUTATIONS
+from permllm.runs.page import page, sections
 from permllm.runs.pictures import CROP, NOT_KEPT, POINTS, SIDE, pictures
 from permllm.runs.plots import cost_data, plot_cost
 from permllm.runs.published import Comparison, published
+from permllm.runs.read import collect
 from permllm.runs.render import cells, main_measure, take_baseline
+from permllm.runs.run_tensors import write_masks
 from permllm.runs.table import Summary, row_labels, summarise
+from permllm.runs.tensors import write_tensors
 from permllm.sparsity.nm import permuted_nm_mask
 from tests.conftest import ROOT, run_module
 from tests.kept import THREE_RUNS

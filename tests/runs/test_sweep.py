@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from permllm.job import Session, objective
 from permllm.runs.outcomes import Outcome, kept
-from permllm.runs.sweep import _listed, sweep_name
 from permllm.runs.read import collect
+from permllm.runs.sweep import _listed, sweep_name
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny", "logger=none")

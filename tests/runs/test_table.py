@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,13 @@ import yaml
 from rich.console import Console
 
 from permllm.errors import ConfigError
-from permllm.runs.run_tensors import write_masks
-from permllm.runs.read import collect
 from permllm.runs.plots import plot_curves, plot_masks
-from permllm.runs.published import Comparison, published
-from permllm.runs.render import cells, find_row, main_measure, records, render, take_baseline
-from permllm.runs.table import summarise
 from permllm.runs.printed import print_comparison
+from permllm.runs.published import Comparison, published
+from permllm.runs.read import collect
+from permllm.runs.render import cells, find_row, main_measure, records, render, take_baseline
+from permllm.runs.run_tensors import write_masks
+from permllm.runs.table import summarise
 from tests.conftest import ROOT, run_module
 from tests.kept import THREE_RUNS
 
