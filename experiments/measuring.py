@@ -1,4 +1,4 @@
-"""What the measure.py of each experiment shares: settings as of run.py, and the table, record and picture of what it finds.
+"""Read the settings of a measure.py, and print, keep and draw what it measures.
 
 python experiments/table3/measure.py model=llama-2-7b measure.repeats=5 --to experiments/table3/records.jsonl
 """
@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import HYDRA_DEFAULTS, RunConfig, conf_directory, digest_of, read_config, register_resolvers
-from permllm.errors import PermLLMError, one_line
-from permllm.pruning.config_store import register
+from permllm.config import RunConfig, digest_of, read_config
+from permllm.errors import ConfigError, DataError
+from permllm.pruning.config_store import composed, refusal
 from permllm.runs.cache_folder import choose_cache
 from permllm.runs.environment import environment
 from permllm.runs.files import read_record_lines, write_record_lines
@@ -30,6 +28,7 @@ from permllm.runs.plotting import load_pyplot, save_figure
 from permllm.runs.schema import KeptRecord
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.seeding import seed_everything
+from permllm.runtime.tool import run_tool
 
 # Begins the names of a script's own settings.
 _OWN = "measure."
@@ -56,7 +55,8 @@ def main(
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of run.py, and measure.KEY=VALUE")
     parser.add_argument("--to", type=Path, metavar="FILE.jsonl", help="add the record to this file, with a picture beside it")
     options = parser.parse_intermixed_args()
-    try:
+
+    def work() -> int:
         config, own = settings_of(options.words, settings)
         choose_cache(config.paths.cache_dir)
         device = resolve_device(config.model.device)
@@ -74,29 +74,33 @@ def main(
             line = {"run": f"{name}-{digest}", "config": config.resolved | {"measure": asdict(own)}, "metrics": metrics}
             add_record(options.to, line | {"environment": computed_with})
             draw_picture(options.to.with_name(f"{name}-{digest}.png"), lambda axes: draw(found, axes))
-    except (PermLLMError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_tool(work)
 
 
 def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
-    """Settings of run.py, and those of a script's own dataclass, out of what was typed."""
-    register_resolvers()
-    register()
-    with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
-        config = read_config(compose("config", overrides=[word for word in words if not word.startswith(_OWN)]))
+    """Settings of run.py, and those of a script's own dataclass, out of what was typed. Raises ConfigError."""
+    config = read_config(composed([word for word in words if not word.startswith(_OWN)]))
     own = OmegaConf.from_dotlist([word.removeprefix(_OWN) for word in words if word.startswith(_OWN)])
-    return config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), own))
+    try:
+        return config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), own))
+    except OmegaConfBaseException as error:
+        raise ConfigError(refusal(error)) from error
+
+
+def kept_records(file: Path) -> list[Any]:
+    """Read the lines of a file of records. Raises DataError where one is damaged."""
+    found = [line for _, line in read_record_lines(file, KeptRecord)]
+    for line in found:
+        if isinstance(line, DataError):
+            raise line
+    return found
 
 
 def add_record(file: Path, line: dict[str, Any]) -> None:
     """Add a line to a file of records, in the place of one of its name. Raises DataError where a line is damaged."""
-    kept: dict[str, Any] = {}
-    for _, other in read_record_lines(file, KeptRecord) if file.exists() else ():
-        if isinstance(other, Exception):
-            raise other
-        kept[other["run"]] = other
+    kept = {other["run"]: other for other in kept_records(file)} if file.exists() else {}
     kept[line["run"]] = line
     write_record_lines(file, [kept[name] for name in sorted(kept)])
     print(f"record    {file}, {line['run']}")

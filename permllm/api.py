@@ -14,24 +14,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
-from permllm.config import (
-    HYDRA_DEFAULTS,
-    NMPattern,
-    PerplexityConfig,
-    RunConfig,
-    conf_directory,
-    read_config,
-    register_resolvers,
-)
+from permllm.config import NMPattern, PerplexityConfig, RunConfig, conf_directory, read_config
 from permllm.data.registry import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
 from permllm.data.windows import calibration_tokens, windows_of
@@ -44,7 +34,7 @@ from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
-from permllm.pruning.config_store import options_of, refusal, register
+from permllm.pruning.config_store import composed, options_of
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import figures, prune_model
 from permllm.runs.environment import environment
@@ -367,23 +357,18 @@ def _composed(
         (chosen if group else single)[key] = value
     before = GlobalHydra.instance().hydra  # of an application of somebody else's, which goes on with it
     GlobalHydra.instance().clear()
-    register_resolvers()
-    register()
     paths = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
     words = [*paths, "model=tiny", *(f"{group}={name}" for group, name in chosen.items())]
     try:
-        with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
-            composed = compose("config", overrides=words)
-        for key, value in single.items():
-            try:
-                OmegaConf.update(composed, key, value)
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"{key}={value}: {first_line(error)}") from error
-    except HydraException as error:
-        raise ConfigError(refusal(error)) from error
+        found = composed(words)
     finally:
         GlobalHydra.instance().hydra = before
-    return read_config(composed)
+    for key, value in single.items():
+        try:
+            OmegaConf.update(found, key, value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}={value}: {first_line(error)}") from error
+    return read_config(found)
 
 
 def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -24,10 +23,10 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from permllm.config import HYDRA_DEFAULTS, ModelConfig, conf_directory, read_config, register_resolvers  # noqa: E402
+from permllm.config import ModelConfig, read_config  # noqa: E402
 from permllm.models.checkpoint import parameter_names  # noqa: E402
 from permllm.models.load import meta_model  # noqa: E402
-from permllm.pruning.config_store import register  # noqa: E402
+from permllm.pruning.config_store import composed  # noqa: E402
 from permllm.runs.shards import write_shards  # noqa: E402
 
 
@@ -75,10 +74,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the settings, as for run.py")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, at most")
     options = parser.parse_args()
-    register_resolvers()
-    register()
-    with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
-        config = read_config(compose("config", overrides=options.overrides))
+    config = read_config(composed(options.overrides))
     write_random(options.folder, config.model, options.shard_gb)
     print(f"{options.folder}: {config.model.name}, {config.model.dtype}, random")
 

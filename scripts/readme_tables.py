@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from permllm.errors import PermLLMError
 from permllm.runs.files import write_text
+from permllm.runtime.tool import run_tool
 from scripts.views import with_views
 
 
@@ -24,16 +24,16 @@ def main(words: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(words)
-    try:
-        stale = {file: text for file in options.files if (text := with_views(file)) != file.read_text(encoding="utf-8")}
-    except PermLLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_tool(lambda: _written(options.files, options.check))
+
+
+def _written(files: list[Path], check: bool) -> int:
+    stale = {file: text for file in files if (text := with_views(file)) != file.read_text(encoding="utf-8")}
     for file, text in stale.items():
-        if not options.check:
+        if not check:
             write_text(file, text)
-        print(f"{file} is {'stale' if options.check else 'new'}")
-    return 1 if options.check and stale else 0
+        print(f"{file} is {'stale' if check else 'new'}")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

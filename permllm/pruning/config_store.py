@@ -10,17 +10,28 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import FROM_THE_TOP, BudgetConfig, EvaluationConfig, ModelConfig, RunConfig, conf_directory
+from permllm.config import (
+    FROM_THE_TOP,
+    HYDRA_DEFAULTS,
+    BudgetConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    conf_directory,
+    register_resolvers,
+)
 from permllm.errors import SHORT_ERRORS, ConfigError, everything_wanted, first_line
 from permllm.mask.settings import LowRankSettings, MaskSettings
 from permllm.permutation.lcp.settings import LCPSettings
@@ -138,6 +149,21 @@ def check_names(config: RunConfig) -> None:
             raise ConfigError(
                 f"{group}={option}: its `name` is {name}, which is another option: its runs would be taken for those"
             )
+
+
+def composed(words: Sequence[str]) -> DictConfig:
+    """Compose settings without starting a job. Raises ConfigError where Hydra refuses a word.
+
+    Args:
+        words: what is typed after `run.py`.
+    """
+    register_resolvers()
+    register()
+    try:
+        with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
+            return compose("config", overrides=list(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(refusal(error)) from error
 
 
 def reported(job: Callable[[], Any]) -> Any:

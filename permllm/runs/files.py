@@ -73,13 +73,6 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda scratch: _write(scratch, text))
 
 
-def with_block(document: str, begin: str, end: str, block: str) -> str:
-    """The document with what stands between two markers replaced. Raises ValueError when a marker is missing."""
-    head, rest = document.split(begin, 1)
-    _, tail = rest.split(end, 1)
-    return head + begin + block + end + tail
-
-
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write plain values as JSON, keys in their order; without an indent in one line."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=True) + "\n")

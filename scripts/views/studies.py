@@ -6,10 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from permllm.runs.files import read_record_lines
+from experiments.measuring import kept_records
 from permllm.runs.names import RECORDS
 from permllm.runs.published import published
-from permllm.runs.schema import KeptRecord
 from scripts.views.tables import Entry, machine, published_table
 
 
@@ -23,7 +22,7 @@ def study(folder: Path, claim: str = "", command: str = "", table: str = "") -> 
         table: of the paper, whose numbers stand below.
     """
     lines = ["", f"    {command}", ""] if command else [""]
-    for record in _records(folder):
+    for record in kept_records(folder / RECORDS):
         lines += [*_lines(folder, record), ""]
         picture = folder / f"{record['run']}.png"
         if picture.is_file():
@@ -36,7 +35,7 @@ def study(folder: Path, claim: str = "", command: str = "", table: str = "") -> 
 
 def entry(folder: Path, claim: str, command: str, table: str = "") -> Entry:
     """Its row in the index; arguments as `study`."""
-    (record,) = _records(folder)
+    (record,) = kept_records(folder / RECORDS)
     lines = _lines(folder, record)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     ours = "; ".join(f"{row[0]}: {', '.join(cell for cell in row[1:] if cell)}" for row in rows)
@@ -61,11 +60,3 @@ def _runtimes(table: str) -> str:
 def _lines(folder: Path, record: dict[str, Any]) -> list[str]:
     measure = import_module(f"experiments.{folder.resolve().name}.measure")
     return list(measure.lines(record["metrics"]["study"]))
-
-
-def _records(folder: Path) -> list[Any]:
-    found = [line for _, line in read_record_lines(folder / RECORDS, KeptRecord)]
-    for line in found:
-        if isinstance(line, Exception):
-            raise line
-    return found
