@@ -158,7 +158,7 @@ def digest_of(settings: Mapping[str, Any]) -> str:
 
 
 def _without_classes(value: Any) -> Any:
-    """The settings without the names of this package's classes; those of somebody else's say what they are."""
+    """Remove `_target_` where it names a class of this package. Another package's class stays: nothing else names it."""
     if not isinstance(value, Mapping):
         return value
     ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
@@ -182,7 +182,7 @@ def input_digest(path: Path) -> str | None:
 
 
 def is_task_file(name: str) -> bool:
-    """Whether the name of a task of lm-eval is the path of a YAML that defines one."""
+    """Tell whether a task is given as the path of a YAML file, and not by its name in lm-eval."""
     return name.endswith((".yaml", ".yml"))
 
 
@@ -204,7 +204,7 @@ TaskDefinition.add_constructor(
 
 
 def task_digest(definition: Path) -> str | None:
-    """What changes when a task of one's own does: its YAML's sha256, or one of that and of all that it names.
+    """Return a digest of a task's YAML file and of all files that it names: sha256.
 
     Named are definitions that it includes, modules of its functions, and data (`dataset_path`, and in `dataset_kwargs`
     `data_files`, which may be patterns, and `data_dir`): files beside the definition or in the working directory, and all that
@@ -259,10 +259,11 @@ HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS
 
 # How what a permutation takes from the top is set.
 _SET_AT_THE_TOP = {"block_size": "block_size={}", "temperature": "temperature=OPTION or temperature.KEY=VALUE"}
-# What W&B refuses in the name of a project.
+# What to type for a setting that has no default.
 _NEEDED = {
     "permutation.path": "permutation=from_file needs permutation.path=RUN, a run directory or a permutations.safetensors"
 }
+# What W&B refuses in the name of a project.
 _NOT_IN_A_PROJECT = "/\\#?%:"
 _LONGEST_PROJECT = 128
 

@@ -194,7 +194,7 @@ def _stages(
 
 
 def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None:
-    """Raise DataError where a text has too few tokens for its windows, or others than the model reads: later would be late."""
+    """Raise DataError, before anything is computed, where a text is too short or has tokens that the model does not know."""
     tokenizer, model = loaded.tokenizer, loaded.model
     for named in perplexity_texts(config.evaluation.perplexity):
         windows = perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)

@@ -144,7 +144,7 @@ def lm_eval_results(
 
 
 def item_scores(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the numbers of a task are the means of (`permllm.runs.schema.TaskScores`); None for a group, which has no items.
+    """Return the score of each item of a task (`permllm.runs.schema.TaskScores`); None for a group, which has no items.
 
     Args:
         samples: of lm-eval, each item once for each filter of the task.

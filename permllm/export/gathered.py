@@ -1,4 +1,4 @@
-"""What transformers needs to load gathered checkpoints. `import permllm.export` registers it.
+"""The classes with which transformers loads gathered checkpoints. `import permllm.export` registers them.
 
 Such a checkpoint must never load as a plain model with wrong logits. Its config.json therefore carries a
 model type of its own and, where a plain config has its width, a text that says what to import; the dense model's config

@@ -28,7 +28,7 @@ from permllm.training.stages import Course
 
 
 class MaskLearning(MaskSettings):
-    """What the methods share; what they choose masks by is theirs."""
+    """Base of the masks that are learned. A subclass says what scores a mask is chosen by."""
 
     learned = True
     local = False

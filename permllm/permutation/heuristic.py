@@ -111,11 +111,6 @@ def searched(searches: list[Search], device: torch.device, what: str) -> dict[st
     return {search.name: found[search.name] for search in searches}
 
 
-def search_order(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Tensor:
-    """What one search finds, int64 `(channels,)` on the CPU; as `search_of`."""
-    return _finished(search_of(shared, saliency_of, pattern).steps)
-
-
 def search_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Search:
     """The search for the heuristic permutation of each segment of a shared order, int64 `(channels,)` on the CPU.
 
@@ -156,11 +151,7 @@ def heuristic_order(saliency: Parts) -> Tensor:
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    return _finished(_steps(saliency))
-
-
-def _finished(steps: Steps) -> Tensor:
-    """What a search finds."""
+    steps = _steps(saliency)
     try:
         scores = next(steps)
         while True:

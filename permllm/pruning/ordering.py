@@ -5,7 +5,8 @@ And where the masks do, if it is not the pruner that chooses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,24 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     if kept is not None:
         return kept
     job.record.begin_learning()
-    if job.methods.permutation.learned:
-        call_helpers(problem, job.loaded.identity, job.products)
-        with parallel.in_step():
-            found = job.methods.permutation.orders(problem)
-    else:  # searched by the first process alone
-        found = job.methods.permutation.orders(problem)
+    permutation = job.methods.permutation
+    beside = _beside_helpers(job, problem) if permutation.learned else nullcontext()
+    with beside:
+        found = permutation.orders(problem)
     key = job.permutation_key
     if not isinstance(found, Mapping):
         raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {type(found).__name__}")
     orders = {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
     job.record.keep_orders(orders)
     return orders
+
+
+@contextmanager
+def _beside_helpers(job: Job, problem: LearningProblem, orders: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Have the other processes of torchrun learn the same; what does not learn is found by the first one alone."""
+    call_helpers(problem, job.loaded.identity, job.products, orders)
+    with parallel.in_step():
+        yield
 
 
 def found_masks(
@@ -181,13 +188,9 @@ def found_masks(
     with record.stage("mask", job.device):
         earlier = [line for line in record.passes() if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
-        with products_in(job.products, job.device):
-            if mask.learned:
-                call_helpers(problem, job.loaded.identity, job.products, orders)
-                with parallel.in_step():
-                    masks = mask.masks(problem, orders)
-            else:  # found by the first process alone
-                masks = mask.masks(problem, orders)
+        beside = _beside_helpers(job, problem, orders) if mask.learned else nullcontext()
+        with products_in(job.products, job.device), beside:
+            masks = mask.masks(problem, orders)
         record.keep_orders(orders)
         record.keep_masks(masks)
     return among(orders), masks
