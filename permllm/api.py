@@ -37,9 +37,9 @@ from permllm.models.source import DenseSource, skeleton_like
 from permllm.pruning.config_store import composed, options_of
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import figures, prune_model
+from permllm.runs.directory import Record
 from permllm.runs.environment import environment
 from permllm.runs.loggers import NO_LOGGER
-from permllm.runs.progress import Progress
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
@@ -111,7 +111,7 @@ def prune(
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
     _check_pruned_before(model, groups)
-    device, record = model.device, Progress()
+    device, record = model.device, Record()
     if device.type == "cpu":
         keep_freed_memory()
     with (

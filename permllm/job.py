@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import statistics
 import sys
 import traceback
@@ -19,6 +18,7 @@ import torch
 import transformers
 from omegaconf import DictConfig
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from permllm.config import ExportConfig, RunConfig, read_config, register_resolvers
 from permllm.data.registry import calibration_text, check_texts, perplexity_texts
@@ -27,19 +27,16 @@ from permllm.errors import ConfigError, DataError, InUseError, PermLLMError, eve
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.evaluation.tasks import check_tasks
-from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
+from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
-from permllm.models.families import linear_at
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_model_runs, load_model, meta_model
-from permllm.models.selection import groups_to_prune
 from permllm.pruning.config_store import check_names
 from permllm.pruning.layerwise import PrunedModel
 from permllm.pruning.methods import (
     Job,
     Methods,
     checked_groups,
-    code_of,
     footprint_of,
     methods_of,
     needs_device,
@@ -49,22 +46,21 @@ from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import figures, prune_model
 from permllm.pruning.workers import assist, check_shares, loaded_by_all
 from permllm.runs import sweep
-from permllm.runs.cache import clear_cache
-from permllm.runs.cache_folder import choose_cache
-from permllm.runs.directory import RunRecord, is_finished, run_directory
+from permllm.runs.cache import choose_cache
+from permllm.runs.directory import RunDirectory, is_finished, run_directory
 from permllm.runs.environment import environment
 from permllm.runs.evaluations import mean_accuracy
-from permllm.runs.figures import earlier_figures, flat_figures, print_run
-from permllm.runs.files import write_record
+from permllm.runs.figures import flat_figures, print_run
+from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import RunLogger, open_logger
-from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
+from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS
 from permllm.runs.outcomes import Outcome
 from permllm.runs.printed import print_comparison, print_jobs
+from permllm.runs.pruned import weights_name
 from permllm.runs.read import collect
-from permllm.runs.run_tensors import write_masks, write_orders
 from permllm.runs.table import summarise
-from permllm.runs.tensors import write_tensors
+from permllm.runs.tensors import load_masks, load_orders, load_tensors, save_masks, save_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.interruption import CONTINUES, exit_code, is_interruption, scheduler_signals, started, what_happened
@@ -103,33 +99,40 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
             return None
 
-    record = RunRecord(run_directory(config), config, config.force)
-    with record.opened():
-        clear_left_over(record.path(WRITTEN_EXPORT))
-        record.compare_code(code_of(config, methods))
+    record = RunDirectory(run_directory(config), config)
+    with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
         else:
-            check_tasks(config.evaluation)
-            if record.begun:
-                record.forget_what_is_broken(groups_to_prune(skeleton(), config), config.pattern)
-            learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
-            footprint = footprint_of(config, methods, skeleton(), device)
-            placement = placement_for(footprint, config, methods)
-            config = replace(config, model=replace(config.model, placement=placement))
-            if device.type == "cpu" and placement == "disk":
-                keep_freed_memory(SPARING)
-            if not record.pruned:
-                record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
-            if learns:
-                check_shares(learns, config.calibration.samples)
-            half = half_products(getattr(torch, config.model.dtype), device)
-            with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
-                _stages(config, methods, record, logger, device, bool(learns))
+            _unfinished(config, methods, record, device, skeleton())
         if request is not None:
             _export(request, record)
         print_run(record.metrics, record.directory)
     return record.metrics, record.directory
+
+
+def _unfinished(
+    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device, skeleton: PreTrainedModel
+) -> None:
+    """Do what is left of a run.
+
+    Args:
+        skeleton: the model on the meta device.
+    """
+    check_tasks(config.evaluation)
+    learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
+    footprint = footprint_of(config, methods, skeleton, device)
+    placement = placement_for(footprint, config, methods)
+    config = replace(config, model=replace(config.model, placement=placement))
+    if device.type == "cpu" and placement == "disk":
+        keep_freed_memory(SPARING)
+    if not record.pruned:
+        record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
+    if learns:
+        check_shares(learns, config.calibration.samples)
+    half = half_products(getattr(torch, config.model.dtype), device)
+    with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
+        _stages(config, methods, record, logger, device, bool(learns))
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
@@ -158,13 +161,12 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
 
 
 def _stages(
-    config: RunConfig, methods: Methods, record: RunRecord, logger: RunLogger, device: torch.device, learns: bool
+    config: RunConfig, methods: Methods, record: RunDirectory, logger: RunLogger, device: torch.device, learns: bool
 ) -> None:
     seed_everything(config.seed)
     reset_peak_memory(device)
-    clear_cache()
-    if not record.other_evaluations:  # of what is pruned, which is pruned already where they are
-        write_record(record.path(ENVIRONMENT), environment(config.seed, device))
+    if not record.pruned:
+        write_json(record.path(ENVIRONMENT), environment(config.seed, device))
     with record.stage("load", device):
         # Not before: what fails here until the model is loaded fails without the others.
         if learns or config.model.placement == "sharded":
@@ -184,13 +186,13 @@ def _stages(
     _evaluate(job, record, "dense")
     if record.pruned:
         log.info("continuing %s after pruning", record.directory)
-        apply_record(loaded.model, loaded.identity, record.directory)
+        apply_record(loaded.model, loaded.identity, record.directory, record.metrics)
     else:
         _prune(job, record)
     _evaluate(job, record, "sparse")
 
     record.finish()
-    logger.summary(flat_figures(record.metrics), earlier_figures(record.metrics))
+    logger.summary(flat_figures(record.metrics))
 
 
 def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None:
@@ -204,51 +206,50 @@ def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None
         check_windows("calibration", windows, model)
 
 
-def _evaluate(job: Job, record: RunRecord, which: str) -> None:
+def _evaluate(job: Job, record: RunDirectory, which: str) -> None:
     with record.stage(f"evaluate {which}", job.device):
-        others = record.other_evaluations
-        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, others, record.scores)
+        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save)
 
 
-def _prune(job: Job, record: RunRecord) -> None:
-    """Calibrate, find the orders, prune: the model is sparse afterwards, and the record holds what rebuilds it."""
-    shutil.rmtree(record.path(EXPORT), ignore_errors=True)  # of an earlier attempt, whose tensors are gone
-    record.note_code(code_of(job.config, job.methods))
+def _prune(job: Job, record: RunDirectory) -> None:
+    """Calibrate, permute, prune: the model is sparse afterwards, and the record holds its permutations, masks and weights."""
 
     def tokens() -> Tensor:
         digest = calibration_text(job.config.calibration).text.digest(calibration=True)
-        record.metrics.setdefault("texts", {})["calibration"] = digest
+        record.metrics["texts"] = {"calibration": digest}
         config = job.config
         return calibration_tokens(job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further)
 
     def keep(pruned: PrunedModel) -> None:
-        write_orders(record.path(PERMUTATIONS), pruned.orders)
-        write_masks(record.path(MASKS), pruned.masks)
+        record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
+        record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
         found = figures(job, pruned)
         if found["sparsity"]["weights_kept"]:
-            planned = {path: linear_at(job.loaded.model, path).weight for path in pruned.masks}
-            write_tensors(record.path(WEIGHTS), planned, make=job.weight)
+            layers: dict[int, list[str]] = {}
+            for group in job.groups:
+                layers.setdefault(group.layer, []).extend(group.members)
+            for layer, paths in layers.items():
+                weights = partial(_weights, job, paths)
+                record.kept(weights_name(layer), weights, save_tensors, load_tensors)
         record.metrics |= found
 
     prune_model(job, tokens, keep)
 
 
-def _export(request: Request, record: RunRecord) -> None:
+def _weights(job: Job, paths: list[str]) -> dict[str, Tensor]:
+    return {path: job.weight(path) for path in paths}
+
+
+def _export(request: Request, record: RunDirectory) -> None:
     """Write the pruned model into the run directory, unless it is there already in this form."""
     wanted = {"form": request.form, "dtype": request.dtype or record.config["model"]["dtype"]}
     wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
     target = record.path(EXPORT)
-    # The folder says what it holds: a process can be killed before the record says it.
-    present = present_export(target)
-    if present is not None and all(present.get(key) == value for key, value in wanted.items()):
+    summary = present_export(target)
+    if summary is not None and all(summary.get(key) == value for key, value in wanted.items()):
         log.info("%s is there already", target)
-        summary = dict(present)
     else:
-        # The old one stays until the new one is whole.
-        written = record.path(WRITTEN_EXPORT)
-        summary = export_run(record.directory, request, written)
-        shutil.rmtree(target, ignore_errors=True)
-        written.rename(target)
+        summary = export_run(record.directory, request, target, replace=True)
     if record.metrics.get("export") != summary:
         record.metrics["export"] = summary
         record.save()

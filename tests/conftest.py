@@ -125,7 +125,7 @@ def _resolvers() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache directory of this session alone, but for what is downloaded: kept results would hide what the code now does."""
-    from permllm.runs.cache_folder import cache_directory
+    from permllm.runs.cache import cache_directory
 
     downloads, private = cache_directory(), tmp_path_factory.mktemp("cache")
     for name in ("wheels", "models"):

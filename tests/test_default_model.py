@@ -21,7 +21,7 @@ from permllm.models.load import LoadedModel, load_model
 from permllm.permutation.none import Identity
 from permllm.pruning.layerwise import prune
 from permllm.pruning.wanda import Wanda
-from permllm.runs.cache_folder import cache_directory
+from permllm.runs.cache import cache_directory
 from permllm.runs.read import collect
 from tests.conftest import run_command, tiny_model
 

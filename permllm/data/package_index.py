@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from permllm.errors import DataError
-from permllm.runs.cache_folder import cache_directory
+from permllm.runs.cache import cache_directory
 
 log = logging.getLogger(__name__)
 

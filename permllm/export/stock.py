@@ -18,7 +18,6 @@ from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity_windows
 from permllm.runs.files import read_json, read_yaml
 from permllm.runs.names import CONFIG, METRICS
-from permllm.runs.schema import FinishedRun, PrunedModel, Settings, validated
 
 _CHILD = """
 import json, math, sys
@@ -53,12 +52,9 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
         ConfigError: the run has no perplexity on a text of this package. DataError: a file is not as it should be, or
             transformers cannot load the checkpoint by itself.
     """
-    config: dict[str, Any] = dict(read_yaml(run / CONFIG, Settings))
-    model = validated(f"{run / CONFIG}: model", config["model"], PrunedModel)
-    metrics = read_json(run / METRICS, FinishedRun)
-    # The evaluation whose results stand at the top.
-    recorded: dict[str, Any] = metrics["protocol"]["evaluation"]["perplexity"]  # type: ignore[assignment]
-    settings = PerplexityConfig(**recorded)
+    config = read_yaml(run / CONFIG)
+    model, metrics = config["model"], read_json(run / METRICS)
+    settings = PerplexityConfig(**config["evaluation"]["perplexity"])
     dataset = ", ".join(map(str, settings.names))
     if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
         raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")

@@ -33,12 +33,11 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import decoder_layers, family_of
+from permllm.models.schema import ExportSummary, TensorEntry, read_json
 from permllm.models.selection import DENSE
-from permllm.runs.files import read_json
+from permllm.runs.files import file_sha256
 from permllm.runs.masks import violations
-from permllm.runs.run_tensors import check_order
-from permllm.runs.schema import ExportSummary, TensorEntry
-from permllm.runs.tensor_file import check_file, read_tensor
+from permllm.runs.tensors import check_order, load_tensor
 
 _SEQUENCES, _LENGTH = 4, 64
 
@@ -89,7 +88,7 @@ class Report:
         layers: every weight that should be sparse.
         dense: those of linears that the checkpoint says are not.
         bytes: of all files with weights.
-        checksums: whether all of these hold checksums, and contents were compared with them; only files of ours do.
+        checksums: contents were compared with the sha256 that an export states.
         problems: everything that is wrong, a line each.
         difference: of the logits from another model's; None where none was asked for.
     """
@@ -124,7 +123,10 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
         raise DataError(f"{folder} has no safetensors files: {files[0].name} cannot be verified")
-    checksums = [check_file(file) for file in tqdm(files, desc="checksums", unit="file", leave=False, disable=None)]
+    summary = _summary(folder)
+    for name, digest in (summary["sha256"] if summary else {}).items():
+        if file_sha256(folder / name) != digest:
+            raise DataError(f"{folder / name} is not what was written (its sha256 differs)")
     places = tensor_places(files)
     stated = Stated(pattern) if pattern else stated_patterns(folder)
     skeleton, differences = skeleton_of(folder)
@@ -145,7 +147,9 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
         problems.append(f"{len(layers)} weights of linears could be examined{without}, of {expected or 'any'}")
     comparable = not problems
     problems += [problem for layer in layers for problem in layer.problems()]
-    report = Report(str(stated.pattern), layers, sum(file.stat().st_size for file in files), all(checksums), problems, dense)
+    report = Report(
+        str(stated.pattern), layers, sum(file.stat().st_size for file in files), summary is not None, problems, dense
+    )
     if against is not None and comparable:
         report.difference = logits_difference(folder, against)
         if not all(math.isfinite(value) for value in report.difference.values()):
@@ -295,4 +299,4 @@ def _negative_zeros(tensor: Tensor) -> int:
 
 
 def _read(name: str, places: Places) -> Tensor:
-    return read_tensor(places[name][0], name)
+    return load_tensor(places[name][0], name)

@@ -81,8 +81,8 @@ def _show(folder: Path, report: Report, stock: dict[str, Any] | None) -> None:
     if stock is not None:
         values = f"{stock['perplexity_of_the_run']:.3f}, with stock transformers {stock['perplexity_stock']:.3f}"
         console.print(f"perplexity of the run {values}: relative difference {stock['relative_difference']:.1e}")
-    without = "without checksums: what was changed after it was written is not found"
-    console.print(f"contents {'compared with their checksums' if report.checksums else without}")
+    without = "not compared: no permllm.json states their sha256"
+    console.print(f"contents {'compared with their sha256' if report.checksums else without}")
     if report.passed:
         console.print("passed")
         return

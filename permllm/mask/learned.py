@@ -56,7 +56,7 @@ class MaskLearning(MaskSettings):
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        course = Course(self, problem, "mask", MASK_CHECKPOINT, lambda state: MaskLearner.check(state["learner"]))
+        course = Course(self, problem, "mask", MASK_CHECKPOINT)
         before = {} if course.state is None else course.state["learner"]["earlier"]
         found: dict[str, Tensor] = {path: bits.cpu() for path, bits in before.items()}
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.errors import DataError
 from permllm.models.families import ChannelGroup
 from permllm.models.offload import placement_of
 from permllm.runs.masks import packed_mask, unpacked_mask
@@ -92,19 +91,8 @@ class MaskLearner(Learner):
         masks = {"best": self.best, "at_epoch": self._at_epoch, "earlier": self.earlier}
         return {"scores": self.scores.state_dict()} | masks
 
-    @staticmethod
-    def check(state: dict[str, Any]) -> None:
-        """Raise DataError where a state is not one of masks."""
-        for key in ("scores", "best", "at_epoch", "earlier"):
-            values = state.get(key)
-            if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-                raise DataError("it holds no masks")
-
     @override
     def restore(self, state: dict[str, Any]) -> None:
-        mine, its = self.scores.state_dict(), state.get("scores", {})
-        if {name: values.shape for name, values in mine.items()} != {name: values.shape for name, values in its.items()}:
-            raise DataError("it has scores of other shapes")
-        self.scores.load_state_dict(its)
+        self.scores.load_state_dict(state["scores"])
         self.best = {path: bits.cpu() for path, bits in state["best"].items()}
         self._at_epoch = {path: bits.cpu() for path, bits in state["at_epoch"].items()}

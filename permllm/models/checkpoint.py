@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
-from permllm.runs.files import read_json
-from permllm.runs.run_tensors import check_order
-from permllm.runs.schema import ModelSettings, Object, TensorEntry, TensorIndex, validated
-from permllm.runs.tensor_file import TYPES, check_file, read_header
+from permllm.models.schema import ModelSettings, Object, TensorEntry, TensorIndex, read_json, validated
+from permllm.models.tensor_file import TYPES, read_header
+from permllm.runs.tensors import check_order
 
 # Kinds of weights, an index of several files and the single file, in the order in which transformers looks for them.
 WEIGHTS = (
@@ -166,7 +165,7 @@ def skeleton_of(folder: Path) -> tuple[PreTrainedModel, Differences]:
 
 
 def check_checkpoint(folder: Path) -> PreTrainedModel:
-    """Compare a folder's files with their checksums, where they have some, and with its config; no weights are kept.
+    """Compare a folder's files with its config; no weights are read.
 
     Returns:
         The model on the meta device.
@@ -174,9 +173,6 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
     Raises:
         DataError: a tensor is missing, in the way, of another shape, or no floating-point number, or a file is corrupt.
     """
-    for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            check_file(file)
     model, differences = skeleton_of(folder)
     for what, names in differences.each():
         raise DataError(f"{folder} {what} {_listed(names)}: it is another model than its config says, or a part of one")

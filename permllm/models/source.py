@@ -18,7 +18,7 @@ from permllm.config import ModelConfig
 from permllm.errors import ConfigError
 from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, untied, weight_files
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model, meta_model
-from permllm.runs.tensor_file import read_tensor
+from permllm.runs.tensors import load_tensor
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -124,7 +124,7 @@ def _files(folder: Path, skeleton: PreTrainedModel) -> TensorReader | None:
         return None
 
     def read(name: str) -> Tensor:
-        return read_tensor(where[name][0], name)
+        return load_tensor(where[name][0], name)
 
     return None if untied(skeleton, where, read) else read
 

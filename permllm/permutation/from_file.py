@@ -12,7 +12,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import foldable
 from permllm.permutation.settings import FromFileSettings
-from permllm.runs.run_tensors import read_orders
+from permllm.runs.tensors import load_orders
 
 
 @dataclass
@@ -36,7 +36,7 @@ class FromFile(FromFileSettings):
             file = file / "permutations.safetensors"
         if not file.is_file():
             raise ConfigError(f"permutation.path={self.path}: no such file, or a run without permutations")
-        self._orders = read_orders(file)
+        self._orders = load_orders(file)
 
     def check(self, groups: list[ChannelGroup], folds: bool) -> None:
         """Raise ConfigError where a group has no stored order, or where the orders are to fold and do not."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
-from permllm.errors import DataError
 from permllm.models.families import decoder_layers
 from permllm.pruning.admm import ADMM
 from permllm.pruning.kept_weights import KeptWeights, WeightLearner
@@ -17,7 +15,7 @@ from permllm.pruning.reconstruction_settings import DistillSettings
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime import parallel
 from permllm.sparsity.statistics import Statistics
-from permllm.training.loop import Checkpoint, Training, Window, read_checkpoint
+from permllm.training.loop import Training, Window, read_checkpoint
 from permllm.training.settings import LearningSettings, Loss
 
 
@@ -52,18 +50,11 @@ class Distill(DistillSettings, NoReconstruction):
         learner = WeightLearner(kept, self.learning_rate)
         window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
         with parallel.alone(), kept.gradients():
-            state = read_checkpoint(problem, DISTILL_CHECKPOINT, partial(_check, kept))
-            passes = [] if state is None else list(state["passes"])
-            problem.on_resume(passes)
-            training = Training(settings, problem, window, learner, "distill", DISTILL_CHECKPOINT, passes=passes)
+            state = read_checkpoint(problem, DISTILL_CHECKPOINT)
+            history = [] if state is None else list(state["history"])
+            problem.on_resume(list(history))
+            training = Training(settings, problem, window, learner, "distill", DISTILL_CHECKPOINT, history)
             if state is not None:
                 training.restore(state)
             del state  # which is as large as the weights
             training.run()
-
-
-def _check(kept: KeptWeights, state: Checkpoint) -> None:
-    """Raise DataError where a checkpoint is not one of these weights."""
-    WeightLearner.check(state["learner"])
-    if state["learner"].get("places") != kept.digest:
-        raise DataError("it is of other masks")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.errors import DataError
 from permllm.training.loop import Learner, Moment
 
 # In a line of the history where weights learn: how many.
@@ -42,14 +39,6 @@ class KeptWeights:
             value.to(torch.promote_types(value.dtype, torch.float32))
             for value in (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
         ]
-
-    @cached_property
-    def digest(self) -> str:
-        """Of where the kept weights are: masks of one pattern keep equally many."""
-        found = hashlib.sha256()
-        for places in self._places:
-            found.update(places.cpu().numpy().data)
-        return found.hexdigest()
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -114,14 +103,7 @@ class WeightLearner(Learner):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"values": self.kept.values, "places": self.kept.digest}
-
-    @staticmethod
-    def check(state: dict[str, Any]) -> None:
-        """Raise DataError where a state is not one of weights."""
-        values = state.get("values")
-        if not isinstance(values, list) or not all(isinstance(value, Tensor) for value in values):
-            raise DataError("it holds no weights")
+        return {"values": self.kept.values}
 
     @override
     def restore(self, state: dict[str, Any]) -> None:

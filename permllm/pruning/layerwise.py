@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from permllm.pruning.reconstruction import (
     Reconstruction,
     trains_network,
 )
+from permllm.runs.directory import Record
 from permllm.runs.masks import PackedMasks, violations
-from permllm.runs.pruned_layers import FoundLayer, PrunedLayers
-from permllm.runs.tensor_file import read_tensor
+from permllm.runs.pruned_layers import PrunedLayer, layer_name, load_layer, mask_name, save_layer, weight_name
+from permllm.runs.tensors import load_tensor
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import Pruner, by_layer, collecting, member_factors
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
@@ -55,7 +55,7 @@ class PrunedModel:
     output_error: dict[str, float] = field(default_factory=dict)
     violations: int = 0
 
-    def add(self, layer: FoundLayer) -> None:
+    def add(self, layer: PrunedLayer) -> None:
         """Have what was found of a layer."""
         self.orders |= layer.orders
         self.masks.take(layer.masks, layer.masks)
@@ -63,12 +63,12 @@ class PrunedModel:
         self.moved |= layer.moved
         self.output_error |= layer.output_error
 
-    def of_layer(self, groups: list[ChannelGroup], weights: dict[str, Tensor]) -> FoundLayer:
+    def of_layer(self, groups: list[ChannelGroup], weights: dict[str, Tensor]) -> PrunedLayer:
         """What was found of a layer, with weights that masks do not say."""
         names, masks = [group.name for group in groups], PackedMasks()
         masks.take(self.masks, [path for group in groups for path in group.members])
         of_groups = ({name: found[name] for name in names} for found in (self.retained, self.moved, self.output_error))
-        return FoundLayer({name: self.orders[name] for name in names}, masks, weights, *of_groups)
+        return PrunedLayer({name: self.orders[name] for name in names}, masks, weights, *of_groups)
 
 
 def prune(
@@ -85,8 +85,7 @@ def prune(
     compute_dtype: torch.dtype | None = None,
     masks: Mapping[str, Tensor] | None = None,
     network_tokens: Tensor | None = None,
-    directory: Path | None = None,
-    run: str = "",
+    record: Record | None = None,
     seed: int = 0,
     watch: Callable[[LearningProblem], None] = lambda problem: None,
 ) -> PrunedModel:
@@ -105,9 +104,8 @@ def prune(
         compute_dtype: of the model's matrix products, in reconstruction too; None is that of its weights.
         masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
         network_tokens: those that the whole network is reconstructed on, where they are others than `tokens`.
-        directory: where layers that are pruned wait until all are, and a reconstruction may write a checkpoint; an earlier
-            attempt's are taken from there.
-        run: digest of the settings, for both.
+        record: keeps each layer that is pruned, so that a run that was stopped continues after it, and the checkpoints of a
+            reconstruction; None: in memory.
         seed: of the order of samples, where it takes them at random.
         watch: is given the problem that the whole network is reconstructed by, to have its steps and epochs told.
     """
@@ -120,12 +118,12 @@ def prune(
     changes = pruner.updates_weights or reconstruction.changes_weights
     pruned = LayerStream(model, tokens, batch_size, compute_dtype) if factors is None or changes else None
     result = PrunedModel()
-    placement, kept_layers = placement_of(model), PrunedLayers(directory, run)
+    placement, record = placement_of(model), record or Record()
     for index, members in by_layer(model, groups, "prune"):
-        kept_layer = kept_layers.read(index, members, pattern, changes) if members else None
+        kept_layer = record.loaded(layer_name(index), load_layer) if members else None
         if kept_layer is not None:
             _take_over(model, index, kept_layer, result, dense, pruned)
-            _read_from_file(model, kept_layers, index, result.masks)
+            _read_from_file(model, record, index, kept_layer, result.masks)
             continue
         statistics: dict[str, InputStatistics] = {}
         if pruned is not None:
@@ -162,9 +160,10 @@ def prune(
             pruned.advance(index)
         if members:
             weights = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
-            kept_layers.write(index, result.of_layer(members, weights))
-            del weights  # before the next layer's
-            _read_from_file(model, kept_layers, index, result.masks)
+            layer = result.of_layer(members, weights)
+            record.keep(layer_name(index), layer, save_layer)
+            _read_from_file(model, record, index, layer, result.masks)
+            del weights, layer  # before the next layer's
     if trains_network(reconstruction):
         if network_tokens is None or target is None:
             network_tokens, target = tokens, dense.states()
@@ -180,8 +179,7 @@ def prune(
                 seed=seed,
                 calibration_batch_size=batch_size,
                 calibration=tokens,
-                directory=directory,
-                run=run,
+                directory=record.directory,
             )
             watch(problem)
             reconstruction.network(
@@ -203,7 +201,7 @@ def _violations(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, 
 
 
 def _take_over(
-    model: nn.Module, index: int, layer: FoundLayer, result: PrunedModel, dense: LayerStream, pruned: LayerStream | None
+    model: nn.Module, index: int, layer: PrunedLayer, result: PrunedModel, dense: LayerStream, pruned: LayerStream | None
 ) -> None:
     """Add what an earlier attempt has found of a layer, give it its weights, and advance the states before and after."""
     result.add(layer)
@@ -219,14 +217,16 @@ def _take_over(
         pruned.advance(index)
 
 
-def _read_from_file(model: nn.Module, kept_layers: PrunedLayers, index: int, masks: PackedMasks) -> None:
-    """Where weights stay on disk, have a layer's masks, and weights that were changed, read from the file that keeps them."""
+def _read_from_file(model: nn.Module, record: Record, index: int, layer: PrunedLayer, masks: PackedMasks) -> None:
+    """Where weights stay on disk, read a layer's masks and changed weights from its file when they are needed."""
     placement = placement_of(model)
-    if placement.reads_files and (kept := kept_layers.file_of(index)) is not None:
-        if kept.weights:
-            placement.lies_in(kept.file, {linear_at(model, path): name for path, name in kept.weights.items()})
-        for path, name in kept.masks.items():
-            masks.set_packed(path, partial(read_tensor, kept.file, name), masks.shape(path))
+    if not placement.reads_files or record.directory is None:
+        return
+    file = record.directory / layer_name(index)
+    if layer.weights:
+        placement.lies_in(file, {linear_at(model, path): weight_name(path) for path in layer.weights})
+    for path in layer.masks:
+        masks.set_packed(path, partial(load_tensor, file, mask_name(path)), masks.shape(path))
 
 
 def _prune_group(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import isabstract, signature
 from typing import Any, get_args
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permllm.config import RunConfig, check_divides, instantiate, instantiate_permutation
-from permllm.data.registry import calibration_text
 from permllm.errors import ConfigError, check_contract, check_one_of, check_whole
 from permllm.models.checkpoint import check_dense
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
@@ -26,9 +24,8 @@ from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.settings import Constraint
 from permllm.pruning.footprint import FITS, Footprint, placements
 from permllm.pruning.reconstruction import Reconstruction, trains_network
-from permllm.runs.code import code_digest
+from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
-from permllm.runs.progress import Progress
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity.calibrate import Pruner
@@ -36,14 +33,6 @@ from permllm.sparsity.statistics import InputStatistic
 from permllm.training.settings import LearningSettings
 
 log = logging.getLogger(__name__)
-
-# What a pruned model follows from, beside its methods.
-_MAKES_RESULTS = (
-    "permllm.sparsity.calibration_cache",
-    "permllm.data.windows",
-    "permllm.models.load",
-    "permllm.pruning.layerwise",
-)
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class Job:
 
     config: RunConfig
     methods: Methods
-    record: Progress
+    record: Record
     logger: RunLogger
     loaded: LoadedModel
     groups: list[ChannelGroup]
@@ -227,22 +216,6 @@ def _check_statistics(key: str, method: object) -> None:
     ):
         kind = f"{type(method).__module__}.{type(method).__qualname__}"
         raise ConfigError(f"{key}: {kind} needs an attribute `statistics`, a tuple of classes of statistics")
-
-
-def code_of(config: RunConfig, methods: Methods) -> str:
-    """Digest of the modules that a pruned model follows from: those of its text and its methods, and all that they import."""
-    of_text = calibration_text(config.calibration).code
-    parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
-    of_methods = [module for part in parts for module in _modules_of(part)]
-    return code_digest(*_MAKES_RESULTS, *of_text, *of_methods)
-
-
-def _modules_of(method: object) -> Iterator[str]:
-    """Where a method is written, and what it was given to call, such as a schedule."""
-    yield type(method).__module__
-    for given in vars(method).values():
-        if callable(given):
-            yield getattr(given, "func", given).__module__
 
 
 def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:

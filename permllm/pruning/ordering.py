@@ -21,9 +21,10 @@ from permllm.permutation.base import checked_order
 from permllm.pruning.kept_weights import WEIGHTS_LEARNED
 from permllm.pruning.methods import Job
 from permllm.pruning.workers import call_helpers
+from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
-from permllm.runs.progress import Progress
-from permllm.runs.pruned import linear_shapes
+from permllm.runs.names import MASKS, PERMUTATIONS
+from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner
@@ -102,7 +103,6 @@ def learning_problem(
         calibration_batch_size=config.calibration.batch_size,
         calibration=drawn[: config.calibration.samples],
         directory=directory,
-        run=config.hash,
     )
 
 
@@ -138,20 +138,17 @@ def among(orders: Mapping[str, Tensor]) -> Order:
 
 
 def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
-    kept = job.record.kept_orders({group.name: group.channels for group in job.groups})
-    if kept is not None:
-        return kept
-    job.record.begin_learning()
-    permutation = job.methods.permutation
-    beside = _beside_helpers(job, problem) if permutation.learned else nullcontext()
-    with beside:
-        found = permutation.orders(problem)
-    key = job.permutation_key
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {type(found).__name__}")
-    orders = {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
-    job.record.keep_orders(orders)
-    return orders
+    permutation, key = job.methods.permutation, job.permutation_key
+
+    def compute() -> dict[str, Tensor]:
+        with _beside_helpers(job, problem) if permutation.learned else nullcontext():
+            found = permutation.orders(problem)
+        if not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}")
+        return {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
+
+    return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
 
 
 @contextmanager
@@ -179,21 +176,22 @@ def found_masks(
     assert dense is not None
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
-    with record.stage("mask", job.device):
-        masks = record.kept_masks(linear_shapes(job.groups))
-        kept = None if masks is None else record.kept_orders({group.name: group.channels for group in job.groups})
-    orders = kept or {group.name: _order_by(order, problem, group) for group in job.groups}
-    if masks is not None:
-        return among(orders), masks
-    with record.stage("mask", job.device):
-        earlier = [line for line in record.passes() if _MASKS not in line]
+
+    def all_orders() -> dict[str, Tensor]:
+        return {group.name: _order_by(order, problem, group) for group in job.groups}
+
+    orders = record.kept(PERMUTATIONS, all_orders, save_tensors, load_orders)
+
+    def compute() -> Mapping[str, Tensor]:
+        earlier = [line for line in record.history if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
         beside = _beside_helpers(job, problem, orders) if mask.learned else nullcontext()
         with products_in(job.products, job.device), beside:
-            masks = mask.masks(problem, orders)
-        record.keep_orders(orders)
-        record.keep_masks(masks)
-    return among(orders), masks
+            masks: Mapping[str, Tensor] = mask.masks(problem, orders)
+        return masks
+
+    with record.stage("mask", job.device):
+        return among(orders), record.kept(MASKS, compute, save_masks, load_masks)
 
 
 def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Tensor:
@@ -205,7 +203,7 @@ def watch_weights(job: Job) -> Callable[[LearningProblem], None]:
     """What has a job's record and logger learn of the steps and epochs in which weights learn, after all others."""
 
     def watch(problem: LearningProblem) -> None:
-        earlier = [line for line in job.record.passes() if WEIGHTS_LEARNED not in line]
+        earlier = [line for line in job.record.history if WEIGHTS_LEARNED not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation") + _steps_of(job, "mask"))
 
     return watch
@@ -223,25 +221,22 @@ def _steps_of(job: Job, what: str) -> int:
 def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:
     """Have the job's record and logger learn of the steps and epochs of what learns, after those of what learned before."""
     problem.on_step = lambda step, values: job.logger.log(values, steps + step)
-    passes = _Passes(job.record, job.logger, earlier)
-    problem.on_pass, problem.on_resume = passes.add, passes.resume
+    epochs = _Epochs(job.record, job.logger, earlier)
+    problem.on_pass, problem.on_resume = epochs.add, epochs.resume
 
 
-class _Passes:
-    """The epochs of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
+class _Epochs:
+    """Epochs of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
 
-    def __init__(self, record: Progress, logger: RunLogger, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, record: Record, logger: RunLogger, earlier: Sequence[dict[str, Any]]) -> None:
         self._record, self._logger, self._earlier = record, logger, list(earlier)
-        self._done = len(self._earlier)
 
-    def resume(self, passes: list[dict[str, Any]]) -> None:
-        lines = [*self._earlier, *passes]
-        held = self._record.restart_history(lines)
-        for number, values in enumerate(lines[held:], held + 1):
+    def resume(self, epochs: list[dict[str, Any]]) -> None:
+        lines, logged = [*self._earlier, *epochs], len(self._record.history)
+        self._record.write_history(lines)
+        for number, values in enumerate(lines[logged:], logged + 1):  # the process before ended between checkpoint and history
             self._logger.log_pass(values, number)
-        self._done = len(lines)
 
     def add(self, values: dict[str, Any]) -> None:
-        self._done += 1
-        self._record.append_history(values)
-        self._logger.log_pass(values, self._done)
+        self._record.write_history([*self._record.history, values])
+        self._logger.log_pass(values, len(self._record.history))

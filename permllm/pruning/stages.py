@@ -56,8 +56,7 @@ def prune_model(
             compute_dtype=job.products,
             masks=masks,
             network_tokens=drawn[of_network] if of_network.start or of_network.stop > count else None,
-            directory=record.directory,
-            run=config.hash,
+            record=record,
             seed=config.seed,
             watch=watch_weights(job),
         )

@@ -14,7 +14,7 @@ from permllm.errors import ConfigError, DataError, PermLLMError, TrainingError, 
 from permllm.models.load import LoadedModel, load_model
 from permllm.models.selection import groups_to_prune
 from permllm.pruning.methods import methods_of
-from permllm.runs.cache_folder import choose_cache
+from permllm.runs.cache import choose_cache
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory

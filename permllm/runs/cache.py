@@ -1,8 +1,7 @@
-"""Results that several jobs need are computed once: kept in the cache directory under a digest of what they follow from.
+"""Results that several jobs need: computed once, and kept in the cache directory.
 
-A lock for each digest lets jobs that run at the same time, in any processes that share the folder, wait for the first of them
-instead of computing the same. Kept files are never changed, and one that was is computed again; deleting the folder costs time
-and nothing else. PERMLLM_CACHE_GB bounds them.
+A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the folder costs time and nothing
+else. PERMLLM_CACHE_GB bounds its size.
 """
 
 from __future__ import annotations
@@ -10,152 +9,110 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from permllm.errors import DataError
-from permllm.runs.cache_folder import cache_bound, cache_directory
-from permllm.runs.code import code_digest
-from permllm.runs.environment import versions
-from permllm.runs.files import read_json, scratch_of, write_record
-from permllm.runs.schema import Object, Schema, validated
-from permllm.runs.tensor_file import read_header, read_tensors
-from permllm.runs.tensors import write_tensors
+from permllm.errors import ConfigError, DataError
+from permllm.runs.environment import git_commit, versions
+from permllm.runs.files import read_json, write_json
+from permllm.runs.tensors import load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
-Value = TypeVar("Value")
+Values = TypeVar("Values", bound=Mapping[str, Any])
 
-_IDENTITY = "identity"
-# Folders of the cache that are no kept results.
-_NOT_KEPT = ("wheels", "models")
-_SUFFIXES = (".json", ".safetensors")
-
-
-class _Kept(TypedDict):
-    """A file of `cached_values`."""
-
-    identity: Object
-    result: Object
+_RESULTS = "results"
+# The folder that the settings of the job name.
+_CHOSEN: list[str] = []
 
 
-def cached_values(
-    kind: str,
-    identity: Mapping[str, Any],
-    code: tuple[str, ...],
-    schema: type[Schema],
-    compute: Callable[[], dict[str, Any]],
-) -> dict[str, Any]:
-    """Plain values that follow from `identity` and the present software versions.
+def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
+    """Return `compute()`, or what an earlier job kept of it.
 
     Args:
-        kind: folder in the cache directory.
-        identity: plain values that the result depends on: model, protocol, digest of the text.
-        code: names of the modules that compute it (see `permllm.runs.code`).
-        schema: of the result.
-        compute: called where nothing is kept yet, or what is kept is not what was written.
+        kind: name of the kind of result.
+        key: plain values that determine the result, beside the versions of this package and its libraries.
+        compute: gives tensors by name, on the CPU, or plain values by name.
     """
-    text = json.dumps(dict(identity), sort_keys=True)
-
-    def write(file: Path, result: dict[str, Any]) -> None:
-        write_record(file, {"identity": dict(identity), "versions": versions(), "result": result})
-
-    def read(file: Path) -> dict[str, Any]:
-        kept = read_json(file, _Kept)
-        if kept["identity"] != json.loads(text):
-            raise DataError(f"{file} is of something else")
-        validated(str(file), kept["result"], schema)
-        return dict(kept["result"])
-
-    return _cached(_file(kind, identity, code, ".json"), compute, read, write)
-
-
-def cached_tensors(
-    kind: str, identity: Mapping[str, Any], code: tuple[str, ...], compute: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """`cached_values` for tensors by name, kept exactly, on the CPU."""
-    text = json.dumps(dict(identity), sort_keys=True)
-
-    def write(file: Path, tensors: dict[str, Tensor]) -> None:
-        write_tensors(file, tensors, {_IDENTITY: text})
-
-    def read(file: Path) -> dict[str, Tensor]:
-        _, metadata, _ = read_header(file)
-        if metadata.get(_IDENTITY) != text:
-            raise DataError(f"{file} is of something else")
-        return read_tensors(file)
-
-    return _cached(_file(kind, identity, code, ".safetensors"), compute, read, write)
+    text = json.dumps({"kind": kind, **key, "software": _software()}, sort_keys=True)
+    file = cache_directory() / _RESULTS / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    file.parent.mkdir(exist_ok=True)
+    kinds: dict[str, Callable[[Path], Any]] = {".json": read_json, ".safetensors": load_tensors}
+    with FileLock(file.with_suffix(".lock")):
+        for suffix, load in kinds.items():
+            if (there := file.with_suffix(suffix)).exists():
+                try:
+                    values: Values = load(there)
+                    os.utime(there)
+                    return values
+                except DataError as error:
+                    log.warning("%s: computing it again", error)
+        values = compute()
+        tensors = all(isinstance(value, Tensor) for value in values.values())
+        try:
+            if tensors:
+                save_tensors(file.with_suffix(".safetensors"), values)
+            else:
+                write_json(file.with_suffix(".json"), values)
+            _trim(file.parent)
+        except DataError as error:  # a full disk must not cost a job what it has just computed
+            log.warning("not kept for other jobs: %s", error)
+        return values
 
 
-def clear_cache() -> None:
-    """Remove what processes that were killed were writing into the cache: a target can be as large as a model."""
-    for scratch in cache_directory().glob("*/.*"):
-        name = scratch_of(scratch)
-        if name and scratch.is_file():
-            try:
-                with FileLock((scratch.parent / name).with_suffix(".lock"), timeout=0):
-                    scratch.unlink(missing_ok=True)
-            except Timeout:
-                continue  # a living one is writing it
-
-
-def digest_of(tensor: Tensor) -> str:
-    """sha256 of a CPU tensor's values, shape and dtype."""
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256 of a CPU tensor's values, shape and dtype."""
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.sha256(head + tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _trim(kept: Path) -> None:
-    """Forget what was longest not used where the results take more than PERMLLM_CACHE_GB, in 10^9 bytes."""
-    bound = cache_bound()
-    if bound is None:
+def choose_cache(folder: str | None) -> None:
+    """Use a folder as the cache directory from here on (`paths.cache_dir`); None: the environment names it."""
+    _CHOSEN[:] = [folder] if folder else []
+
+
+def cache_directory() -> Path:
+    """Return the folder that was chosen, else `PERMLLM_CACHE`, else `permllm` in the user's cache; made when missing."""
+    path = Path(*_CHOSEN) if _CHOSEN else Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the cache directory {path} cannot be made ({error.strerror}); set PERMLLM_CACHE") from error
+    return path
+
+
+@cache
+def _software() -> dict[str, Any]:
+    return {"versions": versions(), "commit": git_commit()}
+
+
+def _trim(folder: Path) -> None:
+    """Remove the results that were not used for longest while all take more than PERMLLM_CACHE_GB (10^9 bytes)."""
+    text = os.environ.get("PERMLLM_CACHE_GB")
+    if not text:
         return
-    over = -bound
-    found: list[tuple[float, int, Path]] = []
-    for file in cache_directory().glob("*/[!.]*"):
-        if file.suffix in _SUFFIXES and file.parent.name not in _NOT_KEPT:
-            with suppress(FileNotFoundError):  # another process has removed it
-                found.append((file.stat().st_mtime, file.stat().st_size, file))
-                over += found[-1][1]
-    for _, size, file in sorted(found):
-        if over > 0 and file != kept:
+    try:
+        bound = float(text) * 1e9
+    except ValueError:
+        bound = math.nan
+    if not 0 <= bound < math.inf:
+        raise ConfigError(f"PERMLLM_CACHE_GB={text}: expected a number of 10^9 bytes")
+    found = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process removed it
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
+    over = sum(size for _, size, _ in found) - bound
+    for _, size, file in sorted(found)[:-1]:  # the newest is what was just computed
+        if over > 0 and size:
             with suppress(Timeout, FileNotFoundError), FileLock(file.with_suffix(".lock"), timeout=0):
                 file.unlink()
                 over -= size
-
-
-def _file(kind: str, identity: Mapping[str, Any], code: tuple[str, ...], suffix: str) -> Path:
-    key = json.dumps({"identity": dict(identity), "versions": versions(), "code": code_digest(*code)}, sort_keys=True)
-    return cache_directory() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
-
-
-def _cached(
-    file: Path, compute: Callable[[], Value], read: Callable[[Path], Value], write: Callable[[Path, Value], None]
-) -> Value:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if file.is_file():
-            try:
-                value = read(file)
-                os.utime(file)
-                return value
-            except DataError as error:
-                log.warning("%s: computing it again", error)
-                file.unlink(missing_ok=True)
-        result = compute()
-        try:
-            write(file, result)
-        except DataError as error:
-            # A full disk must not cost a job what it has just computed.
-            log.warning("not kept for other jobs: %s", error)
-        else:
-            _trim(file)
-        return result

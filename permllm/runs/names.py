@@ -1,27 +1,25 @@
-"""The files of a run directory, what is in each of them, and the file of runs that are kept."""
+"""Names of the files of a run directory."""
 
-# Of `metrics.json`.
-SCHEMA_VERSION = 2
-# In the metadata of a safetensors file, and in a JSON object of ours.
-CHECKSUM = "crc32"
+# Of `metrics.json` and of kept records.
+SCHEMA_VERSION = 3
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
-SCORES = "scores.json"
+EVALUATIONS = "evaluations"
 HISTORY = "history.jsonl"
 PERMUTATIONS = "permutations.safetensors"
 MASKS = "masks.safetensors"
-WEIGHTS = "weights.safetensors"
+# A file of each layer.
+WEIGHTS = "weights"
+PRUNED_LAYERS = "pruned_layers"
 ENVIRONMENT = "environment.json"
 LOG = "run.log"
+EXPORT = "export"
 CHECKPOINT = "lcp_checkpoint.pt"
 MASK_CHECKPOINT = "mask_checkpoint.pt"
 DISTILL_CHECKPOINT = "distill_checkpoint.pt"
-PRUNED_LAYERS = "pruned_layers"
 BEST_SO_FAR = "best_so_far.safetensors"
-EXPORT = "export"
-WRITTEN_EXPORT = "export.new"
 
-# Runs that are kept, a line each, and what the name of any such file ends with.
+# Kept runs, a line each; any such file ends with the suffix.
 RECORDS = "records.jsonl"
 LINES = ".jsonl"

@@ -1,106 +1,68 @@
-"""What a run that has pruned its model left, checked against the model."""
+"""Permutations, masks and changed weights of a run that has pruned its model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
 from permllm.errors import DataError
+from permllm.runs.directory import check_sha256
 from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS
-from permllm.runs.run_tensors import check_mask, mask_reader, read_orders, weight_reader
+from permllm.runs.tensors import load_masks, load_orders, load_tensor, tensor_names
 
 
-class Group(Protocol):
-    """Linears that share an order: what of a model's channel group its tensors are compared with."""
-
-    @property
-    def name(self) -> str:
-        """Of the group."""
-
-    @property
-    def channels(self) -> int:
-        """C_in."""
-
-    @property
-    def members(self) -> Sequence[str]:
-        """Paths of the linears."""
-
-    @property
-    def rows(self) -> Sequence[int]:
-        """C_out of each."""
-
-    @property
-    def pattern(self) -> NMPattern | None:
-        """N:M, where it is not that of the run."""
-
-
-def linear_shapes(groups: Sequence[Group]) -> dict[str, tuple[int, int]]:
-    """`(C_out, C_in)` of each linear of some groups, by its path."""
-    return {path: (rows, group.channels) for group in groups for path, rows in zip(group.members, group.rows, strict=True)}
+def weights_name(layer: int) -> str:
+    """Return the name of the file of a layer's changed weights in the run directory."""
+    return f"{WEIGHTS}/{layer:05d}.safetensors"
 
 
 class Pruned:
-    """What a run that has pruned its model left, checked against the model: its orders, and its weights one at a time.
+    """Pruned model of a run, one weight at a time.
 
     Args:
         directory: of the run.
         metrics: of the run.
-        groups: of the model, those that were pruned; it may be on the meta device.
-        pattern: N:M of the groups that have none of their own.
+
+    Attributes:
+        orders: int64 `(C_in,)` by channel group.
+        weights_changed: the kept weights differ from those of the dense model.
+        weight_files: file of each changed weight, by linear.
 
     Raises:
-        DataError: orders, masks or changed weights are missing, were changed, or are of another model.
+        DataError: a file is missing, or is not what the run wrote.
     """
 
-    def __init__(self, directory: Path, metrics: Mapping[str, Any], groups: Sequence[Group], pattern: NMPattern) -> None:
-        shapes = linear_shapes(groups)
-        self.orders = read_orders(directory / PERMUTATIONS, {group.name: group.channels for group in groups})
-        self._order_of = {path: self.orders[group.name] for group in groups for path in group.members}
-        self._pattern_of = {path: group.pattern or pattern for group in groups for path in group.members}
-        self._file = directory / MASKS
-        self._mask = mask_reader(self._file, shapes)
-        self._weight = None
-        weights = directory / WEIGHTS
-        if metrics["sparsity"].get("weights_changed", weights.is_file()):
-            if not weights.is_file():
-                raise DataError(f"{directory} has no {WEIGHTS}: it was run with save_weights=false and cannot be rebuilt")
-            self._weight = weight_reader(weights, shapes)
-
-    def check(self, path: str) -> None:
-        """Raise DataError unless the mask of a linear is N:M in the order of its channels, and its weight finite."""
-        check_mask(self._file, path, self._mask(path), self._order_of[path], self._pattern_of[path])
-        if self._weight is not None:
-            self._weight(path)
-
-    def weight(self, path: str, dense: Tensor) -> Tensor:
-        """The pruned weight of a linear, original channel order, where `dense` is.
-
-        Raises:
-            DataError: as `check`.
-        """
-        new = dense if self._weight is None else self._weight(path)
-        return torch.where(self.mask(path).to(dense.device), new.to(dense), 0.0)
+    def __init__(self, directory: Path, metrics: Mapping[str, Any]) -> None:
+        digests = metrics.get("sha256", {})
+        for name, digest in digests.items():
+            check_sha256(directory, name, digest)
+        self._directory = directory
+        self.orders = load_orders(directory / PERMUTATIONS)
+        self._masks = load_masks(directory / MASKS)
+        self.weights_changed: bool = metrics["sparsity"]["weights_changed"]
+        self.weight_files: dict[str, Path] = {}
+        if self.weights_changed:
+            if not metrics["sparsity"]["weights_kept"]:
+                raise DataError(f"{directory} has no weights: it was run with save_weights=false and cannot be rebuilt")
+            files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
+            self.weight_files = {name: file for file in files for name in tensor_names(file)}
 
     def mask(self, path: str) -> Tensor:
-        """The mask of a linear, bool `(C_out, C_in)` in original channel order.
+        """Return the mask of a linear, bool `(C_out, C_in)` in original channel order."""
+        if path not in self._masks:
+            raise DataError(f"{self._directory / MASKS} lacks {path}: it is of another model")
+        return self._masks[path]
 
-        Raises:
-            DataError: it is not N:M in the order of its channels.
-        """
-        mask = self._mask(path)
-        check_mask(self._file, path, mask, self._order_of[path], self._pattern_of[path])
-        return mask
-
-    def checked_mask(self, path: str) -> Tensor:
-        """What `mask` has given and checked before, read again."""
-        return self._mask(path)
-
-    @property
-    def weights_changed(self) -> bool:
-        """Whether the kept weights are others than the dense model's."""
-        return self._weight is not None
+    def weight(self, path: str, dense: Tensor) -> Tensor:
+        """Return the pruned weight of a linear, original channel order, on the device of `dense`, the dense weight."""
+        mask = self.mask(path).to(dense.device)
+        if mask.shape != dense.shape:
+            raise DataError(
+                f"{self._directory / MASKS}: the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
+            )
+        new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
+        return torch.where(mask, new.to(dense), 0.0)

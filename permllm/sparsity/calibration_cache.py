@@ -11,12 +11,11 @@ from torch import Tensor
 from permllm.models.families import ChannelGroup
 from permllm.models.layers import last_states
 from permllm.models.load import LoadedModel
-from permllm.runs.cache import cached_tensors, digest_of
+from permllm.runs.cache import cached, tensor_digest
 from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner, calibrate_dense
 from permllm.sparsity.saliency import SaliencyFactors
 
 _TARGET = "target"
-_CODE = ("permllm.sparsity.calibrate", "permllm.models.load")
 
 
 def shared_calibration(
@@ -56,13 +55,12 @@ def shared_calibration(
 
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_over": norm_over}
-        code = (*_CODE, type(pruner).__module__)
-        kept = cached_tensors("saliency", identity | of_pruner, code, lambda: packed_factors(calibrated().factors))
+        kept = cached("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
         factors = unpacked_factors(kept)
     else:
-        # The code of this package's pruners is part of the key. That of someone's own may call code that lies anywhere.
+        # The version of this package is part of the key; that of someone's own pruner is not known.
         factors = calibrated().factors
-    target = cached_tensors("target", identity, _CODE, lambda: {_TARGET: calibrated().target})
+    target = cached("target", identity, lambda: {_TARGET: calibrated().target})
     return DenseCalibration(factors, target[_TARGET])
 
 
@@ -85,13 +83,13 @@ def shared_target(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_
     if not loaded.identity:
         return computed()
     identity = _identity(loaded, tokens, batch_size, compute_dtype)
-    return cached_tensors("target", identity, _CODE, lambda: {_TARGET: computed()})[_TARGET]
+    return cached("target", identity, lambda: {_TARGET: computed()})[_TARGET]
 
 
 def _identity(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> dict[str, Any]:
     return {
         "model": loaded.identity,
-        "tokens": digest_of(tokens),
+        "tokens": tensor_digest(tokens),
         "batch_size": batch_size,
         "compute_dtype": str(compute_dtype),
         "device": loaded.model.device.type,

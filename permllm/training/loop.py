@@ -6,24 +6,21 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import InstanceOf
 from torch import Tensor
 from tqdm.auto import tqdm
-from typing_extensions import TypedDict
 
 from permllm.errors import DataError, TrainingError
 from permllm.models.families import ChannelGroup
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import placement_of
-from permllm.runs.schema import Object, Whole
-from permllm.runs.tensors import read_torch, write_torch
+from permllm.runs.tensors import load_state, save_state
 from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory
 from permllm.runtime.precision import gradient_scaler, product_dtype, recomputed
@@ -106,7 +103,7 @@ class Learner(ABC):
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises DataError where it is of something else."""
+        """Continue from a checkpoint."""
 
     def begin(self, moment: Moment) -> None:  # noqa: B027 - there may be nothing to do
         """Prepare a step, or a measurement of what was learned so far.
@@ -151,7 +148,7 @@ class Training:
         learner: what learns.
         name: of the method, for a person.
         file: of the checkpoint in the problem's directory.
-        passes: the lines of the epochs before, to be added to.
+        history: entries of the epochs before, of all windows; those of this window are appended.
     """
 
     def __init__(
@@ -162,7 +159,7 @@ class Training:
         learner: Learner,
         name: str,
         file: str,
-        passes: list[dict[str, Any]] | None = None,
+        history: list[dict[str, Any]],
     ) -> None:
         self.settings = settings
         self.problem = problem
@@ -182,43 +179,47 @@ class Training:
         tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
         self.loss = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
-        self.generator = torch.Generator().manual_seed(problem.seed + 1)
-        self.done = 0
+        self.done = 0  # steps
         self.best_loss = math.inf
-        self.passes = [] if passes is None else passes
+        self.history = history
         self.samples = Batches(problem.tokens, window.target, window.inputs, self.device)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._recomputes: bool | None = None
-        self._sequence: Tensor | None = None  # of the samples in an epoch that is not at its end
-        self._losses: list[float] = []
-        self._seconds = 0.0
+        self._losses: list[float] = []  # of the steps of the present epoch
         self._next_save = time.perf_counter() + _CHECKPOINT_EVERY
 
     def run(self) -> None:
         """All epochs that are left; the learner knows the best."""
-        done = self.done * self.steps_an_epoch + len(self._losses)
         label = f"{self.name}, layers {self.window.first} to {self.window.stop - 1}"
-        with tqdm(total=self.steps, initial=done, desc=label, unit="step") as progress:
-            for number in range(self.done, self.epochs):
-                if self._sequence is None:
+        with tqdm(total=self.steps, initial=self.done, desc=label, unit="step") as progress:
+            while self.done < self.steps:
+                epoch = self.done // self.steps_an_epoch
+                batches = self._batches(epoch)
+                if not self._losses:
                     self.learner.begin_epoch()
-                    self._sequence = torch.randperm(self.count, generator=self.generator)
-                batches = self._sequence.split(self.settings.batch_size)[: self.steps - number * self.steps_an_epoch]
+                seconds = []
                 for position in range(len(self._losses), len(batches)):
                     started = time.perf_counter()
-                    moment = Moment(number * self.steps_an_epoch + position, self.steps, number, self.epochs)
+                    moment = Moment(self.done, self.steps, epoch, self.epochs)
                     after = batches[position + 1] if position + 1 < len(batches) else None
                     loss, values = self.step(batches[position], moment, after)
-                    seconds = time.perf_counter() - started
+                    seconds.append(time.perf_counter() - started)
                     self._losses.append(loss)
-                    self._seconds += seconds
+                    self.done += 1
                     told = {"loss": loss} | values
-                    self.problem.on_step(self.window.number * self.steps + moment.step, told | {"seconds": seconds})
+                    self.problem.on_step(self.window.number * self.steps + moment.step, told | {"seconds": seconds[-1]})
                     progress.update()
                     progress.set_postfix({key: f"{value:.4f}" for key, value in told.items()})
                     if time.perf_counter() > self._next_save and after is not None:
                         self._save()
-                self._end_of_epoch(moment)
+                self._end_of_epoch(moment, batches, math.fsum(seconds) / len(seconds))
+
+    def _batches(self, epoch: int) -> Sequence[Tensor]:
+        """Return the samples of each step of an epoch: epoch e takes the (e+1)-th permutation of one generator."""
+        generator = torch.Generator().manual_seed(self.problem.seed + 1)
+        for _ in range(epoch + 1):
+            samples = torch.randperm(self.count, generator=generator)
+        return samples.split(self.settings.batch_size)[: self.steps - epoch * self.steps_an_epoch]
 
     def step(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> tuple[float, dict[str, float]]:
         """One update from the samples at the indices `batch`.
@@ -246,7 +247,7 @@ class Training:
         # One transfer for both.
         value, *flips = torch.stack([total.double(), *([] if counted is None else [counted.double()])]).tolist()
         if not math.isfinite(value):
-            raise TrainingError(self._failure(self._where(batch)))
+            raise TrainingError(self._failure(moment, self._where(batch)))
         self._add_up_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -287,7 +288,7 @@ class Training:
         try:
             self.learner.begin(moment)
         except ValueError as error:
-            raise TrainingError(self._failure(str(error))) from error
+            raise TrainingError(self._failure(moment, str(error))) from error
 
     def _add_up_gradients(self) -> None:
         if parallel.world_size() > 1:
@@ -297,39 +298,33 @@ class Training:
                     parameter.grad = torch.zeros_like(parameter)
             parallel.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
 
-    def _end_of_epoch(self, moment: Moment) -> None:
+    def _end_of_epoch(self, moment: Moment, batches: Sequence[Tensor], step_seconds: float) -> None:
         measured = None
         self.optimizer.zero_grad(set_to_none=True)
         self._begin(moment)
         if moment.epoch >= self.epochs - self.settings.select_from:
             measured = self._measure()
             if not math.isfinite(measured):
-                raise TrainingError(self._failure(self._where(torch.arange(self.count))))
+                raise TrainingError(self._failure(moment, self._where(torch.arange(self.count))))
         # What was not measured is better than nothing, but not than what was.
         if not math.isfinite(self.best_loss) if measured is None else measured < self.best_loss:
             self.learner.keep()
         if measured is not None:
             self.best_loss = min(self.best_loss, measured)
-        self.done = moment.epoch + 1
+        sizes = [len(batch) for batch in batches]  # the last step may have fewer samples
         values: dict[str, Any] = {
-            "pass": self.done,
+            "pass": moment.epoch + 1,
             "first_layer": self.window.first,
             "last_layer": self.window.stop - 1,
-            "loss": self._mean_loss(),
+            "loss": math.fsum(loss * size for loss, size in zip(self._losses, sizes, strict=True)) / sum(sizes),
             "measured_loss": measured,
         }
         values |= self.learner.epoch_values(moment)
-        values |= {"step_seconds": self._seconds / len(self._losses), "peak_memory_bytes": peak_memory(self.device)}
-        self.passes.append(values)
-        self._sequence, self._losses, self._seconds = None, [], 0.0
+        values |= {"step_seconds": step_seconds, "peak_memory_bytes": peak_memory(self.device)}
+        self.history.append(values)
+        self._losses = []
         self._save()
         self.problem.on_pass(values)
-
-    def _mean_loss(self) -> float:
-        """Of the steps of an epoch, mean over samples: the last step may have fewer."""
-        assert self._sequence is not None
-        sizes = [len(batch) for batch in self._sequence.split(self.settings.batch_size)][: len(self._losses)]
-        return math.fsum(loss * size for loss, size in zip(self._losses, sizes, strict=True)) / sum(sizes)
 
     @torch.no_grad()
     def _measure(self) -> float:
@@ -418,8 +413,8 @@ class Training:
                 return f"the loss is not finite: the output of decoder layer {broken} is not"
         return "the loss is not finite, although the output of every layer is"
 
-    def _failure(self, reason: str) -> str:
-        text = f"{self.name.upper()} stopped in epoch {self.done + 1}: {reason}"
+    def _failure(self, moment: Moment, reason: str) -> str:
+        text = f"{self.name.upper()} stopped in epoch {moment.epoch + 1}: {reason}"
         directory = self.problem.directory
         if directory:
             text += self.learner.write_best(directory)
@@ -429,91 +424,43 @@ class Training:
         if self.problem.directory is None or parallel.rank():
             return
         started = time.perf_counter()
-        state: Checkpoint = {
-            "run": self.problem.run,
+        state = {
             "window": self.window.number,
-            "done": self.done,
-            "passes": self.passes,
+            "step": self.done,
+            "losses": self._losses,
+            "history": self.history,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "generator": self.generator.get_state(),
             "best_loss": self.best_loss,
-            "sequence": self._sequence,
-            "losses": self._losses,
-            "seconds": self._seconds,
             "learner": self.learner.state(),
         }
-        write_torch(self.problem.directory / self.file, state)
+        save_state(self.problem.directory / self.file, state)
         now = time.perf_counter()
         self._next_save = now + max(_CHECKPOINT_EVERY, _TIMES_WRITING * (now - started))
 
-    def restore(self, state: Checkpoint) -> None:
-        """Continue from a checkpoint of the same window (see `read_checkpoint`).
-
-        Raises:
-            DataError: it is of something else.
-        """
-        try:
-            self.learner.restore(state["learner"])
-        except DataError as error:
-            raise DataError(f"{self.problem.directory}/{self.file}: {error}: remove it to learn anew") from error
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of the same window (see `read_checkpoint`)."""
+        self.learner.restore(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled() and "scaler" in state:
+        if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"].cpu())
-        self.done, self.best_loss = state["done"], state["best_loss"]
-        self._sequence = None if state["sequence"] is None else state["sequence"].cpu()
-        self._losses, self._seconds = list(state["losses"]), state["seconds"]
-        further = f" and {len(self._losses)} steps" if self._losses else ""
-        log.info("continuing after epoch %d of %d%s", self.done, self.epochs, further)
+        self.done, self.best_loss, self._losses = state["step"], state["best_loss"], list(state["losses"])
+        log.info("continuing after step %d of %d", self.done, self.steps)
 
 
-class Checkpoint(TypedDict):
-    """A training after an epoch, or in the middle of one (see `Training`)."""
-
-    run: str
-    window: Whole
-    done: Whole
-    passes: list[Object]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
-    scaler: NotRequired[dict[str, Any]]  # came later
-    generator: InstanceOf[Tensor]
-    best_loss: float
-    sequence: InstanceOf[Tensor] | None
-    losses: list[float]
-    seconds: float
-    learner: dict[str, Any]
-
-
-def read_checkpoint(
-    problem: LearningProblem, file: str, check: Callable[[Checkpoint], object] = lambda _: None
-) -> Checkpoint | None:
-    """What an interrupted run left; None where there is nothing, or nothing that can be continued.
-
-    Args:
-        problem: what is learned from.
-        file: in its directory.
-        check: raises DataError where the state is not what the learner can go on from.
-    """
+def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | None:
+    """Read the checkpoint that an interrupted run left; None: there is none, or it is unreadable and learning begins anew."""
     path = problem.directory / file if problem.directory else None
     if path is None or not path.is_file():
         return None
     try:
-        state = read_torch(path, Checkpoint, problem.device)
-        if state["run"] != problem.run:
-            raise DataError(f"{path} is of another run")
-        try:
-            check(state)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        return load_state(path, problem.device)
     except DataError as error:
         log.warning("%s: learning begins anew", error)
         path.unlink()
         return None
-    return state
 
 
 def samples_of(settings: DescentSettings, problem: LearningProblem) -> int:

@@ -31,7 +31,6 @@ class LearningProblem:
         calibration_batch_size: samples a forward where nothing is learned.
         calibration: int64 `(samples, length)`, what the factors are of; None where that is the tokens.
         directory: where the checkpoint goes; None keeps none.
-        run: digest of the settings; a checkpoint of another run is not continued.
         on_step: called after each step with loss, temperature, flips and seconds.
         on_pass: called after each epoch with the same and the memory.
         on_resume: called before learning, with what `on_pass` was given for each epoch that is done; with nothing where
@@ -48,7 +47,6 @@ class LearningProblem:
     calibration_batch_size: int = 8
     calibration: Tensor | None = None
     directory: Path | None = None
-    run: str = ""
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
     on_pass: Callable[[dict[str, Any]], None] = lambda values: None
     on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None

@@ -7,7 +7,7 @@ from typing import Any
 
 from permllm.models.families import decoder_layers
 from permllm.runtime import parallel
-from permllm.training.loop import Checkpoint, Learner, Training, Window, read_checkpoint
+from permllm.training.loop import Learner, Training, Window, read_checkpoint
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 from permllm.training.windows import MaskOf, WindowStream
@@ -21,28 +21,20 @@ class Course:
         problem: what is learned from; it is told of the epochs that are done.
         name: of the method, for a person.
         file: of the checkpoint in the problem's directory.
-        check: raises DataError where a checkpoint is not what the learner can go on from.
 
     Attributes:
         state: the checkpoint to go on from; None where there is none, and from when a window has gone on from it.
     """
 
-    def __init__(
-        self,
-        settings: LearningSettings,
-        problem: LearningProblem,
-        name: str,
-        file: str,
-        check: Callable[[Checkpoint], object],
-    ) -> None:
+    def __init__(self, settings: LearningSettings, problem: LearningProblem, name: str, file: str) -> None:
         self.settings = settings
         self.problem = problem
         self.name, self.file = name, file
         # A folder without the checkpoint must not let a process learn from elsewhere than the others.
-        self.state = parallel.from_first(lambda: read_checkpoint(problem, file, check))
+        self.state = parallel.from_first(lambda: read_checkpoint(problem, file))
         self._begin = 0 if self.state is None else self.state["window"]
-        self._passes: list[dict[str, Any]] = [] if self.state is None else list(self.state["passes"])
-        problem.on_resume(list(self._passes))
+        self._history: list[dict[str, Any]] = [] if self.state is None else list(self.state["history"])
+        problem.on_resume(list(self._history))
 
     def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
         """What is still to be gone through.
@@ -62,7 +54,7 @@ class Course:
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        training = Training(self.settings, self.problem, window, learner, self.name, self.file, self._passes)
+        training = Training(self.settings, self.problem, window, learner, self.name, self.file, self._history)
         if self.state is not None:
             training.restore(self.state)
             self.state = None  # which is as large as what learns

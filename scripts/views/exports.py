@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from permllm.runs.schema import Object
 
 from permllm.runs.files import read_json
 from permllm.runs.names import RECORDS
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text
-from permllm.runs.schema import Object
 
 # The default recipe.
 _RECIPE = {

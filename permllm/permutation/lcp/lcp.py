@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from permllm.errors import DataError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import LearningPlan
 from permllm.permutation.foldable import SharedOrder, expanded, orders_within, shared_orders
@@ -26,7 +24,7 @@ from permllm.runtime import parallel
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.blocks import count_logits
 from permllm.training.kernels import Kernels, chosen_kernels
-from permllm.training.loop import Checkpoint, Window, samples_of, steps_of
+from permllm.training.loop import Window, samples_of, steps_of
 from permllm.training.masked_linear import PermutedMaskedLinear, masked_linears
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
@@ -64,9 +62,9 @@ class LCP(LCPSettings):
         """
         shared = shared_orders(problem.groups, self.constraint)
         first = self.spans(len(decoder_layers(problem.model)))[0][0]
-        course = Course(self, problem, "lcp", CHECKPOINT, partial(_best, shared))
+        course = Course(self, problem, "lcp", CHECKPOINT)
         if course.state is not None:
-            orders = _best(shared, course.state)
+            orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
         else:  # another GPU must not let a process learn from elsewhere than the others
             orders = parallel.from_first(lambda: self.start_orders(problem, shared, first))
         used_by = {group.name: order for order in shared for group in order.groups}
@@ -137,14 +135,6 @@ class LCP(LCPSettings):
             scale = None if near else math.sqrt(self.block_size)
             logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
         return logits
-
-
-def _best(shared: list[SharedOrder], state: Checkpoint) -> dict[str, Tensor]:
-    """The best orders of a checkpoint. Raises DataError where it does not hold all of them."""
-    found = OrderLearner.best_of(state["learner"])
-    if found.keys() != {order.name for order in shared}:
-        raise DataError("it holds other orders")
-    return found
 
 
 def _sharing(order: SharedOrder) -> str:
