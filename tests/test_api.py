@@ -24,7 +24,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.export.verify import verify
 from permllm.job import run
 from permllm.models.families import linear_at
-from permllm.runs.run_tensors import mask_reader, read_orders
+from permllm.runs.tensors import load_masks, load_orders
 from tests.conftest import ROOT, run_python, tiny_model
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
@@ -72,11 +72,11 @@ def test_it_finds_what_the_command_finds(
 
     found = permllm.prune(model, tokenizer, pruner=pruner, permutation=permutation, texts=[TEXT], **settings)
 
-    orders = read_orders(tmp_path / "run" / "permutations.safetensors")
+    orders = load_orders(tmp_path / "run" / "permutations.safetensors")
     assert orders.keys() == found.orders.keys()
     assert all(torch.equal(order, found.orders[name]) for name, order in orders.items())
-    masks = mask_reader(tmp_path / "run" / "masks.safetensors")
-    assert all(torch.equal(masks(path), mask) for path, mask in found.masks.items())
+    masks = load_masks(tmp_path / "run" / "masks.safetensors")
+    assert all(torch.equal(masks[path], mask) for path, mask in found.masks.items())
     for key in ("sparsity", "retained_saliency", "output_error", "moved_channels", "compute_dtype"):
         assert found.report[key] == metrics[key]
     assert found.report["sparsity"]["violations"] == 0

@@ -21,7 +21,7 @@ from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
 from permllm.runs.directory import run_directory
 from permllm.runs.outcomes import Outcome
-from permllm.runs.tensors import write_tensors
+from permllm.runs.tensors import save_tensors
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -87,7 +87,7 @@ def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) ->
     if option.stem == "from_file":
         import torch
 
-        write_tensors(tmp_path / "permutations.safetensors", {"x": torch.arange(4)})
+        save_tensors(tmp_path / "permutations.safetensors", {"x": torch.arange(4)})
         overrides.append(f"permutation.path={tmp_path}")
     settings = config(*overrides)
     instantiate(settings.pruner)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from permllm.runs.code import code_digest
+from permllm.runs.run_tensors import read_masks
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
@@ -24,8 +26,6 @@ from permllm.export.verify import verify
 from permllm.models import families
 from permllm.models.families import channel_groups
 from permllm.models.load import load_model
-from permllm.runs.code import code_digest
-from permllm.runs.run_tensors import read_masks
 from permllm.sparsity.calibrate import calibrate_dense
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency

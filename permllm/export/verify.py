@@ -147,9 +147,8 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
         problems.append(f"{len(layers)} weights of linears could be examined{without}, of {expected or 'any'}")
     comparable = not problems
     problems += [problem for layer in layers for problem in layer.problems()]
-    report = Report(
-        str(stated.pattern), layers, sum(file.stat().st_size for file in files), summary is not None, problems, dense
-    )
+    size = sum(file.stat().st_size for file in files)
+    report = Report(str(stated.pattern), layers, size, summary is not None, problems, dense)
     if against is not None and comparable:
         report.difference = logits_difference(folder, against)
         if not all(math.isfinite(value) for value in report.difference.values()):

@@ -1,6 +1,6 @@
 """Results that several jobs need: computed once, and kept in the cache directory.
 
-A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the folder costs time and nothing
+A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the folder costs time, nothing
 else. PERMLLM_CACHE_GB bounds its size.
 """
 

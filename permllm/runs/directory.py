@@ -214,7 +214,7 @@ class RunDirectory(Record):
             raise
         if differing := sorted(key for key in present.keys() | asked.keys() if present.get(key) != asked.get(key)):
             keys = ", ".join(differing[:5])
-            raise ConfigError(f"run_dir={self.directory} holds another config (it differs in {keys}); choose another one")
+            raise ConfigError(f"{file} is of another run (it differs in {keys}); choose another run_dir")
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
@@ -328,8 +328,10 @@ def run_directory(config: RunConfig) -> Path:
 
 def check_sha256(directory: Path, name: str, digest: str) -> None:
     """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
-    if file_sha256(directory / name) != digest:
-        raise DataError(f"{directory / name} is not what the run wrote (its sha256 differs); force=true runs it again")
+    path = directory / name
+    if not path.is_file() or file_sha256(path) != digest:
+        reason = "is not what the run wrote (its sha256 differs)" if path.is_file() else "is missing"
+        raise DataError(f"{path} {reason}; force=true runs it again")
 
 
 def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) -> bool:

@@ -61,8 +61,7 @@ class Pruned:
         """Return the pruned weight of a linear, original channel order, on the device of `dense`, the dense weight."""
         mask = self.mask(path).to(dense.device)
         if mask.shape != dense.shape:
-            raise DataError(
-                f"{self._directory / MASKS}: the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
-            )
+            shapes = f"the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
+            raise DataError(f"{self._directory / MASKS}: {shapes}")
         new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
         return torch.where(mask, new.to(dense), 0.0)

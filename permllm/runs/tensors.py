@@ -39,7 +39,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             held[name] = held[name].clone()  # safetensors refuses tensors that share memory
         storages.add(storage.data_ptr())
     with replaced(path) as scratch:
-        save_file(held, scratch, {"format": "pt", **(metadata or {})})
+        # One text alone: safetensors writes several in any order, and the same run must give the same bits.
+        save_file(held, scratch, dict(metadata or {"format": "pt"}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -58,7 +59,7 @@ def load_tensor(path: Path, name: str) -> Tensor:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
     except _UNREADABLE as error:
-        raise DataError(f"{path}: {name} cannot be read: {first_line(error)}") from error
+        raise DataError(f"{path} cannot be read ({name}): {first_line(error)}") from error
 
 
 def load_metadata(path: Path) -> dict[str, str]:

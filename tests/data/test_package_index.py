@@ -152,7 +152,7 @@ def test_a_converted_model_that_was_changed_is_converted_again(
         lambda: (folder / "model.safetensors").write_bytes(bytes(500) + b"\4" + bytes(499)),
         (folder / "config.json").unlink,
         lambda: (folder / "adapter_config.json").write_text("{}"),
-        lambda: (folder / "checksums.json").write_text("{"),
+        lambda: (folder / "sha256.json").write_text("{"),
     ]
     for number, change in enumerate(changes, 2):
         change()
@@ -163,7 +163,7 @@ def test_a_converted_model_that_was_changed_is_converted_again(
             f"{folder} is not what was written: it is converted again"
         ]
         assert (folder / "model.safetensors").read_bytes() == bytes(1000)
-        assert sorted(file.name for file in folder.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
+        assert sorted(file.name for file in folder.iterdir()) == ["sha256.json", "config.json", "model.safetensors"]
         assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -189,7 +189,7 @@ def test_a_model_that_is_cut_is_joined_and_checked_as_a_whole(
     folder = dense_folder(config)
     assert folder is not None
     assert converted == [("x.gguf", whole)]
-    assert [file.name for file in folder.iterdir() if file.name != "checksums.json"] == ["config.json"]
+    assert [file.name for file in folder.iterdir() if file.name != "sha256.json"] == ["config.json"]
 
     (folder / "config.json").unlink()
     (tmp_path / "part1").write_bytes(b"another")

@@ -24,12 +24,11 @@ from permllm.export.rebuild import apply_record
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.load import folder_identity
 from permllm.models.selection import differing_patterns, pruned_groups
+from permllm.models.tensor_file import read_header
 from permllm.permutation.foldable import expanded, shared_orders
-from permllm.runs.files import write_record, write_text
+from permllm.runs.files import file_sha256, write_json, write_text
 from permllm.runs.masks import violations
-from permllm.runs.run_tensors import write_masks
-from permllm.runs.tensor_file import read_header
-from permllm.runs.tensors import write_tensors
+from permllm.runs.tensors import save_masks, save_tensors
 from permllm.sparsity.nm import permuted_nm_mask
 from tests.conftest import FAMILY_SETTINGS, tiny_config
 from tests.permutation.test_foldable import random_order
@@ -98,10 +97,12 @@ def make_run(
     sparsity = {"pattern": str(pattern), "fraction": 1 - pattern.n / pattern.m, "of_model": 0.5, "violations": 0}
     if keep_dense or sparsity_of:
         sparsity["patterns"] = differing_patterns(channel_groups(model), groups)
-    finished = {"schema_version": 2, "status": "finished", "name": "x", "config_hash": "0", "seconds": {}}
-    write_record(run / "metrics.json", finished | {"model": identity, "sparsity": sparsity})
-    write_tensors(run / "permutations.safetensors", orders)
-    write_masks(run / "masks.safetensors", masks)
+    sparsity |= {"weights_changed": False, "weights_kept": False}
+    save_tensors(run / "permutations.safetensors", orders)
+    save_masks(run / "masks.safetensors", masks)
+    digests = {file.name: file_sha256(file) for file in run.glob("*.safetensors")}
+    finished = {"schema_version": 3, "status": "finished", "name": "x", "config_hash": "0", "seconds": {}}
+    write_json(run / "metrics.json", finished | {"model": identity, "sparsity": sparsity, "sha256": digests})
     return run
 
 
@@ -225,7 +226,11 @@ def test_changed_weights_are_exported(tmp_path: Path) -> None:
         for group in channel_groups(model)
         for path in group.members
     }
-    write_tensors(run / "weights.safetensors", weights)
+    save_tensors(run / "weights/00000.safetensors", weights)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["sparsity"] |= {"weights_changed": True, "weights_kept": True}
+    metrics["sha256"]["weights/00000.safetensors"] = file_sha256(run / "weights/00000.safetensors")
+    write_json(run / "metrics.json", metrics)
     export_run(run, Request("folded"), tmp_path / "out")
     assert relative(logits(load(tmp_path / "out")), logits(reference(variant_model("llama"), run))) < 1e-4
 
@@ -247,7 +252,7 @@ def test_a_checkpoint_in_another_layout_is_loaded_as_a_whole(tmp_path: Path) -> 
     config = ModelConfig("local", "local", path=str(tmp_path / "dense"), device="cpu")
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["model"] = folder_identity(config, tmp_path / "dense")
-    write_record(run / "metrics.json", metrics)
+    write_json(run / "metrics.json", metrics)
     export_run(run, Request("folded"), tmp_path / "out")
     assert relative(logits(load(tmp_path / "out")), logits(reference(variant_model("opt"), run))) < 1e-4
 
@@ -357,7 +362,7 @@ def take_as_pruned(run: Path, dense: Path) -> None:
     """Have a run be one of a folder as it is now."""
     metrics = json.loads((run / "metrics.json").read_text())
     identity = folder_identity(ModelConfig(name="local", source="local", path=str(dense)), dense)
-    write_record(run / "metrics.json", metrics | {"model": identity})
+    write_json(run / "metrics.json", metrics | {"model": identity})
 
 
 def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_exported(tmp_path: Path) -> None:

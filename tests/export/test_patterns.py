@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from permllm.config import NMPattern
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
-from permllm.runs.files import read_json, write_record
-from permllm.runs.schema import Object
+from permllm.runs.files import read_json, write_json
 from tests.export.test_checkpoint import load, logits, make_run, reference, relative, variant_model
 
 # A layer, a member of a group, and a group of the residual stream stay dense; a group has another M.
@@ -37,7 +36,7 @@ def test_what_stays_dense_follows_the_orders_around_it(name: str, form: str, tmp
 
     report = verify(tmp_path / "out")
     assert report.passed, report.problems
-    told = read_json(run / "metrics.json", Object)["sparsity"]["patterns"]
+    told = read_json(run / "metrics.json")["sparsity"]["patterns"]
     assert report.dense == sorted(f"{path}.weight" for path, text in told.items() if text == "dense")
     for layer in report.layers:
         assert layer.pattern == told.get(layer.name.removesuffix(".weight"), "2:4")
@@ -54,8 +53,8 @@ def test_a_checkpoint_that_says_something_else_of_its_linears_fails(tmp_path: Pa
     run = make_run(tmp_path, variant_model("llama"), "foldable", keep_dense=("0",), sparsity_of={"down_proj": "4:8"})
     export_run(run, Request("folded"), tmp_path / "out")
     assert not verify(tmp_path / "out", NMPattern(2, 4)).passed  # which is of every linear
-    summary = read_json(tmp_path / "out" / "permllm.json", Object)
+    summary = read_json(tmp_path / "out" / "permllm.json")
     changed = {key: text for key, text in summary["patterns"].items() if text != "4:8"}
-    write_record(tmp_path / "out" / "permllm.json", summary | {"patterns": changed})
+    write_json(tmp_path / "out" / "permllm.json", summary | {"patterns": changed})
     report = verify(tmp_path / "out")
     assert any(re.search("down_proj.weight has .* more than 2 nonzeros", found) for found in report.problems)

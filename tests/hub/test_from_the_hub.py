@@ -22,7 +22,7 @@ from permllm.config import NMPattern
 from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import verify
-from permllm.runs.files import write_record
+from permllm.runs.files import write_json
 from tests.conftest import run_command
 from tests.hub.jobs import Job, Outcome, run_jobs
 from tests.hub.repositories import MODELS
@@ -248,7 +248,7 @@ def test_a_record_of_a_commit_that_the_hub_does_not_have_says_so(
     shutil.copytree(first.directory(CASES[1]), run)
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     metrics["model"] = f"hub:{MODELS['mistral']}:{'0' * 40}:bfloat16"
-    write_record(run / "metrics.json", metrics)
+    write_json(run / "metrics.json", metrics)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(DataError, match=f"^model {MODELS['mistral']} has no branch, tag or commit '{'0' * 40}' on the hub$"):

@@ -18,7 +18,6 @@ from permllm.models.layers import last_states
 from permllm.models.load import load_model
 from permllm.pruning import ordering, stages
 from permllm.runs.files import read_json
-from permllm.runs.schema import Metrics, Pass, validated
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.test_config import composed
@@ -29,14 +28,14 @@ LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")
 
 def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "permutation=none", "mask=lowrank", *LEARNING, "export=folded")
-    assert read_json(directory / "metrics.json", Metrics) == metrics
+    assert read_json(directory / "metrics.json") == metrics
     assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
     assert metrics["seconds"]["mask"] > 0
     assert verify(directory / "export").passed
     plain, _ = run(tmp_path, "permutation=none")
     assert plain["perplexity"]["sparse"] != metrics["perplexity"]["sparse"]
     lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    assert [validated("history", line, Pass)["mask_flips"] > 0 for line in lines] == [True]
+    assert [line["mask_flips"] > 0 for line in lines] == [True]
 
 
 @pytest.mark.parametrize("interrupted", ["prune", "masks"])

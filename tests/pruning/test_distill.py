@@ -103,13 +103,13 @@ def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> Non
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
     model = tiny_model("llama")
     reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003} | settings)
-    pruned_with(model, reconstruction, network_tokens=tokens(10), directory=directory, run="run")
+    pruned_with(model, reconstruction, network_tokens=tokens(10), directory=directory)
     return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
 
 
 def stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Every step writes a checkpoint, and the process ends after one of them."""
-    write = training.write_torch
+    write = training.save_state
 
     def write_and_stop(path: Path, state: Any) -> None:
         write(path, state)
@@ -118,10 +118,10 @@ def stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 0.0)
     monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
-    monkeypatch.setattr(training, "write_torch", write_and_stop)
+    monkeypatch.setattr(training, "save_state", write_and_stop)
 
 
-@pytest.mark.parametrize(("written", "where"), [(2, "epoch 0 of 2 and 2 steps"), (8, "epoch 1 of 2 and 3 steps")])
+@pytest.mark.parametrize(("written", "where"), [(2, "step 2 of 10"), (8, "step 8 of 10")])
 def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, written: int, where: str
 ) -> None:
@@ -136,7 +136,7 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
     monkeypatch.setattr(training, "_CHECKPOINT_EVERY", math.inf)
-    monkeypatch.setattr(training, "write_torch", lambda *_: None)
+    monkeypatch.setattr(training, "save_state", lambda *_: None)
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
     assert "learning begins anew" in caplog.text
 
@@ -152,8 +152,9 @@ def test_a_run_that_is_stopped_while_it_distils_continues(tmp_path: Path, monkey
     assert (stopped / DISTILL_CHECKPOINT).is_file()
     job.run(read_config(composed(*words, f"run_dir={stopped}")))
     assert not (stopped / DISTILL_CHECKPOINT).exists()
-    before, after = (load_file(folder / "weights.safetensors") for folder in (whole, stopped))
-    assert all(torch.equal(weight, after[path]) for path, weight in before.items())
+    for layer in ("00000", "00001"):
+        before, after = (load_file(folder / f"weights/{layer}.safetensors") for folder in (whole, stopped))
+        assert all(torch.equal(weight, after[path]) for path, weight in before.items())
 
 
 def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() -> None:

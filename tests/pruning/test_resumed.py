@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, read_config
 from permllm.errors import DataError
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.load import load_model
@@ -21,12 +20,13 @@ from permllm.pruning.layerwise import PrunedModel, prune
 from permllm.pruning.obs import OBS
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.runs import pruned_layers
+from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import PRUNED_LAYERS
 from permllm.sparsity.calibrate import calibrate_dense
 from tests.conftest import tiny_model
 from tests.models.test_offload import saved, settings
 from tests.pruning.test_layerwise import tokens
+from tests.test_config import composed
 
 PATTERN = NMPattern(2, 4)
 
@@ -39,7 +39,6 @@ def pruned(
     directory: Path | None,
     method: str,
     order: Callable[[str, Tensor, NMPattern], Tensor],
-    run: str = "a",
     model: torch.nn.Module | None = None,
 ) -> tuple[torch.nn.Module, PrunedModel]:
     model = model or tiny_model("llama", num_hidden_layers=4)
@@ -47,7 +46,9 @@ def pruned(
     pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
     reconstruction = OBS() if method == "obs" else None
     factors = calibrate_dense(model, groups, tokens(), pruner, batch_size=4).factors if method == "dense" else None
-    result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors, reconstruction, directory=directory, run=run)
+    record = Record() if directory is None else RunDirectory(directory, read_config(composed("model=tiny")))
+    record.metrics["status"] = "running"
+    result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors, reconstruction, record=record)
     return model, result
 
 
@@ -94,32 +95,13 @@ def test_a_layer_that_was_done_is_not_done_again(method: str, tmp_path: Path) ->
     assert third.asked == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "other run", "missing"])
-def test_what_cannot_be_used_is_done_anew_and_what_follows_from_it(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_layer_that_is_missing_is_done_again(tmp_path: Path) -> None:
     whole = pruned(None, "sparsegpt", Orders())
     pruned(tmp_path, "sparsegpt", Orders())
-    file = tmp_path / PRUNED_LAYERS / "00001.safetensors"
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-8])
-    elif damage == "missing":
-        file.unlink()
+    (tmp_path / PRUNED_LAYERS / "00001.safetensors").unlink()
     orders = Orders()
-    with caplog.at_level(logging.WARNING):
-        check_equal(pruned(tmp_path, "sparsegpt", orders, run="b" if damage == "other run" else "a"), whole)
-    first = 0 if damage == "other run" else 1
-    assert {int(name.split(".")[2]) for name in orders.asked} == set(range(first, 4))
-    assert ("the layer is pruned anew" in caplog.text) is (damage != "missing")
-
-
-def test_what_came_after_a_layer_that_is_pruned_anew_goes(tmp_path: Path) -> None:
-    pruned(tmp_path, "sparsegpt", Orders())
-    file = tmp_path / PRUNED_LAYERS / "00001.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(Stopped):
-        pruned(tmp_path, "sparsegpt", Orders(stop=1))
-    assert [file.name for file in (tmp_path / PRUNED_LAYERS).iterdir()] == ["00000.safetensors"]
+    check_equal(pruned(tmp_path, "sparsegpt", orders), whole)
+    assert {int(name.split(".")[2]) for name in orders.asked} == {1}
 
 
 @pytest.fixture
@@ -150,35 +132,3 @@ def test_what_was_found_for_a_model_that_is_read_from_disk_is_read_from_there(
         (tmp_path / PRUNED_LAYERS / f"{index:05d}.safetensors").unlink()
         with pytest.raises(DataError, match=rf"{index:05d}\.safetensors {reason}"), placement_of(model).layer(index):
             pass
-
-
-def test_files_that_weights_are_read_from_stay_when_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: Callable[[], torch.nn.Module]
-) -> None:
-    model = on_disk()
-    fill_the_disk(monkeypatch, after=2)
-    check_equal(pruned(tmp_path, "sparsegpt", Orders(), model=model), pruned(None, "sparsegpt", Orders()))
-    assert len(list((tmp_path / PRUNED_LAYERS).iterdir())) == 2
-
-
-def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Have no layer written after so many."""
-    write, left = pruned_layers.write_tensors, [after]
-
-    def full(path: Path, *arguments: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise DataError(f"no space left to write {path}")
-        write(path, *arguments)
-
-    monkeypatch.setattr(pruned_layers, "write_tensors", full)
-
-
-def test_a_full_disk_does_not_stop_pruning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fill_the_disk(monkeypatch, after=1)
-    with caplog.at_level(logging.WARNING):
-        check_equal(pruned(tmp_path, "dense", Orders()), pruned(None, "dense", Orders()))
-    assert caplog.text.count("no space left") == 1
-    assert not (tmp_path / PRUNED_LAYERS).exists()

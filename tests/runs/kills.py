@@ -22,8 +22,7 @@ from typing import Any
 from permllm import job as runner
 from permllm.config import RunConfig, read_config, register_resolvers
 from permllm.pruning.config_store import register
-from permllm.runs import environment
-from permllm.runs.directory import RunRecord
+from permllm.runs import cache
 from tests.test_config import composed
 
 WORDS = (
@@ -77,7 +76,6 @@ def copied(config: RunConfig, folder: Path, copies: Path) -> int:
     for owner, name in (
         (os, "replace"),
         (Path, "rename"),
-        (RunRecord, "append_history"),
         (Path, "unlink"),
         (shutil, "rmtree"),
     ):
@@ -109,15 +107,14 @@ def outcome(folder: Path) -> dict[str, Any]:
     run = folder / "run"
     metrics = json.loads((run / "metrics.json").read_text())
     found = {key: metrics[key] for key in ("status", "perplexity", "sparsity", "retained_saliency", "output_error")}
-    for key in ("seconds", "crc32"):
-        metrics["export"].pop(key, None)
+    metrics["export"].pop("seconds")
     found["export"] = metrics["export"]
     lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     found["history"] = [
         {key: value for key, value in line.items() if key not in ("step_seconds", "peak_memory_bytes")} for line in lines
     ]
-    for file in (*run.glob("*.safetensors"), run / "export" / "model.safetensors"):
-        found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for file in run.rglob("*.safetensors"):
+        found[str(file.relative_to(run))] = hashlib.sha256(file.read_bytes()).hexdigest()
     found["files"] = sorted(str(file.relative_to(run)) for file in run.rglob("*"))
     found["cache"] = sorted(file.name for file in (folder / "cache").rglob(".*"))
     return found
@@ -141,7 +138,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     register_resolvers()
     register()
-    environment.git_commit = lambda: None  # a process of its own for each job
+    cache.git_commit = lambda: None  # a process of its own for each job
     config = read_config(composed(*WORDS))
     gc.collect()
     gc.freeze()  # or each fork copies what the collector touches

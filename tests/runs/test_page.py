@@ -35,9 +35,8 @@ from permllm.runs.plots import cost_data, plot_cost
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
 from permllm.runs.render import cells, main_measure, take_baseline
-from permllm.runs.run_tensors import write_masks
 from permllm.runs.table import Summary, row_labels, summarise
-from permllm.runs.tensors import write_tensors
+from permllm.runs.tensors import save_masks, save_tensors
 from permllm.sparsity.nm import permuted_nm_mask
 from tests.conftest import ROOT, run_module
 from tests.kept import THREE_RUNS
@@ -83,8 +82,8 @@ def write_orders_and_masks(
                 path = f"model.layers.{layer}.{group.split('.')[0]}.{member}"
                 saliency = torch.rand(rows, channels, generator=generator)
                 masks[path] = permuted_nm_mask(saliency, order, NMPattern(2, 4))
-    write_tensors(folder / PERMUTATIONS, orders)
-    write_masks(folder / MASKS, masks)
+    save_tensors(folder / PERMUTATIONS, orders)
+    save_masks(folder / MASKS, masks)
     return orders, masks
 
 
@@ -182,8 +181,8 @@ def test_a_large_layer_is_sampled_and_cropped_and_a_run_stays_small(tmp_path: Pa
             orders[f"model.layers.{layer}.{group}"] = torch.arange(11008).flip(0)
         for linear in ("q", "k", "v", "o", "gate", "up", "down"):
             masks[f"model.layers.{layer}.{linear}_proj"] = torch.rand(100, 4096) < 0.5
-    write_tensors(tmp_path / PERMUTATIONS, orders)
-    write_masks(tmp_path / MASKS, masks)
+    save_tensors(tmp_path / PERMUTATIONS, orders)
+    save_masks(tmp_path / MASKS, masks)
     found = pictures(tmp_path)
     assert not isinstance(found["permutations"], str)
     entry, corner = found["permutations"][0], found["masks"][0]
@@ -203,12 +202,12 @@ def test_a_large_layer_is_sampled_and_cropped_and_a_run_stays_small(tmp_path: Pa
 def test_files_that_are_not_there_or_broken_are_said_in_one_line(tmp_path: Path) -> None:
     assert pictures(tmp_path) == {"permutations": NOT_KEPT, "masks": NOT_KEPT}
     (tmp_path / PERMUTATIONS).write_bytes(b"no tensors")
-    write_tensors(tmp_path / MASKS, {"model.layers.0.mlp.down_proj": torch.zeros(8, dtype=torch.uint8)})
+    save_tensors(tmp_path / MASKS, {"model.layers.0.mlp.down_proj": torch.zeros(8, dtype=torch.uint8)})
     found = pictures(tmp_path)
     assert str(found["permutations"]).startswith(f"{PERMUTATIONS} has no readable safetensors header")
     assert str(found["masks"]).startswith(f"{MASKS}: the shapes of its masks: ")
     for order in (torch.zeros(2, 2, dtype=torch.int64), torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), torch.ones(1)):
-        write_tensors(tmp_path / PERMUTATIONS, {"a.0.b": order})
+        save_tensors(tmp_path / PERMUTATIONS, {"a.0.b": order})
         assert (
             pictures(tmp_path)["permutations"] == f"{PERMUTATIONS}: the permutation of a.0.b is no permutation of its channels"
         )

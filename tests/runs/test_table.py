@@ -21,8 +21,8 @@ from permllm.runs.printed import print_comparison
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
 from permllm.runs.render import cells, find_row, main_measure, records, render, take_baseline
-from permllm.runs.run_tensors import write_masks
 from permllm.runs.table import summarise
+from permllm.runs.tensors import save_masks
 from tests.conftest import ROOT, run_module
 from tests.kept import THREE_RUNS
 
@@ -286,7 +286,7 @@ def test_masks_are_drawn_as_they_are(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a", 20.0), make_run(tmp_path / "b", 30.0, permutation="none")
     for folder in (first, second):
         mask = torch.rand(8, 16) > 0.5
-        write_masks(folder / "masks.safetensors", {f"model.layers.{layer}.mlp.down_proj": mask for layer in range(3)})
+        save_masks(folder / "masks.safetensors", {f"model.layers.{layer}.mlp.down_proj": mask for layer in range(3)})
     summary = summarise(collect([tmp_path]).runs)
     plot_masks(summary, tmp_path / "masks.png", size=4)
     assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"

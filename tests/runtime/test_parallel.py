@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.runs.directory import RunRecord, run_directory
+from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.outcomes import kept
 from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
@@ -42,13 +42,13 @@ own.mkdir(exist_ok=True)
 os.chdir(own)
 os.environ["PERMLLM_CACHE"] = str(own.resolve() / "cache")
 pathlib.Path("pid").write_text(str(os.getpid()))
-write, left = training.write_torch, [int(os.environ.get("CHECKPOINTS_THAT_FIT", "1000"))]
+write, left = training.save_state, [int(os.environ.get("CHECKPOINTS_THAT_FIT", "1000"))]
 def write_torch(path, state):
     left[0] -= 1
     if left[0] < 0:
         raise DataError(f"no space left to write {{path.name}}")
     write(path, state)
-training.write_torch = write_torch
+training.save_state = write_torch
 sys.argv[0] = {str(ROOT / "run.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -150,9 +150,9 @@ def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_com
 
 
 def test_two_processes_learn_what_one_does_and_what_becomes_of_a_job_holds_for_both(tmp_path: Path, alone: Path) -> None:
-    def record(*overrides: str) -> RunRecord:
+    def record(*overrides: str) -> RunDirectory:
         config = read_config(composed(*OVERRIDES, *overrides))
-        return RunRecord(tmp_path / "rank0" / run_directory(config), config)
+        return RunDirectory(tmp_path / "rank0" / run_directory(config), config)
 
     stray, busy, other = record("permutation.margin=1e300", "seed=1"), record("seed=1"), record("seed=2")
     stray.directory.mkdir(parents=True)

@@ -1,0 +1,262 @@
+"""The run directory: stages as files, evaluations beside each other, two processes at once, damaged files."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from permllm import job
+from permllm.config import RunConfig, digest_of, read_config
+from permllm.errors import ConfigError, DataError, InUseError, PermLLMError
+from permllm.evaluation import measure
+from permllm.permutation.heuristic import Heuristic
+from permllm.permutation.lcp.lcp import LCP
+from permllm.pruning import ordering, stages
+from permllm.runs.directory import RunDirectory, is_finished, run_directory
+from permllm.runs.files import read_json
+from tests.test_config import composed
+
+SMALL = (
+    "model=tiny",
+    "logger=none",
+    "calibration.samples=4",
+    "calibration.seqlen=16",
+    "calibration.batch_size=4",
+    "evaluation.perplexity.limit=2",
+)
+LEARNED = ("permutation=lcp", "permutation.epochs=3", "permutation.batch_size=2", "permutation.compile=false")
+EVERYTHING = (*LEARNED, "mask=score", "mask.epochs=2", "reconstruction=distill", "reconstruction.epochs=2", "export=gathered")
+OTHER = ("evaluation.perplexity.seqlen=32", "evaluation.perplexity.limit=3")
+
+
+def settings(folder: Path, *words: str) -> RunConfig:
+    return read_config(composed(*SMALL, f"runs_dir={folder}", *words))
+
+
+def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
+    result = job.run(settings(folder, *words))
+    assert result is not None
+    return result
+
+
+def interrupted(owner: ModuleType | type, name: str, when: Callable[..., bool] = lambda *_: True) -> pytest.MonkeyPatch:
+    """A job that is interrupted where a function is called."""
+    original, patch = getattr(owner, name), pytest.MonkeyPatch()
+
+    def stop(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments):
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, stop)
+    return patch
+
+
+def begun(patch: pytest.MonkeyPatch, folder: Path, *words: str) -> Path:
+    """The directory of a run that was interrupted."""
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *words)
+    patch.undo()
+    return run_directory(settings(folder, *words))
+
+
+def history(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("step_seconds", "peak_memory_bytes")} for line in lines]
+
+
+def results(directory: Path) -> dict[str, Any]:
+    """All that must not depend on where a run was stopped."""
+    metrics = read_json(directory / "metrics.json")
+    found = {key: metrics[key] for key in ("perplexity", "sparsity", "retained_saliency", "output_error", "status", "sha256")}
+    for file in directory.rglob("*.safetensors"):
+        found[str(file.relative_to(directory))] = {name: value.tolist() for name, value in load_file(file).items()}
+    return found | ({"history": history(directory)} if (directory / "history.jsonl").exists() else {})
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "when"),
+    [
+        (ordering._Epochs, "add", lambda _, values: values["pass"] == 2 and "temperature" in values),
+        (ordering._Epochs, "add", lambda _, values: "mask_flips" in values),
+        (ordering._Epochs, "add", lambda _, values: "weights_learned" in values),
+        (stages, "prune", lambda *_: True),
+        (measure, "perplexity", lambda *arguments: "sparse" in arguments[-1]),
+        (job, "export_run", lambda *_: True),
+    ],
+    ids=["permutation", "mask", "weights", "prune", "evaluate", "export"],
+)
+def test_a_run_continues_after_its_last_file(
+    whole: Path, tmp_path: Path, owner: Any, name: str, when: Callable[..., bool]
+) -> None:
+    directory = begun(interrupted(owner, name, when), tmp_path, *EVERYTHING)
+    assert run(tmp_path, *EVERYTHING)[1] == directory
+    found, expected = results(directory), results(whole)
+    assert [key for key in expected if found.get(key) != expected[key]] == []
+    assert not [file.name for file in directory.iterdir() if file.suffix == ".pt" or file.name == "pruned_layers"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run with everything: permutation, masks and weights learned, exported."""
+    return run(tmp_path_factory.mktemp("whole"), *EVERYTHING)[1]
+
+
+def test_finished_stages_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
+    begun(interrupted(stages, "prune"), tmp_path, *words)
+    learned = begun(interrupted(ordering._Epochs, "add"), tmp_path / "lcp", *LEARNED)
+    assert (learned / "lcp_checkpoint.pt").exists()
+    monkeypatch.setattr(Heuristic, "order", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(LCP, "start_orders", lambda *_: pytest.fail("searched again"))
+    run(tmp_path, *words)
+    run(tmp_path / "lcp", *LEARNED)
+
+
+def damages(directory: Path) -> list[tuple[Path, bytes]]:
+    """Each file of a run, truncated, garbled and emptied."""
+    found = []
+    for file in sorted(file for file in directory.rglob("*") if file.is_file() and not file.name.startswith(".lock")):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        garbled = content[:middle] + b"\x80\xff\x00" + content[middle + 3 :]
+        found += [(file, content[: middle + 1]), (file, garbled), (file, b"")]
+    return found
+
+
+def test_a_damaged_file_of_a_finished_run_gives_the_same_result_or_is_named(whole: Path, tmp_path: Path) -> None:
+    before, refused = results(whole), set()
+    directory = tmp_path / "run"
+    for file, content in damages(whole):
+        kept = file.read_bytes()
+        file.write_bytes(content)
+        for form in ("gathered", "simulate"):  # the run has the former; the latter reads all tensors
+            shutil.copytree(whole, directory)
+            outcome = attempt(tmp_path, *EVERYTHING[:-1], f"export={form}", f"run_dir={directory}")
+            if isinstance(outcome, PermLLMError):
+                assert file.name in str(outcome)
+                assert "\n" not in str(outcome)
+                refused.add(file.name)
+            else:
+                assert outcome["perplexity"] == before["perplexity"]
+                exported = load_file(directory / "export" / "model.safetensors")
+                assert form == "simulate" or exported.keys() == before["export/model.safetensors"].keys()
+            shutil.rmtree(directory)
+        file.write_bytes(kept)
+    assert {"metrics.json", "config.yaml", "masks.safetensors", "permutations.safetensors", "00000.safetensors"} <= refused
+    again, _ = run(tmp_path, *EVERYTHING, f"run_dir={whole}", "force=true")
+    assert again["perplexity"] == before["perplexity"]
+
+
+def attempt(folder: Path, *words: str) -> dict[str, Any] | PermLLMError:
+    try:
+        return run(folder, *words)[0]
+    except PermLLMError as error:
+        return error
+
+
+def test_a_damaged_checkpoint_is_learned_anew(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = begun(interrupted(ordering._Epochs, "add"), tmp_path, *EVERYTHING)
+    content = bytearray((directory / "lcp_checkpoint.pt").read_bytes())
+    content[2000] ^= 4
+    (directory / "lcp_checkpoint.pt").write_bytes(content)
+    run(tmp_path, *EVERYTHING)
+    assert "learning begins anew" in caplog.text
+    assert results(directory) == results(whole)
+
+
+def test_another_evaluation_of_a_finished_run_only_evaluates(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, directory = run(tmp_path)
+    monkeypatch.setattr(job, "_prune", None)
+    second, there = run(tmp_path, *OTHER)
+    assert there == directory
+    assert second["evaluation"]["perplexity"] == {"dataset": "builtin", "seqlen": 32, "limit": 3}
+    assert second["perplexity"]["sparse"]["builtin"]["tokens"] == 3 * 31
+    assert second["seconds"]["prune"] == first["seconds"]["prune"]
+    files = {file.stem: read_json(file) for file in (directory / "evaluations").iterdir()}
+    assert files.keys() == {first["evaluation_hash"], second["evaluation_hash"]}
+    for metrics in (first, second):
+        found = files[metrics["evaluation_hash"]]
+        assert found["perplexity"] == metrics["perplexity"]
+        for which, values in found["perplexity"].items():
+            losses = found["scores"]["perplexity"][which]["builtin"]
+            mean = math.fsum(losses) / values["builtin"]["tokens"]
+            assert values["builtin"]["value"] == pytest.approx(math.exp(mean), rel=1e-12)
+    # Nothing is measured for an evaluation that is there; `metrics.json` shows it again.
+    monkeypatch.setattr(job, "load_model", None)
+    again, _ = run(tmp_path)
+    assert again["perplexity"] == first["perplexity"]
+    assert read_json(directory / "metrics.json") == again
+
+
+def test_an_evaluation_that_is_killed_leaves_the_finished_one(cache: Path, tmp_path: Path) -> None:
+    first, directory = run(tmp_path)
+    begun(interrupted(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1]), tmp_path, *OTHER)
+    assert read_json(directory / "metrics.json")["perplexity"] == first["perplexity"]
+    assert is_finished(directory, settings(tmp_path).evaluation_identity)
+    assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
+    assert run(tmp_path, *OTHER)[0]["perplexity"]["sparse"]["builtin"]["window"] == 32
+    assert is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)
+
+
+def test_force_removes_earlier_results(cache: Path, tmp_path: Path) -> None:
+    run(tmp_path, *OTHER)
+    _, directory = run(tmp_path, "export=simulate")
+    run(tmp_path, "force=true")
+    assert len(list((directory / "evaluations").iterdir())) == 1
+    assert not (directory / "export").exists()
+
+
+def test_a_directory_of_another_run_is_refused(cache: Path, tmp_path: Path) -> None:
+    run(tmp_path, f"run_dir={tmp_path}/run")
+    with pytest.raises(ConfigError, match="seed"):
+        run(tmp_path, f"run_dir={tmp_path}/run", "seed=1")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="run_dir="):
+        run(tmp_path, f"run_dir={tmp_path}/mine")
+    assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("words", [("calibration.samples=90000",), ("evaluation.perplexity.seqlen=900000",)])
+def test_a_job_that_ends_by_its_settings_leaves_no_directory(cache: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises((ConfigError, DataError)):
+        run(tmp_path / "runs", *words)
+    assert not list((tmp_path / "runs").glob("tiny*"))
+
+
+def test_two_processes_on_one_run_take_turns(tmp_path: Path) -> None:
+    same, other = settings(tmp_path), settings(tmp_path, *OTHER)
+    holder, entered = RunDirectory(run_directory(same), same), []
+
+    def enter(config: RunConfig) -> None:
+        with RunDirectory(run_directory(config), config).opened():
+            entered.append(time.monotonic())
+
+    with holder.opened():
+        with pytest.raises(InUseError), RunDirectory(run_directory(same), same).opened(wait=False):
+            pytest.fail("entered")
+        threads = [threading.Thread(target=enter, args=[config]) for config in (same, other)]
+        for thread in threads:
+            thread.start()
+        while not (holder.directory / f".lock-{digest_of(other.evaluation_identity)}").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)  # they try twenty times a second
+        assert not entered
+        left = time.monotonic()
+    for thread in threads:
+        thread.join(60)
+    assert len(entered) == 2
+    assert min(entered) >= left
