@@ -186,7 +186,7 @@ def _stages(
     _evaluate(job, record, "dense")
     if record.pruned:
         log.info("continuing %s after pruning", record.directory)
-        apply_record(loaded.model, loaded.identity, record.directory, record.metrics)
+        apply_record(loaded.model, loaded.identity, record.directory)
     else:
         _prune(job, record)
     _evaluate(job, record, "sparse")

@@ -58,7 +58,7 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     config = read_config(composed("model=tiny"))
     loaded = load_model(config.model, config.seed)
     model = loaded.model
-    apply_record(model, loaded.identity, directory, metrics)
+    apply_record(model, loaded.identity, directory)
     orders = load_file(directory / "permutations.safetensors")
     masks = load_masks(directory / "masks.safetensors")
     for group in channel_groups(model):
@@ -150,9 +150,9 @@ def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Pat
     metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
     config = read_config(composed("model=tiny"))
     with pytest.raises(DataError, match="save_weights=false"):
-        apply_record(load_model(config.model, 0).model, metrics["model"], directory, metrics)
+        apply_record(load_model(config.model, 0).model, metrics["model"], directory)
     with pytest.raises(DataError, match="was pruned from random:"):
-        apply_record(load_model(config.model, 1).model, "another", directory, metrics)
+        apply_record(load_model(config.model, 1).model, "another", directory)
 
 
 def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path,
     _, directory = run(tmp_path, "permutation=none", "export=simulate")
     before = (directory / "export" / "model.safetensors").read_bytes()
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise DataError("no space left")
 
     monkeypatch.setattr(job, "export_run", fails)

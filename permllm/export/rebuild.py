@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,21 +12,23 @@ from permllm.errors import DataError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
+from permllm.runs.files import read_json
+from permllm.runs.names import METRICS
 from permllm.runs.pruned import Pruned
 
 
-def apply_record(model: nn.Module, identity: str, directory: Path, metrics: Mapping[str, Any]) -> None:
+def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     """Turn the dense model into the pruned one of a run, in place.
 
     Args:
         model: the dense model that the run started from.
         identity: of that model (`LoadedModel.identity`).
         directory: of a run that has pruned its model.
-        metrics: of the run.
 
     Raises:
         DataError: the run is of another model, a file is damaged, or changed weights were not kept (`save_weights=false`).
     """
+    metrics = read_json(directory / METRICS)
     if metrics["model"] != identity:
         raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
     sparsity = metrics["sparsity"]

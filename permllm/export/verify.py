@@ -123,11 +123,11 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
         raise DataError(f"{folder} has no safetensors files: {files[0].name} cannot be verified")
-    summary = _summary(folder)
-    for name, digest in (summary["sha256"] if summary else {}).items():
-        if file_sha256(folder / name) != digest:
-            raise DataError(f"{folder / name} is not what was written (its sha256 differs)")
     places = tensor_places(files)
+    summary = _summary(folder)
+    for file in tqdm(files if summary else [], desc="sha256", unit="file", leave=False, disable=None):
+        if summary and file_sha256(file) != summary["sha256"].get(file.name):
+            raise DataError(f"{file} is not what was written (its sha256 differs)")
     stated = Stated(pattern) if pattern else stated_patterns(folder)
     skeleton, differences = skeleton_of(folder)
     problems = [f"it {what} {name}" for what, names in differences.each() for name in names]

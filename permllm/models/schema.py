@@ -29,7 +29,9 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode()  # half of a character can be neither printed nor passed on
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
     return validated(str(path), value, schema)
 

@@ -221,6 +221,8 @@ class RunDirectory(Record):
         file = self.directory / METRICS
         if file.exists():
             self.metrics = read_json(file)
+            if self.metrics.get("status") == "finished":
+                self._remove(*_UNFINISHED)  # the process before may have ended between the two
             if self.metrics.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{file}: schema_version is not {SCHEMA_VERSION}; force=true runs it again")
         else:

@@ -56,7 +56,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises DataError, which names the file, where it cannot be read or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
     return _object(path, value)
 
@@ -65,7 +67,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file. Errors as `read_json`."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not readable YAML: {first_line(error)}") from error
     return _object(path, value)
 

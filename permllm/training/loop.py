@@ -159,7 +159,7 @@ class Training:
         learner: Learner,
         name: str,
         file: str,
-        history: list[dict[str, Any]],
+        history: list[dict[str, Any]] | None = None,
     ) -> None:
         self.settings = settings
         self.problem = problem
@@ -181,7 +181,7 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
         self.done = 0  # steps
         self.best_loss = math.inf
-        self.history = history
+        self.history = [] if history is None else history
         self.samples = Batches(problem.tokens, window.target, window.inputs, self.device)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         self._recomputes: bool | None = None

@@ -163,7 +163,7 @@ def test_a_converted_model_that_was_changed_is_converted_again(
             f"{folder} is not what was written: it is converted again"
         ]
         assert (folder / "model.safetensors").read_bytes() == bytes(1000)
-        assert sorted(file.name for file in folder.iterdir()) == ["sha256.json", "config.json", "model.safetensors"]
+        assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "sha256.json"]
         assert list(folder.parent.iterdir()) == [folder]
 
 

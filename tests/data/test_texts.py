@@ -101,7 +101,7 @@ def test_every_text_to_calibrate_on_has_its_option() -> None:
     assert options == set(names) - {"base"} | {"text"}
     for option in options - {"text"}:
         named = calibration_text(read_config(composed("model=tiny", f"calibration={option}")).calibration)
-        assert (named.name, named.code) == (option, (f"permllm.data.texts.{option.replace('-', '_')}",))
+        assert named.name == option
 
 
 def test_text_files(tmp_path: Path) -> None:
@@ -234,19 +234,6 @@ def test_a_module_that_is_no_such_text_is_one_line(own: Path, tmp_path: Path, so
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_windows_of_a_text_follow_from_its_own_module(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name finds its module while a job runs; the module is part of the key of the tokens all the same."""
-    asked: list[tuple[str, ...]] = []
-
-    def kept(kind: str, identity: object, code: tuple[str, ...], compute: object) -> dict[str, torch.Tensor]:
-        asked.append(code)
-        return {"tokens": torch.zeros(1)}
-
-    monkeypatch.setattr("permllm.data.windows.cached_tensors", kept)
-    calibration_tokens(TOKENIZER, CalibrationConfig("builtin"), seed=0)
-    assert asked == [("permllm.data.windows", "permllm.data.texts.builtin")]
 
 
 def test_a_file_of_another_kind_is_refused_before_a_run_begins(cache: Path, tmp_path: Path) -> None:

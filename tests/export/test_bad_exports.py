@@ -184,16 +184,6 @@ def test_a_flipped_bit_of_ours_is_found_by_its_sha256(exports: Path, tmp_path: P
         verify(folder)
 
 
-def test_an_order_taken_out_of_files_and_config_is_missed_by_permllm_json(exports: Path, tmp_path: Path) -> None:
-    def change(tensors: Tensors, config: dict[str, Any]) -> None:
-        tensors.pop(ORDER)
-        config["dense_config"]["gathers"].remove(GATHERED)
-
-    assert "says gathers=6, and the checkpoint has 5" in verdict(
-        rewritten(exports / "gathered", tmp_path / "x", change, summary=True)
-    )
-
-
 def test_a_checkpoint_without_a_config_proves_nothing(exports: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exports / "folded", tmp_path / "x")
     (folder / "config.json").unlink()

@@ -169,17 +169,6 @@ def trained_from_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_masks_that_are_broken_are_learned_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ("permutation=heuristic", "mask=score", *LEARNING)
-    directory = stopped_before_pruning(tmp_path, monkeypatch, *overrides)
-    _, other_directory = run(tmp_path / "other", "permutation=none")
-    (directory / "masks.safetensors").write_bytes((other_directory / "masks.safetensors").read_bytes())
-    metrics, _ = run(tmp_path, *overrides)
-    assert metrics["sparsity"]["violations"] == 0
-    again, _ = run(tmp_path, *overrides, "force=true")
-    assert metrics["perplexity"] == again["perplexity"]
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -54,7 +54,7 @@ def test_rotary_frequencies_stay_in_float32(folder: Path) -> None:
 def test_a_truncated_weight_file_is_one_line(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(DataError, match="truncated or something else"):
+    with pytest.raises(DataError, match="cannot load"):
         load_model(local(folder), seed=0)
 
 

@@ -19,7 +19,6 @@ from permllm.data.windows import calibration_tokens, document_windows, joined_wi
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups, linear_at
 from permllm.permutation.none import Identity
-from permllm.pruning import distill
 from permllm.pruning import layerwise as pipeline
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill
@@ -28,6 +27,7 @@ from permllm.pruning.layerwise import prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import NoReconstruction, PrunedNetwork
+from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
@@ -103,7 +103,9 @@ def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> Non
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
     model = tiny_model("llama")
     reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003} | settings)
-    pruned_with(model, reconstruction, network_tokens=tokens(10), directory=directory)
+    record = Record() if directory is None else RunDirectory(directory, read_config(composed("model=tiny")))
+    record.metrics["status"] = "running"
+    pruned_with(model, reconstruction, network_tokens=tokens(10), record=record)
     return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
 
 
@@ -271,23 +273,6 @@ def test_among_several_processes_the_first_alone_learns(monkeypatch: pytest.Monk
     assert parallel.world_size() == 2
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(None).items())
     assert parallel.world_size() == 2
-
-
-def test_a_checkpoint_of_other_masks_is_not_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with monkeypatch.context() as patched:
-        stops(patched, 3)
-        with pytest.raises(KeyboardInterrupt):
-            distilled(tmp_path)
-    real = distill.KeptWeights.__init__
-
-    def others(self: KeptWeights, linears: Any, masks: list[Tensor]) -> None:  # that keep as many
-        real(self, linears, [mask.flip(1) for mask in masks])
-
-    monkeypatch.setattr(distill.KeptWeights, "__init__", others)
-    distilled(tmp_path)
-    assert "it is of other masks: learning begins anew" in caplog.text
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
