@@ -89,9 +89,10 @@ def write_list(folder: Path) -> None:
 
 
 def as_listed(folder: Path) -> bool:
-    """Return whether a folder holds the files that `write_list` found, unchanged."""
+    """Return whether a folder holds the files that `write_list` found, unchanged, and no others."""
     try:
-        return matches(folder, read_json(folder / _LIST))
+        digests = read_json(folder / _LIST)
+        return digests.keys() | {_LIST} == {file.name for file in folder.iterdir()} and matches(folder, digests)
     except DataError:
         return False
 
