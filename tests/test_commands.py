@@ -61,7 +61,7 @@ def test_an_error_is_one_line_and_in_json_too(
 
 def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from permllm.runs import results_command as results
-    from permllm.runtime.answer import Answer
+    from permllm.runtime.terminal import Answer
 
     monkeypatch.setattr(results, "work", lambda _: Answer({"a": [float("inf"), float("nan"), 1.5]}, lambda: None))
     assert call("results", ["x", "--json"]) == 0

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from permllm.config import RunConfig, digest_of, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
-from permllm.job import Session
+from permllm.cli import Session
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of

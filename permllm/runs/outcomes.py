@@ -1,14 +1,13 @@
-"""What became of the jobs of a sweep: a file of each in the sweep's folder."""
+"""Outcomes of the jobs of a sweep: a JSON file of each in the sweep's folder."""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from permllm.errors import DataError
-from permllm.runs.files import read_json
-from permllm.runs.schema import SweepJob
+from permllm.runs.files import write_json
 
 # The folder of the files.
 JOBS = "jobs"
@@ -16,10 +15,10 @@ JOBS = "jobs"
 
 @dataclass
 class Outcome:
-    """What became of one job.
+    """Outcome of one job.
 
     Attributes:
-        overrides: what was typed for it.
+        overrides: the words that were typed for it.
         outcome: `ran`, `skipped` (it was finished already, or another process runs it) or `failed`.
         reason: why it failed, or is run elsewhere.
         directory: of a finished run.
@@ -31,26 +30,33 @@ class Outcome:
     directory: str | None = None
 
 
-def kept(folder: Path, since: float = 0.0) -> list[Outcome]:
-    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out.
+def keep(job: Outcome, folder: Path, number: int) -> None:
+    """Write the outcome of the job `number` into the sweep's folder.
 
-    Args:
-        folder: of the sweep.
-        since: seconds since the epoch; outcomes that are older are left out.
+    The run directory is written relative to that folder, so that all of it can be moved.
     """
-    return [job for file, job in kept_files(folder) if file.stat().st_mtime >= since]
+    directory = None if job.directory is None else os.path.relpath(job.directory, folder)
+    write_json(_file(folder, number), asdict(job) | {"directory": directory})
 
 
-def kept_files(folder: Path) -> list[tuple[Path, Outcome]]:
-    """The outcomes in a sweep's folder, each with its file, as `kept` has them."""
+def forget(folder: Path, number: int) -> None:
+    """Remove the outcome that a job had before."""
+    _file(folder, number).unlink(missing_ok=True)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / JOBS / f"{number:04d}.json"
+
+
+def kept(folder: Path) -> list[Outcome]:
+    """Read the outcomes in a sweep's folder, in the order of the jobs; unreadable files are left out."""
     found = []
     for file in sorted((folder / JOBS).glob("*.json")):
         try:
-            read = read_json(file, SweepJob)
-        except DataError:
+            job = Outcome(**json.loads(file.read_text(encoding="utf-8")))
+            if job.directory is not None:
+                job.directory = os.path.normpath(folder / job.directory)
+            found.append(job)
+        except (OSError, ValueError, TypeError):
             continue
-        job = Outcome(read["overrides"], read["outcome"], read.get("reason", ""), read.get("directory"))
-        if job.directory is not None:
-            job.directory = os.path.normpath(folder / job.directory)
-        found.append((file, job))
     return found

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from permllm.runs.mlflow_logger import DATABASE, MLFLOW_ID, MlflowLogger, open_mlflow
 from wandb.errors import AuthenticationError
 
 from permllm import job
@@ -25,7 +26,6 @@ from permllm.errors import ConfigError, DataError
 from permllm.runs import wandb_report as wandb_runs
 from permllm.runs.figures import flat_figures, nats_above_dense
 from permllm.runs.loggers import WANDB_ID, RunLogger, _WandB, job_group, job_name, open_logger
-from permllm.runs.mlflow_logger import DATABASE, MLFLOW_ID, MlflowLogger, open_mlflow
 from permllm.runs.published import published
 from permllm.runs.read import Run, collect
 from tests.conftest import run_command, run_module
