@@ -118,13 +118,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     """Prove that a checkpoint is N:M sparse as it is stored, and whole.
 
-    The folder is any that transformers can load from safetensors files, and is read one tensor at a time. The files hold what
-    the config asks for and nothing else. All numbers are finite, every stored order is a permutation, and every pruned linear
-    is N:M, or dense where an export of ours says so.
-
-    --against DENSE compares the logits with another model's: a folded model does not differ from its simulate form. --stock
-    RUN compares the perplexity in a process that cannot import this project with that of the run.
-
+    The checkpoint is any that transformers can load from safetensors files. The files hold the tensors of the config and no
+    others, all numbers are finite, every permutation is one, and every pruned linear is N:M, or dense where an export says so.
     The exit code is 0 where all holds, 1 where not, 2 where the checkpoint cannot be read.
     """
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
@@ -179,9 +174,7 @@ def _hydra() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    # Hydra then raises what it would print.
-    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
+    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}  # Hydra then raises what it would print
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
@@ -192,10 +185,8 @@ def _hydra() -> None:
             raise
         _refuse(f"{' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}")
     finally:
-        os.environ.pop(SHORT_ERRORS)
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
+        for name in (SHORT_ERRORS, "HYDRA_FULL_ERROR"):
+            os.environ.pop(name)
 
 
 def _refuse(said: str) -> NoReturn:
@@ -258,7 +249,7 @@ class Session:
         from permllm.runs import sweep
 
         if sweep.sweeping():
-            sweep.start_job()  # before anything uses a GPU
+            sweep.share_machine()  # before anything uses a GPU
         import transformers
 
         from permllm.config import register_resolvers
@@ -270,21 +261,17 @@ class Session:
         warnings.filterwarnings("ignore", category=FutureWarning)
         for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
             logging.getLogger(name).setLevel(logging.ERROR)
-        if sweep.sweeping() and parallel.several() and sweep.launched_elsewhere():
-            text = "torchrun's processes go through the jobs of a sweep together, one after the other: hydra/launcher=basic"
-            self._end("failed", text)
-            print(f"error: {text}", file=sys.stderr)
-            return math.inf
         parallel.start()
         try:
             with scheduler_signals():  # in a launcher's process too
                 value = self._assist() if parallel.rank() else self._lead(composed)
-            if parallel.rank() == 0:
-                if parallel.out_of_step():
-                    self.close()
-                    print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
-                    raise SystemExit(1)
-                parallel.tell(parallel.OVER, value)
+            if parallel.rank():
+                return value
+            if parallel.out_of_step():
+                self.close()
+                print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
+                raise SystemExit(1)
+            parallel.tell(parallel.OVER, value)
             return value
         except BaseException as error:
             parallel.stop(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
@@ -315,6 +302,8 @@ class Session:
         from permllm.runs.directory import is_finished, run_directory
 
         try:
+            if sweep.sweeping():
+                sweep.forget()
             config = read_config(sweep.place(composed))
             check_names(config)
             skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)

@@ -13,9 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from permllm.cli import Session
 from permllm.config import RunConfig, digest_of, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
-from permllm.cli import Session
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of

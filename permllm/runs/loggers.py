@@ -28,16 +28,11 @@ log = logging.getLogger(__name__)
 # In the run directory: the id of its W&B run, and the loggers that have its final numbers, a line each.
 WANDB_ID, LOGGED = ".wandb-id", ".logged"
 # Typed words that name the sweep, or say nothing about the result.
-_NOT_IN_A_NAME = ("experiment", "logger", "runs_dir", "run_dir", "force")
-# Limits of W&B.
-_LONGEST_NAME, _LONGEST_TAG = 128, 64
+_NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # of W&B
 _NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # of MLflow
 # MLflow sends nothing about its use, and a server that is down costs seconds.
-_MLFLOW = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
+_MLFLOW = {"DISABLE_TELEMETRY": "true", "HTTP_REQUEST_MAX_RETRIES": "2", "HTTP_REQUEST_TIMEOUT": "20"}
 # Metrics with a value for each channel group, of which a logger has the mean; metrics that a logger does not have.
 _BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
 _LEFT_OUT = ("evaluation", "sha256")
@@ -132,26 +127,25 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open the logger that the group `logger` selects, and close it at the end, also when the run fails."""
-    name = config.logger.name
-    mode = _wandb_mode() if name in ("auto", "wandb") else None
-    if name == "wandb" or mode not in (None, "disabled"):
-        name, opened = "wandb", _open_wandb(config, directory, mode or "offline")
-    elif name == "tensorboard":
-        opened = _open_tensorboard(config, directory)
-    elif name == "mlflow":
-        opened = _open_mlflow(config, directory)
-    else:
+    name, mode = config.logger.name, _wandb_mode() if config.logger.name in ("auto", "wandb") else None
+    if name == "auto":
+        name = "none" if mode in (None, "disabled") else "wandb"
+    if name == "none":
         yield NO_LOGGER
         return
+    if name == "wandb":
+        opened = _open_wandb(config, directory, mode or "offline")
+    else:
+        opened = (_open_mlflow if name == "mlflow" else _open_tensorboard)(config, directory)
     with opened as logger:
         yield logger
-    write_text(directory / LOGGED, "\n".join({**dict.fromkeys(_logged(directory)), name: None}) + "\n")
+    if logger is not NO_LOGGER and name not in (logged := _logged(directory)):
+        write_text(directory / LOGGED, "".join(f"{one}\n" for one in [*logged, name]))
 
 
 def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any]) -> None:
     """Log a finished run, without its single steps, where the logger that is asked for does not have it yet."""
-    name = "wandb" if config.logger.name == "auto" else config.logger.name
-    if name == "none" or name in _logged(directory):
+    if ("wandb" if config.logger.name == "auto" else config.logger.name) in ["none", *_logged(directory)]:
         return
     with open_logger(config, directory) as logger:
         if logger is NO_LOGGER:
@@ -159,7 +153,7 @@ def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any]) ->
         for number, values in enumerate(_history(directory / HISTORY), 1):
             logger.log_pass(values, number)
         logger.summary(flat_figures(metrics))
-        log.info("%s was finished before: %s has its epochs and final numbers, and not its single steps", directory, name)
+    log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)
 
 
 def _history(file: Path) -> list[dict[str, Any]]:
@@ -181,13 +175,9 @@ def described(config: RunConfig) -> dict[str, Any]:
 
 def _tags(config: RunConfig) -> dict[str, str]:
     """Return the words that runs are found by."""
-    methods = {group: getattr(config, group).get("name") for group in ("pruner", "permutation")}
-    if "epochs" in config.mask:  # learned
-        methods["mask"] = config.mask.get("name")
-    return {key: str(name) for key, name in methods.items() if name} | {
-        "sparsity": config.sparsity,
-        "model": config.model.name,
-    }
+    groups = ("pruner", "permutation", "mask") if "epochs" in config.mask else ("pruner", "permutation")
+    methods = {group: str(getattr(config, group).get("name")) for group in groups}
+    return methods | {"sparsity": config.sparsity, "model": config.model.name}
 
 
 def _job_type(config: RunConfig) -> str:
@@ -196,13 +186,12 @@ def _job_type(config: RunConfig) -> str:
 
 def job_group(config: RunConfig) -> str | None:
     """Return the group of W&B, or the tag `group` of MLflow: `logger.group`, else the sweep of the job, else None."""
-    group = config.logger.group or os.environ.get(sweep.VARIABLE)
-    return group[:_LONGEST_NAME] if group else None
+    return (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME] or None
 
 
 def job_name(directory: Path) -> str:
     """Return the name in W&B and MLflow: the typed words that say what the job is, else the run directory's name."""
-    words = [word for word in sweep.overrides() if word.lstrip("+~").partition("=")[0].split(".")[0] not in _NOT_IN_A_NAME]
+    words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     return " ".join(words)[:_LONGEST_NAME] or directory.name
 
 
@@ -289,7 +278,8 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> Iterator[RunLogger]
 @contextmanager
 def _open_mlflow(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open MLflow: a database in the runs folder, or the store that `MLFLOW_TRACKING_URI` names."""
-    os.environ.update({key: value for key, value in _MLFLOW.items() if key not in os.environ})
+    for key, value in _MLFLOW.items():
+        os.environ.setdefault(f"MLFLOW_{key}", value)
     home = Path(config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
     try:

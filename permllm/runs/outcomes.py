@@ -9,9 +9,6 @@ from pathlib import Path
 
 from permllm.runs.files import write_json
 
-# The folder of the files.
-JOBS = "jobs"
-
 
 @dataclass
 class Outcome:
@@ -30,28 +27,21 @@ class Outcome:
     directory: str | None = None
 
 
+def file_of(folder: Path, number: int) -> Path:
+    """Return the file of a job in the sweep's folder."""
+    return folder / "jobs" / f"{number:04d}.json"
+
+
 def keep(job: Outcome, folder: Path, number: int) -> None:
-    """Write the outcome of the job `number` into the sweep's folder.
-
-    The run directory is written relative to that folder, so that all of it can be moved.
-    """
+    """Write an outcome, with the run directory relative to the sweep's folder, so that all of it can be moved."""
     directory = None if job.directory is None else os.path.relpath(job.directory, folder)
-    write_json(_file(folder, number), asdict(job) | {"directory": directory})
-
-
-def forget(folder: Path, number: int) -> None:
-    """Remove the outcome that a job had before."""
-    _file(folder, number).unlink(missing_ok=True)
-
-
-def _file(folder: Path, number: int) -> Path:
-    return folder / JOBS / f"{number:04d}.json"
+    write_json(file_of(folder, number), asdict(job) | {"directory": directory})
 
 
 def kept(folder: Path) -> list[Outcome]:
     """Read the outcomes in a sweep's folder, in the order of the jobs; unreadable files are left out."""
     found = []
-    for file in sorted((folder / JOBS).glob("*.json")):
+    for file in sorted(folder.glob("jobs/*.json")):
         try:
             job = Outcome(**json.loads(file.read_text(encoding="utf-8")))
             if job.directory is not None:

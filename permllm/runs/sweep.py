@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,8 @@ class SweepFolder(Callback):  # type: ignore[misc]
             raise SystemExit(1) from error
         _STARTED[:] = [folder_of(config.hydra)]
         if first() and len(jobs) > _SAID_FROM:
-            print(f"{len(jobs)} jobs:", *(f"  {label}" for label in islice(labels(jobs), _SCREEN)), sep="\n", file=sys.stderr)
-            if len(jobs) > _SCREEN:
-                print(f"  and {len(jobs) - _SCREEN} more", file=sys.stderr)
+            more = [f"and {len(jobs) - _SCREEN} more"] if len(jobs) > _SCREEN else []
+            print(f"{len(jobs)} jobs:", *labels(jobs)[:_SCREEN], *more, sep="\n  ", file=sys.stderr)
 
 
 def first() -> bool:
@@ -72,16 +70,16 @@ def first() -> bool:
 
 
 def sweep_name(config: DictConfig) -> str:
-    """Return the experiment, or `sweep`, and a digest of the jobs: of the typed words and of what the experiment sweeps."""
+    """Return the experiment, or `sweep`, and a digest of the typed words and of what the experiment sweeps."""
     hydra = config.hydra
     typed = sorted(w for w in [*hydra.overrides.task, *hydra.overrides.hydra] if not w.lstrip("+~").startswith(_LEFT_OUT))
-    axes = OmegaConf.to_container(hydra.sweeper, resolve=False).get("params") or {}
-    digest = hashlib.sha256(json.dumps([typed, axes], sort_keys=True, default=str).encode()).hexdigest()[:8]
+    axes: Any = OmegaConf.to_container(hydra.sweeper, resolve=False)
+    digest = hashlib.sha256(json.dumps([typed, axes.get("params") or {}], sort_keys=True).encode()).hexdigest()[:8]
     return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
 
-def folder_of(hydra: DictConfig) -> Path:
-    """Return the folder of the sweep's outcomes, which is below a `hydra.sweep.dir` that was typed."""
+def folder_of(hydra: Any) -> Path:
+    """Return the folder of the sweep's outcomes, which lies in a `hydra.sweep.dir` that was typed."""
     folder, name = Path(hydra.sweep.dir), os.environ[VARIABLE]
     return folder if folder.name == name else folder / "sweeps" / name
 
@@ -91,9 +89,9 @@ def jobs_of(config: DictConfig) -> list[list[str]]:
     sweeper = config.hydra.sweeper
     if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
         return []
-    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    words = [*(f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()), *config.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # a glob asks for the options
-    return BasicSweeper.split_arguments(parser.parse_overrides([*given, *config.hydra.overrides.task]), None)[0]
+    return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -102,7 +100,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(word for word in job if word not in shared) for job in jobs]
 
 
-def check_places(hydra: DictConfig) -> None:
+def check_places(hydra: Any) -> None:
     """Raise ConfigError where a setting of ours and one of Hydra's name the same place."""
     typed = {word.lstrip("+").partition("=")[0] for word in [*hydra.overrides.task, *hydra.overrides.hydra]}
     for ours, other in (("run_dir", "hydra.run.dir"), ("runs_dir", "hydra.sweep.dir")):
@@ -112,9 +110,9 @@ def check_places(hydra: DictConfig) -> None:
 
 def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
     """Raise ConfigError where the models of a sweep choose different texts, on which they cannot be compared."""
-    models = list(dict.fromkeys(word for job in jobs for word in job if word.startswith("model=")))
+    models = dict.fromkeys(word for job in jobs for word in job if word.startswith("model="))
     texts = {}
-    for model in models if len(models) > 1 else []:
+    for model in models if len(models) > 1 else ():
         words = [*(word for word in jobs[0] if not word.startswith("model=")), model]
         config = GlobalHydra.instance().config_loader().load_configuration(config_name, words, run_mode=RunMode.RUN)
         parts = (config.calibration, config.evaluation.perplexity)
@@ -122,12 +120,12 @@ def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
     if len(set(texts.values())) > 1:
         said = "; ".join(f"{model} {text}" for model, text in texts.items())
         raise ConfigError(
-            f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}. Give "
+            f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}: give "
             "protocol=offline or protocol=paper, or calibration= and evaluation="
         )
 
 
-def _at_once(launcher: DictConfig) -> int:
+def _at_once(launcher: Any) -> int:
     """Return the jobs that joblib runs at once; 0 for another launcher."""
     if "joblib" not in str(launcher.get("_target_", "")):
         return 0
@@ -138,27 +136,30 @@ def _at_once(launcher: DictConfig) -> int:
 
 
 def share_gpus(config: DictConfig) -> None:
-    """Name the GPUs for the processes of joblib. Raises ConfigError where there are more jobs at once than GPUs."""
+    """Name the GPUs for the processes of joblib.
+
+    Raises:
+        ConfigError: there are more jobs at once than GPUs, or torchrun's processes would have a launcher each.
+    """
     os.environ.pop(GPUS, None)
-    jobs = _at_once(config.hydra.launcher)
-    if not jobs or config.model.device not in ("auto", "cuda"):
+    launcher = config.hydra.launcher
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not str(launcher.get("_target_", "")).endswith(".BasicLauncher"):
+        raise ConfigError("torchrun's processes go through the jobs of a sweep together: hydra/launcher=basic")
+    at_once = _at_once(launcher)
+    if not at_once or config.model.device not in ("auto", "cuda"):
         return
     import torch
 
     count = torch.cuda.device_count()
-    if jobs > count > 0:
-        raise ConfigError(
-            f"hydra.launcher.n_jobs={config.hydra.launcher.n_jobs}: expected at most {count}, a GPU for each job"
-        )
+    if at_once > count > 0:
+        raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU")
     if count:
         os.environ[GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
 
 
-def start_job() -> None:
-    """Forget what became of this job before, and give a process of joblib a GPU of its own and its share of the cores."""
-    hydra = HydraConfig.get()
-    outcomes.forget(folder_of(hydra), hydra.job.num)
-    if at_once := _at_once(hydra.launcher):
+def share_machine() -> None:
+    """Give a process of joblib a GPU of its own and its share of the cores, before a job."""
+    if at_once := _at_once(HydraConfig.get().launcher):
         take_gpu()
         import torch
 
@@ -213,11 +214,11 @@ def place(composed: DictConfig) -> DictConfig:
     return OmegaConf.merge(composed, given)  # type: ignore[return-value]
 
 
+def forget() -> None:
+    """Forget the earlier outcome of this job."""
+    outcomes.file_of(folder_of(HydraConfig.get()), HydraConfig.get().job.num).unlink(missing_ok=True)
+
+
 def keep(job: Outcome) -> None:
     """Keep this job's outcome for the process that waits for all of them."""
     outcomes.keep(job, folder_of(HydraConfig.get()), HydraConfig.get().job.num)
-
-
-def launched_elsewhere() -> bool:
-    """Tell whether a launcher runs the jobs of the sweep in other processes."""
-    return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
