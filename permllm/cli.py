@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
 from permllm.runtime.interruption import CONTINUES, exit_code, scheduler_signals, what_happened
-from permllm.runtime.terminal import Answer, run_tool
+from permllm.runtime.terminal import Answer, run_tool, silence
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -213,6 +213,11 @@ class Session:
         try:
             with scheduler_signals():
                 main()
+            code = self.close()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence()
+            return 141
         except KeyboardInterrupt as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
@@ -230,7 +235,6 @@ class Session:
             print(f"error: {type(error).__name__}: {str(error).strip()}\n{CONTINUES}", file=sys.stderr)
             self.close()
             return 1
-        code = self.close()
         _leave()
         return code
 

@@ -26,8 +26,8 @@ from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model
 from permllm.pruning import stages
 from permllm.runs.directory import RunRecord
-from permllm.runs.figures import flat_figures
 from permllm.runs.files import read_json
+from permllm.runs.loggers import flat_figures
 from permllm.runs.masks import violations
 from permllm.runs.run_tensors import read_masks, write_masks
 from permllm.runs.schema import Environment, Metrics

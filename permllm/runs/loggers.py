@@ -127,6 +127,8 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open the logger that the group `logger` selects, and close it at the end, also when the run fails."""
+    if config.force:
+        (directory / LOGGED).unlink(missing_ok=True)
     name, mode = config.logger.name, _wandb_mode() if config.logger.name in ("auto", "wandb") else None
     if name == "auto":
         name = "none" if mode in (None, "disabled") else "wandb"

@@ -71,11 +71,20 @@ def first() -> bool:
 
 def sweep_name(config: DictConfig) -> str:
     """Return the experiment, or `sweep`, and a digest of the typed words and of what the experiment sweeps."""
-    hydra = config.hydra
-    typed = sorted(w for w in [*hydra.overrides.task, *hydra.overrides.hydra] if not w.lstrip("+~").startswith(_LEFT_OUT))
-    axes: Any = OmegaConf.to_container(hydra.sweeper, resolve=False)
-    digest = hashlib.sha256(json.dumps([typed, axes.get("params") or {}], sort_keys=True).encode()).hexdigest()[:8]
-    return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+    typed = sorted(word for word in _typed(config.hydra) if not word.lstrip("+~").startswith(_LEFT_OUT))
+    digest = hashlib.sha256(json.dumps([typed, _axes(config.hydra)]).encode()).hexdigest()[:8]
+    return f"{config.hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+
+
+def _typed(hydra: Any, kinds: Sequence[str] = ("task", "hydra")) -> list[str]:
+    words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)  # a word may hold ${hydra:job.num}
+    return [word for kind in kinds for word in words[kind]]
+
+
+def _axes(hydra: Any) -> list[str]:
+    """Return the words that an experiment sweeps."""
+    sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=False)
+    return [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
 
 
 def folder_of(hydra: Any) -> Path:
@@ -86,10 +95,9 @@ def folder_of(hydra: Any) -> Path:
 
 def jobs_of(config: DictConfig) -> list[list[str]]:
     """Return the words of each job; none for a sweeper other than Hydra's own, which draws them later."""
-    sweeper = config.hydra.sweeper
-    if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+    if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
         return []
-    words = [*(f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()), *config.hydra.overrides.task]
+    words = [*_axes(config.hydra), *_typed(config.hydra, ["task"])]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # a glob asks for the options
     return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
 
@@ -102,7 +110,7 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 def check_places(hydra: Any) -> None:
     """Raise ConfigError where a setting of ours and one of Hydra's name the same place."""
-    typed = {word.lstrip("+").partition("=")[0] for word in [*hydra.overrides.task, *hydra.overrides.hydra]}
+    typed = {word.lstrip("+").partition("=")[0] for word in _typed(hydra)}
     for ours, other in (("run_dir", "hydra.run.dir"), ("runs_dir", "hydra.sweep.dir")):
         if {ours, other} <= typed:
             raise ConfigError(f"{ours} and {other} are the same setting: give one of them")

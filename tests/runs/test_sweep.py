@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -135,6 +138,20 @@ def test_a_plan_keeps_the_outcomes_and_a_run_in_use_is_skipped(tmp_path: Path) -
     assert again.returncode == 0, again.stderr
     assert "1 ran, 1 skipped" in again.stdout
     assert "is in use by another process" in again.stdout
+
+
+def test_two_processes_that_start_a_sweep_share_it(tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation.epochs=20", "seed=0,1,2"]
+    variables = os.environ | {"PERMLLM_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    both = [subprocess.Popen(words, cwd=tmp_path, env=variables, stdout=PIPE, stderr=PIPE, text=True) for _ in range(2)]
+    for process in both:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        assert "Traceback" not in error
+        assert "failed" not in out
+    logs = [file.read_text() for file in tmp_path.glob("runs/*/run.log")]
+    assert [log.count("finished") for log in logs] == [1, 1, 1]
+    assert {outcome for _, outcome in outcomes(tmp_path)} <= {"ran", "skipped"}
 
 
 def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
