@@ -159,6 +159,7 @@ def run() -> int:
 
 def _hydra() -> None:
     import hydra
+    from hydra.core.config_store import ConfigStore
 
     from permllm.config import HYDRA_MAIN, conf_directory, register_resolvers
     from permllm.pruning.config_store import refusal, register
@@ -167,6 +168,8 @@ def _hydra() -> None:
     adopt_step()
     register_resolvers()
     register()
+    # Hydra would copy its only store for each line of --help, which takes longer than all else.
+    ConfigStore.__deepcopy__ = lambda store, _: store
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
     if everything_wanted():
         start()

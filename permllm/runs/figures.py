@@ -15,7 +15,6 @@ from rich.table import Table
 from permllm.runs.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
 from permllm.runtime.terminal import terminal
 
-_BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
 # The stages that make the pruned model; reconstruction is a part of pruning.
 PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 
