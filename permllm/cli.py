@@ -169,7 +169,7 @@ def _hydra() -> None:
     register_resolvers()
     register()
     # Hydra would copy its only store for each line of --help, which takes longer than all else.
-    ConfigStore.__deepcopy__ = lambda store, _: store
+    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
     if everything_wanted():
         start()
