@@ -2,11 +2,7 @@
 
 import sys
 
-from permllm.runtime.interruption import starting
+from permllm.cli import run
 
 if __name__ == "__main__":
-    starting()
-
-    from permllm.cli import run
-
     sys.exit(run())

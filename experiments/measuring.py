@@ -28,7 +28,7 @@ from permllm.runs.plotting import load_pyplot, save_figure
 from permllm.runs.schema import KeptRecord
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.seeding import seed_everything
-from permllm.runtime.tool import run_tool
+from permllm.runtime.terminal import run_tool
 
 # Begins the names of a script's own settings.
 _OWN = "measure."

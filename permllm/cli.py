@@ -1,65 +1,59 @@
-"""The command `permllm`. Each of its commands is a module that is imported when it is asked for.
+"""The command `permllm`. The command `run` is Hydra's; each other one is a module that is imported when it is asked for.
 
-A module has `arguments(parser)`, which adds to an `argparse.ArgumentParser`, and `work(options) -> Answer`; its docstring is
-the description in `--help`. Errors, exit codes and `--json` are of this file alone:
+A module has `work(options) -> Answer`, and `arguments(parser)` where it is quickly imported. Errors, exit codes and `--json`
+are of this file alone:
 
 - 0: done; 1: an error that a person can mend, as one line on stderr, or an answer that is no;
-- 2: the command line is wrong, or what a module's `FAILED` says of its errors;
-- 128 and the number of the signal that ended it.
+- 2: the command line is wrong, or `permllm verify` cannot read the checkpoint;
+- 128 and the number of the signal that ended the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import logging
+import math
 import os
+import re
+import statistics
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import hydra
-from omegaconf import DictConfig
-
-from permllm.config import HYDRA_MAIN, conf_directory, finite, register_resolvers
-from permllm.errors import PermLLMError, one_line
-from permllm.pruning.config_store import register, reported
-from permllm.runtime.answer import Answer
-from permllm.runtime.interruption import starting
-from permllm.runtime.slurm import adopt_step
-from permllm.runtime.tool import run_tool
+from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
+from permllm.runtime.interruption import CONTINUES, exit_code, scheduler_signals, what_happened
+from permllm.runtime.terminal import Answer, run_tool, silence
 from permllm.runtime.version import __version__
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Each with its line in --help and the module that does its work.
 COMMANDS = {
-    "run": "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",
-    "results": "make one table of many runs, or keep them in one file",
-    "report": "write a page, or a picture of quality over minutes, of many runs",
-    "export": "write the pruned model of a run as a checkpoint",
-    "verify": "prove that a checkpoint is whole and N:M as it is stored",
-    "bench": "measure a checkpoint: prefill, decoding, gathers, loading, sizes",
+    "run": ("prune a model, or sweep over many: its settings are Hydra's (permllm run --help)", "permllm.job"),
+    "results": ("make one table of many runs, or keep them in one file", "permllm.runs.results_command"),
+    "report": ("write a page, or a picture of quality over minutes, of many runs", "permllm.runs.report_command"),
+    "export": ("write the pruned model of a run as a checkpoint", "permllm.export.export_command"),
+    "verify": ("prove that a checkpoint is whole and N:M as it is stored", "permllm.export.verify_command"),
+    "bench": ("measure a checkpoint: prefill, decoding, gathers, loading, sizes", "permllm.export.bench_command"),
 }
-# Of the commands but `run`.
-_MODULES = {
-    "results": "permllm.runs.results_command",
-    "report": "permllm.runs.report_command",
-    "export": "permllm.export.export_command",
-    "verify": "permllm.export.verify_command",
-    "bench": "permllm.export.bench_command",
-}
-# Hydra answers these itself.
-_QUESTIONS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
 _EPILOG = "permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout."
+# Packages whose errors are those of a launcher's processes.
+_LAUNCHERS = ("submitit", "joblib", "loky")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command `permllm WORDS`; the exit code."""
-    starting()
+    """Run the command `permllm WORDS` and return its exit code."""
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["run"]:
         sys.argv = ["permllm run", *words[1:]]  # which Hydra reads
         return run()
-    if words[:1] == ["-sc"]:  # the completion of a shell: eval "$(permllm -sc install=bash)"
-        return _completion(words)
     if words and words[0] in COMMANDS:
         return call(words[0], words[1:])
     parser = argparse.ArgumentParser(
@@ -69,78 +63,334 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"permllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, meaning in COMMANDS.items():
+    for name, (meaning, _) in COMMANDS.items():
         commands.add_parser(name, help=meaning)
     parser.parse_args(words or ["--help"])  # ends here: with the help, the version, or what is wrong
     return 2
 
 
-def _completion(words: list[str]) -> int:
-    """Hydra's completion knows the words of `permllm run`; before those stands the name of a command. The exit code."""
-    _, *typed = os.environ.get("COMP_LINE", "permllm run ").split(" ")
-    if typed[:1] != ["run"] or typed == ["run"]:
-        print(" ".join(name for name in COMMANDS if name.startswith(typed[0])) if len(typed) == 1 else "")
-        return 0
-    os.environ["COMP_LINE"] = " ".join(["permllm", *typed[1:]])
-    sys.argv = ["permllm", *words]
-    return run()
-
-
 def call(name: str, words: Sequence[str]) -> int:
-    """One command; the exit code.
+    """Run one command and return its exit code.
 
     Args:
         name: one of `COMMANDS`, but `run`.
-        words: what was typed after it.
+        words: the words that were typed after it.
     """
-    module = import_module(_MODULES[name])
-    parser = argparse.ArgumentParser(
-        prog=f"permllm {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.arguments(parser)
+    return run_tool(lambda: _answered(name, words), failed=2 if name == "verify" else 1)
+
+
+def _answered(name: str, words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"permllm {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    if name in _ARGUMENTS:
+        parser.description = inspect.getdoc(_ARGUMENTS[name])
+        _ARGUMENTS[name](parser)
+    else:
+        module = import_module(COMMANDS[name][1])
+        parser.description = module.__doc__
+        module.arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
     options = parser.parse_args(words)
-    return run_tool(lambda: _answered(module.work, options), failed=getattr(module, "FAILED", 1))
-
-
-def _answered(work: Callable[[argparse.Namespace], Answer], options: argparse.Namespace) -> int:
-    """Do the work of a command and print its answer; the exit code."""
     try:
-        answer = work(options)
+        answer: Answer = import_module(COMMANDS[name][1]).work(options)
     except (PermLLMError, OSError) as error:
         if options.json:
             print(json.dumps({"error": one_line(error)}))
         raise
     if options.json:
-        print(_json(answer.value))
+        from permllm.config import finite
+
+        print(json.dumps(finite(answer.value), indent=2, allow_nan=False, default=str))
     else:
         answer.show()
     return answer.code
 
 
-def _json(value: Any) -> str:
-    """JSON as every reader takes it: without NaN and infinity, which become null."""
-    return json.dumps(finite(value), indent=2, allow_nan=False, default=str)
+def _export(parser: argparse.ArgumentParser) -> None:
+    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --form folded --to DIR."""
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--form", choices=("simulate", "folded", "gathered"), default="folded")
+    parser.add_argument("--dtype", help="of the weights (default: that of the run)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)")
+    parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved since the run")
 
 
-@hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")
-def job(composed: DictConfig) -> float:
-    """One job of the command line; what it returns is what a search minimises."""
-    from permllm.job import SESSION
+def _verify(parser: argparse.ArgumentParser) -> None:
+    """Prove that a checkpoint is N:M sparse as it is stored, and whole.
 
-    return SESSION.job(composed)
+    The checkpoint is any that transformers can load from safetensors files. The files hold the tensors of the config and no
+    others, all numbers are finite, every permutation is one, and every pruned linear is N:M, or dense where an export says so.
+    The exit code is 0 where all holds, 1 where not, 2 where the checkpoint cannot be read.
+    """
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
+    parser.add_argument("--pattern", help="N:M of every linear (default: what an export of ours states, else 2:4)")
+    parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
+    parser.add_argument("--stock", type=Path, metavar="RUN", help="its run, whose perplexity stock transformers must find")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    """Measure prefill and decoding of a checkpoint, the cost of its gathers, loading, sizes.
+
+    With --against DENSE the dense model is measured beside it, interleaved. On a GPU with sparse tensor cores every pruned
+    linear of a 2:4 model in half precision runs on them. The output says where no kernel is faster than a dense one.
+    """
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
+    parser.add_argument("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
+    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of the products that are timed one by one")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
+
+
+# Of the commands whose modules take seconds to import.
+_ARGUMENTS = {"export": _export, "verify": _verify, "bench": _bench}
 
 
 def run() -> int:
-    """Run what Hydra makes of the command line, and end it: the exit code."""
+    """Run what Hydra makes of the command line (`sys.argv`) and return the exit code."""
     if sys.platform == "win32":
         print("error: a job needs Linux or macOS; on Windows that is WSL", file=sys.stderr)
         return 1
+    return SESSION.of(_hydra)
+
+
+def _hydra() -> None:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    from permllm.config import HYDRA_MAIN, conf_directory, register_resolvers
+    from permllm.pruning.config_store import refusal, register
+    from permllm.runtime.slurm import adopt_step
+
     adopt_step()
     register_resolvers()
     register()
-    if any(word.split("=")[0] in _QUESTIONS for word in sys.argv[1:]):
-        return run_tool(lambda: reported(job) or 0)
-    from permllm.job import SESSION
+    # Hydra would copy its only store for each line of --help, which takes longer than all else.
+    ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
+    start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
+    if everything_wanted():
+        start()
+        return
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    return SESSION.of(lambda: reported(job))
+    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}  # Hydra then raises what it would print
+    try:
+        start()
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(refusal(error))
+    except ValueError as error:  # Hydra has no error of its own for GROUP=null
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith("hydra."):
+            raise
+        _refuse(f"{' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}")
+    finally:
+        for name in (SHORT_ERRORS, "HYDRA_FULL_ERROR"):
+            os.environ.pop(name)
+
+
+def _refuse(said: str) -> NoReturn:
+    """Print in one line why Hydra refuses the command line, and raise SystemExit with code 1."""
+    if extra := re.search(r"Could not find 'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said):
+        said = f"hydra/{extra[1]}={extra[2]} is not installed: pip install -e '.[sweep]'"
+    print(f"error: {said}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def job(composed: DictConfig) -> float:
+    """Run one job of the command line and return what a search minimises."""
+    return SESSION.job(composed)
+
+
+class Session:
+    """The jobs of one command: one, or those of a sweep, which a launcher may run in other processes."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def of(self, main: Callable[[], Any]) -> int:
+        """Run what Hydra made of the command line, print the table of a sweep, and return the exit code."""
+        try:
+            with scheduler_signals():
+                main()
+            code = self.close()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            silence()
+            return 141
+        except KeyboardInterrupt as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
+            self.close()
+            _leave(interrupted=True)
+            return exit_code(error)
+        except SystemExit as stop:
+            if stop.code == 1:  # Hydra refuses the command line, or a launcher gives up although some jobs have finished
+                self.close()
+            raise
+        except Exception as error:
+            if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
+                raise
+            # A launcher's process was killed, or ran out of its time. Only the last lines of its message may say why.
+            print(f"error: {type(error).__name__}: {str(error).strip()}\n{CONTINUES}", file=sys.stderr)
+            self.close()
+            return 1
+        _leave()
+        return code
+
+    def job(self, composed: DictConfig) -> float:
+        """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs.
+
+        Under torchrun all processes go through the jobs together as the first one says (`permllm.runtime.parallel`).
+
+        Returns:
+            The number that a search minimises (`objective`), in all processes; infinite for a job that failed.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP stops the job.
+            SystemExit: with code 1 where the processes have lost each other.
+        """
+        from permllm.runs import sweep
+
+        if sweep.sweeping():
+            sweep.share_machine()  # before anything uses a GPU
+        import transformers
+
+        from permllm.config import register_resolvers
+        from permllm.runtime import parallel
+        from permllm.runtime.watch import FAILED, INTERRUPTED
+
+        register_resolvers()  # a launcher's process has begun with this
+        transformers.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
+            logging.getLogger(name).setLevel(logging.ERROR)
+        parallel.start()
+        try:
+            with scheduler_signals():  # in a launcher's process too
+                value = self._assist() if parallel.rank() else self._lead(composed)
+            if parallel.rank():
+                return value
+            if parallel.out_of_step():
+                self.close()
+                print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
+                raise SystemExit(1)
+            parallel.tell(parallel.OVER, value)
+            return value
+        except BaseException as error:
+            parallel.stop(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+            raise
+
+    def _assist(self) -> float:
+        """Run a job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
+        import torch
+
+        from permllm.pruning.workers import assist
+        from permllm.runtime import parallel
+
+        logging.getLogger("permllm").setLevel(logging.WARNING)
+        try:
+            return assist()
+        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    def _lead(self, composed: DictConfig) -> float:
+        """Run a job in the only process, or in the first of several, and keep its outcome."""
+        import torch
+
+        from permllm.config import read_config
+        from permllm.job import run
+        from permllm.pruning.config_store import check_names
+        from permllm.runs import sweep
+        from permllm.runs.directory import is_finished, run_directory
+
+        try:
+            if sweep.sweeping():
+                sweep.forget()
+            config = read_config(sweep.place(composed))
+            check_names(config)
+            skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
+            result = run(config)
+            if result is None:
+                return math.inf
+            metrics, directory = result
+            self._end("skipped" if skipped else "ran", directory=str(directory))
+            return objective(metrics)
+        except KeyboardInterrupt as error:
+            self._end("failed", f"{what_happened(error)}: the same command continues it")
+            raise
+        except InUseError as error:
+            if not sweep.sweeping():
+                self._failed = True
+                print(f"error: {error}", file=sys.stderr)
+            self._end("skipped", one_line(error))
+        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+            if everything_wanted():
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            self._end("failed", one_line(error))
+        except Exception as error:
+            if not sweep.sweeping():
+                raise
+            traceback.print_exc()  # an error of ours must be seen whole, and not take the other jobs with it
+            self._end("failed", f"{type(error).__name__}: {one_line(error)}")
+        return math.inf
+
+    def close(self) -> int:
+        """Print the tables of a sweep of several jobs, in the first process, and return the exit code."""
+        sweep = sys.modules.get("permllm.runs.sweep")  # or no sweep has begun
+        if sweep is None or not sweep.first():
+            return int(self._failed)
+        jobs = sweep.of_sweep()
+        if len(jobs) > 1:
+            from permllm.runs.printed import print_comparison, print_jobs
+            from permllm.runs.read import collect
+            from permllm.runs.table import summarise
+
+            finished = [Path(job.directory) for job in jobs if job.directory]
+            runs = collect(finished).runs if finished else []
+            if len(runs) > 1:
+                print_comparison(summarise(runs))
+            labels = sweep.labels([job.overrides for job in jobs])
+            rows = [(job.outcome, job.reason or job.directory or "") for job in jobs]
+            print_jobs([(label, *row) for label, row in zip(labels, rows, strict=True)])
+        return int(self._failed or any(job.outcome == "failed" for job in jobs))
+
+    def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
+        from permllm.runs import sweep
+        from permllm.runs.outcomes import Outcome
+
+        self._failed = self._failed or outcome == "failed"
+        if sweep.sweeping():
+            try:
+                sweep.keep(Outcome(sweep.overrides(), outcome, reason, directory))
+            except DataError as error:  # a full disk must not take the other jobs with it
+                print(f"error: {error}", file=sys.stderr)
+
+
+def _leave(interrupted: bool = False) -> None:
+    """Leave the other processes of torchrun; nothing happens where no job has begun."""
+    if "permllm.runtime.parallel" in sys.modules:
+        from permllm.runtime import parallel
+        from permllm.runtime.watch import DONE, INTERRUPTED
+
+        parallel.stop(INTERRUPTED if interrupted else DONE)
+
+
+def objective(metrics: dict[str, Any]) -> float:
+    """Return the sparse model's perplexity, of several texts the geometric mean, else 1 - mean accuracy, else infinity."""
+    found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
+    if found:
+        return found[0] if len(found) == 1 else math.exp(statistics.fmean(map(math.log, found)))
+    # A group of tasks has no items of its own.
+    tasks = [task["metrics"] for task in metrics.get("tasks", {}).get("sparse", {}).values() if task["n"]]
+    accuracies = [task["acc,none"] for task in tasks if task.get("acc,none") is not None]
+    return 1 - statistics.fmean(accuracies) if accuracies else math.inf
+
+
+# Of this process.
+SESSION = Session()

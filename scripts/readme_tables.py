@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from permllm.runs.files import write_text
-from permllm.runtime.tool import run_tool
+from permllm.runtime.terminal import run_tool
 from scripts.views import with_views
 
 

@@ -1,13 +1,9 @@
-"""Commands as a person types them, each in a fork of one process that has imported what they need: imports cost seconds each.
-
-`python -m tests.commands` is that process. It reads an `Order` as JSON a line, and answers with a line: the exit code.
-"""
+"""Commands as a person types them, each in a fork of a process that has imported what they need: imports cost seconds each."""
 
 from __future__ import annotations
 
 import atexit
-import gc
-import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -15,15 +11,16 @@ import subprocess
 import sys
 import threading
 import traceback
-from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import import_module
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SECONDS = 1800
-_IMPORTED = (
+_IMPORTED = [
     "hydra.main",
     "hydra.core.plugins",
     "matplotlib.figure",
@@ -31,81 +28,47 @@ _IMPORTED = (
     "permllm.cli",
     "permllm.export.checkpoint",
     "wandb",
-)
-
-
-@dataclass(frozen=True)
-class Order:
-    """A command: `python WORDS` in the folder `cwd`, with the variables `environment` and its output in two files."""
-
-    words: list[str]
-    cwd: str
-    environment: dict[str, str]
-    stdout: str
-    stderr: str
+]
 
 
 def command(words: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """What `python WORDS` does: a script, or a module after `-m`. Variables that are read at an import are those of now."""
-    process = _process()
-    assert process.stdin is not None
-    assert process.stdout is not None
+    """Run `python WORDS`: a script, or a module after `-m`. Variables that are read at an import are those of now."""
     with TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        order = Order(words, str(cwd), environment, str(out), str(err))
-        print(json.dumps(asdict(order)), file=process.stdin, flush=True)
-        code = int(process.stdout.readline())
-        return subprocess.CompletedProcess(words, code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
-
-
-def close() -> None:
-    """End the process that serves, where one has been asked; it would end with this one too."""
-    if _process.cache_info().currsize:
-        _process().communicate()
-        _process.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:  # of the server, which starts with the first command
+            patch.setenv("OMP_NUM_THREADS", "1")  # one thread alone can be forked
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            process = _server().Process(target=_become, args=(words, cwd, environment, out, err))
+            process.start()
+        process.join()
+        return subprocess.CompletedProcess(words, process.exitcode or 0, *(file.read_text("utf-8") for file in (out, err)))
 
 
 @cache
-def _process() -> subprocess.Popen[str]:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # one thread alone can be forked
-    words = [sys.executable, "-m", "tests.commands"]
-    return subprocess.Popen(words, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
 
 
-def main() -> None:
-    """Serve; a fork becomes the command."""
-    for name in _IMPORTED:
-        import_module(name)
-    gc.collect()
-    gc.freeze()  # or each fork copies what the collector touches
-    for line in sys.stdin:
-        order = Order(**json.loads(line))
-        child = os.fork()
-        if not child:
-            _become(order)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def _become(order: Order) -> None:
+def _become(words: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
     """Run the command, and end as an interpreter does, but for taking down what was imported."""
     signal.alarm(SECONDS)
-    os.chdir(order.cwd)
+    os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(order.environment)
-    for number, file in enumerate((os.devnull, order.stdout, order.stderr)):
-        opened = os.open(file, os.O_RDWR | os.O_CREAT)
-        os.dup2(opened, number)
-        os.close(opened)
+    os.environ.update(environment)
+    for number, file in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     code: object = 0
     try:
-        if order.words[0] == "-m":
-            sys.argv = order.words[1:]
-            if not hasattr(sys.modules.get(order.words[1]), "__path__"):
-                sys.modules.pop(order.words[1], None)
-            runpy.run_module(order.words[1], run_name="__main__", alter_sys=True)
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            if not hasattr(sys.modules.get(words[1]), "__path__"):
+                sys.modules.pop(words[1], None)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = order.words
-            runpy.run_path(order.words[0], run_name="__main__")
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code
         if isinstance(code, str):
@@ -118,7 +81,3 @@ def _become(order: Order) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else code is not None)
-
-
-if __name__ == "__main__":
-    main()

@@ -136,12 +136,6 @@ def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _commands_end() -> Iterator[None]:
-    yield
-    commands.close()
-
-
 @pytest.fixture(autouse=True)
 def _quiet_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):

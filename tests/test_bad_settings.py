@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import stat
 import sys
@@ -23,7 +22,6 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.permutation.heuristic import Heuristic
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
-from permllm.runs.loggers import WANDB_ID, _wandb_id
 from tests.test_config import composed
 
 TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2")
@@ -60,18 +58,6 @@ def test_a_method_is_given_the_settings_at_the_top_that_it_uses() -> None:
     method = instantiate_permutation(read_config(composed("block_size=16", "temperature=cosine", "logger.project=a-b")))
     assert (method.block_size, type(method.temperature).__name__) == (16, "Cosine")
     assert instantiate_permutation(read_config(composed("block_size=16", "permutation=heuristic"))) == Heuristic("free")
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a/b\n"])
-def test_a_broken_id_of_a_wandb_run_is_replaced_with_a_word(
-    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = read_config(composed("model=tiny"))
-    (tmp_path / WANDB_ID).write_bytes(content)
-    made = _wandb_id(config, tmp_path)
-    assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}", made)
-    assert f"{tmp_path / WANDB_ID} holds no id of a W&B run" in caplog.text
-    assert _wandb_id(config, tmp_path) == made
 
 
 BROKEN_TEXTS: dict[str, tuple[bytes, str]] = {

@@ -1,15 +1,17 @@
-"""The real command line: one job, a sweep, the plan, and what bad input gets."""
+"""The real command line: one job, a sweep, an export, and what bad input gets."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import run_command, run_module
+
+TINY = ("model=tiny", "logger=none")
+FOLDABLE = "permutation.constraint=foldable"
 
 
 def only_run(cwd: Path) -> Path:
@@ -27,8 +29,8 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
     expected = {"config.yaml", "metrics.json", "history.jsonl", "permutations.safetensors", "masks.safetensors"}
     assert names == expected | {"environment.json", "scores.json", "run.log"}
     assert list((tmp_path / "runs").iterdir()) == [directory]  # the default logger, without a key
-    written = (directory / "metrics.json").stat().st_mtime_ns
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}  # nothing else lies about
+    written = (directory / "metrics.json").stat().st_mtime_ns
     second = run_command("model=tiny", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "is finished already" in second.stderr
@@ -37,39 +39,39 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
 
 
 def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(tmp_path: Path) -> None:
-    result = run_command("-m", "model=tiny", "logger=none", "block_size=16,30,32", cwd=tmp_path)
+    result = run_command("-m", *TINY, "block_size=16,30,32", cwd=tmp_path)
     assert result.returncode == 1
     assert "error: block_size=30 is not a multiple of M = 4" in result.stderr
     assert "Traceback" not in result.stderr
-    metrics = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/metrics.json")]
-    assert len(metrics) == 2
-    assert all(entry["status"] == "finished" for entry in metrics)
-    assert "sparse models" in result.stdout
-    for label in ("block_size=16", "block_size=32"):
-        assert label in result.stdout
-    assert "2 ran, 1 failed" in result.stdout
-    again = run_command("-m", "model=tiny", "logger=none", "block_size=16,30,32", cwd=tmp_path)
+    assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
+    for words in ("sparse models", "block_size=16", "block_size=32", "2 ran, 1 failed"):
+        assert words in result.stdout
+    again = run_command("-m", *TINY, "block_size=16,30,32", cwd=tmp_path)
     assert "2 skipped, 1 failed" in again.stdout
     assert "is not a multiple of M" in again.stdout[again.stdout.index("jobs") :]
 
 
-def test_hydras_directories_are_those_of_the_record(tmp_path: Path) -> None:
-    quick = ["model=tiny", "logger=none", "permutation=none"]
-    assert run_command(*quick, "hydra.run.dir=one/run", cwd=tmp_path).returncode == 0
-    assert json.loads((tmp_path / "one" / "run" / "metrics.json").read_text())["status"] == "finished"
+def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
+    quick = [*TINY, "permutation=none"]
+    for name in ("run_dir", "hydra.run.dir"):
+        assert run_command(*quick, f"{name}={name}", cwd=tmp_path).returncode == 0
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["status"] == "finished"
+    other = run_command(*quick, "run_dir=run_dir", "seed=1", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "holds another config (it differs in seed)" in other.stderr
     several = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=many", cwd=tmp_path)
     assert several.returncode == 0, several.stderr
     assert len(list((tmp_path / "many").glob("tiny-wanda-none-2x4-*/metrics.json"))) == 2
     named = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=named", "hydra.sweep.subdir=${hydra:job.num}", cwd=tmp_path)
     assert named.returncode == 0, named.stderr
+    assert "2 ran" in named.stdout
     assert sorted(path.parent.name for path in (tmp_path / "named").glob("*/metrics.json")) == ["0", "1"]
     assert not (tmp_path / "runs").exists()
-    table = run_module("permllm", "results", str(tmp_path / "many"))
-    assert "builtin perplexity" in table.stdout
+    assert "builtin perplexity" in run_module("permllm", "results", str(tmp_path / "many")).stdout
 
 
 def test_what_a_method_does_not_use_makes_no_second_run(tmp_path: Path) -> None:
-    quick = ["model=tiny", "logger=none", "permutation=heuristic"]
+    quick = [*TINY, "permutation=heuristic"]
     result = run_command("-m", *quick, "block_size=16,32", "temperature=linear,cosine", cwd=tmp_path)
     assert "1 ran, 3 skipped" in result.stdout
     again = run_command(*quick, "evaluation.perplexity.seqlen=32", cwd=tmp_path)
@@ -83,77 +85,15 @@ def test_what_a_method_does_not_use_makes_no_second_run(tmp_path: Path) -> None:
 
 
 def test_quickstart_compares_five_ways_in_one_table(tmp_path: Path) -> None:
-    small = ("budget.steps=12", "budget.text=12")
-    result = run_command("experiment=quickstart", "model=tiny", *small, "logger=none", cwd=tmp_path)
+    result = run_command("experiment=quickstart", *TINY, "budget.steps=12", "budget.text=12", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = result.stdout[result.stdout.index("sparse models") :]
-    assert "builtin perplexity" in table
     for name in ("wanda", "wanda-cp", "order-paper", "permllm-wanda", "masks"):
         assert f"method={name} " in table
-    for name in ("dense", "none", "heuristic", "lcp", "lcp-paper", "score"):
-        assert name in table
-
-
-def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path: Path) -> None:
-    plan = ("plan=true", "model.placement=device")
-    result = run_command("model=qwen2.5-7b", *plan, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    for number in ("3584", "18944", "53215232"):
-        assert number in result.stdout
-    windows = run_command("model=qwen2.5-7b", *plan, "permutation.layers_per_stage=8", cwd=tmp_path)
-    assert "4, of at most 8 layers" in windows.stdout
-    masks = run_command("model=qwen2.5-7b", *plan, "mask=score", "mask.layers_per_stage=2", cwd=tmp_path)
-    a_layer = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
-    assert f"mask parameters        {28 * a_layer}, in stages of at most {2 * a_layer}" in masks.stdout
-    held = float(re.search(r"learn masks +([\d.]+) GB", masks.stdout)[1])  # type: ignore[index]
-    weights = float(re.search(r"  weights +([\d.]+) GB", masks.stdout)[1])  # type: ignore[index]
-    # Scores, gradients and two moments in float32, and a masked weight that waits; what two layers keep of a batch, with a
-    # copy of what they read for two of q, k and v and for one of gate and up.
-    learned, activations = (4 * 4 + 2) * 2 * a_layer, 4 * 1024 * ((11 + 3) * 3584 + 4 * 18944) * 2 * 2
-    a_group = 3 * 2 * 3584 * 2 * 18944  # the widest: its masked weight, and gradients of it
-    assert (held - weights) * 1e9 == pytest.approx(learned + activations + a_group, abs=2e7)
-    refined = run_command("model=qwen2.5-7b", *plan, "permutation=none", "mask=refined", cwd=tmp_path)
-    sizes = {name: float(re.search(rf"  {name} +([\d.]+) GB", refined.stdout)[1]) for name in ("calibrate", "refine masks")}  # type: ignore[index]
-    # The Gram matrix of the widest input and its copies; weights, masks and what they take away of the widest group.
-    more = 5 * 4 * 18944**2 + 6 * 4 * 3584 * 2 * 18944
-    assert (sizes["refine masks"] - sizes["calibrate"]) * 1e9 == pytest.approx(more, abs=2e7)
-    weights_learn = run_command("model=qwen2.5-7b", *plan, "reconstruction=distill", "permutation=none", cwd=tmp_path)
-    kept = 28 * a_layer // 2
-    assert f"kept weights           {kept}," in weights_learn.stdout
-    held = float(re.search(r"learn weights +([\d.]+) GB", weights_learn.stdout)[1])  # type: ignore[index]
-    # Values, gradients and two moments in float32, and places; of all layers the states alone, as they are recomputed.
-    states = 4 * 1024 * (3584 * 28 + 8 * 3584 + 4 * 2 * 18944) * 2
-    head = 4 * 4 * 128 * 152064  # four numbers a logit; its weight is read as it is, in the format of the products
-    assert (held - weights) * 1e9 == pytest.approx(5 * 4 * kept + states + a_group + head, abs=2e7)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model=local"], "model.path"),
-        (["model=qwen2.5-0.5b", "logger=none"], "model Qwen/Qwen2.5-0.5B is not whole in the local hub cache"),
-    ],
-)
-def test_bad_input_ends_with_code_1_and_no_traceback(overrides: list[str], message: str, tmp_path: Path) -> None:
-    of_the_hub = message.startswith("model Qwen")  # whose client reads HF_HOME where it is imported
-    result = run_command(*overrides, cwd=tmp_path, fresh=of_the_hub, HF_HOME=str(tmp_path / "hf"))
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_another_directory_of_the_cache_and_a_run_directory_by_name(tmp_path: Path) -> None:
-    arguments = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path / 'mine'}"]
-    assert run_command(*arguments, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "mine" / "metrics.json").is_file()
-    other = run_command(*arguments, "seed=1", cwd=tmp_path)
-    assert other.returncode == 1
-    assert "holds another config (it differs in seed)" in other.stderr
 
 
 def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path: Path) -> None:
-    arguments = ["model=tiny", "logger=none", "permutation.constraint=foldable"]
+    arguments = [*TINY, "permutation=lcp-paper", "permutation.epochs=2", "pruner=sparsegpt", FOLDABLE]
     first = run_command(*arguments, "export=folded", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     directory = only_run(tmp_path)
@@ -166,68 +106,33 @@ def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path
     gathered = run_command(*arguments, "export=gathered", cwd=tmp_path)
     assert gathered.returncode == 0, gathered.stderr
     assert only_run(tmp_path) == directory  # the export is no part of what makes a result
-    metrics = json.loads((directory / "metrics.json").read_text())
-    assert metrics["export"]["form"] == "gathered"
+    assert json.loads((directory / "metrics.json").read_text())["export"]["form"] == "gathered"
 
 
-def test_free_orders_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    for permutation in ("lcp", "heuristic"):
-        result = run_command("model=tiny", f"permutation={permutation}", "export=folded", cwd=tmp_path)
-        assert result.returncode == 1
-        assert "permutation.constraint=foldable" in result.stderr
-    assert not (tmp_path / "runs").exists()
-    free = run_command("model=tiny", "logger=none", "permutation=heuristic", cwd=tmp_path)
-    assert free.returncode == 0
-    source = f"permutation.path={only_run(tmp_path)}"
-    result = run_command("model=tiny", "logger=none", "permutation=from_file", source, "export=folded", cwd=tmp_path)
+def test_a_free_order_from_a_file_is_gathered_and_not_folded(tmp_path: Path) -> None:
+    assert run_command(*TINY, "permutation=heuristic", cwd=tmp_path).returncode == 0
+    words = (*TINY, "permutation=from_file", f"permutation.path={only_run(tmp_path)}")
+    folded = run_command(*words, "export=folded", cwd=tmp_path)
+    assert folded.returncode == 1
+    assert "does not fold" in folded.stderr
+    gathered = run_command(*words, "export=gathered", cwd=tmp_path)
+    assert gathered.returncode == 0, gathered.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=local"], "model.path"),
+        (["permutation=heuristic", "export=folded"], FOLDABLE),
+        (["block_size=16", "+model.architecture.head_dim=12", "sparsity=4:8", FOLDABLE], "which M = 8 does not divide"),
+        ([FOLDABLE, "keep_dense=[o_proj,down_proj]", "permutation.last_layers=1"], "no order would learn: residual_stream"),
+        (["model=qwen2.5-0.5b"], "model Qwen/Qwen2.5-0.5B is not whole in the local hub cache"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_computed(words: list[str], message: str, tmp_path: Path) -> None:
+    of_the_hub = words == ["model=qwen2.5-0.5b"]  # whose client reads HF_HOME where it is imported
+    result = run_command(*TINY, *words, cwd=tmp_path, fresh=of_the_hub, HF_HOME=str(tmp_path / "hf"))
     assert result.returncode == 1
-    assert "does not fold" in result.stderr
-    kept = run_command("model=tiny", "logger=none", "permutation=from_file", source, "export=gathered", cwd=tmp_path)
-    assert kept.returncode == 0, kept.stderr
-
-
-@pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp-paper"])
-def test_every_foldable_method_folds(permutation: str, tmp_path: Path) -> None:
-    extra = [] if permutation == "none" else ["permutation.constraint=foldable"]
-    extra += ["permutation.epochs=2"] if permutation == "lcp-paper" else []
-    arguments = ["model=tiny", "logger=none", f"permutation={permutation}", "pruner=sparsegpt", "export=folded", *extra]
-    result = run_command(*arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert run_module("permllm", "verify", str(only_run(tmp_path) / "export")).returncode == 0
-
-
-def test_a_random_model_has_no_files_in_its_plan(tmp_path: Path) -> None:
-    random = run_command("model=tiny", "plan=true", cwd=tmp_path).stdout
-    assert "host" in random
-    assert "disk" not in random
-
-
-def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:
-    whole = run_command("model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    assert "residual_stream" in whole.stdout
-    assert "stays where it starts" not in whole.stdout
-    # Logits: 3584 x 64 of the stream once, in each of 28 layers 4 key-value heads of 128 channels and 18944 of the MLP.
-    assert str(3584 * 64 + 28 * (4 * 128 * 64 + 18944 * 64)) in whole.stdout
-    windows = run_command(
-        "model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable", "permutation.layers_per_stage=8", cwd=tmp_path
-    )
-    assert "residual_stream stays where it starts" in windows.stdout
-
-
-@pytest.mark.parametrize("stages", ["permutation.layers_per_stage=1", "permutation.last_layers=1"])
-def test_an_order_that_could_not_learn_is_refused(stages: str, tmp_path: Path) -> None:
-    words = ("model=tiny", "logger=none", "permutation.constraint=foldable", "keep_dense=[o_proj,down_proj]", stages)
-    refused = run_command(*words, cwd=tmp_path)
-    assert refused.returncode == 1
-    last = refused.stderr.splitlines()[-1]
-    assert last.startswith("error: no order would learn: residual_stream learns only in a stage that holds all layers")
-    assert not list(tmp_path.rglob("metrics.json"))
-
-
-def test_m_must_divide_the_heads_of_a_foldable_order_and_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    heads = ["+model.architecture.head_dim=12", "sparsity=4:8", "permutation.constraint=foldable"]
-    result = run_command("model=tiny", "logger=none", "block_size=16", *heads, cwd=tmp_path)
-    assert result.returncode == 1
-    assert "have 12 channels, which M = 8 does not divide" in result.stderr
-    assert not (tmp_path / "runs").exists()
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("masks.safetensors"))

@@ -13,9 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from permllm.cli import Session
 from permllm.config import RunConfig, digest_of, instantiate, instantiate_permutation, read_config
 from permllm.errors import ConfigError
-from permllm.job import Session
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
 from permllm.pruning.methods import methods_of
@@ -387,20 +387,6 @@ def test_full_errors_on_demand(cache: Path, tmp_path: Path, monkeypatch: pytest.
         Session().job(composed("model=tiny", "sparsity=4:2"))
 
 
-def test_control_c_ends_with_a_line_and_the_shells_code(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(config: RunConfig) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permllm.job.run", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        Session().job(composed("model=tiny", "logger=none"))
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted: the same command continues where it stopped\n"
-
-
 def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +399,8 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
         Session().job(composed("model=tiny", "logger=none"))
     jobs: list[Outcome] = []
     monkeypatch.setattr("permllm.runs.sweep.sweeping", lambda: True)
-    monkeypatch.setattr("permllm.runs.sweep.share_cores", lambda: None)
+    monkeypatch.setattr("permllm.runs.sweep.share_machine", lambda: None)
+    monkeypatch.setattr("permllm.runs.sweep.forget", lambda: None)
     monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.

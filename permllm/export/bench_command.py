@@ -1,14 +1,8 @@
-"""Prefill and decoding of a checkpoint, the cost of its gathers, loading, sizes.
-
-With --against DENSE the dense model is measured beside it, interleaved. On a GPU with sparse tensor cores every pruned
-linear of a 2:4 model in half precision runs on them; elsewhere a sparse matrix product has no faster kernel than a dense one,
-which the output says.
-"""
+"""Command `permllm bench`, whose arguments are in `permllm.cli`."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -17,25 +11,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from permllm.errors import ConfigError, check_whole
 from permllm.export.bench import LAYER_COLUMNS, measure
-from permllm.runtime.answer import Answer
-from permllm.runtime.terminal import terminal
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """What may be typed."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
-    parser.add_argument("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
-    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of the products that are timed one by one")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
+from permllm.runtime.terminal import Answer, terminal
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """The figures."""
+    """Measure a checkpoint and return the figures."""
     disable_progress_bar()
     set_verbosity_error()
     for name in ("prompt", "new_tokens", "layer_tokens", "repeats"):

@@ -1,12 +1,4 @@
-"""Proof that a checkpoint is N:M sparse as it is stored, and whole.
-
-Any folder that transformers can load from safetensors files, ours or not, one tensor at a time: the files
-hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every pruned
-linear N:M, as an export of ours says of it, or dense where it says that. With --against DENSE also the difference of the
-logits from another model's: of a folded model from its simulate form none, from the dense model what pruning costs. With
---stock RUN also its perplexity in a process that cannot import this project, beside that of the run that it was exported
-from. The exit code is 0 where that is so, 1 where it is not, 2 where the checkpoint cannot be read.
-"""
+"""Command `permllm verify`, whose arguments are in `permllm.cli`."""
 
 from __future__ import annotations
 
@@ -24,25 +16,15 @@ from permllm.config import NMPattern
 from permllm.errors import printable
 from permllm.export.stock import stock_perplexity
 from permllm.export.verify import Report, verify
-from permllm.runtime.answer import Answer
-from permllm.runtime.terminal import terminal
+from permllm.runtime.terminal import Answer, terminal
 
-FAILED = 2
 _SHOWN = 20
 # How far, of it, the perplexity of stock transformers may be from the run's: products may be summed in another order.
 _NEAR = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """What may be typed."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
-    parser.add_argument("--pattern", help="N:M of every linear (default: what an export of ours states, else 2:4)")
-    parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
-    parser.add_argument("--stock", type=Path, metavar="RUN", help="its run, whose perplexity stock transformers must find")
-
-
 def work(options: argparse.Namespace) -> Answer:
-    """The report."""
+    """Verify a checkpoint and return the report."""
     disable_progress_bar()
     set_verbosity_error()  # what its warnings are about is in the report
     report = verify(options.folder, NMPattern.parse(options.pattern) if options.pattern else None, options.against)

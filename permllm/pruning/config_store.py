@@ -6,11 +6,8 @@ A key or a value that cannot be is refused while composing. A YAML of the packag
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -32,7 +29,7 @@ from permllm.config import (
     conf_directory,
     register_resolvers,
 )
-from permllm.errors import SHORT_ERRORS, ConfigError, everything_wanted, first_line
+from permllm.errors import ConfigError, first_line
 from permllm.mask.settings import LowRankSettings, MaskSettings
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
@@ -164,35 +161,6 @@ def composed(words: Sequence[str]) -> DictConfig:
             return compose("config", overrides=list(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(refusal(error)) from error
-
-
-def reported(job: Callable[[], Any]) -> Any:
-    """Run what Hydra makes of a command line; where Hydra refuses it, print one line, or all if `HYDRA_FULL_ERROR=1`.
-
-    Raises:
-        SystemExit: with code 1, after the line.
-    """
-    if everything_wanted():
-        return job()
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    # Hydra then raises what it would print.
-    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
-    try:
-        return job()
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {refusal(error)}", file=sys.stderr)
-    except ValueError as error:
-        # Hydra has no error of its own for GROUP=null.
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not str(frame.f_globals.get("__name__")).startswith("hydra."):
-            raise
-        print(f"error: {' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}", file=sys.stderr)
-    finally:
-        os.environ.pop(SHORT_ERRORS)
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
-    raise SystemExit(1)
 
 
 def refusal(error: Exception) -> str:

@@ -12,11 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from permllm.config import flatten
-from permllm.runs.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, others, task_label
+from permllm.runs.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
 from permllm.runtime.terminal import terminal
 
-_BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
 # The stages that make the pruned model; reconstruction is a part of pruning.
 PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 
@@ -120,28 +118,3 @@ def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | Non
     shared = [name for name in dense if name in sparse]
     differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in shared]
     return sum(differences) / len(differences) if differences else None  # some may be infinite
-
-
-def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a run as one level, keys joined by slashes; channel groups are summarised by their mean.
-
-    `minutes` (`pruning_minutes`) is there as well, a logger's scatter plot has its horizontal axis from it, and where there is
-    a perplexity `nats_above_dense`: the one number of several texts.
-    """
-    shown = {
-        key: {"mean": _mean(value)} if key in _BY_GROUP else value
-        for key, value in metrics.items()
-        if key not in ("protocol", "units")
-    }
-    flat = {name: value for name, value in flatten(shown, "/").items() if isinstance(value, int | float | str)}
-    # A name for each linear that has its own: the settings say it in a word.
-    flat = {name: value for name, value in flat.items() if not name.startswith(("sparsity/patterns/", "export/patterns/"))}
-    nats = nats_above_dense(metrics.get("perplexity", {}))
-    above = {} if nats is None else {"nats_above_dense": nats}
-    return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above
-
-
-def earlier_figures(metrics: dict[str, Any]) -> list[str]:
-    """Names that `flat_figures` had when another evaluation of the run stood at the top, and that it has no longer."""
-    earlier = {name for entry in others(metrics) for name in flatten(entry, "/") if not name.startswith("protocol/")}
-    return sorted((earlier | {"nats_above_dense"}) - flat_figures(metrics).keys())

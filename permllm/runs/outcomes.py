@@ -1,25 +1,21 @@
-"""What became of the jobs of a sweep: a file of each in the sweep's folder."""
+"""Outcomes of the jobs of a sweep: a JSON file of each in the sweep's folder."""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from permllm.errors import DataError
-from permllm.runs.files import read_json
-from permllm.runs.schema import SweepJob
-
-# The folder of the files.
-JOBS = "jobs"
+from permllm.runs.files import write_json
 
 
 @dataclass
 class Outcome:
-    """What became of one job.
+    """Outcome of one job.
 
     Attributes:
-        overrides: what was typed for it.
+        overrides: the words that were typed for it.
         outcome: `ran`, `skipped` (it was finished already, or another process runs it) or `failed`.
         reason: why it failed, or is run elsewhere.
         directory: of a finished run.
@@ -31,26 +27,26 @@ class Outcome:
     directory: str | None = None
 
 
-def kept(folder: Path, since: float = 0.0) -> list[Outcome]:
-    """The outcomes in a sweep's folder, in the order of the jobs; those that cannot be read are left out.
-
-    Args:
-        folder: of the sweep.
-        since: seconds since the epoch; outcomes that are older are left out.
-    """
-    return [job for file, job in kept_files(folder) if file.stat().st_mtime >= since]
+def file_of(folder: Path, number: int) -> Path:
+    """Return the file of a job in the sweep's folder."""
+    return folder / "jobs" / f"{number:04d}.json"
 
 
-def kept_files(folder: Path) -> list[tuple[Path, Outcome]]:
-    """The outcomes in a sweep's folder, each with its file, as `kept` has them."""
+def keep(job: Outcome, folder: Path, number: int) -> None:
+    """Write an outcome, with the run directory relative to the sweep's folder, so that all of it can be moved."""
+    directory = None if job.directory is None else os.path.relpath(job.directory, folder)
+    write_json(file_of(folder, number), asdict(job) | {"directory": directory})
+
+
+def kept(folder: Path) -> list[Outcome]:
+    """Read the outcomes in a sweep's folder, in the order of the jobs; unreadable files are left out."""
     found = []
-    for file in sorted((folder / JOBS).glob("*.json")):
+    for file in sorted(folder.glob("jobs/*.json")):
         try:
-            read = read_json(file, SweepJob)
-        except DataError:
+            job = Outcome(**json.loads(file.read_text(encoding="utf-8")))
+            if job.directory is not None:
+                job.directory = os.path.normpath(folder / job.directory)
+            found.append(job)
+        except (OSError, ValueError, TypeError):
             continue
-        job = Outcome(read["overrides"], read["outcome"], read.get("reason", ""), read.get("directory"))
-        if job.directory is not None:
-            job.directory = os.path.normpath(folder / job.directory)
-        found.append((file, job))
     return found

@@ -29,7 +29,7 @@ from permllm.runs.published import Comparison, beside, published
 from permllm.runs.read import Collection, collect
 from permllm.runs.render import FORMATS, records, take_baseline, undrawn
 from permllm.runs.table import Row, Summary, summarise
-from permllm.runtime.answer import Answer
+from permllm.runtime.terminal import Answer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

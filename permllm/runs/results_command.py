@@ -26,7 +26,7 @@ from permllm.runs.render import (
     without_interval,
 )
 from permllm.runs.table import summarise
-from permllm.runtime.answer import Answer
+from permllm.runtime.terminal import Answer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

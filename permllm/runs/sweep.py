@@ -1,19 +1,20 @@
-"""What the jobs of a sweep share, in whatever process a launcher runs them: the sweep's folder, a file of each outcome."""
+"""Folder of a sweep, its list of jobs, and the GPU and cores of each job."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from itertools import islice, product
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,185 +22,211 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from permllm.runs.files import write_record
-from permllm.runs.outcomes import JOBS, Outcome, kept, kept_files
+from permllm.errors import ConfigError
+from permllm.runs import outcomes
+from permllm.runs.outcomes import Outcome
 
-# Set before the jobs start: launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
+# The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
-# What does not make a sweep another one.
-_LEFT_OUT = ("force", "plan", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
-# What conf/config.yaml has for hydra.run.dir and hydra.sweep.subdir, and below runs_dir for hydra.sweep.dir.
-_HERE, _SWEEPS = ".", "sweeps"
-# A sweep of more jobs says so before it starts; this many are listed.
+# The GPUs of this machine, as CUDA_VISIBLE_DEVICES has them, for the processes of hydra/launcher=joblib.
+GPUS = "PERMLLM_GPUS"
+# Words that do not make a sweep another one.
+_LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
+# A longer sweep lists its jobs before it starts, and at most so many.
 _SAID_FROM, _SCREEN = 10, 20
-# Of the sweep that this process started.
-_STARTED: list[tuple[Path, float]] = []
+# The folder of the sweep that this process started; the lock of this process's GPU.
+_STARTED: list[Path] = []
+_HELD: list[FileLock] = []
 
 
 class SweepFolder(Callback):  # type: ignore[misc]
-    """Hydra's callback that names the sweep before its first job: the same command, the same folder."""
+    """Hydra's callback that names and checks the sweep before its first job."""
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
-        """Set the variable that `hydra.sweep.dir` is built from. The same command has the same folder; its jobs write anew.
+        """Set the variable that `hydra.sweep.dir` is built from, and list a long sweep's jobs.
 
         Raises:
-            SystemExit: with code 1, after a line, where the models of the sweep have other texts: Hydra takes any other error
-                of a callback for a warning.
+            SystemExit: with code 1, after a line. Hydra takes any other error of a callback for a warning.
         """
         os.environ[VARIABLE] = sweep_name(config)
-        _STARTED[:] = [(Path(config.hydra.sweep.dir), time.time())]
-        axes = axes_of(config)
-        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-        planned = any(word.lower() in ("plan=true", "plan=1") for word in axes.get("plan", []))
-        if first and axes and not planned:
-            forget(_STARTED[0][0], [_telling(words) for words in product(*axes.values())])
-        if reason := _different_texts(config_name, axes):
-            if first:
-                print(f"error: {reason}", file=sys.stderr)
-            raise SystemExit(1)
-        if first and math.prod(map(len, axes.values())) > _SAID_FROM:
-            print("\n".join(_listed(axes)), file=sys.stderr)
+        jobs = jobs_of(config)
+        try:
+            check_places(config.hydra)
+            _check_texts(config_name, jobs)
+            share_gpus(config)
+        except ConfigError as error:
+            if first():
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        _STARTED[:] = [folder_of(config.hydra)]
+        if first() and len(jobs) > _SAID_FROM:
+            more = [f"and {len(jobs) - _SCREEN} more"] if len(jobs) > _SCREEN else []
+            print(f"{len(jobs)} jobs:", *labels(jobs)[:_SCREEN], *more, sep="\n  ", file=sys.stderr)
+
+
+def first() -> bool:
+    """Tell whether this is the first of the processes of torchrun, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def sweep_name(config: DictConfig) -> str:
-    """The experiment, or `sweep`, and a digest of what was typed."""
-    hydra = config.hydra
-    typed = _telling([*hydra.overrides.task, *hydra.overrides.hydra])
-    digest = hashlib.sha256(json.dumps(typed).encode()).hexdigest()[:8]
-    return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
+    """Return the experiment, or `sweep`, and a digest of the typed words and of what the experiment sweeps."""
+    typed = sorted(word for word in _typed(config.hydra) if not word.lstrip("+~").startswith(_LEFT_OUT))
+    digest = hashlib.sha256(json.dumps([typed, _axes(config.hydra)]).encode()).hexdigest()[:8]
+    return f"{config.hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
 
-def _telling(words: Iterable[str]) -> list[str]:
-    """Of what is typed, what tells a sweep, or a job of one, from another; sorted."""
-    return sorted(word for word in words if not word.lstrip("+~").startswith(_LEFT_OUT))
+def _typed(hydra: Any, kinds: Sequence[str] = ("task", "hydra")) -> list[str]:
+    words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)  # a word may hold ${hydra:job.num}
+    return [word for kind in kinds for word in words[kind]]
 
 
-def forget(folder: Path, jobs: list[list[str]]) -> None:
-    """Remove the outcomes of an earlier version of a sweep: of an experiment whose jobs were others.
-
-    Args:
-        folder: of the sweep.
-        jobs: what tells each of its jobs from the others now.
-    """
-    for file, job in kept_files(folder):
-        if _telling(job.overrides) not in jobs:
-            words = " ".join(job.overrides)
-            print(f"{words} is no job of this sweep any more: its run stays, outside of the sweep's tables", file=sys.stderr)
-            file.unlink(missing_ok=True)
+def _axes(hydra: Any) -> list[str]:
+    """Return the words that an experiment sweeps."""
+    sweeper: Any = OmegaConf.to_container(hydra.sweeper, resolve=False)
+    return [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
 
 
-def axes_of(config: DictConfig) -> dict[str, list[str]]:
-    """What is typed, or an experiment says, for each key of a sweep; nothing where another sweeper than Hydra's draws it."""
-    hydra = config.hydra
-    if not str(hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
-        return {}
-    given = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-    axes = {}
-    # A glob asks it which options there are.
-    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
-    for override in OverridesParser.create(config_loader=loader).parse_overrides([*given, *hydra.overrides.task]):
-        key = override.get_key_element()
-        if override.is_sweep_override():
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            axes[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return axes
+def folder_of(hydra: Any) -> Path:
+    """Return the folder of the sweep's outcomes, which lies in a `hydra.sweep.dir` that was typed."""
+    folder, name = Path(hydra.sweep.dir), os.environ[VARIABLE]
+    return folder if folder.name == name else folder / "sweeps" / name
 
 
-def _listed(axes: dict[str, list[str]]) -> Iterator[str]:
-    """How many jobs there are and which, at most a screen of them, by what varies between them."""
-    varying = [values for values in axes.values() if len(values) > 1]
-    count = math.prod(map(len, varying))
-    yield f"{count} jobs:"
-    yield from (f"  {' '.join(words)}" for words in islice(product(*varying), _SCREEN))
-    if count > _SCREEN:
-        yield f"  and {count - _SCREEN} more"
+def jobs_of(config: DictConfig) -> list[list[str]]:
+    """Return the words of each job; none for a sweeper other than Hydra's own, which draws them later."""
+    if not str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+        return []
+    words = [*_axes(config.hydra), *_typed(config.hydra, ["task"])]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # a glob asks for the options
+    return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
 
 
-def _different_texts(config_name: str | None, axes: dict[str, list[str]]) -> str:
-    """Why a sweep over models compares what cannot be compared: the texts that they choose differ; empty where they do not."""
-    models = axes.get("model", [])
-    if len(models) < 2:
-        return ""
-    others = [values[0] for key, values in axes.items() if key != "model"]
-    loader = GlobalHydra.instance().config_loader()
+def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return the words of each job that not all jobs have."""
+    shared = set.intersection(*map(set, jobs))
+    return [" ".join(word for word in job if word not in shared) for job in jobs]
+
+
+def check_places(hydra: Any) -> None:
+    """Raise ConfigError where a setting of ours and one of Hydra's name the same place."""
+    typed = {word.lstrip("+").partition("=")[0] for word in _typed(hydra)}
+    for ours, other in (("run_dir", "hydra.run.dir"), ("runs_dir", "hydra.sweep.dir")):
+        if {ours, other} <= typed:
+            raise ConfigError(f"{ours} and {other} are the same setting: give one of them")
+
+
+def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
+    """Raise ConfigError where the models of a sweep choose different texts, on which they cannot be compared."""
+    models = dict.fromkeys(word for job in jobs for word in job if word.startswith("model="))
     texts = {}
-    for model in models:
-        config = loader.load_configuration(config_name, [*others, model], run_mode=RunMode.RUN)
-        calibration, perplexity = config.calibration, config.evaluation.perplexity
-        texts[model] = tuple(_text_of(part) for part in (calibration, perplexity))
-    if len(set(texts.values())) == 1:
-        return ""
-    said = "; ".join(f"{model} {calibration} and {perplexity}" for model, (calibration, perplexity) in texts.items())
-    return (
-        f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}. What is measured on "
-        "different texts cannot be compared: give protocol=offline or protocol=paper, or calibration= and evaluation="
-    )
+    for model in models if len(models) > 1 else ():
+        words = [*(word for word in jobs[0] if not word.startswith("model=")), model]
+        config = GlobalHydra.instance().config_loader().load_configuration(config_name, words, run_mode=RunMode.RUN)
+        parts = (config.calibration, config.evaluation.perplexity)
+        texts[model] = " and ".join(str(part.data_files or part.dataset) for part in parts)
+    if len(set(texts.values())) > 1:
+        said = "; ".join(f"{model} {text}" for model, text in texts.items())
+        raise ConfigError(
+            f"the models of this sweep have texts of their own, to calibrate and to evaluate on: {said}: give "
+            "protocol=offline or protocol=paper, or calibration= and evaluation="
+        )
 
 
-def _text_of(part: Any) -> str:
-    name = part.data_files or part.dataset
-    return str(name) if isinstance(name, str | None) else ", ".join(map(str, name))
+def _at_once(launcher: Any) -> int:
+    """Return the jobs that joblib runs at once; 0 for another launcher."""
+    if "joblib" not in str(launcher.get("_target_", "")):
+        return 0
+    from permllm.runtime.devices import cores  # imports torch
+
+    count = int(launcher.get("n_jobs") or 1)
+    return count if count > 0 else max(1, cores() + 1 + count)  # joblib: -1 is all cores, -2 all but one
 
 
-def outcomes() -> list[Outcome]:
-    """Of the sweep that this process started, what has come of its jobs since; nothing for a single job."""
-    return kept(_STARTED[0][0], _STARTED[0][1]) if _STARTED else []
+def share_gpus(config: DictConfig) -> None:
+    """Name the GPUs for the processes of joblib.
+
+    Raises:
+        ConfigError: there are more jobs at once than GPUs, or torchrun's processes would have a launcher each.
+    """
+    os.environ.pop(GPUS, None)
+    launcher = config.hydra.launcher
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not str(launcher.get("_target_", "")).endswith(".BasicLauncher"):
+        raise ConfigError("torchrun's processes go through the jobs of a sweep together: hydra/launcher=basic")
+    at_once = _at_once(launcher)
+    if not at_once or config.model.device not in ("auto", "cuda"):
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if at_once > count > 0:
+        raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU")
+    if count:
+        os.environ[GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+
+
+def share_machine() -> None:
+    """Give a process of joblib a GPU of its own and its share of the cores, before a job."""
+    if at_once := _at_once(HydraConfig.get().launcher):
+        take_gpu()
+        import torch
+
+        from permllm.runtime.devices import cores
+
+        torch.set_num_threads(max(1, cores() // at_once))
+
+
+def take_gpu() -> None:
+    """Take the first GPU that no other process has, for all jobs of this process, and wait for one where all are taken."""
+    names = os.environ.get(GPUS, "")
+    while names and not _HELD:
+        for name in names.split(","):
+            lock = FileLock(Path(tempfile.gettempdir()) / f"permllm-gpu-{os.getuid()}-{name}.lock")
+            with suppress(Timeout):
+                lock.acquire(timeout=0)  # until the process ends
+                _HELD.append(lock)
+                os.environ["CUDA_VISIBLE_DEVICES"] = name  # CUDA reads it when it is used first
+                return
+        time.sleep(1)
+
+
+def of_sweep() -> list[Outcome]:
+    """Return the outcomes of the sweep that this process started; none for a single job."""
+    return outcomes.kept(_STARTED[0]) if _STARTED else []
 
 
 def sweeping() -> bool:
-    """Whether this is a job of a sweep."""
+    """Tell whether this is a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def overrides() -> list[str]:
-    """What was typed for this job; nothing outside of Hydra."""
+    """Return the words that were typed for this job; none outside of Hydra."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def place_record(composed: DictConfig) -> DictConfig:
-    """The settings of a job with the record where `hydra.run.dir` or `hydra.sweep.dir` says, where these were given.
-
-    `run_dir` and `runs_dir` are what Hydra's users know as these two: a run directory of its own, and the folder of several.
-    """
-    if not HydraConfig.initialized() or composed.run_dir is not None:
+def place(composed: DictConfig) -> DictConfig:
+    """Return the settings of a job with its run directory where `hydra.run.dir` or `hydra.sweep.dir` says, where given."""
+    if not HydraConfig.initialized():
         return composed
     hydra = HydraConfig.get()
+    check_places(hydra)
+    if composed.run_dir is not None:
+        return composed
     if not sweeping():
-        given = {} if hydra.run.dir == _HERE else {"run_dir": hydra.run.dir}
-    elif hydra.sweep.subdir != _HERE:
+        given = {} if hydra.run.dir == "." else {"run_dir": hydra.run.dir}
+    elif hydra.sweep.subdir != ".":
         given = {"run_dir": str(Path(hydra.sweep.dir) / hydra.sweep.subdir)}
     else:
-        usual = Path(composed.runs_dir) / _SWEEPS
-        given = {} if Path(hydra.sweep.dir).parent == usual else {"runs_dir": hydra.sweep.dir}
+        given = {} if Path(hydra.sweep.dir).name == os.environ[VARIABLE] else {"runs_dir": hydra.sweep.dir}
     return OmegaConf.merge(composed, given)  # type: ignore[return-value]
 
 
+def forget() -> None:
+    """Forget the earlier outcome of this job."""
+    outcomes.file_of(folder_of(HydraConfig.get()), HydraConfig.get().job.num).unlink(missing_ok=True)
+
+
 def keep(job: Outcome) -> None:
-    """Write a job's outcome into the sweep's folder, for the process that waits for all of them."""
-    hydra = HydraConfig.get()
-    folder = Path(hydra.sweep.dir)
-    values = asdict(job)
-    if job.directory is not None:
-        # From the sweep's folder, so that all of it can be moved, and read from anywhere.
-        values["directory"] = os.path.relpath(job.directory, folder)
-    write_record(folder / JOBS / f"{hydra.job.num:04d}.json", values)
-
-
-def launched_elsewhere() -> bool:
-    """Whether a launcher runs the jobs of the sweep in processes other than the one that was started."""
-    return not str(HydraConfig.get().launcher.get("_target_", "")).endswith(".BasicLauncher")
-
-
-def share_cores() -> None:
-    """Give this process its share of the cores where a launcher runs several jobs of one machine at a time."""
-    launcher = HydraConfig.get().launcher
-    if "joblib" not in str(launcher.get("_target_", "")):
-        return
-    import torch  # not at the top: Hydra reads this module to answer --help
-
-    from permllm.runtime.devices import cores
-
-    at_once = int(launcher.get("n_jobs") or 1)
-    at_once = at_once if at_once > 0 else max(1, cores() + 1 + at_once)  # joblib: -1 is all of them, -2 all but one
-    torch.set_num_threads(max(1, cores() // at_once))
+    """Keep this job's outcome for the process that waits for all of them."""
+    outcomes.keep(job, folder_of(HydraConfig.get()), HydraConfig.get().job.num)

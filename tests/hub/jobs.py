@@ -68,7 +68,7 @@ def run_jobs(jobs: list[Job], cwd: Path, **environment: str) -> list[Outcome]:
 def _run(job: Job) -> Outcome:
     from hydra import compose, initialize_config_dir
 
-    from permllm.job import Session
+    from permllm.cli import Session
     from permllm.pruning.config_store import register
 
     register()

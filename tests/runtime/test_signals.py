@@ -10,15 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
 
 import pytest
 
 from permllm import job
-from permllm.cli import call
+from permllm.cli import Session, call
 from permllm.config import read_config
 from permllm.export.checkpoint import Request, export_run
-from permllm.runs.figures import print_run
 from permllm.runtime.interruption import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
@@ -38,37 +36,40 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_schedulers_signal_ends_the_work_once(handlers: None, number: int, code: int) -> None:
-    wound_up = []
-
     def work() -> None:
         try:
             os.kill(os.getpid(), number)
         finally:
             os.kill(os.getpid(), number)  # while the record is written
-            wound_up.append(number)
 
     with scheduler_signals(), pytest.raises(Terminated) as caught:
         work()
-    assert wound_up == [number]
     assert exit_code(caught.value) == code
-    assert exit_code(KeyboardInterrupt()) == 130
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_handlers_of_others_stay_and_so_does_what_is_ignored(handlers: None) -> None:
     seen: list[int] = []
-
-    def of_a_launcher(number: int, _: Any) -> None:
-        seen.append(number)
-
-    signal.signal(signal.SIGTERM, of_a_launcher)
+    signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))  # of a launcher
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     with scheduler_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGHUP)
     assert seen == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) is of_a_launcher
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_control_c_in_a_job_ends_with_a_line_and_the_shells_code(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("permllm.job.run", interrupt)
+    session = Session()
+    assert session.of(lambda: session.job(composed("model=tiny", "logger=none"))) == 130
+    assert capsys.readouterr().err == "interrupted: the same command continues where it stopped\n"
 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -115,42 +116,52 @@ def test_an_early_interruption_is_one_line(tmp_path: Path) -> None:
     assert error.startswith("interrupted: ")
 
 
-class Unread:
-    """A standard output whose reader has left."""
-
-    def __enter__(self) -> TextIO:
-        reader, writer = os.pipe()
-        os.close(reader)
-        self._stream = os.fdopen(writer, "w")
-        return self._stream
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-
-def test_commands_end_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_full(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "unread", "full"), [("results", 141, 1), ("verify", 0, 2)])
+def test_a_command_ends_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_full(
+    name: str,
+    unread: int,
+    full: int,
+    run: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={tmp_path}/run")))
-    assert result is not None
-    metrics, directory = result
-    export_run(directory, Request("gathered"), tmp_path / "model")
-    capsys.readouterr()
-    for name, word, unread, full in (
-        ("results", str(directory), 141, 1),
-        ("verify", str(tmp_path / "model"), 0, 2),  # what it found does not depend on who reads it
-    ):
-        with Unread() as stream, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", stream)
-            assert call(name, [word]) == unread
-        assert capsys.readouterr().err == ""
-        with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", stream)
-            assert call(name, [word]) == full
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert "No space left on device" in error
-        assert len(error.splitlines()) == 1
-    with Unread() as stream, monkeypatch.context() as patch:
+    place = str(run[name == "verify"])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        print_run(metrics, directory)  # a job of a sweep goes on
+        assert call(name, [place]) == unread
+    assert capsys.readouterr().err == ""
+    with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert call(name, [place]) == full
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run directory, and a checkpoint of it, by the command that reads it."""
+    folder = tmp_path_factory.mktemp("run")
+    result = job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={folder}/run")))
+    assert result is not None
+    export_run(result[1], Request("gathered"), folder / "model")
+    return {"results": result[1], "verify": folder / "model"}
+
+
+def test_a_job_goes_on_where_nobody_reads(tmp_path: Path) -> None:
+    process = started(tmp_path, "-m", *QUICK, "permutation=none", "seed=0,1")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=200) in (0, 141)
+    assert len(list(tmp_path.rglob("masks.safetensors"))) == 2
+
+
+def test_a_help_that_nobody_reads_is_quiet(tmp_path: Path) -> None:
+    process = started(tmp_path, "--help")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(timeout=100), process.stderr.read()) == (141, "")
