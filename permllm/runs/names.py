@@ -1,7 +1,7 @@
 """The files of a run directory, what is in each of them, and the file of runs that are kept."""
 
 # Of `metrics.json`.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # In the metadata of a safetensors file, and in a JSON object of ours.
 CHECKSUM = "crc32"
 
