@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from permllm.config import PathsConfig
 from permllm.errors import ConfigError
-from permllm.runs.files import write_record_lines
+from permllm.runs.files import write_text
 from permllm.runs.names import LINES
 from permllm.runs.read import Run, collect
 
-# Where runs are, by their settings, and where they are by themselves.
-_PLACES = {"runs_dir": "runs", "run_dir": None}
+# A folder that is named from the root, of whichever system.
+_ABSOLUTE = re.compile(r"(/|\\\\|[A-Za-z]:[/\\])")
+# Settings that name folders of the machine, which no result depends on.
+_FOLDERS = ("runs_dir", "run_dir", "hydra.run.dir", "hydra.sweep.dir")
 
 
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     """Write the runs in some places to a file, which is replaced, and return their names.
-
-    Paths of the machine are left out.
 
     Raises:
         ConfigError: the file has another suffix, a run cannot be kept, two have one name, or there is none.
@@ -31,49 +31,42 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     if file.suffix != LINES:
         raise ConfigError(f"--jsonl {file}: expected a file whose name ends in {LINES}")
     found = collect(places, apart=True)
-    if found.skipped:
-        path, reason = found.skipped[0]
-        raise ConfigError(f"--jsonl: {path} cannot be kept: {reason}")
-    runs = found.runs
+    if found.notes:
+        raise ConfigError(f"--jsonl {file}: {found.notes[0]}")
     # An absolute path has a name also where the place is ".".
-    names = [Path(os.path.abspath(run.directory)).name for run in runs]
+    runs = sorted((Path(os.path.abspath(run.directory)).name, number) for number, run in enumerate(found.runs))
+    names = [name for name, _ in runs]
     if not names:
         raise ConfigError(f"--jsonl {file}: no finished run is among {', '.join(map(str, places))}")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise ConfigError(f"--jsonl {file}: {count} of the runs have the name {name}, under which one is kept")
-    kept = sorted(zip(names, runs, strict=True), key=lambda pair: pair[0])
-    write_record_lines(file, [{"run": name} | _line(run) for name, run in kept])
-    return sorted(names)
+    write_text(file, "".join(json.dumps({"run": name} | _line(found.runs[number])) + "\n" for name, number in runs))
+    return names
 
 
-def _line(run: Run) -> dict[str, object]:
-    line: dict[str, object] = {"config": _of_any_machine(run.config), "metrics": run.metrics}
-    if run.environment:
-        line["environment"] = dict(run.environment) | {"command": _typed_anywhere(run.environment["command"])}
-    line |= {"history": run.history} if run.history else {}
-    return line | ({"scores": {"evaluations": run.scores}} if run.scores else {})
+def _line(run: Run) -> dict[str, Any]:
+    line: dict[str, Any] = {"config": _of_any_machine(run.config), "metrics": run.metrics, "evaluations": run.evaluations}
+    environment = dict(run.environment)
+    if "command" in environment:
+        environment["command"] = _typed_anywhere(environment["command"])
+    return line | {key: value for key, value in (("environment", environment), ("history", run.history)) if value}
 
 
 def _of_any_machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without folders of the machine, which no result depends on."""
-    usual = asdict(PathsConfig())
-    paths = {name: usual.get(name) if _of_a_machine(value or "") else value for name, value in config.get("paths", {}).items()}
-    places = {name: value for name, value in _PLACES.items() if _of_a_machine(config.get(name) or "")}
-    return dict(config) | places | ({"paths": paths} if paths else {})
+    """Return settings without folders of the machine."""
+    flat = dict(config) | {key: None for key in _FOLDERS if _ABSOLUTE.match(str(config.get(key)))}
+    if config.get("paths"):
+        flat["paths"] = {key: None if _ABSOLUTE.match(str(value)) else value for key, value in config["paths"].items()}
+    return flat
 
 
 def _typed_anywhere(command: str) -> str:
-    """A command without the words that name such folders."""
-    kept, words = [], shlex.split(command)
+    """Return a command without the words that name such folders."""
+    words = shlex.split(command)
+    kept = []
     for word in words:
         key, _, value = word.partition("=")
-        of_folder = key in (*_PLACES, "hydra.run.dir", "hydra.sweep.dir") or key.startswith("paths.")
-        if not (of_folder and _of_a_machine(value.strip("'\""))):
+        if not ((key in _FOLDERS or key.startswith("paths.")) and _ABSOLUTE.match(value.strip("'\""))):
             kept.append(word)
     return command if kept == words else shlex.join(kept)
-
-
-def _of_a_machine(folder: str) -> bool:
-    """Whether a folder is named from the root, of whichever system."""
-    return PurePosixPath(folder).is_absolute() or PureWindowsPath(folder).is_absolute()

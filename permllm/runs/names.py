@@ -7,6 +7,7 @@ CHECKSUM = "crc32"
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+EVALUATIONS = "evaluations"
 SCORES = "scores.json"
 HISTORY = "history.jsonl"
 PERMUTATIONS = "permutations.safetensors"
