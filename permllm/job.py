@@ -53,14 +53,13 @@ from permllm.runs.cache import clear_cache
 from permllm.runs.cache_folder import choose_cache
 from permllm.runs.directory import RunRecord, is_finished, run_directory
 from permllm.runs.environment import environment
-from permllm.runs.evaluations import mean_accuracy
-from permllm.runs.figures import earlier_figures, flat_figures, print_run
+from permllm.runs.figures import earlier_figures, flat_figures, mean_accuracy
 from permllm.runs.files import write_record
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import RunLogger, open_logger
 from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, WRITTEN_EXPORT
 from permllm.runs.outcomes import Outcome
-from permllm.runs.printed import print_comparison, print_jobs
+from permllm.runs.printed import print_comparison, print_jobs, print_run
 from permllm.runs.read import collect
 from permllm.runs.run_tensors import write_masks, write_orders
 from permllm.runs.table import summarise
@@ -417,7 +416,7 @@ def objective(metrics: dict[str, Any]) -> float:
     found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
     if found:
         return found[0] if len(found) == 1 else math.exp(statistics.fmean(map(math.log, found)))
-    accuracy = mean_accuracy(metrics.get("zero_shot", {}).get("sparse", {}))
+    accuracy = mean_accuracy(metrics.get("tasks", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
 
 

@@ -1,8 +1,8 @@
 """Make the tables of documents anew: python scripts/readme_tables.py [--check] README.md experiments/*/README.md.
 
-A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!-- /view -->`. Files are named from
-the document's folder, a value with spaces stands in quotes, and a view is a function of this script. With --check nothing is
-written, and the exit code is 1 where a document is stale.
+A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!-- /view -->`. A view is a
+function of this script, files are named from the document's folder, and a value with spaces stands in quotes. With --check
+nothing is written, and the exit code is 1 where a document is stale.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.config_store import composed
 from permllm.runs.files import write_text
+from permllm.runs.frame import method_of
 from permllm.runs.names import RECORDS
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render, take_baseline
-from permllm.runs.table import GAP, Table, method_of
+from permllm.runs.table import GAP, Table
 from permllm.runtime.tool import run_tool
 
 _BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
-# In the ablation: groups and single settings that make a result, and settings that follow from others.
+# In the ablation: what makes a result, and settings that follow from others.
 _GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
 _SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.seqlen", "calibration.statistics")
 _LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_", "uses")
@@ -74,7 +75,7 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
 
 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
-    """Return rows by the mean gap that they close, with the minutes of the fastest seed; no rows with another run's permutation."""
+    """Return rows by the gap that they close, with minutes and memory; no rows whose permutation is another run's."""
     runs = runs_of(folder / records)
     found = Table(runs)
     take_baseline(found, baseline)
@@ -195,17 +196,14 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spread(values: pd.Series, digits: int) -> str:
-    values = values.dropna()
-    if values.empty:
-        return ""
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+    spread = f" ± {values.std():.{digits}f}" if values.count() > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}" if values.count() else ""
 
 
 def runs_of(file: Path) -> list[Run]:
     """Return the runs of a file of records. Raises DataError where one of them is left out."""
-    found = collect([file])
-    if found.notes:
-        raise DataError("; ".join(found.notes))
+    if notes := (found := collect([file])).notes:
+        raise DataError("; ".join(notes))
     return found.runs
 
 

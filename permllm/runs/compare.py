@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from permllm.runs.frame import DENSE
 from permllm.runs.measures import Scores
-from permllm.runs.table import DENSE, GAP, Table
+from permllm.runs.table import GAP, Table
 
 RESAMPLES = 10_000
 LEVEL = 0.95

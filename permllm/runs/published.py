@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
+from permllm.runs.frame import METHODS
 from permllm.runs.measures import Measure
-from permllm.runs.table import METHODS
 
 _FILE = Path(__file__).parent / "published.csv"
 # Settings that the paper's tables vary, where ours have them, and the paper's value where a table does not vary them.

@@ -19,6 +19,9 @@ from permllm.runs.outcomes import kept
 # `metrics.json` has a copy of these keys of the evaluation that was asked for last.
 COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
 
+# Settings of a run that change no number.
+_NO_SETTING = ("name", "save_weights")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -53,14 +56,14 @@ class Run:
                 raise DataError(f"{self.directory}: schema_version={version}: expected {SCHEMA_VERSION}")
             if (status := self.metrics["status"]) != "finished":
                 raise DataError(f"{self.directory}: not finished (status {status!r}); the same command continues it")
-            for key in ("seed", "sparsity", "pruner", "permutation", "calibration"):
-                self.config[key]
-            flat = flatten(identity_of(self.config))
+            int(self.config["seed"]), float(self.metrics["peak_memory_bytes"]), self.config["sparsity"]
+            for group in ("pruner", "permutation", "calibration"):
+                self.config[group].get("name")
+            flat = {key: value for key, value in flatten(identity_of(self.config)).items() if key not in _NO_SETTING}
             model = str(self.config["model"]["name"])
             taken = {"identity": flat} | {
                 which: measured(self.metrics, self.evaluations, model, which) for which in ("sparse", "dense")
             }
-            float(self.metrics["peak_memory_bytes"])
         except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
             missing = "" if not isinstance(error, KeyError) else " is missing"
             raise DataError(f"{self.directory}: not as a run leaves it: {first_line(error)}{missing}") from error

@@ -13,9 +13,10 @@ import pandas as pd
 from permllm.config import finite
 from permllm.errors import ConfigError
 from permllm.runs.compare import Paired, change, paired
+from permllm.runs.frame import number
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run
-from permllm.runs.table import Table, number
+from permllm.runs.table import Table
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -90,7 +91,7 @@ def changes_of(table: Table, baseline: int | None, paper: Comparison | None) -> 
     """Return each row's changes from a baseline in the main measure and the average accuracy, as shares.
 
     Returns:
-        By measure, for each row: `ours` and its `interval`; and `paper` and the `difference` of the two, where the paper's numbers
+        By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the two, where the paper's numbers
         are of another model, so that only changes can be compared. None where there is none.
     """
     found: dict[str, list[dict[str, Any]]] = {}
@@ -126,12 +127,15 @@ def records(table: Table, baseline: int | None = None, paper: Comparison | None 
     changes = changes_of(table, baseline, paper)
     found = []
     for row, members in enumerate(table.rows):
-        record: dict[str, Any] = {"settings": table.labels(row), "seeds": [table.runs[run].config["seed"] for run in members]}
+        record: dict[str, Any] = {
+            "settings": table.labels.loc[row, table.settings].to_dict(),
+            "seeds": [table.runs[run].config["seed"] for run in members],
+        }
         record["measures"] = {
             name: {
                 "mean": float(table.means.at[row, name]),
-                "deviation": float(table.deviations.at[row, name]) if len(members) > 1 else None,
-                "stderr": table.stderr(row, name),
+                "deviation": table.error(row, name) if len(members) > 1 else None,
+                "stderr": table.error(row, name) if len(members) == 1 else None,
                 "limited": table.limited(name),
             }
             for name in table.measures
