@@ -109,7 +109,13 @@ def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> tuple[float, 
     if not all(kept):
         value = float(mean(*columns))
         return value, math.nan, math.nan
-    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "vectorized": True, "batch": 500}
+    options: Any = {
+        "n_resamples": RESAMPLES,
+        "confidence_level": LEVEL,
+        "method": "percentile",
+        "vectorized": True,
+        "batch": 500,
+    }
     interval = stats.bootstrap(columns, mean, rng=np.random.default_rng(0), **options).confidence_interval
     return float(mean(*columns)), float(interval.low), float(interval.high)
 

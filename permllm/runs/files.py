@@ -105,7 +105,7 @@ def read_record_lines(path: Path, schema: type[Schema]) -> Iterator[tuple[str, S
             yield where, error
 
 
-def read_json(path: Path, schema: type[Schema] = Object) -> Schema:  # type: ignore[assignment]
+def read_json(path: Path, schema: Any = Object) -> Any:
     """What a JSON file holds.
 
     Args:
@@ -148,7 +148,7 @@ def read_json_lines(path: Path, schema: type[Schema]) -> list[Schema]:
     return found
 
 
-def read_yaml(path: Path, schema: type[Schema] = Object) -> Schema:  # type: ignore[assignment]
+def read_yaml(path: Path, schema: Any = Object) -> Any:
     """What a YAML file holds, like `read_json`: an object of what JSON has too, each part written out. It has no checksum."""
     content = _content(path)
     try:

@@ -93,11 +93,11 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
     how = evaluation["evaluation"].get("tasks", {})
     scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
     tasks = evaluation.get("tasks", {}).get(which, {})
-    found = {}
+    found: dict[Key, Measure] = {}
     for task, values in tasks.items():
         asked = how.get(values.get("asked")) or {}
-        facts = (f"{values['n']} items", f"split {plain(str(values.get('split')))}")
-        facts += (f"add_bos_token={asked.get('add_bos_token')}", f"file {str(asked.get('digest', ''))[:8]}")
+        of_items = (f"{values['n']} items", f"split {plain(str(values.get('split')))}")
+        facts = (*of_items, f"add_bos_token={asked.get('add_bos_token')}", f"file {str(asked.get('digest', ''))[:8]}")
         for metric, value in values["metrics"].items():
             if value is None:
                 continue
@@ -118,11 +118,12 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             task: one for (_, _), measure in found.items() for task, one in measure.scores.items() if not measure.asked_for
         }
         parts = {task: parts[task] for task in counted} if set(counted) <= parts.keys() else {}
-        facts = (f"of {plain(', '.join(sorted(counted)))}", f"{sum(tasks[task]['n'] for task in counted)} items")
-        facts += (f"add_bos_token={next((task.get('add_bos_token') for task in how.values()), None)}",)
+        bos = next((task.get("add_bos_token") for task in how.values()), None)
+        items = f"{sum(tasks[task]['n'] for task in counted)} items"
+        of_all = (f"of {plain(', '.join(sorted(counted)))}", items, f"add_bos_token={bos}")
         limited = any(tasks[task]["limited"] for task in counted)
         average = Measure(mean_accuracy(tasks), "accuracy", mean_error(tasks), limited, parts, tuple(sorted(counted)))
-        found["average acc", facts] = average
+        found["average acc", of_all] = average
     return found
 
 

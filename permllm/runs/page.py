@@ -83,7 +83,7 @@ def _table(frame: pd.DataFrame, words: int) -> str:
     # "56.16% ± 2.00%" is sorted by its first number; what has none comes last.
     number = "function (data, type) { return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"
     numbers = {"targets": [*range(words, frame.shape[1])], "render": itables.JavascriptFunction(number), "type": "num"}
-    options = {
+    options: Any = {
         "connected": False,
         "table_id": "table",
         "paging": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -71,9 +72,12 @@ def cells(table: Table, baseline: int | None = None, paper: Comparison | None = 
             every = [paper.dense(name), *values]
             found[prefix + paper.heading] = ["" if value is None else number(value, kind) for value in every]
             if paper.same_model:
-                ours = [table.means.at[row, name] if table.has(row, name) else None for row in rows]
-                pairs = zip(ours, values, strict=True)
-                found[f"{prefix}difference"] = ["", *("" if None in pair else _difference(*pair, kind) for pair in pairs)]
+                scale = 100 if kind == "accuracy" else 1
+                differences = [
+                    math.nan if value is None else table.means.at[row, name] - value for row, value in enumerate(values)
+                ]
+                texts = ["" if math.isnan(one) else f"{one * scale:+.2f}" for one in differences]
+                found[f"{prefix}difference"] = ["", *texts]
         titles = {"ours": "against the baseline"}
         if paper and not paper.same_model and any(value is not None for value in values):
             titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
@@ -193,7 +197,7 @@ def find_row(table: Table, text: str, option: str) -> int:
     return rows[0]
 
 
-def compared(found: list[dict[str, Any]], first: str, second: str, format: str) -> str:
+def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
     """Return `permllm.runs.compare.comparison` of two rows of these names in one of `FORMATS`."""
     if format == "json":
         return as_json(found)
@@ -204,7 +208,7 @@ def compared(found: list[dict[str, Any]], first: str, second: str, format: str) 
         lines.append(
             (line["measure"], line["first"], line["second"], f"{line['difference'] * 100:+.1f}{unit}", between, line["over"])
         )
-    header = ["measure", first, second, "difference", "95 % interval", "over"]
+    header = ["measure", *names, "difference", "95 % interval", "over"]
     return as_text(pd.DataFrame(lines, columns=header), format, 1)
 
 
@@ -235,10 +239,6 @@ def processor(run: Run) -> str:
 
 def _published(table: Table, paper: Comparison | None, row: int, name: str) -> float | None:
     return paper.value(table.config(row), name, table.value(table.rows[row][0], name)) if paper else None
-
-
-def _difference(ours: float, theirs: float, kind: str) -> str:
-    return f"{(ours - theirs) * (100 if kind == 'accuracy' else 1):+.2f}"
 
 
 def _change_text(change: float | None, interval: list[float] | None, kind: str) -> str:

@@ -53,7 +53,8 @@ def work(options: argparse.Namespace) -> Answer:
         note(table.notes)
         rows = [find_row(table, text, "--compare") for text in options.compare]
         differences = comparison(table, *rows)
-        return Answer(differences, lambda: print(compared(differences, *options.compare, options.format), end=""))
+        text = compared(differences, options.compare, options.format)
+        return Answer(differences, lambda: print(text, end=""))
     baseline, paper = take_baseline(table, options.baseline), beside(options.paper, table)
     table.show(options.columns, options.measures)
     note([*table.notes, *(without_interval(table, baseline) if baseline is not None else [])])
