@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.config_store import composed
+from permllm.runs.dataframe import method_of
 from permllm.runs.files import write_text
-from permllm.runs.frame import method_of
 from permllm.runs.names import RECORDS
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, collect

@@ -26,7 +26,7 @@ def frame(*places: str | Path) -> pd.DataFrame:
     Raises:
         ConfigError: there is no such place, or no finished run. What else is no such run is a warning.
     """
-    from permllm.runs.frame import frame_of, measures_of
+    from permllm.runs.dataframe import frame_of, measures_of
     from permllm.runs.read import collect
 
     found = collect(map(Path, places))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.runs.frame import DENSE
+from permllm.runs.dataframe import DENSE
 from permllm.runs.measures import Scores
 from permllm.runs.table import GAP, Table
 

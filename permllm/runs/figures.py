@@ -41,14 +41,15 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, values in dense.items():
         items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
         for metric in values["metrics"]:
-            shown = (number(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name]))
-            rows.append((f"{task_label(name, values, metric)}{items}", *shown))
+            before, after = (
+                number(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name])
+            )
+            rows.append((f"{task_label(name, values, metric)}{items}", before, after))
     counted = counted_tasks(dense)
     if len(counted) > 1:
         limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
-        rows.append(
-            (f"average acc{limited}", *(number(mean_accuracy(part), mean_error(part), ACC) for part in (dense, sparse)))
-        )
+        before, after = (number(mean_accuracy(part), mean_error(part), ACC) for part in (dense, sparse))
+        rows.append((f"average acc{limited}", before, after))
     return rows
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +15,36 @@ from permllm.runs.files import write_text
 from permllm.runs.names import LINES
 from permllm.runs.read import Run, collect
 
-# A folder that is named from the root, of whichever system.
-_ABSOLUTE = re.compile(r"(/|\\\\|[A-Za-z]:[/\\])")
-# Settings that name folders of the machine, which no result depends on.
-_FOLDERS = ("runs_dir", "run_dir", "hydra.run.dir", "hydra.sweep.dir")
+# A folder of the machine, which no result depends on: named from the root, of whichever system.
+_ABSOLUTE = r"['\"]*(/|\\\\|[A-Za-z]:[/\\])"
 
 
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
-    """Write the runs in some places to a file, which is replaced, and return their names.
+    """Write the runs in some places to a file, which is replaced, without paths of the machine; return their names.
 
     Raises:
         ConfigError: the file has another suffix, a run cannot be kept, two have one name, or there is none.
     """
-    if file.suffix != LINES:
-        raise ConfigError(f"--jsonl {file}: expected a file whose name ends in {LINES}")
     found = collect(places, apart=True)
-    if found.notes:
-        raise ConfigError(f"--jsonl {file}: {found.notes[0]}")
     # An absolute path has a name also where the place is ".".
-    runs = sorted((Path(os.path.abspath(run.directory)).name, number) for number, run in enumerate(found.runs))
-    names = [name for name, _ in runs]
-    if not names:
-        raise ConfigError(f"--jsonl {file}: no finished run is among {', '.join(map(str, places))}")
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ConfigError(f"--jsonl {file}: {count} of the runs have the name {name}, under which one is kept")
-    write_text(file, "".join(json.dumps({"run": name} | _line(found.runs[number])) + "\n" for name, number in runs))
-    return names
+    names = Counter(Path(os.path.abspath(run.directory)).name for run in found.runs)
+    twice = [f"{count} of the runs have the name {name}" for name, count in names.items() if count > 1]
+    wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
+    wrong += found.notes + twice + ([] if names else ["no finished run is among them"])
+    if wrong:
+        raise ConfigError(f"--jsonl {file}: {wrong[0]}")
+    lines = {Path(os.path.abspath(run.directory)).name: _line(run) for run in found.runs}
+    write_text(file, "".join(json.dumps({"run": name} | lines[name]) + "\n" for name in sorted(lines)))
+    return sorted(lines)
 
 
 def _line(run: Run) -> dict[str, Any]:
-    line: dict[str, Any] = {"config": _of_any_machine(run.config), "metrics": run.metrics, "evaluations": run.evaluations}
-    environment = dict(run.environment)
+    config, environment = dict(run.config), dict(run.environment)
+    paths = {key: value for key, value in (config.get("paths") or {}).items() if not re.match(_ABSOLUTE, str(value))}
+    config |= {key: None for key in ("runs_dir", "run_dir") if re.match(_ABSOLUTE, str(config.get(key)))}
+    config |= {"paths": paths} if config.get("paths") else {}
     if "command" in environment:
-        environment["command"] = _typed_anywhere(environment["command"])
+        words = [word for word in environment["command"].split() if not re.match(rf"[\w.]*_?dir={_ABSOLUTE}", word)]
+        environment["command"] = " ".join(words)
+    line = {"config": config, "metrics": run.metrics, "evaluations": run.evaluations}
     return line | {key: value for key, value in (("environment", environment), ("history", run.history)) if value}
-
-
-def _of_any_machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without folders of the machine."""
-    flat = dict(config) | {key: None for key in _FOLDERS if _ABSOLUTE.match(str(config.get(key)))}
-    if config.get("paths"):
-        flat["paths"] = {key: None if _ABSOLUTE.match(str(value)) else value for key, value in config["paths"].items()}
-    return flat
-
-
-def _typed_anywhere(command: str) -> str:
-    """Return a command without the words that name such folders."""
-    words = shlex.split(command)
-    kept = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if not ((key in _FOLDERS or key.startswith("paths.")) and _ABSOLUTE.match(value.strip("'\""))):
-            kept.append(word)
-    return command if kept == words else shlex.join(kept)

@@ -77,7 +77,7 @@ def measured(metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], mode
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
     how = evaluation["evaluation"].get("perplexity", {})
     scores = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
-    found = {}
+    found: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
         window, digest = values["window"], _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
         begins = "with BOS" if how.get("bos") else "without BOS"

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from permllm.errors import DataError
-from permllm.runs.frame import setting_text
+from permllm.runs.dataframe import setting_text
 from permllm.runs.plots import MINUTES, measures_of, permutations, points
 from permllm.runs.published import Comparison
 from permllm.runs.read import Run

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.runs.frame import method_of
+from permllm.runs.dataframe import method_of
 from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.plotting import load_pyplot, save_figure
 from permllm.runs.table import GAP, Table
@@ -77,15 +79,6 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     sizes = 30 + 150 * found["memory"] / max(1, found["memory"].max())
     for number, (method, some) in enumerate(found.sort_values("minutes").groupby("method", sort=False)):
         axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8, **_look(number))
-    if not (found["name"] == found["method"]).all():  # the legend says it otherwise
-        named = (found if len(found) <= 12 else front).sort_values(["minutes", "value"])
-        middle = math.sqrt(found["minutes"].min() * found["minutes"].max())
-        for number, point in enumerate(named.itertuples()):
-            # Above and below in turn, because neighbours are often at one place; to the left of what is slow.
-            slow = point.minutes > middle
-            offset, side = (-6 if slow else 6, -13 if number % 2 else 6), "right" if slow else "left"
-            place = (point.minutes, point.value)
-            axis.annotate(point.name[:32], place, offset, textcoords="offset points", ha=side, fontsize="small")
     if name in table.dense and math.isfinite(table.dense[name][0]):
         axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
     _scale(axis, table.kinds[name], found["minutes"].min() > 0)
@@ -149,10 +142,11 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
     for title, members in zip(table.names(), table.rows, strict=True):
         masks = table.runs[members[0]].directory / MASKS
         if masks.is_file():
-            names = tensor_names(masks)
-            chosen = linear or by_layer(names)[len(by_layer(names)) // 2][0]
-            if chosen not in names:
-                raise ConfigError(f"--linear {chosen}: {masks} has no such mask; it has {names[0]}, ...")
+            with _opened(masks) as opened:
+                layers = by_layer(opened.keys())
+            chosen = linear or layers[len(layers) // 2][0]
+            if not any(chosen in names for names in layers):
+                raise ConfigError(f"--linear {chosen}: {masks} has no such mask; it has {layers[0][0]}, ...")
             found.append((title, chosen, read_mask(masks, chosen)[:size, :size]))
     if not found:
         raise ConfigError(f"--masks: none of the runs has its {MASKS}")
@@ -171,40 +165,37 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
     save_figure(figure, "--masks", file)
 
 
-def tensor_names(file: Path) -> list[str]:
-    """Return the names of the tensors of a file. Raises DataError, which names the file, where it cannot be read."""
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file of tensors. Raises DataError, which names the file, where something in it cannot be read."""
     try:
         with safe_open(file, framework="numpy") as opened:
-            return sorted(opened.keys())
-    except (OSError, SafetensorError, ValueError) as error:
+            yield opened
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def read_mask(file: Path, name: str) -> NDArray[np.bool_]:
-    """Return a mask of `masks.safetensors`, `(C_out, C_in)`, bool; errors as `tensor_names`."""
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            shape = json.loads(opened.metadata()["shapes"])[name]
-            return np.unpackbits(opened.get_tensor(name), count=math.prod(shape)).reshape(shape).astype(bool)
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: {name} cannot be read: {first_line(error)}") from error
+    """Return a mask of `masks.safetensors`, `(C_out, C_in)`, bool."""
+    with _opened(file) as opened:
+        shape = json.loads(opened.metadata()["shapes"])[name]
+        return np.unpackbits(opened.get_tensor(name), count=math.prod(shape)).reshape(shape).astype(bool)
 
 
 def permutations(directory: Path) -> dict[str, NDArray[np.int64]]:
     """Return the permutations of the first, the middle and the last layer of a run by channel group; empty for none."""
-    file = directory / PERMUTATIONS
-    if not file.is_file():
+    if not (directory / PERMUTATIONS).is_file():
         return {}
-    layers = by_layer(tensor_names(file))
-    chosen = dict.fromkeys([0, len(layers) // 2, len(layers) - 1] if layers else [])
-    with safe_open(file, framework="numpy") as opened:
+    with _opened(directory / PERMUTATIONS) as opened:
+        layers = by_layer(opened.keys())
+        chosen = sorted({0, len(layers) // 2, len(layers) - 1})
         return {name: opened.get_tensor(name) for layer in chosen for name in layers[layer]}
 
 
-def by_layer(names: list[str]) -> list[list[str]]:
+def by_layer(names: Iterable[str]) -> list[list[str]]:
     """Return names of channel groups or linears by decoder layer, in the order of the layers."""
     layers: dict[int, list[str]] = {}
-    for name in names:
+    for name in sorted(names):
         number = re.search(r"\.(\d+)\.", name)
         layers.setdefault(int(number[1]) if number else -1, []).append(name)
     return [layers[layer] for layer in sorted(layers)]

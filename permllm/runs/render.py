@@ -14,7 +14,7 @@ import pandas as pd
 from permllm.config import finite
 from permllm.errors import ConfigError
 from permllm.runs.compare import Paired, change, paired
-from permllm.runs.frame import number
+from permllm.runs.dataframe import number
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run
 from permllm.runs.table import Table

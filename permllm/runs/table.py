@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.runs.frame import DENSE, METHODS, frame_of, is_spare, measures_of, number, setting_text, settings_of, sort_key
+from permllm.runs.dataframe import DENSE, METHODS, frame_of, is_spare, measures_of, number, setting_text, settings_of, sort_key
 from permllm.runs.measures import Measure
 from permllm.runs.read import Run
 
@@ -40,7 +40,7 @@ class Table:
 
     Attributes:
         runs: the runs.
-        frame: a row a run (`permllm.runs.frame`), with the gaps that it closes, and the number of its `row`.
+        frame: a row a run (`permllm.runs.dataframe`), with the gaps that it closes, and the number of its `row`.
         rows: for each row the numbers of its runs, which differ only in their seed.
         settings: columns of settings that are shown.
         measures: columns of measures that are shown.
