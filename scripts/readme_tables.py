@@ -1,8 +1,7 @@
 """Make the tables of documents anew: python scripts/readme_tables.py [--check] README.md experiments/*/README.md.
 
-A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!-- /view -->`. A view is a
-function of this script, files are named from the document's folder, and a value with spaces stands in quotes. With --check
-nothing is written, and the exit code is 1 where a document is stale.
+A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!-- /view -->`, files are named
+from the document's folder. With --check nothing is written, and 1 is returned where a document is stale.
 """
 
 from __future__ import annotations
@@ -155,14 +154,13 @@ def ablation(folder: Path, records: str = RECORDS) -> str:
 def _ablated(run: Run) -> dict[str, Any]:
     config, metrics = run.config, run.metrics
     said = ", ".join(f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run))
-    order = Path(config["permutation"].get("path", "")).name.rsplit("-", 1)[-1]
-    losses = [entry["measured_loss"] for entry in run.history if entry["measured_loss"] is not None]
+    order = config["permutation"].get("path", "").rpartition("-")[2]
     ((sparse, dense),) = zip(metrics["perplexity"]["sparse"].values(), metrics["perplexity"]["dense"].values(), strict=True)
     return {group: config[group]["name"] for group in _GROUPS} | {
         "settings": ", ".join(filter(None, [f"the order of `{order}`" if order else "", said])),
         "perplexity": sparse["value"],
         "dense": dense["value"],
-        "final loss": min(losses, default=None),
+        "final loss": min((one["measured_loss"] for one in run.history if one["measured_loss"] is not None), default=None),
         "seconds": sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load"))),
         "processor": processor(run).replace("(R)", "").replace(" Processor", ""),
         "records": f"`{run.directory.name.rsplit('-', 1)[-1]}`",
@@ -202,8 +200,8 @@ def _spread(values: pd.Series, digits: int) -> str:
 
 def runs_of(file: Path) -> list[Run]:
     """Return the runs of a file of records. Raises DataError where one of them is left out."""
-    if notes := (found := collect([file])).notes:
-        raise DataError("; ".join(notes))
+    if (found := collect([file])).notes:
+        raise DataError("; ".join(found.notes))
     return found.runs
 
 
@@ -212,11 +210,10 @@ def provenance(runs: list[Run]) -> str:
     minutes = sum(sum(run.metrics["seconds"].values()) for run in runs) / 60
     seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
     budget = runs[0].config["calibration"]
-    return (
-        f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included. Runs of several tables count in each; what "
-        "an earlier job had left of the dense model's evaluation and calibration does not. "
-        f"Seed {seeds}; calibrated on {budget['samples']} samples of {budget['seqlen']} tokens. {machine(runs)}\n"
-    )
+    cost = f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included. Runs of several tables count in each"
+    cached = "what an earlier job had left of the dense model's evaluation and calibration does not"
+    calibrated = f"calibrated on {budget['samples']} samples of {budget['seqlen']} tokens"
+    return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"
 
 
 _VIEWS = {view.__name__: view for view in (table, paper, frontier, ablation, placements, peers)}

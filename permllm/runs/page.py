@@ -56,23 +56,16 @@ show();
 
 def page(table: Table, notes: list[str], baseline: int | None = None, paper: Comparison | None = None) -> str:
     """Return the page as text; its policy forbids it to load anything. `baseline` and `paper` are as for `cells`."""
-    every = [*notes, *table.notes, *([paper.note] if paper and paper.note else [])]
+    every = "".join(f"<li>{escape(note)}</li>" for note in (*notes, *table.notes, *([paper.note] if paper else [])) if note)
     named = [(run, name) for name, members in zip(table.names(), table.rows, strict=True) for run in members]
     choices = [(run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named]
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
-    return _FRAME.format(
-        policy=_POLICY,
-        runs=len(table.runs),
-        rows=len(table.rows),
-        plotly=get_plotlyjs(),
-        notes="".join(f"<li>{escape(note)}</li>" for note in every),
-        quality=_html(quality(table), "quality"),
-        itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
-        table=_table(cells(table, baseline, paper), len(table.settings)),
-        options="".join(f'<option value="{run}">{name}</option>' for run, name in choices),
-        curves=_html(curves(table.runs), "curves"),
-        details="".join(_details(table.runs[run], run) for run, _ in named),
-    )
+    parts = {"policy": _POLICY, "runs": len(table.runs), "rows": len(table.rows), "plotly": get_plotlyjs(), "notes": every}
+    parts |= {"itables": generate_init_offline_itables_html(bundle).partition("<div")[0]}
+    parts |= {"table": _table(cells(table, baseline, paper), len(table.settings))}
+    parts |= {"quality": _html(quality(table), "quality"), "curves": _html(curves(table.runs), "curves")}
+    parts |= {"options": "".join(f'<option value="{run}">{name}</option>' for run, name in choices)}
+    return _FRAME.format(**parts, details="".join(_details(table.runs[run], run) for run, _ in named))
 
 
 def _html(figure: go.Figure, name: str) -> str:
@@ -83,15 +76,8 @@ def _table(frame: pd.DataFrame, words: int) -> str:
     # "56.16% ± 2.00%" is sorted by its first number; what has none comes last.
     number = "function (data, type) { return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"
     numbers = {"targets": [*range(words, frame.shape[1])], "render": itables.JavascriptFunction(number), "type": "num"}
-    options: Any = {
-        "connected": False,
-        "table_id": "table",
-        "paging": False,
-        "showIndex": False,
-        "order": [],
-        "layout": {"topEnd": "search"},
-    }
-    return str(itables.to_html_datatable(frame, columnDefs=[numbers], maxBytes=0, **options))
+    options: Any = {"connected": False, "table_id": "table", "paging": False, "showIndex": False, "order": [], "maxBytes": 0}
+    return str(itables.to_html_datatable(frame, columnDefs=[numbers], layout={"topEnd": "search"}, **options))
 
 
 def quality(table: Table) -> go.Figure:
@@ -144,7 +130,7 @@ def _details(run: Run, number: int) -> str:
         drawn = escape(str(error))
     settings = ", ".join(f"{key.removesuffix('.name')}={setting_text(value)}" for key, value in run.identity.items())
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in run.metrics["seconds"].items())
-    facts = [str(run.directory), machine([run]) if run.environment else "no environment.json", seconds, settings]
+    facts = [str(run.directory), machine([run]) if "hardware" in run.environment else "no environment.json", seconds, settings]
     hint = "Permutations: position to the right, original position upwards." if drawn else "No permutations are kept here."
     lines = "".join(f"<p>{escape(fact)}</p>" for fact in [*facts, hint])
     return f'<div class="run" data-run="{number}" hidden>{lines}{drawn}</div>'
@@ -157,7 +143,5 @@ def _picture(name: str, order: np.ndarray[Any, Any]) -> str:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     source = base64.b64encode(stream.getvalue()).decode()
-    moved = f"{(order != places).mean():.1%} of {len(order)} channels moved"
-    return (
-        f'<figure><img src="data:image/png;base64,{source}" alt=""><figcaption>{escape(name)}<br>{moved}</figcaption></figure>'
-    )
+    said = f"{escape(name)}<br>{(order != places).mean():.1%} of {len(order)} channels moved"
+    return f'<figure><img src="data:image/png;base64,{source}" alt=""><figcaption>{said}</figcaption></figure>'

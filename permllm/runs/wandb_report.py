@@ -12,7 +12,6 @@ from typing import Any
 
 from permllm.config import evaluation_of
 from permllm.errors import ConfigError, DataError
-from permllm.runs.figures import nats_above_dense
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, copied
 from permllm.runs.render import as_json, records, render
@@ -47,7 +46,7 @@ def answer(options: argparse.Namespace) -> Answer:
     for one in of_groups:
         try:
             run = as_run(one)
-        except DataError as error:
+        except (AttributeError, DataError, TypeError) as error:  # a project has runs of others too
             note([f"skipped {one.name} ({one.id}): {error}"])
             continue
         # A run that was done again with force=true counts once, the last time.
@@ -107,14 +106,10 @@ def _published(tables: dict[str, tuple[Table, Comparison, list[str]]], project: 
         raise ConfigError("--publish needs wandb-workspaces: pip install -e '.[wandb-report]'") from error
     blocks: list[Any] = []
     for model, (table, compared, ids) in tables.items():
-        found = [run.metrics for run in table.runs]
-        texts = dict.fromkeys(
-            f"perplexity/sparse/{text}/value" for one in found for text in one.get("perplexity", {}).get("sparse", {})
-        )
-        names = [_NATS] * any(nats_above_dense(one.get("perplexity", {})) is not None for one in found) + [*texts]
-        panels = [
-            wr.ScatterPlot(title=f"{name} over minutes", x=_MINUTES, y=name, log_x=True, running_ymin=True) for name in names
-        ]
+        texts = dict.fromkeys(text for run in table.runs for text in run.metrics.get("perplexity", {}).get("sparse", {}))
+        names = [_NATS] * bool(texts) + [f"perplexity/sparse/{text}/value" for text in texts]
+        look = {"x": _MINUTES, "log_x": True, "running_ymin": True}
+        panels = [wr.ScatterPlot(title=f"{name} over minutes", y=name, **look) for name in names]
         runs = wr.Runset(entity=entity, project=project, name=model, filters=[expr.Metric("ID").isin(ids)])
         blocks += [wr.H2(model), wr.MarkdownBlock(render(table, "md", None, compared)), wr.P(compared.note)]
         blocks += [wr.PanelGrid(runsets=[runs], panels=panels)]
