@@ -77,8 +77,8 @@ def paired(table: Table, row: int, other: int, name: str) -> Paired | str:
             if len({scores.asked if scores else None for rows in kept for scores in rows}) > 1:
                 return f"not the same {what}"
             parts.append(np.array([np.mean([scores.values for scores in rows if scores], axis=0) for rows in kept]))
-    if not all(np.isfinite(part).all() for part in parts):
-        return "not all scores are finite"
+    if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
+        return f"{what} are infinite, or a single one"
     value, low, high = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
     if table.kinds[name] == "perplexity":
         value, low, high = map(math.expm1, (value, low, high))
@@ -100,45 +100,33 @@ def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> tuple[float, 
     from scipy import stats  # a table without intervals need not wait for it
 
     def mean(*drawn: Any, axis: int = -1) -> Any:
-        return np.mean(
-            [of(*part[:, columns.astype(int)].mean(axis=-1)) for part, columns in zip(parts, drawn, strict=True)], axis=0
-        )
+        means = [part[:, columns.astype(int)].mean(axis=-1) for part, columns in zip(parts, drawn, strict=True)]
+        return np.mean([of(*part) for part in means], axis=0)
 
     columns = tuple(np.arange(part.shape[1]) for part in parts)
-    kept = [len(one) > 1 for one in columns]  # scipy resamples no single window
-    if not all(kept):
-        value = float(mean(*columns))
-        return value, math.nan, math.nan
-    options: Any = {
-        "n_resamples": RESAMPLES,
-        "confidence_level": LEVEL,
-        "method": "percentile",
-        "vectorized": True,
-        "batch": 500,
-    }
-    interval = stats.bootstrap(columns, mean, rng=np.random.default_rng(0), **options).confidence_interval
-    return float(mean(*columns)), float(interval.low), float(interval.high)
+    options: Any = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": 500}
+    found = stats.bootstrap(columns, mean, rng=np.random.default_rng(0), vectorized=True, **options).confidence_interval
+    return float(mean(*columns)), float(found.low), float(found.high)
 
 
 def _of_rows(table: Table, runs: list[dict[Any, int]], name: str, seeds: list[Any]) -> list[list[dict[str, Scores]]]:
-    return [[_scores(table, of_row[seed], name) for seed in seeds] for of_row in runs]
+    return [_scores(table, [of_row[seed] for seed in seeds], name) for of_row in runs]
 
 
 def _of_gap(table: Table, row: int, other: int, name: str, seeds: list[Any]) -> list[list[dict[str, Scores]]]:
     """Return the scores of each row, its unpermuted model and its dense model, of which each has several runs."""
-    found = []
+    found, of = [], table.frame["seed"]
     for one in (row, other):
         members, start = table.rows[one], table.rows[table.starts[one]]
-        of_start = set(table.frame["seed"][start]) == set(table.frame["seed"][members])
-        found.append([_scores(table, run, name) for run in members if table.frame["seed"][run] in seeds])
-        found.append([_scores(table, run, name) for run in start if not of_start or table.frame["seed"][run] in seeds])
-        found.append([_scores(table, run, f"{DENSE}{name}") for run in members])
+        paired_start = set(of[start]) == set(of[members])
+        found.append(_scores(table, [run for run in members if of[run] in seeds], name))
+        found.append(_scores(table, [run for run in start if not paired_start or of[run] in seeds], name))
+        found.append(_scores(table, members, f"{DENSE}{name}"))
     return found
 
 
-def _scores(table: Table, run: int, name: str) -> dict[str, Scores]:
-    measure = table.value(run, name)
-    return measure.scores if measure else {}
+def _scores(table: Table, runs: list[int], name: str) -> list[dict[str, Scores]]:
+    return [value.scores if (value := table.value(run, name)) else {} for run in runs]
 
 
 def _gap_difference(here: Any, start: Any, end: Any, other: Any, its_start: Any, its_end: Any) -> Any:

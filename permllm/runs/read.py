@@ -23,7 +23,7 @@ COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_tex
 _NO_SETTING = ("name", "save_weights")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A finished run.
 
@@ -51,24 +51,24 @@ class Run:
 
     def __post_init__(self) -> None:
         """Take the measures. Raises DataError, which begins with the directory, where the record lacks what tables need."""
+        config, metrics = self.config, self.metrics
         try:
-            if (version := self.metrics["schema_version"]) != SCHEMA_VERSION:
+            if (version := metrics["schema_version"]) != SCHEMA_VERSION:
                 raise DataError(f"{self.directory}: schema_version={version}: expected {SCHEMA_VERSION}")
-            if (status := self.metrics["status"]) != "finished":
+            if (status := metrics["status"]) != "finished":
                 raise DataError(f"{self.directory}: not finished (status {status!r}); the same command continues it")
-            int(self.config["seed"]), float(self.metrics["peak_memory_bytes"]), self.config["sparsity"]
-            for group in ("pruner", "permutation", "calibration"):
-                self.config[group].get("name")
-            flat = {key: value for key, value in flatten(identity_of(self.config)).items() if key not in _NO_SETTING}
-            model = str(self.config["model"]["name"])
-            taken = {"identity": flat} | {
-                which: measured(self.metrics, self.evaluations, model, which) for which in ("sparse", "dense")
-            }
+            (
+                int(config["seed"]),
+                float(metrics["peak_memory_bytes"]),
+                config["sparsity"],
+                config["calibration"].get("statistics"),
+            )
+            model, _, _ = (str(config[group]["name"]) for group in ("model", "pruner", "permutation"))
+            self.identity = {k: value for k, value in flatten(identity_of(config)).items() if k not in _NO_SETTING}
+            self.sparse, self.dense = (measured(metrics, self.evaluations, model, which) for which in ("sparse", "dense"))
         except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-            missing = "" if not isinstance(error, KeyError) else " is missing"
+            missing = " is missing" if isinstance(error, KeyError) else ""
             raise DataError(f"{self.directory}: not as a run leaves it: {first_line(error)}{missing}") from error
-        for name, value in taken.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass
@@ -179,6 +179,5 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
 
 def _of_line(file: Path, text: str) -> Run:
     line = json.loads(text)
-    evaluations = line.get("evaluations", [])
-    rest = (line.get("environment", {}), line.get("history", []))
-    return Run(file / line["run"], line["config"], line["metrics"], evaluations, *rest)
+    rest = (line.get("evaluations", []), line.get("environment", {}), line.get("history", []))
+    return Run(file / line["run"], line["config"], line["metrics"], *rest)

@@ -72,12 +72,9 @@ def cells(table: Table, baseline: int | None = None, paper: Comparison | None = 
             every = [paper.dense(name), *values]
             found[prefix + paper.heading] = ["" if value is None else number(value, kind) for value in every]
             if paper.same_model:
+                ours = table.means.get(name, pd.Series(math.nan, rows)) - pd.Series(values, rows, dtype=float)
                 scale = 100 if kind == "accuracy" else 1
-                differences = [
-                    math.nan if value is None else table.means.at[row, name] - value for row, value in enumerate(values)
-                ]
-                texts = ["" if math.isnan(one) else f"{one * scale:+.2f}" for one in differences]
-                found[f"{prefix}difference"] = ["", *texts]
+                found[f"{prefix}difference"] = ["", *("" if math.isnan(one) else f"{one * scale:+.2f}" for one in ours)]
         titles = {"ours": "against the baseline"}
         if paper and not paper.same_model and any(value is not None for value in values):
             titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
@@ -120,9 +117,8 @@ def without_interval(table: Table, baseline: int) -> list[str]:
     """Return a line for each reason why changes from the baseline have no interval."""
     name = table.main()
     pairs = [one["pair"] for one in changes_of(table, baseline, None).get(name or "", []) if one["pair"] is not None]
-    reasons = Counter(
-        pair if isinstance(pair, str) else "not the same seeds" for pair in pairs if isinstance(pair, str) or not pair.whole
-    )
+    whys = [pair if isinstance(pair, str) else "" if pair.whole else "not the same seeds" for pair in pairs]
+    reasons = Counter(filter(None, whys))
     return [f"no interval for {count} of {len(pairs)} rows: {reason}" for reason, count in reasons.items()]
 
 
