@@ -22,7 +22,6 @@ from permllm.runs.plotting import load_pyplot, save_figure
 from permllm.runs.table import GAP, Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
-_MARKERS = "osD^vPX*<>"
 
 
 def measures_of(table: Table) -> list[str]:
@@ -43,21 +42,17 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     rows = [row for row in rows if math.isfinite(table.means.at[row, measure])]
     several = len({table.label(row, "pruner") for row in range(len(table.rows))}) > 1
     found = pd.DataFrame(index=rows)
-    found["name"] = [table.names()[row] for row in rows]
+    names = table.names()
+    found["name"] = [names[row] for row in rows]
     found["method"] = [f"{table.label(row, 'pruner')}, " * several + method_of(table.config(row)) for row in rows]
     found["minutes"] = [table.frame["minutes"][table.fastest(row)] for row in rows]
     found["value"] = table.means[measure][rows]
     found["error"] = pd.Series([table.error(row, measure) for row in rows], rows, dtype=float).fillna(0.0)
     found["memory"] = [table.memory(row) for row in rows]
-    sign = 1 if lower_is_better(table, measure) else -1
+    sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
     ordered = found.assign(badness=sign * found["value"]).sort_values(["minutes", "badness"])
     found["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
     return found
-
-
-def lower_is_better(table: Table, measure: str) -> bool:
-    """Tell whether the smaller of two values of a measure is the better one."""
-    return table.kinds[measure] not in ("accuracy", "share")
 
 
 def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
@@ -77,8 +72,8 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 4.8))
     axis.step(front["minutes"], front["value"], where="post", linestyle=":", color="grey", label="Pareto front")
     sizes = 30 + 150 * found["memory"] / max(1, found["memory"].max())
-    for number, (method, some) in enumerate(found.sort_values("minutes").groupby("method", sort=False)):
-        axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8, **_look(number))
+    for method, some in found.sort_values("minutes").groupby("method", sort=False):
+        axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8)
     if name in table.dense and math.isfinite(table.dense[name][0]):
         axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
     _scale(axis, table.kinds[name], found["minutes"].min() > 0)
@@ -86,7 +81,7 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     axis.set_title(", ".join(next(iter(values)) for values in shared if len(values) == 1), fontsize="medium")
     axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
     axis.grid(alpha=0.3)
-    _legend(axis, "lower left" if lower_is_better(table, name) else "upper left")
+    _legend(axis)
     save_figure(figure, "--to", file, 100)
 
 
@@ -116,12 +111,12 @@ def plot_curves(table: Table, file: Path) -> None:
     learned = [(name, history) for name, history in learned if history]
     if not learned:
         raise ConfigError(f"--curves {file}: no run has a history of losses")
-    for number, (name, history) in enumerate(learned):
+    for name, history in learned:
         losses = [entry.get("loss", math.nan) for entry in history]
-        axis.plot(range(1, len(losses) + 1), losses, label=name[:48], **_look(number))
+        axis.plot(range(1, len(losses) + 1), losses, label=name[:48])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
-    _legend(axis, "best")
+    _legend(axis)
     save_figure(figure, "--curves", file)
 
 
@@ -201,14 +196,6 @@ def by_layer(names: Iterable[str]) -> list[list[str]]:
     return [layers[layer] for layer in sorted(layers)]
 
 
-def _look(number: int) -> dict[str, str]:
-    """Return a colour and a marker that no other of the first hundred has together."""
-    return {"color": f"C{number % 10}", "marker": _MARKERS[number // 10 % len(_MARKERS)]}
-
-
-def _legend(axis: Any, place: str) -> None:
-    """Draw a legend inside, or beside the axes where it would hide what is drawn."""
-    if len(axis.get_legend_handles_labels()[1]) <= 6:
-        axis.legend(fontsize="small", loc=place)
-    else:
-        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+def _legend(axis: Any) -> None:
+    """Draw a legend beside the axes, where it hides nothing."""
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)

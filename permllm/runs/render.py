@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -109,17 +108,8 @@ def changes_of(table: Table, baseline: int | None, paper: Comparison | None) -> 
             if paper and not paper.same_model and ours is not None and value is not None and start is not None:
                 theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
             difference = None if ours is None or theirs is None else ours - theirs
-            found[name].append({"ours": ours, "interval": interval, "paper": theirs, "difference": difference, "pair": pair})
+            found[name].append({"ours": ours, "interval": interval, "paper": theirs, "difference": difference})
     return found
-
-
-def without_interval(table: Table, baseline: int) -> list[str]:
-    """Return a line for each reason why changes from the baseline have no interval."""
-    name = table.main()
-    pairs = [one["pair"] for one in changes_of(table, baseline, None).get(name or "", []) if one["pair"] is not None]
-    whys = [pair if isinstance(pair, str) else "" if pair.whole else "not the same seeds" for pair in pairs]
-    reasons = Counter(filter(None, whys))
-    return [f"no interval for {count} of {len(pairs)} rows: {reason}" for reason, count in reasons.items()]
 
 
 def records(table: Table, baseline: int | None = None, paper: Comparison | None = None) -> list[dict[str, Any]]:
@@ -146,8 +136,7 @@ def records(table: Table, baseline: int | None = None, paper: Comparison | None 
             values = {name: _published(table, paper, row, name) for name in record["measures"]}
             record["paper"] = {"from": paper.heading} | {name: value for name, value in values.items() if value is not None}
         if baseline is not None:
-            each = {name: dict(of_rows[row]) for name, of_rows in changes.items() if table.has(row, name)}
-            record["against_baseline"] = {name: {k: v for k, v in one.items() if k != "pair"} for name, one in each.items()}
+            record["against_baseline"] = {name: each[row] for name, each in changes.items() if table.has(row, name)}
         record["runs"] = [str(table.runs[run].directory) for run in members]
         found.append(record)
     return found

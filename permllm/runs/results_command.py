@@ -16,7 +16,7 @@ from permllm.errors import ConfigError
 from permllm.runs.compare import comparison
 from permllm.runs.kept import keep_runs
 from permllm.runs.read import collect
-from permllm.runs.render import FORMATS, beside, compared, find_row, records, render, take_baseline, without_interval
+from permllm.runs.render import FORMATS, beside, compared, find_row, records, render, take_baseline
 from permllm.runs.table import Table
 from permllm.runtime.answer import Answer
 
@@ -57,8 +57,7 @@ def work(options: argparse.Namespace) -> Answer:
         return Answer(differences, lambda: print(text, end=""))
     baseline, paper = take_baseline(table, options.baseline), beside(options.paper, table)
     table.show(options.columns, options.measures)
-    note([*table.notes, *(without_interval(table, baseline) if baseline is not None else [])])
-    note([paper.note] if paper and paper.note else [])
+    note([*table.notes, *([paper.note] if paper and paper.note else [])])
     # Intervals take their time: only what is printed is made.
     rows_ = records(table, baseline, paper) if options.json else []
     return Answer(rows_, lambda: print(render(table, options.format, baseline, paper), end=""))
