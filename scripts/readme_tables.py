@@ -35,7 +35,6 @@ from permllm.runtime.tool import run_tool
 
 _BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
-# In the ablation: what makes a result, and settings that follow from others.
 _GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
 _SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.seqlen", "calibration.statistics")
 _LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_", "uses")

@@ -39,16 +39,18 @@ class Paired:
 
 
 def change(table: Table, row: int, other: int, name: str) -> float | None:
-    """Return the difference of two rows; of a perplexity as a share of the other's, the geometric mean over seeds."""
+    """Return the difference of two rows, None where there is none.
+
+    A perplexity is compared as a share of the other's, by the geometric mean over seeds.
+    """
     if not (table.has(row, name) and table.has(other, name)):
         return None
-    if table.kinds[name] == "perplexity":
-        logarithms = [np.log(table.seeds(one, name)).mean() for one in (row, other)]
-        return float(np.expm1(logarithms[0] - logarithms[1]))
-    ours, theirs = table.means.at[row, name], table.means.at[other, name]
+    ours, theirs = (float(table.means.at[one, name]) for one in (row, other))
     if table.kinds[name] in ("accuracy", "share"):
-        return float(ours - theirs)
-    return float(ours / theirs - 1) if theirs else math.nan
+        return ours - theirs
+    if table.kinds[name] == "perplexity":
+        ours, theirs = (float(np.exp(np.log(table.seeds(one, name)).mean())) for one in (row, other))
+    return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 
 def paired(table: Table, row: int, other: int, name: str) -> Paired | str:

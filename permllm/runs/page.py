@@ -85,6 +85,8 @@ def quality(table: Table) -> go.Figure:
     figure, owners = go.Figure(), []
     for name in measures_of(table):
         found = points(table, name).assign(run=lambda frame: [table.fastest(row) for row in frame.index])
+        if found.empty:
+            continue
         memory = (found["memory"] / 1e9).map("{:.2f} GB at the peak".format)
         shown = pd.Series([table.shown(row, name) for row in found.index], found.index, dtype=object)
         minutes = found["minutes"].map("{:.1f} min, ".format)

@@ -63,8 +63,10 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     """
     pyplot = load_pyplot("--to")
     name, valid = measure or table.main(), measures_of(table)
+    if not valid:
+        raise ConfigError(f"--to {file}: the runs have neither a perplexity nor an accuracy")
     if name not in valid:
-        raise ConfigError(f"--measure {name}: valid are {', '.join(valid) or 'none: the runs have no perplexity or accuracy'}")
+        raise ConfigError(f"--measure {name}: valid are {', '.join(valid)}")
     found = points(table, name)
     if found.empty:
         raise ConfigError(f"--to {file}: no row has {name} and minutes of its own")

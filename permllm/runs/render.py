@@ -191,7 +191,14 @@ def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
         unit, interval = _unit(line["kind"]), line["interval"]
         between = "" if interval is None else f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}{unit}"
         lines.append(
-            (line["measure"], line["first"], line["second"], f"{line['difference'] * 100:+.1f}{unit}", between, line["over"])
+            (
+                line["measure"],
+                line["first"],
+                line["second"],
+                _change_text(line["difference"], None, line["kind"]),
+                between,
+                line["over"],
+            )
         )
     header = ["measure", *names, "difference", "95 % interval", "over"]
     return as_text(pd.DataFrame(lines, columns=header), format, 1)

@@ -155,6 +155,16 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out) == found
 
 
+def test_infinite_perplexities_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        make_run(tmp_path / "runs" / f"lcp{seed}", float("inf"), seed=seed)
+        make_run(tmp_path / "runs" / f"none{seed}", float("inf"), seed=seed, permutation="none")
+    for words in (["--baseline", "permutation=none"], ["--compare", "permutation=none", "permutation=lcp"]):
+        assert call("results", [str(tmp_path / "runs"), *words]) == 0
+        assert "inf ± nan" in capsys.readouterr().out
+    assert call("report", [str(tmp_path / "runs"), "--to", str(tmp_path / "page.html")]) == 0
+
+
 def test_runs_are_a_frame(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for seed, value in enumerate([20.0, 22.0, 24.0]):
         make_run(tmp_path / f"a{seed}", value, seed=seed)
