@@ -6,6 +6,7 @@ python experiments/table3/measure.py model=llama-2-7b measure.repeats=5 --to exp
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,14 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from permllm.config import RunConfig, digest_of, read_config
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError, DataError, first_line
 from permllm.pruning.config_store import composed, refusal
 from permllm.runs.cache import choose_cache
 from permllm.runs.environment import environment
-from permllm.runs.files import read_record_lines, write_record_lines
+from permllm.runs.files import write_text
 from permllm.runs.names import SCHEMA_VERSION
 from permllm.runs.plotting import load_pyplot, save_figure
-from permllm.runs.schema import KeptRecord
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.seeding import seed_everything
 from permllm.runtime.terminal import run_tool
@@ -89,20 +89,14 @@ def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
         raise ConfigError(refusal(error)) from error
 
 
-def kept_records(file: Path) -> list[Any]:
-    """Read the lines of a file of records. Raises DataError where one is damaged."""
-    found = [line for _, line in read_record_lines(file, KeptRecord)]
-    for line in found:
-        if isinstance(line, DataError):
-            raise line
-    return found
-
-
 def add_record(file: Path, line: dict[str, Any]) -> None:
     """Add a line to a file of records, in the place of one of its name. Raises DataError where a line is damaged."""
-    kept = {other["run"]: other for other in kept_records(file)} if file.exists() else {}
-    kept[line["run"]] = line
-    write_record_lines(file, [kept[name] for name in sorted(kept)])
+    try:
+        kept = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        by_name = {other["run"]: other for other in kept} | {line["run"]: line}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{file} is no file of records: {first_line(error)}") from error
+    write_text(file, "".join(json.dumps(by_name[name]) + "\n" for name in sorted(by_name)))
     print(f"record    {file}, {line['run']}")
 
 

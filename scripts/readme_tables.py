@@ -1,40 +1,250 @@
-"""Make the tables of documents anew from the records that the comments above them name.
+"""Make the tables of documents anew: python scripts/readme_tables.py [--check] README.md experiments/*/README.md.
 
-    python scripts/readme_tables.py README.md experiments/*/README.md
-
-With --check nothing is written, and the exit code is 1 where a document is stale.
+A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!-- /view -->`, files are named
+from the document's folder. With --check nothing is written, and 1 is returned where a document is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import re
+import shlex
 import sys
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from permllm.config import flatten
+from permllm.errors import ConfigError, DataError
+from permllm.pruning.config_store import composed
+from permllm.runs.dataframe import method_of
 from permllm.runs.files import write_text
+from permllm.runs.names import RECORDS
+from permllm.runs.published import Comparison, published
+from permllm.runs.read import Run, collect
+from permllm.runs.render import as_text, cells, machine, processor, render, take_baseline
+from permllm.runs.table import GAP, Table
 from permllm.runtime.terminal import run_tool
-from scripts.views import with_views
+
+_BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
+_SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
+_GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
+_SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.seqlen", "calibration.statistics")
+_LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_", "uses")
+
+
+def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str = "", measures: str = _SHOWN) -> str:
+    """Return runs as `permllm results` shows them, and what they were measured with."""
+    runs = runs_of(folder / records)
+    return f"{shown(runs, columns, measures, baseline)}\n{machine(runs)}"
+
+
+def shown(runs: list[Run], columns: str, measures: str, baseline: str = "", paper: Comparison | None = None) -> str:
+    """Return runs as `permllm results` shows them."""
+    found = Table(runs)
+    row = take_baseline(found, baseline)
+    found.show(columns, measures)
+    return render(found, "md", row, paper)
+
+
+def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: str) -> str:
+    """Return our runs beside one of the paper's tables; `recipe` is a file of runs of the paper's recipe."""
+    runs, numbers = runs_of(folder / RECORDS), published(table)
+    options = {"columns": "pruner,permutation", "measures": _SHOWN} | options
+    compared = Comparison(numbers, runs[0].config["model"]["name"])
+    gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and the dense model."
+    parts = [f"\n    python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick\n"]
+    parts += [shown(runs, **options, baseline=baseline, paper=compared), f"{compared.note} {gap}\n", provenance(runs)]
+    if recipe:
+        parts += ["The paper's recipe at the same budget:\n", shown(runs_of(folder / recipe), **options)]
+    frame = pd.DataFrame([vars(one) for one in numbers])
+    keys = ["model", "sparsity", "method", "setting"]
+    across = frame.pivot(index=keys, columns="metric", values="value")  # sorted, unlike the paper's
+    across = across.reindex(index=pd.MultiIndex.from_frame(frame[keys].drop_duplicates()), columns=frame["metric"].unique())
+    theirs = across.map(lambda value: "" if pd.isna(value) else f"{value:g}").reset_index()
+    return "\n".join([*parts, f"The paper's {table.replace('table', 'table ')}:\n", as_text(theirs, "md")])
+
+
+def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
+    """Return rows by the gap that they close, with minutes and memory; no rows whose permutation is another run's."""
+    runs = runs_of(folder / records)
+    found = Table(runs)
+    take_baseline(found, baseline)
+    found.show(columns, "gap closed, perplexity (")
+    found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
+    gaps = found.means[GAP].sort_values(ascending=False, kind="stable")
+    rows = [int(row) for row in gaps.index if not found.learned_elsewhere(row)]
+    frame = cells(found).iloc[[0, *(row + 1 for row in rows)]]
+    place = list(frame).index(GAP)
+    frame.insert(place, "minutes", ["", *(f"{found.frame['minutes'][found.fastest(row)]:.1f}" for row in rows)])
+    frame.insert(place + 1, "peak memory", ["", *(f"{found.memory(row) / 1e9:.2f} GB" for row in rows)])
+    return f"{as_text(frame, 'md')}\n{machine(runs)}"
+
+
+def placements(folder: Path, records: str = RECORDS) -> str:
+    """Return memory beside the plan, and seconds beside `device`; of several runs the fastest and the largest peak count."""
+    runs = collect([folder / records], apart=True).runs
+    found: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
+    for run in runs:
+        key = (run.config["model"]["name"], method_of(run.config), run.metrics["placement"])
+        sizes = (run.metrics["planned_memory_bytes"] / 1e9, run.metrics["peak_memory_bytes"] / 1e9)
+        found.setdefault(key, []).append((*sizes, sum(run.metrics["seconds"].values())))
+    rows = []
+    for (model, method, placement), numbers in found.items():
+        seconds, device = (
+            min((one[2] for one in of), default=0.0) for of in (numbers, found.get((model, method, "device"), []))
+        )
+        beside = f"{seconds / device - 1:+.0%}" if device and placement != "device" else ""
+        planned, peak = (f"{max(one[number] for one in numbers):.2f} GB" for number in (0, 1))
+        rows.append([model, method, placement, str(len(numbers)), planned, peak, f"{seconds:.0f}", beside])
+    header = ["model", "method", "placement", "runs", "planned", "peak", "seconds", "beside device"]
+    return f"{as_text(pd.DataFrame(rows, columns=header), 'md')}\n{machine(runs)}"
+
+
+def peers(folder: Path, theirs: str) -> str:
+    """Return our base pruners beside their official implementations (`theirs`, a CSV file), on each text."""
+    runs = runs_of(folder / RECORDS)
+    rows = []
+    for peer in csv.DictReader((folder / theirs).read_text(encoding="utf-8").splitlines()):
+        which = "dense" if peer["method"] == "dense" else "sparse"
+        # `wikitext2-test` is our `wikitext2`.
+        found = [
+            (evaluation["config_hash"], result["value"])
+            for run in runs
+            if peer["method"] in ("dense", run.config["pruner"]["name"])
+            for evaluation in run.evaluations
+            for name, result in evaluation["perplexity"][which].items()
+            if peer["text"].startswith(name)
+        ]
+        (value,) = {value for _, value in found}
+        source = ", ".join(filter(None, (f"{peer['repository']} {peer['commit']}".strip(), peer["note"])))
+        difference = round(value / float(peer["perplexity"]) - 1, 3) + 0.0  # no minus before a zero
+        kept = ", ".join(f"`{name}`" for name, _ in found if which == "sparse")
+        text = f"{peer['text']}, {peer['windows']} windows of {peer['window']}"
+        rows.append([peer["method"], text, source, peer["perplexity"], f"{value:.2f}", f"{difference:+.1%}", kept])
+    header = ["method", "text", "official implementation", "theirs", "ours", "difference", "records"]
+    return "\n".join(
+        ["\n    python run.py experiment=peers\n", as_text(pd.DataFrame(rows, columns=header), "md"), provenance(runs)]
+    )
+
+
+def ablation(folder: Path, records: str = RECORDS) -> str:
+    """Return rows by perplexity, the worst first; each names what differs from a job that says nothing."""
+    lines = pd.DataFrame([_ablated(run) for run in collect([folder / records], apart=True).runs])
+    keys = ["pruner", "permutation", "reconstruction", "settings", "processor"]
+    groups = lines.groupby(keys, sort=False)
+    found = groups.agg(
+        {"perplexity": partial(_spread, digits=1), "final loss": partial(_spread, digits=3), "records": ", ".join}
+    )
+    found = found.assign(mean=groups["perplexity"].mean(), seconds=groups["seconds"].mean().map("{:.0f}".format)).reset_index()
+    found[keys[:3]] = "`" + found[keys[:3]] + "`"
+    columns = [*keys[:4], "perplexity", "final loss", "seconds", "processor", "records"]
+    text = as_text(found.sort_values("mean", ascending=False, kind="stable")[columns], "md")
+    return f"{text}\nDense: {lines['dense'].iloc[0]:.1f}. Seconds of calibration, learning and pruning on two cores."
+
+
+def _ablated(run: Run) -> dict[str, Any]:
+    config, metrics = run.config, run.metrics
+    said = ", ".join(f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run))
+    order = config["permutation"].get("path", "").rpartition("-")[2]
+    ((sparse, dense),) = zip(metrics["perplexity"]["sparse"].values(), metrics["perplexity"]["dense"].values(), strict=True)
+    return {group: config[group]["name"] for group in _GROUPS} | {
+        "settings": ", ".join(filter(None, [f"the order of `{order}`" if order else "", said])),
+        "perplexity": sparse["value"],
+        "dense": dense["value"],
+        "final loss": min((one["measured_loss"] for one in run.history if one["measured_loss"] is not None), default=None),
+        "seconds": sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load"))),
+        "processor": processor(run).replace("(R)", "").replace(" Processor", ""),
+        "records": f"`{run.directory.name.rsplit('-', 1)[-1]}`",
+    }
+
+
+def _differing(run: Run) -> Iterator[tuple[str, Any]]:
+    """Give what sets a run apart from `python run.py` with its pruner and reconstruction, in bfloat16."""
+    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in ("pruner", "mask", "reconstruction")))
+    for key, value in _flat(run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}).items():
+        group, _, rest = key.partition(".")
+        if value != usual.get(key) and (rest != "name" or group in ("temperature", "mask")):
+            yield group if rest == "name" else key, value
+
+
+@cache
+def _usual(*words: str) -> dict[str, Any]:
+    config: Any = OmegaConf.to_container(composed(list(words)), resolve=True)
+    return _flat(config | {"compute_dtype": "bfloat16"}) | {"mask.name": "pruner"}
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what makes a result, flat; settings of learning only where something is learned."""
+    learned, flat = "epochs" in config["permutation"], flatten(config)
+    found = {key: flat.get(key) for key in _SETTINGS if learned or key != "block_size"}
+    for group in _GROUPS if learned else _GROUPS[:-1]:
+        found |= {f"{group}.{key}": value for key, value in config[group].items() if key not in _LEFT_OUT}
+    if learned and found["permutation.loss"] is None:
+        found["permutation.loss"] = "kl" if found["permutation.layers_per_stage"] == "all" else "cosine"
+    return found
+
+
+def _spread(values: pd.Series, digits: int) -> str:
+    spread = f" ± {values.std():.{digits}f}" if values.count() > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}" if values.count() else ""
+
+
+def runs_of(file: Path) -> list[Run]:
+    """Return the runs of a file of records. Raises DataError where one of them is left out."""
+    if (found := collect([file])).notes:
+        raise DataError("; ".join(found.notes))
+    return found.runs
+
+
+def provenance(runs: list[Run]) -> str:
+    """Return number, minutes and calibration of runs, and what they were computed with."""
+    minutes = sum(sum(run.metrics["seconds"].values()) for run in runs) / 60
+    seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
+    budget = runs[0].config["calibration"]
+    cost = f"{len(runs)} runs, {minutes:.0f} minutes, evaluation included. Runs of several tables count in each"
+    cached = "what an earlier job had left of the dense model's evaluation and calibration does not"
+    calibrated = f"calibrated on {budget['samples']} samples of {budget['seqlen']} tokens"
+    return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"
+
+
+_VIEWS = {view.__name__: view for view in (table, paper, frontier, ablation, placements, peers)}
+
+
+def with_views(file: Path) -> str:
+    """Return a document with each of its tables made anew. Raises ConfigError, which names the document."""
+
+    def anew(match: re.Match[str]) -> str:
+        name, *words = shlex.split(match["words"])
+        try:
+            text = _VIEWS[name](file.parent, **dict(word.partition("=")[::2] for word in words))
+        except (ConfigError, DataError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: view {name}: {error}; views are {', '.join(_VIEWS)}") from error
+        return f"{match['begin']}{text.rstrip()}\n{match['end']}"
+
+    return _BLOCK.sub(anew, file.read_text(encoding="utf-8"))
 
 
 def main(words: list[str]) -> int:
     """Write what is stale, or name it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(words)
-    return run_tool(lambda: _written(options.files, options.check))
-
-
-def _written(files: list[Path], check: bool) -> int:
-    stale = {file: text for file in files if (text := with_views(file)) != file.read_text(encoding="utf-8")}
+    stale = {file: text for file in options.files if (text := with_views(file)) != file.read_text(encoding="utf-8")}
     for file, text in stale.items():
-        if not check:
+        if not options.check:
             write_text(file, text)
-        print(f"{file} is {'stale' if check else 'new'}")
-    return 1 if check and stale else 0
+        print(f"{file} is {'stale' if options.check else 'new'}")
+    return 1 if options.check and stale else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

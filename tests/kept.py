@@ -1,38 +1,125 @@
-"""Records that are kept in the repository, as plain values and as the folders that runs of earlier versions left."""
+"""Records of runs for tests: those that are kept in the repository, small ones, and run directories that hold them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from permllm.runs.files import read_record_lines
-from permllm.runs.schema import KeptRecord
+from permllm.config import digest_of
 from tests.conftest import ROOT
 
 EXPERIMENTS = ROOT / "experiments"
-# No permutation, the heuristic, LCP: of a version before checksums.
+# No permutation, the heuristic, LCP.
 THREE_RUNS = ROOT / "tests" / "three_runs"
+WINDOW = 2048
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file of records, each as it was written."""
-    found = []
-    for _, line in read_record_lines(file, KeptRecord):
-        assert not isinstance(line, Exception), line
-        found.append(dict(line))
+    """Return the lines of a file of records."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def as_folder(line: Mapping[str, Any], folder: Path) -> Path:
+    """Write the small files of the run directory that a record is of."""
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(line["config"]))
+    for name in ("metrics", "environment"):
+        if name in line:
+            (folder / f"{name}.json").write_text(json.dumps(line[name]))
+    for evaluation in line["evaluations"]:
+        (folder / "evaluations" / f"{evaluation['evaluation_hash']}.json").write_text(json.dumps(evaluation))
+    (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in line.get("history", [])))
+    return folder
+
+
+def evaluation(
+    texts: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Any] | None = None, window: int = WINDOW, **facts: Any
+) -> dict[str, Any]:
+    """Return an evaluation.
+
+    Args:
+        texts: `dense` and `sparse` by text: a perplexity, or the nats a token of each window.
+        tasks: an accuracy, or the score of each item, by task; of both models.
+        window: tokens of a window.
+        facts: others of `evaluation.perplexity`.
+    """
+    found: dict[str, Any] = {"evaluation": {"perplexity": {"dataset": [*texts], "seqlen": window} | facts}}
+    found["evaluation"] |= {"tasks": {task: {"num_fewshot": None, "limit": 32, "add_bos_token": None} for task in tasks or ()}}
+    found |= {"evaluation_hash": digest_of(found["evaluation"]), "perplexity": {}, "tasks": {}, "seconds": {}}
+    found |= {"evaluated_texts": {text: f"digest of {text}" for text in texts}, "scores": {"perplexity": {}, "tasks": {}}}
+    for which in ("dense", "sparse"):
+        for text, values in texts.items():
+            nats = np.atleast_1d(values[which]) if isinstance(values[which], Sequence | np.ndarray) else None
+            value = values[which] if nats is None else float(np.exp(nats.mean()))
+            tokens = (window - 1) * (10 if nats is None else len(nats))
+            found["perplexity"].setdefault(which, {})[text] = {"value": value, "window": window, "tokens": tokens}
+            if nats is not None:
+                found["scores"]["perplexity"].setdefault(which, {})[text] = (nats * (window - 1)).tolist()
+        for task, values in (tasks or {}).items():
+            scores = None if isinstance(values, float) else [*map(int, values)]
+            acc = values if scores is None else float(np.mean(scores))
+            one = {"metrics": {"acc,none": acc, "acc_norm,none": 0.9}, "stderr": {"acc,none": 0.05}, "n": 32}
+            one |= {"limited": True, "num_fewshot": None, "split": None, "asked": task}
+            found["tasks"].setdefault(which, {})[task] = one
+            if scores is not None:
+                kept = {"digest": task, "items": [*range(len(scores))], "metrics": {"acc,none": scores}}
+                found["scores"]["tasks"].setdefault(which, {})[task] = kept
     return found
 
 
-def as_folder(line: dict[str, Any], parent: Path) -> Path:
-    """The small files of the run directory that a line is of."""
-    folder = parent / line["run"]
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(line["config"]))
-    for name in ("metrics", "environment"):
-        (folder / f"{name}.json").write_text(json.dumps(line[name]))
-    if "history" in line:
-        (folder / "history.jsonl").write_text("\n".join(map(json.dumps, line["history"])))
-    return folder
+def record(
+    perplexity: float = 20.0,
+    *evaluations: dict[str, Any],
+    permutation: str = "lcp",
+    model: str = "smollm2-135m",
+    **changed: Any,
+) -> dict[str, Any]:
+    """Return the record of a finished run, as small as it can be.
+
+    Args:
+        perplexity: on `wikitext2`, where no evaluations are given; 10 for the dense model.
+        evaluations: the one that was asked for last first.
+        permutation: its name.
+        model: its name.
+        changed: settings, and metrics that are there.
+    """
+    found = evaluations or (evaluation({"wikitext2": {"dense": 10.0, "sparse": perplexity}}),)
+    config: dict[str, Any] = {
+        "name": f"{model}-wanda-{permutation}",
+        "model": {"name": model, "source": "wheel", "device": "cpu"},
+        "sparsity": "2:4",
+        "pruner": {"name": "wanda", "_target_": "permllm.x"},
+        "permutation": {"name": permutation, "uses": ["block_size"], "_target_": "permllm.y"},
+        "block_size": 64,
+        "seed": 0,
+        "calibration": {"dataset": "c4", "data_files": None},
+        "mask": {"name": "pruner"},
+        "reconstruction": {"name": "none"},
+        "inputs": {},
+    }
+    metrics: dict[str, Any] = {
+        "schema_version": 3,
+        "status": "finished",
+        "name": config["name"],
+        "config_hash": "0",
+        "seconds": {"permute": 5.0, "evaluate sparse": 100.0},
+        "peak_memory_bytes": 1,
+        "compute_dtype": "float32",
+        "sparsity": {"pattern": "2:4", "fraction": 0.5, "of_model": 0.5, "violations": 0},
+        "retained_saliency": {"a": 0.5, "b": 0.7},
+        "output_error": {"a": 0.1, "b": 0.2},
+    }
+    metrics |= {key: found[0][key] for key in ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")}
+    metrics |= {key: changed.pop(key) for key in [*changed] if key in metrics and key != "sparsity"}
+    history = [{"pass": epoch, "loss": 1.5 / epoch, "measured_loss": None, "temperature": 1 / epoch} for epoch in (1, 2)]
+    return {"run": config["name"], "config": config | changed, "metrics": metrics, "evaluations": [*found], "history": history}
+
+
+def make_run(folder: Path, *arguments: Any, **changed: Any) -> Path:
+    """Write a run directory that holds `record`."""
+    return as_folder(record(*arguments, **changed), folder)

@@ -14,8 +14,6 @@ from hydra import compose, initialize_config_dir
 from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
 from permllm.pruning.methods import methods_of
 from permllm.runs.published import Comparison, published
-from permllm.runs.read import Run
-from permllm.runs.table import Row
 from tests.conftest import ROOT, run_command
 
 CONF = ROOT / "conf"
@@ -42,7 +40,6 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
     rows = [row for row in published(table) if row.method != "dense"]
     missing = {(row.model, row.method, row.setting) for row in rows}
     for config in jobs(f"experiment={table}"):
-        row = Row({}, {}, [Run(Path(), config.resolved, {}, {}, [])])
         paper = Comparison(published(table), config.model.name)
         assert paper.same_model
         measure = "hellaswag acc" if table == "table2" else "wikitext2 perplexity (window 2048)"
@@ -50,7 +47,7 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
         ending = "+cp" if config.permutation["name"] == "heuristic" else ""
         method = f"permllm-{config.pruner['name']}" if learned else f"{config.pruner['name']}{ending}"
         metric = "hellaswag_acc" if table == "table2" else "wikitext2_ppl"
-        value = paper.value(row, measure)
+        value = paper.value(config.resolved, measure)
         matching = {
             (entry.model, entry.method, entry.setting)
             for entry in rows

@@ -17,20 +17,21 @@ log = logging.getLogger(__name__)
 
 
 def frame(*places: str | Path) -> pd.DataFrame:
-    """The finished runs below some folders, or in some files of records, one row each.
+    """Return the finished runs below some folders, or in some files of records, one row each.
 
-    Columns: each setting that some run has, by its name on the command line; each measure of the sparse model by the name that
-    tables have, and of the dense one after `dense: ` (accuracies as shares); `seed`; and `directory`.
+    Columns: each setting that some run has, by its name on the command line; `seed`; `method`, where one was typed; each
+    measure of the sparse model by the name that tables have, and of the dense model after `dense: ` (accuracies as shares);
+    `minutes` of calibration, permutation, masks and pruning; `directory`.
 
     Raises:
         ConfigError: there is no such place, or no finished run. What else is no such run is a warning.
     """
+    from permllm.runs.dataframe import frame_of, measures_of
     from permllm.runs.read import collect
-    from permllm.runs.table import frame_of
 
     found = collect(map(Path, places))
     if not found.runs:
-        raise ConfigError("; ".join(["no finished run is among them", *found.left_out()]))
-    for note in found.left_out():
+        raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
+    for note in found.notes:
         log.warning("%s", note)
-    return frame_of(found.runs)
+    return frame_of(found.runs, measures_of(found.runs))

@@ -1,23 +1,22 @@
-"""How far two rows are apart, with an interval: a paired bootstrap over the windows, or the items, that both were asked."""
+"""Differences between two rows, with intervals of a paired bootstrap over the windows or items that both were asked."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.runs.table import Gap, Measure, Row, Scored, mean_log
+from permllm.runs.dataframe import DENSE
+from permllm.runs.measures import Scores
+from permllm.runs.table import GAP, Table
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Resamples that are in memory at a time.
-_AT_ONCE = 500
-# A multinomial number costs about as much as so many draws.
-_CHEAPER = 16
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -25,184 +24,137 @@ class Paired:
     """The difference of two rows in one measure.
 
     Attributes:
-        kind: of the measure: of a `perplexity` the differences are those of its logarithm, of an `accuracy` or a gap (`share`)
-            its own.
-        difference: the first row's value less the second's, over the windows or items and seeds that both have.
+        value: first row less second row, over the seeds that both have; of a perplexity as a share of the second row's value.
         low: lower end of the interval that holds 95 % of the resampled differences.
-        high: its upper end.
-        over: what was resampled, in words.
-        whole: both rows have the same seeds, so that the difference is that of all their runs.
+        high: upper end of the interval.
+        over: windows or items that were resampled, and seeds, in words.
+        whole: both rows have the same seeds.
     """
 
-    kind: str
-    difference: float
+    value: float
     low: float
     high: float
     over: str
     whole: bool
 
-    def shown(self) -> tuple[float, float, float]:
-        """Difference and interval as tables have them: of a perplexity as shares of the second row's value."""
-        values = (self.difference, self.low, self.high)
-        first, second, third = map(relative, values) if self.kind == "perplexity" else values
-        return first, second, third
 
+def change(table: Table, row: int, other: int, name: str) -> float | None:
+    """Return the difference of two rows, None where there is none.
 
-def change_between(ours: Measure, theirs: Measure) -> float:
-    """How far a measure is from another one of its kind: as a difference, of perplexities as a share of the other's.
-
-    Of the perplexities of several seeds it is the geometric mean of what each seed gives, which `paired` has an interval of.
+    A perplexity is compared as a share of the other's, by the geometric mean over seeds.
     """
-    if ours.kind == "perplexity":
-        return relative(mean_log(ours) - mean_log(theirs))
-    if ours.kind in ("accuracy", "share"):
-        return ours.mean - theirs.mean
-    return ours.mean / theirs.mean - 1 if theirs.mean else math.nan
+    if not (table.has(row, name) and table.has(other, name)):
+        return None
+    ours, theirs = (float(table.means.at[one, name]) for one in (row, other))
+    if table.kinds[name] in ("accuracy", "share"):
+        return ours - theirs
+    if table.kinds[name] == "perplexity":
+        ours, theirs = (float(np.exp(np.log(table.seeds(one, name)).mean())) for one in (row, other))
+    return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 
-def relative(logarithm: float) -> float:
-    """The change of a value whose logarithm changes by so much."""
-    try:
-        return math.expm1(logarithm)
-    except OverflowError:
-        return math.inf
+def paired(table: Table, row: int, other: int, name: str) -> Paired | str:
+    """Return the difference of two rows with its interval, or the reason why it has no interval.
 
-
-def paired(ours: Row, theirs: Row, name: str) -> Paired | str:
-    """The difference of two rows in a measure, or why it has no interval.
-
-    Windows, or items, are resampled with replacement, 10,000 times from the same generator, each with what both rows made of
-    it: the difference of two runs of one seed, averaged over the seeds. Of an average accuracy the items of each task are
-    resampled on their own. The interval is the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap,
-    chapter 13).
-
-    Of a gap the windows of each text are resampled on their own, with what the rows, their unpermuted models and the dense
-    model made of them, each averaged over its seeds; the gaps follow from these, and their mean over the texts.
-
-    Args:
-        ours: a row.
-        theirs: the row that it is compared with.
-        name: of a perplexity, a gap or an accuracy.
+    Windows or items are resampled with replacement, those of each text or task on their own, each with the scores of both rows
+    averaged over the seeds that both have. For a gap the windows have the scores of the unpermuted and the dense model too.
     """
-    first, second = ours.measures.get(name), theirs.measures.get(name)
-    if first is None or second is None:
+    if not (table.has(row, name) and table.has(other, name)):
         return "not measured in both rows"
-    if first.gaps or second.gaps:
-        return _paired_gaps(ours, theirs, name)
-    if first.kind == "number":
+    if table.kinds[name] == "number":
         return "a number of all items together"
-    what = "windows" if first.kind == "perplexity" else "items"
-    runs, others = _by_seed(ours, first), _by_seed(theirs, second)
-    seeds = sorted(runs.keys() & others.keys())
+    perplexity = name in table.gaps or table.kinds[name] == "perplexity"
+    what = "windows" if perplexity else "items"
+    runs = [dict(zip(table.frame["seed"][table.rows[one]], table.rows[one], strict=True)) for one in (row, other)]
+    seeds = sorted(runs[0].keys() & runs[1].keys())
     if not seeds:
         return "no seed in common"
-    parts: dict[str, list[NDArray[np.float64]]] = {}
-    asked: dict[str, set[tuple[Any, ...]]] = {}
-    for seed in seeds:
-        here, there = runs[seed], others[seed]
-        if not here or not there:
+    parts: list[Numbers] = []
+    for one in table.gaps.get(name, [name]):
+        found = _of_gap(table, row, other, one, seeds) if name in table.gaps else _of_rows(table, runs, one, seeds)
+        if not all(scores for rows in found for scores in rows):
             return f"{what} were not kept"
-        if {key: scored.of for key, scored in here.items()} != {key: scored.of for key, scored in there.items()}:
-            return f"not the same {what}"
-        for key, scored in here.items():
-            difference = np.array(scored.values, dtype=np.float64) - np.array(there[key].values, dtype=np.float64)
-            parts.setdefault(key, []).append(difference / scored.tokens)
-            asked.setdefault(key, set()).add(scored.of)
-    # Windows of one measure are of one text; the model that reads them may be a random one, another for each seed.
-    if what == "items" and any(len(found) > 1 for found in asked.values()):
-        return f"not the same {what} for each seed"
-    differences = [np.mean(found, axis=0) for found in parts.values()]
-    resampled = bootstrap(differences)
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    count = sum(map(len, differences))
-    value, whole = float(np.mean([part.mean() for part in differences])), runs.keys() == others.keys()
-    return Paired(first.kind, value, float(low), float(high), f"{count} {what}{_told(seeds, whole)}", whole)
+        for part in found[0][0]:
+            kept = [[scores.get(part) for scores in rows] for rows in found]
+            if len({scores.asked if scores else None for rows in kept for scores in rows}) > 1:
+                return f"not the same {what}"
+            parts.append(np.array([np.mean([scores.values for scores in rows if scores], axis=0) for rows in kept]))
+    if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
+        return f"{what} are infinite, or a single one"
+    value, low, high = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
+    if table.kinds[name] == "perplexity":
+        value, low, high = map(math.expm1, (value, low, high))
+    whole = runs[0].keys() == runs[1].keys()
+    over = f"{sum(part.shape[1] for part in parts)} {what}"
+    over += f" of {len(parts)} texts" if perplexity and len(parts) > 1 else ""
+    if len(seeds) > 1 or not whole:
+        over += f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" + " alone" * (not whole)
+    return Paired(value, low, high, over, whole)
 
 
-def _paired_gaps(one_row: Row, other_row: Row, measure: str) -> Paired | str:
-    """The difference of two gaps, or why it has no interval."""
-    ours, theirs = one_row.measures[measure].gaps, other_row.measures[measure].gaps
-    if ours.keys() != theirs.keys():
-        return "not the same texts"
-    of_row, of_other = ([run.config["seed"] for run in row.runs] for row in (one_row, other_row))
-    seeds = sorted(set(of_row) & set(of_other))
-    if not seeds:
-        return "no seed in common"
-    generator = np.random.default_rng(0)
-    value, resampled, count = 0.0, np.zeros(RESAMPLES), 0
-    for name, gap in ours.items():
-        other = theirs[name]
-        six = [*_of_seeds(gap, of_row, seeds), *_of_seeds(other, of_other, seeds)]
-        if not all(runs and all(runs) for runs in six):
-            return "windows were not kept"
-        read = [[scored for of_run in runs for scored in of_run.values()] for runs in six]
-        if len({scored.of for scored in read[0]} ^ {scored.of for scored in read[3]}):
-            return "not the same windows"
-        # The same text in the same windows; a random model is another one for each seed.
-        if len({scored.of[:1] + scored.of[2:] for runs in read for scored in runs}) > 1:
-            return "not the same windows"
-        nats = np.array(
-            [np.mean([np.array(one.values, dtype=np.float64) / one.tokens for one in runs], axis=0) for runs in read]
-        )
-        size = nats.shape[1]
-        value += _difference(nats.mean(axis=1))
-        for start in range(0, RESAMPLES, _AT_ONCE):
-            drawn = generator.integers(size, size=(min(_AT_ONCE, RESAMPLES - start), size))
-            resampled[start : start + len(drawn)] += _difference(nats[:, drawn].mean(axis=-1))
-        count += size
-    low, high = np.quantile(resampled / len(ours), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    whole = set(of_row) == set(of_other)
-    over = f"{count} windows" + (f" of {len(ours)} texts" if len(ours) > 1 else "") + _told(seeds, whole)
-    return Paired("share", float(value) / len(ours), float(low), float(high), over, whole)
-
-
-def _of_seeds(gap: Gap, of_row: list[Any], seeds: list[Any]) -> tuple[list[dict[str, Scored]], ...]:
-    """Windows of some seeds of a row, of their unpermuted models, of all where seeds differ, and of the dense model."""
-    places = [place for place, seed in enumerate(of_row) if seed in seeds]
-    starts = [gap.start.scored[gap.own[place]] for place in places] if gap.own else gap.start.scored
-    return [gap.here.scored[place] for place in places], starts, gap.end.scored
-
-
-def _told(seeds: list[Any], whole: bool) -> str:
-    """Which seeds a difference is of, where one could think of others."""
-    if len(seeds) < 2 and whole:
-        return ""
-    return f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" + " alone" * (not whole)
-
-
-def _difference(logarithms: NDArray[np.float64]) -> Any:
-    """Of the gaps of two rows, from the logarithms of their perplexities: float64 `(6, ...)` to `(...)`."""
-    here, start, end, other, its_start, its_end = logarithms
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (start - here) / (start - end) - (its_start - other) / (its_start - its_end)
-
-
-def bootstrap(parts: Sequence[NDArray[np.float64]], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
-    """Means of samples with replacement from each part, averaged over the parts.
+def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> tuple[float, float, float]:
+    """Return a statistic and its percentile interval, the same at every call.
 
     Args:
-        parts: float64 vectors, none of them empty.
-        resamples: how many.
-        seed: of the generator.
+        parts: float64 `(numbers, windows)` of each text or task; the columns of each part are resampled on their own.
+        of: gives the statistic from as many means over the windows as a part has rows; its mean over the parts counts.
+    """
+    from scipy import stats  # a table without intervals need not wait for it
+
+    def mean(*drawn: Any, axis: int = -1) -> Any:
+        means = [part[:, columns.astype(int)].mean(axis=-1) for part, columns in zip(parts, drawn, strict=True)]
+        return np.mean([of(*part) for part in means], axis=0)
+
+    columns = tuple(np.arange(part.shape[1]) for part in parts)
+    options: Any = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": 500}
+    found = stats.bootstrap(columns, mean, rng=np.random.default_rng(0), vectorized=True, **options).confidence_interval
+    return float(mean(*columns)), float(found.low), float(found.high)
+
+
+def _of_rows(table: Table, runs: list[dict[Any, int]], name: str, seeds: list[Any]) -> list[list[dict[str, Scores]]]:
+    return [_scores(table, [of_row[seed] for seed in seeds], name) for of_row in runs]
+
+
+def _of_gap(table: Table, row: int, other: int, name: str, seeds: list[Any]) -> list[list[dict[str, Scores]]]:
+    """Return the scores of each row, its unpermuted model and its dense model, of which each has several runs."""
+    found, of = [], table.frame["seed"]
+    for one in (row, other):
+        members, start = table.rows[one], table.rows[table.starts[one]]
+        paired_start = set(of[start]) == set(of[members])
+        found.append(_scores(table, [run for run in members if of[run] in seeds], name))
+        found.append(_scores(table, [run for run in start if not paired_start or of[run] in seeds], name))
+        found.append(_scores(table, members, f"{DENSE}{name}"))
+    return found
+
+
+def _scores(table: Table, runs: list[int], name: str) -> list[dict[str, Scores]]:
+    return [value.scores if (value := table.value(run, name)) else {} for run in runs]
+
+
+def _gap_difference(here: Any, start: Any, end: Any, other: Any, its_start: Any, its_end: Any) -> Any:
+    return (start - here) / (start - end) - (its_start - other) / (its_start - its_end)
+
+
+def comparison(table: Table, first: int, second: int) -> list[dict[str, Any]]:
+    """Return two rows in each perplexity, gap and accuracy that both have, as plain values.
 
     Returns:
-        float64 `(resamples,)`.
+        For each its name, both values, the difference, the 95 % `interval` or None, and `over`: windows or items that were
+        resampled, or the reason why there is no interval.
     """
-    generator = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for part in parts:
-        size = len(part)
-        values, counts = np.unique(part, return_counts=True)
-        few = len(values) * _CHEAPER < size
-        for start in range(0, resamples, _AT_ONCE):
-            rows = min(_AT_ONCE, resamples - start)
-            if few:  # how often each value is drawn is multinomial: fewer numbers than the draws
-                means = generator.multinomial(size, counts / size, size=rows) @ values / size
-            else:
-                means = part[generator.integers(size, size=(rows, size))].mean(axis=1)
-            total[start : start + rows] += means
-    return total / len(parts)
-
-
-def _by_seed(row: Row, measure: Measure) -> dict[int, dict[str, Scored]]:
-    return {run.config["seed"]: scored for run, scored in zip(row.runs, measure.scored, strict=True)}
+    found = []
+    for name in table.measures:
+        kind = table.kinds[name]
+        if not (table.has(first, name) and table.has(second, name)):
+            continue
+        if kind not in ("perplexity", "accuracy", "number") and GAP not in name:
+            continue
+        pair = paired(table, first, second, name)
+        line: dict[str, Any] = {"measure": table.heading(name), "kind": kind}
+        line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
+        if isinstance(pair, str):
+            line |= {"difference": change(table, first, second, name), "interval": None, "over": pair}
+        else:
+            line |= {"difference": pair.value, "interval": [pair.low, pair.high], "over": pair.over}
+        found.append(line)
+    return found

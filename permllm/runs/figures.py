@@ -1,50 +1,22 @@
-"""The figures of one finished run, as they are shown."""
+"""The figures of one finished run: what tables and loggers show of `metrics.json`."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from permllm.runs.evaluations import counted_tasks, is_share, mean_accuracy, mean_error, task_label
-from permllm.runtime.terminal import terminal
 
 # The stages that make the pruned model; reconstruction is a part of pruning.
 PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
-
-
-def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
-    """Table of one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
-    console = console or terminal()
-    table = Table(title=escape(metrics["name"]), title_justify="left")
-    table.add_column("")
-    table.add_column("dense", justify="right")
-    table.add_column("sparse", justify="right")
-    for label, dense, sparse in result_rows(metrics):
-        table.add_row(escape(label), dense, sparse)
-    console.print(table if table.row_count else "nothing was measured")
-    sparsity = metrics["sparsity"]
-    console.print(
-        f"sparsity  {patterns_text(sparsity)} ({sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations, "
-        f"{_mean(metrics['retained_saliency']):.2%} of the saliency retained)"
-    )
-    stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in metrics["seconds"].items())
-    console.print(f"time      {_duration(sum(metrics['seconds'].values()))} ({stages})")
-    planned = metrics.get("planned_memory_bytes")
-    plan = "" if planned is None else f" ({planned / 1e9:.2f} GB were planned)"
-    placed = f", model.placement={where}" if (where := metrics.get("placement", "device")) != "device" else ""
-    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{plan}{placed}")
-    console.print(f"files     {directory}", soft_wrap=True)
+# lm-eval's name of the accuracy without a filter.
+ACC = "acc,none"
+_SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
-    """N:M of `sparsity` of `metrics.json`; where not every linear has it how many are otherwise, and the zeros of all."""
+    """Return N:M of `sparsity` of `metrics.json`, with the number of linears that have another pattern."""
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
     parts = [f"{count} {'linear' if count == 1 else 'linears'} {other}" for other, count in sorted(others.items())]
@@ -54,67 +26,80 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def result_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Every measure of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
+def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return every result of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
     rows = []
-    dense, sparse = metrics.get("perplexity", {}).get("dense", {}), metrics.get("perplexity", {}).get("sparse", {})
+    dense, sparse = (metrics.get("perplexity", {}).get(which, {}) for which in ("dense", "sparse"))
     for name, values in dense.items():
         label = f"{name} perplexity (window {values['window']})"
         rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
-    dense, sparse = metrics.get("zero_shot", {}).get("dense", {}), metrics.get("zero_shot", {}).get("sparse", {})
-    for name, values in dense.items():
-        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
-        label = f"{name} acc{items}"
-        rows.append((label, _accuracy(values), _accuracy(sparse[name])))
-    counted = counted_tasks(dense)
-    if len(counted) > 1:
-        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
-        before, after = ({"acc": mean_accuracy(part), "stderr": mean_error(part)} for part in (dense, sparse))
-        rows.append((f"average acc{limited}", _accuracy(before), _accuracy(after)))
-    dense, sparse = metrics.get("tasks", {}).get("dense", {}), metrics.get("tasks", {}).get("sparse", {})
+    dense, sparse = (metrics.get("tasks", {}).get(which, {}) for which in ("dense", "sparse"))
     for name, values in dense.items():
         items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
         for metric in values["metrics"]:
-            rows.append((f"{task_label(name, values, metric)}{items}", _metric(values, metric), _metric(sparse[name], metric)))
+            before, after = (
+                number(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name])
+            )
+            rows.append((f"{task_label(name, values, metric)}{items}", before, after))
+    counted = counted_tasks(dense)
+    if len(counted) > 1:
+        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
+        before, after = (number(mean_accuracy(part), mean_error(part), ACC) for part in (dense, sparse))
+        rows.append((f"average acc{limited}", before, after))
     return rows
 
 
-def _metric(values: dict[str, Any], metric: str) -> str:
-    value, error = values["metrics"].get(metric), values["stderr"].get(metric)
-    if is_share(metric):
-        return _accuracy({"acc": value, "stderr": error})
-    return "-" if value is None else f"{value:.4g}{'' if error is None else f' ± {error:.2g}'}"
-
-
-def _accuracy(values: dict[str, Any]) -> str:
-    if values["acc"] is None:
+def number(value: float | None, error: float | None, metric: str) -> str:
+    """Return a value of a metric of lm-eval with its standard error as it is shown."""
+    if value is None:
         return "-"
-    error = "" if values["stderr"] is None else f" ± {values['stderr']:.1%}"
-    return f"{values['acc']:.1%}{error}"
+    if is_share(metric):
+        return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _mean(values: dict[str, float]) -> float:
-    return sum(values.values()) / len(values)
+def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
+    """Return the name of a metric of a task: `gsm8k exact_match strict-match (5 shots)`; a filter where there are several."""
+    name, _, how = metric.partition(",")
+    several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
+    shots = values.get("num_fewshot")
+    asked = f" ({shots} shot{'' if shots == 1 else 's'})" if shots else ""
+    return f"{task} {name}{f' {how}' if several else ''}{asked}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+def is_share(metric: str) -> bool:
+    """Tell whether a metric of lm-eval is a share of the items, which is shown in per cent."""
+    return metric.partition(",")[0] in _SHARES
+
+
+def counted_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the tasks of a result that the average accuracy is over: those with items of their own and an accuracy."""
+    return [name for name, values in tasks.items() if values["n"] and values["metrics"].get(ACC) is not None]
+
+
+def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return the mean accuracy over the counted tasks of a result; not a number where there is none."""
+    counted = counted_tasks(tasks)
+    return statistics.fmean(tasks[name]["metrics"][ACC] for name in counted) if counted else math.nan
+
+
+def mean_error(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return the standard error of `mean_accuracy`, the tasks being independent; None where that of one is not known."""
+    errors = [tasks[name]["stderr"].get(ACC) for name in counted_tasks(tasks)]
+    return None if None in errors or not errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
 def pruning_minutes(seconds: Mapping[str, float]) -> float:
-    """What making the pruned model took, without loading and evaluation; calibration that another job left takes no time."""
+    """Return the minutes of making the pruned model, without loading and evaluation; a cached calibration takes no time."""
     return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
 
 
 def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """How much worse the sparse model predicts a token than the dense one, in nats, the mean over the texts; None for none.
+    """Return the sparse model's log-perplexity less the dense one's, the mean over the texts; None where there is none.
 
     Args:
         perplexity: as in `metrics.json`.
     """
     dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
-    shared = [name for name in dense if name in sparse]
-    differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in shared]
-    return sum(differences) / len(differences) if differences else None  # some may be infinite
+    differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in dense if name in sparse]
+    return sum(differences) / len(differences) if differences else None

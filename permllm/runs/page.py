@@ -1,196 +1,149 @@
-"""Runs as one HTML page that needs nothing else: the table, its plots, and for each run what it was and what it found.
-
-Plots are Plotly's, the table is DataTables' (which itables ships), the frame Jinja2's; the scripts lie in the page compressed.
-"""
+"""Runs as one HTML page without network: quality over minutes, the table, curves and permutations of a chosen run."""
 
 from __future__ import annotations
 
 import base64
-import gzip
-import hashlib
-import html
-import math
-import re
-from collections.abc import Sequence
-from importlib.metadata import distribution
+import io
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import itables
+import numpy as np
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
+from itables.javascript import generate_init_offline_itables_html
+from PIL import Image
 from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
 
-from permllm.config import finite
-from permllm.runs import cost
-from permllm.runs.details import details
-from permllm.runs.plots import numeric_setting
+from permllm.errors import DataError
+from permllm.runs.dataframe import setting_text
+from permllm.runs.plots import MINUTES, measures_of, permutations, points
 from permllm.runs.published import Comparison
-from permllm.runs.read import Collection
-from permllm.runs.render import cells, heading, main_measure, shown
-from permllm.runs.table import Measure, Row, Summary, row_labels, setting_text
+from permllm.runs.read import Run
+from permllm.runs.render import cells, machine
+from permllm.runs.table import Table
 
-_CURVES = {
-    "loss": "loss, mean of the epoch",
-    "measured_loss": "loss of the permutation after the epoch",
-    "temperature": "temperature",
-    "flips": "share of channels that changed place",
-}
-_Json = dict[str, Any]
-
-
-def page(collection: Collection, summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> str:
-    """The page as text: styles, scripts and data are inside, and its policy forbids it to load anything.
-
-    Of `collection` its notes are shown, of `summary` all; `baseline` and `paper` are as for `permllm.runs.render.render`.
-    """
-    here = Path(__file__).parent
-    frame = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    frame.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    header, body = cells(summary, baseline, paper)
-    dense = body.pop(0) if summary.dense else None
-    count = len(summary.settings)
-    labels = [f"{number} {name}" for number, name in enumerate(row_labels(summary), 1)]
-    ours = (here / "page.js").read_text(encoding="utf-8")
-    libraries = [get_plotlyjs(), _datatables()]
-    # With their digests in the policy no other script can run, whatever a record says.
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (ours, *libraries)]
-    return frame.from_string((here / "page.html").read_text(encoding="utf-8")).render(
-        title=f"PermLLM: {len(collection.runs)} runs",
-        notes=[*collection.left_out(), *summary.notes, *([paper.note] if paper and paper.note else [])],
-        header=header,
-        # With many settings the numbers would be out of sight.
-        columns=[*range(count, len(header)), *range(count)] if count > 6 else [*range(len(header))],
-        count=count,
-        dense=dense and ["", *dense[1:]],
-        rows=[*zip(summary.rows, body, labels, strict=True)],
-        baseline=baseline,
-        sort_key=sort_key,
-        sections=sections(summary, labels),
-        runs=details(summary),
-        script=ours,
-        policy=" ".join(f"'sha256-{digest}'" for digest in digests),
-        libraries=[base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for text in libraries],
-        styles=[_of_itables("css"), (here / "page.css").read_text(encoding="utf-8")],
-    )
+_SIDE = 192  # pixels of a picture of a permutation
+_POLICY = "default-src 'unsafe-inline' 'unsafe-eval' data: blob:"
+_FRAME = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>PermLLM: {runs} runs</title><link rel="icon" href="data:,">
+<style>body {{ font: 15px system-ui, sans-serif; margin: 1em auto; max-width: 1280px; padding: 0 1em }}
+#table_wrapper {{ overflow-x: auto }} figure {{ display: inline-block; margin: 0 1em 1em 0 }} figcaption {{ font-size: 12px }}
+img {{ border: 1px solid #999; image-rendering: pixelated }}</style>
+<script>{plotly}</script></head><body>
+<h1>PermLLM: pruned models side by side</h1>
+<p>{runs} finished runs in {rows} rows; runs that differ only in their seed share one.</p><ul>{notes}</ul>
+<h2>Quality over minutes</h2>{quality}
+<h2>Table</h2>{itables}{table}
+<h2>A run</h2><p><label>Run <select id="run">{options}</select></label></p>{curves}{details}
+<script>
+const chosen = document.getElementById("run"), curves = document.getElementById("curves");
+function show() {{
+  for (const one of document.querySelectorAll(".run")) one.hidden = one.dataset.run !== chosen.value;
+  Plotly.restyle(curves, {{ visible: curves.data.map((trace) => String(trace.meta) === chosen.value) }});
+}}
+chosen.addEventListener("change", show);
+document.getElementById("quality").on("plotly_click", ({{ points }}) => {{ chosen.value = points[0].customdata[0]; show(); }});
+show();
+</script></body></html>
+"""
 
 
-def _of_itables(suffix: str) -> str:
-    # Found, not imported: some versions want IPython.
-    return Path(str(distribution("itables").locate_file(f"itables/html/dt_bundle.{suffix}"))).read_text(encoding="utf-8")
+def page(table: Table, notes: list[str], baseline: int | None = None, paper: Comparison | None = None) -> str:
+    """Return the page as text; its policy forbids it to load anything. `baseline` and `paper` are as for `cells`."""
+    every = "".join(f"<li>{escape(note)}</li>" for note in (*notes, *table.notes, *([paper.note] if paper else [])) if note)
+    named = [(run, name) for name, members in zip(table.names(), table.rows, strict=True) for run in members]
+    choices = [(run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named]
+    bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
+    parts = {"policy": _POLICY, "runs": len(table.runs), "rows": len(table.rows), "plotly": get_plotlyjs(), "notes": every}
+    parts |= {"itables": generate_init_offline_itables_html(bundle).partition("<div")[0]}
+    parts |= {"table": _table(cells(table, baseline, paper), len(table.settings))}
+    parts |= {"quality": _html(quality(table), "quality"), "curves": _html(curves(table.runs), "curves")}
+    parts |= {"options": "".join(f'<option value="{run}">{name}</option>' for run, name in choices)}
+    return _FRAME.format(**parts, details="".join(_details(table.runs[run], run) for run, _ in named))
 
 
-def _datatables() -> str:
-    """The module of itables as a script that leaves what it exports in `itables`; a module inside of a page has none."""
-    code, exports, licences = re.split(r"\bexport\s*{([^}]*)};?", _of_itables("js"))
-    names = re.sub(r"([\w$]+) as ([\w$]+)", r"\2: \1", exports)
-    return f'globalThis.itables=(()=>{{"use strict";{code}return {{{names}}};{licences}}})();'
+def _html(figure: go.Figure, name: str) -> str:
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False}))
 
 
-def sort_key(text: str) -> float | str:
-    """What a cell is sorted by: its first number, else the text; nothing, which comes last, where that is no finite number."""
+def _table(frame: pd.DataFrame, words: int) -> str:
+    # "56.16% ± 2.00%" is sorted by its first number; what has none comes last.
+    number = "function (data, type) { return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"
+    numbers = {"targets": [*range(words, frame.shape[1])], "render": itables.JavascriptFunction(number), "type": "num"}
+    options: Any = {"connected": False, "table_id": "table", "paging": False, "showIndex": False, "order": [], "maxBytes": 0}
+    return str(itables.to_html_datatable(frame, columnDefs=[numbers], layout={"topEnd": "search"}, **options))
+
+
+def quality(table: Table) -> go.Figure:
+    """Return quality over minutes: for each measure a point a row in the colour of its method, and the Pareto front."""
+    figure, owners = go.Figure(), []
+    for name in measures_of(table):
+        found = points(table, name).assign(run=lambda frame: [table.fastest(row) for row in frame.index])
+        if found.empty:
+            continue
+        memory = (found["memory"] / 1e9).map("{:.2f} GB at the peak".format)
+        shown = pd.Series([table.shown(row, name) for row in found.index], found.index, dtype=object)
+        minutes = found["minutes"].map("{:.1f} min, ".format)
+        found["text"] = found["name"].map(escape) + "<br>" + shown + "<br>" + minutes + memory
+        found["method"] = found["method"].map(escape)
+        columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method", "hover_name": "text"}
+        drawn = px.scatter(found, **columns, size="memory", custom_data=["run"])
+        drawn.update_traces(hovertemplate="%{hovertext}<extra></extra>")
+        front = found[found["front"]].sort_values("minutes")
+        line = {"shape": "hv", "dash": "dot", "color": "grey"}
+        drawn.add_scatter(x=front["minutes"], y=front["value"], mode="lines", name="Pareto front", line=line, hoverinfo="skip")
+        for trace in drawn.data:
+            owners.append(name)
+            figure.add_trace(trace.update(visible=name == owners[0]))
+    buttons = []
+    for name in dict.fromkeys(owners):
+        form = ".0%" if table.kinds[name] in ("accuracy", "share") else ""
+        dense = f"; dense: {table.shown_dense(name)}" if name in table.dense else ""
+        axis = {"yaxis": {"title": {"text": escape(table.heading(name) + dense)}, "tickformat": form}}
+        visible = {"visible": [name == owner for owner in owners]}
+        buttons.append({"label": escape(name), "method": "update", "args": [visible, axis]})
+    if buttons:
+        figure.update_layout(buttons[0]["args"][1], updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}])
+    return figure.update_layout(xaxis={"title": {"text": MINUTES}, "type": "log"}, height=520, template="plotly_white")
+
+
+def curves(runs: list[Run]) -> go.Figure:
+    """Return losses, temperature and flips of every run over epochs; `meta` of a trace is the number of its run."""
+    figure = make_subplots(cols=3, subplot_titles=("loss", "temperature", "channels that changed place"))
+    for number, run in enumerate(runs):
+        for key, column in (("loss", 1), ("measured_loss", 1), ("temperature", 2), ("flips", 3)):
+            values = [entry.get(key) for entry in run.history]
+            look = {"name": key, "meta": number, "mode": "lines+markers", "row": 1, "col": column}
+            if any(value is not None for value in values):
+                figure.add_scatter(x=[*range(1, len(values) + 1)], y=values, **look)
+    return figure.update_layout(height=320, template="plotly_white").update_xaxes(title_text="epoch", dtick=1)
+
+
+def _details(run: Run, number: int) -> str:
     try:
-        number = float(text.split(" ", maxsplit=1)[0].rstrip("%"))
-    except ValueError:
-        return text
-    return number if math.isfinite(number) else ""
+        drawn = "".join(_picture(name, order) for name, order in permutations(run.directory).items())
+    except DataError as error:
+        drawn = escape(str(error))
+    settings = ", ".join(f"{key.removesuffix('.name')}={setting_text(value)}" for key, value in run.identity.items())
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in run.metrics["seconds"].items())
+    facts = [str(run.directory), machine([run]) if "hardware" in run.environment else "no environment.json", seconds, settings]
+    hint = "Permutations: position to the right, original position upwards." if drawn else "No permutations are kept here."
+    lines = "".join(f"<p>{escape(fact)}</p>" for fact in [*facts, hint])
+    return f'<div class="run" data-run="{number}" hidden>{lines}{drawn}</div>'
 
 
-def sections(summary: Summary, labels: list[str]) -> dict[str, dict[str, _Json]]:
-    """Plotly's figures, by section and by what is chosen in it; a section that would be empty is left out.
-
-    A trace of a row has the row's place, and the number of its colour, in `meta`; a line that joins rows says there which.
-    """
-    first = sorted(summary.measures, key=lambda name: name != main_measure(summary))
-    accuracies = sorted((name for name in first if cost.kind(summary, name) == "accuracy"), key=lambda n: n != "average acc")
-    found = {
-        "Quality over minutes": {name: _cost(summary, labels, name) for name in cost.measures(summary)},
-        "Measures": {name: _measure(summary, labels, name) for name in first if name not in accuracies},
-        "Accuracy": {name: _measure(summary, labels, name) for name in accuracies},
-        "While learning": {title: _curves(summary, labels, key, title) for key, title in _CURVES.items()},
-    }
-    some = {section: {name: figure for name, figure in chosen.items() if figure["data"]} for section, chosen in found.items()}
-    return {section: finite(chosen) for section, chosen in some.items() if chosen}
-
-
-def _cost(summary: Summary, labels: list[str], name: str) -> _Json:
-    """A point a row, peak memory as its area, in the colour of its method."""
-    points = cost.points(summary, name)
-    methods = cost.methods(summary)
-    largest = max([1, *(point.memory for point in points)])
-    traces = []
-    for point in points:
-        method = methods[point.row]
-        text = [labels[point.row], shown(summary.rows[point.row].measures[name])]
-        text += [f"{point.minutes:.1f} min", f"{point.memory / 1e9:.2f} GB at the peak"]
-        trace = _trace(point.row, method, text, list(dict.fromkeys(methods)).index(method), [point.minutes], [point.value])
-        marker = {"size": 8 + 16 * math.sqrt(point.memory / largest), "opacity": 0.75}
-        look = {"mode": "markers", "marker": marker, "error_y": {"array": [point.error]}}
-        traces.append(trace | look | {"legendgroup": method})
-    meta = {"join": "lower" if cost.lower_is_better(summary, name) else "higher"}
-    front = {"mode": "lines", "name": "Pareto front", "line": {"shape": "hv", "dash": "dot"}, "meta": meta}
-    y = _axis(heading(summary, name), [point.value for point in points if cost.kind(summary, name) == "perplexity"])
-    y |= {"tickformat": ".0%"} if cost.kind(summary, name) in ("accuracy", "share") else {}
-    x = _axis(cost.MINUTES, [point.minutes for point in points])
-    return _figure([*traces, *[front] * bool(traces)], x, y, dense=summary.dense.get(name))
-
-
-def _measure(summary: Summary, labels: list[str], name: str) -> _Json:
-    """A line over the one setting that varies, where it is a number; else bars."""
-    setting = numeric_setting(summary)
-    bar = {"type": "bar", "orientation": "h", "textposition": "none"}
-    traces: list[_Json] = []
-    for number, (row, label) in enumerate(zip(summary.rows, labels, strict=True)):
-        if name in row.measures:
-            measure, error = row.measures[name], {"array": [row.measures[name].error]}
-            x, y = (float(row.labels[setting]), measure.mean) if setting else (measure.mean, f"#{number + 1}")
-            look = {"mode": "markers", "error_y": error} if setting else bar | {"error_x": error}
-            traces.append(_trace(number, label, [label, shown(measure)], 0, [x], [y]) | look | {"showlegend": False})
-    axis = _axis(heading(summary, name)) | {"tickformat": ".1%" if cost.kind(summary, name) in ("accuracy", "share") else ""}
-    if setting:
-        line = {"mode": "lines", "meta": {"join": "all"}, "showlegend": False}
-        across = _axis(setting, [trace["x"][0] for trace in traces])
-        return _figure([*traces, line], across, axis, "y", summary.dense.get(name))
-    rows = {"type": "category", "ticktext": [_plain(label[:44]) for label in labels]}
-    rows["tickvals"] = [f"#{number}" for number in range(1, len(labels) + 1)]
-    return _figure(traces, axis, rows, "x", summary.dense.get(name))
-
-
-def _curves(summary: Summary, labels: list[str], key: str, title: str) -> _Json:
-    learned = [(number, run) for number, row in enumerate(summary.rows) for run in row.runs if run.history]
-    colours = list(dict.fromkeys(number for number, _ in learned))
-    traces = []
-    for number, run in learned:
-        values = [entry.get(key) for entry in run.history]
-        if any(value is not None for value in values):
-            text = [labels[number], f"seed {setting_text(run.config.get('seed'))}"]
-            trace = _trace(number, labels[number], text, colours.index(number), [*range(1, len(values) + 1)], values)
-            traces.append(trace | {"mode": "lines+markers"})
-    return _figure(traces, _axis("epoch") | {"type": "category"}, _axis(title))
-
-
-def _trace(row: int, name: str, text: list[str], colour: int, x: Sequence[float], y: Sequence[float | str | None]) -> _Json:
-    lines, meta = ["<br>".join(map(_plain, text))] * len(x), {"row": row, "colour": colour}
-    return {"type": "scatter", "name": _plain(name[:44]), "text": lines, "meta": meta, "x": x, "y": y}
-
-
-def _figure(traces: list[_Json], x: _Json, y: _Json, axis: str = "y", dense: Measure | None = None) -> _Json:
-    """With a line across one axis where the dense model is."""
-    shapes = []
-    if dense and math.isfinite(dense.mean):
-        ends = {f"{axis}0": dense.mean, f"{axis}1": dense.mean} | ({"xref": "paper"} if axis == "y" else {"yref": "paper"})
-        label = {"text": f"dense {shown(dense)}", "textposition": "end", "textangle": 0, "xanchor": "right"}
-        shapes.append({"type": "line", "x0": 0, "x1": 1, "y0": 0, "y1": 1} | ends | {"label": label})
-    return {"data": traces, "layout": {"xaxis": x, "yaxis": y, "shapes": shapes}}
-
-
-def _axis(title: str, values: Sequence[float] = ()) -> _Json:
-    """An axis; logarithmic where values span much, with round numbers, as Plotly's own are digits alone within a decade."""
-    if not values or not 0 < 4 * min(values) <= max(values):
-        return {"title": {"text": _plain(title)}}
-    ticks = [digit * 10.0**decade for decade in range(-4, 7) for digit in (1, 1.5, 2, 3, 5, 7)]
-    axis = {"title": {"text": f"{_plain(title)} (log)"}, "type": "log"}
-    return axis | {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
-
-
-def _plain(text: str) -> str:
-    """A text that Plotly shows as it is, not as its markup."""
-    return html.escape(text, quote=False)
+def _picture(name: str, order: np.ndarray[Any, Any]) -> str:
+    side, places = min(len(order), _SIDE), np.arange(len(order))
+    pixels = np.full((side, side), 255, dtype=np.uint8)
+    pixels[side - 1 - order * side // len(order), places * side // len(order)] = 0
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    source = base64.b64encode(stream.getvalue()).decode()
+    said = f"{escape(name)}<br>{(order != places).mean():.1%} of {len(order)} channels moved"
+    return f'<figure><img src="data:image/png;base64,{source}" alt=""><figcaption>{said}</figcaption></figure>'

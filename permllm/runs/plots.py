@@ -1,148 +1,150 @@
-"""Pictures of a summary: quality over minutes, the loss curves of what learned, and the masks of one layer."""
+"""Pictures by matplotlib: quality over minutes, the loss curves of what learned, and the masks of one linear."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from permllm.errors import ConfigError
-from permllm.runs import cost
-from permllm.runs.names import MASKS
-from permllm.runs.pictures import by_layer
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from permllm.errors import ConfigError, DataError, first_line
+from permllm.runs.dataframe import method_of
+from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.plotting import load_pyplot, save_figure
-from permllm.runs.render import heading, main_measure
-from permllm.runs.table import Row, Summary, row_labels
+from permllm.runs.table import GAP, Table
 
-# What a legend inside of the axes has room for, and a label.
-_IN_A_LEGEND, _LETTERS = 6, 48
-# Of matplotlib, which then begins anew.
-_COLOURS, _MARKERS = 10, "osD^vPX*<>"
+MINUTES = "minutes: calibrate + permute + mask + prune"
 
 
-def plot_curves(summary: Summary, file: Path) -> None:
-    """Write a picture of the loss curves of all rows that learned; its suffix chooses the format.
+def measures_of(table: Table) -> list[str]:
+    """Return the measures that are worth minutes: gaps, perplexities, accuracies; gaps that do not compare stand last."""
+    others = [name for name in table.measures if table.kinds[name] in ("perplexity", "accuracy")]
+    gaps = sorted((name for name in table.measures if name in table.gaps), key=lambda name: name != GAP)
+    return gaps + others if table.one_start() else others + gaps
+
+
+def points(table: Table, measure: str) -> pd.DataFrame:
+    """Return the points of the picture of quality over minutes.
+
+    Returns:
+        By row: `name`, `method`, `minutes` of the fastest run, `value`, `error`, `memory` in bytes, `front`: no other row is
+        as good in as few minutes. Rows that lack the measure are left out, and rows whose permutation is another run's.
+    """
+    rows = [row for row in range(len(table.rows)) if not table.learned_elsewhere(row) and table.has(row, measure)]
+    rows = [row for row in rows if math.isfinite(table.means.at[row, measure])]
+    several = len({table.label(row, "pruner") for row in range(len(table.rows))}) > 1
+    found = pd.DataFrame(index=rows)
+    names = table.names()
+    found["name"] = [names[row] for row in rows]
+    found["method"] = [f"{table.label(row, 'pruner')}, " * several + method_of(table.config(row)) for row in rows]
+    found["minutes"] = [table.frame["minutes"][table.fastest(row)] for row in rows]
+    found["value"] = table.means[measure][rows]
+    found["error"] = pd.Series([table.error(row, measure) for row in rows], rows, dtype=float).fillna(0.0)
+    found["memory"] = [table.memory(row) for row in rows]
+    sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
+    ordered = found.assign(badness=sign * found["value"]).sort_values(["minutes", "badness"])
+    found["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)
+    return found
+
+
+def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
+    """Write a picture of quality over minutes: a point a row, peak memory as its area, the Pareto front, the dense model.
+
+    Raises:
+        ConfigError: matplotlib is missing, no row has the measure, or the suffix is no format of a picture.
+    """
+    pyplot = load_pyplot("--to")
+    name, valid = measure or table.main(), measures_of(table)
+    if not valid:
+        raise ConfigError(f"--to {file}: the runs have neither a perplexity nor an accuracy")
+    if name not in valid:
+        raise ConfigError(f"--measure {name}: valid are {', '.join(valid)}")
+    found = points(table, name)
+    if found.empty:
+        raise ConfigError(f"--to {file}: no row has {name} and minutes of its own")
+    front = found[found["front"]].sort_values("minutes")
+    figure, axis = pyplot.subplots(figsize=(8, 4.8))
+    axis.step(front["minutes"], front["value"], where="post", linestyle=":", color="grey", label="Pareto front")
+    sizes = 30 + 150 * found["memory"] / max(1, found["memory"].max())
+    for method, some in found.sort_values("minutes").groupby("method", sort=False):
+        axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8)
+    if name in table.dense and math.isfinite(table.dense[name][0]):
+        axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
+    _scale(axis, table.kinds[name], found["minutes"].min() > 0)
+    shared = [{table.label(row, key) for row in found.index} for key in ("model", "sparsity")]
+    axis.set_title(", ".join(next(iter(values)) for values in shared if len(values) == 1), fontsize="medium")
+    axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
+    axis.grid(alpha=0.3)
+    _legend(axis)
+    save_figure(figure, "--to", file, 100)
+
+
+def _scale(axis: Any, kind: str, logarithmic: bool) -> None:
+    from matplotlib import ticker
+
+    axis.margins(x=0.15, y=0.1)
+    for one, scaled in ((axis.xaxis, logarithmic), (axis.yaxis, kind == "perplexity")):
+        if scaled:
+            (axis.set_xscale if one is axis.xaxis else axis.set_yscale)("log")
+            one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            one.set_minor_locator(ticker.NullLocator())
+    if kind == "share":
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+
+
+def plot_curves(table: Table, file: Path) -> None:
+    """Write a picture of the loss curves of all rows that learned.
 
     Raises:
         ConfigError: matplotlib is missing, no run has learned, or the suffix is no format of a picture.
     """
     pyplot = load_pyplot("--curves")
-    from matplotlib import ticker
-
-    labels = row_labels(summary)
-    learned = [(label, curve) for row, label in zip(summary.rows, labels, strict=True) if (curve := losses(row))]
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    learned = [(name, table.runs[members[0]].history) for name, members in zip(table.names(), table.rows, strict=True)]
+    learned = [(name, history) for name, history in learned if history]
     if not learned:
         raise ConfigError(f"--curves {file}: no run has a history of losses")
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    for number, (label, curve) in enumerate(learned):
-        curve = [loss if math.isfinite(loss) else math.nan for loss in curve]
-        axis.plot(range(1, len(curve) + 1), curve, label=_cut(label), **_look(number))
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    for name, history in learned:
+        losses = [entry.get("loss", math.nan) for entry in history]
+        axis.plot(range(1, len(losses) + 1), losses, label=name[:48])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
-    _legend(axis, "best")
+    _legend(axis)
     save_figure(figure, "--curves", file)
 
 
-def plot_cost(summary: Summary, file: Path, measure: str | None = None) -> None:
-    """Write a picture of quality over minutes: a point a row, peak memory as its area, the Pareto front, the dense model.
-
-    Its suffix chooses the format; a PNG holds what is drawn as JSON, in its text `data`.
-
-    Raises:
-        ConfigError: matplotlib is missing, the rows have no such measure or time of their own, or the suffix is no format.
-    """
-    pyplot = load_pyplot("--to")
-    from matplotlib import ticker
-
-    name = measure or main_measure(summary)
-    if name is None:
-        raise ConfigError(f"--to {file}: the runs have neither a perplexity nor an accuracy")
-    if name not in cost.measures(summary):
-        raise ConfigError(f"--measure {name}: valid are {', '.join(cost.measures(summary))}")
-    found, lower = cost.points(summary, name), cost.lower_is_better(summary, name)
-    if not found:
-        raise ConfigError(f"--to {file}: no row has {name} and minutes of its own")
-    best = cost.front(found, lower)
-    figure, axis = pyplot.subplots(figsize=(8, 4.8))
-    axis.step(
-        [p.minutes for p in best], [p.value for p in best], where="post", linestyle=":", color="grey", label="Pareto front"
-    )
-    largest = max([1, *(point.memory for point in found)])
-    methods = cost.methods(summary)
-    in_order = dict.fromkeys(methods[point.row] for point in sorted(found, key=lambda point: point.minutes))
-    for number, method in enumerate(in_order):
-        some = [point for point in found if methods[point.row] == method]
-        sizes = [30 + 150 * point.memory / largest for point in some]
-        axis.scatter([p.minutes for p in some], [p.value for p in some], sizes, label=method, alpha=0.8, **_look(number))
-    named = found if len(found) <= 12 else best
-    if all(point.label == methods[point.row] for point in found):
-        named = []  # the legend says it
-    middle = math.sqrt(min(point.minutes for point in found) * max(point.minutes for point in found))
-    for number, point in enumerate(sorted(named, key=lambda point: (point.minutes, point.value))):
-        # Above and below in turn, as neighbours often are at one place; to the left of what is slow, where there is room.
-        slow = point.minutes > middle
-        offset, side = (-6 if slow else 6, -13 if number % 2 else 6), "right" if slow else "left"
-        axis.annotate(
-            point.label[:32], (point.minutes, point.value), offset, textcoords="offset points", ha=side, fontsize="small"
-        )
-    if name in summary.dense and math.isfinite(summary.dense[name].mean):
-        axis.axhline(summary.dense[name].mean, linestyle="--", color="grey", linewidth=1, label="dense")
-    if min(point.minutes for point in found) > 0:
-        axis.set_xscale("log")
-    if cost.kind(summary, name) == "perplexity":
-        axis.set_yscale("log")
-    for one in (axis.xaxis, axis.yaxis) if cost.kind(summary, name) == "perplexity" else (axis.xaxis,):
-        one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-        one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        one.set_minor_locator(ticker.NullLocator())
-    if cost.kind(summary, name) == "share":
-        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
-    axis.margins(x=0.15, y=0.1)
-    configs = [summary.rows[point.row].runs[0].config for point in found]
-    shared = [{config["model"]["name"] for config in configs}, {config["sparsity"] for config in configs}]
-    axis.set_title(", ".join(str(next(iter(values))) for values in shared if len(values) == 1), fontsize="medium")
-    axis.set(xlabel=f"{cost.MINUTES} (area: peak of memory)", ylabel=heading(summary, name))
-    axis.grid(alpha=0.3)
-    _legend(axis, "lower left" if lower else "upper left")
-    save_figure(figure, "--to", file, 100, json.dumps(cost_data(summary, name), sort_keys=True))
-
-
-def cost_data(summary: Summary, measure: str) -> dict[str, Any]:
-    """What `plot_cost` draws of a measure, rounded to what a picture shows."""
-    found = cost.points(summary, measure)
-    rows = [
-        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in asdict(p).items()} for p in found
-    ]
-    best = [point.row for point in cost.front(found, cost.lower_is_better(summary, measure))]
-    return {"measure": measure, "points": rows, "front": best}
-
-
-def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: int = 64) -> None:
+def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 64) -> None:
     """Write a picture of one linear's mask under every row, its corner in original channel order (PermLLM, figure 3).
 
     Args:
-        summary: of runs whose directories hold their masks.
-        file: its suffix chooses the format.
-        linear: module path, such as `model.layers.0.mlp.down_proj`; None is the first one of the middle layer.
+        table: of runs whose directories hold their masks.
+        file: picture; its suffix chooses the format.
+        linear: module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the middle layer.
         size: rows and columns of the corner.
 
     Raises:
         ConfigError: matplotlib is missing, no run has masks, there is no such linear, or the suffix is no format of a picture.
     """
     pyplot = load_pyplot("--masks")
-    from permllm.runs.run_tensors import mask_names, mask_reader
-
     found = []
-    for row, title in zip(summary.rows, row_labels(summary), strict=True):
-        masks = row.runs[0].directory / MASKS
-        names = mask_names(masks) if masks.is_file() else []
-        if names:
-            chosen = linear or _first_of_the_middle_layer(names)
-            if chosen not in names:
-                raise ConfigError(f"--linear {chosen}: {row.runs[0].directory} has no such mask; it has {names[0]}, ...")
-            found.append((title, chosen, mask_reader(masks)(chosen)[:size, :size]))
+    for title, members in zip(table.names(), table.rows, strict=True):
+        masks = table.runs[members[0]].directory / MASKS
+        if masks.is_file():
+            with _opened(masks) as opened:
+                layers = by_layer(opened.keys())
+            chosen = linear or layers[len(layers) // 2][0]
+            if not any(chosen in names for names in layers):
+                raise ConfigError(f"--linear {chosen}: {masks} has no such mask; it has {layers[0][0]}, ...")
+            found.append((title, chosen, read_mask(masks, chosen)[:size, :size]))
     if not found:
         raise ConfigError(f"--masks: none of the runs has its {MASKS}")
     columns = min(3, len(found))
@@ -151,46 +153,51 @@ def plot_masks(summary: Summary, file: Path, linear: str | None = None, size: in
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     for axis, (title, _, mask) in zip(axes.flat, found, strict=False):
-        axis.imshow(mask.numpy(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
         axis.set_title(title, fontsize="small")
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"{found[0][1]}, rows and input channels 0 to {size - 1}, black: kept", fontsize="small")
+    rows, channels = found[0][2].shape
+    caption = f"{found[0][1]}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept"
+    figure.suptitle(caption, fontsize="small")
     save_figure(figure, "--masks", file)
 
 
-def _first_of_the_middle_layer(names: list[str]) -> str:
-    layers = by_layer(names)
-    return layers[sorted(layers)[len(layers) // 2]][0]
-
-
-def numeric_setting(summary: Summary) -> str | None:
-    """The one setting that varies, if it is a number everywhere."""
-    if len(summary.settings) != 1 or len(summary.rows) < 2:
-        return None
-    (name,) = summary.settings
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file of tensors. Raises DataError, which names the file, where something in it cannot be read."""
     try:
-        return name if all(math.isfinite(float(row.labels[name])) for row in summary.rows) else None
-    except ValueError:
-        return None
+        with safe_open(file, framework="numpy") as opened:
+            yield opened
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def losses(row: Row) -> list[float]:
-    """Mean loss of each epoch of a row's first run."""
-    return [entry["loss"] for entry in row.runs[0].history]
+def read_mask(file: Path, name: str) -> NDArray[np.bool_]:
+    """Return a mask of `masks.safetensors`, `(C_out, C_in)`, bool."""
+    with _opened(file) as opened:
+        shape = json.loads(opened.metadata()["shapes"])[name]
+        return np.unpackbits(opened.get_tensor(name), count=math.prod(shape)).reshape(shape).astype(bool)
 
 
-def _look(number: int) -> dict[str, str]:
-    """A colour and a marker that no other of the first hundred has together."""
-    return {"color": f"C{number % _COLOURS}", "marker": _MARKERS[number // _COLOURS % len(_MARKERS)]}
+def permutations(directory: Path) -> dict[str, NDArray[np.int64]]:
+    """Return the permutations of the first, the middle and the last layer of a run by channel group; empty for none."""
+    if not (directory / PERMUTATIONS).is_file():
+        return {}
+    with _opened(directory / PERMUTATIONS) as opened:
+        layers = by_layer(opened.keys())
+        chosen = sorted({0, len(layers) // 2, len(layers) - 1})
+        return {name: opened.get_tensor(name) for layer in chosen for name in layers[layer]}
 
 
-def _legend(axis: Any, place: str) -> None:
-    """Inside, or beside the axes where it would hide what is drawn."""
-    if len(axis.get_legend_handles_labels()[1]) <= _IN_A_LEGEND:
-        axis.legend(fontsize="small", loc=place)
-    else:
-        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+def by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Return names of channel groups or linears by decoder layer, in the order of the layers."""
+    layers: dict[int, list[str]] = {}
+    for name in sorted(names):
+        number = re.search(r"\.(\d+)\.", name)
+        layers.setdefault(int(number[1]) if number else -1, []).append(name)
+    return [layers[layer] for layer in sorted(layers)]
 
 
-def _cut(label: str) -> str:
-    return label if len(label) <= _LETTERS else f"{label[: _LETTERS - 1]}…"
+def _legend(axis: Any) -> None:
+    """Draw a legend beside the axes, where it hides nothing."""
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)

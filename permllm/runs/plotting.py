@@ -9,7 +9,7 @@ from permllm.errors import ConfigError, first_line
 
 
 def load_pyplot(option: str) -> Any:
-    """Matplotlib's pyplot without a screen. Raises ConfigError, naming the option that asked for it, where it is missing."""
+    """Return matplotlib's pyplot without a screen. Raises ConfigError, which names the option, where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -21,16 +21,12 @@ def load_pyplot(option: str) -> Any:
     return pyplot
 
 
-def save_figure(figure: Any, option: str, file: Path, dpi: int = 150, data: str = "") -> None:
-    """Write a figure and close it, a PNG with its data as the text `data`.
-
-    Raises:
-        ConfigError: the file cannot be written, or its suffix is no picture's.
-    """
+def save_figure(figure: Any, option: str, file: Path, dpi: int = 150) -> None:
+    """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
     try:
         figure.set_layout_engine("constrained")
-        # What stands beside the axes is part of the picture.
-        figure.savefig(file, dpi=dpi, bbox_inches="tight", metadata={"data": data} if data and file.suffix == ".png" else None)
+        # A legend beside the axes is part of the picture.
+        figure.savefig(file, dpi=dpi, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option} {file}: {first_line(error)}") from error
     finally:

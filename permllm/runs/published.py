@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from permllm.errors import ConfigError
-from permllm.runs.evaluations import all_of, counted_tasks
-from permllm.runs.read import Run
-from permllm.runs.table import LEARNED_TOO, Row
+from permllm.runs.dataframe import METHODS
+from permllm.runs.measures import Measure
 
 _FILE = Path(__file__).parent / "published.csv"
-_METHODS = {
-    ("sparsegpt", "none"): "sparsegpt",
-    ("wanda", "none"): "wanda",
-    ("wanda", "heuristic"): "wanda+cp",
-    ("wanda", "lcp"): "permllm-wanda",
-    ("ria", "none"): "ria",
-    ("ria", "heuristic"): "ria+cp",
-    ("ria", "lcp"): "permllm-ria",
+# Model of the paper to take where a table does not have ours.
+_STAND_IN = "llama-2-7b"
+# Settings that the paper's tables vary, where ours have them, and the paper's value where a table does not vary them.
+_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "sinkhorn_iterations": (("permutation", "sinkhorn_iterations"), 5),
+    "calibration": (("calibration", "dataset"), "c4"),
+    "block_size": (("block_size",), 64),
+    "last_layers": (("permutation", "last_layers"), None),
 }
-# The settings that the paper's tables vary, and where ours have them.
-_SETTINGS = {
-    "sinkhorn_iterations": ("permutation", "sinkhorn_iterations"),
-    "calibration": ("calibration", "dataset"),
-    "block_size": ("block_size",),
-    "last_layers": ("permutation", "last_layers"),
-}
-# What the paper has where a table does not vary it.
-_USUAL = {"sinkhorn_iterations": 5, "calibration": "c4", "block_size": 64, "last_layers": None}
 
 
 @dataclass(frozen=True)
@@ -49,113 +39,87 @@ class Published:
 
 
 def published(table: str) -> list[Published]:
-    """The numbers of one table.
-
-    Args:
-        table: `table6`, or `6`.
-
-    Raises:
-        ConfigError: there is no such table; the message lists those there are.
-    """
+    """Return the numbers of one table, `table6` or `6`. Raises ConfigError where there is no such table."""
     with open(_FILE, encoding="utf-8", newline="") as stream:
-        lines = list(csv.DictReader(stream))
-    rows = [_published(line) for line in lines]
-    tables = sorted({row.table for row in rows})
-    wanted = table.removeprefix("table")
-    if wanted not in tables:
-        raise ConfigError(f"--paper {table}: there is no such table; valid are {', '.join(f'table{name}' for name in tables)}")
-    return [row for row in rows if row.table == wanted]
-
-
-def _published(line: dict[str, str]) -> Published:
-    value = float(line["value"])
-    return Published(line["table"], line["model"], line["sparsity"], line["method"], line["setting"], line["metric"], value)
-
-
-def beside(table: str | None, runs: Iterable[Run]) -> Comparison | None:
-    """The paper's numbers for some runs; None where no table is asked for. Errors as `published` and `Comparison`."""
-    return Comparison(published(table), sorted({run.config["model"]["name"] for run in runs})) if table else None
+        rows = [Published(**line | {"value": float(line["value"])}) for line in csv.DictReader(stream)]  # type: ignore[arg-type]
+    found = [row for row in rows if row.table == table.removeprefix("table")]
+    if not found:
+        valid = ", ".join(f"table{name}" for name in sorted({row.table for row in rows}))
+        raise ConfigError(f"--paper {table}: there is no such table; valid are {valid}")
+    return found
 
 
 class Comparison:
-    """Finds the paper's number for a row of ours.
+    """Finder of the paper's number for a run of ours.
 
     Args:
         rows: of one table of the paper.
-        models: ours; a single one may be one that the table does not have: the numbers are those of another then, as `note`
-            says, and any perplexity of ours stands beside its perplexity on WikiText-2.
-        preferred: the paper's model to take where ours is not in the table.
+        models: ours. A single one may be a model that the table does not have: the numbers are those of another model then, as
+            `note` says, and any perplexity of ours stands beside the paper's perplexity on WikiText-2.
 
     Raises:
-        ConfigError: of several models, the table does not have one.
+        ConfigError: the table does not have one of several models.
     """
 
-    def __init__(self, rows: list[Published], models: str | Sequence[str], preferred: str = "llama-2-7b") -> None:
-        ours = [models] if isinstance(models, str) else list(models)
-        theirs = list(dict.fromkeys(row.model for row in rows))
+    def __init__(self, rows: list[Published], models: str | Sequence[str]) -> None:
+        ours, theirs = [models] if isinstance(models, str) else [*models], list(dict.fromkeys(row.model for row in rows))
         missing = [model for model in ours if model not in theirs]
-        self.same_model = not missing
-        self.note = ""
-        self._stand_in = ""
+        if missing and len(ours) > 1:
+            there = f"the table has {', '.join(theirs)}, not {', '.join(missing)}"
+            raise ConfigError(f"--paper: {there}; give runs of one model or of these")
+        self.same_model, self.note, self._stand_in = not missing, "", ""
         if missing:
-            if len(ours) > 1:
-                raise ConfigError(
-                    f"--paper: the table has {', '.join(theirs)}, not {', '.join(missing)}; give runs of one model or of these"
-                )
-            self._stand_in = preferred if preferred in theirs else theirs[0]
-            self.note = (
-                f"The paper's numbers are those of {self._stand_in} on its own protocol, ours of {ours[0]}: "
-                "compare the order of the rows, not the values."
-            )
+            self._stand_in = _STAND_IN if _STAND_IN in theirs else theirs[0]
+            numbers = f"The paper's numbers are those of {self._stand_in} on its own protocol, ours of {ours[0]}"
+            self.note = f"{numbers}: compare the order of the rows, not the values."
         self._only = self._stand_in or (ours[0] if len(ours) == 1 else "")
         self.heading = f"paper, {self._only}" if self._only else "paper"
         self._values = {(row.model, row.sparsity, row.method, row.setting, row.metric): row.value for row in rows}
-        self._varied = {row.setting.split("=")[0] for row in rows if "=" in row.setting}  # of table 3 it is a layer
+        self._varied = [*dict.fromkeys(row.setting.split("=")[0] for row in rows if "=" in row.setting)]
+        self._tasks = {row.metric.removesuffix("_acc") for row in rows if row.metric.endswith("_acc")} - {"average"}
 
-    def value(self, row: Row, measure: str) -> float | None:
-        """The paper's number for one measure of ours, in our units (accuracies as shares); None where it has none."""
-        config = row.runs[0].config
-        method = _METHODS.get((config["pruner"]["name"], _permutation(config["permutation"]["name"])))
+    def value(self, config: Mapping[str, Any], measure: str, ours: Measure | None = None) -> float | None:
+        """Return the paper's number for one measure of a run of ours, accuracies as shares; None where it has none.
+
+        Args:
+            config: settings of the run.
+            measure: name of its column.
+            ours: the run's own number, if it has one.
+        """
         metric = self._metric(measure)
-        limited = row.measures[measure].limited if measure in row.measures else False
-        if method is None or metric is None or not self._as_in_the_paper(config) or (limited and not self._stand_in):
+        if metric is None or not self._as_in_the_paper(config):
             return None
-        if metric == "average_acc" and not self._averages_what_it_does(row):
+        if ours and ((ours.limited and not self._stand_in) or (ours.tasks and set(ours.tasks) != self._tasks)):
             return None
-        for setting in (*self._settings_of(config), ""):
-            model = self._stand_in or config["model"]["name"]
-            found = self._values.get((model, config["sparsity"], method, setting, metric))
+        for setting in (*(f"{name}={_value(config, name)}" for name in self._varied), ""):
+            key = (self._stand_in or config["model"]["name"], config["sparsity"], _method(config))
+            found = self._values.get((*key, setting.replace("last_layers=None", "last_layers=all"), metric))
             if found is not None:
                 return found / 100 if metric.endswith("_acc") else found
         return None
 
     def dense(self, measure: str) -> float | None:
-        """The paper's number of the dense model, where there is one model."""
-        metric = self._metric(measure)
+        """Return the paper's number of the dense model; None where there are several models."""
+        metric = self._metric(measure) or ""
         for (model, _, method, _, name), value in self._values.items():
-            if method == "dense" and (model, name) == (self._only, metric):
+            if (model, method, name) == (self._only, "dense", metric):
                 return value / 100 if name.endswith("_acc") else value
         return None
 
-    def _as_in_the_paper(self, config: dict[str, Any]) -> bool:
-        """Whether nothing that this table does not vary is other than in the paper."""
-        if any((config.get(group) or {}).get("name", usual) != usual for group, usual in LEARNED_TOO.items()):
+    def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether nothing that this table does not vary differs from the paper."""
+        others = [
+            (config.get(group) or {}).get("name", METHODS[group]) != METHODS[group] for group in ("mask", "reconstruction")
+        ]
+        foldable = config["permutation"].get("constraint", "free") != "free"
+        if any(others) or config.get("keep_dense") or config.get("sparsity_of") or foldable:
             return False
-        if config.get("keep_dense") or config.get("sparsity_of"):
-            return False
-        if config["permutation"].get("constraint", "free") != "free":
-            return False
-        learned = _permutation(config["permutation"]["name"]) == "lcp"
-        for name, usual in _USUAL.items():
-            # Another model has other texts anyway, as the note says.
-            matters = not self._stand_in if name == "calibration" else learned
-            if name not in self._varied and matters and _setting(config, name) != usual:
-                return False
-        return True
-
-    def _settings_of(self, config: dict[str, Any]) -> list[str]:
-        values = {name: _setting(config, name) for name in self._varied}
-        return [f"{name}={'all' if name == 'last_layers' and v is None else v}" for name, v in values.items()]
+        of_lcp = config["permutation"]["name"].startswith("lcp")
+        # Another model has other texts anyway, as the note says.
+        matter = {
+            name: not self._stand_in if name == "calibration" else of_lcp for name in _SETTINGS if name not in self._varied
+        }
+        return all(_value(config, name) == _SETTINGS[name][1] for name, matters in matter.items() if matters)
 
     def _metric(self, measure: str) -> str | None:
         if "perplexity" in measure and (self._stand_in or measure == "wikitext2 perplexity (window 2048)"):
@@ -163,20 +127,18 @@ class Comparison:
         match = re.fullmatch(r"(\w+) acc", measure)
         return f"{match[1]}_acc" if match else None
 
-    def _averages_what_it_does(self, row: Row) -> bool:
-        """Whether the mean accuracy is over the tasks of the paper's."""
-        theirs = {metric.removesuffix("_acc") for *_, metric in self._values if metric.endswith("_acc")} - {"average"}
-        measured = [all_of(run.metrics) for run in row.runs]
-        counted = [[counted_tasks(entry.get("zero_shot", {}).get("sparse", {})) for entry in entries] for entries in measured]
-        return all(any(set(tasks) == theirs for tasks in of_run) for of_run in counted)
+
+def _method(config: Mapping[str, Any]) -> str:
+    """Return the paper's name of a method; another name for what the paper does not have."""
+    pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
+    if permutation.startswith("lcp"):
+        return f"permllm-{pruner}"
+    return str(pruner) + {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
 
 
-def _setting(config: dict[str, Any], name: str) -> Any:
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    place, usual = _SETTINGS[name]
     value: Any = config
-    for key in _SETTINGS[name]:
-        value = value.get(key, _USUAL[name]) if isinstance(value, dict) else None
+    for key in place:
+        value = value.get(key, usual) if isinstance(value, Mapping) else None
     return value
-
-
-def _permutation(name: str) -> str:
-    return "lcp" if name.startswith("lcp") else name

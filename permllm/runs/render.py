@@ -1,319 +1,242 @@
-"""A summary as Markdown, CSV, LaTeX or JSON."""
+"""A table as Markdown, CSV, LaTeX or JSON, with changes from a baseline and the paper's numbers beside."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 from permllm.config import finite
 from permllm.errors import ConfigError
-from permllm.runs.compare import Paired, change_between, paired
-from permllm.runs.published import Comparison
-from permllm.runs.table import GAP, Measure, Row, Summary, close_gaps, one_start, row_labels, shared_perplexities
+from permllm.runs.compare import Paired, change, paired
+from permllm.runs.dataframe import number
+from permllm.runs.published import Comparison, published
+from permllm.runs.read import Run
+from permllm.runs.table import Table
 
 FORMATS = ("md", "csv", "latex", "json")
 
 
-def render(summary: Summary, format: str, baseline: Row | None = None, paper: Comparison | None = None) -> str:
-    """The table as text.
+def as_text(frame: pd.DataFrame, format: str, words: int = 0) -> str:
+    """Return a frame of texts as Markdown, CSV or LaTeX.
 
     Args:
-        summary: of the runs.
-        format: one of `FORMATS`.
-        baseline: a row whose perplexity, or average accuracy, the others' is compared with.
-        paper: puts the published numbers beside ours.
-    """
-    if format == "json":
-        return json.dumps(finite(records(summary, baseline, paper)), indent=2, allow_nan=False) + "\n"
-    header, body = cells(summary, baseline, paper)
-    return as_text(pd.DataFrame(body, columns=header), format, len(summary.settings))
-
-
-def as_text(table: pd.DataFrame, format: str, texts: int = 0) -> str:
-    """A table of texts.
-
-    Args:
-        table: cells as they are shown.
+        frame: cells as they are shown.
         format: `md`, `csv` or `latex`.
-        texts: how many of the first columns hold words; the others are aligned to the right, in LaTeX.
+        words: number of first columns that LaTeX aligns to the left.
     """
     if format == "csv":
-        return str(table.to_csv(index=False, lineterminator="\n"))
+        return str(frame.to_csv(index=False, lineterminator="\n"))
     if format == "latex":
-        columns = "l" * texts + "r" * (len(table.columns) - texts)
-        return table.to_latex(index=False, escape=True, column_format=columns).replace("±", r"$\pm$")
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+        columns = "l" * words + "r" * (len(frame.columns) - words)
+        return str(frame.to_latex(index=False, escape=True, column_format=columns)).replace("±", r"$\pm$")
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
-def records(summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> list[dict[str, Any]]:
-    """The rows as plain values; arguments as `render`."""
-    return [_record(summary, row, baseline, paper) for row in summary.rows]
+def render(table: Table, format: str, baseline: int | None = None, paper: Comparison | None = None) -> str:
+    """Return a table in one of `FORMATS`; other arguments as `cells`."""
+    if format == "json":
+        return as_json(records(table, baseline, paper))
+    return as_text(cells(table, baseline, paper), format, len(table.settings))
 
 
-def cells(summary: Summary, baseline: Row | None = None, paper: Comparison | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table as they are shown; the dense model's row first, where all share it."""
-    several = any(len(row.runs) > 1 for row in summary.rows)
-    header = [*summary.settings, *(["seeds"] if several else [])]
-    body = [
-        [*(row.labels[name] for name in summary.settings), *([str(len(row.runs))] if several else [])] for row in summary.rows
-    ]
-    dense = ["dense", *[""] * (len(header) - 1)]
-    main = main_measure(summary)
-    for name in summary.measures:
-        # The header of a file must not have a name twice.
-        prefix = "" if name == main else f"{name}, "
-        header.append(heading(summary, name))
-        dense.append(shown(summary.dense[name]) if name in summary.dense else "")
-        for row, line in zip(summary.rows, body, strict=True):
-            line.append(shown(row.measures[name]) if name in row.measures else "")
-        values = [paper.value(row, name) for row in summary.rows] if paper else []
+def as_json(value: Any) -> str:
+    """Return plain values as JSON; None stands for infinity and for what is not a number."""
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def cells(table: Table, baseline: int | None = None, paper: Comparison | None = None) -> pd.DataFrame:
+    """Return the cells of a table as they are shown, the dense model's row first, where all rows share it.
+
+    Args:
+        table: of the runs.
+        baseline: row from which the others' changes in the main measure and the average accuracy are shown.
+        paper: puts the published numbers beside ours.
+    """
+    rows = range(len(table.rows))
+    found: dict[str, list[str]] = {name: ["", *(table.label(row, name) for row in rows)] for name in table.settings}
+    if any(len(members) > 1 for members in table.rows):
+        found["seeds"] = ["", *(str(len(members)) for members in table.rows)]
+    main, changes = table.main(), changes_of(table, baseline, paper)
+    for name in table.measures:
+        kind, prefix = table.kinds[name], "" if name == main else f"{name}, "
+        found[table.heading(name)] = [table.shown_dense(name), *(table.shown(row, name) for row in rows)]
+        values = [_published(table, paper, row, name) for row in rows]
         if paper and any(value is not None for value in values):
-            header.append(prefix + paper.heading)
-            of_dense = paper.dense(name)
-            dense.append("" if of_dense is None else _number(of_dense, _kind(summary, name)))
-            for value, line in zip(values, body, strict=True):
-                line.append("" if value is None else _number(value, _kind(summary, name)))
+            every = [paper.dense(name), *values]
+            found[prefix + paper.heading] = ["" if value is None else number(value, kind) for value in every]
             if paper.same_model:
-                header.append(f"{prefix}difference")
-                dense.append("")
-                for row, value, line in zip(summary.rows, values, body, strict=True):
-                    ours = row.measures.get(name)
-                    line.append("" if value is None or ours is None else _difference(ours.mean - value, ours.kind))
-        if baseline is not None and name in _against_the_baseline(summary):
-            changes = [_changes(row, name, baseline, paper) for row in summary.rows]
-            unit = _unit(_kind(summary, name))
-            titles = {"ours": "against the baseline"}
-            if paper and not paper.same_model and any(value is not None for value in values):
-                titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
-            for key, title in titles.items():
-                header.append(f"{prefix}{title}")
-                dense.append("")
-                for row, found, line in zip(summary.rows, changes, body, strict=True):
-                    change, ends = found[key], found["interval"] if key == "ours" else None
-                    between = "" if ends is None else f" [{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]"
-                    line.append("" if change is None or row is baseline else f"{change * 100:+.1f}{unit}{between}")
-    return header, [dense, *body] if summary.dense else body
+                ours = table.means.get(name, pd.Series(math.nan, rows)) - pd.Series(values, rows, dtype=float)
+                scale = 100 if kind == "accuracy" else 1
+                found[f"{prefix}difference"] = ["", *("" if math.isnan(one) else f"{one * scale:+.2f}" for one in ours)]
+        titles = {"ours": "against the baseline"}
+        if paper and not paper.same_model and any(value is not None for value in values):
+            titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
+        for key, title in titles.items() if name in changes else ():
+            each = [one | ({} if key == "ours" else {"interval": None}) for one in changes[name]]
+            found[f"{prefix}{title}"] = ["", *(_change_text(one[key], one["interval"], kind) for one in each)]
+    frame = pd.DataFrame(found)
+    if not table.dense:
+        return frame.iloc[1:].reset_index(drop=True)
+    frame.iloc[0, 0] = "dense"
+    return frame
 
 
-def _against_the_baseline(summary: Summary) -> list[str]:
-    """The measures whose changes from a baseline are shown."""
-    return [name for name in summary.measures if name in (main_measure(summary), "average acc")]
-
-
-def _changes(row: Row, name: str, baseline: Row, paper: Comparison | None) -> dict[str, Any]:
-    """A row's change from the baseline in a measure, and that of the published numbers, as shares; None where there is none.
+def changes_of(table: Table, baseline: int | None, paper: Comparison | None) -> dict[str, list[dict[str, Any]]]:
+    """Return each row's changes from a baseline in the main measure and the average accuracy, as shares.
 
     Returns:
-        `ours` and its `interval`, and where the paper's numbers are of another model, of which only changes can be compared,
-        `paper` and the `difference` of the two.
+        By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the two, where the paper's numbers
+        are of another model, so that only changes can be compared. None where there is none.
     """
-    ours = _change(row.measures.get(name), baseline.measures.get(name))
-    theirs = None
-    if paper and not paper.same_model and name in row.measures:
-        values = [paper.value(one, name) for one in (row, baseline)]
-        theirs = _change(*(None if value is None else Measure([value], row.measures[name].kind) for value in values))
-    difference = None if ours is None or theirs is None else ours - theirs
-    return {"ours": ours, "interval": interval(row, baseline, name), "paper": theirs, "difference": difference}
+    found: dict[str, list[dict[str, Any]]] = {}
+    names = [name for name in table.measures if name in (table.main(), "average acc")] if baseline is not None else []
+    for name in names:
+        assert baseline is not None
+        start = _published(table, paper, baseline, name)
+        found[name] = []
+        for row in range(len(table.rows)):
+            ours = None if row == baseline else change(table, row, baseline, name)
+            pair = None if ours is None else paired(table, row, baseline, name)
+            interval = [pair.low, pair.high] if isinstance(pair, Paired) and pair.whole else None
+            value, theirs = _published(table, paper, row, name), None
+            if paper and not paper.same_model and ours is not None and value is not None and start is not None:
+                theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
+            difference = None if ours is None or theirs is None else ours - theirs
+            found[name].append({"ours": ours, "interval": interval, "paper": theirs, "difference": difference})
+    return found
 
 
-def undrawn(summary: Summary, measure: str | None) -> list[str]:
-    """A note where a picture of a measure, None is the main one, leaves out rows that lack it."""
-    name = measure or main_measure(summary)
-    labels = [label for row, label in zip(summary.rows, row_labels(summary), strict=True) if name not in row.measures]
-    return [f"the picture is of {name}, and leaves out what lacks it: {'; '.join(labels)}"] if name and labels else []
+def records(table: Table, baseline: int | None = None, paper: Comparison | None = None) -> list[dict[str, Any]]:
+    """Return the rows as plain values; arguments as `cells`."""
+    changes = changes_of(table, baseline, paper)
+    found = []
+    for row, members in enumerate(table.rows):
+        record: dict[str, Any] = {
+            "settings": table.labels.loc[row, table.settings].to_dict(),
+            "seeds": [table.runs[run].config["seed"] for run in members],
+        }
+        record["measures"] = {
+            name: {
+                "mean": float(table.means.at[row, name]),
+                "deviation": table.error(row, name) if len(members) > 1 else None,
+                "stderr": table.error(row, name) if len(members) == 1 else None,
+                "limited": table.limited(name),
+            }
+            for name in table.measures
+            if table.has(row, name)
+        }
+        record["dense"] = {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()}
+        if paper:
+            values = {name: _published(table, paper, row, name) for name in record["measures"]}
+            record["paper"] = {"from": paper.heading} | {name: value for name, value in values.items() if value is not None}
+        if baseline is not None:
+            record["against_baseline"] = {name: each[row] for name, each in changes.items() if table.has(row, name)}
+        record["runs"] = [str(table.runs[run].directory) for run in members]
+        found.append(record)
+    return found
 
 
-def main_measure(summary: Summary) -> str | None:
-    """What runs are compared by.
-
-    The perplexity that all rows have; where they have several, the mean gap that they close, if it has one start. Else the
-    average accuracy, else the first accuracy; where rows share nothing, the first perplexity or accuracy.
-    """
-    kinds = {name: _kind(summary, name) for name in summary.measures}
-    shared = shared_perplexities(summary)
-    accuracies = [name for name, kind in kinds.items() if kind == "accuracy"]
-    accuracies.sort(key=lambda name: not name.startswith("average acc"))
-    of_all = [name for name in accuracies if all(name in row.measures for row in summary.rows)]
-    first = [GAP] * (len(shared) > 1 and GAP in kinds and one_start(summary)) + shared + of_all
-    perplexities = [name for name, kind in kinds.items() if kind == "perplexity"]
-    return next(iter([*first, *perplexities, *accuracies]), None)
+def beside(name: str | None, table: Table) -> Comparison | None:
+    """Return the paper's table of this name for some runs; None where no table is asked for."""
+    return Comparison(published(name), sorted({run.config["model"]["name"] for run in table.runs})) if name else None
 
 
-def take_baseline(summary: Summary, text: str | None) -> Row | None:
-    """The row that `--baseline` names, from which `gap closed` is measured then; None where nothing was given.
-
-    Raises:
-        ConfigError: as `find_row`.
-    """
+def take_baseline(table: Table, text: str | None) -> int | None:
+    """Return the row that `--baseline` names and measure gaps from it; None where it names none. Errors as `find_row`."""
     if not text:
         return None
-    baseline = find_row(summary, text, "--baseline")
-    close_gaps(summary, baseline)
+    baseline = find_row(table, text, "--baseline")
+    table.close_gaps(baseline)
     return baseline
 
 
-def find_row(summary: Summary, text: str, option: str) -> Row:
-    """The row with these settings, given as `name=value,name=value` after an option.
+def find_row(table: Table, text: str, option: str) -> int:
+    """Return the row with some settings, given as `name=value,name=value` after an option.
 
     Raises:
-        ConfigError: a name is no column, or not exactly one row has the values.
+        ConfigError: a name is no setting, or not exactly one row has the values.
     """
-    # A value may be a list: a comma parts settings where a column's name follows.
-    columns = "|".join(map(re.escape, summary.settings))
-    parts = re.split(rf",(?=(?:{columns})=)" if columns else ",", text)
-    wanted = {name: value for name, _, value in (part.partition("=") for part in parts)}
+    # A value may be a list: a comma parts settings where a name follows.
+    wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
+    rows = list(range(len(table.rows)))
     for name, value in wanted.items():
-        if name not in summary.settings:
-            raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(summary.settings)}")
-        present = dict.fromkeys(row.labels[name] for row in summary.rows)
+        present = dict.fromkeys(filter(None, (table.label(row, name) for row in range(len(table.rows)))))
+        if not present:
+            raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(table.settings)}")
         if value not in present:
-            raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(filter(None, present))}")
-    rows = [row for row in summary.rows if all(row.labels[name] == value for name, value in wanted.items())]
+            raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(present)}")
+        rows = [row for row in rows if table.label(row, name) == value]
     if not rows:
         raise ConfigError(f"{option} {text}: no row has all of these settings")
     if len(rows) > 1:
-        differ = [name for name in summary.settings if len({row.labels[name] for row in rows}) > 1]
+        differ = [name for name in table.settings if len({table.label(row, name) for row in rows}) > 1]
         raise ConfigError(
             f"{option} {text}: {len(rows)} rows have these settings; they differ in {', '.join(differ)}: add one"
         )
     return rows[0]
 
 
-def shown(measure: Measure) -> str:
-    """A number with its uncertainty: the deviation over seeds, or the standard error of a single run."""
-    text = _number(measure.mean, measure.kind)
-    uncertainty = measure.stderr if measure.deviation is None else measure.deviation
-    if uncertainty is not None:
-        text += f" ± {_number(uncertainty, measure.kind)}"
-    return text
-
-
-def _number(value: float, kind: str) -> str:
-    if kind in ("accuracy", "share"):
-        return f"{value:.2%}"
-    if kind == "error":
-        return f"{value:.4f}"
-    if kind == "number":
-        return f"{value:.4g}"
-    return f"{value:.0f}" if kind == "seconds" else f"{value:.2f}"
-
-
-def _difference(value: float, kind: str) -> str:
-    return f"{value * 100:+.2f}" if kind == "accuracy" else f"{value:+.2f}"
-
-
-def _change(ours: Measure | None, baseline: Measure | None) -> float | None:
-    return None if ours is None or baseline is None else change_between(ours, baseline)
-
-
-def interval(row: Row, baseline: Row, name: str) -> tuple[float, float] | None:
-    """The 95 % interval of a change, as a share of a perplexity or a difference of an accuracy or a gap.
-
-    None where a row is its own baseline, or a row lacks what it needs (`without_interval` says what).
-    """
-    found = None if row is baseline else paired(row, baseline, name)
-    if not isinstance(found, Paired) or not found.whole:
-        return None
-    _, low, high = found.shown()
-    return low, high
-
-
-def without_interval(summary: Summary, baseline: Row) -> list[str]:
-    """A line for each reason why changes from the baseline have no interval, with the number of rows that it holds for."""
-    name = main_measure(summary)
-    if name is None or name not in baseline.measures:
-        return []
-    found = [paired(row, baseline, name) for row in summary.rows if row is not baseline and name in row.measures]
-    reasons = Counter(pair if isinstance(pair, str) else "not the same seeds" for pair in found if not _whole(pair))
-    return [f"no interval for {count} of {len(found)} rows: {reason}" for reason, count in reasons.items()]
-
-
-def _whole(pair: Paired | str) -> bool:
-    return isinstance(pair, Paired) and pair.whole
-
-
-def comparison(first: Row, second: Row, summary: Summary) -> list[dict[str, Any]]:
-    """Two rows in each perplexity, gap and accuracy that both have, as plain values.
-
-    Returns:
-        Of each its name, both values, the difference (of a perplexity as a share of the second row's value), `interval`, its
-        95 % interval, or None, and `over`, what was resampled, or why there is no interval.
-    """
-    found = []
-    for name in summary.measures:
-        ours, theirs = first.measures.get(name), second.measures.get(name)
-        if ours is None or theirs is None or not (ours.kind in ("perplexity", "accuracy", "number") or ours.gaps):
-            continue
-        pair = paired(first, second, name)
-        line: dict[str, Any] = {"measure": heading(summary, name), "kind": ours.kind}
-        line |= {"first": shown(ours), "second": shown(theirs)}
-        if isinstance(pair, str):
-            line |= {"difference": _change(ours, theirs), "interval": None, "over": pair}
-        else:
-            difference, low, high = pair.shown()
-            line |= {"difference": difference, "interval": [low, high], "over": pair.over}
-        found.append(line)
-    return found
-
-
-def compared(found: list[dict[str, Any]], first: str, second: str, format: str) -> str:
-    """What `comparison` found as a table.
-
-    Args:
-        found: of two rows.
-        first: the first one's name.
-        second: the second one's.
-        format: one of `FORMATS`.
-    """
+def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
+    """Return `permllm.runs.compare.comparison` of two rows of these names in one of `FORMATS`."""
     if format == "json":
-        return json.dumps(finite(found), indent=2, allow_nan=False) + "\n"
+        return as_json(found)
     lines = []
     for line in found:
         unit, interval = _unit(line["kind"]), line["interval"]
         between = "" if interval is None else f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}{unit}"
-        change = f"{line['difference'] * 100:+.1f}{unit}"
-        lines.append((line["measure"], line["first"], line["second"], change, between, line["over"]))
-    header = ["measure", first, second, "difference", "95 % interval", "over"]
+        lines.append(
+            (
+                line["measure"],
+                line["first"],
+                line["second"],
+                _change_text(line["difference"], None, line["kind"]),
+                between,
+                line["over"],
+            )
+        )
+    header = ["measure", *names, "difference", "95 % interval", "over"]
     return as_text(pd.DataFrame(lines, columns=header), format, 1)
+
+
+def machine(runs: Iterable[Run]) -> str:
+    """Return what runs were computed with, in a line."""
+    runs, found = list(runs), [run.environment for run in runs]
+    names = {"python": "Python", "torch": "torch", "transformers": "transformers"}
+    versions = sorted({", ".join(f"{shown} {one['versions'][name]}" for name, shown in names.items()) for one in found})
+    commits = sorted({one["git"]["commit"][:10] + " with changes" * one["git"]["dirty"] for one in found if one.get("git")})
+    started = sorted(one["started"][:10] for one in found)
+    days = " to ".join(dict.fromkeys((started[0], started[-1])))
+    of_code = [f"commit {', '.join(commits)}"] if commits else []
+    return "; ".join([*sorted({_computed_on(run) for run in runs}), *versions, *of_code, days]) + "."
+
+
+def _computed_on(run: Run) -> str:
+    hardware = run.environment["hardware"]
+    instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
+    several = f", {hardware['processes']} processes" if "processes" in hardware else ""
+    return f"{processor(run)}{instructions}, {hardware['threads']} threads{several}"
+
+
+def processor(run: Run) -> str:
+    """Return the GPU that a run was computed on, or else the processor."""
+    hardware = run.environment["hardware"]
+    return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
+
+
+def _published(table: Table, paper: Comparison | None, row: int, name: str) -> float | None:
+    return paper.value(table.config(row), name, table.value(table.rows[row][0], name)) if paper else None
+
+
+def _change_text(change: float | None, interval: list[float] | None, kind: str) -> str:
+    between = "" if interval is None else f" [{interval[0] * 100:+.1f}, {interval[1] * 100:+.1f}]"
+    return "" if change is None else f"{change * 100:+.1f}{_unit(kind)}{between}"
 
 
 def _unit(kind: str) -> str:
     return " points" if kind in ("accuracy", "share") else "%"
-
-
-def heading(summary: Summary, name: str) -> str:
-    """A measure's name, with a word where some row's value is of a part of the items."""
-    # That a perplexity is of the first windows alone stands with the run.
-    limited = _kind(summary, name) in ("accuracy", "number") and any(
-        row.measures[name].limited for row in summary.rows if name in row.measures
-    )
-    return f"{name} (limited)" if limited else name
-
-
-def _kind(summary: Summary, name: str) -> str:
-    return next(row.measures[name].kind for row in summary.rows if name in row.measures)
-
-
-def _record(summary: Summary, row: Row, baseline: Row | None, paper: Comparison | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"settings": row.labels, "seeds": [run.config["seed"] for run in row.runs]}
-    record["measures"] = {
-        name: {"mean": measure.mean, "deviation": measure.deviation, "stderr": measure.stderr, "limited": measure.limited}
-        for name, measure in row.measures.items()
-    }
-    record["dense"] = {
-        name: {"mean": measure.mean, "stderr": measure.stderr, "limited": measure.limited}
-        for name, measure in summary.dense.items()
-    }
-    if paper:
-        found = {name: paper.value(row, name) for name in row.measures}
-        record["paper"] = {"from": paper.heading} | {name: value for name, value in found.items() if value is not None}
-    if baseline:
-        names = _against_the_baseline(summary)
-        record["against_baseline"] = {name: _changes(row, name, baseline, paper) for name in names if name in row.measures}
-    record["runs"] = [str(run.directory) for run in row.runs]
-    return record

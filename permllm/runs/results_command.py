@@ -1,5 +1,6 @@
 """One table of all runs below some directories: a column for whatever varies, mean and deviation over seeds.
 
+permllm results runs --baseline permutation=none
 permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
 
 The option --jsonl keeps the runs in one file instead, a line each, which is read like their folders.
@@ -12,27 +13,20 @@ import sys
 from pathlib import Path
 
 from permllm.errors import ConfigError
+from permllm.runs.compare import comparison
 from permllm.runs.kept import keep_runs
-from permllm.runs.published import beside
 from permllm.runs.read import collect
-from permllm.runs.render import (
-    FORMATS,
-    compared,
-    comparison,
-    find_row,
-    records,
-    render,
-    take_baseline,
-    without_interval,
-)
-from permllm.runs.table import summarise
+from permllm.runs.render import FORMATS, beside, compared, find_row, records, render, take_baseline
+from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What may be typed."""
+    """Add the options of the command."""
     parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="runs, folders that hold some, or kept records")
     parser.add_argument("--format", choices=FORMATS, default="md")
+    parser.add_argument("--columns", metavar="NAME,...", help="settings to show; default: those that vary")
+    parser.add_argument("--measures", metavar="'NAME, ...'", help="measures to show, or parts of their names")
     parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
     parser.add_argument(
         "--compare",
@@ -45,37 +39,40 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(options: argparse.Namespace) -> Answer:
-    """The table, or what was kept."""
+    """Return the table, the comparison of two rows, or the names of the runs that were kept."""
+    for alone in ("jsonl", "compare"):
+        others = [name for name in ("jsonl", "compare", "baseline", "paper") if name != alone and getattr(options, name)]
+        if getattr(options, alone) and others:
+            raise ConfigError(f"--{alone} goes without --{others[0]}")
     if options.jsonl:
-        _refuse_beside("jsonl", options, "baseline", "compare", "paper")
         names = keep_runs(options.places, options.jsonl)
         return Answer({"file": str(options.jsonl), "runs": names}, lambda: print(f"{options.jsonl}: {len(names)} runs"))
-    collection = collect(options.places)
-    for note in collection.left_out():
-        print(f"note: {note}", file=sys.stderr)
-    if not collection.runs:
-        raise ConfigError("no finished run is among them")
-    summary = summarise(collection.runs)
+    table = table_of(options.places)
     if options.compare:
-        _refuse_beside("compare", options, "baseline", "paper")
-        for note in summary.notes:
-            print(f"note: {note}", file=sys.stderr)
-        first, second = (find_row(summary, text, "--compare") for text in options.compare)
-        differences = comparison(first, second, summary)
-        answer = compared(differences, options.compare[0], options.compare[1], options.format)
-        return Answer(differences, lambda: print(answer, end=""))
-    paper = beside(options.paper, collection.runs)
-    baseline = take_baseline(summary, options.baseline)
-    notes = without_interval(summary, baseline) if baseline is not None else []
-    notes += [paper.note] if paper and paper.note else []
-    for note in [*summary.notes, *notes]:
-        print(f"note: {note}", file=sys.stderr)
+        table.show(options.columns, options.measures)
+        note(table.notes)
+        rows = [find_row(table, text, "--compare") for text in options.compare]
+        differences = comparison(table, *rows)
+        text = compared(differences, options.compare, options.format)
+        return Answer(differences, lambda: print(text, end=""))
+    baseline, paper = take_baseline(table, options.baseline), beside(options.paper, table)
+    table.show(options.columns, options.measures)
+    note([*table.notes, *([paper.note] if paper and paper.note else [])])
     # Intervals take their time: only what is printed is made.
-    rows = records(summary, baseline, paper) if options.json else []
-    return Answer(rows, lambda: print(render(summary, options.format, baseline, paper), end=""))
+    rows_ = records(table, baseline, paper) if options.json else []
+    return Answer(rows_, lambda: print(render(table, options.format, baseline, paper), end=""))
 
 
-def _refuse_beside(option: str, options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(options, name):
-            raise ConfigError(f"--{option} goes without --{name}")
+def table_of(places: list[Path]) -> Table:
+    """Return the table of the runs in some places; name what is no run on stderr. Raises ConfigError where there is no run."""
+    found = collect(places)
+    note(found.notes)
+    if not found.runs:
+        raise ConfigError("no finished run is among them")
+    return Table(found.runs)
+
+
+def note(lines: list[str]) -> None:
+    """Print notes on stderr."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr)

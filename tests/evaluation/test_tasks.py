@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from permllm.runs.schema import FinishedRun, Scores
 
 from permllm import job
 from permllm.config import TaskConfig, ZeroShotConfig, digest_of, read_config, task_digest
@@ -24,7 +25,6 @@ from permllm.runs.figures import result_rows
 from permllm.runs.files import read_json
 from permllm.runs.read import collect
 from permllm.runs.render import cells, comparison, main_measure
-from permllm.runs.schema import FinishedRun, Scores
 from permllm.runs.table import summarise
 from tests.test_config import composed, config
 

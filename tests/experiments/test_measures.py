@@ -14,7 +14,6 @@ from experiments.figure1.measure import Layer, swaps
 from experiments.lcp_speed.measure import DensePermutedLinear
 from experiments.measuring import add_record
 from permllm.config import NMPattern
-from permllm.runs.schema import Environment, Settings, validated
 from permllm.sparsity.saliency import SaliencyFactors
 from tests.conftest import run_python
 from tests.kept import EXPERIMENTS, lines_of
@@ -78,8 +77,7 @@ def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any]
     result = run_python(str(EXPERIMENTS / experiment / "measure.py"), *words, "--to", str(file))
     assert result.returncode == 0, result.stderr
     (line,) = lines_of(file)
-    validated(line["run"], line["config"], Settings)
-    validated(line["run"], line["environment"], Environment)
+    assert {"config", "environment"} <= line.keys()
     assert (folder / f"{line['run']}.png").read_bytes()[:4] == b"\x89PNG"
     return line["metrics"]["study"], result.stdout
 

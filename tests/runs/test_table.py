@@ -1,170 +1,251 @@
-"""`permllm results`: what is collected, what varies, how it is shown, and what bad input gets."""
+"""`permllm results`: columns and rows, formats, the gap closed, the paper's numbers, and runs that cannot be read."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import shutil
-from dataclasses import replace
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 from rich.console import Console
 
+from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.runs.plots import plot_curves, plot_masks
-from permllm.runs.printed import print_comparison
+from permllm.runs import frame
+from permllm.runs.printed import print_comparison, print_run
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
-from permllm.runs.render import cells, find_row, main_measure, records, render, take_baseline
-from permllm.runs.table import summarise
-from permllm.runs.tensors import save_masks
-from tests.conftest import ROOT, run_module
-from tests.kept import THREE_RUNS
+from permllm.runs.render import cells, find_row, records, render, take_baseline
+from permllm.runs.table import Table
+from tests.conftest import ROOT, run_python
+from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
+
+PERPLEXITY = "wikitext2 perplexity (window 2048)"
 
 
-def make_run(
-    folder: Path,
-    perplexity: float,
-    *,
-    seed: int = 0,
-    block_size: int = 64,
-    permutation: str = "lcp",
-    acc: float | None = None,
-    model: str = "smollm2-135m",
-    **changed: Any,
-) -> Path:
-    """The record of a finished run, as small as it can be."""
-    config: dict[str, Any] = {
-        "name": f"{model}-wanda-{permutation}",
-        "model": {"name": model, "source": "wheel", "device": "cpu"},
-        "sparsity": "2:4",
-        "pruner": {"name": "wanda", "_target_": "x"},
-        "permutation": {"name": permutation, "uses": ["block_size"], "_target_": "y"},
-        "block_size": block_size,
-        "seed": seed,
-        "runs_dir": str(folder.parent),
-        "calibration": {"dataset": "c4", "data_files": None},
-        "mask": {"name": "pruner"},
-        "reconstruction": {"name": "none"},
-        "inputs": {},
-    }
-    text = {"wikitext2": {"value": perplexity, "window": 2048, "tokens": 100}}
-    dense = {"wikitext2": {"value": 10.0, "window": 2048, "tokens": 100}}
-    metrics: dict[str, Any] = {
-        "schema_version": 2,
-        "status": "finished",
-        "name": config["name"],
-        "config_hash": "0",
-        "evaluation": changed.pop("evaluation", {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}),
-        "evaluation_hash": "0",
-        "texts": {"perplexity": "0123456789"},
-        "seconds": {"permute": 5.0, "evaluate sparse": 100.0},
-        "peak_memory_bytes": 1,
-        "sparsity": {"pattern": "2:4", "fraction": 0.5, "of_model": 0.5, "violations": 0},
-        "perplexity": {"dense": dense, "sparse": text},
-        "retained_saliency": {"a": 0.5, "b": 0.7},
-        "output_error": {"a": 0.1, "b": 0.2},
-    }
-    if acc is not None:
-        one = {"acc": acc, "acc_norm": None, "stderr": 0.05, "n": 32, "limited": True, "split": None}
-        metrics["zero_shot"] = {"dense": {"rte": one | {"acc": 0.6}}, "sparse": {"rte": one}}
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | changed))
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "history.jsonl").write_text('{"pass": 1, "loss": 1.5}\n{"pass": 2, "loss": 1.2}\n{"pass": 3, "lo')
-    return folder
+def table_of(*folders: Path) -> Table:
+    return Table(collect(folders).runs)
 
 
-def table(folder: Path, **options: Any) -> list[list[str]]:
-    summary = summarise(collect([folder]).runs)
-    return list(csv.reader(io.StringIO(render(summary, "csv", **options))))
+def shown(folder: Path) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(render(table_of(folder), "csv"))))
+
+
+def gaps(table: Table, by: str = "permutation") -> dict[str, float]:
+    found = {table.label(row, by): table.means.at[row, "gap closed"] for row in range(len(table.rows))} if table.gaps else {}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(tmp_path: Path) -> None:
     for seed, value in enumerate([20.0, 22.0, 24.0]):
         make_run(tmp_path / f"a{seed}", value, seed=seed)
     make_run(tmp_path / "b", 30.0, block_size=128)
-    header, dense, first, second = table(tmp_path)
-    assert header[:3] == ["block_size", "seeds", "wikitext2 perplexity (window 2048)"]
+    header, dense, first, second = shown(tmp_path)
+    assert header[:3] == ["block_size", "seeds", PERPLEXITY]
     assert dense[:3] == ["dense", "", "10.00"]
     assert first[:3] == ["64", "3", "22.00 ± 2.00"]
     assert second[:3] == ["128", "1", "30.00"]
-    assert dict(zip(header, second, strict=True))["saliency retained"] == "60.00%"
-    assert dict(zip(header, second, strict=True))["seconds"] == "5"
+    found = dict(zip(header, second, strict=True))
+    assert (found["saliency retained"], found["seconds"]) == ("60.00%", "5")
+    assert "zeros" not in header
+    output = io.StringIO()
+    print_comparison(table_of(tmp_path), Console(file=output, width=150))
+    assert "3 seeds" in output.getvalue()
+    assert "22.00 ± 2.00" in output.getvalue()
 
 
 def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 20.0, save_weights=True, compute_dtype="float32")
-    make_run(tmp_path / "b", 30.0, save_weights=False, compute_dtype="bfloat16")
-    header, _, *rows = table(tmp_path)
-    assert header[0] == "compute_dtype"
-    assert [row[1] for row in rows] == ["30.00", "20.00"]
+    for revision, value in (("a", 20.0), ("b", 30.0)):
+        make_run(tmp_path / revision, value, model="mine", inputs={"calibration.data_files": revision * 20})
+    assert [row[:2] for row in shown(tmp_path)] == [
+        ["calibration.data_files (digest)", PERPLEXITY],
+        ["dense", "10.00"],
+        ["aaaaaaaa", "20.00"],
+        ["bbbbbbbb", "30.00"],
+    ]
 
 
 def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 20.0)
-    make_run(tmp_path / "b", 30.0, permutation="none")
-    assert "zeros" not in table(tmp_path)[0]
-    dense_layers = make_run(tmp_path / "c", 15.0, keep_dense=["0"])
-    metrics = json.loads((dense_layers / "metrics.json").read_text())
-    metrics["sparsity"]["of_model"] = 0.4375
-    (dense_layers / "metrics.json").write_text(json.dumps(metrics))
-    header, dense, *rows = table(tmp_path)
-    place = header.index("zeros")
-    assert dense[place] == ""
-    assert {row[header.index("keep_dense")]: row[place] for row in rows} == {"": "50.00%", "0": "43.75%"}
-    make_run(tmp_path / "d" / "one", 20.0)
-    make_run(tmp_path / "d" / "other", 20.0, sparsity="4:8")  # as many, in another pattern
-    assert "zeros" in table(tmp_path / "d")[0]
-    make_run(tmp_path / "d" / "third", 20.0, permutation="none", sparsity_of={"down_proj": "4:8"})
-    assert "sparsity_of.down_proj" in table(tmp_path / "d")[0]  # though the permutation tells the rows apart
+    line = record(15.0, keep_dense=["0"])
+    line["metrics"]["sparsity"]["of_model"] = 0.4375
+    as_folder(line, tmp_path / "c")
+    header, _, *rows = shown(tmp_path)
+    assert {row[header.index("keep_dense")]: row[header.index("zeros")] for row in rows} == {"": "50.00%", "0": "43.75%"}
 
 
-def test_limited_accuracy_says_so_and_has_its_error(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 20.0, acc=0.5)
-    header, dense, row = table(tmp_path)
-    position = header.index("rte acc (limited)")
-    assert row[position] == "50.00% ± 5.00%"
-    assert dense[position] == "60.00% ± 5.00%"
+def test_a_method_that_was_typed_stands_for_its_settings_where_it_tells_rows_apart(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="none", method="wanda")
+    make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
+    assert shown(tmp_path)[0][:2] == ["method", PERPLEXITY]
+    table = table_of(tmp_path)
+    assert find_row(table, "method=wanda", "--baseline") == find_row(table, "permutation=none,mask=pruner", "--baseline")
+    make_run(tmp_path / "c", 19.0, method="masks", mask={"name": "score", "steps": 20})
+    assert "method" not in shown(tmp_path)[0]
+    table.show("permutation", "perplexity, acc_norm")
+    assert list(cells(table)) == ["permutation", PERPLEXITY]
 
 
-def test_baseline(tmp_path: Path) -> None:
+def test_accuracies_have_their_errors_and_a_mean_over_tasks_with_items(tmp_path: Path) -> None:
+    tasks = {"rte": 0.5, "piqa": 0.7, "a group": 0.0}
+    line = record(0.0, evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0}}, tasks))
+    for part in line["evaluations"][0]["tasks"].values():
+        part["a group"]["n"] = None
+    as_folder(line, tmp_path / "a")
+    found = dict(zip(*[shown(tmp_path)[place] for place in (0, 2)], strict=True))
+    assert found["rte acc (limited)"] == "50.00% ± 5.00%"
+    assert found["average acc (limited)"] == "60.00% ± 3.54%"
+    assert not [name for name in found if "acc_norm" in name]
+    table = table_of(tmp_path)
+    table.show(None, "rte acc_norm")
+    assert cells(table)["rte acc_norm (limited)"].tolist() == ["90.00%", "90.00%"]
+    output = io.StringIO()
+    metrics = table.runs[0].metrics | {"seconds": {"prune": 61.0}}
+    print_run(metrics, tmp_path, Console(file=output, width=150))
+    assert "average acc, limited" in output.getvalue()
+    assert "1 min 01 s" in output.getvalue()
+
+
+def test_evaluations_of_one_name_have_columns_of_their_own(tmp_path: Path) -> None:
+    first = evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0}})
+    other = evaluation({"wikitext2": {"dense": 9.0, "sparse": 19.0}}, bos=True)
+    make_run(tmp_path / "a", 0.0, first, other)
+    assert shown(tmp_path)[0][2:4] == [f"{PERPLEXITY}, with BOS", f"{PERPLEXITY}, without BOS"]
+
+
+def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
     make_run(tmp_path / "none", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
-    summary = summarise(collect([tmp_path]).runs)
-    header, rows = cells(summary, take_baseline(summary, "permutation=none"))
-    found = {row[0]: row[header.index("against the baseline")] for row in rows}
-    assert found == {"dense": "", "none": "", "lcp": "-50.0%"}
-    with pytest.raises(ConfigError, match="valid are permutation"):
-        find_row(summary, "block=3", "--baseline")
-    with pytest.raises(ConfigError, match="no row has permutation=magic; valid are none, lcp"):
-        find_row(summary, "permutation=magic", "--baseline")
+    table = table_of(tmp_path)
+    found = cells(table, take_baseline(table, "permutation=none"))
+    assert dict(zip(found["permutation"], found["against the baseline"], strict=True)) == {
+        "dense": "",
+        "none": "",
+        "lcp": "-50.0%",
+    }
     make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
-    summary = summarise(collect([tmp_path]).runs)
-    with pytest.raises(ConfigError, match=r"permutation=lcp: 2 rows have these settings; they differ in pruner: add one$"):
-        find_row(summary, "permutation=lcp", "--baseline")
-    with pytest.raises(ConfigError, match="permutation=none,pruner=ria: no row has all of these settings"):
-        find_row(summary, "permutation=none,pruner=ria", "--baseline")
+    for text, message in {
+        "block=3": "block is no column; valid are pruner, permutation",
+        "permutation=magic": "no row has permutation=magic; valid are lcp, none",
+        "permutation=lcp": "2 rows have these settings; they differ in pruner: add one",
+        "permutation=none,pruner=ria": "no row has all of these settings",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--baseline {text}: {message}"):
+            find_row(table_of(tmp_path), text, "--baseline")
 
 
-def test_formats_hold_the_same_numbers(tmp_path: Path) -> None:
+def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 20.0)
-    make_run(tmp_path / "b", 30.0, block_size=128)
-    summary = summarise(collect([tmp_path]).runs)
-    records = json.loads(render(summary, "json"))
-    assert [record["measures"]["wikitext2 perplexity (window 2048)"]["mean"] for record in records] == [20.0, 30.0]
-    assert records[0]["settings"] == {"block_size": "64"}
-    markdown = render(summary, "md").splitlines()
-    assert markdown[2].startswith("| dense | 10.00 |")
-    latex = render(summary, "latex")
-    assert r"block\_size & wikitext2 perplexity (window 2048)" in latex
-    assert r"60.00\% & 0.1500" in latex
-    assert latex.count(r"\\") == 4
+    make_run(tmp_path / "b", float("inf"), block_size=128)
+    printed = {}
+    for format in ("md", "latex", "json"):
+        assert call("results", [str(tmp_path), "--format", format]) == 0
+        printed[format] = capsys.readouterr().out
+    assert printed["md"].splitlines()[2].startswith("| dense | 10.00 |")
+    assert r"block\_size & wikitext2 perplexity (window 2048)" in printed["latex"]
+    assert r"60.00\% & 0.1500" in printed["latex"]
+    found = json.loads(printed["json"])
+    assert [one["measures"][PERPLEXITY]["mean"] for one in found] == [20.0, None]
+    assert (found[0]["settings"], found[0]["seeds"], found[0]["runs"]) == ({"block_size": "64"}, [0], [str(tmp_path / "a")])
+    assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
+    assert call("results", [str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_infinite_perplexities_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        make_run(tmp_path / "runs" / f"lcp{seed}", float("inf"), seed=seed)
+        make_run(tmp_path / "runs" / f"none{seed}", float("inf"), seed=seed, permutation="none")
+    for words in (["--baseline", "permutation=none"], ["--compare", "permutation=none", "permutation=lcp"]):
+        assert call("results", [str(tmp_path / "runs"), *words]) == 0
+        assert "inf ± nan" in capsys.readouterr().out
+    assert call("report", [str(tmp_path / "runs"), "--to", str(tmp_path / "page.html")]) == 0
+
+
+def test_runs_are_a_frame(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed, value in enumerate([20.0, 22.0, 24.0]):
+        make_run(tmp_path / f"a{seed}", value, seed=seed)
+    make_run(tmp_path / "b", 30.0, permutation="none")
+    runs = frame(tmp_path)
+    assert runs.groupby("permutation")[PERPLEXITY].agg(["mean", "std"]).loc["lcp"].tolist() == [22.0, 2.0]
+    assert set(runs[f"dense: {PERPLEXITY}"]) == {10.0}
+    assert runs[["seed", "minutes"]].iloc[0].tolist() == [0, 5 / 60]
+    make_run(tmp_path / "c" / "d", status="running")
+    with pytest.raises(ConfigError, match=r"no finished run is among them; skipped .*: not finished"):
+        frame(tmp_path / "c")
+    assert len(frame(tmp_path)) == 4
+    assert "not finished" in caplog.text
+
+
+def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path: Path) -> None:
+    for seed, (start, value) in enumerate([(40.0, 20.0), (50.0, 24.0)]):
+        make_run(tmp_path / f"none{seed}", start, permutation="none", seed=seed)
+        make_run(tmp_path / f"lcp{seed}", value, seed=seed)
+    make_run(tmp_path / "mask", 15.0, permutation="none", mask={"name": "score"}, seed=0)
+    table = table_of(tmp_path)
+    start, here = (math.log(40) + math.log(50)) / 2, (math.log(20) + math.log(24)) / 2
+    whole = start - math.log(10)
+    row = find_row(table, "permutation=lcp", "--baseline")
+    assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
+    # Each seed has its own distance from the unpermuted model.
+    own = [math.log(40 / 20) / whole, math.log(50 / 24) / whole]
+    assert table.deviations.at[row, "gap closed"] == pytest.approx(abs(own[0] - own[1]) / math.sqrt(2))
+    mask = find_row(table, "mask=score", "--baseline")
+    assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
+    assert table.measures[:2] == [PERPLEXITY, "gap closed"]
+
+
+def test_a_baseline_is_of_the_same_settings_and_the_same_statistics_where_there_is_one(tmp_path: Path) -> None:
+    for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
+        calibration = {"dataset": "c4", "statistics": statistics}
+        make_run(tmp_path / f"none {statistics}", start, permutation="none", calibration=calibration)
+        make_run(tmp_path / f"heuristic {statistics}", 20.0, permutation="heuristic", calibration=calibration)
+    make_run(tmp_path / "kept", 12.0, keep_dense=["0"])
+    make_run(tmp_path / "another text", 12.0, inputs={"calibration.data_files": "digest"})
+    table = table_of(tmp_path)
+    found = {
+        table.runs[members[0]].directory.name: table.means.at[row, "gap closed"] for row, members in enumerate(table.rows)
+    }
+    expected = {"heuristic sequential": math.log(2) / math.log(4), "heuristic dense": math.log(4) / math.log(8)}
+    expected |= {"none sequential": 0.0, "none dense": 0.0, "kept": math.nan, "another text": math.nan}
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert not table.one_start()
+
+
+def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 40.0, permutation="heuristic")
+    make_run(tmp_path / "b", 20.0)
+    make_run(tmp_path / "c", 20.0, permutation="other", model="another")
+    table = table_of(tmp_path)
+    assert "gap closed" not in table.measures
+    take_baseline(table, "permutation=heuristic")
+    assert gaps(table) == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
+    make_run(tmp_path / "d" / "none", 9.9, permutation="none")  # better than the dense model
+    make_run(tmp_path / "d" / "lcp", 10.1)
+    assert gaps(table_of(tmp_path / "d")) == {}
+
+
+def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -> None:
+    both = {"none": (40.0, 80.0), "lcp": (20.0, 20.0)}
+    for name, (first, second) in both.items():
+        texts = {"wikitext2": {"dense": 10.0, "sparse": first}, "c4": {"dense": 10.0, "sparse": second}}
+        make_run(tmp_path / name, 0.0, evaluation(texts), permutation=name)
+    table = table_of(tmp_path)
+    alone = [math.log(2) / math.log(4), math.log(4) / math.log(8)]
+    assert gaps(table)["lcp"] == pytest.approx(sum(alone) / 2)
+    assert table.main() == "gap closed"
+    names = [f"{text} gap closed (window 2048)" for text in ("wikitext2", "c4")]
+    assert table.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *names]
+    assert table.means.loc[find_row(table, "permutation=lcp", ""), names].tolist() == pytest.approx(alone)
+    assert table.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
+    make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
+    table = table_of(tmp_path)
+    assert gaps(table)["lcp"] == pytest.approx(alone[0])
+    assert table.notes[0] == "some rows lack c4 perplexity (window 2048)"
+    assert table.main() == PERPLEXITY
 
 
 def test_every_published_number_is_found_by_its_table() -> None:
@@ -175,193 +256,210 @@ def test_every_published_number_is_found_by_its_table() -> None:
         published("table9")
 
 
-def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
+def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 9.5, model="llama-2-7b")
     make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
-    summary = summarise(collect([tmp_path]).runs)
-    paper = Comparison(published("table6"), "llama-2-7b")
-    assert paper.note == ""
-    header, rows = cells(summary, paper=paper)
+    found = cells(table_of(tmp_path), None, Comparison(published("table6"), "llama-2-7b")).iloc[1:]
     expected = {row.setting: row.value for row in published("6") if row.metric == "wikitext2_ppl"}
-    for row in rows[1:]:
-        value = expected[f"block_size={row[0]}"]
-        assert row[header.index("paper, llama-2-7b")] == f"{value:.2f}"
-        ours = float(row[header.index("wikitext2 perplexity (window 2048)")])
-        assert row[header.index("difference")] == f"{ours - value:+.2f}"
-    other = Comparison(published("table6"), "smollm2-135m")
-    assert "llama-2-7b" in other.note
-    assert "difference" not in cells(summary, paper=other)[0]
+    for size, theirs, ours, difference in zip(
+        *(found[name] for name in ("block_size", "paper, llama-2-7b", PERPLEXITY, "difference")), strict=True
+    ):
+        assert theirs == f"{expected[f'block_size={size}']:.2f}"
+        assert difference == f"{float(ours) - expected[f'block_size={size}']:+.2f}"
+    assert call("results", [str(tmp_path), "--paper", "table6"]) == 0
+    assert "| paper, llama-2-7b | difference |" in capsys.readouterr().out
 
 
-def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone(tmp_path: Path) -> None:
-    for model in ("llama-2-7b", "opt-6.7b"):
-        make_run(tmp_path / model, 9.5, model=model, permutation="none")
-    summary = summarise(collect([tmp_path]).runs)
-    paper = Comparison(published("table1"), ["llama-2-7b", "opt-6.7b"])
-    header, rows = cells(summary, paper=paper)
-    expected = {row.model: row.value for row in published("1") if row.method == "wanda"}
-    assert {row[0]: float(row[header.index("paper")]) for row in rows[1:]} == {
-        model: expected[model] for model in ("llama-2-7b", "opt-6.7b")
+def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 50.0, block_size=32)
+    make_run(tmp_path / "b", 40.0, block_size=64)
+    table = table_of(tmp_path)
+    paper = Comparison(published("table6"), "smollm2-135m")
+    assert "llama-2-7b" in paper.note
+    baseline = take_baseline(table, "block_size=32")
+    row = cells(table, baseline, paper).iloc[2]
+    theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
+    change = theirs["block_size=64"] / theirs["block_size=32"] - 1
+    assert row["against the baseline"] == "-20.0%"
+    assert row["paper, against its baseline"] == f"{change * 100:+.1f}%"
+    assert row["difference of the changes"] == f"{(-0.2 - change) * 100:+.1f}%"
+    found = records(table, baseline, paper)[1]["against_baseline"][PERPLEXITY]
+    assert found == {
+        "ours": pytest.approx(-0.2),
+        "interval": None,
+        "paper": change,
+        "difference": pytest.approx(-0.2 - change),
     }
+
+
+def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone() -> None:
+    paper = Comparison(published("table1"), ["llama-2-7b", "opt-6.7b"])
+    for row in (row for row in published("1") if row.method == "wanda" and row.model in ("llama-2-7b", "opt-6.7b")):
+        assert paper.value(record(permutation="none", model=row.model)["config"], PERPLEXITY) == row.value
     with pytest.raises(ConfigError, match="not smollm2-135m; give runs of one model"):
         Comparison(published("table1"), ["llama-2-7b", "smollm2-135m"])
 
 
-def test_no_column_has_the_name_of_another() -> None:
-    summary = summarise(collect([THREE_RUNS]).runs)
-    for table_ in ("table1", "table2"):
-        paper = Comparison(published(table_), "smollm2-135m")
-        header, _ = cells(summary, take_baseline(summary, "permutation=none"), paper)
-        assert len(set(header)) == len(header)
-
-
-def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it(tmp_path: Path) -> None:
-    settings = {"name": "lcp-paper", "uses": ["block_size"], "sinkhorn_iterations": 5, "last_layers": None, "_target_": "y"}
+def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
+    settings = {"name": "lcp-paper", "sinkhorn_iterations": 5, "last_layers": None}
     changes: dict[str, dict[str, Any]] = {
-        "same": {},
         "block size": {"block_size": 128},
         "iterations": {"permutation": settings | {"sinkhorn_iterations": 0}},
         "layers": {"permutation": settings | {"last_layers": 6}},
         "foldable": {"permutation": settings | {"constraint": "foldable"}},
         "text": {"calibration": {"dataset": "pile"}},
         "weights": {"reconstruction": {"name": "distill"}},
+        "dense layers": {"keep_dense": ["0"]},
     }
     paper = Comparison(published("table1"), "llama-2-7b")
-    found = {}
-    (made,) = collect([make_run(tmp_path / "a", 9.5, model="llama-2-7b")]).runs
-    for name, changed in changes.items():
-        run = replace(made, config=made.config | changed)
-        (row,) = summarise([run]).rows
-        found[name] = paper.value(row, "wikitext2 perplexity (window 2048)")
-        assert paper.value(row, "wikitext2 perplexity (window 256)") is None
+    ours = record(model="llama-2-7b")["config"]
     expected = next(row.value for row in published("1") if (row.model, row.method) == ("llama-2-7b", "permllm-wanda"))
-    assert found == {name: expected if name == "same" else None for name in changes}
-    (row,) = summarise([replace(made, metrics=made.metrics | {"evaluation": {"perplexity": {"limit": 32}}})]).rows
-    assert paper.value(row, "wikitext2 perplexity (window 2048)") is None
+    assert paper.value(ours, PERPLEXITY) == expected
+    assert paper.value(ours, "wikitext2 perplexity (window 256)") is None
+    assert [name for name, changed in changes.items() if paper.value(ours | changed, PERPLEXITY) is not None] == []
 
 
-def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 50.0, block_size=32)
-    make_run(tmp_path / "b", 40.0, block_size=64)
-    summary = summarise(collect([tmp_path]).runs)
-    paper = Comparison(published("table6"), "smollm2-135m")
-    header, rows = cells(summary, take_baseline(summary, "block_size=32"), paper)
-    (row,) = [row for row in rows if row[0] == "64"]
-    theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
-    change = 100 * (theirs["block_size=64"] / theirs["block_size=32"] - 1)
-    assert row[header.index("against the baseline")] == "-20.0%"
-    assert row[header.index("paper, against its baseline")] == f"{change:+.1f}%"
-    assert row[header.index("difference of the changes")] == f"{-20 - change:+.1f}%"
-    lines = records(summary, take_baseline(summary, "block_size=32"), paper)
-    (found,) = [line["against_baseline"] for line in lines if line["settings"]["block_size"] == "64"]
-    expected = {"ours": -0.2, "interval": None, "paper": change / 100, "difference": -0.2 - change / 100}
-    assert found == {main_measure(summary): pytest.approx(expected)}
+def test_no_column_has_the_name_of_another() -> None:
+    for name in ("table1", "table2"):
+        table = table_of(THREE_RUNS)
+        found = cells(table, take_baseline(table, "permutation=none"), Comparison(published(name), "smollm2-135m"))
+        assert found.columns.is_unique
 
 
-def test_the_mean_accuracy_leaves_groups_of_tasks_out(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a", 20.0, acc=0.5)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for which in ("dense", "sparse"):
-        one = metrics["zero_shot"][which]["rte"]
-        metrics["zero_shot"][which] |= {"piqa": one | {"acc": 0.7}, "a group": one | {"acc": 0.0, "n": None}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    header, _, row = table(tmp_path)
-    assert row[header.index("average acc (limited)")].startswith("60.00%")
+def keep(*places: Path, to: Path) -> int:
+    return call("results", [*map(str, places), "--jsonl", str(to)])
 
 
-def test_the_table_after_a_sweep_has_a_column_for_the_seeds_together(tmp_path: Path) -> None:
-    for seed, value in enumerate([20.0, 22.0, 24.0]):
-        make_run(tmp_path / f"a{seed}", value, seed=seed, acc=0.5)
-    make_run(tmp_path / "b", 30.0, permutation="none", acc=0.4)
-    output = io.StringIO()
-    print_comparison(summarise(collect([tmp_path]).runs), Console(file=output, width=150))
-    text = output.getvalue()
-    assert "3 seeds" in text
-    assert "22.00 ± 2.00" in text
-    assert "rte acc (limited)" in text
-    assert "40.00% ± 5.00%" in text
+def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in lines_of(THREE_RUNS / "records.jsonl"):
+        as_folder(line, tmp_path / "folders" / line["run"])
+    assert keep(tmp_path / "folders", to=tmp_path / "kept" / "records.jsonl") == 0
+    tables = []
+    for place in (tmp_path / "folders", tmp_path / "kept", tmp_path / "kept" / "records.jsonl", tmp_path):
+        capsys.readouterr()
+        assert call("results", [str(place)]) == 0
+        tables.append(capsys.readouterr().out)
+    assert len(set(tables)) == 1
 
 
-def test_masks_are_drawn_as_they_are(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a", 20.0), make_run(tmp_path / "b", 30.0, permutation="none")
-    for folder in (first, second):
-        mask = torch.rand(8, 16) > 0.5
-        save_masks(folder / "masks.safetensors", {f"model.layers.{layer}.mlp.down_proj": mask for layer in range(3)})
-    summary = summarise(collect([tmp_path]).runs)
-    plot_masks(summary, tmp_path / "masks.png", size=4)
-    assert (tmp_path / "masks.png").read_bytes()[:4] == b"\x89PNG"
-    plot_masks(summary, tmp_path / "masks.svg")
-    assert "model.layers.1.mlp.down_proj" in (tmp_path / "masks.svg").read_text()  # the middle layer
-    with pytest.raises(ConfigError, match="has no such mask"):
-        plot_masks(summary, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
-    for folder in (first, second):
-        (folder / "masks.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"none of the runs has its masks\.safetensors"):
-        plot_masks(summary, tmp_path / "masks.png")
+def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = record(runs_dir=str(tmp_path), paths={"cache_dir": str(tmp_path), "wandb_dir": "here"})
+    line["environment"] = {"command": f"run.py paths.cache_dir={tmp_path} seed=0"}
+    as_folder(line, tmp_path / "one" / "run")
+    assert keep(tmp_path / "one", to=tmp_path / "kept.jsonl") == 0
+    assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
+    (kept,) = lines_of(tmp_path / "kept.jsonl")
+    assert kept["environment"]["command"] == "run.py seed=0"
+    as_folder(line, tmp_path / "two" / "run")
+    for places, to, message in (
+        ([tmp_path / "one", tmp_path / "two"], "kept.jsonl", "2 of the runs have the name run"),
+        ([tmp_path / "one"], "kept.json", "expected a file whose name ends in .jsonl"),
+    ):
+        assert keep(*places, to=tmp_path / to) == 1
+        assert message in capsys.readouterr().err
 
 
-def test_curves_are_those_of_the_rows_that_learned(tmp_path: Path) -> None:
+def broken(name: str, change: Any) -> dict[str, Any]:
+    line = record(seed=1)
+    part = line
+    *path, key = name.split(".")
+    for one in path:
+        part = part[one]
+    part[key] = change
+    return line
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (broken("metrics.schema_version", 2), "schema_version=2: expected 3"),
+        (broken("metrics.status", "running"), "not finished (status 'running'); the same command continues it"),
+        (broken("metrics.sparsity", {}), "not as a run leaves it: 'of_model' is missing"),
+        (broken("metrics.retained_saliency", {}), "not as a run leaves it: "),
+        (broken("metrics.output_error", {"a": "x"}), "not as a run leaves it: "),
+        (broken("config.model", None), "not as a run leaves it: "),
+        (broken("config.seed", [1]), "not as a run leaves it: "),
+        (broken("evaluations", [{"evaluation": {}, "evaluation_hash": "0", "perplexity": 3}]), "not as a run leaves it: "),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
+    line: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_folder(record(), tmp_path / "folders" / "good")
+    as_folder(line, tmp_path / "folders" / "bad")
+    (tmp_path / "kept.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in (record() | {"run": "good"}, line | {"run": "bad"}))
+    )
+    for place, where in (
+        (tmp_path / "folders", tmp_path / "folders" / "bad"),
+        (tmp_path / "kept.jsonl", tmp_path / "kept.jsonl" / "bad"),
+    ):
+        assert call("results", [str(place), "--format", "json"]) == 0
+        printed = capsys.readouterr()
+        assert [Path(run).name for row in json.loads(printed.out) for run in row["runs"]] == ["good"]
+        assert printed.err.startswith(f"note: skipped {where}: {said}")
+        assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.yaml", "environment.json", "evaluations/0.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\x00\xff", b"[]", b"[" * 100_000])
+def test_a_file_of_garbage_takes_no_other_run_with_it(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    (make_run(tmp_path / "bad", seed=1) / name).write_bytes(content)
+    assert call("results", [str(tmp_path), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    assert [row["seeds"] for row in json.loads(printed.out)] == [[0]]
+    assert f"{tmp_path / 'bad'}" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_place_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, message in ((tmp_path / "none", "is not a directory, nor a file of records"), (tmp_path, "no runs below")):
+        assert call("results", [str(place)]) == 1
+        assert message in capsys.readouterr().err
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    assert call("results", [str(tmp_path)]) == 0
+    assert "b has the same settings as" in capsys.readouterr().err
+
+
+def test_the_runs_of_a_sweep_are_those_of_its_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "runs" / "a")
+    jobs = [
+        {"overrides": ["seed=0"], "outcome": "ran", "directory": str(run)},
+        {"overrides": ["seed=1"], "outcome": "failed", "reason": "out of memory"},
+        {"overrides": ["seed=2"], "outcome": "ran", "directory": str(tmp_path / "gone")},
+    ]
+    (tmp_path / "sweep" / "jobs").mkdir(parents=True)
+    for number, job in enumerate(jobs):
+        (tmp_path / "sweep" / "jobs" / f"{number:04d}.json").write_text(json.dumps(job))
+    assert call("results", [str(tmp_path / "sweep")]) == 0
+    said = capsys.readouterr().err
+    assert "skipped a job: seed=1: out of memory" in said
+    assert "seed=2: its directory is gone" in said
+
+
+def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
+    for seed in range(3):
+        tasks = None if seed == 1 else {"rte": 0.5}
+        make_run(
+            tmp_path / str(seed), 0.0, evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}}, tasks), seed=seed
+        )
+    table = table_of(tmp_path)
+    assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
+    assert table.notes == ["rte acc: left out of wanda, lcp: some of its 3 seeds lack it"]
+
+
+def test_a_table_needs_nothing_that_takes_long_to_import(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 20.0)
-    other = make_run(tmp_path / "b", 30.0, permutation="none")
-    (other / "history.jsonl").unlink()
-    plot_curves(summarise(collect([tmp_path]).runs), tmp_path / "curves.svg")
-    drawn = (tmp_path / "curves.svg").read_text()
-    assert "<!-- lcp -->" in drawn
-    assert "<!-- none -->" not in drawn
-    with pytest.raises(ConfigError, match="--curves"):
-        plot_curves(summarise(collect([other]).runs), tmp_path / "curves.svg")
-    with pytest.raises(ConfigError, match=r"--curves .*\.nothing"):
-        plot_curves(summarise(collect([tmp_path]).runs), tmp_path / "curves.nothing")
-
-
-def test_a_sweeps_folder_stands_for_the_runs_of_its_jobs(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "runs" / "a", 20.0)
-    make_run(tmp_path / "runs" / "of another sweep", 30.0, block_size=128)
-    folder = tmp_path / "runs" / "sweeps" / "sweep-1"
-    (folder / "jobs").mkdir(parents=True)
-    (folder / "jobs" / "0000.json").write_text(json.dumps({"overrides": [], "outcome": "ran", "directory": str(run)}))
-    (folder / "jobs" / "0001.json").write_text('{"overrides": ["a=1"], "outcome": "failed", "reason": "no memory"}')
-    assert [found.directory for found in collect([folder]).runs] == [run]
-    assert collect([folder]).skipped == [(folder, "a=1: no memory")]
-
-
-def test_bad_files_are_listed_with_path_and_reason_and_duplicates_are_shown(tmp_path: Path) -> None:
-    first = make_run(tmp_path / "a", 20.0)
-    shutil.copytree(first, tmp_path / "copy")
-    broken = {"text": "{", "list": "[]", "foreign": '{"loss": 1}', "running": '{"schema_version": 2, "status": "running"}'}
-    for name, text in broken.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(text)
-    half = make_run(tmp_path / "no config", 1.0)
-    (half / "config.yaml").unlink()
-    found = collect([tmp_path, tmp_path / "a"])
-    assert [run.directory for run in found.runs] == [first]
-    assert found.duplicates == [(tmp_path / "copy", first)]
-    reasons = {path.name: reason for path, reason in found.skipped}
-    assert set(reasons) == {*broken, "no config"}
-    for name, text in [
-        ("text", "metrics.json is not readable JSON"),
-        ("list", "metrics.json: input should be a valid dictionary"),
-        ("foreign", "metrics.json: schema_version is missing"),
-        ("running", "not finished"),
-        ("no config", "config.yaml cannot be read: No such file"),
-    ]:
-        assert text in reasons[name]
-    assert len(found.left_out()) == 6
-    # The last line of the history was cut short.
-    assert [entry["loss"] for entry in found.runs[0].history] == [1.5, 1.2]
-
-
-def test_an_empty_directory_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a run is a directory with a metrics\.json"):
-        collect([tmp_path])
-    with pytest.raises(ConfigError, match="is not a directory"):
-        collect([tmp_path / "nothing"])
-
-
-def test_the_command_line_reads_the_records_of_the_repository() -> None:
-    result = run_module("permllm", "results", str(THREE_RUNS), "--paper", "table1")
-    assert result.returncode == 0, result.stderr
-    for name in ("| permutation |", "| none |", "| heuristic |", "| lcp |", "hellaswag acc (limited)"):
-        assert name in result.stdout
-    assert "compare the order of the rows" in result.stderr
+    code = (
+        "import sys; from permllm.cli import main\n"
+        f"assert main(['results', {str(tmp_path)!r}]) == 0\n"
+        "heavy = ('torch', 'transformers', 'wandb', 'safetensors', 'matplotlib', 'scipy', 'lm_eval')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert run_python("-c", code, cwd=tmp_path, fresh=True).stdout.splitlines()[-1] == "[]"

@@ -11,10 +11,10 @@ from tests.commands import ROOT
 
 STAGES = """
 import torch
-from permllm.runs.progress import Progress
+from permllm.runs.directory import Record
 from permllm.runtime.memory import host_memory, keep_freed_memory
 keep_freed_memory()
-progress, cpu = Progress(), torch.device("cpu")
+progress, cpu = Record(), torch.device("cpu")
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = host_memory()
 with progress.stage("one", cpu):
