@@ -21,9 +21,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from permllm.config import HYDRA_MAIN, conf_directory, finite, register_resolvers
+from permllm.composition import HYDRA_MAIN, conf_directory, register_resolvers, reported
+from permllm.config import finite
 from permllm.errors import PermLLMError, one_line
-from permllm.pruning.config_store import register, reported
 from permllm.runtime.answer import Answer
 from permllm.runtime.interruption import starting
 from permllm.runtime.slurm import adopt_step
@@ -138,7 +138,6 @@ def run() -> int:
         return 1
     adopt_step()
     register_resolvers()
-    register()
     if any(word.split("=")[0] in _QUESTIONS for word in sys.argv[1:]):
         return run_tool(lambda: reported(job) or 0)
     from permllm.job import SESSION

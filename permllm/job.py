@@ -20,20 +20,20 @@ import transformers
 from omegaconf import DictConfig
 from torch import Tensor
 
-from permllm.config import ExportConfig, RunConfig, read_config, register_resolvers
+from permllm.composition import check_names, register_resolvers
+from permllm.config import ExportConfig, RunConfig, read_config
 from permllm.data.registry import calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError, InUseError, PermLLMError, everything_wanted, one_line
+from permllm.evaluation.lm_eval import check_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.evaluation.tasks import check_tasks
 from permllm.export.checkpoint import Request, clear_left_over, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.models.families import linear_at
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_model_runs, load_model, meta_model
 from permllm.models.selection import groups_to_prune
-from permllm.pruning.config_store import check_names
 from permllm.pruning.layerwise import PrunedModel
 from permllm.pruning.methods import (
     Job,
@@ -48,7 +48,7 @@ from permllm.pruning.methods import (
 from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import figures, prune_model
 from permllm.pruning.workers import assist, check_shares, loaded_by_all
-from permllm.runs import sweep
+from permllm.runs import evaluations, sweep
 from permllm.runs.cache import clear_cache
 from permllm.runs.cache_folder import choose_cache
 from permllm.runs.directory import RunRecord, is_finished, run_directory
@@ -206,8 +206,17 @@ def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None
 
 def _evaluate(job: Job, record: RunRecord, which: str) -> None:
     with record.stage(f"evaluate {which}", job.device):
-        others = record.other_evaluations
-        evaluate(job.loaded, job.config.evaluation, which, record.evaluation, record.save, others, record.scores)
+        entry = record.evaluation
+        evaluation = {key: entry[key] for key in ("evaluation", "perplexity", "tasks") if key in entry}
+        evaluation["scores"] = record.scores.setdefault(entry["evaluation_hash"], {})
+
+        def save() -> None:
+            entry.update({key: evaluation[key] for key in ("perplexity", "tasks") if key in evaluation})
+            for name, digest in evaluation.get("evaluated_texts", {}).items():
+                evaluations.note_text(entry, name, digest)
+            record.save()
+
+        evaluate(job.loaded, job.config.evaluation, which, evaluation, save)
 
 
 def _prune(job: Job, record: RunRecord) -> None:

@@ -13,8 +13,8 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from permllm.config import HYDRA_DEFAULTS, conf_directory, flatten, register_resolvers
-from permllm.pruning.config_store import register
+from permllm.composition import HYDRA_DEFAULTS, conf_directory, register_resolvers
+from permllm.config import flatten
 from permllm.runs.names import RECORDS
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text
@@ -85,7 +85,6 @@ def _differing(run: Run) -> Iterator[tuple[str, Any]]:
 @cache
 def _usual(**options: str) -> dict[str, Any]:
     register_resolvers()
-    register()
     with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
         composed = compose("config", overrides=[f"{group}={option}" for group, option in options.items()])
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]

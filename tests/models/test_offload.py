@@ -498,7 +498,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str, method: list[str]) -> None:
     words = ["model=local", f"model.path={wide}", "model.dtype=float32", f"model.placement={placement}", "calibration=builtin"]
     words += ["calibration.samples=4", "calibration.seqlen=64", "evaluation.perplexity.limit=1", "logger=none", *method]
-    words += ["evaluation.perplexity.dataset=builtin", "evaluation.perplexity.seqlen=64", "evaluation.zero_shot.tasks=[]"]
+    words += ["evaluation.perplexity.dataset=builtin", "evaluation.perplexity.seqlen=64", "evaluation.tasks=[]"]
     done = run_command(*words, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("runs/*/metrics.json")
