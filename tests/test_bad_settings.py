@@ -11,15 +11,12 @@ import stat
 import sys
 from pathlib import Path
 
-import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
 
 from permllm import job
 from permllm.composition import composed as checked
 from permllm.config import RunConfig, read_config
-from permllm.data.text_file import read_text_file
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.job import Session
@@ -50,10 +47,7 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         ),
         (["calibration.dataset=law_questions"], "calibration.dataset='law_questions' is not valid"),
         (["calibration.dataset=base"], "calibration.dataset='base' is not valid"),
-        (
-            ["calibration.sampling=often"],
-            "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'",
-        ),
+        (["calibration.sampling=often"], "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'"),
         (["calibration.samples=0"], "calibration.samples=0"),
         (["calibration.samples=100000"], "but calibration.samples=100000 of calibration.seqlen=64 need 6400000"),
         (["calibration=text"], "calibration=text needs calibration.data_files=PATH"),
@@ -88,18 +82,12 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["permutation.batch_size=1.5"], "permutation.batch_size=1.5: must be a valid integer"),
         (["permutation.learning_rate=abc"], "permutation.learning_rate='abc': must be a valid number"),
         (["permutation.margin=nan"], "permutation.margin=nan: must be a finite number"),
-        (
-            ["permutation.layers_per_stage=block"],
-            "layers_per_stage='block': must be 'all' or must be a valid integer",
-        ),
+        (["permutation.layers_per_stage=block"], "layers_per_stage='block': must be 'all' or must be a valid integer"),
         (["permutation.layers_per_stage=2", "permutation.loss=kl"], "permutation: loss=kl needs layers_per_stage=all"),
         (["permutation.last_layers=1", "keep_dense=[-1]"], "permutation.last_layers=1: keep_dense leaves nothing to learn"),
         (["permutation=none", "mask=lowrank", "mask.rank=-1"], "mask.rank=-1: must be at least 0"),
         (["reconstruction=obs", "reconstruction.damping=0"], "reconstruction.damping=0: must be greater than 0"),
-        (
-            ["reconstruction=distill", "model.placement=host"],
-            "together, which needs model.placement=device",
-        ),
+        (["reconstruction=distill", "model.placement=host"], "together, which needs model.placement=device"),
         (["mask=score", "permutation=none", "calibration.statistics=sequential"], "is not valid with mask=score"),
         (["model.placement=disk"], "model.placement=disk needs a model with files"),
         (["keep_dense=[true]"], "keep_dense=[True]: expected indices of layers and names of modules"),
@@ -115,10 +103,7 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["model=local", "model.path=."], "config.json cannot be read"),
         (["model.architecture.model_type=gpt2"], "'gpt2' cannot be told: GPT2LMHeadModel has no list of layers"),
         (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder cannot be imported"),
-        (
-            ["pruner._target_=permllm.mask.pruner.PrunerMask"],
-            "pruner=wanda: expected a subclass of",
-        ),
+        (["pruner._target_=permllm.mask.pruner.PrunerMask"], "pruner=wanda: expected a subclass of"),
     ],
 )
 def test_bad_values_get_one_line_that_names_them(
@@ -196,55 +181,6 @@ def test_a_broken_id_of_a_wandb_run_is_replaced_with_a_word(
     assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}", made)
     assert f"{tmp_path / WANDB_ID} holds no id of a W&B run" in caplog.text
     assert _wandb_id(config, tmp_path) == made
-
-
-BROKEN_TEXTS: dict[str, tuple[bytes, str]] = {
-    "latin.txt": ("é".encode("latin-1"), "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
-    "empty.jsonl": (b"", "holds no text"),
-    "cut.jsonl": (b'{"text": "a"}\n{"te', "cannot be read: line 2, column 2: Unterminated string"),
-    "number.jsonl": (b'{"text": "a"}\n\n{"text": 5}\n', "row 2: its `text` is no string but int"),
-    "deep.json": (b"[" * 100_000, "cannot be read: maximum recursion depth"),
-    "garbage.parquet": (b"PAR1garbagePAR1", "cannot be read: "),
-    "x.pdf": (b"x", "the ending '.pdf' is not known"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(BROKEN_TEXTS))
-def test_a_text_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
-    content, message = BROKEN_TEXTS[name]
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(DataError) as raised:
-        read_text_file(str(file))
-    assert str(raised.value).startswith(f"text file {file}")
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_texts_that_are_no_strings_are_refused_in_parquet_too(tmp_path: Path) -> None:
-    for values, message in ([[1, 2], "row 1: its `text` is no string but int"], [[b"x"], "no string but bytes"]):
-        parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
-        with pytest.raises(DataError, match=message):
-            read_text_file(str(tmp_path / "a.parquet"))
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), file)
-    assert read_text_file(str(file)) == ["one", "two"]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 0xFF
-    file.write_bytes(content[:-20])
-    with pytest.raises(DataError, match="cannot be read"):
-        read_text_file(str(file))
-
-
-def test_what_is_no_file_is_not_read_as_a_text(tmp_path: Path) -> None:
-    (tmp_path / "folder.txt").mkdir()
-    os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "device.txt").symlink_to("/dev/zero")
-    for name in ("folder.txt", "pipe.txt", "device.txt"):
-        with pytest.raises(DataError, match="is no file"):
-            read_text_file(str(tmp_path / name))
-    with pytest.raises(DataError, match="does not exist"):
-        read_text_file("a\0b.txt")
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,15 +104,10 @@ def defaults_of(kind: type) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("group", "option"),
-    [
-        (group, one)
-        for group in (*METHODS, "temperature")
-        for one in options_of()[group][1]
-        if one not in ("from_file", "lcp-paper")
-    ],
-)
+OF_CLASSES = [(group, option) for group in (*METHODS, "temperature") for option in options_of()[group][1]]
+
+
+@pytest.mark.parametrize(("group", "option"), [one for one in OF_CLASSES if one[1] not in ("from_file", "lcp-paper")])
 def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_class(group: str, option: str) -> None:
     settings = dict(getattr(config("model=tiny", f"{group}={option}"), group))
     kind = type(instantiate(group, settings))

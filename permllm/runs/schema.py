@@ -398,7 +398,7 @@ class EvaluationOption(TypedDict):
     """Group `evaluation`."""
 
     perplexity: Limited
-    zero_shot: Limited
+    zero_shot: NotRequired[Limited]
 
 
 class Settings(TypedDict):
