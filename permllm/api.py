@@ -374,12 +374,13 @@ def _composed(
 def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:
     """The settings with the model and the text that are given."""
     path = str(model.config._name_or_path or model.config.model_type)
+    dtype: Any = str(model.dtype).removeprefix("torch.")
     of_model = replace(
         config.model,
         name=path.rstrip("/").rsplit("/", 1)[-1],
         source="local",
         path=path,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         device=str(model.device),
         architecture={},
     )

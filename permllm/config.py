@@ -377,7 +377,7 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is unknown or missing, or its value is not valid.
     """
     try:
-        settings = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(composed)))  # type: ignore[arg-type]
+        settings: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(composed)))  # type: ignore[arg-type]
         budget = settings.get("budget") or {}
         settings.budget = {key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)}
         given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)

@@ -207,7 +207,7 @@ def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None
 def _evaluate(job: Job, record: RunRecord, which: str) -> None:
     with record.stage(f"evaluate {which}", job.device):
         entry = record.evaluation
-        evaluation = {key: entry[key] for key in ("evaluation", "perplexity", "tasks") if key in entry}
+        evaluation: dict[str, Any] = {key: entry[key] for key in ("evaluation", "perplexity", "tasks") if key in entry}
         evaluation["scores"] = record.scores.setdefault(entry["evaluation_hash"], {})
 
         def save() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permllm.config import RunConfig, check_divides
+from permllm.config import Placement, RunConfig, check_divides
 from permllm.data.registry import calibration_text
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
@@ -154,7 +154,7 @@ def footprint_of(config: RunConfig, methods: Methods, model: PreTrainedModel, de
     return Footprint(config, model, methods.pruner, methods.permutation, methods.mask, methods.reconstruction, device)
 
 
-def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> str:
+def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> Placement:
     """Where the weights of a job's model are to wait: what the settings say, or the first placement that fits here.
 
     Where none fits, that which needs least is tried, as estimates are no more than that; a warning says so.
