@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,9 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError, first_line
 from permllm.runtime.inputs import input_digest, is_task_file, task_digest
-from permllm.runtime.values import SETTINGS, ByName, Count, Length, Names, Positive, Texts, Whole, refused
-
-_POSSIBLE = "N:M needs 0 < N < M, such as 2:4, 4:8, 1:4 or 3:4"
+from permllm.runtime.values import SETTINGS, Arguments, ByName, Count, Length, Names, Positive, Texts, Whole, refused
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(Dtype)
@@ -36,10 +34,8 @@ WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
 
 # Settings that do not change a pruned model.
-_NOT_PART_OF_A_RUN = (
-    *("force", "plan", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
-    *("protocol", "budget", "method"),
-)
+_NOT_PART_OF_A_RUN = {"force", "plan", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"}
+_NOT_PART_OF_A_RUN |= {"protocol", "budget", "method"}
 # Settings of the model that say where it is from or where its weights wait; its digest says which model it is.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that only a permutation reads, which has a copy of them.
@@ -47,16 +43,12 @@ _OF_A_PERMUTATION = ("block_size", "temperature")
 _DIGITS = 12
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class NMPattern:
     """N:M: `n` of every `m` consecutive weights along the input channels are kept."""
 
     n: int
     m: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ConfigError(f"{self}: {_POSSIBLE}")
 
     @classmethod
     def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
@@ -65,7 +57,7 @@ class NMPattern:
         if match is None:
             raise ConfigError(f"{key}={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)")
         if not 0 < int(match[1]) < int(match[2]):
-            raise ConfigError(f"{key}={text}: {_POSSIBLE}")
+            raise ConfigError(f"{key}={text}: N:M needs 0 < N < M, such as 2:4, 4:8, 1:4 or 3:4")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -167,7 +159,7 @@ class ModelConfig:
     dtype: Dtype = "float32"
     device: str = "auto"
     placement: Literal["auto", "device", "sharded", "host", "disk"] = "auto"
-    architecture: Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})] = field(default_factory=dict)
+    architecture: Arguments = dataclasses.field(default_factory=dict)
     bos: bool = False
     accept_terms: bool = False
     terms: str | None = None
@@ -248,8 +240,8 @@ class EvaluationConfig:
     """Group `evaluation`."""
 
     perplexity: PerplexityConfig
-    tasks: Annotated[dict[str, TaskConfig], BeforeValidator(_tasks)] = field(default_factory=dict)
-    lm_eval: LMEvalConfig = field(default_factory=LMEvalConfig)
+    tasks: Annotated[dict[str, TaskConfig], BeforeValidator(_tasks)] = dataclasses.field(default_factory=dict)
+    lm_eval: LMEvalConfig = dataclasses.field(default_factory=LMEvalConfig)
 
 
 @dataclass(config=SETTINGS)
@@ -309,7 +301,7 @@ class RunConfig:
     method: str | None
     budget: dict[str, int | None]
     paths: PathsConfig
-    inputs: dict[str, str | None] = field(default_factory=dict, repr=False)
+    inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         assert self.patterns  # raises if one of them cannot be read
@@ -352,7 +344,7 @@ class RunConfig:
         digests = {key: input_digest(Path(path)) for key, path in files.items() if path}
         tasks = [name for name in self.evaluation.tasks if is_task_file(name)]
         digests |= {f"evaluation.tasks.{name}": task_digest(Path(name)) for name in tasks}
-        return asdict(self) | {"inputs": digests}
+        return dataclasses.asdict(self) | {"inputs": digests}
 
     @cached_property
     def identity(self) -> dict[str, Any]:

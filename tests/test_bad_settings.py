@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import stat
 import sys
@@ -22,7 +21,6 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.job import Session
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
-from permllm.runs.loggers import WANDB_ID, _wandb_id
 from permllm.runs.outcomes import Outcome
 from tests.test_config import composed
 
@@ -45,7 +43,6 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
             "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
             "passages-and-questions, pile, sciq-support, wikitext2, text",
         ),
-        (["calibration.dataset=law_questions"], "calibration.dataset='law_questions' is not valid"),
         (["calibration.dataset=base"], "calibration.dataset='base' is not valid"),
         (["calibration.sampling=often"], "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'"),
         (["calibration.samples=0"], "calibration.samples=0"),
@@ -60,7 +57,6 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["evaluation.perplexity.dataset=[builtin,pile]", "plan=true"], "evaluation.perplexity.dataset='pile' is not valid"),
         (["evaluation.perplexity.dataset=[c4,builtin,c4]"], "dataset=['c4', 'builtin', 'c4'] has c4 twice"),
         (["evaluation.perplexity.dataset=[]"], "dataset=[]: expected the name of a text, a list of names"),
-        (["evaluation.perplexity.dataset={a: b}"], "dataset={'a': 'b'}: expected the name of a text"),
         (
             ["evaluation.perplexity.dataset=[builtin,sciq-support]", "calibration.dataset=sciq-support"],
             "evaluation.perplexity.dataset='sciq-support' is not held out from calibration.dataset='sciq-support'",
@@ -68,7 +64,6 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["evaluation.perplexity.seqlen=1000000"], "fewer than one evaluation.perplexity.seqlen"),
         (["evaluation.tasks=[marsqa]"], "lm-eval does not know marsqa"),
         (["evaluation.tasks={gsm8k: {limit: 0}}"], "evaluation.tasks.gsm8k.limit=0: must be at least 1"),
-        (["evaluation.tasks={gsm8k: {num_fewshot: -1}}"], "evaluation.tasks.gsm8k.num_fewshot=-1: must be at least 0"),
         (["evaluation.tasks={gsm8k: {shots: 1}}"], "evaluation.tasks.gsm8k.shots is no setting"),
         (["export.shard_gb=1"], "export.shard_gb=1.0 needs export=folded, gathered or simulate"),
         (["calibration.samples=1", "calibration.seqlen=1000000"], "take shorter windows, or another text"),
@@ -76,9 +71,6 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["permutation.init=zeros"], "permutation.init='zeros': must be 'heuristic' or 'random'"),
         (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
         (["permutation=from_file"], "permutation.path must be given"),
-        (["permutation.straight_through=both"], "permutation.straight_through='both'"),
-        (["permutation.sinkhorn_iterations=-1"], "permutation.sinkhorn_iterations=-1"),
-        (["permutation.epochs=0"], "permutation.epochs=0"),
         (["permutation.batch_size=1.5"], "permutation.batch_size=1.5: must be a valid integer"),
         (["permutation.learning_rate=abc"], "permutation.learning_rate='abc': must be a valid number"),
         (["permutation.margin=nan"], "permutation.margin=nan: must be a finite number"),
@@ -86,7 +78,6 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["permutation.layers_per_stage=2", "permutation.loss=kl"], "permutation: loss=kl needs layers_per_stage=all"),
         (["permutation.last_layers=1", "keep_dense=[-1]"], "permutation.last_layers=1: keep_dense leaves nothing to learn"),
         (["permutation=none", "mask=lowrank", "mask.rank=-1"], "mask.rank=-1: must be at least 0"),
-        (["reconstruction=obs", "reconstruction.damping=0"], "reconstruction.damping=0: must be greater than 0"),
         (["reconstruction=distill", "model.placement=host"], "together, which needs model.placement=device"),
         (["mask=score", "permutation=none", "calibration.statistics=sequential"], "is not valid with mask=score"),
         (["model.placement=disk"], "model.placement=disk needs a model with files"),
@@ -96,7 +87,6 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["calibration.statistics=sequential"], "calibration.statistics=sequential is not valid with permutation=lcp"),
         (["temperature.end=0"], "temperature.end=0"),
         (["seed=-1"], "seed=-1: must be at least 0"),
-        (["seed=4294967296"], "seed=4294967296: must be less than or equal to 4294967295"),
         (["model.device=meta"], "model.device='meta' cannot be used here"),
         (["calibration.data_files=x.txt"], "needs calibration=text"),
         (["model=local", "model.path=nowhere"], "model.path='nowhere' is not a folder"),
@@ -169,18 +159,6 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     assert session.close() == 1
     assert capsys.readouterr().err.count("Traceback") == 2
     assert [(job.outcome, job.reason) for job in jobs] == [("failed", "ZeroDivisionError: nothing to divide by")] * 2
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a/b\n"])
-def test_a_broken_id_of_a_wandb_run_is_replaced_with_a_word(
-    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = read_config(composed("model=tiny"))
-    (tmp_path / WANDB_ID).write_bytes(content)
-    made = _wandb_id(config, tmp_path)
-    assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{8}", made)
-    assert f"{tmp_path / WANDB_ID} holds no id of a W&B run" in caplog.text
-    assert _wandb_id(config, tmp_path) == made
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,12 +34,7 @@ from permllm.sparsity.calibrate import Pruner
 log = logging.getLogger(__name__)
 
 # Base class of each group's methods.
-_BASES: dict[str, type[Method]] = {
-    "pruner": Pruner,
-    "permutation": Permutation,
-    "mask": Mask,
-    "reconstruction": Reconstruction,
-}
+_BASES = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
 
 # What a pruned model follows from, beside its methods.
 _MAKES_RESULTS = (

@@ -43,6 +43,8 @@ def _patterns(given: Any) -> dict[str, Any]:
     return {str(name): given[name] for name in sorted(given or {}, key=str)}
 
 
+# Arguments of something else; null is none.
+Arguments = Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})]
 # Name of a text, or names of several; None for none.
 Texts = Annotated[Any, BeforeValidator(_texts)]
 # Indices of layers and names of modules, sorted.
