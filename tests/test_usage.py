@@ -34,11 +34,11 @@ def test_a_system_that_jobs_do_not_run_on_is_one_line(
         (["permutaton=lcp"], "permutaton"),
         (["+colour=red"], "colour"),
         (["pruner=wandaa"], "pruner/wandaa"),
-        (["seed=x"], "seed=x"),
+        (["seed=x"], "seed='x'"),
         (["seed=[0"], "seed=[0"),
         (["pruner=null"], "pruner=null"),
         (["-m", "pruner=wanda,null"], "pruner=wanda,null"),
-        (["--cfg", "job", "seed=x"], "seed=x"),
+        (["--cfg", "job", "sead=1"], "sead"),
     ],
     ids=" ".join,
 )

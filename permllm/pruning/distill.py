@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from typing_extensions import override
 
 from permllm.errors import DataError
 from permllm.models.families import decoder_layers
@@ -50,10 +49,6 @@ class Distill(DescentSettings, LearnedReconstruction):
     @property
     def _before(self) -> Reconstruction:
         return {"masked": NoReconstruction, "obs": OBS, "admm": ADMM}[self.start]()
-
-    @override
-    def needs_device(self) -> str:
-        return "reconstruction=distill trains all kept weights together"
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The weight that learning starts from."""

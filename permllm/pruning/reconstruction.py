@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from permllm.config import NMPattern
 from permllm.method import Method
@@ -68,6 +69,10 @@ class Reconstruction(Method):
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Change the weights of all linears in place, zero outside of their masks."""
+
+    @override
+    def needs_device(self) -> str | None:
+        return f"reconstruction: {type(self).__name__} trains all kept weights together" if trains_network(self) else None
 
 
 class LearnedReconstruction(Reconstruction):

@@ -193,7 +193,7 @@ def test_offline_nobody_is_asked_and_what_is_not_there_is_one_line(offline: Runs
     assert (model.code, task.code) == (1, 1)
     reason = "is not whole in the local hub cache, and HF_HUB_OFFLINE=1 says not to ask the hub\n"
     assert model.errors == f"error: model some/other {reason}"
-    assert task.errors == f"error: the data of zero-shot task sciq {reason}"
+    assert task.errors == f"error: the data of task sciq {reason}"
 
 
 def test_only_the_files_that_are_read_are_fetched_and_each_once(hub: Hub, first: Runs) -> None:

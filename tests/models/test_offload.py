@@ -297,9 +297,9 @@ def test_parameters_that_layers_share_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: auto, device, sharded, host, disk"),
+        (["model.placement=shelf"], "model.placement='shelf': must be 'auto', 'device', 'sharded', 'host' or 'disk'"),
         (["model.placement=disk"], "model.placement=disk needs a model with files, and model=tiny is random: take host"),
-        (["model.placement=host", "reconstruction=distill"], "reconstruction=distill trains all kept weights together"),
+        (["model.placement=host", "reconstruction=distill"], "reconstruction: Distill trains all kept weights together"),
     ],
 )
 def test_what_a_placement_cannot_do_is_one_line(tmp_path: Path, words: list[str], reason: str) -> None:
