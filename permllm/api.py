@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
-from permllm.config import NMPattern, PerplexityConfig, RunConfig, conf_directory, read_config
+from permllm.composition import composed, conf_directory, options_of
+from permllm.config import NMPattern, PerplexityConfig, RunConfig, read_config
 from permllm.data.registry import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
 from permllm.data.windows import calibration_tokens, windows_of
@@ -34,7 +35,6 @@ from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
-from permllm.pruning.config_store import composed, options_of
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import figures, prune_model
 from permllm.runs.directory import Record
@@ -374,12 +374,13 @@ def _composed(
 def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:
     """The settings with the model and the text that are given."""
     path = str(model.config._name_or_path or model.config.model_type)
+    dtype: Any = str(model.dtype).removeprefix("torch.")
     of_model = replace(
         config.model,
         name=path.rstrip("/").rsplit("/", 1)[-1],
         source="local",
         path=path,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         device=str(model.device),
         architecture={},
     )

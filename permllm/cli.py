@@ -161,13 +161,11 @@ def _hydra() -> None:
     import hydra
     from hydra.core.config_store import ConfigStore
 
-    from permllm.config import HYDRA_MAIN, conf_directory, register_resolvers
-    from permllm.pruning.config_store import refusal, register
+    from permllm.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
     from permllm.runtime.slurm import adopt_step
 
     adopt_step()
     register_resolvers()
-    register()
     # Hydra would copy its only store for each line of --help, which takes longer than all else.
     ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
     start = hydra.main(**HYDRA_MAIN, config_path=str(conf_directory()), config_name="config")(job)
@@ -259,7 +257,7 @@ class Session:
             sweep.share_machine()  # before anything uses a GPU
         import transformers
 
-        from permllm.config import register_resolvers
+        from permllm.composition import register_resolvers
         from permllm.runtime import parallel
         from permllm.runtime.watch import FAILED, INTERRUPTED
 
@@ -302,9 +300,9 @@ class Session:
         """Run a job in the only process, or in the first of several, and keep its outcome."""
         import torch
 
+        from permllm.composition import check_names
         from permllm.config import read_config
         from permllm.job import run
-        from permllm.pruning.config_store import check_names
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
 

@@ -16,9 +16,9 @@ from permllm.config import ExportConfig, RunConfig
 from permllm.data.registry import calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, DataError
+from permllm.evaluation.lm_eval import check_tasks
 from permllm.evaluation.measure import evaluate
 from permllm.evaluation.perplexity import perplexity_windows
-from permllm.evaluation.tasks import check_tasks
 from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.models.limits import check_windows

@@ -115,11 +115,9 @@ def together(file: str) -> str | None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _resolvers() -> None:
-    from permllm.config import register_resolvers
-    from permllm.pruning.config_store import register
+    from permllm.composition import register_resolvers
 
     register_resolvers()
-    register()
 
 
 @pytest.fixture(autouse=True, scope="session")

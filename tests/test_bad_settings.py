@@ -1,118 +1,170 @@
-"""What a person types or their machine is set to: values that look right, secrets, file modes, devices."""
+"""Values that cannot work, of settings, texts and the machine: one line that names them; errors of ours are seen whole."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import stat
 import sys
 from pathlib import Path
 
-import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
 
 from permllm import job
-from permllm.config import instantiate_permutation, read_config
-from permllm.data.text_file import read_text_file
+from permllm.cli import Session
+from permllm.composition import composed as checked
+from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
-from permllm.permutation.heuristic import Heuristic
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
+from permllm.runs.outcomes import Outcome
 from tests.test_config import composed
 
 TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2")
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("seed=4294967296", "at most 4294967295"),
-        ("model.device=meta", r"model\.device='meta' cannot be used here"),
-    ],
-)
-def test_values_that_cannot_work_are_one_line(override: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        job.run(read_config(composed(*TINY, override, f"runs_dir={tmp_path}")))
-
-
-@pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+permutation.block_size=16"], r"permutation\.block_size=16 is not block_size, .* set block_size=16$"),
-        (["+permutation.temperature={start: 2}", "plan=true"], "set temperature=OPTION or temperature.KEY=VALUE$"),
-        (["+permutation.uses=[seed]", "permutation=none"], "permutation.uses='seed' is not valid"),
-        (["logger=wandb", "logger.project=a/b"], r"logger\.project='a/b': W&B allows none of / \\ # \? % :"),
-        (["logger=wandb", f"logger.project={'a' * 129}"], "W&B allows 128 characters, and it has 129"),
+        (["sparsity=4:2"], "sparsity=4:2"),
+        (["sparsity=24"], "expected N:M"),
+        (["sparsity=2:5"], "M = 5"),
+        (["sparsity=3:7", "permutation=none"], "does not divide the 32 input channels of model.layers.0.self_attn.qkv_proj"),
+        (["block_size=30"], "block_size=30 is not a multiple of M = 4"),
+        (["block_size=0"], "block_size=0: must be at least 1"),
+        (["model.device=toaster"], "model.device='toaster'"),
+        (["model.dtype=int4"], "model.dtype='int4': must be 'float32', 'bfloat16'"),
+        (
+            ["calibration.dataset=mars", "plan=true"],
+            "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
+            "passages-and-questions, pile, sciq-support, wikitext2, text",
+        ),
+        (["calibration.dataset=base"], "calibration.dataset='base' is not valid"),
+        (["calibration.sampling=often"], "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'"),
+        (["calibration.samples=0"], "calibration.samples=0"),
+        (["calibration.samples=100000"], "but calibration.samples=100000 of calibration.seqlen=64 need 6400000"),
+        (["calibration=text"], "calibration=text needs calibration.data_files=PATH"),
+        (["calibration=text", "calibration.data_files=nowhere.txt"], "text file nowhere.txt does not exist"),
+        (
+            ["evaluation.perplexity.dataset=pile"],
+            "evaluation.perplexity.dataset='pile' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
+            "sciq-support, wikitext2",
+        ),
+        (["evaluation.perplexity.dataset=[builtin,pile]", "plan=true"], "evaluation.perplexity.dataset='pile' is not valid"),
+        (["evaluation.perplexity.dataset=[c4,builtin,c4]"], "dataset=['c4', 'builtin', 'c4'] has c4 twice"),
+        (["evaluation.perplexity.dataset=[]"], "dataset=[]: expected the name of a text, a list of names"),
+        (
+            ["evaluation.perplexity.dataset=[builtin,sciq-support]", "calibration.dataset=sciq-support"],
+            "evaluation.perplexity.dataset='sciq-support' is not held out from calibration.dataset='sciq-support'",
+        ),
+        (["evaluation.perplexity.seqlen=1000000"], "fewer than one evaluation.perplexity.seqlen"),
+        (["evaluation.tasks=[marsqa]"], "lm-eval does not know marsqa"),
+        (["evaluation.tasks={gsm8k: {limit: 0}}"], "evaluation.tasks.gsm8k.limit=0: must be at least 1"),
+        (["evaluation.tasks={gsm8k: {shots: 1}}"], "evaluation.tasks.gsm8k.shots is no setting"),
+        (["export.shard_gb=1"], "export.shard_gb=1.0 needs export=folded, gathered or simulate"),
+        (["calibration.samples=1", "calibration.seqlen=1000000"], "take shorter windows, or another text"),
+        (["+permutation.nonsense=1"], "nonsense"),
+        (["permutation.init=zeros"], "permutation.init='zeros': must be 'heuristic' or 'random'"),
+        (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
+        (["permutation=from_file"], "permutation.path must be given"),
+        (["permutation.batch_size=1.5"], "permutation.batch_size=1.5: must be a valid integer"),
+        (["permutation.learning_rate=abc"], "permutation.learning_rate='abc': must be a valid number"),
+        (["permutation.margin=nan"], "permutation.margin=nan: must be a finite number"),
+        (["permutation.layers_per_stage=block"], "layers_per_stage='block': must be 'all' or must be a valid integer"),
+        (["permutation.layers_per_stage=2", "permutation.loss=kl"], "permutation: loss=kl needs layers_per_stage=all"),
+        (["permutation.last_layers=1", "keep_dense=[-1]"], "permutation.last_layers=1: keep_dense leaves nothing to learn"),
+        (["permutation=none", "mask=lowrank", "mask.rank=-1"], "mask.rank=-1: must be at least 0"),
+        (["reconstruction=distill", "model.placement=host"], "together, which needs model.placement=device"),
+        (["mask=score", "permutation=none", "calibration.statistics=sequential"], "is not valid with mask=score"),
+        (["model.placement=disk"], "model.placement=disk needs a model with files"),
+        (["keep_dense=[true]"], "keep_dense=[True]: expected indices of layers and names of modules"),
+        (["sparsity_of={mlp: 1}"], "sparsity_of.mlp=1: expected N:M"),
+        (["name=a/b"], "name='a/b' must not contain a slash"),
+        (["calibration.statistics=sequential"], "calibration.statistics=sequential is not valid with permutation=lcp"),
+        (["temperature.end=0"], "temperature.end=0"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
+        (["model.device=meta"], "model.device='meta' cannot be used here"),
+        (["calibration.data_files=x.txt"], "needs calibration=text"),
+        (["model=local", "model.path=nowhere"], "model.path='nowhere' is not a folder"),
+        (["model=local", "model.path=."], "config.json cannot be read"),
+        (["model.architecture.model_type=gpt2"], "'gpt2' cannot be told: GPT2LMHeadModel has no list of layers"),
+        (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder cannot be imported"),
+        (["pruner._target_=permllm.mask.pruner.PrunerMask"], "pruner=wanda: expected a subclass of"),
     ],
 )
-def test_values_that_another_setting_or_a_service_does_not_allow_are_refused_first(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        read_config(composed(*overrides))
+def test_bad_values_get_one_line_that_names_them(
+    overrides: list[str], message: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    session = Session()
+    session.job(composed("model=tiny", "logger=none", *overrides))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert session.close() == 1
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert message in error[0]
+    assert not list(tmp_path.rglob("permutations.safetensors"))
 
 
-def test_a_method_is_given_the_settings_at_the_top_that_it_uses() -> None:
-    method = instantiate_permutation(read_config(composed("block_size=16", "temperature=cosine", "logger.project=a-b")))
-    assert (method.block_size, type(method.temperature).__name__) == (16, "Cosine")
-    assert instantiate_permutation(read_config(composed("block_size=16", "permutation=heuristic"))) == Heuristic("free")
-
-
-BROKEN_TEXTS: dict[str, tuple[bytes, str]] = {
-    "latin.txt": ("é".encode("latin-1"), "cannot be read: 'utf-8' codec can't decode byte 0xe9"),
-    "empty.jsonl": (b"", "holds no text"),
-    "cut.jsonl": (b'{"text": "a"}\n{"te', "cannot be read: line 2, column 2: Unterminated string"),
-    "number.jsonl": (b'{"text": "a"}\n\n{"text": 5}\n', "row 2: its `text` is no string but int"),
-    "deep.json": (b"[" * 100_000, "cannot be read: maximum recursion depth"),
-    "garbage.parquet": (b"PAR1garbagePAR1", "cannot be read: "),
-    "x.pdf": (b"x", "the ending '.pdf' is not known"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(BROKEN_TEXTS))
-def test_a_text_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
-    content, message = BROKEN_TEXTS[name]
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(DataError) as raised:
-        read_text_file(str(file))
-    assert str(raised.value).startswith(f"text file {file}")
-    assert message in str(raised.value)
+@pytest.mark.parametrize("word", ["permutation.nonsense=1", "pruner=mars", "calibration.sample=3", "permutation=none,lcp"])
+def test_hydra_refuses_what_the_yaml_does_not_have(word: str) -> None:
+    with pytest.raises(ConfigError, match=word.partition("=")[0].rpartition(".")[2]) as raised:
+        checked(["model=tiny", word])
     assert "\n" not in str(raised.value)
 
 
-def test_texts_that_are_no_strings_are_refused_in_parquet_too(tmp_path: Path) -> None:
-    for values, message in ([[1, 2], "row 1: its `text` is no string but int"], [[b"x"], "no string but bytes"]):
-        parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
-        with pytest.raises(DataError, match=message):
-            read_text_file(str(tmp_path / "a.parquet"))
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), file)
-    assert read_text_file(str(file)) == ["one", "two"]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 0xFF
-    file.write_bytes(content[:-20])
-    with pytest.raises(DataError, match="cannot be read"):
-        read_text_file(str(file))
+def test_full_errors_on_demand(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError):
+        Session().job(composed("model=tiny", "sparsity=4:2"))
 
 
-def test_what_is_no_file_is_not_read_as_a_text(tmp_path: Path) -> None:
-    (tmp_path / "folder.txt").mkdir()
-    os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "device.txt").symlink_to("/dev/zero")
-    for name in ("folder.txt", "pipe.txt", "device.txt"):
-        with pytest.raises(DataError, match="is no file"):
-            read_text_file(str(tmp_path / name))
-    with pytest.raises(DataError, match="does not exist"):
-        read_text_file("a\0b.txt")
+def test_control_c_ends_with_a_line_and_the_shells_code(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(config: RunConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("permllm.job.run", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        Session().job(composed("model=tiny", "logger=none"))
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted: the same command continues where it stopped\n"
+
+
+def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: RunConfig) -> None:
+        raise ZeroDivisionError("nothing to divide by")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("permllm.job.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        Session().job(composed("model=tiny", "logger=none"))
+    jobs: list[Outcome] = []
+    monkeypatch.setattr("permllm.runs.sweep.sweeping", lambda: True)
+    monkeypatch.setattr("permllm.runs.sweep.share_cores", lambda: None)
+    monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
+    session = Session()
+    # A search must not take a failed job for a good one.
+    assert [session.job(composed("model=tiny", "logger=none")) for _ in range(2)] == [math.inf, math.inf]
+    assert session.close() == 1
+    assert capsys.readouterr().err.count("Traceback") == 2
+    assert [(job.outcome, job.reason) for job in jobs] == [("failed", "ZeroDivisionError: nothing to divide by")] * 2
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run.py", "+hydra.job.env_set.WANDB_API_KEY=abc", "++env.HF_TOKEN=def", "+my_password=x=y", "permutation=lcp"]
     words += ["+hydra.job.env_set={WANDB_API_KEY: abc, HOME: /h, 'HF_TOKEN':def}", "+password=a,b"]
-    kept = ["model.architecture.num_key_value_heads=2", "evaluation.zero_shot.add_bos_token=false", "sparsity=2:4"]
+    kept = ["model.architecture.num_key_value_heads=2", "evaluation.lm_eval.add_bos_token=false", "sparsity=2:4"]
     monkeypatch.setattr(sys, "argv", [*words, *kept])
     command = environment(0, torch.device("cpu"))["command"]
     assert shlex.split(command) == [

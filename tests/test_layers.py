@@ -16,6 +16,8 @@ ROOMS = (
     "errors",
     "runtime",
     "config",
+    "composition",
+    "method",
     "runs",
     "data",
     "models",

@@ -18,10 +18,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.measuring import main
-from permllm.config import NMPattern, RunConfig, check_divides, instantiate
+from permllm.config import NMPattern, RunConfig, check_divides
 from permllm.data.registry import calibration_text
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, check_whole
+from permllm.method import instantiate
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
@@ -154,7 +155,7 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     group = _group(groups_to_prune(loaded.model, config), own)
     pattern = group.pattern or config.pattern
     check_divides(pattern, group.channels, group.name)
-    pruner = instantiate(config.pruner)
+    pruner = instantiate("pruner", config.pruner)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed, loaded.bos)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
     asked: Statistics = (*pruner.statistics, Gram)

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
+from permllm.config import RunConfig
+from permllm.method import Method, check_dense_statistics
 from permllm.models.families import ChannelGroup
 from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
 
 
-class Mask(Protocol):
-    """What every method has.
+class Mask(Method):
+    """Base of all methods.
 
     Attributes:
-        learned: it trains (`LearnedMask`).
         local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all found before (`FoundMask`).
     """
 
-    learned: bool
-    local: bool
+    local: bool = True
 
 
-class FoundMask(Mask, Protocol):
-    """Finds the masks of all linears together; where it does not train, the first process of torchrun does.
+class FoundMask(Mask, ABC):
+    """Base of the methods that find the masks of all linears together; one that does not train works in the first process.
 
     Attributes:
         statistics: of what the linears read, that it sums over the calibration text (`permllm.sparsity`).
     """
 
-    statistics: Statistics
+    local = False
+    statistics: Statistics = ()
 
+    @override
+    def validate(self, config: RunConfig) -> None:
+        check_dense_statistics(config, "mask")
+
+    @abstractmethod
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The masks by linear, bool `(C_out, C_in)` on the CPU, original channel order; N of each M in the order are kept.
+        """Return the masks by linear, bool `(C_out, C_in)` on the CPU, in the original channel order.
 
         Args:
             problem: what they are found for.
@@ -58,14 +65,16 @@ class MaskPlan:
     keeps_masked: bool = False
 
 
-class LearnedMask(FoundMask, Protocol):
-    """Trains, in all processes of torchrun together.
+class LearnedMask(FoundMask):
+    """Base of the methods that train, in all processes of torchrun together.
 
     Attributes:
         batch_size: samples a step.
     """
 
+    learned = True
     batch_size: int
 
+    @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """What it will learn on a model of these groups and so many decoder layers."""
+        """Return what it will learn on a model of these groups and so many decoder layers."""

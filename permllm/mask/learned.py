@@ -8,32 +8,43 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import override
 
-from permllm.mask.base import MaskPlan
+from permllm.config import RunConfig
+from permllm.mask.base import LearnedMask, MaskPlan
 from permllm.mask.learner import MaskLearner
-from permllm.mask.settings import MaskSettings
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.runs.masks import PackedMasks, unpacked_mask
 from permllm.runs.names import MASK_CHECKPOINT
+from permllm.runtime.values import SETTINGS, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import Statistics
 from permllm.training.kernels import chosen_kernels
 from permllm.training.loop import samples_of, steps_of
 from permllm.training.ordered_linear import ordered_linears
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
+from permllm.training.settings import LearningSettings
 from permllm.training.stages import Course
 
 
-class MaskLearning(MaskSettings):
+@dataclass(kw_only=True, config=SETTINGS)
+class MaskLearning(LearningSettings, LearnedMask):
     """Base of the masks that are learned. A subclass says what scores a mask is chosen by."""
 
-    learned = True
-    local = False
-    statistics: ClassVar[Statistics] = ()
+    epochs: Count = 1
+    select_from: Whole = 0
     kind: ClassVar[type[Scores]]
+
+    @override
+    def needs_device(self) -> str | None:
+        return self.keeps_all_layers("mask")
+
+    @override
+    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        self.check_last_layers("mask", groups, layers)
 
     @abstractmethod
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:

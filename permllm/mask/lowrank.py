@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from permllm.mask.learned import MaskLearning
-from permllm.mask.settings import LowRankSettings
 from permllm.models.families import ChannelGroup
+from permllm.runtime.values import SETTINGS, Whole
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.scores import LowRankScores, Scores
 
 
-class LowRankMask(LowRankSettings, MaskLearning):
+@dataclass(kw_only=True, config=SETTINGS)
+class LowRankMask(MaskLearning):
     """About as many parameters as an order has, which need no memory to speak of."""
 
+    rank: Whole = 8
     kind = LowRankScores
 
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from permllm.mask.base import Mask
 
 
-@dataclass(frozen=True)
-class PrunerMask:
-    """Nothing learns."""
-
-    learned = False
-    local = True
+class PrunerMask(Mask):
+    """The pruner's masks; nothing learns."""

@@ -10,12 +10,12 @@ pair of a row is exchanged a step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
+from permllm.mask.base import FoundMask
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream
 from permllm.runs.masks import PackedMasks
@@ -23,7 +23,7 @@ from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting
 from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 from permllm.training.problem import LearningProblem
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
@@ -32,12 +32,10 @@ _BLOCK = 64
 _SWEEPS = 3
 
 
-class RefinedMask:
+class RefinedMask(FoundMask):
     """The pruner's masks, refined on what the linears read in the dense model. Nothing learns, no weight changes."""
 
-    learned = False
-    local = False
-    statistics: ClassVar[Statistics] = (Gram,)
+    statistics = (Gram,)
 
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from permllm.mask.learned import MaskLearning
 from permllm.models.families import ChannelGroup
+from permllm.runtime.values import SETTINGS
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.scores import FreeScores, Scores
 
 
+@dataclass(kw_only=True, config=SETTINGS)
 class ScoreMask(MaskLearning):
     """A score for each weight, from the logarithm of the pruner's saliency; 16 bytes a weight of a window in float32."""
 

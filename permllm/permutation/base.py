@@ -2,64 +2,77 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
+from permllm.method import Method, check_dense_statistics
 from permllm.models.families import ChannelGroup
-from permllm.permutation.settings import Constraint
 from permllm.runs.masks import is_permutation
 from permllm.training.problem import LearningProblem
 
+Constraint = Literal["free", "foldable"]
 
-class Permutation(Protocol):
-    """What every method has.
+
+class Permutation(Method):
+    """Base of all methods.
 
     Attributes:
-        learned: it trains (`LearnedPermutation`).
-        local: it orders one channel group from its saliency alone (`LocalPermutation`); otherwise all of them together
-            (`JointPermutation`).
+        local: it orders one channel group from its saliency alone, by `order`; otherwise all of them together, by `orders`.
         constraint: that its orders keep (see `permllm.permutation.foldable`); None where that is not known before.
     """
 
-    learned: bool
     local: bool
-    constraint: Constraint | None
+    constraint: Constraint | None = "free"
 
 
-class LocalPermutation(Permutation, Protocol):
-    """Orders one channel group at a time."""
+class LocalPermutation(Permutation, ABC):
+    """Base of the methods that order one channel group at a time."""
 
+    local = True
+
+    @abstractmethod
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """int64 `(C_in,)` for `saliency (rows of all members, C_in)`."""
+        """Return the order of a group, int64 `(C_in,)`, for `saliency (rows of all members, C_in)`."""
 
 
-class JointPermutation(Permutation, Protocol):
-    """Orders all channel groups from the whole dense model."""
+class JointPermutation(Permutation, ABC):
+    """Base of the methods that order all channel groups from the whole dense model."""
 
+    local = False
+
+    @abstractmethod
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """int64 `(C_in,)` on the CPU by group."""
+        """Return the orders, int64 `(C_in,)` on the CPU, by group."""
 
 
-class LearnedPermutation(JointPermutation, Protocol):
-    """Trains, in all processes of torchrun together.
+class LearnedPermutation(JointPermutation):
+    """Base of the methods that train, in all processes of torchrun together.
 
     Attributes:
         batch_size: samples a step.
     """
 
+    learned = True
     batch_size: int
 
+    @override
+    def validate(self, config: RunConfig) -> None:
+        check_dense_statistics(config, "permutation")
+
+    @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """What it will learn on a model of these groups and so many decoder layers.
+        """Return what it will learn on a model.
 
         Args:
-            groups: that are pruned.
-            layers: of the decoder.
+            groups: channel groups that are pruned.
+            layers: number of decoder layers.
         """
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
-from permllm.permutation.settings import Constraint
+from permllm.permutation.base import Constraint
 from permllm.training.blocks import BlockStack, split_blocks
 
 RESIDUAL = "residual_stream"

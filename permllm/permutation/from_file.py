@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import override
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
+from permllm.permutation.base import LocalPermutation
 from permllm.permutation.foldable import foldable
-from permllm.permutation.settings import FromFileSettings
 from permllm.runs.tensors import load_orders
+from permllm.runtime.values import SETTINGS
 
 
-@dataclass
-class FromFile(FromFileSettings):
+@dataclass(config=SETTINGS)
+class FromFile(LocalPermutation):
     """Orders out of a `permutations.safetensors`.
 
     Raises:
         DataError: the file cannot be read, was changed, or holds something else than permutations.
     """
 
-    learned = False
-    local = True
+    path: str
     constraint = None  # known once the groups are
-    _orders: dict[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -38,10 +38,10 @@ class FromFile(FromFileSettings):
             raise ConfigError(f"permutation.path={self.path}: no such file, or a run without permutations")
         self._orders = load_orders(file)
 
-    def check(self, groups: list[ChannelGroup], folds: bool) -> None:
-        """Raise ConfigError where a group has no stored order, or where the orders are to fold and do not."""
+    @override
+    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         orders = {group.name: self._order(group.name, group.channels) for group in groups}
-        if not folds:
+        if config.export.form != "folded":
             return
         try:
             foldable(groups, orders)

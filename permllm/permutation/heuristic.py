@@ -15,15 +15,18 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
-from permllm.config import NMPattern, check_divides
+from permllm.config import NMPattern, RunConfig, check_divides
 from permllm.models.families import ChannelGroup
-from permllm.permutation.foldable import SharedOrder, expanded, shared_orders
-from permllm.permutation.settings import HeuristicSettings
+from permllm.permutation.base import Constraint, LocalPermutation
+from permllm.permutation.foldable import SharedOrder, check_segments, expanded, shared_orders
 from permllm.runtime.devices import cores
+from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import nm_mask, saliency_sum
 from permllm.training.problem import LearningProblem
 
@@ -57,15 +60,21 @@ class Search(NamedTuple):
     steps: Steps
 
 
-class Heuristic(HeuristicSettings):
+@dataclass(frozen=True, config=SETTINGS)
+class Heuristic(LocalPermutation):
     """Permutation of each channel group by RIA's channel reallocation."""
 
-    learned = False
+    constraint: Constraint = "free"
 
     @property
-    def local(self) -> bool:
+    def local(self) -> bool:  # type: ignore[override]
         """Each group's order follows from its own saliency."""
         return self.constraint == "free"
+
+    @override
+    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        if not self.local:
+            check_segments(shared_orders(groups, self.constraint), config.pattern)
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """The order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
+from permllm.permutation.base import LocalPermutation
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(LocalPermutation):
     """The identity order for every channel group."""
 
-    learned = False
-    local = True
     constraint = "foldable"  # it folds into anything
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """The order of one channel group, int64 `(C_in,)`."""
+        """Return the order of one channel group, int64 `(C_in,)`."""
         return torch.arange(saliency.shape[1])

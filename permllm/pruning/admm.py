@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from permllm.errors import TrainingError
-from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear
-from permllm.pruning.reconstruction_settings import ADMMSettings
+from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
+from permllm.runtime.values import SETTINGS, Count, Positive
 from permllm.sparsity.gram import Gram
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 
 # ADMM's, for a Hessian whose diagonal is 1: what a few iterations and the conjugate gradients after them do best with.
 _PENALTY = 0.3
@@ -21,15 +20,17 @@ _ADMM_ITERATIONS = 4
 _LEAST_GAIN = 1e-3
 
 
-class ADMM(ADMMSettings, NoReconstruction):
+@dataclass(frozen=True, config=SETTINGS)
+class ADMM(Reconstruction):
     """`min ||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`, all rows together, from `H = X^T X`.
 
     Channels are scaled so that the diagonal of H is 1, and `(H + penalty I)^-1` serves ADMM and preconditions the conjugate
     gradients. The error never ends above that of the pruned weights it begins with.
     """
 
-    changes_weights = True
-    statistics: ClassVar[Statistics] = (Gram,)
+    iterations: Count = 12
+    damping: Positive = 0.01
+    statistics = (Gram,)
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The new weight. Raises TrainingError where inputs are not finite."""

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from permllm.models.families import decoder_layers
 from permllm.pruning.admm import ADMM
 from permllm.pruning.kept_weights import KeptWeights, WeightLearner
 from permllm.pruning.obs import OBS
-from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
-from permllm.pruning.reconstruction_settings import DistillSettings
+from permllm.pruning.reconstruction import (
+    LearnedReconstruction,
+    NoReconstruction,
+    PrunedLinear,
+    PrunedNetwork,
+    Reconstruction,
+)
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime import parallel
+from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.training.loop import Training, Window, read_checkpoint
-from permllm.training.settings import LearningSettings, Loss
+from permllm.training.settings import DescentSettings, LearningSettings, Loss
 
 
-class Distill(DistillSettings, NoReconstruction):
+@dataclass(kw_only=True, config=SETTINGS)
+class Distill(DescentSettings, LearnedReconstruction):
     """Adam on all kept weights towards the dense model's next-token distributions, by the loop that everything learns in.
 
     Holds the weights and `KeptWeights` with its moments. Under torchrun the first process alone trains.
     """
 
-    changes_weights = True
-    learned = True
-    loss: ClassVar[Loss] = "kl"
+    learning_rate: Positive = 1e-4
+    epochs: Count = 2
+    skip: Whole = 0
+    start: Literal["masked", "obs", "admm"] = "masked"
+    loss: ClassVar[Loss] = "kl"  # type: ignore[misc]
 
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from permllm.config import PLACEMENTS, NMPattern, RunConfig
+from permllm.config import PLACEMENTS, NMPattern, Placement, RunConfig
 from permllm.mask.base import MaskPlan
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
@@ -36,7 +36,7 @@ FITS = 0.85
 _WHOLE_TEXT = 300_000
 
 
-def placements(config: RunConfig) -> list[str]:
+def placements(config: RunConfig) -> list[Placement]:
     """Those that a job can have, the fastest first: one process has nobody to share with, a random model no files."""
     without = {"sharded"} if parallel.world_size() == 1 else set()
     without |= {"disk"} if config.model.source == "random" else set()

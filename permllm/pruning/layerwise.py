@@ -257,7 +257,7 @@ def _prune_group(
         perm, scores = perm.to(weight.device), score(path)
         if pruner.updates_weights:
             given = {} if masks is None else {"mask": masks[path].to(weight.device)}
-            new, mask = pruner.update(weight, statistics, perm, pattern, **given)  # type: ignore[attr-defined]
+            new, mask = pruner.update(weight, statistics, perm, pattern, **given)  # type: ignore[arg-type]
         else:
             mask = permuted_nm_mask(scores, perm, pattern) if masks is None else masks[path].to(weight.device)
             new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
+from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 
 
-@dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Pruner):
     """`S = |W|`."""
 
-    statistics: ClassVar[Statistics] = ()
-    updates_weights = False
-
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Saliency factors of `weight (C_out, C_in)`; the statistics are not used."""
+        """Return saliency factors of `weight (C_out, C_in)`; the statistics are not used."""
         return SaliencyFactors(power=1, column=weight.new_ones(1, weight.shape[1]).float())

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from inspect import isabstract, signature
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permllm.config import RunConfig, check_divides, instantiate, instantiate_permutation
-from permllm.errors import ConfigError, check_contract, check_one_of, check_whole
+from permllm.config import Placement, RunConfig, check_divides
+from permllm.errors import ConfigError
+from permllm.mask.base import Mask
+from permllm.method import Method, instantiate
 from permllm.models.checkpoint import check_dense
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
 from permllm.models.offload import placement_of
 from permllm.models.selection import groups_to_prune
-from permllm.permutation.foldable import check_segments, shared_orders
-from permllm.permutation.from_file import FromFile
-from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.settings import Constraint
+from permllm.permutation.base import Permutation
 from permllm.pruning.footprint import FITS, Footprint, placements
-from permllm.pruning.reconstruction import Reconstruction, trains_network
+from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity.calibrate import Pruner
-from permllm.sparsity.statistics import InputStatistic
-from permllm.training.settings import LearningSettings
 
 log = logging.getLogger(__name__)
+
+# Base class of each group's methods.
+_BASES = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Methods:
     permutation: Any
     mask: Any
     reconstruction: Reconstruction
+
+    @property
+    def all(self) -> tuple[Method, ...]:
+        """All of them, in the order of the attributes."""
+        return self.pruner, self.permutation, self.mask, self.reconstruction
 
     @property
     def change_weights(self) -> bool:
@@ -101,63 +105,19 @@ class Job:
 
 
 def methods_of(config: RunConfig) -> Methods:
-    """The methods that the settings name.
+    """Make the methods that the settings name.
 
     Raises:
-        ConfigError: one cannot be made or lacks what it will be asked for, or the masks would be made from other
-            statistics than those that their order is learned with.
+        ConfigError: one cannot be made, or a rule between its settings and those of the run is broken.
     """
-    methods = Methods(
-        instantiate(config.pruner),
-        instantiate_permutation(config),
-        instantiate(config.mask),
-        instantiate(config.reconstruction),
-    )
-    _check_contracts(config, methods)
-    statistics = config.calibration.statistics
-    kept = methods.learned if methods.mask.local else methods.learned | {"mask": methods.mask}
-    for group in kept if statistics != "dense" else ():
-        raise ConfigError(
-            f"calibration.statistics={statistics} is not valid with {group}={getattr(config, group)['name']}, which is "
-            "found with dense statistics and keeps them"
-        )
-    return methods
-
-
-def _check_contracts(config: RunConfig, methods: Methods) -> None:
-    """Raise ConfigError where a method lacks what its protocol says: hours later would be late."""
-    pruner, permutation = methods.pruner, methods.permutation
-    key = f"pruner={config.pruner.get('name')}"
-    check_contract(key, pruner, ("updates_weights",), ("factors",))
-    _check_statistics(key, pruner)
-    check_contract(key, pruner, (), ("update",) if pruner.updates_weights else ())
-    key = f"permutation={config.permutation.get('name')}"
-    check_contract(key, permutation, ("learned", "local"), ())
-    check_contract(key, permutation, (), ("order",) if permutation.local else ("orders",))
-    if permutation.learned:
-        check_contract(key, permutation, (), ("orders", "plan"))
-        check_whole(f"{key}: batch_size", getattr(permutation, "batch_size", None), 1)
-    constraint = getattr(permutation, "constraint", "missing")
-    if constraint is not None or not permutation.local:  # a file's is known once the groups are
-        check_one_of(f"{key}: constraint", constraint, get_args(Constraint))
-    key = f"mask={config.mask.get('name')}"
-    check_contract(key, methods.mask, ("learned", "local"), ())
-    if methods.mask.learned:
-        check_contract(key, methods.mask, (), ("plan",))
-        check_whole(f"{key}: batch_size", getattr(methods.mask, "batch_size", None), 1)
-    if not methods.mask.local:
-        check_contract(key, methods.mask, (), ("masks",))
-        _check_statistics(key, methods.mask)
-        if pruner.updates_weights and "mask" not in signature(pruner.update).parameters:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"{key} needs a pruner that corrects weights under given masks (`update` with an argument `mask`), "
-                f"and pruner={config.pruner.get('name')} only does so under its own"
-            )
-    key = f"reconstruction={config.reconstruction.get('name')}"
-    check_contract(key, methods.reconstruction, ("changes_weights", "learned"), ("linear", "network"))
-    if methods.reconstruction.learned:
-        check_whole(f"{key}: batch_size", getattr(methods.reconstruction, "batch_size", None), 1)
-    _check_statistics(key, methods.reconstruction)
+    made = {}
+    for group, base in _BASES.items():
+        settings = getattr(config, group)
+        made[group] = instantiate(group, settings)
+        if not isinstance(made[group], base):
+            raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {base.__module__}.{base.__name__}")
+        made[group].validate(config)
+    methods = Methods(**made)
     reason = needs_device(config, methods)
     if reason and config.model.placement not in ("auto", "device"):
         raise ConfigError(f"{reason}, which needs model.placement=device")
@@ -165,25 +125,20 @@ def _check_contracts(config: RunConfig, methods: Methods) -> None:
         raise ConfigError(
             "model.placement=sharded needs several processes: torchrun --nproc-per-node 2 run.py model.placement=sharded"
         )
+    return methods
 
 
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
-    """What needs the weights of all layers at once, where they may come one layer at a time; None for nothing."""
-    if trains_network(methods.reconstruction):
-        return f"reconstruction={config.reconstruction.get('name')} trains all kept weights together"
-    for group, method in methods.learned.items():
-        if getattr(method, "activation_checkpointing", None) is False:
-            return f"{group}.activation_checkpointing=false keeps all layers for backward"
-    return None
+    """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
+    return next((reason for method in methods.all if (reason := method.needs_device())), None)
 
 
 def footprint_of(config: RunConfig, methods: Methods, model: PreTrainedModel, device: torch.device) -> Footprint:
     """What a job takes, from its model on the meta device."""
-    parts = (methods.pruner, methods.permutation, methods.mask, methods.reconstruction)
-    return Footprint(config, model, *parts, device)
+    return Footprint(config, model, methods.pruner, methods.permutation, methods.mask, methods.reconstruction, device)
 
 
-def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> str:
+def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> Placement:
     """Where the weights of a job's model are to wait: what the settings say, or the first placement that fits here.
 
     Where none fits, that which needs least is tried, as estimates are no more than that; a warning says so.
@@ -209,39 +164,17 @@ def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> 
     return candidates[-1]
 
 
-def _check_statistics(key: str, method: object) -> None:
-    kinds = getattr(method, "statistics", None)
-    if not isinstance(kinds, tuple) or not all(
-        isinstance(kind, type) and issubclass(kind, InputStatistic) and not isabstract(kind) for kind in kinds
-    ):
-        kind = f"{type(method).__module__}.{type(method).__qualname__}"
-        raise ConfigError(f"{key}: {kind} needs an attribute `statistics`, a tuple of classes of statistics")
-
-
 def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:
-    """The channel groups of a model that are pruned, all layers.
+    """Return the channel groups of a model that are pruned, all layers.
 
     Raises:
-        ConfigError: the model is pruned already, M does not divide what must hold whole groups of M, given orders lack one of
-            them or do not fold as asked, or nothing would learn in any of them.
+        ConfigError: the model is pruned already, M does not divide what must hold whole groups of M, or a method cannot work
+            on the model.
     """
     check_dense(config.model.path or config.model.name, model.config)
-    groups, permutation = groups_to_prune(model, config), methods.permutation
+    groups = groups_to_prune(model, config)
     for group in groups:
         check_divides(group.pattern or config.pattern, group.channels, group.name)
-    if not permutation.local:
-        check_segments(shared_orders(groups, permutation.constraint), config.pattern)
-    if isinstance(permutation, FromFile):
-        permutation.check(groups, folds=config.export.form == "folded")
-    for name, method in methods.learned.items():
-        if isinstance(method, LearningSettings) and method.last_layers is not None:
-            spans = method.spans(len(decoder_layers(model)))
-            if not any(first <= group.layer < stop for group in groups for first, stop in spans):
-                raise ConfigError(f"{name}.last_layers={method.last_layers}: keep_dense leaves nothing to learn in them")
-    plan = permutation.plan(groups, len(decoder_layers(model))) if permutation.learned else None
-    if plan is not None and isinstance(permutation, LCPSettings) and not plan.logits:
-        raise ConfigError(
-            f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that share "
-            "it, as by permutation.layers_per_stage=all and all layers"
-        )
+    for method in methods.all:
+        method.check_groups(config, groups, len(decoder_layers(model)))
     return groups

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear
-from permllm.pruning.reconstruction_settings import OBSSettings
+from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.sparsity.statistics import Statistics
+from permllm.runtime.values import SETTINGS, Positive
 
 
-class OBS(OBSSettings, NoReconstruction):
+@dataclass(frozen=True, config=SETTINGS)
+class OBS(Reconstruction):
     """Each pruned weight's error is made up for by the kept weights after it, column by column (arXiv 2301.00774)."""
 
-    changes_weights = True
-    statistics: ClassVar[Statistics] = SparseGPT.statistics
+    damping: Positive = 0.01
+    statistics = SparseGPT.statistics
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """The corrected weight, from the dense one."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from permllm.config import NMPattern
+from permllm.method import Method
 from permllm.sparsity.statistics import InputStatistics, Statistics
 from permllm.training.problem import LearningProblem
 
@@ -51,56 +52,48 @@ class PrunedNetwork:
     masks: Collection[Tensor]
 
 
-class Reconstruction(Protocol):
-    """Changes kept weights: linear by linear, and then in the whole model.
+class Reconstruction(Method):
+    """Base of the reconstructions, which change kept weights: linear by linear, and then in the whole model.
 
     Attributes:
         changes_weights: false only where it does nothing.
-        learned: it trains the kept weights of the whole model (`LearnedReconstruction`), in the first process of torchrun.
-        statistics: what it asks of the calibration text (`permllm.sparsity`).
+        statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
     """
 
-    changes_weights: bool
-    learned: bool
-
-    @property
-    def statistics(self) -> Statistics:
-        """Classes of statistics; a class attribute will do."""
+    changes_weights: bool = True
+    statistics: Statistics = ()
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
-        """The new weight of a linear, zero outside of the mask."""
+        """Return the new weight of a linear, zero outside of the mask."""
+        return pruned.weight
 
     def network(self, pruned: PrunedNetwork) -> None:
         """Change the weights of all linears in place, zero outside of their masks."""
 
+    @override
+    def needs_device(self) -> str | None:
+        return f"reconstruction: {type(self).__name__} trains all kept weights together" if trains_network(self) else None
 
-class LearnedReconstruction(Reconstruction, Protocol):
-    """Trains the kept weights of all layers together.
+
+class LearnedReconstruction(Reconstruction):
+    """Base of the reconstructions that train the kept weights of all layers together, in the first process of torchrun.
 
     Attributes:
         batch_size: samples a step.
         loss: towards the dense model, as `permllm.training.losses` names them.
     """
 
+    learned = True
     batch_size: int
     loss: str
 
 
-class NoReconstruction:
+class NoReconstruction(Reconstruction):
     """The kept weights stay as the pruner left them."""
 
     changes_weights = False
-    learned = False
-    statistics: ClassVar[Statistics] = ()
-
-    def linear(self, pruned: PrunedLinear) -> Tensor:
-        """The weight as it is."""
-        return pruned.weight
-
-    def network(self, pruned: PrunedNetwork) -> None:
-        """Nothing."""
 
 
 def trains_network(reconstruction: Reconstruction) -> bool:
-    """Whether it changes the weights of the whole model together, in `network`."""
-    return type(reconstruction).network is not NoReconstruction.network
+    """Tell whether it changes the weights of the whole model together, in `network`."""
+    return type(reconstruction).network is not Reconstruction.network

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from permllm.pruning.settings import RIASettings
+from permllm.runtime.values import SETTINGS, Amount
+from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 
 
-class RIA(RIASettings):
+@dataclass(frozen=True, config=SETTINGS)
+class RIA(Pruner):
     """`S[i, j] = (|W[i, j]| / column sum j + |W[i, j]| / row sum i) * norm(x_j)^exponent`."""
 
-    statistics: ClassVar[Statistics] = (Norm,)
-    updates_weights = False
+    exponent: Amount = 0.5
+    statistics = (Norm,)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
+        """Return saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         activation = statistics[Norm].value.pow(self.exponent)
         of_column, of_row = (_share_of(magnitude.sum(dim)) for dim in (0, 1))

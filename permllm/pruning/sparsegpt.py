@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import override
 
 from permllm.config import NMPattern, check_divides
 from permllm.errors import TrainingError
-from permllm.pruning.settings import SparseGPTSettings
+from permllm.runtime.values import SETTINGS, Positive
+from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import keep_largest
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 
 _COLUMNS_AT_A_TIME = 128
 
 
-class SparseGPT(SparseGPTSettings):
+@dataclass(frozen=True, config=SETTINGS)
+class SparseGPT(Pruner):
     """`S[i, j] = W[i, j]^2 / [H^-1]_jj` with `H = X X^T + lambda I`, and an update of the kept weights."""
 
-    statistics: ClassVar[Statistics] = (Gram,)
+    damping: Positive = 0.01
+    statistics = (Gram,)
     updates_weights = True
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Factors of the order-free saliency `W^2 / [H^-1]_jj` of `weight (C_out, C_in)`."""
+        """Return factors of the order-free saliency `W^2 / [H^-1]_jj` of `weight (C_out, C_in)`."""
         inverse = _inverse_hessian(statistics, self.damping)
         return SaliencyFactors(power=2, column=(1.0 / inverse.diagonal()).unsqueeze(0))
 
+    @override
     def update(
         self, weight: Tensor, statistics: InputStatistics, perm: Tensor, pattern: NMPattern, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
+from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics, Statistics
+from permllm.sparsity.statistics import InputStatistics
 
 
-@dataclass(frozen=True)
-class Wanda:
+class Wanda(Pruner):
     """`S[i, j] = |W[i, j]| * norm(x_j)`, with the norm that the statistics have: the root mean square over tokens."""
 
-    statistics: ClassVar[Statistics] = (Norm,)
-    updates_weights = False
+    statistics = (Norm,)
 
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Saliency factors of `weight (C_out, C_in)`."""
+        """Return saliency factors of `weight (C_out, C_in)`."""
         return SaliencyFactors(power=1, column=statistics[Norm].value.unsqueeze(0))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from permllm.config import NMPattern
 from permllm.errors import ConfigError, TrainingError
+from permllm.method import Method
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
@@ -22,23 +25,27 @@ from permllm.sparsity.statistics import InputStatistic, InputStatistics, Statist
 NormOver = Literal["tokens", "samples"]
 
 
-class Pruner(Protocol):
-    """A base pruner.
+class Pruner(Method, ABC):
+    """Base of the pruners.
 
     Attributes:
-        statistics: what it asks of the calibration text (`permllm.sparsity`).
-        updates_weights: it has a method `update(weight, statistics, perm, pattern) -> (weight, mask)` that chooses the mask
-            and corrects the kept weights (see `SparseGPT.update`); otherwise masks are the N:M mask of the saliency.
+        statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
+        updates_weights: `update` chooses the mask and corrects the kept weights; otherwise masks are the N:M mask of the
+            saliency.
     """
 
-    updates_weights: bool
+    statistics: Statistics = ()
+    updates_weights: bool = False
 
-    @property
-    def statistics(self) -> Statistics:
-        """Classes of statistics; a class attribute will do."""
-
+    @abstractmethod
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Saliency factors of `weight (C_out, C_in)`, from the statistics that it names."""
+        """Return saliency factors of `weight (C_out, C_in)`, from the statistics that the pruner names."""
+
+    def update(
+        self, weight: Tensor, statistics: InputStatistics, perm: Tensor, pattern: NMPattern, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the updated weight and its mask (see `SparseGPT.update`). A pruner that updates weights has it."""
+        raise NotImplementedError(f"{type(self).__qualname__} updates no weights")
 
 
 @dataclass

@@ -69,9 +69,7 @@ def _run(job: Job) -> Outcome:
     from hydra import compose, initialize_config_dir
 
     from permllm.cli import Session
-    from permllm.pruning.config_store import register
 
-    register()
     for source, target in job.copies.items():
         shutil.copyfile(source, target)
     for name in job.removed:

@@ -23,7 +23,7 @@ BROKEN, CUT, MOVING, PLANNED, BARE = "small/broken", "small/cut", "small/moving"
 def job(model: str, *more: str, token: str = "", **steps: object) -> Job:
     """A run on WikiText-2 alone."""
     chosen = ["model=hub", f"model.hub_name={model}", "calibration=wikitext2", *SMALL, "permutation=none"]
-    tasks = "evaluation.zero_shot.tasks=[]"
+    tasks = "evaluation.tasks=[]"
     return Job([*chosen, tasks, *more], {"HF_TOKEN": token}, **steps)  # type: ignore[arg-type]
 
 
@@ -69,7 +69,7 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
     def without(target: str) -> dict[str, list[str]]:
         return {"removed": [str(hub.root / target)]}
 
-    rte, boolq, sciq = (f"evaluation.zero_shot.tasks=[{task}]" for task in ("rte", "boolq", "sciq"))
+    rte, boolq, sciq = (f"evaluation.tasks=[{task}]" for task in ("rte", "boolq", "sciq"))
     model_limit, c4_limit, glue_limit = f"models/{BROKEN}/.limit", "datasets/allenai/c4/.limit", "datasets/nyu-mll/glue/.limit"
     gates = ("datasets/mit-han-lab/pile-val-backup/.gated", "datasets/aps/super_glue/.gated")
     moved = copied("moved/model.safetensors", f"models/{MOVING}/model.safetensors")
@@ -181,7 +181,7 @@ def test_a_model_that_moved_is_another_one(story: Story) -> None:
     )
     found = [json.loads(file.read_text(encoding="utf-8")) for file in (story.folder / "runs").glob("moving-*/metrics.json")]
     began = next(metrics for metrics in found if metrics["status"] == "running" and "model" in metrics)
-    ended = next(metrics for metrics in found if metrics["status"] == "finished" and "zero_shot" in metrics)
+    ended = next(metrics for metrics in found if metrics["status"] == "finished" and "tasks" in metrics)
     assert began["model"] != ended["model"]
     # Nothing that was kept of the first was taken for the second.
     assert began["perplexity"]["dense"]["wikitext2"]["value"] != ended["perplexity"]["dense"]["wikitext2"]["value"]

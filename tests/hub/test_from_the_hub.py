@@ -36,7 +36,7 @@ SMALL = [
     "calibration.samples=4",
     "calibration.seqlen=48",
     "evaluation.perplexity.seqlen=48",
-    "evaluation.zero_shot.limit=2",
+    "evaluation.lm_eval.limit=2",
 ]
 TASKS = {
     "hellaswag": "Rowan/hellaswag",
@@ -66,7 +66,7 @@ class Case:
     family: str
     calibration: str
     perplexity: str
-    more: tuple[str, ...] = ("evaluation.zero_shot.tasks=[]",)
+    more: tuple[str, ...] = ("evaluation.tasks=[]",)
 
     def job(self, *more: str) -> Job:
         """As it is typed."""
@@ -80,7 +80,7 @@ CASES = (
         "c4",
         "wikitext2",
         (
-            f"evaluation.zero_shot.tasks=[{','.join(TASKS)}]",
+            f"evaluation.tasks=[{','.join(TASKS)}]",
             "permutation=lcp",
             "permutation.epochs=1",
             "permutation.constraint=foldable",
@@ -90,7 +90,7 @@ CASES = (
     Case("mistral", "wikitext2", "c4"),
     Case("qwen2", "pile", "c4"),
     Case("qwen3", "pile", "wikitext2"),
-    Case("opt", "c4", "wikitext2", ("evaluation.zero_shot.tasks=[]", "export=simulate")),
+    Case("opt", "c4", "wikitext2", ("evaluation.tasks=[]", "export=simulate")),
 )
 
 
@@ -135,7 +135,7 @@ def offline(
     folder, before = tmp_path_factory.mktemp("offline"), len(hub.requests)
     jobs = [case.job("seed=1") for case in CASES]
     jobs.append(Job(["model=hub", "model.hub_name=some/other", *SMALL]))
-    missing = replace(CASES[1], calibration="c4", more=("evaluation.zero_shot.tasks=[sciq]",))
+    missing = replace(CASES[1], calibration="c4", more=("evaluation.tasks=[sciq]",))
     jobs.append(missing.job("name=missing"))
     nowhere = {"HF_HUB_OFFLINE": "1", "PERMLLM_CACHE": str(folder / "results")}
     outcomes = run_jobs(jobs, folder, **environment("first") | nowhere)
@@ -170,14 +170,14 @@ def test_each_family_runs_and_records_commits(case: Case, which: str, hub: Hub, 
 def test_tasks_come_under_the_names_that_lm_eval_uses(which: str, hub: Hub, request: pytest.FixtureRequest) -> None:
     metrics = request.getfixturevalue(which).metrics(CASES[0])
     for of_model in ("dense", "sparse"):
-        results = metrics["zero_shot"][of_model]
+        results = metrics["tasks"][of_model]
         assert list(results) == list(TASKS)
         for task, name in TASKS.items():
             commit = Repository(hub.root, "datasets", name, None).revision("main").commit
             assert results[task]["data"] == f"{name}@{commit}"
             assert (results[task]["n"], results[task]["limited"]) == (2, True)
     # The papers' protocol.
-    assert metrics["protocol"]["evaluation"]["zero_shot"]["add_bos_token"] is False
+    assert {how["add_bos_token"] for how in metrics["evaluation"]["tasks"].values()} == {False}
 
 
 def test_the_same_command_again_is_finished(first: Runs) -> None:
@@ -193,7 +193,7 @@ def test_offline_nobody_is_asked_and_what_is_not_there_is_one_line(offline: Runs
     assert (model.code, task.code) == (1, 1)
     reason = "is not whole in the local hub cache, and HF_HUB_OFFLINE=1 says not to ask the hub\n"
     assert model.errors == f"error: model some/other {reason}"
-    assert task.errors == f"error: the data of zero-shot task sciq {reason}"
+    assert task.errors == f"error: the data of task sciq {reason}"
 
 
 def test_only_the_files_that_are_read_are_fetched_and_each_once(hub: Hub, first: Runs) -> None:
@@ -256,7 +256,7 @@ def test_a_record_of_a_commit_that_the_hub_does_not_have_says_so(
 
 
 def test_as_it_is_typed_no_request_is_told_of(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
-    case = Case("qwen3", "wikitext2", "wikitext2", ("evaluation.zero_shot.tasks=[]", "permutation=none"))
+    case = Case("qwen3", "wikitext2", "wikitext2", ("evaluation.tasks=[]", "permutation=none"))
     before = len(hub.requests)
     variables = environment("typed") | {"PERMLLM_CACHE": str(tmp_path)}
     result = run_command(*case.job().overrides, cwd=tmp_path, fresh=True, **variables)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.errors import ConfigError
 from permllm.mask.lowrank import LowRankMask
 from permllm.mask.score import ScoreMask
 from permllm.models.families import linear_at
@@ -155,19 +154,3 @@ def test_a_pruner_that_corrects_weights_does_so_under_the_learned_masks() -> Non
         weight = linear_at(model, path).weight
         assert not weight[~kept].any()
         assert not torch.equal(weight[kept], dense[path][kept])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": -1}, "mask.rank=-1"),
-        ({"steps": 0}, "mask.steps=0"),
-        ({"samples": 0}, "mask.samples=0"),
-        ({"select_from": -1}, "mask.select_from=-1"),
-        ({"learning_rate": 0}, "mask.learning_rate=0"),
-        ({"layers_per_stage": 2, "loss": "kl"}, "mask.loss=kl needs mask.layers_per_stage=all"),
-    ],
-)
-def test_values_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        mask("lowrank", **settings)

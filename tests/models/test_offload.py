@@ -297,9 +297,9 @@ def test_parameters_that_layers_share_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["model.placement=shelf"], "model.placement='shelf' is not valid; valid are: auto, device, sharded, host, disk"),
+        (["model.placement=shelf"], "model.placement='shelf': must be 'auto', 'device', 'sharded', 'host' or 'disk'"),
         (["model.placement=disk"], "model.placement=disk needs a model with files, and model=tiny is random: take host"),
-        (["model.placement=host", "reconstruction=distill"], "reconstruction=distill trains all kept weights together"),
+        (["model.placement=host", "reconstruction=distill"], "reconstruction: Distill trains all kept weights together"),
     ],
 )
 def test_what_a_placement_cannot_do_is_one_line(tmp_path: Path, words: list[str], reason: str) -> None:
@@ -498,7 +498,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str, method: list[str]) -> None:
     words = ["model=local", f"model.path={wide}", "model.dtype=float32", f"model.placement={placement}", "calibration=builtin"]
     words += ["calibration.samples=4", "calibration.seqlen=64", "evaluation.perplexity.limit=1", "logger=none", *method]
-    words += ["evaluation.perplexity.dataset=builtin", "evaluation.perplexity.seqlen=64", "evaluation.zero_shot.tasks=[]"]
+    words += ["evaluation.perplexity.dataset=builtin", "evaluation.perplexity.seqlen=64", "evaluation.tasks=[]"]
     done = run_command(*words, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("runs/*/metrics.json")

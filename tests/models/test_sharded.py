@@ -18,7 +18,8 @@ from tests.runtime.test_parallel import finished, torchrun
 from tests.test_config import composed
 
 # Shares of 15 and of 4 samples differ between three processes; one of them has none of the last batch.
-WORDS = ("model.dtype=float64", "calibration=builtin", "evaluation=builtin", "calibration.samples=13", "debug=fast")
+WORDS = ("model.dtype=float64", "calibration=builtin", "evaluation=builtin", "calibration.samples=13")
+WORDS += ("budget.epochs=1", "evaluation.perplexity.limit=2")
 LCP = ("permutation=lcp", "permutation.batch_size=4", "permutation.select_from=6")
 FILES = ("permutations.safetensors", "masks.safetensors", "weights/00000.safetensors")
 

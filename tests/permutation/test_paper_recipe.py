@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
-from permllm.config import RunConfig, instantiate, instantiate_permutation
+from permllm.config import RunConfig
+from permllm.method import instantiate
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
@@ -33,7 +34,7 @@ BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
 def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     """What the runner gives the method to learn from."""
     loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
-    dense = ordering.calibrate(settings, loaded, tokens(), instantiate(settings.pruner), model.dtype)
+    dense = ordering.calibrate(settings, loaded, tokens(), instantiate("pruner", settings.pruner), model.dtype)
     return ordering.learning_problem(settings, loaded, groups, tokens(), dense)
 
 
@@ -111,7 +112,7 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
 def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, pruner: str, iterations: int) -> None:
     overrides = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.epochs={PASSES}", f"block_size={BLOCK}"]
     settings = config("model=tiny", f"pruner={pruner}", "permutation=lcp-paper", *overrides, "permutation.batch_size=3")
-    method: LCP = instantiate_permutation(settings)
+    method: LCP = instantiate("permutation", settings.permutation)
     model = tiny_model("llama", dtype=torch.float64)
     problem = learning(model, settings)
     shared = shared_orders(problem.groups, "free")
@@ -171,7 +172,7 @@ def test_the_temperature_changes_once_a_pass_and_never_ends(cache: Path) -> None
     problem = learning(tiny_model("llama"), settings)
     problem.directory = None
     problem.on_step = lambda _, values: seen.append(values["temperature"])
-    instantiate_permutation(settings).orders(problem)
+    instantiate("permutation", settings.permutation).orders(problem)
     assert seen == pytest.approx([1.0, 1.0, 0.775, 0.775, 0.55, 0.55, 0.325, 0.325])
 
 
@@ -189,7 +190,7 @@ def test_the_released_scale_of_the_norm_moves_no_mask(cache: Path, pruner: str, 
             model,
             problem.groups,
             tokens(),
-            instantiate(settings.pruner),
+            instantiate("pruner", settings.pruner),
             PATTERN,
             lambda _, score, __, order=order: order[order < score.shape[1]],
             4,

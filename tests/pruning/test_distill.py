@@ -16,7 +16,6 @@ from transformers import ByT5Tokenizer
 from permllm import job
 from permllm.config import read_config
 from permllm.data.windows import calibration_tokens, document_windows, joined_windows, overlapping_windows
-from permllm.errors import ConfigError
 from permllm.models.families import channel_groups, linear_at
 from permllm.permutation.none import Identity
 from permllm.pruning import layerwise as pipeline
@@ -202,8 +201,6 @@ def test_settings_say_how_many_windows_are_drawn() -> None:
     assert calibration_tokens(TOKENIZER, asked.calibration, 0, further=asked.further).shape == (7, 16)
     assert config(*words, "reconstruction.samples=2").further == config(*words).further == 0
     assert config(*words, "reconstruction.samples=null").hash == config(*words).hash != asked.hash
-    with pytest.raises(ConfigError, match=r"reconstruction\.samples=0"):
-        Distill(samples=0)
 
 
 @pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
@@ -251,8 +248,6 @@ def test_steps_go_through_the_samples_as_often_as_they_take(monkeypatch: pytest.
     assert [len(batch) for batch in seen] == 7 * [2]
     assert sorted(torch.cat(seen[:5]).tolist()) == list(range(10))
     assert len(torch.cat(seen[5:]).unique()) == 4
-    with pytest.raises(ConfigError, match=r"reconstruction\.steps=0"):
-        Distill(steps=0)
 
 
 def test_the_seed_says_in_which_order_the_samples_come() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
-from permllm.errors import ConfigError, TrainingError
+from permllm.errors import TrainingError
 from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.permutation.heuristic import Heuristic
@@ -137,14 +137,3 @@ def test_training_stops_when_the_loss_is_not_finite() -> None:
             learning.factors,
             Distill(),
         )
-
-
-def test_values_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"reconstruction\.epochs=0"):
-        Distill(epochs=0)
-    with pytest.raises(ConfigError, match=r"reconstruction\.learning_rate=0"):
-        Distill(learning_rate=0)
-    with pytest.raises(ConfigError, match=r"reconstruction\.damping=0"):
-        OBS(damping=0)
-    with pytest.raises(ConfigError, match=r"reconstruction\.iterations=0"):
-        ADMM(iterations=0)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from permllm import job as runner
-from permllm.config import RunConfig, read_config, register_resolvers
-from permllm.pruning.config_store import register
+from permllm.composition import register_resolvers
+from permllm.config import RunConfig, read_config
 from permllm.runs import cache
 from tests.test_config import composed
 
@@ -137,7 +137,6 @@ def main() -> None:
     """Run again from every place, and report."""
     folder = Path(sys.argv[1])
     register_resolvers()
-    register()
     cache.git_commit = lambda: None  # a process of its own for each job
     config = read_config(composed(*WORDS))
     gc.collect()

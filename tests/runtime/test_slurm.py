@@ -17,7 +17,7 @@ from permllm.runs.outcomes import kept
 from permllm.runtime.slurm import first_node, of_step, tasks_by_node
 from tests.conftest import ROOT
 
-TINY = ("model=tiny", "logger=none", "debug=fast")
+TINY = ("model=tiny", "logger=none", "permutation.epochs=1", "evaluation.perplexity.limit=2")
 STEP = {
     "SLURM_JOB_ID": "71",
     "SLURM_STEP_ID": "3",

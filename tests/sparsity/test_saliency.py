@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.errors import ConfigError
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
@@ -129,10 +128,3 @@ def test_factors_can_be_permuted_scaled_and_transposed(weight: Tensor, statistic
         torch.testing.assert_close(saliency(weight[:, perm], factors.permuted(perm)), full[:, perm])
         torch.testing.assert_close(saliency_t(weight.t(), factors), full.t())
         torch.testing.assert_close(saliency(weight, factors.scaled(3.0)), full * 3)
-
-
-def test_values_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"pruner\.exponent=-1"):
-        RIA(-1)
-    with pytest.raises(ConfigError, match=r"pruner\.damping=0"):
-        SparseGPT(0)

@@ -10,17 +10,22 @@ import math
 from contextlib import AbstractContextManager
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import override
 
+from permllm.config import RunConfig
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import LearningPlan
-from permllm.permutation.foldable import SharedOrder, expanded, orders_within, shared_orders
+from permllm.permutation.foldable import SharedOrder, check_segments, expanded, orders_within, shared_orders
 from permllm.permutation.heuristic import search_of, searched
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.runs.names import CHECKPOINT
 from permllm.runtime import parallel
+from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.blocks import count_logits
 from permllm.training.kernels import Kernels, chosen_kernels
@@ -31,8 +36,20 @@ from permllm.training.scores import Scores
 from permllm.training.stages import Course
 
 
+@dataclass(kw_only=True, config=SETTINGS)
 class LCP(LCPSettings):
     """The method; its settings are those of `LCPSettings`."""
+
+    @override
+    def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
+        check_segments(shared_orders(groups, self.constraint), config.pattern)
+        self.check_last_layers("permutation", groups, layers)
+        plan = self.plan(groups, layers)
+        if not plan.logits:
+            raise ConfigError(
+                f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that "
+                "share it, as by permutation.layers_per_stage=all and all layers"
+            )
 
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
         """What learns on a model of these channel groups and so many decoder layers."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-from permllm.errors import check_number
+from pydantic.dataclasses import dataclass
+
+from permllm.runtime.values import SETTINGS, Positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class _Range:
     """From one temperature to another.
 
@@ -17,42 +18,38 @@ class _Range:
         end: the temperature at its end.
     """
 
-    start: float = 1.0
-    end: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("temperature.start", self.start, positive=True)
-        check_number("temperature.end", self.end, positive=True)
+    start: Positive = 1.0
+    end: Positive = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class Linear(_Range):
     """A straight line, the paper's schedule (section 5.1)."""
 
     def __call__(self, progress: float) -> float:
-        """Temperature at `progress` in [0, 1]."""
+        """Return the temperature at `progress` in [0, 1]."""
         return self.start + (self.end - self.start) * progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class Cosine(_Range):
     """Half a cosine: slow at both ends."""
 
     def __call__(self, progress: float) -> float:
-        """Temperature at `progress` in [0, 1]."""
+        """Return the temperature at `progress` in [0, 1]."""
         return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class Exponential(_Range):
     """The same factor each step: fast at first."""
 
     def __call__(self, progress: float) -> float:
-        """Temperature at `progress` in [0, 1]."""
+        """Return the temperature at `progress` in [0, 1]."""
         return self.start * (self.end / self.start) ** progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class Constant:
     """`start` throughout.
 
@@ -60,11 +57,8 @@ class Constant:
         start: the temperature.
     """
 
-    start: float = 0.3
-
-    def __post_init__(self) -> None:
-        check_number("temperature.start", self.start, positive=True)
+    start: Positive = 0.3
 
     def __call__(self, progress: float) -> float:
-        """Temperature at `progress` in [0, 1]."""
+        """Return the temperature at `progress` in [0, 1]."""
         return self.start

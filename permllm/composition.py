@@ -1,0 +1,101 @@
+"""Composition of settings out of `conf/`, by Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from permllm.config import RunConfig
+from permllm.errors import ConfigError, first_line
+
+# Hydra 1.4 has one set of defaults alone, and asks which classes settings may name: any, because the person who starts the job
+# has typed or written them.
+_ANY_CLASS: Any = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
+HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
+HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})
+
+# Groups whose options are classes.
+METHODS = ("pruner", "permutation", "mask", "reconstruction")
+
+
+def conf_directory() -> Path:
+    """Return the folder of the YAML files: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def register_resolvers() -> None:
+    """Make the resolvers that `conf/` uses known to OmegaConf.
+
+    `nm`: N:M as a part of a file name (`2:4` as `2x4`). `last`: what follows the last slash.
+    `either:VALUE,CASE,A,B`: A where VALUE is CASE, or one of them where CASE is a list, else B.
+    `times:COUNT,FACTOR`: the product as a whole number; null for null.
+    """
+    # Version 2.4 calls this as 2.3 calls what it had before, which could not replace one.
+    new = "replace" in signature(OmegaConf.register_resolver).parameters
+    register: Any = OmegaConf.register_resolver if new else OmegaConf.register_new_resolver
+    register("either", _either, replace=True)
+    register("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
+    register("last", lambda path: str(path).rsplit("/", 1)[-1], replace=True)
+    register("times", lambda count, factor: None if count is None else round(count * factor), replace=True)
+
+
+def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
+    return a if value in (case if isinstance(case, list) else [case]) else b
+
+
+def options_of() -> dict[str, tuple[str | None, list[str]]]:
+    """Return the groups in the order in which they are composed, each with its default option and all options."""
+    conf = conf_directory()
+    found = {}
+    for entry in yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))["defaults"]:
+        group, chosen = next(iter(entry.items())) if isinstance(entry, dict) else (entry, None)
+        if " " not in group and (conf / group).is_dir():
+            found[group] = (chosen, sorted(file.stem for file in (conf / group).glob("[!_]*.yaml")))
+    return found
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise ConfigError where a method's option has the `name` of another option of its group, which names its runs."""
+    if not HydraConfig.initialized():  # nothing was chosen by its file's name
+        return
+    chosen, options = HydraConfig.get().runtime.choices, options_of()
+    for group in METHODS:
+        option, name = chosen.get(group), getattr(config, group).get("name")
+        if name != option and name in options[group][1]:
+            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option and would name its runs")
+
+
+def composed(words: Sequence[str]) -> DictConfig:
+    """Compose settings without starting a job. Raises ConfigError where Hydra refuses a word.
+
+    Args:
+        words: overrides, as they are typed after `run.py`.
+    """
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(conf_directory()), **HYDRA_DEFAULTS):
+            return compose("config", overrides=list(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    """Return what Hydra or OmegaConf says of a command line, in one line and without the search path."""
+    said = [str(error).partition("Config search path:")[0].strip()]
+    if (override := getattr(error, "override", None)) and override not in said[0]:
+        said.insert(0, override)
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        said.append(first_line(error.__cause__))
+    return " ".join(": ".join(said).split())

@@ -1,0 +1,77 @@
+"""Base of all methods, and the making of one from the settings that name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from pydantic import ValidationError
+
+from permllm.config import RunConfig
+from permllm.errors import ConfigError, first_line
+from permllm.runtime.values import refused
+
+
+class Method:
+    """Base of pruners, permutations, masks and reconstructions, whose settings are the typed arguments of its class.
+
+    Attributes:
+        learned: it trains.
+    """
+
+    learned: bool = False
+
+    def validate(self, config: RunConfig) -> None:
+        """Raise ConfigError where a rule between the settings of the run and of this method is broken."""
+
+    def check_groups(self, config: RunConfig, groups: list[Any], layers: int) -> None:
+        """Raise ConfigError where the method cannot work on a model.
+
+        Args:
+            config: settings of the run.
+            groups: channel groups that are pruned.
+            layers: number of decoder layers.
+        """
+
+    def needs_device(self) -> str | None:
+        """Return why the method needs the weights of all layers on the device at once; None if it does not."""
+        return None
+
+
+def check_dense_statistics(config: RunConfig, group: str) -> None:
+    """Raise ConfigError unless the statistics are of the dense model, as what a group's method finds needs."""
+    if config.calibration.statistics != "dense":
+        raise ConfigError(
+            f"calibration.statistics={config.calibration.statistics} is not valid with "
+            f"{group}={getattr(config, group).get('name')}, which is found with dense statistics and keeps them"
+        )
+
+
+def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
+    """Return the object that a group names.
+
+    Args:
+        key: the group, which begins the name of a setting in messages.
+        settings: `_target_` and the arguments, which may name objects in turn; `name` labels the option and is no argument.
+
+    Raises:
+        ConfigError: the class is not found, an argument is unknown, or a value is not valid.
+    """
+    arguments = {
+        name: instantiate(f"{key}.{name}", value) if isinstance(value, Mapping) and "_target_" in value else value
+        for name, value in settings.items()
+        if name not in ("_target_", "name")
+    }
+    target = str(settings.get("_target_"))
+    module, _, name = target.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except Exception as error:  # a module of someone else's may raise anything
+        raise ConfigError(f"{key}: {target} cannot be imported: {first_line(error)}") from error
+    try:
+        return kind(**arguments)
+    except ValidationError as error:
+        raise refused(error, arguments, key) from error
+    except TypeError as error:
+        raise ConfigError(f"{key}: {first_line(error)}") from error

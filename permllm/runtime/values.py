@@ -1,0 +1,92 @@
+"""Types of the values of settings, with what is valid, and the line that names a value which is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+
+from permllm.errors import ConfigError
+
+# Of every class of settings.
+SETTINGS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Length = Annotated[int, Field(strict=True, ge=2)]
+Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
+def _texts(given: Any) -> Any:
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, list) and given and all(isinstance(name, str) for name in given):
+        return given[0] if len(given) == 1 else given  # which is the same evaluation
+    raise ValueError("expected the name of a text, a list of names, or null")
+
+
+def _names(given: Any) -> list[str]:
+    """Return indices of layers and names of modules as sorted strings."""
+    names = [] if given is None else given if isinstance(given, list) else [given]
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise ValueError(f"expected indices of layers and names of modules, and {name!r} is neither")
+    return sorted({str(name) for name in names})
+
+
+def _patterns(given: Any) -> dict[str, Any]:
+    if not isinstance(given or {}, dict):
+        raise ValueError("expected N:M by name, as in sparsity_of={down_proj: 4:8}")
+    _names(list(given or {}))
+    return {str(name): given[name] for name in sorted(given or {}, key=str)}
+
+
+# Arguments of something else; null is none.
+Arguments = Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})]
+# Name of a text, or names of several; None for none.
+Texts = Annotated[Any, BeforeValidator(_texts)]
+# Indices of layers and names of modules, sorted.
+Names = Annotated[list[str], BeforeValidator(_names)]
+# Values by index of a layer or name of a module, in the order of the names.
+ByName = Annotated[dict[str, Any], BeforeValidator(_patterns)]
+
+
+def refused(error: ValidationError, given: Mapping[str, Any], prefix: str = "") -> ConfigError:
+    """Return the first setting that pydantic refuses as `key=value: reason`.
+
+    Args:
+        error: what pydantic says.
+        given: settings that were given.
+        prefix: key that these settings stand under.
+    """
+    found = [(_place(given, one["loc"]), one) for one in error.errors(include_url=False)]
+    place, first = found[0]
+    key = ".".join([prefix, *place] if prefix else place)
+    if first["type"] == "missing":
+        return ConfigError(f"{key} must be given")
+    if first["type"] == "unexpected_keyword_argument":
+        return ConfigError(f"{key} is no setting")
+    value: Any = given
+    for name in place:
+        value = value[name]
+    reasons = dict.fromkeys(_reason(one["msg"]) for other, one in found if other == place)
+    return ConfigError(f"{key}{f'={value!r}' if place else ''}: {' or '.join(reasons)}")
+
+
+def _place(given: Any, loc: Iterable[int | str]) -> list[str]:
+    """Return the keys of a setting, without the members of a union that pydantic adds."""
+    place: list[str] = []
+    for part in loc:
+        if not isinstance(given, Mapping):
+            break
+        place.append(str(part))
+        given = given.get(part)
+    return place
+
+
+def _reason(message: str) -> str:
+    for theirs, ours in {"Value error, ": "", "Input should be": "must be", "greater than or equal to": "at least"}.items():
+        message = message.replace(theirs, ours)
+    return message
