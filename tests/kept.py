@@ -94,7 +94,7 @@ def record(
         "model": {"name": model, "source": "wheel", "device": "cpu"},
         "sparsity": "2:4",
         "pruner": {"name": "wanda", "_target_": "permllm.x"},
-        "permutation": {"name": permutation, "uses": ["block_size"], "_target_": "permllm.y"},
+        "permutation": {"name": permutation, "block_size": changed.get("block_size", 64), "_target_": "permllm.y"},
         "block_size": 64,
         "seed": 0,
         "calibration": {"dataset": "c4", "data_files": None},
