@@ -28,14 +28,15 @@ from permllm.runs.outcomes import Outcome
 
 # The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
-# The GPUs of this machine, as CUDA_VISIBLE_DEVICES has them, for the processes of hydra/launcher=joblib.
+# A folder with a lock for each GPU, named as in CUDA_VISIBLE_DEVICES, for the processes of hydra/launcher=joblib.
 GPUS = "PERMLLM_GPUS"
 # Words that do not make a sweep another one.
 _LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")
 # A longer sweep lists its jobs before it starts, and at most so many.
 _SAID_FROM, _SCREEN = 10, 20
-# The folder of the sweep that this process started; the lock of this process's GPU.
+# The folder of the sweep that this process started, and that of its GPUs; the lock of this process's GPU.
 _STARTED: list[Path] = []
+_LOCKS: list[tempfile.TemporaryDirectory[str]] = []
 _HELD: list[FileLock] = []
 
 
@@ -144,7 +145,7 @@ def _at_once(launcher: Any) -> int:
 
 
 def share_gpus(config: DictConfig) -> None:
-    """Name the GPUs for the processes of joblib.
+    """Make the locks of the GPUs for the processes of joblib.
 
     Raises:
         ConfigError: there are more jobs at once than GPUs, or torchrun's processes would have a launcher each.
@@ -162,7 +163,10 @@ def share_gpus(config: DictConfig) -> None:
     if at_once > count > 0:
         raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU")
     if count:
-        os.environ[GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        _LOCKS[:] = [tempfile.TemporaryDirectory(prefix="permllm-gpus-")]
+        os.environ[GPUS] = _LOCKS[0].name
+        for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(","):
+            Path(_LOCKS[0].name, name).touch()
 
 
 def share_machine() -> None:
@@ -177,17 +181,16 @@ def share_machine() -> None:
 
 
 def take_gpu() -> None:
-    """Take the first GPU that no other process has, for all jobs of this process, and wait for one where all are taken."""
-    names = os.environ.get(GPUS, "")
-    while names and not _HELD:
-        for name in names.split(","):
-            lock = FileLock(Path(tempfile.gettempdir()) / f"permllm-gpu-{os.getuid()}-{name}.lock")
+    """Take the first GPU that no other process of the sweep has, for all jobs of this process."""
+    while GPUS in os.environ and not _HELD:
+        for file in sorted(Path(os.environ[GPUS]).iterdir()):
+            lock = FileLock(file)
             with suppress(Timeout):
                 lock.acquire(timeout=0)  # until the process ends
                 _HELD.append(lock)
-                os.environ["CUDA_VISIBLE_DEVICES"] = name  # CUDA reads it when it is used first
+                os.environ["CUDA_VISIBLE_DEVICES"] = file.name  # CUDA reads it when it is used first
                 return
-        time.sleep(1)
+        time.sleep(1)  # for a process that joblib replaces and that is about to end
 
 
 def of_sweep() -> list[Outcome]:

@@ -83,9 +83,8 @@ def joblib(n_jobs: int, device: str = "auto") -> DictConfig:
     return OmegaConf.create({"hydra": {"launcher": launcher}, "model": {"device": device}})
 
 
-def test_each_process_of_joblib_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_of_joblib_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv(sweep.GPUS, "")
     for n_jobs in (3, -1):
@@ -96,7 +95,6 @@ def test_each_process_of_joblib_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch
     sweep.share_gpus(joblib(3, "cpu"))
     assert sweep.GPUS not in os.environ
     sweep.share_gpus(joblib(2))
-    assert os.environ[sweep.GPUS] == "5,7"
     taken, held = [], []
     for _ in range(2):  # two processes
         monkeypatch.setattr(sweep, "_HELD", [])
@@ -106,7 +104,7 @@ def test_each_process_of_joblib_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch
         held += sweep._HELD
     assert taken == ["5", "5", "7", "7"]
     monkeypatch.setattr(sweep, "_HELD", [])
-    monkeypatch.setattr("time.sleep", lambda _: held[0].release())  # the first process ends while a third one waits
+    monkeypatch.setattr("time.sleep", lambda _: held[0].release())  # the first process ends and is replaced
     sweep.take_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
