@@ -123,9 +123,9 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         ("model breaks", f"model {BROKEN} is not whole in the local hub cache and the hub cannot be reached ("),
         ("text breaks", "data set allenai/c4 is not whole in the local hub cache and the hub cannot be reached ("),
         ("text gated", "data set mit-han-lab/pile-val-backup is gated: accept its licence on its hub page"),
-        ("task gated", "the data of zero-shot task boolq is gated: accept its licence on its hub page"),
-        ("task missing", "the data of zero-shot task sciq is not on the hub under this name"),
-        ("task breaks", "the data of zero-shot task rte is not whole in the local hub cache and the hub cannot be reached ("),
+        ("task gated", "the data of task boolq is gated: accept its licence on its hub page"),
+        ("task missing", "the data of task sciq is not on the hub under this name"),
+        ("task breaks", "the data of task rte is not whole in the local hub cache and the hub cannot be reached ("),
     ],
 )
 def test_each_failure_is_one_line_of_its_own(story: Story, step: str, line: str) -> None:

@@ -96,7 +96,7 @@ def test_one_process_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_trains_all_weights_is_refused() -> None:
     words = ("model=tiny", "logger=none", "permutation=none", "model.placement=sharded", "reconstruction=distill")
-    with pytest.raises(ConfigError, match=r"^reconstruction=distill .*, which needs model\.placement=device$"):
+    with pytest.raises(ConfigError, match=r"^reconstruction: Distill .*, which needs model\.placement=device$"):
         methods_of(read_config(composed(*words)))
 
 
