@@ -121,11 +121,11 @@ def test_a_command_ends_quietly_where_nobody_reads_and_in_one_line_where_the_dis
     name: str,
     unread: int,
     full: int,
-    run: tuple[Path, Path],
+    run: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    place = str(run[name == "verify"])
+    place = str(run[name])
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
