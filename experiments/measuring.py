@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.composition import composed, refusal
 from permllm.config import RunConfig, digest_of, read_config
 from permllm.errors import ConfigError, DataError
+from permllm.pruning.composition import composed, refusal
 from permllm.runs.cache_folder import choose_cache
 from permllm.runs.environment import environment
 from permllm.runs.files import read_record_lines, write_record_lines

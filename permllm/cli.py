@@ -21,9 +21,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from permllm.composition import HYDRA_MAIN, conf_directory, register_resolvers, reported
 from permllm.config import finite
 from permllm.errors import PermLLMError, one_line
+from permllm.pruning.composition import HYDRA_MAIN, conf_directory, register_resolvers, reported
 from permllm.runtime.answer import Answer
 from permllm.runtime.interruption import starting
 from permllm.runtime.slurm import adopt_step

@@ -20,7 +20,6 @@ import transformers
 from omegaconf import DictConfig
 from torch import Tensor
 
-from permllm.composition import check_names, register_resolvers
 from permllm.config import ExportConfig, RunConfig, read_config
 from permllm.data.registry import calibration_text, check_texts, perplexity_texts
 from permllm.data.windows import calibration_tokens
@@ -34,6 +33,7 @@ from permllm.models.families import linear_at
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_model_runs, load_model, meta_model
 from permllm.models.selection import groups_to_prune
+from permllm.pruning.composition import check_names, register_resolvers
 from permllm.pruning.layerwise import PrunedModel
 from permllm.pruning.methods import (
     Job,

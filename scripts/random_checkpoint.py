@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from permllm.composition import composed  # noqa: E402
 from permllm.config import ModelConfig, read_config  # noqa: E402
 from permllm.models.checkpoint import parameter_names  # noqa: E402
 from permllm.models.load import meta_model  # noqa: E402
+from permllm.pruning.composition import composed  # noqa: E402
 from permllm.runs.shards import write_shards  # noqa: E402
 
 

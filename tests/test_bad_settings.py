@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from permllm import job
-from permllm.composition import composed as checked
 from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
 from permllm.job import Session
+from permllm.pruning.composition import composed as checked
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
 from permllm.runs.outcomes import Outcome

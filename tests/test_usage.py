@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from permllm import cli
-from permllm.composition import options_of
+from permllm.pruning.composition import options_of
 from tests.conftest import COMMAND, ROOT, run_command, run_python
 
 

@@ -15,7 +15,6 @@ from permllm.config import Placement, RunConfig, check_divides
 from permllm.data.registry import calibration_text
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
-from permllm.method import Method, instantiate
 from permllm.models.checkpoint import check_dense
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
@@ -30,6 +29,7 @@ from permllm.runs.progress import Progress
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity.calibrate import Pruner
+from permllm.sparsity.method import Method, instantiate
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from permllm.composition import HYDRA_DEFAULTS, conf_directory, register_resolvers
 from permllm.config import flatten
+from permllm.pruning.composition import HYDRA_DEFAULTS, conf_directory, register_resolvers
 from permllm.runs.names import RECORDS
 from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from permllm import job as runner
-from permllm.composition import register_resolvers
 from permllm.config import RunConfig, read_config
+from permllm.pruning.composition import register_resolvers
 from permllm.runs import environment
 from permllm.runs.directory import RunRecord
 from tests.test_config import composed
