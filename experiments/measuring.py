@@ -18,9 +18,9 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.composition import composed, refusal
 from permllm.config import RunConfig, digest_of, read_config
 from permllm.errors import ConfigError, DataError, first_line
+from permllm.pruning.composition import composed, refusal
 from permllm.runs.cache import choose_cache
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text

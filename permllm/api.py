@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import permllm.export  # noqa: F401 - makes its classes known to transformers
-from permllm.composition import composed, conf_directory, options_of
 from permllm.config import NMPattern, PerplexityConfig, RunConfig, read_config
 from permllm.data.registry import NamedText, perplexity_texts
 from permllm.data.texts.base import Text
@@ -35,6 +34,7 @@ from permllm.models.families import ChannelGroup, is_plain_linear
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
+from permllm.pruning.composition import composed, conf_directory, options_of
 from permllm.pruning.methods import Job, checked_groups, methods_of
 from permllm.pruning.stages import figures, prune_model
 from permllm.runs.directory import Record

@@ -161,7 +161,7 @@ def _hydra() -> None:
     import hydra
     from hydra.core.config_store import ConfigStore
 
-    from permllm.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
+    from permllm.pruning.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
     from permllm.runtime.slurm import adopt_step
 
     adopt_step()
@@ -257,7 +257,7 @@ class Session:
             sweep.share_machine()  # before anything uses a GPU
         import transformers
 
-        from permllm.composition import register_resolvers
+        from permllm.pruning.composition import register_resolvers
         from permllm.runtime import parallel
         from permllm.runtime.watch import FAILED, INTERRUPTED
 
@@ -300,9 +300,9 @@ class Session:
         """Run a job in the only process, or in the first of several, and keep its outcome."""
         import torch
 
-        from permllm.composition import check_names
         from permllm.config import read_config
         from permllm.job import run
+        from permllm.pruning.composition import check_names
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
 

@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from permllm.composition import composed  # noqa: E402
 from permllm.config import ModelConfig, read_config  # noqa: E402
 from permllm.export.checkpoint import write_shards  # noqa: E402
 from permllm.models.checkpoint import parameter_names  # noqa: E402

@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from permllm.composition import composed
 from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
+from permllm.pruning.composition import composed
 from permllm.runs.dataframe import method_of
 from permllm.runs.files import write_text
 from permllm.runs.names import RECORDS

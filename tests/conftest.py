@@ -115,7 +115,7 @@ def together(file: str) -> str | None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _resolvers() -> None:
-    from permllm.composition import register_resolvers
+    from permllm.pruning.composition import register_resolvers
 
     register_resolvers()
 

@@ -15,10 +15,10 @@ import torch
 
 from permllm import job
 from permllm.cli import Session
-from permllm.composition import composed as checked
 from permllm.config import RunConfig, read_config
 from permllm.errors import ConfigError, DataError
 from permllm.export.checkpoint import Request, export_run
+from permllm.pruning.composition import composed as checked
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
 from permllm.runs.outcomes import Outcome

@@ -15,15 +15,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from permllm.composition import METHODS, options_of
 from permllm.config import RunConfig, digest_of, read_config
 from permllm.errors import ConfigError
-from permllm.method import instantiate
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
+from permllm.pruning.composition import METHODS, options_of
 from permllm.pruning.methods import methods_of
 from permllm.runs.directory import run_directory
 from permllm.runs.tensors import save_tensors
+from permllm.sparsity.method import instantiate
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"

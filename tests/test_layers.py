@@ -16,8 +16,6 @@ ROOMS = (
     "errors",
     "runtime",
     "config",
-    "composition",
-    "method",
     "runs",
     "data",
     "models",

@@ -20,12 +20,12 @@ from permllm.config import read_config
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, TrainingError
 from permllm.export.verify import verify
-from permllm.method import instantiate
 from permllm.models import families
 from permllm.models.families import channel_groups
 from permllm.models.load import load_model
 from permllm.runs.tensors import load_masks
 from permllm.sparsity.calibrate import calibrate_dense
+from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from tests.conftest import run_command

@@ -22,7 +22,6 @@ from permllm.config import NMPattern, RunConfig, check_divides
 from permllm.data.registry import calibration_text
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, check_whole
-from permllm.method import instantiate
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
@@ -31,6 +30,7 @@ from permllm.permutation.heuristic import heuristic_order
 from permllm.runtime.precision import compute_dtype
 from permllm.sparsity.calibrate import layer_statistics, member_factors
 from permllm.sparsity.gram import Gram
+from permllm.sparsity.method import instantiate
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask, retained_saliency
 from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import Statistics

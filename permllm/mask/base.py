@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.method import Method, check_dense_statistics
 from permllm.models.families import ChannelGroup
+from permllm.sparsity.method import Method, check_dense_statistics
 from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
 

@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from permllm.config import NMPattern, RunConfig
 from permllm.errors import ConfigError
-from permllm.method import Method, check_dense_statistics
 from permllm.models.families import ChannelGroup
 from permllm.runs.masks import is_permutation
+from permllm.sparsity.method import Method, check_dense_statistics
 from permllm.training.problem import LearningProblem
 
 Constraint = Literal["free", "foldable"]

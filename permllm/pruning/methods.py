@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from permllm.config import Placement, RunConfig, check_divides
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
-from permllm.method import Method, instantiate
 from permllm.models.checkpoint import check_dense
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
@@ -27,6 +26,7 @@ from permllm.runs.loggers import RunLogger
 from permllm.runtime import parallel
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity.calibrate import Pruner
+from permllm.sparsity.method import Method, instantiate
 
 log = logging.getLogger(__name__)
 

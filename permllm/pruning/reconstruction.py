@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.config import NMPattern
-from permllm.method import Method
+from permllm.sparsity.method import Method
 from permllm.sparsity.statistics import InputStatistics, Statistics
 from permllm.training.problem import LearningProblem
 

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from permllm.config import NMPattern
 from permllm.errors import ConfigError, TrainingError
-from permllm.method import Method
 from permllm.models.checkpoint import all_finite
 from permllm.models.families import ChannelGroup, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.offload import placement_of
+from permllm.sparsity.method import Method
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistic, InputStatistics, Statistics
 

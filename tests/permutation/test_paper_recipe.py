@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
 from permllm.config import RunConfig
-from permllm.method import instantiate
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
@@ -19,6 +18,7 @@ from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
 from permllm.pruning import ordering
 from permllm.pruning.layerwise import prune
+from permllm.sparsity.method import instantiate
 from permllm.training.kernels import EAGER
 from permllm.training.loop import Moment, Training, Window
 from permllm.training.problem import LearningProblem

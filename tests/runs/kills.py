@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from permllm import job as runner
-from permllm.composition import register_resolvers
 from permllm.config import RunConfig, read_config
 from permllm.runs import cache
 from tests.test_config import composed

@@ -30,7 +30,7 @@ METHODS = ("pruner", "permutation", "mask", "reconstruction")
 
 def conf_directory() -> Path:
     """Return the folder of the YAML files: in an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
