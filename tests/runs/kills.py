@@ -21,6 +21,7 @@ from typing import Any
 
 from permllm import job as runner
 from permllm.config import RunConfig, read_config
+from permllm.pruning.composition import register_resolvers
 from permllm.runs import cache
 from tests.test_config import composed
 
