@@ -17,16 +17,16 @@ import logging
 import math
 import os
 import re
-import statistics
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
+from permllm.runs.launched import first, share_machine
 from permllm.runtime.interruption import CONTINUES, exit_code, scheduler_signals, what_happened
 from permllm.runtime.terminal import Answer, run_tool, silence
 from permllm.runtime.version import __version__
@@ -43,7 +43,6 @@ COMMANDS = {
     "verify": ("prove that a checkpoint is whole and N:M as it is stored", "permllm.export.verify_command"),
     "bench": ("measure a checkpoint: prefill, decoding, gathers, loading, sizes", "permllm.export.bench_command"),
 }
-_EPILOG = "permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout."
 # Packages whose errors are those of a launcher's processes.
 _LAUNCHERS = ("submitit", "joblib", "loky")
 
@@ -59,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="permllm",
         description="Learnable channel permutation for N:M sparse large language models.",
-        epilog=_EPILOG,
+        epilog="permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout.",
     )
     parser.add_argument("--version", action="version", version=f"permllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -160,6 +159,8 @@ def run() -> int:
 def _hydra() -> None:
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from permllm.pruning.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
     from permllm.runtime.slurm import adopt_step
@@ -172,30 +173,25 @@ def _hydra() -> None:
     if everything_wanted():
         start()
         return
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}  # Hydra then raises what it would print
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
-        _refuse(refusal(error))
+        raise SystemExit(f"error: {_with_extra(refusal(error))}") from error
     except ValueError as error:  # Hydra has no error of its own for GROUP=null
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
-        _refuse(f"{' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}")
+        raise SystemExit(f"error: {' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}") from error
     finally:
         for name in (SHORT_ERRORS, "HYDRA_FULL_ERROR"):
             os.environ.pop(name)
 
 
-def _refuse(said: str) -> NoReturn:
-    """Print in one line why Hydra refuses the command line, and raise SystemExit with code 1."""
-    if extra := re.search(r"Could not find 'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said):
-        said = f"hydra/{extra[1]}={extra[2]} is not installed: pip install -e '.[sweep]'"
-    print(f"error: {said}", file=sys.stderr)
-    raise SystemExit(1)
+def _with_extra(said: str) -> str:
+    """Return why Hydra refuses the command line, with the extra that a launcher or sweeper comes with."""
+    extra = re.search(r"Could not find 'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
+    return f"hydra/{extra[1]}={extra[2]} is not installed: pip install -e '.[sweep]'" if extra else said
 
 
 def job(composed: DictConfig) -> float:
@@ -220,13 +216,13 @@ class Session:
             silence()
             return 141
         except KeyboardInterrupt as error:
-            if os.environ.get("RANK", "0") == "0":
+            if first():
                 print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
             self.close()
             _leave(interrupted=True)
             return exit_code(error)
         except SystemExit as stop:
-            if stop.code == 1:  # Hydra refuses the command line, or a launcher gives up although some jobs have finished
+            if stop.code:  # Hydra refuses the command line, or a launcher gives up although some jobs have finished
                 self.close()
             raise
         except Exception as error:
@@ -254,7 +250,7 @@ class Session:
         from permllm.runs import sweep
 
         if sweep.sweeping():
-            sweep.share_machine()  # before anything uses a GPU
+            share_machine()  # before anything uses a GPU
         import transformers
 
         from permllm.pruning.composition import register_resolvers
@@ -308,7 +304,7 @@ class Session:
 
         try:
             if sweep.sweeping():
-                sweep.forget()
+                sweep.outcome_file().unlink(missing_ok=True)  # of an earlier time
             config = read_config(sweep.place(composed))
             check_names(config)
             skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
@@ -341,9 +337,9 @@ class Session:
     def close(self) -> int:
         """Print the tables of a sweep of several jobs, in the first process, and return the exit code."""
         sweep = sys.modules.get("permllm.runs.sweep")  # or no sweep has begun
-        if sweep is None or not sweep.first():
+        if sweep is None or not first():
             return int(self._failed)
-        jobs = sweep.of_sweep()
+        jobs = [job for folder in sweep.STARTED for job in sweep.kept(folder)]
         if len(jobs) > 1:
             from permllm.runs.printed import print_comparison, print_jobs
             from permllm.runs.read import collect
@@ -360,12 +356,11 @@ class Session:
 
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
         from permllm.runs import sweep
-        from permllm.runs.outcomes import Outcome
 
         self._failed = self._failed or outcome == "failed"
         if sweep.sweeping():
             try:
-                sweep.keep(Outcome(sweep.overrides(), outcome, reason, directory))
+                sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
             except DataError as error:  # a full disk must not take the other jobs with it
                 print(f"error: {error}", file=sys.stderr)
 
@@ -381,13 +376,13 @@ def _leave(interrupted: bool = False) -> None:
 
 def objective(metrics: dict[str, Any]) -> float:
     """Return the sparse model's perplexity, of several texts the geometric mean, else 1 - mean accuracy, else infinity."""
+    from permllm.runs.figures import mean_accuracy
+
     found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
     if found:
-        return found[0] if len(found) == 1 else math.exp(statistics.fmean(map(math.log, found)))
-    # A group of tasks has no items of its own.
-    tasks = [task["metrics"] for task in metrics.get("tasks", {}).get("sparse", {}).values() if task["n"]]
-    accuracies = [task["acc,none"] for task in tasks if task.get("acc,none") is not None]
-    return 1 - statistics.fmean(accuracies) if accuracies else math.inf
+        return math.prod(found) ** (1 / len(found))
+    accuracy = mean_accuracy(metrics.get("tasks", {}).get("sparse", {}))
+    return math.inf if math.isnan(accuracy) else 1 - accuracy
 
 
 # Of this process.

@@ -21,7 +21,7 @@ from permllm.export.checkpoint import Request, export_run
 from permllm.pruning.composition import composed as checked
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
-from permllm.runs.outcomes import Outcome
+from permllm.runs.sweep import Outcome
 from tests.test_config import composed
 
 TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2")
@@ -151,7 +151,8 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
         Session().job(composed("model=tiny", "logger=none"))
     jobs: list[Outcome] = []
     monkeypatch.setattr("permllm.runs.sweep.sweeping", lambda: True)
-    monkeypatch.setattr("permllm.runs.sweep.share_cores", lambda: None)
+    monkeypatch.setattr("permllm.runs.sweep.outcome_file", lambda: tmp_path / "outcome.json")
+    monkeypatch.setattr("permllm.cli.share_machine", lambda: None)
     monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.

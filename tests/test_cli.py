@@ -27,7 +27,7 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
     assert "builtin perplexity" in first.stdout
     names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
     expected = {"config.yaml", "metrics.json", "history.jsonl", "permutations.safetensors", "masks.safetensors"}
-    assert names == expected | {"environment.json", "scores.json", "run.log"}
+    assert names == expected | {"environment.json", "evaluations", "run.log"}
     assert list((tmp_path / "runs").iterdir()) == [directory]  # the default logger, without a key
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}  # nothing else lies about
     written = (directory / "metrics.json").stat().st_mtime_ns
@@ -58,7 +58,7 @@ def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "metrics.json").read_text())["status"] == "finished"
     other = run_command(*quick, "run_dir=run_dir", "seed=1", cwd=tmp_path)
     assert other.returncode == 1
-    assert "holds another config (it differs in seed)" in other.stderr
+    assert "run_dir/config.yaml is of another run (it differs in seed); choose another run_dir" in other.stderr
     several = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=many", cwd=tmp_path)
     assert several.returncode == 0, several.stderr
     assert len(list((tmp_path / "many").glob("tiny-wanda-none-2x4-*/metrics.json"))) == 2

@@ -14,7 +14,6 @@ from permllm.errors import ConfigError, DataError, first_line
 from permllm.runs.files import read_json, read_yaml
 from permllm.runs.measures import Key, Measure, measured
 from permllm.runs.names import CONFIG, ENVIRONMENT, EVALUATIONS, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION
-from permllm.runs.outcomes import kept
 
 # `metrics.json` has a copy of these keys of the evaluation that was asked for last.
 COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
@@ -97,6 +96,8 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     Raises:
         ConfigError: a place does not exist, or nothing in any place looks like a run.
     """
+    from permllm.runs.sweep import kept  # imports Hydra
+
     places = list(places)
     for place in places:
         if not place.is_dir() and not (place.suffix == LINES and place.is_file()):

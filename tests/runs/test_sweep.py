@@ -17,21 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from permllm.cli import Session, objective
 from permllm.errors import ConfigError
-from permllm.runs import sweep
-from permllm.runs.outcomes import Outcome, keep, kept
+from permllm.runs import launched, sweep
 from permllm.runs.read import collect
+from permllm.runs.sweep import Outcome, kept
 from tests.conftest import ROOT, run_command
 
 TINY = ("model=tiny", "logger=none")
 
 
-def typed(*words: str, **sweeper: str) -> DictConfig:
+def name_of(*words: str, **sweeper: str) -> str:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["model=tiny"], return_hydra_config=True)
-    config.hydra.overrides.task = list(words)
-    config.hydra.runtime.choices.experiment = next((w[11:] for w in words if w.startswith("experiment=")), None)
-    config.hydra.sweeper.params = sweeper
-    return config
+        hydra = compose("config", overrides=["model=tiny"], return_hydra_config=True).hydra
+    hydra.overrides.task = list(words)
+    hydra.runtime.choices.experiment = next((w[11:] for w in words if w.startswith("experiment=")), None)
+    hydra.sweeper.params = sweeper
+    return sweep.sweep_name(hydra)
 
 
 def outcomes(cwd: Path) -> list[tuple[str, str]]:
@@ -41,11 +41,11 @@ def outcomes(cwd: Path) -> list[tuple[str, str]]:
 
 
 def test_a_sweep_is_named_by_its_jobs() -> None:
-    name = sweep.sweep_name(typed("block_size=32,64", "seed=1"))
+    name = name_of("block_size=32,64", "seed=1")
     assert name.startswith("sweep-")
-    assert sweep.sweep_name(typed("seed=1", "block_size=32,64", "force=true", "logger=none")) == name
-    assert sweep.sweep_name(typed("block_size=32,64", "seed=2")) != name
-    experiment = [sweep.sweep_name(typed("experiment=table6", block_size=sizes)) for sizes in ("32", "32,64", "32")]
+    assert name_of("seed=1", "block_size=32,64", "force=true", "logger=none") == name
+    assert name_of("block_size=32,64", "seed=2") != name
+    experiment = [name_of("experiment=table6", block_size=sizes) for sizes in ("32", "32,64", "32")]
     assert experiment[0].startswith("table6-")
     assert experiment[0] == experiment[2] != experiment[1]
 
@@ -70,42 +70,44 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line(
     assert capsys.readouterr().err == said
 
 
-def test_outcomes_move_with_their_folder_and_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
-    keep(Outcome(["a=1"], "ran", directory=str(tmp_path / "old" / "run")), tmp_path / "old" / "sweeps" / "a", 0)
-    (tmp_path / "old" / "sweeps" / "a" / "jobs" / "0001.json").write_text('{"overrides": [')
+def test_outcomes_move_with_their_folder_and_what_cannot_be_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = tmp_path / "old" / "sweeps" / "a" / "jobs"
+    monkeypatch.setattr(sweep, "outcome_file", lambda: jobs / "0000.json")
+    sweep.keep(Outcome(["a=1"], "ran", directory=str(tmp_path / "old" / "run")))
+    (jobs / "0001.json").write_text('{"overrides": [')
     (tmp_path / "old").rename(tmp_path / "new")
     found = kept(tmp_path / "new" / "sweeps" / "a")
     assert found == [Outcome(["a=1"], "ran", directory=str(tmp_path / "new" / "run"))]
 
 
-def joblib(n_jobs: int, device: str = "auto") -> DictConfig:
-    launcher = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", "n_jobs": n_jobs}
-    return OmegaConf.create({"hydra": {"launcher": launcher}, "model": {"device": device}})
+def joblib(n_jobs: int) -> DictConfig:
+    return OmegaConf.create({"_target_": "hydra_plugins.hydra_joblib_launcher.JoblibLauncher", "n_jobs": n_jobs})
 
 
 def test_each_process_of_joblib_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("permllm.runtime.devices.cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    monkeypatch.setenv(sweep.GPUS, "")
+    monkeypatch.setenv(launched.GPUS, "")
     for n_jobs in (3, -1):
-        if n_jobs == -1:
-            monkeypatch.setattr("permllm.runtime.devices.cores", lambda: 8)
         with pytest.raises(ConfigError, match=rf"hydra\.launcher\.n_jobs={n_jobs}: expected at most 2"):
-            sweep.share_gpus(joblib(n_jobs))
-    sweep.share_gpus(joblib(3, "cpu"))
-    assert sweep.GPUS not in os.environ
-    sweep.share_gpus(joblib(2))
+            launched.share_gpus(joblib(n_jobs), "auto")
+    launched.share_gpus(joblib(3), "cpu")
+    assert launched.GPUS not in os.environ
+    launched.share_gpus(joblib(2), "auto")
     taken, held = [], []
     for _ in range(2):  # two processes
-        monkeypatch.setattr(sweep, "_HELD", [])
+        monkeypatch.setattr(launched, "_HELD", [])
         for _ in range(2):  # two jobs of a process
-            sweep.take_gpu()
+            launched.take_gpu()
             taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        held += sweep._HELD
+        held += launched._HELD
     assert taken == ["5", "5", "7", "7"]
-    monkeypatch.setattr(sweep, "_HELD", [])
+    monkeypatch.setattr(launched, "_HELD", [])
     monkeypatch.setattr("time.sleep", lambda _: held[0].release())  # the first process ends and is replaced
-    sweep.take_gpu()
+    launched.take_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
@@ -165,7 +167,7 @@ def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_pa
     again = run_command(*command, cwd=tmp_path)  # the same sweep, whatever launches it
     assert again.returncode == 1
     assert outcomes(tmp_path) == [(r"sparsity=2\:4", "skipped"), (r"sparsity=2\:5", "failed")] * 2
-    assert not collect([tmp_path / "runs"]).skipped
+    assert collect([tmp_path / "runs"]).notes == []
 
 
 def test_submitit_runs_jobs_through_its_local_executor(tmp_path: Path) -> None:

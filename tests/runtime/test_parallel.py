@@ -18,7 +18,7 @@ from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
 from permllm.runs.directory import RunDirectory, run_directory
-from permllm.runs.outcomes import kept
+from permllm.runs.sweep import kept
 from permllm.runtime import parallel
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from permllm.runs.outcomes import kept
+from permllm.runs.sweep import kept
 from permllm.runtime.slurm import first_node, of_step, tasks_by_node
 from tests.conftest import ROOT
 
