@@ -40,9 +40,10 @@ from permllm.runs import sweep
 from permllm.runs.cache import choose_cache
 from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.environment import environment
+from permllm.runs.figures import flat_figures
 from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
-from permllm.runs.loggers import RunLogger, flat_figures, log_finished, open_logger
+from permllm.runs.loggers import RunLogger, log_finished, open_logger
 from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS
 from permllm.runs.printed import print_run
 from permllm.runs.pruned import weights_name
@@ -87,7 +88,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
-            log_finished(config, record.directory, record.metrics)
+            log_finished(config, record.directory, record.metrics, record.history)
         else:
             _unfinished(config, methods, record, device, skeleton())
         if request is not None:

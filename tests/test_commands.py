@@ -111,7 +111,6 @@ def test_a_system_that_jobs_do_not_run_on_is_one_line(
         (["seed=[0"], "seed=[0"),
         (["pruner=null"], "pruner=null"),
         (["-m", "pruner=wanda,null"], "pruner=wanda,null"),
-        (["--cfg", "job", "seed=x"], "seed=x"),
         (["-m", "hydra/launcher=jobib"], "hydra/launcher/jobib"),
     ],
     ids=" ".join,

@@ -8,10 +8,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from permllm.config import flatten
+
 # The stages that make the pruned model; reconstruction is a part of pruning.
 PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
 # lm-eval's name of the accuracy without a filter.
 ACC = "acc,none"
+# Metrics with a value for each channel group, of which a logger has the mean.
+_BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
+# Not logged; patterns are those of single linears.
+_LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/")
 _SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
 
 
@@ -103,3 +109,20 @@ def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | Non
     dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
     differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in dense if name in sparse]
     return sum(differences) / len(differences) if differences else None
+
+
+def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a run as one level, keys joined by slashes.
+
+    A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the horizontal axis of a scatter
+    plot, `nats_above_dense` the one number of several texts.
+    """
+    means = {key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP if key in metrics}
+    flat = {
+        name: value
+        for name, value in flatten(metrics | means, "/").items()
+        if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
+    }
+    nats = nats_above_dense(metrics.get("perplexity", {}))
+    above = {} if nats is None else {"nats_above_dense": nats}
+    return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above

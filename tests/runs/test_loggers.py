@@ -18,17 +18,15 @@ from wandb.errors import AuthenticationError
 
 from permllm import job
 from permllm.config import read_config
-from permllm.errors import ConfigError, DataError
+from permllm.errors import ConfigError
+from permllm.runs.figures import flat_figures
 from permllm.runs.loggers import (
     LOGGED,
     WANDB_ID,
     RunLogger,
     _WandB,
     _wandb_id,
-    flat_figures,
-    job_group,
-    job_name,
-    log_finished,
+    described,
     open_logger,
 )
 from tests.conftest import run_command, run_module
@@ -246,13 +244,13 @@ def test_a_new_id_replaces_a_broken_one(tmp_path: Path, content: bytes) -> None:
 def test_names_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     single, asked = (read_config(composed("model=tiny", *more)) for more in ([], ["logger.group=mine"]))
     monkeypatch.delenv("PERMLLM_SWEEP", raising=False)
-    assert job_group(single) is None
+    assert described(single, Path("y"))["group"] is None
     monkeypatch.setenv("PERMLLM_SWEEP", "table6-1a2b3c4d")
-    assert (job_group(single), job_group(asked)) == ("table6-1a2b3c4d", "mine")
+    assert [described(one, Path("y"))["group"] for one in (single, asked)] == ["table6-1a2b3c4d", "mine"]
     words = ["experiment=table6", "+logger.group=x", "logger=wandb", "runs_dir=a", "run_dir=b", "++force=true"]
     for typed, name in (([*words, "block_size=32", "~x"], "block_size=32 ~x"), (words, "y"), (["a" * 200], "a" * 128)):
         monkeypatch.setattr("permllm.runs.sweep.overrides", lambda typed=typed: typed)
-        assert job_name(Path("runs/y")) == name
+        assert described(single, Path("runs/y"))["name"] == name
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -310,10 +308,6 @@ def test_mlflow_has_the_curves_and_final_numbers_and_a_finished_run_goes_to_anot
     assert [step for step, _ in found["pass/loss"]] == [1, 2, 3]
     assert numbers_of(metrics).keys() <= found.keys()
     assert (directory / LOGGED).read_text() == "mlflow\ntensorboard\n"
-    (directory / "history.jsonl").write_text('{"pass": 1, ')
-    (directory / LOGGED).unlink()
-    with pytest.raises(DataError, match=r"history\.jsonl is not readable JSON"):
-        log_finished(read_config(composed("model=tiny", "logger=tensorboard")), directory, metrics)
 
 
 def test_a_failed_run_is_failed_in_mlflow_and_a_key_is_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
