@@ -37,15 +37,20 @@ class RunLogger:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log one training step; steps count from 0 over all epochs and windows."""
+        self._send("lcp", values, step)
 
     def log_pass(self, values: Mapping[str, Any], number: int) -> None:
         """Log one line of `history.jsonl`; lines count from 1. None was not measured."""
+        self._send("pass", {key: value for key, value in values.items() if value is not None}, number)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the final numbers, whose names are joined by slashes."""
 
     def close(self, failed: bool) -> None:
         """End the run in the logger."""
+
+    def _send(self, kind: str, values: Mapping[str, Any], number: int) -> None:
+        pass
 
 
 NO_LOGGER = RunLogger()
@@ -54,18 +59,10 @@ NO_LOGGER = RunLogger()
 class _WandB(RunLogger):
     def __init__(self, run: Any) -> None:
         self._run, self._step = run, -1
-        for prefix, axis in (("lcp", "lcp/step"), ("pass", "lcp/pass")):
+        for kind, axis in (("lcp", "lcp/step"), ("pass", "lcp/pass")):
             run.define_metric(axis, hidden=True)
-            run.define_metric(f"{prefix}/*", step_metric=axis)
-            run.define_metric(f"{prefix}/loss", step_metric=axis, summary="min")
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._step = step
-        self._row({"lcp/step": step} | {f"lcp/{key}": value for key, value in values.items()}, 2 * step)
-
-    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
-        measured = {f"pass/{key}": value for key, value in values.items() if value is not None}
-        self._row({"lcp/pass": number} | measured, max(2 * self._step + 1, number))
+            run.define_metric(f"{kind}/*", step_metric=axis)
+            run.define_metric(f"{kind}/loss", step_metric=axis, summary="min")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -73,40 +70,36 @@ class _WandB(RunLogger):
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
-    def _row(self, values: dict[str, Any], row: int) -> None:
-        # The number follows from the step, so that a resumed run gives a step the number that it had; W&B drops rows that
-        # it has already, with a warning each.
+    def _send(self, kind: str, values: Mapping[str, Any], number: int) -> None:
+        # The row's number follows from the step, so that a resumed run gives a step the number that it had; W&B drops rows
+        # that it has already, with a warning each.
+        self._step = number if kind == "lcp" else self._step
+        axis, row = ("lcp/step", 2 * number) if kind == "lcp" else ("lcp/pass", max(2 * self._step + 1, number))
         if row >= self._run.starting_step:
-            self._run.log(values, step=row, commit=True)
+            self._run.log({axis: number} | {f"{kind}/{key}": value for key, value in values.items()}, step=row, commit=True)
 
 
 class _Tracked(RunLogger):
     """A tracker of accelerate, which gets nothing more after its first failure: a server must not cost a run its result."""
 
-    def __init__(self, log: Callable[[dict[str, Any], int | None], None], end: Callable[[bool], None]) -> None:
-        self._log, self._end, self._works = log, end, True
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._send({f"lcp/{key}": value for key, value in values.items()}, step)
-
-    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
-        self._send({f"pass/{key}": value for key, value in values.items()}, number)
+    def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
+        self._tracker, self._end = tracker, end
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._send(values, None)
+        self._send("", values, None)
 
     def close(self, failed: bool) -> None:
         with suppress(Exception):  # the server may be gone
             self._end(failed)
 
-    def _send(self, values: Mapping[str, Any], step: int | None) -> None:
-        numbers = {_NOT_IN_A_KEY.sub("_", key): value for key, value in values.items() if isinstance(value, int | float)}
+    def _send(self, kind: str, values: Mapping[str, Any], number: int | None) -> None:
+        numbers = {f"{kind}/{key}".lstrip("/"): value for key, value in values.items() if isinstance(value, int | float)}
         try:
-            if self._works:
-                self._log(numbers, step)
+            if self._tracker is not None:
+                self._tracker.log({_NOT_IN_A_KEY.sub("_", key): value for key, value in numbers.items()}, number)
         except Exception as error:  # of a database, a connection, a disk
             log.warning("the logger fails (%s) and gets nothing more of this run", first_line(error))
-            self._works = False
+            self._tracker = None
 
 
 @contextmanager
@@ -114,8 +107,7 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open the logger that the group `logger` selects, and close it at the end, also when the run fails."""
     if config.force:
         (directory / LOGGED).unlink(missing_ok=True)
-    logger = _OPEN[config.logger.name](config, directory)
-    failed = True
+    logger, failed = _opened(config, directory), True
     try:
         yield logger
         failed = False
@@ -126,18 +118,28 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         write_text(directory / LOGGED, "".join(f"{one}\n" for one in dict.fromkeys([*logged, name])))
 
 
+def _opened(config: RunConfig, directory: Path) -> RunLogger:
+    if config.logger.name == "none":
+        return NO_LOGGER
+    if config.logger.name in ("auto", "wandb"):
+        return _open_wandb(config, directory)
+    from accelerate.state import PartialState
+
+    PartialState(cpu=True)  # which accelerate's trackers ask whether this is rank 0
+    return (_open_mlflow if config.logger.name == "mlflow" else _open_tensorboard)(config, directory)
+
+
 def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Log a finished run, without its single steps, where the logger that is asked for does not have it yet."""
     name, logged = _asked_and_logged(config, directory)
     if name in ["none", *logged]:
         return
     with open_logger(config, directory) as logger:
-        if logger is NO_LOGGER:
-            return
         for number, values in enumerate(history, 1):
             logger.log_pass(values, number)
         logger.summary(flat_figures(metrics))
-    log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)
+    if logger is not NO_LOGGER:
+        log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)
 
 
 def _asked_and_logged(config: RunConfig, directory: Path) -> tuple[str, list[str]]:
@@ -152,11 +154,10 @@ def described(config: RunConfig, directory: Path) -> dict[str, Any]:
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     groups = ("pruner", "permutation", "mask") if "epochs" in config.mask else ("pruner", "permutation")
     tags = {group: str(getattr(config, group).get("name")) for group in groups}
-    learns = "epochs" in config.permutation or "epochs" in config.mask
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
         "group": (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME] or None,
-        "job_type": "learn" if learns else "prune",
+        "job_type": "learn" if "epochs" in {**config.permutation, **config.mask} else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
         "config": config.identity | {key: config.resolved[key] for key in ("permutation", "evaluation")},
     }
@@ -177,16 +178,14 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
     # All jobs of a sweep write below one folder, so that one `wandb sync` or `wandb leet` finds them.
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
-    run = described(config, directory)
+    # Offline, each attempt leaves a folder with this id; `wandb sync` sends them as one run, in the order of time.
+    run = described(config, directory) | {"id": _wandb_id(config, directory), "resume": "allow", "dir": str(home)}
+    run |= {"project": config.logger.project, "settings": wandb.Settings(silent=True, console="off")}
     run["tags"] = [tag[:_LONGEST_TAG] for tag in run["tags"].values()]
     run["config"] |= {"run_directory": str(directory), "config_hash": config.hash}
-    # Offline, each attempt leaves a folder with this id; `wandb sync` sends them as one run, in the order of time.
-    run |= {"project": config.logger.project, "id": _wandb_id(config, directory), "resume": "allow", "dir": str(home)}
-    run["settings"] = wandb.Settings(silent=True, console="off")
     try:
         return _WandB(wandb.init(mode=mode or "offline", **run))  # type: ignore[arg-type]
-    except wandb.errors.Error as error:
-        # A server that is down or refuses must not cost a run its result; `wandb sync` can send it later.
+    except wandb.errors.Error as error:  # `wandb sync` can send the run later
         log.warning("W&B cannot be reached (%s): this run is kept offline", first_line(error))
         return _WandB(wandb.init(mode="offline", **run))
 
@@ -202,19 +201,17 @@ def _wandb_id(config: RunConfig, directory: Path) -> str:
 
 
 def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
-    from accelerate.state import PartialState
     from accelerate.tracking import TensorBoardTracker
 
     if config.force:  # TensorBoard draws the curves of two runs in one folder as one
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
-    PartialState(cpu=True)  # which accelerate's trackers ask whether this is rank 0
     tracker = TensorBoardTracker("tensorboard", logging_dir=directory)
     try:
         tracker.start()
     except ImportError as error:
         raise ConfigError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
     tracker.log({"config": f"```\n{described(config, directory)['config']}\n```"})
-    return _Tracked(tracker.log, lambda failed: tracker.finish())
+    return _Tracked(tracker, lambda failed: tracker.finish())
 
 
 def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
@@ -227,32 +224,19 @@ def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
     tags |= {"run_directory": str(directory), "config_hash": config.hash}
     try:
         import mlflow
-        from accelerate.state import PartialState
         from accelerate.tracking import MLflowTracker
 
         for part in ("mlflow", "alembic"):
             logging.getLogger(part).setLevel(logging.WARNING)  # the tables that they make are no news
         mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}")
-        PartialState(cpu=True)
         # Nothing is kept in the folder, but without one MLflow makes it where the command runs.
         tracker = MLflowTracker(config.logger.project, (home / "mlartifacts").as_uri(), tags=tags, run_name=run["name"])
         with FileLock(home / ".mlflow.db.lock"):  # two jobs of a sweep that make the tables at once break them
             tracker.start()
-        settings = flatten(run["config"]).items()
-        tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", key): str(value) for key, value in settings})
+        tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in flatten(run["config"]).items()})
     except ModuleNotFoundError as error:
         raise ConfigError("logger=mlflow needs mlflow-skinny, sqlalchemy and alembic: pip install -e '.[mlflow]'") from error
     except Exception as error:  # of a database, a connection, MLflow
         log.warning("MLflow cannot be reached (%s): this run is in its run directory alone", first_line(error))
         return NO_LOGGER
-    return _Tracked(tracker.log, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))
-
-
-# By their name in the group `logger`.
-_OPEN: dict[str, Callable[[RunConfig, Path], RunLogger]] = {
-    "auto": _open_wandb,
-    "wandb": _open_wandb,
-    "mlflow": _open_mlflow,
-    "tensorboard": _open_tensorboard,
-    "none": lambda config, directory: NO_LOGGER,
-}
+    return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))
