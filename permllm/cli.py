@@ -69,12 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def call(name: str, words: Sequence[str]) -> int:
-    """Run one command and return its exit code.
-
-    Args:
-        name: one of `COMMANDS`, but `run`.
-        words: the words that were typed after it.
-    """
+    """Run one of `COMMANDS`, but `run`, with the words that were typed after it, and return its exit code."""
     return run_tool(lambda: _answered(name, words), failed=2 if name == "verify" else 1)
 
 
@@ -236,16 +231,10 @@ class Session:
         return code
 
     def job(self, composed: DictConfig) -> float:
-        """Run one job. A failure that a person can mend is one line on stderr, and does not stop the other jobs.
+        """Run one job and return what a search minimises (`objective`); infinite for a job that failed.
 
-        Under torchrun all processes go through the jobs together as the first one says (`permllm.runtime.parallel`).
-
-        Returns:
-            The number that a search minimises (`objective`), in all processes; infinite for a job that failed.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP stops the job.
-            SystemExit: with code 1 where the processes have lost each other.
+        A failure that a person can mend is one line on stderr, and does not stop the other jobs. Under torchrun all processes
+        go through the jobs together as the first one says (`permllm.runtime.parallel`).
         """
         from permllm.runs import sweep
 
@@ -265,9 +254,9 @@ class Session:
         parallel.start()
         try:
             with scheduler_signals():  # in a launcher's process too
-                value = self._assist() if parallel.rank() else self._lead(composed)
-            if parallel.rank():
-                return value
+                if parallel.rank():
+                    return _assist()
+                value = self._lead(composed)
             if parallel.out_of_step():
                 self.close()
                 print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
@@ -277,20 +266,6 @@ class Session:
         except BaseException as error:
             parallel.stop(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
             raise
-
-    def _assist(self) -> float:
-        """Run a job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
-        import torch
-
-        from permllm.pruning.workers import assist
-        from permllm.runtime import parallel
-
-        logging.getLogger("permllm").setLevel(logging.WARNING)
-        try:
-            return assist()
-        except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
-            print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
-            raise SystemExit(1) from error
 
     def _lead(self, composed: DictConfig) -> float:
         """Run a job in the only process, or in the first of several, and keep its outcome."""
@@ -346,12 +321,12 @@ class Session:
             from permllm.runs.table import summarise
 
             finished = [Path(job.directory) for job in jobs if job.directory]
-            runs = collect(finished).runs if finished else []
-            if len(runs) > 1:
+            if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
                 print_comparison(summarise(runs))
             labels = sweep.labels([job.overrides for job in jobs])
-            rows = [(job.outcome, job.reason or job.directory or "") for job in jobs]
-            print_jobs([(label, *row) for label, row in zip(labels, rows, strict=True)])
+            print_jobs(
+                [(label, job.outcome, job.reason or job.directory or "") for label, job in zip(labels, jobs, strict=True)]
+            )
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
 
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
@@ -363,6 +338,21 @@ class Session:
                 sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
             except DataError as error:  # a full disk must not take the other jobs with it
                 print(f"error: {error}", file=sys.stderr)
+
+
+def _assist() -> float:
+    """Run a job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
+    import torch
+
+    from permllm.pruning.workers import assist
+    from permllm.runtime import parallel
+
+    logging.getLogger("permllm").setLevel(logging.WARNING)
+    try:
+        return assist()
+    except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
+        print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 def _leave(interrupted: bool = False) -> None:

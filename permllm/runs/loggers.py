@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import PartialState
+from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from filelock import FileLock
 
 from permllm.config import RunConfig, flatten
@@ -29,7 +31,7 @@ _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # of W&B
 _NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # of MLflow
 # MLflow sends nothing about its use, and a server that is down costs seconds.
-_MLFLOW = {"DISABLE_TELEMETRY": "true", "HTTP_REQUEST_MAX_RETRIES": "2", "HTTP_REQUEST_TIMEOUT": "20"}
+_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 class RunLogger:
@@ -45,11 +47,12 @@ class RunLogger:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the final numbers, whose names are joined by slashes."""
+        self._send("", values, None)
 
     def close(self, failed: bool) -> None:
         """End the run in the logger."""
 
-    def _send(self, kind: str, values: Mapping[str, Any], number: int) -> None:
+    def _send(self, kind: str, values: Mapping[str, Any], number: int | None) -> None:
         pass
 
 
@@ -70,9 +73,8 @@ class _WandB(RunLogger):
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
-    def _send(self, kind: str, values: Mapping[str, Any], number: int) -> None:
-        # The row's number follows from the step, so that a resumed run gives a step the number that it had; W&B drops rows
-        # that it has already, with a warning each.
+    def _send(self, kind: str, values: Mapping[str, Any], number: Any) -> None:
+        # A resumed run gives a step the row that it had before. W&B drops rows that it has already, with a warning each.
         self._step = number if kind == "lcp" else self._step
         axis, row = ("lcp/step", 2 * number) if kind == "lcp" else ("lcp/pass", max(2 * self._step + 1, number))
         if row >= self._run.starting_step:
@@ -84,9 +86,6 @@ class _Tracked(RunLogger):
 
     def __init__(self, tracker: Any, end: Callable[[bool], None]) -> None:
         self._tracker, self._end = tracker, end
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self._send("", values, None)
 
     def close(self, failed: bool) -> None:
         with suppress(Exception):  # the server may be gone
@@ -107,7 +106,9 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open the logger that the group `logger` selects, and close it at the end, also when the run fails."""
     if config.force:
         (directory / LOGGED).unlink(missing_ok=True)
-    logger, failed = _opened(config, directory), True
+    openers = {"auto": _open_wandb, "wandb": _open_wandb, "mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
+    logger = NO_LOGGER if config.logger.name == "none" else openers[config.logger.name](config, directory)
+    failed = True
     try:
         yield logger
         failed = False
@@ -116,17 +117,6 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     if logger is not NO_LOGGER:
         name, logged = _asked_and_logged(config, directory)
         write_text(directory / LOGGED, "".join(f"{one}\n" for one in dict.fromkeys([*logged, name])))
-
-
-def _opened(config: RunConfig, directory: Path) -> RunLogger:
-    if config.logger.name == "none":
-        return NO_LOGGER
-    if config.logger.name in ("auto", "wandb"):
-        return _open_wandb(config, directory)
-    from accelerate.state import PartialState
-
-    PartialState(cpu=True)  # which accelerate's trackers ask whether this is rank 0
-    return (_open_mlflow if config.logger.name == "mlflow" else _open_tensorboard)(config, directory)
 
 
 def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -152,8 +142,8 @@ def _asked_and_logged(config: RunConfig, directory: Path) -> tuple[str, list[str
 def described(config: RunConfig, directory: Path) -> dict[str, Any]:
     """Return the name of a run in W&B and MLflow, its group, kind of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
-    groups = ("pruner", "permutation", "mask") if "epochs" in config.mask else ("pruner", "permutation")
-    tags = {group: str(getattr(config, group).get("name")) for group in groups}
+    methods = {"pruner": config.pruner, "permutation": config.permutation, "mask": config.mask}
+    tags = {group: str(method.get("name")) for group, method in methods.items() if group != "mask" or "epochs" in method}
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
         "group": (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME] or None,
@@ -168,9 +158,8 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    mode = os.environ.get("WANDB_MODE")
     try:
-        mode = mode or ("online" if wandb.login(prompt=False) else None)
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else None)
     except (wandb.errors.Error, OSError):  # the key cannot be verified
         mode = "offline"
     if config.logger.name == "auto" and mode in (None, "disabled"):
@@ -201,10 +190,9 @@ def _wandb_id(config: RunConfig, directory: Path) -> str:
 
 
 def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
-    from accelerate.tracking import TensorBoardTracker
-
     if config.force:  # TensorBoard draws the curves of two runs in one folder as one
         shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+    PartialState(cpu=True)  # which accelerate's trackers ask whether this is rank 0
     tracker = TensorBoardTracker("tensorboard", logging_dir=directory)
     try:
         tracker.start()
@@ -216,19 +204,18 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
 
 def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
     """Open a run of MLflow: in a database in the runs folder, or in the store that `MLFLOW_TRACKING_URI` names."""
-    for key, value in _MLFLOW.items():
-        os.environ.setdefault(f"MLFLOW_{key}", value)
+    os.environ.update(_MLFLOW | dict(os.environ))
     home, run = Path(config.runs_dir).resolve(), described(config, directory)
     home.mkdir(parents=True, exist_ok=True)
     tags = run["tags"] | {"group": run["group"] or "", "job_type": run["job_type"]}
     tags |= {"run_directory": str(directory), "config_hash": config.hash}
     try:
         import mlflow
-        from accelerate.tracking import MLflowTracker
 
         for part in ("mlflow", "alembic"):
             logging.getLogger(part).setLevel(logging.WARNING)  # the tables that they make are no news
         mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}")
+        PartialState(cpu=True)
         # Nothing is kept in the folder, but without one MLflow makes it where the command runs.
         tracker = MLflowTracker(config.logger.project, (home / "mlartifacts").as_uri(), tags=tags, run_name=run["name"])
         with FileLock(home / ".mlflow.db.lock"):  # two jobs of a sweep that make the tables at once break them

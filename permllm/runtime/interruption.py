@@ -12,25 +12,17 @@ CONTINUES = "the same command continues where it stopped"
 
 
 class Terminated(KeyboardInterrupt):
-    """Interruption by a signal other than Ctrl-C.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """Interruption by a signal other than Ctrl-C. The argument is its number."""
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
     """Return a shell's exit code of the signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
-    return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
+    return 128 + (error.args[0] if isinstance(error, Terminated) else signal.SIGINT)
 
 
 def what_happened(error: KeyboardInterrupt) -> str:
     """Return a word for a person."""
-    return f"terminated by {signal.Signals(error.number).name}" if isinstance(error, Terminated) else "interrupted"
+    return f"terminated by {signal.Signals(error.args[0]).name}" if isinstance(error, Terminated) else "interrupted"
 
 
 @contextmanager

@@ -33,12 +33,7 @@ class Answer:
 
 
 def run_tool(work: Callable[[], int], failed: int = 1) -> int:
-    """Do the work of a command and return its exit code.
-
-    Args:
-        work: prints its result and returns the exit code.
-        failed: exit code of an error.
-    """
+    """Return the exit code of a command: that of its work, which prints the result, or `failed` after an error's line."""
     try:
         code = work()
         sys.stdout.flush()
@@ -59,9 +54,8 @@ def silence() -> None:
     """Discard further output, because the interpreter writes its buffer at its end and would fail again."""
     with contextlib.suppress(io.UnsupportedOperation):  # an output that is no file of the system cannot fail
         output = sys.stdout.fileno()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, output)
-        os.close(nowhere)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), output)
 
 
 def terminal() -> Console:
