@@ -75,13 +75,9 @@ def call(name: str, words: Sequence[str]) -> int:
 
 def _answered(name: str, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"permllm {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
-    if name in _ARGUMENTS:
-        parser.description = inspect.getdoc(_ARGUMENTS[name])
-        _ARGUMENTS[name](parser)
-    else:
-        module = import_module(COMMANDS[name][1])
-        parser.description = module.__doc__
-        module.arguments(parser)
+    module = None if name in _ARGUMENTS else import_module(COMMANDS[name][1])
+    parser.description = inspect.getdoc(module or _ARGUMENTS[name])
+    (module.arguments if module else _ARGUMENTS[name])(parser)
     parser.add_argument("--json", action="store_true", help="print the answer as JSON instead")
     options = parser.parse_args(words)
     try:
@@ -178,9 +174,6 @@ def _hydra() -> None:
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
         raise SystemExit(f"error: {' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}") from error
-    finally:
-        for name in (SHORT_ERRORS, "HYDRA_FULL_ERROR"):
-            os.environ.pop(name)
 
 
 def _with_extra(said: str) -> str:
@@ -323,10 +316,8 @@ class Session:
             finished = [Path(job.directory) for job in jobs if job.directory]
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
                 print_comparison(summarise(runs))
-            labels = sweep.labels([job.overrides for job in jobs])
-            print_jobs(
-                [(label, job.outcome, job.reason or job.directory or "") for label, job in zip(labels, jobs, strict=True)]
-            )
+            rows = zip(sweep.labels([job.overrides for job in jobs]), jobs, strict=True)
+            print_jobs([(label, job.outcome, job.reason or job.directory or "") for label, job in rows])
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
 
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
