@@ -34,15 +34,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def reason_of(error: BaseException) -> str:
-    """What a library says, in one line, with what it was caused by where its own first line is only where that was."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    first, last = first_line(error), f"{type(cause).__name__}: {first_line(cause)}"
-    return first if cause is error or first_line(cause) in first else f"{first.rstrip(' :')}: {last}"
-
-
 def one_line(error: BaseException) -> str:
     """What a person reads of an error."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which takes long to import

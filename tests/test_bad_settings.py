@@ -125,20 +125,6 @@ def test_full_errors_on_demand(cache: Path, tmp_path: Path, monkeypatch: pytest.
         Session().job(composed("model=tiny", "sparsity=4:2"))
 
 
-def test_control_c_ends_with_a_line_and_the_shells_code(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(config: RunConfig) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permllm.job.run", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        Session().job(composed("model=tiny", "logger=none"))
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted: the same command continues where it stopped\n"
-
-
 def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from permllm.config import NMPattern, RunConfig, windows_learned_from
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
+from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.permutation.base import checked_order
 from permllm.pruning.kept_weights import WEIGHTS_LEARNED
@@ -44,8 +44,7 @@ def calibrate(
     """What the dense model tells, as the settings ask for it; of all linears, so that jobs which keep some dense share it."""
     norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
     batch_size = config.calibration.batch_size
-    groups = channel_groups(loaded.model)
-    return shared_calibration(loaded, groups, tokens, pruner, config.pruner, batch_size, products, norm_over)
+    return shared_calibration(loaded, tokens, pruner, config.pruner, batch_size, products, norm_over)
 
 
 def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:

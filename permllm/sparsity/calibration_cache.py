@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.models.families import ChannelGroup
+from permllm.models.families import channel_groups
 from permllm.models.layers import last_states
 from permllm.models.load import LoadedModel
 from permllm.runs.cache import cached, tensor_digest
@@ -20,7 +20,6 @@ _TARGET = "target"
 
 def shared_calibration(
     loaded: LoadedModel,
-    groups: list[ChannelGroup],
     tokens: Tensor,
     pruner: Pruner,
     pruner_settings: Mapping[str, Any],
@@ -35,7 +34,6 @@ def shared_calibration(
 
     Args:
         loaded: the dense model.
-        groups: of the model, all layers.
         tokens: int64 `(samples, length)`.
         pruner: whose statistics are needed.
         pruner_settings: plain values that `pruner` was made from.
@@ -43,6 +41,7 @@ def shared_calibration(
         compute_dtype: of the model's matrix products.
         norm_over: as in `calibrate_dense`.
     """
+    groups = channel_groups(loaded.model)
     if not loaded.identity:
         return calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over)
     identity = _identity(loaded, tokens, batch_size, compute_dtype)

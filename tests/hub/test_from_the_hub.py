@@ -160,10 +160,8 @@ def test_each_family_runs_and_records_commits(case: Case, which: str, hub: Hub, 
     assert metrics["status"] == "finished"
     assert metrics["model"] == f"hub:{name}:{commit}:bfloat16"
     assert metrics["sparsity"]["violations"] == 0
-    assert metrics["texts"] == {
-        "calibration": source(hub, CALIBRATION[case.calibration]),
-        "perplexity": source(hub, PERPLEXITY[case.perplexity]),
-    }
+    assert metrics["texts"] == {"calibration": source(hub, CALIBRATION[case.calibration])}
+    assert metrics["evaluated_texts"] == {case.perplexity: source(hub, PERPLEXITY[case.perplexity])}
 
 
 @pytest.mark.parametrize("which", ["first", "offline"])
@@ -235,7 +233,7 @@ def test_windows_of_the_pile_are_drawn_as_in_the_released_code(hub: Hub, first: 
                 break
         start = random.randint(0, len(tokens) - 48 - 1)
         expected.append(tokens[start : start + 48])
-    kept = [load_file(file) for file in (hub.root.parent).rglob("tokens/*.safetensors")]
+    kept = [load_file(file) for file in (hub.root.parent).rglob("results/tokens-*.safetensors")]
     windows = [tokens["tokens"] for tokens in kept]
     assert any(torch.equal(drawn, torch.tensor(expected)) for drawn in windows if drawn.shape == (4, 48))
 

@@ -15,7 +15,6 @@ from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data.registry import perplexity_texts
 from permllm.data.windows import all_tokens, calibration_tokens, tokenizer_digest
 from permllm.errors import ConfigError, DataError
-from permllm.models.families import channel_groups
 from permllm.models.load import LoadedModel
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
@@ -104,11 +103,11 @@ def test_the_results_that_were_not_used_for_longest_go_first(cache: Path, monkey
 
 def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    loaded, groups = LoadedModel(model, TOKENIZER, "tiny"), channel_groups(model)
+    loaded = LoadedModel(model, TOKENIZER, "tiny")
 
     def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS, norm_over: NormOver = "tokens") -> object:
         settings = {"name": name}
-        return shared_calibration(loaded, groups, tokens, pruner, settings, 2, torch.float32, norm_over)  # type: ignore[arg-type]
+        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_over)  # type: ignore[arg-type]
 
     first = share(Wanda(), "wanda")
     share(RIA(), "ria")
@@ -133,7 +132,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
 def test_factors_are_packed_exactly() -> None:
     model = tiny_model("llama")
     loaded = LoadedModel(model, TOKENIZER, "other")
-    factors = shared_calibration(loaded, channel_groups(model), TOKENS, RIA(), {"name": "ria"}, 2, torch.float32).factors
+    factors = shared_calibration(loaded, TOKENS, RIA(), {"name": "ria"}, 2, torch.float32).factors
     found = unpacked_factors(packed_factors(factors))
     assert found.keys() == factors.keys()
     for path, values in factors.items():

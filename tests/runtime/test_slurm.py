@@ -121,7 +121,7 @@ def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
     subprocess.run(["scontrol", "requeue", first], env=slurm, check=True)
     assert "2 ran" in ended(sweep)
     logs = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/*.log")}
-    assert sorted("continuing after epoch" in text for text in logs.values()) == [False, True]
+    assert sorted("continuing after step" in text for text in logs.values()) == [False, True]
     for path in tmp_path.glob("runs/*/metrics.json"):
         assert json.loads(path.read_text())["perplexity"]["sparse"]
     assert "2 skipped" in ended(started(slurm, tmp_path, *command))
