@@ -233,6 +233,7 @@ class Session:
 
         if sweep.sweeping():
             share_machine()  # before anything uses a GPU
+        import datasets
         import transformers
 
         from permllm.pruning.composition import register_resolvers
@@ -241,6 +242,7 @@ class Session:
 
         register_resolvers()  # a launcher's process has begun with this
         transformers.logging.set_verbosity_error()
+        datasets.logging.set_verbosity_error()  # it warns wherever it works without network
         warnings.filterwarnings("ignore", category=FutureWarning)
         for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -174,20 +173,12 @@ def test_the_umask_is_kept(tmp_path: Path, cache: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o700
-    for file in (*(tmp_path / "run").iterdir(), *(tmp_path / "model").iterdir()):
-        assert file.name.startswith(".lock") or stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    for file in (file for file in tmp_path.rglob("*") if file.is_file() and not file.name.startswith(".")):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 
-def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no space left to write /dev/full"):
-        write_text(Path("/dev/full"), "x")
+def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    for path in (Path("/dev/full"), tmp_path):
+        with pytest.raises(DataError, match=str(path)):
+            write_text(path, "x")
     assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_text(pipe, json.dumps(1))
-    assert os.read(reader, 9) == b"1"
-    os.close(reader)
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
-    with pytest.raises(DataError, match="cannot write"):
-        write_text(tmp_path, "x")

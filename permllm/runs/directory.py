@@ -231,7 +231,8 @@ class RunDirectory(Record):
         self.evaluation = {"evaluation": self._asked, "evaluation_hash": self._digest}
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
-            if self.metrics["status"] == "finished" and self.evaluation.get("finished"):
+            shown = self.metrics.get("evaluation") == self._asked
+            if self.metrics["status"] == "finished" and self.evaluation.get("finished") and not shown:
                 self._show_evaluation()
                 self.save()
         if (self.directory / HISTORY).exists():

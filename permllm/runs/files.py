@@ -27,6 +27,8 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         DataError: the file cannot be written, for example because the disk is full. The target stays as it was.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file and cannot be replaced by one")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
