@@ -345,14 +345,14 @@ class Session:
             return int(self._failed)
         jobs = sweep.of_sweep()
         if len(jobs) > 1:
-            from permllm.runs.printed import print_comparison, print_jobs
+            from permllm.runs.figures import print_comparison, print_jobs
             from permllm.runs.read import collect
-            from permllm.runs.table import summarise
+            from permllm.runs.table import Table
 
             finished = [Path(job.directory) for job in jobs if job.directory]
             runs = collect(finished).runs if finished else []
             if len(runs) > 1:
-                print_comparison(summarise(runs))
+                print_comparison(Table(runs))
             labels = sweep.labels([job.overrides for job in jobs])
             rows = [(job.outcome, job.reason or job.directory or "") for job in jobs]
             print_jobs([(label, *row) for label, row in zip(labels, rows, strict=True)])

@@ -1,4 +1,4 @@
-"""The measures of one run, in all ways in which it was evaluated."""
+"""The measures of one run, in all ways in which it was evaluated, and how settings and numbers are shown."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from permllm.runs.figures import ACC, PRUNING_STAGES, counted_tasks, is_share, m
 
 # A measure's name, and facts of how it was measured: the column's name has those in which measures of one name differ.
 Key = tuple[str, tuple[str, ...]]
+
+# Groups of methods by their option that does nothing.
+METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
+_FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,8 @@ def measured(metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], mode
     for evaluation in reversed(evaluations):
         found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        for key, name, kind in (
-            ("retained_saliency", "saliency retained", "share"),
-            ("output_error", "output error", "error"),
-        ):
-            found[name, ()] = Measure(statistics.fmean(metrics[key].values()), kind)
+        found["saliency retained", ()] = Measure(statistics.fmean(metrics["retained_saliency"].values()), "share")
+        found["output error", ()] = Measure(statistics.fmean(metrics["output_error"].values()), "error")
         found["zeros", ()] = Measure(float(metrics["sparsity"]["of_model"]), "share")
         # Calibration may be what an earlier job left.
         seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate")
@@ -94,36 +95,29 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
     scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
     tasks = evaluation.get("tasks", {}).get(which, {})
     found: dict[Key, Measure] = {}
+    parts: dict[str, Scores] = {}
     for task, values in tasks.items():
-        asked = how.get(values.get("asked")) or {}
+        asked, kept = how.get(values.get("asked")) or {}, scores.get(task, {})
         of_items = (f"{values['n']} items", f"split {plain(str(values.get('split')))}")
         facts = (*of_items, f"add_bos_token={asked.get('add_bos_token')}", f"file {str(asked.get('digest', ''))[:8]}")
         for metric, value in values["metrics"].items():
-            if value is None:
-                continue
-            share, kept = is_share(metric), scores.get(task, {})
+            share, asked_for = is_share(metric), metric != ACC and ACC in values["metrics"]
             # A metric that is no share need not be a mean over the items.
             each = kept.get("metrics", {}).get(metric) if share else None
-            found[plain(task_label(task, values, metric)), facts] = Measure(
-                float(value),
-                "accuracy" if share else "number",
-                values["stderr"].get(metric),
-                values["limited"],
-                {task: Scores((kept["digest"], tuple(kept["items"])), each)} if each else {},
-                asked_for=metric != ACC and ACC in values["metrics"],
-            )
+            behind = {task: Scores((kept["digest"], tuple(kept["items"])), each)} if each else {}
+            parts |= behind if metric == ACC else {}
+            if value is not None:
+                error, kind = values["stderr"].get(metric), "accuracy" if share else "number"
+                measure = Measure(float(value), kind, error, values["limited"], behind, asked_for=asked_for)
+                found[plain(task_label(task, values, metric)), facts] = measure
     counted = tuple(counted_tasks(tasks))
     if len(counted) > 1:
-        parts = {
-            task: one for (_, _), measure in found.items() for task, one in measure.scores.items() if not measure.asked_for
-        }
-        parts = {task: parts[task] for task in counted} if set(counted) <= parts.keys() else {}
         bos = next((task.get("add_bos_token") for task in how.values()), None)
         items = f"{sum(tasks[task]['n'] for task in counted)} items"
-        of_all = (f"of {plain(', '.join(sorted(counted)))}", items, f"add_bos_token={bos}")
         limited = any(tasks[task]["limited"] for task in counted)
-        average = Measure(mean_accuracy(tasks), "accuracy", mean_error(tasks), limited, parts, tuple(sorted(counted)))
-        found["average acc", of_all] = average
+        behind = {task: parts[task] for task in counted} if parts.keys() >= {*counted} else {}
+        average = Measure(mean_accuracy(tasks), "accuracy", mean_error(tasks), limited, behind, tuple(sorted(counted)))
+        found["average acc", (f"of {plain(', '.join(sorted(counted)))}", items, f"add_bos_token={bos}")] = average
     return found
 
 
@@ -149,3 +143,26 @@ def _short(digest: str) -> str:
 def plain(text: str) -> str:
     """Return a text of a record without what would break a line or steer a terminal."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting's value as YAML has it, in one line."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(setting_text, value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return plain(str(value))
+
+
+def number(value: float, kind: str, error: float | None = None) -> str:
+    """Return a number of a kind of measure, with its deviation or standard error, as it is shown."""
+    form = _FORMATS.get(kind, ".2f")
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """Return the names of a run's permutation, mask and reconstruction, without mask and reconstruction that do nothing."""
+    names = {group: str((config.get(group) or {}).get("name", usual)) for group, usual in METHODS.items()}
+    return ", ".join(name for group, name in names.items() if group == "permutation" or name != METHODS[group])

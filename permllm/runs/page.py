@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from permllm.errors import DataError
-from permllm.runs.dataframe import setting_text
+from permllm.runs.measures import setting_text
 from permllm.runs.plots import MINUTES, measures_of, permutations, points
 from permllm.runs.published import Comparison
 from permllm.runs.read import Run
@@ -54,15 +54,15 @@ show();
 """
 
 
-def page(table: Table, notes: list[str], baseline: int | None = None, paper: Comparison | None = None) -> str:
-    """Return the page as text; its policy forbids it to load anything. `baseline` and `paper` are as for `cells`."""
+def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str:
+    """Return the page as text; its policy forbids it to load anything. `paper` as in `cells`."""
     every = "".join(f"<li>{escape(note)}</li>" for note in (*notes, *table.notes, *([paper.note] if paper else [])) if note)
     named = [(run, name) for name, members in zip(table.names(), table.rows, strict=True) for run in members]
     choices = [(run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named]
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     parts = {"policy": _POLICY, "runs": len(table.runs), "rows": len(table.rows), "plotly": get_plotlyjs(), "notes": every}
     parts |= {"itables": generate_init_offline_itables_html(bundle).partition("<div")[0]}
-    parts |= {"table": _table(cells(table, baseline, paper), len(table.settings))}
+    parts |= {"table": _table(cells(table, paper), len(table.settings))}
     parts |= {"quality": _html(quality(table), "quality"), "curves": _html(curves(table.runs), "curves")}
     parts |= {"options": "".join(f'<option value="{run}">{name}</option>' for run, name in choices)}
     return _FRAME.format(**parts, details="".join(_details(table.runs[run], run) for run, _ in named))
@@ -84,7 +84,7 @@ def quality(table: Table) -> go.Figure:
     """Return quality over minutes: for each measure a point a row in the colour of its method, and the Pareto front."""
     figure, owners = go.Figure(), []
     for name in measures_of(table):
-        found = points(table, name).assign(run=lambda frame: [table.fastest(row) for row in frame.index])
+        found = points(table, name)
         if found.empty:
             continue
         memory = (found["memory"] / 1e9).map("{:.2f} GB at the peak".format)

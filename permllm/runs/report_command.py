@@ -22,9 +22,8 @@ from pathlib import Path
 
 from permllm.errors import ConfigError, DataError
 from permllm.runs.files import write_text
-from permllm.runs.read import collect
-from permllm.runs.render import FORMATS, beside, take_baseline
-from permllm.runs.results_command import note
+from permllm.runs.render import FORMATS, beside
+from permllm.runs.results_command import found_in, note
 from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
@@ -58,11 +57,11 @@ def work(options: argparse.Namespace) -> Answer:
     """Return what was written, or the tables."""
     file = options.to or options.curves or options.masks
     if options.wandb:
-        from permllm.runs.wandb_report import answer
+        from permllm.runs.wandb_report import answer as of_wandb
 
         if options.places or file or not options.table:
             raise ConfigError("--wandb goes with --table, and without DIR, --to, --curves and --masks")
-        return answer(options)
+        return of_wandb(options)
     if not options.places or not file:
         raise ConfigError("DIR... and one of --to, --curves and --masks are needed, or --wandb PROJECT and --table")
     page = file == options.to and file.suffix == ".html"
@@ -70,33 +69,26 @@ def work(options: argparse.Namespace) -> Answer:
     for option, is_used in used.items():
         if (value := getattr(options, option)) and not is_used:
             raise ConfigError(f"--{option} {value}: {file} shows nothing of it")
-    collection = collect(options.places)
-    note(collection.notes)
-    if not collection.runs:
-        raise ConfigError("no finished run is among them")
-    table = Table(collection.runs)
-    baseline = take_baseline(table, options.baseline)
-    _draw(options, file, table, collection.notes, baseline)
-    runs, size = len(table.runs), file.stat().st_size
-    found = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
-    return Answer(found, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))
-
-
-def _draw(options: argparse.Namespace, file: Path, table: Table, notes: list[str], baseline: int | None) -> None:
-    if options.to and file.suffix == ".html":
-        from permllm.runs.page import page  # what draws takes longer to import than a table takes
+    found = found_in(options.places)
+    table = Table(found.runs, options.baseline)
+    # What draws takes longer to import than a table takes.
+    if page:
+        from permllm.runs.page import page as page_of
 
         try:
-            write_text(file, page(table, notes, baseline, beside(options.paper, table)))
+            write_text(file, page_of(table, found.notes, beside(options.paper, table)))
         except DataError as error:
             raise ConfigError(f"--to: {error}") from error
-        return
-    from permllm.runs.plots import plot_cost, plot_curves, plot_masks
-
-    note(table.notes)
-    if options.to:
-        plot_cost(table, file, options.measure)
-    elif options.curves:
-        plot_curves(table, file)
     else:
-        plot_masks(table, file, options.linear)
+        from permllm.runs.plots import plot_cost, plot_curves, plot_masks
+
+        note(table.notes)
+        if options.to:
+            plot_cost(table, file, options.measure)
+        elif options.curves:
+            plot_curves(table, file)
+        else:
+            plot_masks(table, file, options.linear)
+    runs, size = len(table.runs), file.stat().st_size
+    answer = {"file": str(file), "runs": runs, "rows": len(table.rows), "bytes": size}
+    return Answer(answer, lambda: print(f"{file}: {runs} runs, {size / 1e3:.0f} kB"))

@@ -60,8 +60,8 @@ def answer(options: argparse.Namespace) -> Answer:
     tables = {model: (Table([*runs.values()]), Comparison(paper, model), [*runs]) for model, runs in sorted(ids.items())}
     note([compared.note for _, compared, _ in tables.values() if compared.note])
     urls = [_published(tables, options.wandb, entity, f"PermLLM, {name}")] if options.publish else []
-    rows = [row for table, compared, _ in tables.values() for row in records(table, None, compared)]
-    texts = {model: render(table, options.format, None, compared) for model, (table, compared, _) in tables.items()}
+    rows = [row for table, compared, _ in tables.values() for row in records(table, compared)]
+    texts = {model: render(table, options.format, compared) for model, (table, compared, _) in tables.items()}
     if options.format == "md" and len(texts) > 1:
         texts = {model: f"## {model}\n\n{text}" for model, text in texts.items()}
     shown = as_json(rows) if options.format == "json" else "\n".join(texts.values())
@@ -111,7 +111,7 @@ def _published(tables: dict[str, tuple[Table, Comparison, list[str]]], project: 
         look = {"x": _MINUTES, "log_x": True, "running_ymin": True}
         panels = [wr.ScatterPlot(title=f"{name} over minutes", y=name, **look) for name in names]
         runs = wr.Runset(entity=entity, project=project, name=model, filters=[expr.Metric("ID").isin(ids)])
-        blocks += [wr.H2(model), wr.MarkdownBlock(render(table, "md", None, compared)), wr.P(compared.note)]
+        blocks += [wr.H2(model), wr.MarkdownBlock(render(table, "md", compared)), wr.P(compared.note)]
         blocks += [wr.PanelGrid(runsets=[runs], panels=panels)]
     with _asking("the report cannot be saved"):
         report = wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")

@@ -15,10 +15,10 @@ from rich.console import Console
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.runs import frame
-from permllm.runs.printed import print_comparison, print_run
+from permllm.runs.figures import print_comparison, print_run
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
-from permllm.runs.render import cells, find_row, records, render, take_baseline
+from permllm.runs.render import cells, records, render
 from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
@@ -26,8 +26,8 @@ from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, re
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 
 
-def table_of(*folders: Path) -> Table:
-    return Table(collect(folders).runs)
+def table_of(folder: Path, baseline: str | None = None) -> Table:
+    return Table(collect([folder]).runs, baseline)
 
 
 def shown(folder: Path) -> list[list[str]]:
@@ -82,7 +82,7 @@ def test_a_method_that_was_typed_stands_for_its_settings_where_it_tells_rows_apa
     make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
     assert shown(tmp_path)[0][:2] == ["method", PERPLEXITY]
     table = table_of(tmp_path)
-    assert find_row(table, "method=wanda", "--baseline") == find_row(table, "permutation=none,mask=pruner", "--baseline")
+    assert table.find("method=wanda", "--baseline") == table.find("permutation=none,mask=pruner", "--baseline")
     make_run(tmp_path / "c", 19.0, method="masks", mask={"name": "score", "steps": 20})
     assert "method" not in shown(tmp_path)[0]
     table.show("permutation", "perplexity, acc_norm")
@@ -119,8 +119,7 @@ def test_evaluations_of_one_name_have_columns_of_their_own(tmp_path: Path) -> No
 def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
     make_run(tmp_path / "none", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
-    table = table_of(tmp_path)
-    found = cells(table, take_baseline(table, "permutation=none"))
+    found = cells(table_of(tmp_path, "permutation=none"))
     assert dict(zip(found["permutation"], found["against the baseline"], strict=True)) == {
         "dense": "",
         "none": "",
@@ -134,7 +133,7 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
         "permutation=none,pruner=ria": "no row has all of these settings",
     }.items():
         with pytest.raises(ConfigError, match=f"--baseline {text}: {message}"):
-            find_row(table_of(tmp_path), text, "--baseline")
+            table_of(tmp_path).find(text, "--baseline")
 
 
 def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,12 +187,12 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     table = table_of(tmp_path)
     start, here = (math.log(40) + math.log(50)) / 2, (math.log(20) + math.log(24)) / 2
     whole = start - math.log(10)
-    row = find_row(table, "permutation=lcp", "--baseline")
+    row = table.find("permutation=lcp", "--baseline")
     assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
     # Each seed has its own distance from the unpermuted model.
     own = [math.log(40 / 20) / whole, math.log(50 / 24) / whole]
     assert table.deviations.at[row, "gap closed"] == pytest.approx(abs(own[0] - own[1]) / math.sqrt(2))
-    mask = find_row(table, "mask=score", "--baseline")
+    mask = table.find("mask=score", "--baseline")
     assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
     assert table.measures[:2] == [PERPLEXITY, "gap closed"]
 
@@ -219,10 +218,10 @@ def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path)
     make_run(tmp_path / "a", 40.0, permutation="heuristic")
     make_run(tmp_path / "b", 20.0)
     make_run(tmp_path / "c", 20.0, permutation="other", model="another")
-    table = table_of(tmp_path)
-    assert "gap closed" not in table.measures
-    take_baseline(table, "permutation=heuristic")
-    assert gaps(table) == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
+    assert "gap closed" not in table_of(tmp_path).measures
+    assert gaps(table_of(tmp_path, "permutation=heuristic")) == pytest.approx(
+        {"heuristic": 0.0, "lcp": math.log(2) / math.log(4)}
+    )
     make_run(tmp_path / "d" / "none", 9.9, permutation="none")  # better than the dense model
     make_run(tmp_path / "d" / "lcp", 10.1)
     assert gaps(table_of(tmp_path / "d")) == {}
@@ -239,7 +238,7 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     assert table.main() == "gap closed"
     names = [f"{text} gap closed (window 2048)" for text in ("wikitext2", "c4")]
     assert table.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *names]
-    assert table.means.loc[find_row(table, "permutation=lcp", ""), names].tolist() == pytest.approx(alone)
+    assert table.means.loc[table.find("permutation=lcp", ""), names].tolist() == pytest.approx(alone)
     assert table.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
     make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
     table = table_of(tmp_path)
@@ -259,7 +258,7 @@ def test_every_published_number_is_found_by_its_table() -> None:
 def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 9.5, model="llama-2-7b")
     make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
-    found = cells(table_of(tmp_path), None, Comparison(published("table6"), "llama-2-7b")).iloc[1:]
+    found = cells(table_of(tmp_path), Comparison(published("table6"), "llama-2-7b")).iloc[1:]
     expected = {row.setting: row.value for row in published("6") if row.metric == "wikitext2_ppl"}
     for size, theirs, ours, difference in zip(
         *(found[name] for name in ("block_size", "paper, llama-2-7b", PERPLEXITY, "difference")), strict=True
@@ -273,17 +272,15 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.Cap
 def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 50.0, block_size=32)
     make_run(tmp_path / "b", 40.0, block_size=64)
-    table = table_of(tmp_path)
-    paper = Comparison(published("table6"), "smollm2-135m")
+    table, paper = table_of(tmp_path, "block_size=32"), Comparison(published("table6"), "smollm2-135m")
     assert "llama-2-7b" in paper.note
-    baseline = take_baseline(table, "block_size=32")
-    row = cells(table, baseline, paper).iloc[2]
+    row = cells(table, paper).iloc[2]
     theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
     change = theirs["block_size=64"] / theirs["block_size=32"] - 1
     assert row["against the baseline"] == "-20.0%"
     assert row["paper, against its baseline"] == f"{change * 100:+.1f}%"
     assert row["difference of the changes"] == f"{(-0.2 - change) * 100:+.1f}%"
-    found = records(table, baseline, paper)[1]["against_baseline"][PERPLEXITY]
+    found = records(table, paper)[1]["against_baseline"][PERPLEXITY]
     assert found == {
         "ours": pytest.approx(-0.2),
         "interval": None,
@@ -321,8 +318,7 @@ def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
 
 def test_no_column_has_the_name_of_another() -> None:
     for name in ("table1", "table2"):
-        table = table_of(THREE_RUNS)
-        found = cells(table, take_baseline(table, "permutation=none"), Comparison(published(name), "smollm2-135m"))
+        found = cells(table_of(THREE_RUNS, "permutation=none"), Comparison(published(name), "smollm2-135m"))
         assert found.columns.is_unique
 
 
