@@ -345,8 +345,8 @@ class Session:
             return int(self._failed)
         jobs = sweep.of_sweep()
         if len(jobs) > 1:
-            from permllm.runs.figures import print_comparison, print_jobs
             from permllm.runs.read import collect
+            from permllm.runs.render import print_comparison, print_jobs
             from permllm.runs.table import Table
 
             finished = [Path(job.directory) for job in jobs if job.directory]

@@ -40,12 +40,12 @@ from permllm.runs import sweep
 from permllm.runs.cache import choose_cache
 from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.environment import environment
-from permllm.runs.figures import print_run
 from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import RunLogger, flat_figures, log_finished, open_logger
 from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS
 from permllm.runs.pruned import weights_name
+from permllm.runs.render import print_run
 from permllm.runs.tensors import load_masks, load_orders, load_tensors, save_masks, save_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device

@@ -84,9 +84,9 @@ def _parts(table: Table, rows: tuple[int, int], name: str, seeds: list[Any], wha
             return f"{what} were not kept"
         for part in found[0][0]:
             kept = [[scores.get(part) for scores in runs] for runs in found]
-            if len({scores.asked if scores else None for runs in kept for scores in runs}) > 1:
+            if len({scores[0] if scores else None for runs in kept for scores in runs}) > 1:
                 return f"not the same {what}"
-            parts.append(np.array([np.mean([scores.values for scores in runs if scores], axis=0) for runs in kept]))
+            parts.append(np.array([np.mean([scores[1] for scores in runs if scores], axis=0) for runs in kept]))
     if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
         return f"{what} are infinite, or a single one"
     return parts

@@ -19,8 +19,8 @@ from filelock import FileLock
 from permllm.config import RunConfig, flatten
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.runs import sweep
-from permllm.runs.figures import nats_above_dense, pruning_minutes
 from permllm.runs.files import write_text
+from permllm.runs.measures import nats_above_dense, pruning_minutes
 from permllm.runs.names import HISTORY
 
 log = logging.getLogger(__name__)

@@ -82,15 +82,15 @@ def _table(frame: pd.DataFrame, words: int) -> str:
 
 def quality(table: Table) -> go.Figure:
     """Return quality over minutes: for each measure a point a row in the colour of its method, and the Pareto front."""
-    figure, owners = go.Figure(), []
+    figure = go.Figure()
     for name in measures_of(table):
         found = points(table, name)
         if found.empty:
             continue
-        memory = (found["memory"] / 1e9).map("{:.2f} GB at the peak".format)
-        shown = pd.Series([table.shown(row, name) for row in found.index], found.index, dtype=object)
-        minutes = found["minutes"].map("{:.1f} min, ".format)
-        found["text"] = found["name"].map(escape) + "<br>" + shown + "<br>" + minutes + memory
+        found["text"] = [
+            f"{escape(one.name)}<br>{table.shown(row, name)}<br>{one.minutes:.1f} min, {one.memory / 1e9:.2f} GB at the peak"
+            for row, one in zip(found.index, found.itertuples(), strict=True)
+        ]
         found["method"] = found["method"].map(escape)
         columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method", "hover_name": "text"}
         drawn = px.scatter(found, **columns, size="memory", custom_data=["run"])
@@ -98,15 +98,13 @@ def quality(table: Table) -> go.Figure:
         front = found[found["front"]].sort_values("minutes")
         line = {"shape": "hv", "dash": "dot", "color": "grey"}
         drawn.add_scatter(x=front["minutes"], y=front["value"], mode="lines", name="Pareto front", line=line, hoverinfo="skip")
-        for trace in drawn.data:
-            owners.append(name)
-            figure.add_trace(trace.update(visible=name == owners[0]))
+        figure.add_traces(drawn.update_traces(meta=name, visible=not figure.data).data)
     buttons = []
-    for name in dict.fromkeys(owners):
+    for name in dict.fromkeys(trace.meta for trace in figure.data):
         form = ".0%" if table.kinds[name] in ("accuracy", "share") else ""
         dense = f"; dense: {table.shown_dense(name)}" if name in table.dense else ""
         axis = {"yaxis": {"title": {"text": escape(table.heading(name) + dense)}, "tickformat": form}}
-        visible = {"visible": [name == owner for owner in owners]}
+        visible = {"visible": [trace.meta == name for trace in figure.data]}
         buttons.append({"label": escape(name), "method": "update", "args": [visible, axis]})
     if buttons:
         figure.update_layout(buttons[0]["args"][1], updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}])

@@ -21,6 +21,8 @@ from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.table import GAP, Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
+# Beside the axes a legend hides nothing.
+_LEGEND: Any = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
 
 
 def load_pyplot(option: str) -> Any:
@@ -99,27 +101,21 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
         axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8)
     if name in table.dense and math.isfinite(table.dense[name][0]):
         axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
-    _scale(axis, table.kinds[name], found["minutes"].min() > 0)
+    axis.margins(x=0.15, y=0.1)
+    scales = (found["minutes"].min() > 0, table.kinds[name] == "perplexity")
+    axis.set(**{scale: "log" for scale, logarithmic in zip(("xscale", "yscale"), scales, strict=True) if logarithmic})
+    for one in (one for one in (axis.xaxis, axis.yaxis) if one.get_scale() == "log"):
+        one.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
+        one.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    if table.kinds[name] == "share":
+        axis.yaxis.set_major_formatter("{x:.0%}")
     shared = [{table.label(row, key) for row in found.index} for key in ("model", "sparsity")]
     axis.set_title(", ".join(next(iter(values)) for values in shared if len(values) == 1), fontsize="medium")
     axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
     axis.grid(alpha=0.3)
-    _legend(axis)
+    axis.legend(**_LEGEND)
     save_figure(figure, "--to", file, 100)
-
-
-def _scale(axis: Any, kind: str, logarithmic: bool) -> None:
-    from matplotlib import ticker
-
-    axis.margins(x=0.15, y=0.1)
-    for one, scaled in ((axis.xaxis, logarithmic), (axis.yaxis, kind == "perplexity")):
-        if scaled:
-            (axis.set_xscale if one is axis.xaxis else axis.set_yscale)("log")
-            one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-            one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            one.set_minor_locator(ticker.NullLocator())
-    if kind == "share":
-        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
 
 
 def plot_curves(table: Table, file: Path) -> None:
@@ -139,7 +135,7 @@ def plot_curves(table: Table, file: Path) -> None:
             axis.plot(range(1, len(losses) + 1), losses, label=name[:48])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
-    _legend(axis)
+    axis.legend(**_LEGEND)
     save_figure(figure, "--curves", file)
 
 
@@ -168,8 +164,7 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
             found.append((title, chosen, read_mask(masks, chosen)[:size, :size]))
     if not found:
         raise ConfigError(f"--masks: none of the runs has its {MASKS}")
-    columns = min(3, len(found))
-    lines = -(-len(found) // columns)
+    columns, lines = min(3, len(found)), -(-len(found) // 3)
     figure = pyplot.figure(figsize=(3.4 * columns, 3.8 * lines + 0.3))
     for place, (title, _, mask) in enumerate(found, 1):
         axis = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
@@ -215,8 +210,3 @@ def by_layer(names: Iterable[str]) -> list[list[str]]:
         number = re.search(r"\.(\d+)\.", name)
         layers.setdefault(int(number[1]) if number else -1, []).append(name)
     return [layers[layer] for layer in sorted(layers)]
-
-
-def _legend(axis: Any) -> None:
-    """Draw a legend beside the axes, where it hides nothing."""
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)

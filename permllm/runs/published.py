@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from permllm.config import flatten
 from permllm.errors import ConfigError
 from permllm.runs.measures import Measure, method_of
 
@@ -16,11 +17,11 @@ _FILE = Path(__file__).parent / "published.csv"
 # Model of the paper to take where a table does not have ours.
 _STAND_IN = "llama-2-7b"
 # Settings that the paper's tables vary, where ours have them, and the paper's value where a table does not vary them.
-_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "sinkhorn_iterations": (("permutation", "sinkhorn_iterations"), 5),
-    "calibration": (("calibration", "dataset"), "c4"),
-    "block_size": (("block_size",), 64),
-    "last_layers": (("permutation", "last_layers"), None),
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
+    "calibration": ("calibration.dataset", "c4"),
+    "block_size": ("block_size", 64),
+    "last_layers": ("permutation.last_layers", None),
 }
 
 
@@ -117,8 +118,4 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:
-    place, usual = _SETTINGS[name]
-    value: Any = config
-    for key in place:
-        value = value.get(key, usual) if isinstance(value, Mapping) else None
-    return value
+    return flatten(dict(config)).get(*_SETTINGS[name])

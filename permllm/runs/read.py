@@ -68,11 +68,15 @@ class Run:
             self.identity = {k: value for k, value in flatten(identity_of(config)).items() if k not in _NO_SETTING}
             self.sparse, self.dense = (measured(metrics, self.evaluations, model, which) for which in ("sparse", "dense"))
 
+    def key(self, *spared: str) -> str:
+        """Return the identity, without some settings, as a text that runs of equal settings share."""
+        return json.dumps({k: value for k, value in self.identity.items() if k not in spared}, sort_keys=True, default=str)
+
     def settings(self) -> dict[str, Any]:
         """Return all settings that make a result but the seed, by their names on the command line."""
         flat = {plain(key.removesuffix(".name")): value for key, value in self.identity.items() if key != "seed"}
-        digests = {key: digest for key, digest in flat.items() if key.startswith("inputs.") and digest}
-        return flat | {f"{key.removeprefix('inputs.')} (digest)": digest[:8] for key, digest in digests.items()}
+        digests = {key.removeprefix("inputs."): digest for key, digest in flat.items() if key.startswith("inputs.") and digest}
+        return flat | {f"{key} (digest)": digest[:8] for key, digest in digests.items()}
 
 
 @dataclass
@@ -127,7 +131,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         except DataError as error:
             found.notes.append(f"skipped {error}")
             continue
-        there = first.setdefault(json.dumps(run.identity, sort_keys=True, default=str), run)
+        there = first.setdefault(run.key(), run)
         if there is run or apart:
             found.runs.append(run)
         else:
@@ -201,8 +205,8 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     wrong += [] if names else ["no finished run is among them"]
     if wrong:
         raise ConfigError(f"--jsonl {file}: {wrong[0]}")
-    lines = dict(zip(names, found.runs, strict=True))
-    write_text(file, "".join(json.dumps({"run": name} | _line(lines[name])) + "\n" for name in sorted(names)))
+    runs = sorted(zip(names, found.runs, strict=True), key=lambda one: one[0])
+    write_text(file, "".join(json.dumps({"run": name} | _line(run)) + "\n" for name, run in runs))
     return sorted(names)
 
 

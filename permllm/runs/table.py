@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.runs.figures import pruning_minutes
-from permllm.runs.measures import METHODS, Measure, column_names, method_of, number, setting_text
+from permllm.runs.measures import METHODS, Measure, column_names, method_of, number, pruning_minutes, setting_text
 from permllm.runs.read import Run
 
 DENSE = "dense: "
@@ -81,8 +79,7 @@ class Table:
         self.kinds = {name: measure.kind for name, measure in found.items()}
         self.measures = [name for name, measure in found.items() if not measure.asked_for]
         texts = pd.DataFrame([{key: setting_text(value) for key, value in run.settings().items()} for run in runs])
-        identities = [{key: value for key, value in run.identity.items() if key != "seed"} for run in runs]
-        keys = pd.Series([json.dumps(identity, sort_keys=True, default=str) for identity in identities])
+        keys = pd.Series([run.key("seed") for run in runs])
         self.labels = texts.fillna("").assign(method=self.frame["method"])[~keys.duplicated()]
         self.settings = self._varying()
         self.labels = self.labels.sort_values(self.settings, key=lambda column: column.map(_sort_key))
@@ -143,9 +140,9 @@ class Table:
         """
         # A value may be a list: a comma parts settings where a name follows.
         wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
-        rows = [*self._range()]
+        rows = [*self.labels.index]
         for name, value in wanted.items():
-            present = dict.fromkeys(filter(None, (self.label(row, name) for row in self._range())))
+            present = dict.fromkeys(filter(None, (self.label(row, name) for row in self.labels.index)))
             if not present:
                 raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(self.settings)}")
             if value not in present:
@@ -183,8 +180,7 @@ class Table:
         """Return the deviation over the seeds of a row, or the standard error of its only run; None where it is not known."""
         if len(self.rows[row]) > 1:
             return float(self.deviations.at[row, name])
-        value = self.value(self.rows[row][0], name)
-        return value.stderr if value else None
+        return value.stderr if (value := self.value(self.rows[row][0], name)) else None
 
     def shown(self, row: int, name: str) -> str:
         """Return the mean of a measure with its error; empty where the row lacks it."""
@@ -197,8 +193,7 @@ class Table:
 
     def limited(self, name: str) -> bool:
         """Tell whether some value of an accuracy is of a part of the items."""
-        values = [run[name] for run in self._values if name in run]
-        return self.kinds[name] in ("accuracy", "number") and any(value.limited for value in values)
+        return self.kinds[name] in ("accuracy", "number") and any(run[name].limited for run in self._values if name in run)
 
     def heading(self, name: str) -> str:
         """Return a measure's name, with a word where it is of a part of the items."""
@@ -252,13 +247,13 @@ class Table:
     def names(self) -> list[str]:
         """Return a short name for each row: its method, and what is unusual in it."""
         names = []
-        for row in self._range():
+        for row in self.labels.index:
             parts = []
             # A name that is cut short can spare the calibration.
             for name in sorted(self.settings, key=lambda name: name.startswith("calibration.")):
                 value, group = self.label(row, name), name.partition(".")[0]
                 if name in ("method", "model", "sparsity", "pruner", *METHODS):
-                    parts += [value] if name == "permutation" or value != METHODS.get(name, "") else []
+                    parts += [value] if name == "permutation" or value != METHODS.get(name) else []
                     continue
                 of_group = group in self.labels and name != group
                 alike = self.labels[self.labels[group] == self.label(row, group)] if of_group else self.labels
@@ -282,9 +277,6 @@ class Table:
     def learned_elsewhere(self, row: int) -> bool:
         """Tell whether a row's permutation is another run's, so that its own minutes say nothing."""
         return self.label(row, "permutation") == "from_file"
-
-    def _range(self) -> range:
-        return range(len(self.rows))
 
     def _varying(self) -> list[str]:
         """Return settings that have several values in the rows, and others where these do not tell two rows apart."""
@@ -332,23 +324,23 @@ class Table:
     def _starts(self) -> dict[int, int]:
         """Return by row the row from which its gap is measured: of several the one of the same statistics."""
         if self.baseline is not None:
-            return {row: self.baseline for row in self._range() if self._model(row) == self._model(self.baseline)}
-        found, beside = {}, [self._beside_methods(row) for row in self._range()]
-        plain = [row for row in self._range() if method_of(self.config(row)) == "none"]
-        for row in self._range():
-            rows = [other for other in plain if beside[other] == beside[row]]
-            same = [other for other in rows if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)]
-            if rows:
-                found[row] = row if row in rows else (same or rows)[0]
+            return {row: self.baseline for row in self.labels.index if self._model(row) == self._model(self.baseline)}
+        found, beside = {}, [self._beside_methods(row) for row in self.labels.index]
+        for row in self.labels.index:
+            like = [other for other in self.labels.index if beside[other] == beside[row]]
+            plain = [other for other in like if method_of(self.config(other)) == "none"]
+            same = [other for other in plain if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)]
+            if plain:
+                found[row] = row if row in plain else (same or plain)[0]
         return found
 
     def _model(self, row: int) -> str:
-        flat = self.runs[self.rows[row][0]].identity
-        return str(sorted((key, value) for key, value in flat.items() if key.startswith(_OF_MODELS)))
+        run = self.runs[self.rows[row][0]]
+        return run.key(*(name for name in run.identity if not name.startswith(_OF_MODELS)))
 
-    def _beside_methods(self, row: int) -> dict[str, Any]:
-        flat = self.runs[self.rows[row][0]].identity
-        return {key: value for key, value in flat.items() if key != "seed" and not {key, key.split(".")[0]} & _OF_METHODS}
+    def _beside_methods(self, row: int) -> str:
+        run = self.runs[self.rows[row][0]]
+        return run.key("seed", *(name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS))
 
 
 def gap_closed(here: pd.Series, start: pd.Series, end: pd.Series) -> pd.Series:

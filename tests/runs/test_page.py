@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 
 from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.runs import wandb_report
 from permllm.runs.plots import permutations, plot_masks, points, read_mask
 from permllm.runs.read import collect
+from permllm.runs.report_command import as_run
 from permllm.runs.table import Table
 from tests.conftest import ROOT
 from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
@@ -295,4 +295,4 @@ def test_publishing_saves_a_report_with_the_table_and_results_over_minutes(
     assert report.blocks[1].text in printed
     assert [panel.y for panel in report.blocks[3].panels] == ["nats_above_dense", "perplexity/sparse/wikitext2/value"]
     assert re.search("run0", str(report.blocks[3].runsets[0].filters))
-    assert wandb_report.as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0
+    assert as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0

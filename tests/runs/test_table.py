@@ -15,10 +15,9 @@ from rich.console import Console
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.runs import frame
-from permllm.runs.figures import print_comparison, print_run
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
-from permllm.runs.render import cells, records, render
+from permllm.runs.render import cells, print_comparison, print_run, records, render
 from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
