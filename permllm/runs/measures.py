@@ -179,13 +179,15 @@ def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, values in dense.items():
         items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
         for metric in values["metrics"]:
-            both = [_result(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name])]
-            rows.append((f"{task_label(name, values, metric)}{items}", *both))
+            before, after = (
+                _result(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name])
+            )
+            rows.append((f"{task_label(name, values, metric)}{items}", before, after))
     counted, *_ = average_accuracy(dense)
     if len(counted) > 1:
         limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
-        both = [_result(*average_accuracy(part)[1:], ACC) for part in (dense, sparse)]
-        rows.append((f"average acc{limited}", *both))
+        before, after = (_result(*average_accuracy(part)[1:], ACC) for part in (dense, sparse))
+        rows.append((f"average acc{limited}", before, after))
     return rows
 
 

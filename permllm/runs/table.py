@@ -27,7 +27,7 @@ _SPARE = {"inputs", "_target_", "path", "data_files", "architecture", "device", 
 # Settings that tell two models apart.
 _OF_MODELS = ("model.name", "model.hub_name", "model.revision", "model.architecture", "inputs.model.path")
 # Columns that stand first.
-_FIRST = ("model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask", "reconstruction")
+_FIRST: tuple[str, ...] = ("model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask", "reconstruction")
 _FIRST += ("temperature", "block_size")
 
 
