@@ -311,13 +311,13 @@ class Session:
             return int(self._failed)
         jobs = [job for folder in sweep.STARTED for job in sweep.kept(folder)]
         if len(jobs) > 1:
-            from permllm.runs.printed import print_comparison, print_jobs
             from permllm.runs.read import collect
-            from permllm.runs.table import summarise
+            from permllm.runs.render import print_comparison, print_jobs
+            from permllm.runs.table import Table
 
             finished = [Path(job.directory) for job in jobs if job.directory]
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
-                print_comparison(summarise(runs))
+                print_comparison(Table(runs))
             rows = zip(sweep.labels([job.overrides for job in jobs]), jobs, strict=True)
             print_jobs([(label, job.outcome, job.reason or job.directory or "") for label, job in rows])
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
@@ -359,12 +359,12 @@ def _leave(interrupted: bool = False) -> None:
 
 def objective(metrics: dict[str, Any]) -> float:
     """Return the sparse model's perplexity, of several texts the geometric mean, else 1 - mean accuracy, else infinity."""
-    from permllm.runs.figures import mean_accuracy
+    from permllm.runs.measures import average_accuracy
 
     found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
     if found:
         return math.prod(found) ** (1 / len(found))
-    accuracy = mean_accuracy(metrics.get("tasks", {}).get("sparse", {}))
+    _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))
     return math.inf if math.isnan(accuracy) else 1 - accuracy
 
 

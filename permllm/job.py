@@ -40,13 +40,13 @@ from permllm.runs import sweep
 from permllm.runs.cache import choose_cache
 from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.environment import environment
-from permllm.runs.figures import flat_figures
 from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import RunLogger, log_finished, open_logger
+from permllm.runs.measures import flat_figures
 from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS
-from permllm.runs.printed import print_run
 from permllm.runs.pruned import weights_name
+from permllm.runs.render import print_run
 from permllm.runs.tensors import load_masks, load_orders, load_tensors, save_masks, save_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device

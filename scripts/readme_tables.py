@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from permllm.config import flatten
 from permllm.errors import ConfigError, DataError
 from permllm.pruning.composition import composed
-from permllm.runs.dataframe import method_of
 from permllm.runs.files import write_text
+from permllm.runs.measures import method_of
 from permllm.runs.names import RECORDS
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run, collect
-from permllm.runs.render import as_text, cells, machine, processor, render, take_baseline
+from permllm.runs.render import as_text, cells, machine, processor, render
 from permllm.runs.table import GAP, Table
 from permllm.runtime.terminal import run_tool
 
@@ -48,10 +48,9 @@ def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str
 
 def shown(runs: list[Run], columns: str, measures: str, baseline: str = "", paper: Comparison | None = None) -> str:
     """Return runs as `permllm results` shows them."""
-    found = Table(runs)
-    row = take_baseline(found, baseline)
+    found = Table(runs, baseline)
     found.show(columns, measures)
-    return render(found, "md", row, paper)
+    return render(found, "md", paper)
 
 
 def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: str) -> str:
@@ -64,7 +63,7 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
     parts += [shown(runs, **options, baseline=baseline, paper=compared), f"{compared.note} {gap}\n", provenance(runs)]
     if recipe:
         parts += ["The paper's recipe at the same budget:\n", shown(runs_of(folder / recipe), **options)]
-    frame = pd.DataFrame([vars(one) for one in numbers])
+    frame = pd.DataFrame(numbers)
     keys = ["model", "sparsity", "method", "setting"]
     across = frame.pivot(index=keys, columns="metric", values="value")  # sorted, unlike the paper's
     across = across.reindex(index=pd.MultiIndex.from_frame(frame[keys].drop_duplicates()), columns=frame["metric"].unique())
@@ -75,8 +74,8 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
     """Return rows by the gap that they close, with minutes and memory; no rows whose permutation is another run's."""
     runs = runs_of(folder / records)
-    found = Table(runs)
-    take_baseline(found, baseline)
+    found = Table(runs, baseline)
+    found.baseline = None  # the gaps say it
     found.show(columns, "gap closed, perplexity (")
     found.measures = [GAP, *(name for name in found.measures if GAP not in name)]
     gaps = found.means[GAP].sort_values(ascending=False, kind="stable")

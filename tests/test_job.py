@@ -23,9 +23,9 @@ from permllm.export.rebuild import apply_record
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import load_model
-from permllm.runs.figures import flat_figures
 from permllm.runs.files import read_json
 from permllm.runs.masks import violations
+from permllm.runs.measures import flat_figures
 from permllm.runs.tensors import load_masks, save_masks
 from permllm.runtime.interruption import Terminated
 from tests.test_config import composed

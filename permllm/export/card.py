@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from permllm.export.gathered import writer
-from permllm.runs.figures import patterns_text, result_rows
+from permllm.runs.measures import patterns_text, result_rows
 
 _FORMS = {
     "simulate": "The channels are in the dense model's order. The weights are N:M in the order of the run, not as they are "

@@ -26,8 +26,8 @@ def frame(*places: str | Path) -> pd.DataFrame:
     Raises:
         ConfigError: there is no such place, or no finished run. What else is no such run is a warning.
     """
-    from permllm.runs.dataframe import frame_of, measures_of
     from permllm.runs.read import collect
+    from permllm.runs.table import frame_of, measures_of
 
     found = collect(map(Path, places))
     if not found.runs:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.runs.dataframe import DENSE
 from permllm.runs.measures import Scores
-from permllm.runs.table import GAP, Table
+from permllm.runs.table import DENSE, Table
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -25,15 +24,14 @@ class Paired:
 
     Attributes:
         value: first row less second row, over the seeds that both have; of a perplexity as a share of the second row's value.
-        low: lower end of the interval that holds 95 % of the resampled differences.
-        high: upper end of the interval.
-        over: windows or items that were resampled, and seeds, in words.
+            Without an interval it is `change`.
+        interval: ends of the interval that holds 95 % of the resampled differences; None for none.
+        over: windows or items that were resampled, and seeds, in words, or the reason why there is no interval.
         whole: both rows have the same seeds.
     """
 
-    value: float
-    low: float
-    high: float
+    value: float | None
+    interval: list[float] | None
     over: str
     whole: bool
 
@@ -53,47 +51,62 @@ def change(table: Table, row: int, other: int, name: str) -> float | None:
     return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 
-def paired(table: Table, row: int, other: int, name: str) -> Paired | str:
+def paired(table: Table, row: int, other: int, name: str) -> Paired:
     """Return the difference of two rows with its interval, or the reason why it has no interval.
 
     Windows or items are resampled with replacement, those of each text or task on their own, each with the scores of both rows
     averaged over the seeds that both have. For a gap the windows have the scores of the unpermuted and the dense model too.
     """
-    if not (table.has(row, name) and table.has(other, name)):
-        return "not measured in both rows"
-    if table.kinds[name] == "number":
-        return "a number of all items together"
-    perplexity = name in table.gaps or table.kinds[name] == "perplexity"
+    ours, theirs = (set(table.frame["seed"][table.rows[one]]) for one in (row, other))
+    seeds, perplexity = sorted(ours & theirs), name in table.gaps or table.kinds[name] == "perplexity"
     what = "windows" if perplexity else "items"
-    runs = [dict(zip(table.frame["seed"][table.rows[one]], table.rows[one], strict=True)) for one in (row, other)]
-    seeds = sorted(runs[0].keys() & runs[1].keys())
+    parts = _parts(table, (row, other), name, seeds, what)
+    if isinstance(parts, str):
+        return Paired(change(table, row, other, name), None, parts, ours == theirs)
+    values = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
+    if table.kinds[name] == "perplexity":
+        values = [math.expm1(value) for value in values]
+    over = f"{sum(part.shape[1] for part in parts)} {what}"
+    over += f" of {len(parts)} texts" if perplexity and len(parts) > 1 else ""
+    if len(seeds) > 1 or ours != theirs:
+        over += f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" + " alone" * (ours != theirs)
+    return Paired(values[0], values[1:], over, ours == theirs)
+
+
+def _parts(table: Table, rows: tuple[int, int], name: str, seeds: list[Any], what: str) -> list[Numbers] | str:
+    """Return the scores that `bootstrap` takes, or the reason why there are none."""
     if not seeds:
         return "no seed in common"
     parts: list[Numbers] = []
-    for one in table.gaps.get(name, [name]):
-        found = _of_gap(table, row, other, one, seeds) if name in table.gaps else _of_rows(table, runs, one, seeds)
-        if not all(scores for rows in found for scores in rows):
+    for text in table.gaps.get(name, [name]):
+        found = _of_rows(table, rows, text, seeds, name in table.gaps)
+        if not all(scores for runs in found for scores in runs):
             return f"{what} were not kept"
         for part in found[0][0]:
-            kept = [[scores.get(part) for scores in rows] for rows in found]
-            if len({scores.asked if scores else None for rows in kept for scores in rows}) > 1:
+            kept = [[scores.get(part) for scores in runs] for runs in found]
+            if len({scores[0] if scores else None for runs in kept for scores in runs}) > 1:
                 return f"not the same {what}"
-            parts.append(np.array([np.mean([scores.values for scores in rows if scores], axis=0) for rows in kept]))
+            parts.append(np.array([np.mean([scores[1] for scores in runs if scores], axis=0) for runs in kept]))
     if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
         return f"{what} are infinite, or a single one"
-    value, low, high = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
-    if table.kinds[name] == "perplexity":
-        value, low, high = map(math.expm1, (value, low, high))
-    whole = runs[0].keys() == runs[1].keys()
-    over = f"{sum(part.shape[1] for part in parts)} {what}"
-    over += f" of {len(parts)} texts" if perplexity and len(parts) > 1 else ""
-    if len(seeds) > 1 or not whole:
-        over += f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" + " alone" * (not whole)
-    return Paired(value, low, high, over, whole)
+    return parts
 
 
-def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> tuple[float, float, float]:
-    """Return a statistic and its percentile interval, the same at every call.
+def _of_rows(table: Table, rows: tuple[int, int], name: str, seeds: list[Any], gap: bool) -> list[list[dict[str, Scores]]]:
+    """Return the scores of each run of two rows; of a gap, after each row, of its unpermuted and its dense model."""
+    found, of = [], table.frame["seed"]
+    for members in (table.rows[row] for row in rows):
+        asked = [(name, [run for run in members if of[run] in seeds])]
+        if gap:
+            start = table.rows[table.starts[table.frame["row"][members[0]]]]
+            own = set(of[start]) == set(of[members])
+            asked += [(name, [run for run in start if not own or of[run] in seeds]), (f"{DENSE}{name}", members)]
+        found += [[value.scores if (value := table.value(run, one)) else {} for run in runs] for one, runs in asked]
+    return found
+
+
+def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
+    """Return a statistic and the ends of its percentile interval, the same at every call.
 
     Args:
         parts: float64 `(numbers, windows)` of each text or task; the columns of each part are resampled on their own.
@@ -108,27 +121,7 @@ def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> tuple[float, 
     columns = tuple(np.arange(part.shape[1]) for part in parts)
     options: Any = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": 500}
     found = stats.bootstrap(columns, mean, rng=np.random.default_rng(0), vectorized=True, **options).confidence_interval
-    return float(mean(*columns)), float(found.low), float(found.high)
-
-
-def _of_rows(table: Table, runs: list[dict[Any, int]], name: str, seeds: list[Any]) -> list[list[dict[str, Scores]]]:
-    return [_scores(table, [of_row[seed] for seed in seeds], name) for of_row in runs]
-
-
-def _of_gap(table: Table, row: int, other: int, name: str, seeds: list[Any]) -> list[list[dict[str, Scores]]]:
-    """Return the scores of each row, its unpermuted model and its dense model, of which each has several runs."""
-    found, of = [], table.frame["seed"]
-    for one in (row, other):
-        members, start = table.rows[one], table.rows[table.starts[one]]
-        paired_start = set(of[start]) == set(of[members])
-        found.append(_scores(table, [run for run in members if of[run] in seeds], name))
-        found.append(_scores(table, [run for run in start if not paired_start or of[run] in seeds], name))
-        found.append(_scores(table, members, f"{DENSE}{name}"))
-    return found
-
-
-def _scores(table: Table, runs: list[int], name: str) -> list[dict[str, Scores]]:
-    return [value.scores if (value := table.value(run, name)) else {} for run in runs]
+    return [float(mean(*columns)), float(found.low), float(found.high)]
 
 
 def _gap_difference(here: Any, start: Any, end: Any, other: Any, its_start: Any, its_end: Any) -> Any:
@@ -145,16 +138,10 @@ def comparison(table: Table, first: int, second: int) -> list[dict[str, Any]]:
     found = []
     for name in table.measures:
         kind = table.kinds[name]
-        if not (table.has(first, name) and table.has(second, name)):
-            continue
-        if kind not in ("perplexity", "accuracy", "number") and GAP not in name:
-            continue
-        pair = paired(table, first, second, name)
-        line: dict[str, Any] = {"measure": table.heading(name), "kind": kind}
-        line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
-        if isinstance(pair, str):
-            line |= {"difference": change(table, first, second, name), "interval": None, "over": pair}
-        else:
-            line |= {"difference": pair.value, "interval": [pair.low, pair.high], "over": pair.over}
-        found.append(line)
+        compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
+        if compared and table.has(first, name) and table.has(second, name):
+            pair = paired(table, first, second, name)
+            line: dict[str, Any] = {"measure": table.heading(name), "kind": kind}
+            line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
+            found.append(line | {"difference": pair.value, "interval": pair.interval, "over": pair.over})
     return found

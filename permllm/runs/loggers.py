@@ -19,8 +19,8 @@ from filelock import FileLock
 from permllm.config import RunConfig, flatten
 from permllm.errors import ConfigError, first_line
 from permllm.runs import sweep
-from permllm.runs.figures import flat_figures
 from permllm.runs.files import write_text
+from permllm.runs.measures import flat_figures
 
 log = logging.getLogger(__name__)
 

@@ -1,29 +1,35 @@
-"""The measures of one run, in all ways in which it was evaluated."""
+"""The numbers of one run: what `metrics.json` says, the measures of all its evaluations, and how both are shown."""
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
-from permllm.runs.figures import ACC, PRUNING_STAGES, counted_tasks, is_share, mean_accuracy, mean_error, task_label
+from permllm.config import flatten
 
 # A measure's name, and facts of how it was measured: the column's name has those in which measures of one name differ.
 Key = tuple[str, tuple[str, ...]]
+# Equal where two runs were asked the same windows of a text, or items of a task; and nats a token of each, or their scores.
+Scores = tuple[tuple[Any, ...], list[float]]
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores behind one number of a run.
-
-    Attributes:
-        asked: equal where two runs were asked the same windows of a text, or items of a task.
-        values: nats a token of each window, or the score of each item.
-    """
-
-    asked: tuple[Any, ...]
-    values: list[float]
+# Metrics with a value for each channel group, of which a logger has the mean.
+_BY_GROUP = ("retained_saliency", "output_error", "moved_channels")
+# Metrics that a logger does not have; the settings say patterns in a word.
+_LEFT_OUT = ("evaluation/", "sha256/", "sparsity/patterns/", "export/patterns/", "export/sha256/")
+# The stages that make the pruned model; reconstruction is a part of pruning.
+PRUNING_STAGES = ("calibrate", "permute", "mask", "prune")
+# lm-eval's name of the accuracy without a filter.
+ACC = "acc,none"
+_SHARES = ("acc", "acc_norm", "exact_match", "em", "f1", "pass@1")
+# Groups of methods by their option that does nothing.
+METHODS = {"permutation": "none", "mask": "pruner", "reconstruction": "none"}
+_FORMATS = {"accuracy": ".2%", "share": ".2%", "error": ".4f", "number": ".4g", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Measure:
         kind: `perplexity`, `accuracy`, `share`, `error`, `seconds`, or `number` (another metric of lm-eval).
         stderr: standard error of an accuracy.
         limited: only a part of the windows or items was asked.
-        scores: by text or task; empty where they were not kept.
+        scores: behind the number by text or task; empty where they were not kept.
         tasks: tasks that an average is over.
         asked_for: tables have the measure only where `--measures` names it.
     """
@@ -62,11 +68,8 @@ def measured(metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], mode
     for evaluation in reversed(evaluations):
         found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        for key, name, kind in (
-            ("retained_saliency", "saliency retained", "share"),
-            ("output_error", "output error", "error"),
-        ):
-            found[name, ()] = Measure(statistics.fmean(metrics[key].values()), kind)
+        found["saliency retained", ()] = Measure(statistics.fmean(metrics["retained_saliency"].values()), "share")
+        found["output error", ()] = Measure(statistics.fmean(metrics["output_error"].values()), "error")
         found["zeros", ()] = Measure(float(metrics["sparsity"]["of_model"]), "share")
         # Calibration may be what an earlier job left.
         seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate")
@@ -83,7 +86,7 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
         begins = "with BOS" if how.get("bos") else "without BOS"
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
         nats = [loss / (window - 1) for loss in scores.get(text, [])]
-        kept = {text: Scores((digest, model, window, len(nats)), nats)} if nats else {}
+        kept = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
         key = (f"{plain(text)} perplexity (window {window})", facts)
         found[key] = Measure(float(values["value"]), "perplexity", None, how.get("limit") is not None, kept)
     return found
@@ -94,50 +97,39 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
     scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
     tasks = evaluation.get("tasks", {}).get(which, {})
     found: dict[Key, Measure] = {}
+    parts: dict[str, Scores] = {}
     for task, values in tasks.items():
-        asked = how.get(values.get("asked")) or {}
+        asked, kept = how.get(values.get("asked")) or {}, scores.get(task, {})
         of_items = (f"{values['n']} items", f"split {plain(str(values.get('split')))}")
         facts = (*of_items, f"add_bos_token={asked.get('add_bos_token')}", f"file {str(asked.get('digest', ''))[:8]}")
         for metric, value in values["metrics"].items():
-            if value is None:
-                continue
-            share, kept = is_share(metric), scores.get(task, {})
+            share, asked_for = is_share(metric), metric != ACC and ACC in values["metrics"]
             # A metric that is no share need not be a mean over the items.
             each = kept.get("metrics", {}).get(metric) if share else None
-            found[plain(task_label(task, values, metric)), facts] = Measure(
-                float(value),
-                "accuracy" if share else "number",
-                values["stderr"].get(metric),
-                values["limited"],
-                {task: Scores((kept["digest"], tuple(kept["items"])), each)} if each else {},
-                asked_for=metric != ACC and ACC in values["metrics"],
-            )
-    counted = tuple(counted_tasks(tasks))
+            behind = {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {}
+            parts |= behind if metric == ACC else {}
+            if value is not None:
+                error, kind = values["stderr"].get(metric), "accuracy" if share else "number"
+                measure = Measure(float(value), kind, error, values["limited"], behind, asked_for=asked_for)
+                found[plain(task_label(task, values, metric)), facts] = measure
+    counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
-        parts = {
-            task: one for (_, _), measure in found.items() for task, one in measure.scores.items() if not measure.asked_for
-        }
-        parts = {task: parts[task] for task in counted} if set(counted) <= parts.keys() else {}
         bos = next((task.get("add_bos_token") for task in how.values()), None)
         items = f"{sum(tasks[task]['n'] for task in counted)} items"
-        of_all = (f"of {plain(', '.join(sorted(counted)))}", items, f"add_bos_token={bos}")
         limited = any(tasks[task]["limited"] for task in counted)
-        average = Measure(mean_accuracy(tasks), "accuracy", mean_error(tasks), limited, parts, tuple(sorted(counted)))
-        found["average acc", of_all] = average
+        behind = {task: parts[task] for task in counted} if parts.keys() >= {*counted} else {}
+        average = Measure(mean, "accuracy", error, limited, behind, tuple(sorted(counted)))
+        found["average acc", (f"of {plain(', '.join(sorted(counted)))}", items, f"add_bos_token={bos}")] = average
     return found
 
 
 def column_names(keys: list[Key]) -> dict[Key, str]:
     """Return the name of each measure's column: with those facts in which measures of one name differ."""
     facts_of: dict[str, list[tuple[str, ...]]] = {}
-    for name, facts in dict.fromkeys(keys):
+    for name, facts in keys:
         facts_of.setdefault(name, []).append(facts)
-    differ = {name: [len(set(values)) > 1 for values in zip(*every, strict=True)] for name, every in facts_of.items()}
-    return {
-        (name, facts): ", ".join([name, *(fact for fact, other in zip(facts, differ[name], strict=True) if other)])
-        for name, every in facts_of.items()
-        for facts in every
-    }
+    differ = {name: [len({*values}) > 1 for values in zip(*every, strict=True)] for name, every in facts_of.items()}
+    return {(name, facts): ", ".join([name, *compress(facts, differ[name])]) for name, facts in keys}
 
 
 def _short(digest: str) -> str:
@@ -149,3 +141,127 @@ def _short(digest: str) -> str:
 def plain(text: str) -> str:
     """Return a text of a record without what would break a line or steer a terminal."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting's value as YAML has it, in one line."""
+    if isinstance(value, list):
+        return ", ".join(map(setting_text, value))
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else plain(str(value))
+
+
+def number(value: float, kind: str, error: float | None = None) -> str:
+    """Return a number of a kind of measure, with its deviation or standard error, as it is shown."""
+    form = _FORMATS.get(kind, ".2f")
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """Return the names of a run's permutation, mask and reconstruction, without mask and reconstruction that do nothing."""
+    names = {group: str((config.get(group) or {}).get("name", usual)) for group, usual in METHODS.items()}
+    return ", ".join(name for group, name in names.items() if group == "permutation" or name != METHODS[group])
+
+
+def patterns_text(sparsity: Mapping[str, Any]) -> str:
+    """Return N:M of `sparsity` of `metrics.json`, with the number of linears that have another pattern."""
+    others = Counter(sparsity.get("patterns", {}).values())
+    dense = others.pop("dense", 0)
+    parts = [f"{count} linear{'s' * (count > 1)} {other}" for other, count in sorted(others.items())]
+    parts += [f"{dense} dense"] if dense else []
+    parts += [f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"] if parts else []
+    return ", ".join([sparsity["pattern"], *parts])
+
+
+def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return every result of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
+    rows = []
+    dense, sparse = (metrics.get("perplexity", {}).get(which, {}) for which in ("dense", "sparse"))
+    for name, values in dense.items():
+        label = f"{name} perplexity (window {values['window']})"
+        rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
+    dense, sparse = (metrics.get("tasks", {}).get(which, {}) for which in ("dense", "sparse"))
+    for name, values in dense.items():
+        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
+        for metric in values["metrics"]:
+            before, after = (
+                _result(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name])
+            )
+            rows.append((f"{task_label(name, values, metric)}{items}", before, after))
+    counted, *_ = average_accuracy(dense)
+    if len(counted) > 1:
+        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
+        before, after = (_result(*average_accuracy(part)[1:], ACC) for part in (dense, sparse))
+        rows.append((f"average acc{limited}", before, after))
+    return rows
+
+
+def _result(value: float | None, error: float | None, metric: str) -> str:
+    """Return a value of a metric of lm-eval with its standard error as it is shown."""
+    if value is None:
+        return "-"
+    form, of_error = (".1%", ".1%") if is_share(metric) else (".4g", ".2g")
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{of_error}}")
+
+
+def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
+    """Return the name of a metric of a task: `gsm8k exact_match strict-match (5 shots)`; a filter where there are several."""
+    name, _, how = metric.partition(",")
+    several = sum(other.partition(",")[0] == name for other in values["metrics"]) > 1
+    shots = values.get("num_fewshot")
+    asked = f" ({shots} shot{'' if shots == 1 else 's'})" if shots else ""
+    return f"{task} {name}{f' {how}' if several else ''}{asked}"
+
+
+def is_share(metric: str) -> bool:
+    """Tell whether a metric of lm-eval is a share of the items, which is shown in per cent."""
+    return metric.partition(",")[0] in _SHARES
+
+
+def average_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], float, float | None]:
+    """Return the average accuracy of a result.
+
+    Returns:
+        The tasks that it is over, those with items of their own and an accuracy; their mean; its standard error, the tasks
+        being independent, None where that of one is not known. The mean of no task is not a number.
+    """
+    counted = [name for name, values in tasks.items() if values["n"] and values["metrics"].get(ACC) is not None]
+    if not counted:
+        return [], math.nan, None
+    errors = [tasks[name]["stderr"].get(ACC) for name in counted]
+    mean = statistics.fmean(tasks[name]["metrics"][ACC] for name in counted)
+    return counted, mean, None if None in errors else math.hypot(*errors) / len(errors)
+
+
+def pruning_minutes(seconds: Mapping[str, float]) -> float:
+    """Return the minutes of making the pruned model, without loading and evaluation; a cached calibration takes no time."""
+    return sum(seconds.get(stage, 0.0) for stage in PRUNING_STAGES) / 60
+
+
+def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return the sparse model's log-perplexity less the dense one's, the mean over the texts; None where there is none.
+
+    Args:
+        perplexity: as in `metrics.json`.
+    """
+    dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
+    differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in dense if name in sparse]
+    return statistics.fmean(differences) if differences else None
+
+
+def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a run as one level, keys joined by slashes.
+
+    A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the horizontal axis of a scatter
+    plot, `nats_above_dense` the one number of several texts.
+    """
+    means = {key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP if key in metrics}
+    flat = {
+        name: value
+        for name, value in flatten(metrics | means, "/").items()
+        if isinstance(value, int | float | str) and not name.startswith(_LEFT_OUT)
+    }
+    nats = nats_above_dense(metrics.get("perplexity", {}))
+    above = {} if nats is None else {"nats_above_dense": nats}
+    return flat | {"minutes": pruning_minutes(metrics["seconds"])} | above

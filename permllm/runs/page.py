@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from permllm.errors import DataError
-from permllm.runs.dataframe import setting_text
+from permllm.runs.measures import setting_text
 from permllm.runs.plots import MINUTES, measures_of, permutations, points
 from permllm.runs.published import Comparison
 from permllm.runs.read import Run
@@ -54,15 +54,15 @@ show();
 """
 
 
-def page(table: Table, notes: list[str], baseline: int | None = None, paper: Comparison | None = None) -> str:
-    """Return the page as text; its policy forbids it to load anything. `baseline` and `paper` are as for `cells`."""
+def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str:
+    """Return the page as text; its policy forbids it to load anything. `paper` as in `cells`."""
     every = "".join(f"<li>{escape(note)}</li>" for note in (*notes, *table.notes, *([paper.note] if paper else [])) if note)
     named = [(run, name) for name, members in zip(table.names(), table.rows, strict=True) for run in members]
     choices = [(run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named]
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     parts = {"policy": _POLICY, "runs": len(table.runs), "rows": len(table.rows), "plotly": get_plotlyjs(), "notes": every}
     parts |= {"itables": generate_init_offline_itables_html(bundle).partition("<div")[0]}
-    parts |= {"table": _table(cells(table, baseline, paper), len(table.settings))}
+    parts |= {"table": _table(cells(table, paper), len(table.settings))}
     parts |= {"quality": _html(quality(table), "quality"), "curves": _html(curves(table.runs), "curves")}
     parts |= {"options": "".join(f'<option value="{run}">{name}</option>' for run, name in choices)}
     return _FRAME.format(**parts, details="".join(_details(table.runs[run], run) for run, _ in named))
@@ -82,15 +82,15 @@ def _table(frame: pd.DataFrame, words: int) -> str:
 
 def quality(table: Table) -> go.Figure:
     """Return quality over minutes: for each measure a point a row in the colour of its method, and the Pareto front."""
-    figure, owners = go.Figure(), []
+    figure = go.Figure()
     for name in measures_of(table):
-        found = points(table, name).assign(run=lambda frame: [table.fastest(row) for row in frame.index])
+        found = points(table, name)
         if found.empty:
             continue
-        memory = (found["memory"] / 1e9).map("{:.2f} GB at the peak".format)
-        shown = pd.Series([table.shown(row, name) for row in found.index], found.index, dtype=object)
-        minutes = found["minutes"].map("{:.1f} min, ".format)
-        found["text"] = found["name"].map(escape) + "<br>" + shown + "<br>" + minutes + memory
+        found["text"] = [
+            f"{escape(one.name)}<br>{table.shown(row, name)}<br>{one.minutes:.1f} min, {one.memory / 1e9:.2f} GB at the peak"
+            for row, one in zip(found.index, found.itertuples(), strict=True)
+        ]
         found["method"] = found["method"].map(escape)
         columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method", "hover_name": "text"}
         drawn = px.scatter(found, **columns, size="memory", custom_data=["run"])
@@ -98,15 +98,13 @@ def quality(table: Table) -> go.Figure:
         front = found[found["front"]].sort_values("minutes")
         line = {"shape": "hv", "dash": "dot", "color": "grey"}
         drawn.add_scatter(x=front["minutes"], y=front["value"], mode="lines", name="Pareto front", line=line, hoverinfo="skip")
-        for trace in drawn.data:
-            owners.append(name)
-            figure.add_trace(trace.update(visible=name == owners[0]))
+        figure.add_traces(drawn.update_traces(meta=name, visible=not figure.data).data)
     buttons = []
-    for name in dict.fromkeys(owners):
+    for name in dict.fromkeys(trace.meta for trace in figure.data):
         form = ".0%" if table.kinds[name] in ("accuracy", "share") else ""
         dense = f"; dense: {table.shown_dense(name)}" if name in table.dense else ""
         axis = {"yaxis": {"title": {"text": escape(table.heading(name) + dense)}, "tickformat": form}}
-        visible = {"visible": [name == owner for owner in owners]}
+        visible = {"visible": [trace.meta == name for trace in figure.data]}
         buttons.append({"label": escape(name), "method": "update", "args": [visible, axis]})
     if buttons:
         figure.update_layout(buttons[0]["args"][1], updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}])

@@ -16,12 +16,38 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.runs.dataframe import method_of
+from permllm.runs.measures import method_of
 from permllm.runs.names import MASKS, PERMUTATIONS
-from permllm.runs.plotting import load_pyplot, save_figure
 from permllm.runs.table import GAP, Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
+# Beside the axes a legend hides nothing.
+_LEGEND: Any = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+
+
+def load_pyplot(option: str) -> Any:
+    """Return matplotlib's pyplot without a screen. Raises ConfigError, which names the option, where it is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(f"{option} needs matplotlib: pip install -e '.[plot]'") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a record's texts are no formulas
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure: Any, option: str, file: Path, dpi: int = 150) -> None:
+    """Write a figure and close it. Raises ConfigError where the file cannot be written, or its suffix is no picture's."""
+    try:
+        figure.set_layout_engine("constrained")
+        # A legend beside the axes is part of the picture.
+        figure.savefig(file, dpi=dpi, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {file}: {first_line(error)}") from error
+    finally:
+        load_pyplot(option).close(figure)
 
 
 def measures_of(table: Table) -> list[str]:
@@ -35,17 +61,14 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of the picture of quality over minutes.
 
     Returns:
-        By row: `name`, `method`, `minutes` of the fastest run, `value`, `error`, `memory` in bytes, `front`: no other row is
-        as good in as few minutes. Rows that lack the measure are left out, and rows whose permutation is another run's.
+        By row: `run`, `name`, `method`, `minutes` of `run`, the fastest one, `value`, `error`, `memory` in bytes, `front`: no
+        other row is as good in as few minutes. Rows without the measure are left out, and those of another run's permutation.
     """
-    rows = [row for row in range(len(table.rows)) if not table.learned_elsewhere(row) and table.has(row, measure)]
-    rows = [row for row in rows if math.isfinite(table.means.at[row, measure])]
-    several = len({table.label(row, "pruner") for row in range(len(table.rows))}) > 1
-    found = pd.DataFrame(index=rows)
-    names = table.names()
-    found["name"] = [names[row] for row in rows]
+    rows = [row for row in table.means.index if not table.learned_elsewhere(row) and np.isfinite(table.means.at[row, measure])]
+    names, several = table.names(), table.labels["pruner"].nunique() > 1
+    found = pd.DataFrame({"run": [table.fastest(row) for row in rows], "name": [names[row] for row in rows]}, rows)
     found["method"] = [f"{table.label(row, 'pruner')}, " * several + method_of(table.config(row)) for row in rows]
-    found["minutes"] = [table.frame["minutes"][table.fastest(row)] for row in rows]
+    found["minutes"] = table.frame["minutes"][found["run"]].to_numpy()
     found["value"] = table.means[measure][rows]
     found["error"] = pd.Series([table.error(row, measure) for row in rows], rows, dtype=float).fillna(0.0)
     found["memory"] = [table.memory(row) for row in rows]
@@ -78,27 +101,21 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
         axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8)
     if name in table.dense and math.isfinite(table.dense[name][0]):
         axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
-    _scale(axis, table.kinds[name], found["minutes"].min() > 0)
+    axis.margins(x=0.15, y=0.1)
+    scales = (found["minutes"].min() > 0, table.kinds[name] == "perplexity")
+    axis.set(**{scale: "log" for scale, logarithmic in zip(("xscale", "yscale"), scales, strict=True) if logarithmic})
+    for one in (one for one in (axis.xaxis, axis.yaxis) if one.get_scale() == "log"):
+        one.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
+        one.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    if table.kinds[name] == "share":
+        axis.yaxis.set_major_formatter("{x:.0%}")
     shared = [{table.label(row, key) for row in found.index} for key in ("model", "sparsity")]
     axis.set_title(", ".join(next(iter(values)) for values in shared if len(values) == 1), fontsize="medium")
     axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
     axis.grid(alpha=0.3)
-    _legend(axis)
+    axis.legend(**_LEGEND)
     save_figure(figure, "--to", file, 100)
-
-
-def _scale(axis: Any, kind: str, logarithmic: bool) -> None:
-    from matplotlib import ticker
-
-    axis.margins(x=0.15, y=0.1)
-    for one, scaled in ((axis.xaxis, logarithmic), (axis.yaxis, kind == "perplexity")):
-        if scaled:
-            (axis.set_xscale if one is axis.xaxis else axis.set_yscale)("log")
-            one.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-            one.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            one.set_minor_locator(ticker.NullLocator())
-    if kind == "share":
-        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
 
 
 def plot_curves(table: Table, file: Path) -> None:
@@ -110,15 +127,15 @@ def plot_curves(table: Table, file: Path) -> None:
     pyplot = load_pyplot("--curves")
     figure, axis = pyplot.subplots(figsize=(7, 4))
     learned = [(name, table.runs[members[0]].history) for name, members in zip(table.names(), table.rows, strict=True)]
-    learned = [(name, history) for name, history in learned if history]
-    if not learned:
+    if not any(history for _, history in learned):
         raise ConfigError(f"--curves {file}: no run has a history of losses")
     for name, history in learned:
         losses = [entry.get("loss", math.nan) for entry in history]
-        axis.plot(range(1, len(losses) + 1), losses, label=name[:48])
+        if losses:
+            axis.plot(range(1, len(losses) + 1), losses, label=name[:48])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
-    _legend(axis)
+    axis.legend(**_LEGEND)
     save_figure(figure, "--curves", file)
 
 
@@ -147,15 +164,12 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
             found.append((title, chosen, read_mask(masks, chosen)[:size, :size]))
     if not found:
         raise ConfigError(f"--masks: none of the runs has its {MASKS}")
-    columns = min(3, len(found))
-    lines = -(-len(found) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 3.8 * lines + 0.3), squeeze=False)
-    for axis in axes.flat[len(found) :]:
-        axis.set_axis_off()
-    for axis, (title, _, mask) in zip(axes.flat, found, strict=False):
+    columns, lines = min(3, len(found)), -(-len(found) // 3)
+    figure = pyplot.figure(figsize=(3.4 * columns, 3.8 * lines + 0.3))
+    for place, (title, _, mask) in enumerate(found, 1):
+        axis = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
         axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
         axis.set_title(title, fontsize="small")
-        axis.set(xticks=[], yticks=[])
     rows, channels = found[0][2].shape
     caption = f"{found[0][1]}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept"
     figure.suptitle(caption, fontsize="small")
@@ -196,8 +210,3 @@ def by_layer(names: Iterable[str]) -> list[list[str]]:
         number = re.search(r"\.(\d+)\.", name)
         layers.setdefault(int(number[1]) if number else -1, []).append(name)
     return [layers[layer] for layer in sorted(layers)]
-
-
-def _legend(axis: Any) -> None:
-    """Draw a legend beside the axes, where it hides nothing."""
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)

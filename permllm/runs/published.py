@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from permllm.config import flatten
 from permllm.errors import ConfigError
-from permllm.runs.dataframe import METHODS
-from permllm.runs.measures import Measure
+from permllm.runs.measures import Measure, method_of
 
 _FILE = Path(__file__).parent / "published.csv"
 # Model of the paper to take where a table does not have ours.
 _STAND_IN = "llama-2-7b"
 # Settings that the paper's tables vary, where ours have them, and the paper's value where a table does not vary them.
-_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "sinkhorn_iterations": (("permutation", "sinkhorn_iterations"), 5),
-    "calibration": (("calibration", "dataset"), "c4"),
-    "block_size": (("block_size",), 64),
-    "last_layers": (("permutation", "last_layers"), None),
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
+    "calibration": ("calibration.dataset", "c4"),
+    "block_size": ("block_size", 64),
+    "last_layers": ("permutation.last_layers", None),
 }
 
 
-@dataclass(frozen=True)
-class Published:
-    """A number of the paper."""
-
-    table: str
-    model: str
-    sparsity: str
-    method: str
-    setting: str
-    metric: str
-    value: float
-
-
-def published(table: str) -> list[Published]:
-    """Return the numbers of one table, `table6` or `6`. Raises ConfigError where there is no such table."""
-    with open(_FILE, encoding="utf-8", newline="") as stream:
-        rows = [Published(**line | {"value": float(line["value"])}) for line in csv.DictReader(stream)]  # type: ignore[arg-type]
-    found = [row for row in rows if row.table == table.removeprefix("table")]
-    if not found:
-        valid = ", ".join(f"table{name}" for name in sorted({row.table for row in rows}))
+def published(table: str) -> list[Any]:
+    """Return the numbers of one table, `table6` or `6`, by the columns of the file. Raises ConfigError for no such table."""
+    rows = pd.read_csv(_FILE, dtype={"table": str}, keep_default_na=False)
+    found = rows[rows["table"] == table.removeprefix("table")]
+    if found.empty:
+        valid = ", ".join(f"table{name}" for name in sorted(rows["table"].unique()))
         raise ConfigError(f"--paper {table}: there is no such table; valid are {valid}")
-    return found
+    return [*found.itertuples(index=False, name="Published")]
 
 
 class Comparison:
@@ -61,7 +47,7 @@ class Comparison:
         ConfigError: the table does not have one of several models.
     """
 
-    def __init__(self, rows: list[Published], models: str | Sequence[str]) -> None:
+    def __init__(self, rows: list[Any], models: str | Sequence[str]) -> None:
         ours, theirs = [models] if isinstance(models, str) else [*models], list(dict.fromkeys(row.model for row in rows))
         missing = [model for model in ours if model not in theirs]
         if missing and len(ours) > 1:
@@ -74,7 +60,10 @@ class Comparison:
             self.note = f"{numbers}: compare the order of the rows, not the values."
         self._only = self._stand_in or (ours[0] if len(ours) == 1 else "")
         self.heading = f"paper, {self._only}" if self._only else "paper"
-        self._values = {(row.model, row.sparsity, row.method, row.setting, row.metric): row.value for row in rows}
+        self._values = {
+            (row.model, row.sparsity, row.method, row.setting, row.metric): row.value / (100 if "_acc" in row.metric else 1)
+            for row in rows
+        }
         self._varied = [*dict.fromkeys(row.setting.split("=")[0] for row in rows if "=" in row.setting)]
         self._tasks = {row.metric.removesuffix("_acc") for row in rows if row.metric.endswith("_acc")} - {"average"}
 
@@ -91,35 +80,27 @@ class Comparison:
             return None
         if ours and ((ours.limited and not self._stand_in) or (ours.tasks and set(ours.tasks) != self._tasks)):
             return None
-        for setting in (*(f"{name}={_value(config, name)}" for name in self._varied), ""):
-            key = (self._stand_in or config["model"]["name"], config["sparsity"], _method(config))
-            found = self._values.get((*key, setting.replace("last_layers=None", "last_layers=all"), metric))
-            if found is not None:
-                return found / 100 if metric.endswith("_acc") else found
-        return None
+        key = (self._stand_in or config["model"]["name"], config["sparsity"], _method(config))
+        settings = [f"{name}={_value(config, name)}".replace("last_layers=None", "last_layers=all") for name in self._varied]
+        found = (self._values.get((*key, setting, metric)) for setting in (*settings, ""))
+        return next((value for value in found if value is not None), None)
 
     def dense(self, measure: str) -> float | None:
         """Return the paper's number of the dense model; None where there are several models."""
-        metric = self._metric(measure) or ""
-        for (model, _, method, _, name), value in self._values.items():
-            if (model, method, name) == (self._only, "dense", metric):
-                return value / 100 if name.endswith("_acc") else value
-        return None
+        wanted = (self._only, "dense", self._metric(measure))
+        found = (value for (model, _, method, _, metric), value in self._values.items() if (model, method, metric) == wanted)
+        return next(found, None)
 
     def _as_in_the_paper(self, config: Mapping[str, Any]) -> bool:
         """Tell whether nothing that this table does not vary differs from the paper."""
-        others = [
-            (config.get(group) or {}).get("name", METHODS[group]) != METHODS[group] for group in ("mask", "reconstruction")
-        ]
+        others = method_of(config) != config["permutation"]["name"]
         foldable = config["permutation"].get("constraint", "free") != "free"
-        if any(others) or config.get("keep_dense") or config.get("sparsity_of") or foldable:
+        if others or foldable or config.get("keep_dense") or config.get("sparsity_of"):
             return False
-        of_lcp = config["permutation"]["name"].startswith("lcp")
         # Another model has other texts anyway, as the note says.
-        matter = {
-            name: not self._stand_in if name == "calibration" else of_lcp for name in _SETTINGS if name not in self._varied
-        }
-        return all(_value(config, name) == _SETTINGS[name][1] for name, matters in matter.items() if matters)
+        of_lcp = config["permutation"]["name"].startswith("lcp")
+        matter = [name for name in _SETTINGS if (not self._stand_in if name == "calibration" else of_lcp)]
+        return all(_value(config, name) == _SETTINGS[name][1] for name in matter if name not in self._varied)
 
     def _metric(self, measure: str) -> str | None:
         if "perplexity" in measure and (self._stand_in or measure == "wikitext2 perplexity (window 2048)"):
@@ -137,8 +118,4 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:
-    place, usual = _SETTINGS[name]
-    value: Any = config
-    for key in place:
-        value = value.get(key, usual) if isinstance(value, Mapping) else None
-    return value
+    return flatten(dict(config)).get(*_SETTINGS[name])

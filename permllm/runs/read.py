@@ -1,18 +1,22 @@
-"""Finished runs below some folders and in files of kept records."""
+"""Finished runs below some folders and in files of kept records, which hold a run a line."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from permllm.config import flatten, identity_of
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.runs.files import read_json, read_yaml
-from permllm.runs.measures import Key, Measure, measured
+from permllm.runs.files import read_json, read_yaml, write_text
+from permllm.runs.measures import Key, Measure, measured, plain
 from permllm.runs.names import CONFIG, ENVIRONMENT, EVALUATIONS, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION
 
 # `metrics.json` has a copy of these keys of the evaluation that was asked for last.
@@ -20,6 +24,8 @@ COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_tex
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
+# A folder of the machine, which no result depends on: named from the root, of whichever system.
+_ABSOLUTE = r"['\"]*(/|\\\\|[A-Za-z]:[/\\])"
 
 
 @dataclass
@@ -51,23 +57,25 @@ class Run:
     def __post_init__(self) -> None:
         """Take the measures. Raises DataError, which begins with the directory, where the record lacks what tables need."""
         config, metrics = self.config, self.metrics
-        try:
+        with _checked(self.directory):
             if (version := metrics["schema_version"]) != SCHEMA_VERSION:
                 raise DataError(f"{self.directory}: schema_version={version}: expected {SCHEMA_VERSION}")
             if (status := metrics["status"]) != "finished":
                 raise DataError(f"{self.directory}: not finished (status {status!r}); the same command continues it")
-            (
-                int(config["seed"]),
-                float(metrics["peak_memory_bytes"]),
-                config["sparsity"],
-                config["calibration"].get("statistics"),
-            )
+            int(config["seed"]), float(metrics["peak_memory_bytes"]), config["sparsity"]
             model, _, _ = (str(config[group]["name"]) for group in ("model", "pruner", "permutation"))
             self.identity = {k: value for k, value in flatten(identity_of(config)).items() if k not in _NO_SETTING}
             self.sparse, self.dense = (measured(metrics, self.evaluations, model, which) for which in ("sparse", "dense"))
-        except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
-            missing = " is missing" if isinstance(error, KeyError) else ""
-            raise DataError(f"{self.directory}: not as a run leaves it: {first_line(error)}{missing}") from error
+
+    def key(self, *spared: str) -> str:
+        """Return the identity, without some settings, as a text that runs of equal settings share."""
+        return json.dumps({k: value for k, value in self.identity.items() if k not in spared}, sort_keys=True, default=str)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings that make a result but the seed, by their names on the command line."""
+        flat = {plain(key.removesuffix(".name")): value for key, value in self.identity.items() if key != "seed"}
+        digests = {key.removeprefix("inputs."): digest for key, digest in flat.items() if key.startswith("inputs.") and digest}
+        return flat | {f"{key} (digest)": digest[:8] for key, digest in digests.items()}
 
 
 @dataclass
@@ -110,16 +118,21 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         else:
             reason = "its directory is gone" if job.directory else job.reason
             found.notes.append(f"skipped {job.directory or 'a job'}: {' '.join(job.overrides)}: {reason}")
-    files = {place for place in places if place.is_file()} | {file for folder in folders for file in _files(folder)}
+    files = {place for place in places if place.is_file()}
+    walked = [(Path(path), names) for folder in folders for path, _, names in os.walk(folder)]
+    files |= {path / name for path, names in walked for name in (METRICS, RECORDS) if name in names}
     if not files:
         below = ", ".join(map(str, places))
         raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     first: dict[str, Run] = {}
-    for run in _runs(sorted(files)):
-        if isinstance(run, DataError):
-            found.notes.append(f"skipped {run}")
+    for where, read in (source for file in sorted(files) for source in _sources(file)):
+        try:
+            with _checked(where):
+                run = read()
+        except DataError as error:
+            found.notes.append(f"skipped {error}")
             continue
-        there = first.setdefault(json.dumps(run.identity, sort_keys=True, default=str), run)
+        there = first.setdefault(run.key(), run)
         if there is run or apart:
             found.runs.append(run)
         else:
@@ -127,33 +140,25 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path, _, files in os.walk(folder):
-        yield from (Path(path) / name for name in (METRICS, RECORDS) if name in files)
-
-
-def _runs(files: Iterable[Path]) -> Iterator[Run | DataError]:
-    for file in files:
-        if file.name == METRICS:
-            yield _tried(file.parent, _of_directory, file.parent)
-            continue
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            yield DataError(f"{file} cannot be read: {first_line(error)}")
-            continue
-        for number, line in enumerate(lines, 1):
-            yield _tried(Path(f"{file}, line {number}"), _of_line, file, line)
-
-
-def _tried(where: Path, read: Any, *arguments: Any) -> Run | DataError:
+@contextmanager
+def _checked(where: Path) -> Iterator[None]:
+    """Turn what a record lacks into a DataError that begins with its place."""
     try:
-        found: Run = read(*arguments)
-        return found
-    except DataError as error:
-        return error
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, OSError) as error:
-        return DataError(f"{where}: not as a run leaves it: {first_line(error)}")
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        raise DataError(f"{where}: not as a run leaves it: {first_line(error)}{missing}") from error
+
+
+def _sources(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
+    """Give the place of each run of a file, and what reads it."""
+    if file.name == METRICS:
+        yield file.parent, partial(_of_directory, file.parent)
+        return
+    with _checked(file):
+        lines = file.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        yield Path(f"{file}, line {number}"), partial(_of_line, file, line)
 
 
 def _of_directory(directory: Path) -> Run:
@@ -178,7 +183,41 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _of_line(file: Path, text: str) -> Run:
+def _of_line(file: Path, text: bytes) -> Run:
     line = json.loads(text)
     rest = (line.get("evaluations", []), line.get("environment", {}), line.get("history", []))
     return Run(file / line["run"], line["config"], line["metrics"], *rest)
+
+
+def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
+    """Write the runs in some places to a file, a line each, without paths of the machine; return their names.
+
+    The file, which is replaced, has what tables and documents are made from, without weights, permutations and masks.
+
+    Raises:
+        ConfigError: the file has another suffix, a run cannot be kept, two have one name, or there is none.
+    """
+    found = collect(places, apart=True)
+    # An absolute path has a name also where the place is ".".
+    names = [Path(os.path.abspath(run.directory)).name for run in found.runs]
+    wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
+    wrong += found.notes
+    wrong += [f"{count} of the runs have the name {name}" for name, count in Counter(names).items() if count > 1]
+    wrong += [] if names else ["no finished run is among them"]
+    if wrong:
+        raise ConfigError(f"--jsonl {file}: {wrong[0]}")
+    runs = sorted(zip(names, found.runs, strict=True), key=lambda one: one[0])
+    write_text(file, "".join(json.dumps({"run": name} | _line(run)) + "\n" for name, run in runs))
+    return sorted(names)
+
+
+def _line(run: Run) -> dict[str, Any]:
+    config, environment = dict(run.config), dict(run.environment)
+    paths = {key: value for key, value in (config.get("paths") or {}).items() if not re.match(_ABSOLUTE, str(value))}
+    config |= {key: None for key in ("runs_dir", "run_dir") if re.match(_ABSOLUTE, str(config.get(key)))}
+    config |= {"paths": paths} if config.get("paths") else {}
+    if "command" in environment:
+        words = [word for word in environment["command"].split() if not re.match(rf"[\w.]*_?dir={_ABSOLUTE}", word)]
+        environment["command"] = " ".join(words)
+    line = {"config": config, "metrics": run.metrics, "evaluations": run.evaluations}
+    return line | {key: value for key, value in (("environment", environment), ("history", run.history)) if value}

@@ -1,22 +1,26 @@
-"""A table as Markdown, CSV, LaTeX or JSON, with changes from a baseline and the paper's numbers beside."""
+"""Tables of runs as text, with changes from a baseline and the paper's numbers beside, and on the terminal."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Printed
 
 from permllm.config import finite
-from permllm.errors import ConfigError
-from permllm.runs.compare import Paired, change, paired
-from permllm.runs.dataframe import number
+from permllm.runs.compare import change, paired
+from permllm.runs.measures import number, patterns_text, result_rows
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import Run
 from permllm.runs.table import Table
+from permllm.runtime.terminal import terminal
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -38,11 +42,11 @@ def as_text(frame: pd.DataFrame, format: str, words: int = 0) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
-def render(table: Table, format: str, baseline: int | None = None, paper: Comparison | None = None) -> str:
-    """Return a table in one of `FORMATS`; other arguments as `cells`."""
+def render(table: Table, format: str, paper: Comparison | None = None) -> str:
+    """Return a table in one of `FORMATS`; `paper` as in `cells`."""
     if format == "json":
-        return as_json(records(table, baseline, paper))
-    return as_text(cells(table, baseline, paper), format, len(table.settings))
+        return as_json(records(table, paper))
+    return as_text(cells(table, paper), format, len(table.settings))
 
 
 def as_json(value: Any) -> str:
@@ -50,36 +54,33 @@ def as_json(value: Any) -> str:
     return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
 
 
-def cells(table: Table, baseline: int | None = None, paper: Comparison | None = None) -> pd.DataFrame:
+def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
     """Return the cells of a table as they are shown, the dense model's row first, where all rows share it.
 
     Args:
-        table: of the runs.
-        baseline: row from which the others' changes in the main measure and the average accuracy are shown.
+        table: of the runs; with a baseline the others' changes in the main measure and the average accuracy are shown.
         paper: puts the published numbers beside ours.
     """
-    rows = range(len(table.rows))
-    found: dict[str, list[str]] = {name: ["", *(table.label(row, name) for row in rows)] for name in table.settings}
+    found: dict[str, list[str]] = {name: ["", *table.labels[name]] for name in table.settings}
     if any(len(members) > 1 for members in table.rows):
         found["seeds"] = ["", *(str(len(members)) for members in table.rows)]
-    main, changes = table.main(), changes_of(table, baseline, paper)
+    main, changes = table.main(), changes_of(table, paper)
     for name in table.measures:
         kind, prefix = table.kinds[name], "" if name == main else f"{name}, "
-        found[table.heading(name)] = [table.shown_dense(name), *(table.shown(row, name) for row in rows)]
-        values = [_published(table, paper, row, name) for row in rows]
+        found[table.heading(name)] = [table.shown_dense(name), *(table.shown(row, name) for row in range(len(table.rows)))]
+        titles = {"ours": "against the baseline"}
+        values = [_published(table, paper, row, name) for row in range(len(table.rows))]
         if paper and any(value is not None for value in values):
             every = [paper.dense(name), *values]
             found[prefix + paper.heading] = ["" if value is None else number(value, kind) for value in every]
             if paper.same_model:
-                ours = table.means.get(name, pd.Series(math.nan, rows)) - pd.Series(values, rows, dtype=float)
-                scale = 100 if kind == "accuracy" else 1
-                found[f"{prefix}difference"] = ["", *("" if math.isnan(one) else f"{one * scale:+.2f}" for one in ours)]
-        titles = {"ours": "against the baseline"}
-        if paper and not paper.same_model and any(value is not None for value in values):
-            titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
+                differences = (table.means[name] - pd.Series(values, dtype=float)) * (100 if kind == "accuracy" else 1)
+                found[f"{prefix}difference"] = ["", *differences.map("{:+.2f}".format, na_action="ignore").fillna("")]
+            else:
+                titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
         for key, title in titles.items() if name in changes else ():
-            each = [one | ({} if key == "ours" else {"interval": None}) for one in changes[name]]
-            found[f"{prefix}{title}"] = ["", *(_change_text(one[key], one["interval"], kind) for one in each)]
+            each = [_change_text(one[key], one["interval"] if key == "ours" else None, kind) for one in changes[name]]
+            found[f"{prefix}{title}"] = ["", *each]
     frame = pd.DataFrame(found)
     if not table.dense:
         return frame.iloc[1:].reset_index(drop=True)
@@ -87,58 +88,52 @@ def cells(table: Table, baseline: int | None = None, paper: Comparison | None = 
     return frame
 
 
-def changes_of(table: Table, baseline: int | None, paper: Comparison | None) -> dict[str, list[dict[str, Any]]]:
-    """Return each row's changes from a baseline in the main measure and the average accuracy, as shares.
+def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[str, Any]]]:
+    """Return each row's changes from the baseline in the main measure and the average accuracy, as shares.
 
     Returns:
         By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the two, where the paper's numbers
         are of another model, so that only changes can be compared. None where there is none.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    names = [name for name in table.measures if name in (table.main(), "average acc")] if baseline is not None else []
-    for name in names:
-        assert baseline is not None
-        start = _published(table, paper, baseline, name)
-        found[name] = []
+    baseline, found = table.baseline, dict[str, list[dict[str, Any]]]()
+    if baseline is None:
+        return found
+    for name in [name for name in table.measures if name in (table.main(), "average acc")]:
+        start, found[name] = _published(table, paper, baseline, name), []
         for row in range(len(table.rows)):
-            ours = None if row == baseline else change(table, row, baseline, name)
-            pair = None if ours is None else paired(table, row, baseline, name)
-            interval = [pair.low, pair.high] if isinstance(pair, Paired) and pair.whole else None
-            value, theirs = _published(table, paper, row, name), None
-            if paper and not paper.same_model and ours is not None and value is not None and start is not None:
-                theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
+            value, ours, theirs, interval = _published(table, paper, row, name), None, None, None
+            if row != baseline and (ours := change(table, row, baseline, name)) is not None:
+                pair = paired(table, row, baseline, name)
+                interval = pair.interval if pair.whole else None
+                if paper and not paper.same_model and value is not None and start is not None:
+                    theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
             difference = None if ours is None or theirs is None else ours - theirs
             found[name].append({"ours": ours, "interval": interval, "paper": theirs, "difference": difference})
     return found
 
 
-def records(table: Table, baseline: int | None = None, paper: Comparison | None = None) -> list[dict[str, Any]]:
-    """Return the rows as plain values; arguments as `cells`."""
-    changes = changes_of(table, baseline, paper)
-    found = []
+def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any]]:
+    """Return the rows as plain values; `paper` as in `cells`."""
+    changes, found = changes_of(table, paper), []
     for row, members in enumerate(table.rows):
+        names = [name for name in table.measures if table.has(row, name)]
+        error = "deviation" if len(members) > 1 else "stderr"
         record: dict[str, Any] = {
             "settings": table.labels.loc[row, table.settings].to_dict(),
             "seeds": [table.runs[run].config["seed"] for run in members],
+            "measures": {
+                name: {"mean": float(table.means.at[row, name]), "deviation": None, "stderr": None}
+                | {error: table.error(row, name), "limited": table.limited(name)}
+                for name in names
+            },
+            "dense": {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()},
         }
-        record["measures"] = {
-            name: {
-                "mean": float(table.means.at[row, name]),
-                "deviation": table.error(row, name) if len(members) > 1 else None,
-                "stderr": table.error(row, name) if len(members) == 1 else None,
-                "limited": table.limited(name),
-            }
-            for name in table.measures
-            if table.has(row, name)
-        }
-        record["dense"] = {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()}
         if paper:
-            values = {name: _published(table, paper, row, name) for name in record["measures"]}
+            values = {name: _published(table, paper, row, name) for name in names}
             record["paper"] = {"from": paper.heading} | {name: value for name, value in values.items() if value is not None}
-        if baseline is not None:
-            record["against_baseline"] = {name: each[row] for name, each in changes.items() if table.has(row, name)}
-        record["runs"] = [str(table.runs[run].directory) for run in members]
-        found.append(record)
+        if table.baseline is not None:
+            record["against_baseline"] = {name: each[row] for name, each in changes.items() if name in names}
+        found.append(record | {"runs": [str(table.runs[run].directory) for run in members]})
     return found
 
 
@@ -147,59 +142,15 @@ def beside(name: str | None, table: Table) -> Comparison | None:
     return Comparison(published(name), sorted({run.config["model"]["name"] for run in table.runs})) if name else None
 
 
-def take_baseline(table: Table, text: str | None) -> int | None:
-    """Return the row that `--baseline` names and measure gaps from it; None where it names none. Errors as `find_row`."""
-    if not text:
-        return None
-    baseline = find_row(table, text, "--baseline")
-    table.close_gaps(baseline)
-    return baseline
-
-
-def find_row(table: Table, text: str, option: str) -> int:
-    """Return the row with some settings, given as `name=value,name=value` after an option.
-
-    Raises:
-        ConfigError: a name is no setting, or not exactly one row has the values.
-    """
-    # A value may be a list: a comma parts settings where a name follows.
-    wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
-    rows = list(range(len(table.rows)))
-    for name, value in wanted.items():
-        present = dict.fromkeys(filter(None, (table.label(row, name) for row in range(len(table.rows)))))
-        if not present:
-            raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(table.settings)}")
-        if value not in present:
-            raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(present)}")
-        rows = [row for row in rows if table.label(row, name) == value]
-    if not rows:
-        raise ConfigError(f"{option} {text}: no row has all of these settings")
-    if len(rows) > 1:
-        differ = [name for name in table.settings if len({table.label(row, name) for row in rows}) > 1]
-        raise ConfigError(
-            f"{option} {text}: {len(rows)} rows have these settings; they differ in {', '.join(differ)}: add one"
-        )
-    return rows[0]
-
-
 def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
     """Return `permllm.runs.compare.comparison` of two rows of these names in one of `FORMATS`."""
     if format == "json":
         return as_json(found)
     lines = []
     for line in found:
-        unit, interval = _unit(line["kind"]), line["interval"]
-        between = "" if interval is None else f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}{unit}"
-        lines.append(
-            (
-                line["measure"],
-                line["first"],
-                line["second"],
-                _change_text(line["difference"], None, line["kind"]),
-                between,
-                line["over"],
-            )
-        )
+        kind, ends = line["kind"], [f"{end * 100:+.1f}" for end in line["interval"] or ()]
+        between, difference = " to ".join(ends) + (_unit(kind) if ends else ""), _change_text(line["difference"], None, kind)
+        lines.append([line["measure"], line["first"], line["second"], difference, between, line["over"]])
     header = ["measure", *names, "difference", "95 % interval", "over"]
     return as_text(pd.DataFrame(lines, columns=header), format, 1)
 
@@ -240,3 +191,57 @@ def _change_text(change: float | None, interval: list[float] | None, kind: str) 
 
 def _unit(kind: str) -> str:
     return " points" if kind in ("accuracy", "share") else "%"
+
+
+def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
+    """Print one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
+    console = console or terminal()
+    table = Printed("", title=escape(metrics["name"]), title_justify="left")
+    for which in ("dense", "sparse"):
+        table.add_column(which, justify="right")
+    for label, *values in result_rows(metrics):
+        table.add_row(escape(label), *values)
+    console.print(table if table.row_count else "nothing was measured")
+    sparsity, seconds, placement = metrics["sparsity"], metrics["seconds"], metrics.get("placement", "device")
+    retained = f"{statistics.fmean(metrics['retained_saliency'].values()):.2%} of the saliency retained"
+    counts = f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations"
+    console.print(f"sparsity  {patterns_text(sparsity)} ({counts}, {retained})")
+    stages = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+    console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
+    memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
+    if (planned := metrics.get("planned_memory_bytes")) is not None:
+        memory += f" ({planned / 1e9:.2f} GB were planned)"
+    console.print(f"memory    {memory}" + (f", model.placement={placement}" if placement != "device" else ""))
+    console.print(f"files     {directory}", soft_wrap=True)
+
+
+def print_comparison(table: Table, console: Console | None = None) -> None:
+    """Print several finished runs: a column for each row of their table, after the dense model's where all share it."""
+    printed = Printed("", title="sparse models", title_justify="left")
+    if table.dense:
+        printed.add_column("dense", justify="right")
+    for row, label in enumerate(table.names()):
+        seeds = f"\n{len(table.rows[row])} seeds" if len(table.rows[row]) > 1 else ""
+        printed.add_column(escape(label) + seeds, justify="right", overflow="fold")
+    for name in table.measures:
+        dense = [table.shown_dense(name)] * bool(table.dense)
+        cells = [table.shown(row, name) or "-" for row in range(len(table.rows))]
+        printed.add_row(escape(table.heading(name)), *dense, *cells)
+    (console or terminal()).print(printed)
+
+
+def print_jobs(jobs: Sequence[tuple[str, str, str]], console: Console | None = None) -> None:
+    """Print what became of the jobs of a sweep, `(label, outcome, directory or reason)`, and how many of each."""
+    console = console or terminal()
+    table = Printed(title="jobs", title_justify="left")
+    for title in ("job", "outcome", "run, or reason"):
+        table.add_column(title, overflow="fold")
+    for job in jobs:
+        table.add_row(*map(escape, job))
+    console.print(table)
+    counts = Counter(outcome for _, outcome, _ in jobs)
+    console.print(", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ran", "skipped", "failed") if counts[outcome]))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from permllm.errors import ConfigError
 from permllm.runs.compare import comparison
-from permllm.runs.kept import keep_runs
-from permllm.runs.read import collect
-from permllm.runs.render import FORMATS, beside, compared, find_row, records, render, take_baseline
+from permllm.runs.read import Collection, collect, keep_runs
+from permllm.runs.render import FORMATS, beside, compared, records, render
 from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
@@ -47,29 +46,26 @@ def work(options: argparse.Namespace) -> Answer:
     if options.jsonl:
         names = keep_runs(options.places, options.jsonl)
         return Answer({"file": str(options.jsonl), "runs": names}, lambda: print(f"{options.jsonl}: {len(names)} runs"))
-    table = table_of(options.places)
-    if options.compare:
-        table.show(options.columns, options.measures)
-        note(table.notes)
-        rows = [find_row(table, text, "--compare") for text in options.compare]
-        differences = comparison(table, *rows)
-        text = compared(differences, options.compare, options.format)
-        return Answer(differences, lambda: print(text, end=""))
-    baseline, paper = take_baseline(table, options.baseline), beside(options.paper, table)
+    table = Table(found_in(options.places).runs, options.baseline)
+    paper = beside(options.paper, table)
     table.show(options.columns, options.measures)
     note([*table.notes, *([paper.note] if paper and paper.note else [])])
+    if options.compare:
+        differences = comparison(table, *(table.find(text, "--compare") for text in options.compare))
+        text = compared(differences, options.compare, options.format)
+        return Answer(differences, lambda: print(text, end=""))
     # Intervals take their time: only what is printed is made.
-    rows_ = records(table, baseline, paper) if options.json else []
-    return Answer(rows_, lambda: print(render(table, options.format, baseline, paper), end=""))
+    lines = records(table, paper) if options.json else []
+    return Answer(lines, lambda: print(render(table, options.format, paper), end=""))
 
 
-def table_of(places: list[Path]) -> Table:
-    """Return the table of the runs in some places; name what is no run on stderr. Raises ConfigError where there is no run."""
+def found_in(places: list[Path]) -> Collection:
+    """Return the runs in some places; name what is no run on stderr. Raises ConfigError where there is no run."""
     found = collect(places)
     note(found.notes)
     if not found.runs:
         raise ConfigError("no finished run is among them")
-    return Table(found.runs)
+    return found
 
 
 def note(lines: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -12,27 +12,44 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.runs.dataframe import DENSE, METHODS, frame_of, is_spare, measures_of, number, setting_text, settings_of, sort_key
-from permllm.runs.measures import Measure
+from permllm.runs.measures import METHODS, Measure, column_names, method_of, number, pruning_minutes, setting_text
 from permllm.runs.read import Run
 
+DENSE = "dense: "
 GAP = "gap closed"
 ZEROS = "zeros"
 _PERPLEXITY = " perplexity ("
+_STATISTICS = "calibration.statistics"
 # What comes with a method, and need not be equal in the row from which a gap is measured.
-_OF_METHODS = {*METHODS, "temperature", "block_size", "calibration.statistics", "inputs.permutation.path"}
+_OF_METHODS = {*METHODS, "temperature", "block_size", _STATISTICS, "inputs.permutation.path"}
+# Settings that others say already: sizes of a model beside its name, paths beside the digests of their files.
+_SPARE = {"inputs", "_target_", "path", "data_files", "architecture", "device", "hub_name", "source", "revision"}
+# Settings that tell two models apart.
+_OF_MODELS = ("model.name", "model.hub_name", "model.revision", "model.architecture", "inputs.model.path")
 # Columns that stand first.
-_FIRST = [
-    "model",
-    "sparsity",
-    "pruner",
-    "permutation",
-    "permutation.constraint",
-    "mask",
-    "reconstruction",
-    "temperature",
-    "block_size",
-]
+_FIRST: tuple[str, ...] = ("model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask", "reconstruction")
+_FIRST += ("temperature", "block_size")
+
+
+def measures_of(runs: list[Run]) -> list[dict[str, Measure]]:
+    """Return the measures of each run by column: those of the sparse model, and after `dense: ` those of the dense one."""
+    named = column_names([key for run in runs for key in (*run.sparse, *run.dense)])
+    return [
+        {named[key]: measure for key, measure in run.sparse.items()}
+        | {f"{DENSE}{named[key]}": measure for key, measure in run.dense.items()}
+        for run in runs
+    ]
+
+
+def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFrame:
+    """Return settings, `seed`, `method`, measures, `minutes` and `directory` of each run."""
+    lines = []
+    for run, found in zip(runs, measures, strict=True):
+        line = {name: value for name, value in run.settings().items() if not _is_spare(name)}
+        line |= {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
+        line |= {name: measure.value for name, measure in found.items()}
+        lines.append(line | {"minutes": pruning_minutes(run.metrics["seconds"]), "directory": str(run.directory)})
+    return pd.DataFrame(lines)
 
 
 class Table:
@@ -40,8 +57,9 @@ class Table:
 
     Attributes:
         runs: the runs.
-        frame: a row a run (`permllm.runs.dataframe`), with the gaps that it closes, and the number of its `row`.
+        frame: a row a run (`frame_of`), with the gaps that it closes, and the number of its `row`.
         rows: for each row the numbers of its runs, which differ only in their seed.
+        baseline: row that others are compared with; None: no one.
         settings: columns of settings that are shown.
         measures: columns of measures that are shown.
         kinds: kind of each measure.
@@ -53,48 +71,37 @@ class Table:
         notes: lines for the reader.
     """
 
-    def __init__(self, runs: list[Run]) -> None:
+    def __init__(self, runs: list[Run], baseline: str | None = None) -> None:
+        """Take some runs; `baseline` names a row as `find` takes it, from which the gaps of its model are measured."""
         self.runs, self._values = runs, measures_of(runs)
         self.frame = frame_of(runs, self._values)
         found = {name: measure for run in self._values for name, measure in run.items() if not name.startswith(DENSE)}
         self.kinds = {name: measure.kind for name, measure in found.items()}
         self.measures = [name for name, measure in found.items() if not measure.asked_for]
-        texts = pd.DataFrame([{key: setting_text(value) for key, value in settings_of(run).items()} for run in runs]).fillna(
-            ""
-        )
-        members: dict[str, list[int]] = {}
-        for run, one in enumerate(runs):
-            key = {name: value for name, value in one.identity.items() if name != "seed"}
-            members.setdefault(json.dumps(key, sort_keys=True, default=str), []).append(run)
-        self.labels = texts.assign(method=self.frame["method"]).iloc[[runs_[0] for runs_ in members.values()]]
+        texts = pd.DataFrame([{key: setting_text(value) for key, value in run.settings().items()} for run in runs])
+        keys = pd.Series([run.key("seed") for run in runs])
+        self.labels = texts.fillna("").assign(method=self.frame["method"])[~keys.duplicated()]
         self.settings = self._varying()
-        keys = self.labels[self.settings].map(sort_key).apply(list, axis=1)
-        order = sorted(range(len(keys)), key=lambda row: keys.iloc[row])
-        self.labels, self.rows = self.labels.iloc[order].reset_index(drop=True), [[*members.values()][row] for row in order]
-        self.frame["row"] = pd.Series({run: row for row, runs_ in enumerate(self.rows) for run in runs_})
+        self.labels = self.labels.sort_values(self.settings, key=lambda column: column.map(_sort_key))
+        self.rows = [[*keys.index[keys == keys[run]]] for run in self.labels.index]
+        self.labels = self.labels.reset_index(drop=True)
+        self.frame["row"] = pd.Series({run: row for row, members in enumerate(self.rows) for run in members})
         self._take_method()
-        self._summarise()
+        self.baseline = self.find(baseline, "--baseline") if baseline else None
+        self.starts, self.gaps = self._starts(), dict[str, list[str]]()
+        of_gaps = self._close_gaps()
+        grouped = self.frame.groupby("row")[[*self.kinds]]
+        whole = grouped.count().eq(grouped.size(), axis=0)
+        self.means, self.deviations = grouped.mean().where(whole), grouped.std().where(whole)
         self.dense = self._shared_dense()
-        configs = [
-            [self.config(row).get(key) or None for key in ("sparsity", "keep_dense", "sparsity_of")] for row in self._range()
-        ]
-        if all(one == configs[0] for one in configs) and self.means[ZEROS].map("{:.2%}".format).nunique() == 1:
+        patterns = [name for name in self.settings if name.startswith(("sparsity", "keep_dense"))]
+        if not patterns and self.means[ZEROS].map("{:.2%}".format).nunique() == 1:
             self.measures.remove(ZEROS)
             del self.kinds[ZEROS]
-        self.notes = self._missing()
-        self.close_gaps()
+        self.notes = self._missing() + of_gaps
 
-    def close_gaps(self, baseline: int | None = None) -> None:
-        """Add the measure `gap closed` (`gap_closed`): of several texts the mean, and a measure of each text.
-
-        Args:
-            baseline: row from which all rows of its model are measured; None: each from the row with the same settings but
-                `permutation=none`, `mask=pruner` and `reconstruction=none`.
-        """
-        self.frame = self.frame.drop(columns=[name for name in self.frame if GAP in name])
-        self.measures = [name for name in self.measures if GAP not in name]
-        self.notes = [note for note in self.notes if not note.startswith(GAP)]
-        self.starts = {row: start for row in self._range() if (start := self._start(row, baseline)) is not None}
+    def _close_gaps(self) -> list[str]:
+        """Add the measure `gap closed` (`gap_closed`), of several texts the mean and a measure of each; return notes."""
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
         closed = pd.DataFrame(np.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
@@ -102,27 +109,51 @@ class Table:
                 one = gap_closed(self.seeds(row, name), self.seeds(start, name), self.seeds(row, f"{DENSE}{name}"))
                 closed.loc[self.rows[row], name] = one.to_numpy()
         closed = closed.dropna(axis=1, how="all")
+        if not len(closed.columns):
+            return []
         common = closed.columns[closed.dropna(how="all").notna().all()]
         # A text that was measured in two ways counts once.
         shared = [*{name.partition(_PERPLEXITY)[0]: name for name in common}.values()]
-        each = {gap_of(name): [name] for name in closed} if len(closed.columns) > 1 else {}
+        several = len(closed.columns) > 1
+        each = {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed} if several else {}
         self.gaps = ({GAP: shared} if shared else {}) | each
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
             self.kinds[gap] = "share"
-        if len(closed.columns):
-            last = self.measures.index(closed.columns[-1]) + 1
-            self.measures[last:last] = [*self.gaps]
-        if each:
+        last = self.measures.index(closed.columns[-1]) + 1
+        self.measures[last:last] = [*self.gaps]
+        notes = []
+        if several:
             mean = f"the mean over {', '.join(shared)}" if shared else "no text is in all rows, so that each stands alone"
-            self.notes.append(f"{GAP}: {mean}")
+            notes.append(f"{GAP}: {mean}")
         pruners = sorted({self.label(row, "pruner") for row in self.starts})
-        if len(pruners) > 1 and baseline is None and self.gaps:
-            own = (
-                f"from each pruner's own model without a permutation, so that those of {' and '.join(pruners)} do not compare"
-            )
-            self.notes.append(f"{GAP}: measured {own}; --baseline names one row for all")
-        self._summarise()
+        if len(pruners) > 1 and self.baseline is None:
+            own = f"each pruner's own model without a permutation, so that those of {' and '.join(pruners)} do not compare"
+            notes.append(f"{GAP}: measured from {own}; --baseline names one row for all")
+        return notes
+
+    def find(self, text: str, option: str) -> int:
+        """Return the row with some settings, given as `name=value,name=value` after an option.
+
+        Raises:
+            ConfigError: a name is no setting, or not exactly one row has the values.
+        """
+        # A value may be a list: a comma parts settings where a name follows.
+        wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
+        rows = [*self.labels.index]
+        for name, value in wanted.items():
+            present = dict.fromkeys(filter(None, (self.label(row, name) for row in self.labels.index)))
+            if not present:
+                raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(self.settings)}")
+            if value not in present:
+                raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(present)}")
+            rows = [row for row in rows if self.label(row, name) == value]
+        if not rows:
+            raise ConfigError(f"{option} {text}: no row has all of these settings")
+        if len(rows) > 1:
+            differ = ", ".join(name for name in self.settings if self.labels.loc[rows, name].nunique() > 1)
+            raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings; they differ in {differ}: add one")
+        return rows[0]
 
     def label(self, row: int, name: str) -> str:
         """Return the value of a setting of a row as it is typed; empty where the row has no such setting."""
@@ -149,8 +180,7 @@ class Table:
         """Return the deviation over the seeds of a row, or the standard error of its only run; None where it is not known."""
         if len(self.rows[row]) > 1:
             return float(self.deviations.at[row, name])
-        value = self.value(self.rows[row][0], name)
-        return value.stderr if value else None
+        return value.stderr if (value := self.value(self.rows[row][0], name)) else None
 
     def shown(self, row: int, name: str) -> str:
         """Return the mean of a measure with its error; empty where the row lacks it."""
@@ -163,8 +193,7 @@ class Table:
 
     def limited(self, name: str) -> bool:
         """Tell whether some value of an accuracy is of a part of the items."""
-        values = [run[name] for run in self._values if name in run]
-        return self.kinds[name] in ("accuracy", "number") and any(value.limited for value in values)
+        return self.kinds[name] in ("accuracy", "number") and any(run[name].limited for run in self._values if name in run)
 
     def heading(self, name: str) -> str:
         """Return a measure's name, with a word where it is of a part of the items."""
@@ -201,12 +230,14 @@ class Table:
         The perplexity that all rows have; of several their mean gap, if all gaps have one start. Otherwise the average
         accuracy, otherwise the first accuracy; where rows share nothing, the first perplexity or accuracy.
         """
-        perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
-        accuracies = [name for name in self.measures if self.kinds[name] == "accuracy"]
+        perplexities, accuracies = (
+            [name for name in self.measures if self.kinds[name] == kind] for kind in ("perplexity", "accuracy")
+        )
+        shared = [name for name in self.means if self.means[name].notna().all()]
+        if GAP in self.measures and len({*perplexities} & {*shared}) > 1 and self.one_start():
+            return GAP
         every = [*perplexities, *sorted(accuracies, key=lambda name: not name.startswith("average acc"))]
-        shared = [name for name in every if self.means[name].notna().all()]
-        several = len([name for name in shared if name in perplexities]) > 1
-        return next(iter([GAP] * (several and GAP in self.measures and self.one_start()) + shared + every), None)
+        return next((name for name in every if name in shared), every[0] if every else None)
 
     def one_start(self) -> bool:
         """Tell whether the gaps of all rows of a model and a pattern are measured from one row."""
@@ -215,24 +246,20 @@ class Table:
 
     def names(self) -> list[str]:
         """Return a short name for each row: its method, and what is unusual in it."""
-        few = len(self.settings) <= 3
         names = []
-        for row in self._range():
+        for row in self.labels.index:
             parts = []
             # A name that is cut short can spare the calibration.
             for name in sorted(self.settings, key=lambda name: name.startswith("calibration.")):
                 value, group = self.label(row, name), name.partition(".")[0]
-                alike = (
-                    self.labels[self.labels[group] == self.label(row, group)]
-                    if group in self.labels and name != group
-                    else self.labels
-                )
-                usual = METHODS.get(name, "") if name in ("mask", "reconstruction") else ""
                 if name in ("method", "model", "sparsity", "pruner", *METHODS):
-                    parts += [value] if value != usual else []
-                elif value and (few or value != Counter(alike[name]).most_common(1)[0][0]):
+                    parts += [value] if name == "permutation" or value != METHODS.get(name) else []
+                    continue
+                of_group = group in self.labels and name != group
+                alike = self.labels[self.labels[group] == self.label(row, group)] if of_group else self.labels
+                if value and (len(self.settings) <= 3 or value != Counter(alike[name]).most_common(1)[0][0]):
                     parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
-            names.append(", ".join(parts) or self.runs[self.rows[row][0]].metrics["name"])
+            names.append(", ".join(filter(None, parts)) or self.runs[self.rows[row][0]].metrics["name"])
         return names
 
     def fastest(self, row: int) -> int:
@@ -241,26 +268,20 @@ class Table:
 
     def memory(self, row: int) -> int:
         """Return the largest peak of memory in bytes of the runs whose products have the format of the fastest run."""
-        like = self.runs[self.fastest(row)].metrics.get("compute_dtype")
-        runs = [self.runs[run].metrics for run in self.rows[row]]
-        return max(int(metrics["peak_memory_bytes"]) for metrics in runs if metrics.get("compute_dtype") == like)
+        alike = [run for run in self.rows[row] if self._format(run) == self._format(self.fastest(row))]
+        return max(int(self.runs[run].metrics["peak_memory_bytes"]) for run in alike)
+
+    def _format(self, run: int) -> str:
+        return str(self.runs[run].metrics.get("compute_dtype"))
 
     def learned_elsewhere(self, row: int) -> bool:
         """Tell whether a row's permutation is another run's, so that its own minutes say nothing."""
-        return bool(self.config(row)["permutation"]["name"] == "from_file")
-
-    def _range(self) -> range:
-        return range(len(self.rows))
-
-    def _summarise(self) -> None:
-        grouped = self.frame.groupby("row")[[name for name in self.kinds if name in self.frame]]
-        whole = grouped.count().eq(grouped.size(), axis=0)
-        self.means, self.deviations = grouped.mean().where(whole), grouped.std().where(whole)
+        return self.label(row, "permutation") == "from_file"
 
     def _varying(self) -> list[str]:
         """Return settings that have several values in the rows, and others where these do not tell two rows apart."""
         texts = self.labels.drop(columns="method")
-        usual = [name for name in texts if not is_spare(name)]
+        usual = [name for name in texts if not _is_spare(name)]
         varying = [name for name in usual if texts[name][texts[name] != ""].nunique() > 1]
         # A table always tells which linears have another pattern.
         varying += [name for name in usual if name.startswith(("keep_dense", "sparsity_of")) and texts[name].nunique() > 1]
@@ -288,40 +309,38 @@ class Table:
         return found
 
     def _missing(self) -> list[str]:
-        notes = []
-        for row in self._range():
-            where = ", ".join(filter(None, self.labels.loc[row, self.settings]))
-            formats = sorted({str(self.runs[run].metrics.get("compute_dtype")) for run in self.rows[row]})
-            notes += [f"{where}: products of the seeds are in {' and '.join(formats)}"] if len(formats) > 1 else []
-            some = self.frame.loc[self.rows[row], self.measures].notna()
+        notes, own = [], [name for name in self.measures if name not in self.gaps]
+        for row, members in enumerate(self.rows):
+            some = self.frame.loc[members, own].notna()
             missing = some.columns[some.any() & ~some.all()]
-            notes += (
-                [f"{', '.join(missing)}: left out of {where}: some of its {len(some)} seeds lack it"] if len(missing) else []
-            )
-        lacking = [name for name in self.measures if self.kinds[name] == "perplexity" and self.means[name].isna().any()]
+            where = ", ".join(filter(None, self.labels.loc[row, self.settings]))
+            if len(formats := sorted({self._format(run) for run in members})) > 1:
+                notes.append(f"{where}: products of the seeds are in {' and '.join(formats)}")
+            if len(missing):
+                notes.append(f"{', '.join(missing)}: left out of {where}: some of its {len(some)} seeds lack it")
+        lacking = [name for name in own if self.kinds[name] == "perplexity" and self.means[name].isna().any()]
         return notes + ([f"some rows lack {', '.join(lacking)}"] if lacking else [])
 
+    def _starts(self) -> dict[int, int]:
+        """Return by row the row from which its gap is measured: of several the one of the same statistics."""
+        if self.baseline is not None:
+            return {row: self.baseline for row in self.labels.index if self._model(row) == self._model(self.baseline)}
+        found, beside = {}, [self._beside_methods(row) for row in self.labels.index]
+        for row in self.labels.index:
+            like = [other for other in self.labels.index if beside[other] == beside[row]]
+            plain = [other for other in like if method_of(self.config(other)) == "none"]
+            same = [other for other in plain if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)]
+            if plain:
+                found[row] = row if row in plain else (same or plain)[0]
+        return found
+
     def _model(self, row: int) -> str:
-        config = self.config(row)
-        facts = {key: config["model"].get(key) for key in ("name", "hub_name", "revision", "architecture")}
-        return json.dumps([facts, (config.get("inputs") or {}).get("model.path")], sort_keys=True)
+        run = self.runs[self.rows[row][0]]
+        return run.key(*(name for name in run.identity if not name.startswith(_OF_MODELS)))
 
-    def _start(self, row: int, baseline: int | None) -> int | None:
-        """Return the row from which a row's gap is measured: of several the one of the same statistics."""
-        if baseline is not None:
-            return baseline if self._model(baseline) == self._model(row) else None
-        beside = [self._beside_methods(other) for other in self._range()]
-        rows = [other for other in self._range() if self._unpermuted(other) and beside[other] == beside[row]]
-        statistics = self.label(row, "calibration.statistics")
-        rows.sort(key=lambda other: (other != row, self.label(other, "calibration.statistics") != statistics))
-        return next(iter(rows), None)
-
-    def _unpermuted(self, row: int) -> bool:
-        return all((self.config(row).get(group) or {}).get("name", usual) == usual for group, usual in METHODS.items())
-
-    def _beside_methods(self, row: int) -> dict[str, Any]:
-        flat = self.runs[self.rows[row][0]].identity
-        return {key: v for key, v in flat.items() if key != "seed" and not {key, key.split(".")[0]} & _OF_METHODS}
+    def _beside_methods(self, row: int) -> str:
+        run = self.runs[self.rows[row][0]]
+        return run.key("seed", *(name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS))
 
 
 def gap_closed(here: pd.Series, start: pd.Series, end: pd.Series) -> pd.Series:
@@ -345,16 +364,18 @@ def gap_closed(here: pd.Series, start: pd.Series, end: pd.Series) -> pd.Series:
     return closed if np.isfinite(closed).all() else closed * math.nan
 
 
-def gap_of(name: str) -> str:
-    """Return the measure of the gap on one text alone, by the name of the perplexity."""
-    return name.replace(_PERPLEXITY, f" {GAP} (", 1)
-
-
 def _ranked(names: Iterable[str]) -> list[str]:
-    rank = {name: place for place, name in enumerate(_FIRST)}
-    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
+    return sorted(names, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
 
 
-def summarise(runs: list[Run]) -> Table:
-    """Return the table of some runs."""
-    return Table(runs)
+def _is_spare(name: str) -> bool:
+    """Tell whether a setting says nothing that others do not say."""
+    return not _SPARE.isdisjoint(name.split("."))
+
+
+def _sort_key(text: str) -> tuple[int, float, str]:
+    """Return the key by which settings are sorted: `none` first, then numbers, then words."""
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (-1, 0.0, "") if text == "none" else (1, 0.0, text)

@@ -12,9 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from permllm.cli import call
-from permllm.runs.compare import Paired, change, paired
+from permllm.runs.compare import change, paired
 from permllm.runs.read import collect
-from permllm.runs.render import find_row
 from permllm.runs.table import Table
 from tests.kept import evaluation, make_run
 
@@ -36,7 +35,7 @@ def scored(folder: Path, nats: Numbers, tasks: dict[str, Numbers], **settings: A
 
 def rows_of(folder: Path) -> tuple[Table, int, int]:
     table = Table(collect([folder]).runs)
-    return table, *(find_row(table, f"permutation={name}", "--compare") for name in ("lcp", "none"))
+    return table, *(table.find(f"permutation={name}", "--compare") for name in ("lcp", "none"))
 
 
 def percentile_interval(difference: Numbers) -> tuple[float, float]:
@@ -60,8 +59,8 @@ def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
     samples = {PERPLEXITY: ours[0] - theirs[0]} | {f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS}
     for name, difference in samples.items():
         found = paired(*table, name)
-        assert isinstance(found, Paired)
-        values = [found.value, found.low, found.high]
+        assert found.interval
+        values = [found.value, *found.interval]
         if name == PERPLEXITY:
             values = [math.log1p(value) for value in values]
         low, high = percentile_interval(difference)
@@ -75,11 +74,11 @@ def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
 def test_the_items_of_each_task_are_resampled_on_their_own(two: Any) -> None:
     folder, ours, theirs = two
     found = paired(*rows_of(folder), "average acc")
-    assert isinstance(found, Paired)
+    assert found.interval
     parts = [ours[1][task] - theirs[1][task] for task in TASKS]
     assert found.value == pytest.approx(np.mean([part.mean() for part in parts]), abs=1e-12)
     error = math.sqrt(sum(part.var() / len(part) for part in parts)) / len(parts)
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.05)
+    assert (found.interval[1] - found.interval[0]) / 2 == pytest.approx(1.96 * error, rel=0.05)
     assert found.over == "190 items"
 
 
@@ -91,16 +90,16 @@ def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
         scored(tmp_path / f"none{seed}", *theirs, permutation="none", seed=seed)
         differences.append(ours[0] - theirs[0])
     found = paired(*rows_of(tmp_path), PERPLEXITY)
-    assert isinstance(found, Paired)
+    assert found.interval
     mean = np.mean(differences, axis=0)
     assert math.log1p(found.value) == pytest.approx(mean.mean(), abs=1e-12)
-    half = (math.log1p(found.high) - math.log1p(found.low)) / 2
+    half = (math.log1p(found.interval[1]) - math.log1p(found.interval[0])) / 2
     assert half == pytest.approx(1.96 * mean.std() / math.sqrt(len(mean)), rel=0.1)
     assert (found.over, found.whole) == ("60 windows, seeds 0, 1, 2", True)
     # Nothing is taken of a seed that only one of the two rows has.
     scored(tmp_path / "lcp3", *drawn(13), seed=3)
     part = paired(*rows_of(tmp_path), PERPLEXITY)
-    assert isinstance(part, Paired)
+    assert part.interval
     assert (part.value, part.over, part.whole) == (found.value, "60 windows, seeds 0, 1, 2 alone", False)
 
 
@@ -145,10 +144,10 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
     resampled = np.array([mean_gap(generator) for _ in range(3000)])
     for other, value, column in (("none", gap, 0), ("heuristic", difference, 1)):
         found = paired(table, rows["lcp"], rows[other], "gap closed")
-        assert isinstance(found, Paired)
+        assert found.interval
         low, high = np.quantile(resampled[:, column], [0.025, 0.975])
         assert found.value == pytest.approx(value, abs=1e-12)
-        assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+        assert found.interval == pytest.approx([low, high], abs=0.06 * (high - low))
         assert (found.over, found.whole) == ("96 windows of 3 texts, seeds 0, 1", True)
 
 
@@ -174,7 +173,7 @@ def test_what_is_not_the_same_has_no_interval(
         config = (other / "config.yaml").read_text()
         (other / "config.yaml").write_text(config.replace("name: smollm2-135m\n", "name: another\n"))
     file.write_text(json.dumps(content))
-    assert paired(*rows_of(tmp_path), PERPLEXITY) == reason
+    assert paired(*rows_of(tmp_path), PERPLEXITY).over == reason
     assert call("results", [str(tmp_path), "--baseline", "permutation=none"]) == 0
     printed = capsys.readouterr()
     assert "% [" not in printed.out

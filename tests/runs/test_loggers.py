@@ -19,7 +19,6 @@ from wandb.errors import AuthenticationError
 from permllm import job
 from permllm.config import read_config
 from permllm.errors import ConfigError
-from permllm.runs.figures import flat_figures
 from permllm.runs.loggers import (
     LOGGED,
     WANDB_ID,
@@ -29,6 +28,7 @@ from permllm.runs.loggers import (
     described,
     open_logger,
 )
+from permllm.runs.measures import flat_figures
 from tests.conftest import run_command, run_module
 from tests.test_config import composed
 

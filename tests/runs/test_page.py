@@ -18,23 +18,18 @@ from safetensors.numpy import save_file
 
 from permllm.cli import call
 from permllm.errors import ConfigError
-from permllm.runs import wandb_report
 from permllm.runs.plots import permutations, plot_masks, points, read_mask
 from permllm.runs.read import collect
+from permllm.runs.report_command import as_run
 from permllm.runs.table import Table
 from tests.conftest import ROOT
 from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
 
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ERRANDS = ("background-networking", "component-update", "sync")
 # No window, no sandbox (containers have none), and none of the browser's own errands.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+ARGUMENTS = [f"--{word}" for word in ("no-sandbox", "disable-gpu", *(f"disable-{name}" for name in ERRANDS))]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -101,10 +96,8 @@ def test_masks_and_permutations_are_those_of_the_run(tmp_path: Path) -> None:
     assert (read_mask(tmp_path / "a" / "masks.safetensors", "model.layers.3.mlp.down_proj") == [*masks.values()][3]).all()
     table = table_of(tmp_path)
     plot_masks(table, tmp_path / "masks.svg")
-    assert (
-        "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
-        in (tmp_path / "masks.svg").read_text()
-    )
+    caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
+    assert caption in (tmp_path / "masks.svg").read_text()
     with pytest.raises(ConfigError, match="has no such mask"):
         plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
 
@@ -176,12 +169,8 @@ def column(page: Any, name: str) -> list[str]:
 def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> None:
     for number, permutation in enumerate(("none", "heuristic", "lcp")):
         for size in (32, 64, 128):
-            make_run(
-                tmp_path / "runs" / f"{permutation}{size}",
-                100.0 - 30 * number + size / 16,
-                permutation=permutation,
-                block_size=size,
-            )
+            folder, perplexity = tmp_path / "runs" / f"{permutation}{size}", 100.0 - 30 * number + size / 16
+            make_run(folder, perplexity, permutation=permutation, block_size=size)
     make_run(tmp_path / "runs" / "infinite", float("inf"), block_size=512)
     with Opened(browser, tmp_path / "runs") as page:
         header = page.locator("#table thead th").filter(has_text=PERPLEXITY).get_by_role("button")
@@ -295,4 +284,4 @@ def test_publishing_saves_a_report_with_the_table_and_results_over_minutes(
     assert report.blocks[1].text in printed
     assert [panel.y for panel in report.blocks[3].panels] == ["nats_above_dense", "perplexity/sparse/wikitext2/value"]
     assert re.search("run0", str(report.blocks[3].runsets[0].filters))
-    assert wandb_report.as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0
+    assert as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0

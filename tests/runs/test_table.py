@@ -15,10 +15,9 @@ from rich.console import Console
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.runs import frame
-from permllm.runs.printed import print_comparison, print_run
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
-from permllm.runs.render import cells, find_row, records, render, take_baseline
+from permllm.runs.render import cells, print_comparison, print_run, records, render
 from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
 from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
@@ -26,8 +25,8 @@ from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, re
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 
 
-def table_of(*folders: Path) -> Table:
-    return Table(collect(folders).runs)
+def table_of(folder: Path, baseline: str | None = None) -> Table:
+    return Table(collect([folder]).runs, baseline)
 
 
 def shown(folder: Path) -> list[list[str]]:
@@ -60,12 +59,9 @@ def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(tmp_path: P
 def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
     for revision, value in (("a", 20.0), ("b", 30.0)):
         make_run(tmp_path / revision, value, model="mine", inputs={"calibration.data_files": revision * 20})
-    assert [row[:2] for row in shown(tmp_path)] == [
-        ["calibration.data_files (digest)", PERPLEXITY],
-        ["dense", "10.00"],
-        ["aaaaaaaa", "20.00"],
-        ["bbbbbbbb", "30.00"],
-    ]
+    found = [row[:2] for row in shown(tmp_path)]
+    assert found[0] == ["calibration.data_files (digest)", PERPLEXITY]
+    assert found[1:] == [["dense", "10.00"], ["aaaaaaaa", "20.00"], ["bbbbbbbb", "30.00"]]
 
 
 def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None:
@@ -82,7 +78,7 @@ def test_a_method_that_was_typed_stands_for_its_settings_where_it_tells_rows_apa
     make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
     assert shown(tmp_path)[0][:2] == ["method", PERPLEXITY]
     table = table_of(tmp_path)
-    assert find_row(table, "method=wanda", "--baseline") == find_row(table, "permutation=none,mask=pruner", "--baseline")
+    assert table.find("method=wanda", "--baseline") == table.find("permutation=none,mask=pruner", "--baseline")
     make_run(tmp_path / "c", 19.0, method="masks", mask={"name": "score", "steps": 20})
     assert "method" not in shown(tmp_path)[0]
     table.show("permutation", "perplexity, acc_norm")
@@ -119,13 +115,9 @@ def test_evaluations_of_one_name_have_columns_of_their_own(tmp_path: Path) -> No
 def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
     make_run(tmp_path / "none", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
-    table = table_of(tmp_path)
-    found = cells(table, take_baseline(table, "permutation=none"))
-    assert dict(zip(found["permutation"], found["against the baseline"], strict=True)) == {
-        "dense": "",
-        "none": "",
-        "lcp": "-50.0%",
-    }
+    found = cells(table_of(tmp_path, "permutation=none"))
+    changes = dict(zip(found["permutation"], found["against the baseline"], strict=True))
+    assert changes == {"dense": "", "none": "", "lcp": "-50.0%"}
     make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
     for text, message in {
         "block=3": "block is no column; valid are pruner, permutation",
@@ -134,7 +126,7 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
         "permutation=none,pruner=ria": "no row has all of these settings",
     }.items():
         with pytest.raises(ConfigError, match=f"--baseline {text}: {message}"):
-            find_row(table_of(tmp_path), text, "--baseline")
+            table_of(tmp_path).find(text, "--baseline")
 
 
 def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,12 +180,12 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     table = table_of(tmp_path)
     start, here = (math.log(40) + math.log(50)) / 2, (math.log(20) + math.log(24)) / 2
     whole = start - math.log(10)
-    row = find_row(table, "permutation=lcp", "--baseline")
+    row = table.find("permutation=lcp", "--baseline")
     assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
     # Each seed has its own distance from the unpermuted model.
     own = [math.log(40 / 20) / whole, math.log(50 / 24) / whole]
     assert table.deviations.at[row, "gap closed"] == pytest.approx(abs(own[0] - own[1]) / math.sqrt(2))
-    mask = find_row(table, "mask=score", "--baseline")
+    mask = table.find("mask=score", "--baseline")
     assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
     assert table.measures[:2] == [PERPLEXITY, "gap closed"]
 
@@ -206,9 +198,7 @@ def test_a_baseline_is_of_the_same_settings_and_the_same_statistics_where_there_
     make_run(tmp_path / "kept", 12.0, keep_dense=["0"])
     make_run(tmp_path / "another text", 12.0, inputs={"calibration.data_files": "digest"})
     table = table_of(tmp_path)
-    found = {
-        table.runs[members[0]].directory.name: table.means.at[row, "gap closed"] for row, members in enumerate(table.rows)
-    }
+    found = {table.runs[runs[0]].directory.name: table.means.at[row, "gap closed"] for row, runs in enumerate(table.rows)}
     expected = {"heuristic sequential": math.log(2) / math.log(4), "heuristic dense": math.log(4) / math.log(8)}
     expected |= {"none sequential": 0.0, "none dense": 0.0, "kept": math.nan, "another text": math.nan}
     assert found == pytest.approx(expected, nan_ok=True)
@@ -219,10 +209,10 @@ def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path)
     make_run(tmp_path / "a", 40.0, permutation="heuristic")
     make_run(tmp_path / "b", 20.0)
     make_run(tmp_path / "c", 20.0, permutation="other", model="another")
-    table = table_of(tmp_path)
-    assert "gap closed" not in table.measures
-    take_baseline(table, "permutation=heuristic")
-    assert gaps(table) == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
+    assert "gap closed" not in table_of(tmp_path).measures
+    assert gaps(table_of(tmp_path, "permutation=heuristic")) == pytest.approx(
+        {"heuristic": 0.0, "lcp": math.log(2) / math.log(4)}
+    )
     make_run(tmp_path / "d" / "none", 9.9, permutation="none")  # better than the dense model
     make_run(tmp_path / "d" / "lcp", 10.1)
     assert gaps(table_of(tmp_path / "d")) == {}
@@ -239,7 +229,7 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     assert table.main() == "gap closed"
     names = [f"{text} gap closed (window 2048)" for text in ("wikitext2", "c4")]
     assert table.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *names]
-    assert table.means.loc[find_row(table, "permutation=lcp", ""), names].tolist() == pytest.approx(alone)
+    assert table.means.loc[table.find("permutation=lcp", ""), names].tolist() == pytest.approx(alone)
     assert table.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
     make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
     table = table_of(tmp_path)
@@ -259,7 +249,7 @@ def test_every_published_number_is_found_by_its_table() -> None:
 def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 9.5, model="llama-2-7b")
     make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
-    found = cells(table_of(tmp_path), None, Comparison(published("table6"), "llama-2-7b")).iloc[1:]
+    found = cells(table_of(tmp_path), Comparison(published("table6"), "llama-2-7b")).iloc[1:]
     expected = {row.setting: row.value for row in published("6") if row.metric == "wikitext2_ppl"}
     for size, theirs, ours, difference in zip(
         *(found[name] for name in ("block_size", "paper, llama-2-7b", PERPLEXITY, "difference")), strict=True
@@ -273,23 +263,17 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.Cap
 def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 50.0, block_size=32)
     make_run(tmp_path / "b", 40.0, block_size=64)
-    table = table_of(tmp_path)
-    paper = Comparison(published("table6"), "smollm2-135m")
+    table, paper = table_of(tmp_path, "block_size=32"), Comparison(published("table6"), "smollm2-135m")
     assert "llama-2-7b" in paper.note
-    baseline = take_baseline(table, "block_size=32")
-    row = cells(table, baseline, paper).iloc[2]
+    row = cells(table, paper).iloc[2]
     theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
     change = theirs["block_size=64"] / theirs["block_size=32"] - 1
     assert row["against the baseline"] == "-20.0%"
     assert row["paper, against its baseline"] == f"{change * 100:+.1f}%"
     assert row["difference of the changes"] == f"{(-0.2 - change) * 100:+.1f}%"
-    found = records(table, baseline, paper)[1]["against_baseline"][PERPLEXITY]
-    assert found == {
-        "ours": pytest.approx(-0.2),
-        "interval": None,
-        "paper": change,
-        "difference": pytest.approx(-0.2 - change),
-    }
+    found = records(table, paper)[1]["against_baseline"][PERPLEXITY]
+    assert (found["interval"], found["paper"]) == (None, change)
+    assert (found["ours"], found["difference"]) == pytest.approx((-0.2, -0.2 - change))
 
 
 def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone() -> None:
@@ -321,8 +305,7 @@ def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
 
 def test_no_column_has_the_name_of_another() -> None:
     for name in ("table1", "table2"):
-        table = table_of(THREE_RUNS)
-        found = cells(table, take_baseline(table, "permutation=none"), Comparison(published(name), "smollm2-135m"))
+        found = cells(table_of(THREE_RUNS, "permutation=none"), Comparison(published(name), "smollm2-135m"))
         assert found.columns.is_unique
 
 
@@ -361,45 +344,33 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
         assert message in capsys.readouterr().err
 
 
-def broken(name: str, change: Any) -> dict[str, Any]:
-    line = record(seed=1)
-    part = line
-    *path, key = name.split(".")
-    for one in path:
-        part = part[one]
-    part[key] = change
-    return line
-
-
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("name", "change", "said"),
     [
-        (broken("metrics.schema_version", 2), "schema_version=2: expected 3"),
-        (broken("metrics.status", "running"), "not finished (status 'running'); the same command continues it"),
-        (broken("metrics.sparsity", {}), "not as a run leaves it: 'of_model' is missing"),
-        (broken("metrics.retained_saliency", {}), "not as a run leaves it: "),
-        (broken("metrics.output_error", {"a": "x"}), "not as a run leaves it: "),
-        (broken("config.model", None), "not as a run leaves it: "),
-        (broken("config.seed", [1]), "not as a run leaves it: "),
-        (broken("evaluations", [{"evaluation": {}, "evaluation_hash": "0", "perplexity": 3}]), "not as a run leaves it: "),
+        ("metrics.schema_version", 2, "schema_version=2: expected 3"),
+        ("metrics.status", "running", "not finished (status 'running'); the same command continues it"),
+        ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
+        ("metrics.retained_saliency", {}, "not as a run leaves it: "),
+        ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
+        ("config.model", None, "not as a run leaves it: "),
+        ("config.seed", [1], "not as a run leaves it: "),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
-    line: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, change: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    as_folder(record(), tmp_path / "folders" / "good")
-    as_folder(line, tmp_path / "folders" / "bad")
-    (tmp_path / "kept.jsonl").write_text(
-        "".join(json.dumps(one) + "\n" for one in (record() | {"run": "good"}, line | {"run": "bad"}))
-    )
-    for place, where in (
-        (tmp_path / "folders", tmp_path / "folders" / "bad"),
-        (tmp_path / "kept.jsonl", tmp_path / "kept.jsonl" / "bad"),
-    ):
+    part, key = name.split(".")
+    line = record(seed=1)
+    line[part][key] = change
+    folders, kept = tmp_path / "folders", tmp_path / "kept.jsonl"
+    as_folder(record(), folders / "good")
+    as_folder(line, folders / "bad")
+    kept.write_text("".join(json.dumps(one) + "\n" for one in (record() | {"run": "good"}, line | {"run": "bad"})))
+    for place in (folders, kept):
         assert call("results", [str(place), "--format", "json"]) == 0
         printed = capsys.readouterr()
         assert [Path(run).name for row in json.loads(printed.out) for run in row["runs"]] == ["good"]
-        assert printed.err.startswith(f"note: skipped {where}: {said}")
+        assert printed.err.startswith(f"note: skipped {place / 'bad'}: {said}")
         assert printed.err.count("\n") == 1
 
 
@@ -445,10 +416,8 @@ def test_the_runs_of_a_sweep_are_those_of_its_jobs(tmp_path: Path, capsys: pytes
 
 def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
     for seed in range(3):
-        tasks = None if seed == 1 else {"rte": 0.5}
-        make_run(
-            tmp_path / str(seed), 0.0, evaluation({"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}}, tasks), seed=seed
-        )
+        texts, tasks = {"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}}, None if seed == 1 else {"rte": 0.5}
+        make_run(tmp_path / str(seed), 0.0, evaluation(texts, tasks), seed=seed)
     table = table_of(tmp_path)
     assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"
     assert table.notes == ["rte acc: left out of wanda, lcp: some of its 3 seeds lack it"]
