@@ -116,7 +116,7 @@ def record(
     }
     metrics |= {key: found[0][key] for key in ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")}
     metrics |= {key: changed.pop(key) for key in [*changed] if key in metrics and key != "sparsity"}
-    history = [{"pass": epoch, "loss": 1.5 / epoch, "measured_loss": None, "temperature": 1 / epoch} for epoch in (1, 2)]
+    history = [{"epoch": epoch, "loss": 1.5 / epoch, "measured_loss": None, "temperature": 1 / epoch} for epoch in (1, 2)]
     return {"run": config["name"], "config": config | changed, "metrics": metrics, "evaluations": [*found], "history": history}
 
 

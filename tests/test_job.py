@@ -81,9 +81,9 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
 def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
     _, directory = run(tmp_path, "permutation.epochs=5")
     lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    assert [line["pass"] for line in lines] == list(range(1, 6))
+    assert [line["epoch"] for line in lines] == list(range(1, 6))
     learned = {"loss", "measured_loss", "temperature", "flips", "step_seconds", "peak_memory_bytes"}
-    assert set(lines[0]) == learned | {"pass", "first_layer", "last_layer"}
+    assert set(lines[0]) == learned | {"epoch", "first_layer", "last_layer"}
     environment = read_json(directory / "environment.json")
     assert {"versions", "git", "hardware", "seed", "command", "started"} == set(environment)
     assert yaml.safe_load((directory / "config.yaml").read_text())["sparsity"] == "2:4"

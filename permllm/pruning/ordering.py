@@ -221,7 +221,7 @@ def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] 
     """Have the job's record and logger learn of the steps and epochs of what learns, after those of what learned before."""
     problem.on_step = lambda step, values: job.logger.log(values, steps + step)
     epochs = _Epochs(job.record, job.logger, earlier)
-    problem.on_pass, problem.on_resume = epochs.add, epochs.resume
+    problem.on_epoch, problem.on_resume = epochs.add, epochs.resume
 
 
 class _Epochs:
@@ -234,8 +234,8 @@ class _Epochs:
         lines, logged = [*self._earlier, *epochs], len(self._record.history)
         self._record.write_history(lines)
         for number, values in enumerate(lines[logged:], logged + 1):  # the process before ended between checkpoint and history
-            self._logger.log_pass(values, number)
+            self._logger.log_epoch(values, number)
 
     def add(self, values: dict[str, Any]) -> None:
         self._record.write_history([*self._record.history, values])
-        self._logger.log_pass(values, len(self._record.history))
+        self._logger.log_epoch(values, len(self._record.history))

@@ -41,9 +41,9 @@ class RunLogger:
         """Log one training step; steps count from 0 over all epochs and windows."""
         self._send("lcp", values, step)
 
-    def log_pass(self, values: Mapping[str, Any], number: int) -> None:
+    def log_epoch(self, values: Mapping[str, Any], number: int) -> None:
         """Log one line of `history.jsonl`; lines count from 1. None was not measured."""
-        self._send("pass", {key: value for key, value in values.items() if value is not None}, number)
+        self._send("epoch", {key: value for key, value in values.items() if value is not None}, number)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the final numbers, whose names are joined by slashes."""
@@ -62,7 +62,7 @@ NO_LOGGER = RunLogger()
 class _WandB(RunLogger):
     def __init__(self, run: Any) -> None:
         self._run, self._step = run, -1
-        for kind, axis in (("lcp", "lcp/step"), ("pass", "lcp/pass")):
+        for kind, axis in (("lcp", "lcp/step"), ("epoch", "lcp/epoch")):
             run.define_metric(axis, hidden=True)
             run.define_metric(f"{kind}/*", step_metric=axis)
             run.define_metric(f"{kind}/loss", step_metric=axis, summary="min")
@@ -76,7 +76,7 @@ class _WandB(RunLogger):
     def _send(self, kind: str, values: Mapping[str, Any], number: Any) -> None:
         # A resumed run gives a step the row that it had before. W&B drops rows that it has already, with a warning each.
         self._step = number if kind == "lcp" else self._step
-        axis, row = ("lcp/step", 2 * number) if kind == "lcp" else ("lcp/pass", max(2 * self._step + 1, number))
+        axis, row = ("lcp/step", 2 * number) if kind == "lcp" else ("lcp/epoch", max(2 * self._step + 1, number))
         if row >= self._run.starting_step:
             self._run.log({axis: number} | {f"{kind}/{key}": value for key, value in values.items()}, step=row, commit=True)
 
@@ -126,7 +126,7 @@ def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], hi
         return
     with open_logger(config, directory) as logger:
         for number, values in enumerate(history, 1):
-            logger.log_pass(values, number)
+            logger.log_epoch(values, number)
         logger.summary(flat_figures(metrics))
     if logger is not NO_LOGGER:
         log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)

@@ -313,7 +313,7 @@ class Training:
             self.best_loss = min(self.best_loss, measured)
         sizes = [len(batch) for batch in batches]  # the last step may have fewer samples
         values: dict[str, Any] = {
-            "pass": moment.epoch + 1,
+            "epoch": moment.epoch + 1,
             "first_layer": self.window.first,
             "last_layer": self.window.stop - 1,
             "loss": math.fsum(loss * size for loss, size in zip(self._losses, sizes, strict=True)) / sum(sizes),
@@ -324,7 +324,7 @@ class Training:
         self.history.append(values)
         self._losses = []
         self._save()
-        self.problem.on_pass(values)
+        self.problem.on_epoch(values)
 
     @torch.no_grad()
     def _measure(self) -> float:

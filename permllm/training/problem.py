@@ -32,8 +32,8 @@ class LearningProblem:
         calibration: int64 `(samples, length)`, what the factors are of; None where that is the tokens.
         directory: where the checkpoint goes; None keeps none.
         on_step: called after each step with loss, temperature, flips and seconds.
-        on_pass: called after each epoch with the same and the memory.
-        on_resume: called before learning, with what `on_pass` was given for each epoch that is done; with nothing where
+        on_epoch: called after each epoch with the same and the memory.
+        on_resume: called before learning, with what `on_epoch` was given for each epoch that is done; with nothing where
             there is no checkpoint, or none that can be continued.
     """
 
@@ -48,7 +48,7 @@ class LearningProblem:
     calibration: Tensor | None = None
     directory: Path | None = None
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
-    on_pass: Callable[[dict[str, Any]], None] = lambda values: None
+    on_epoch: Callable[[dict[str, Any]], None] = lambda values: None
     on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None
 
     def pattern_of(self, group: ChannelGroup) -> NMPattern:

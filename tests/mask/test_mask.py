@@ -62,7 +62,7 @@ def check_masks(learning: LearningProblem, orders: Mapping[str, Tensor], masks: 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutation: str) -> None:
     measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
     orders = ordered(learning, permutation)
     masks = mask(name, epochs=12, select_from=12).masks(learning, orders)
     check_masks(learning, orders, masks)

@@ -76,7 +76,7 @@ def output_loss_of(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | N
 @pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
 def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight_through: str) -> None:
     measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
     settings = lcp(
         init=init,
         straight_through=straight_through,
@@ -112,7 +112,7 @@ def test_the_loss_of_an_epoch_is_a_mean_over_its_samples() -> None:
         tiny_model("llama"),
         Wanda(),
         on_step=lambda _, values: steps.append(values["loss"]),
-        on_pass=lambda values: epochs.append(values["loss"]),
+        on_epoch=lambda values: epochs.append(values["loss"]),
     )
     lcp(init="random", learning_rate=0.05, batch_size=5, epochs=2).orders(learning)
     assert len(steps) == 4  # of five samples and of one
@@ -140,7 +140,7 @@ def test_a_step_in_portions_is_the_undivided_step(portion: int) -> None:
             tiny_model("llama", dtype=torch.float64),
             Wanda(),
             on_step=lambda _, values: steps.append(values["loss"]),
-            on_pass=lambda values: passes.append(values["measured_loss"]),
+            on_epoch=lambda values: passes.append(values["measured_loss"]),
         )
         samples: list[int] = []
 
@@ -168,14 +168,14 @@ def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) ->
         pass
 
     def stop(values: dict[str, float]) -> None:
-        if values["pass"] == 2:
+        if values["epoch"] == 2:
             raise Interrupt
 
     model = tiny_model("llama")
     with pytest.raises(Interrupt):
-        lcp(epochs=4, init="random").orders(problem(model, Wanda(), directory=tmp_path, on_pass=stop))
+        lcp(epochs=4, init="random").orders(problem(model, Wanda(), directory=tmp_path, on_epoch=stop))
     seen: list[float] = []
-    learning = problem(model, Wanda(), directory=tmp_path, on_pass=lambda values: seen.append(values["pass"]))
+    learning = problem(model, Wanda(), directory=tmp_path, on_epoch=lambda values: seen.append(values["epoch"]))
     continued = lcp(epochs=4, init="random").orders(learning)
     assert seen == [3, 4]
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
@@ -191,7 +191,7 @@ def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
         "learning_rate": 0.05,
         "block_size": 32,
     }
-    learning = problem(tiny_model("llama"), Wanda(), on_pass=seen.append)
+    learning = problem(tiny_model("llama"), Wanda(), on_epoch=seen.append)
     orders = lcp(**settings).orders(learning)
     assert [values["first_layer"] for values in seen] == [0] * 10 + [1] * 10
     # The last stage's measured loss is that of the whole model, really pruned.
@@ -249,24 +249,24 @@ def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_pat
     seen: list[float] = []
 
     def stop(values: dict[str, float]) -> None:
-        seen.append(values["pass"])
+        seen.append(values["epoch"])
         if len(seen) == stop_after:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
-    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_pass=stop))
+        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
+    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
     assert len(seen) == 4
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
 def test_the_divergence_learns_too() -> None:
     measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"loss": "kl", "block_size": 32, "batch_size": 3}
     lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     start: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: start.append(values["measured_loss"]))
+    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: start.append(values["measured_loss"]))
     lcp(epochs=1, learning_rate=1e-9, margin=1.0, **settings).orders(learning)
     assert min(measured) < 0.95 * start[0]
 
@@ -311,13 +311,13 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
     passes = [1]
 
     def break_layer(values: dict[str, float]) -> None:
-        passes.append(int(values["pass"]) + 1)
-        if values["pass"] == 2:
+        passes.append(int(values["epoch"]) + 1)
+        if values["epoch"] == 2:
             norm = decoder_layers(model)[1].input_layernorm
             norm.weight.data[0] = float("nan")
 
     with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
-        lcp(epochs=5).orders(problem(model, Wanda(), directory=tmp_path, on_pass=break_layer))
+        lcp(epochs=5).orders(problem(model, Wanda(), directory=tmp_path, on_epoch=break_layer))
     assert set(updates) == {1, 2}  # the loss is read after backward, and still before the logits change
     kept = load_file(tmp_path / "best_so_far.safetensors")
     assert set(kept) == {group.name for group in channel_groups(model)}
@@ -380,7 +380,7 @@ def test_schedules() -> None:
 
 def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
     measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_pass=lambda values: measured.append(values["measured_loss"]))
+    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
     settings: dict[str, Any] = {"constraint": "foldable", "init": "random", "block_size": 16}
     orders = lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
     shared = foldable(learning.groups, orders)  # raises where one does not

@@ -77,7 +77,7 @@ def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, strai
     losses: list[float] = []
     settings = {"block_size": 16, "epochs": 3, "select_from": 3, "learning_rate": 0.05}
     method = lcp(constraint=constraint, straight_through=straight_through, **settings)
-    learning = learning_problem(model, PRUNERS["wanda"](), on_pass=lambda values: losses.append(values["measured_loss"]))
+    learning = learning_problem(model, PRUNERS["wanda"](), on_epoch=lambda values: losses.append(values["measured_loss"]))
     orders = method.orders(learning)
     assert orders.keys() == {group.name for group in learning.groups}
     result = prune(
@@ -97,7 +97,7 @@ def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
     groups = pruned_groups(channel_groups(model), PATTERN, ["0"], {})
     dense = calibrate_dense(model, channel_groups(model), tokens(), PRUNERS["wanda"](), 4)
     told: list[Any] = []
-    learning = LearningProblem(model, groups, tokens(), dense.factors, dense.target, PATTERN, seed=0, on_pass=told.append)
+    learning = LearningProblem(model, groups, tokens(), dense.factors, dense.target, PATTERN, seed=0, on_epoch=told.append)
     orders = lcp(layers_per_stage=1, epochs=1).orders(learning)
     assert orders.keys() == {group.name for group in groups}
     assert [(values["first_layer"], values["last_layer"]) for values in told] == [(1, 1)]

@@ -87,7 +87,7 @@ def results(directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("owner", "name", "when"),
     [
-        (ordering._Epochs, "add", lambda _, values: values["pass"] == 2 and "temperature" in values),
+        (ordering._Epochs, "add", lambda _, values: values["epoch"] == 2 and "temperature" in values),
         (ordering._Epochs, "add", lambda _, values: "mask_flips" in values),
         (ordering._Epochs, "add", lambda _, values: "weights_learned" in values),
         (stages, "prune", lambda *_: True),

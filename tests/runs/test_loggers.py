@@ -92,11 +92,11 @@ def test_a_sweep_is_a_group_of_runs_with_curves_and_final_numbers(sweep: Path) -
         steps = [row for row in rows(of_run) if "lcp/step" in row]
         assert [row["lcp/step"] for row in steps] == list(range(len(steps)))
         assert all({f"lcp/{name}" for name in ("loss", "temperature", "flips", "seconds")} <= set(row) for row in steps)
-        epochs = [row for row in rows(of_run) if "lcp/pass" in row]
-        assert [row["lcp/pass"] for row in epochs] == [1, 2, 3]
+        epochs = [row for row in rows(of_run) if "lcp/epoch" in row]
+        assert [row["lcp/epoch"] for row in epochs] == [1, 2, 3]
         for row, entry in zip(epochs, history(directory), strict=True):
             measured = {key: value for key, value in entry.items() if value is not None}
-            assert {key.removeprefix("pass/"): row[key] for key in row if key.startswith("pass/")} == measured
+            assert {key.removeprefix("epoch/"): row[key] for key in row if key.startswith("epoch/")} == measured
         places = [row["_step"] for row in rows(of_run)]
         assert places == sorted(set(places))
         updates = [record["summary"]["update"] for record in of_run if "summary" in record]
@@ -200,7 +200,7 @@ def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path: Path, monkeypatch: pyt
             for step in range(3):
                 logger.log({"loss": 2.0 - step}, step)
                 if step == 1:
-                    logger.log_pass({"pass": 1, "loss": 1.5, "measured_loss": None}, 1)
+                    logger.log_epoch({"epoch": 1, "loss": 1.5, "measured_loss": None}, 1)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +210,7 @@ def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path: Path, monkeypatch: pyt
     with attempt(tmp_path) as logger:
         for step in range(2, 4):
             logger.log({"loss": 2.0 - step / 2}, step)
-        logger.log_pass({"pass": 2, "loss": 0.75, "measured_loss": 0.5}, 2)
+        logger.log_epoch({"epoch": 2, "loss": 0.75, "measured_loss": 0.5}, 2)
         logger.summary({"status": "finished"})
     of_runs = [records(file) for file in offline_runs(tmp_path)]
     assert [header(of_run)["run_id"] for of_run in of_runs] == [(tmp_path / "run" / WANDB_ID).read_text().strip()] * 2
@@ -227,7 +227,7 @@ def test_rows_that_wandb_has_are_not_sent_again() -> None:
     for step in range(4):
         logger.log({"loss": 1.0}, step)
         if step % 2:
-            logger.log_pass({"loss": 1.0}, step // 2 + 1)
+            logger.log_epoch({"loss": 1.0}, step // 2 + 1)
     assert sent == [4, 6, 7]
 
 
@@ -269,7 +269,7 @@ def test_tensorboard_has_the_curves_and_final_numbers_of_the_last_run(cache: Pat
     assert result is not None
     found = scalars(result[1])
     losses = [(number, pytest.approx(entry["loss"])) for number, entry in enumerate(history(result[1]), 1)]
-    assert found["pass/loss"] == losses
+    assert found["epoch/loss"] == losses
     assert {"lcp/loss", "lcp/temperature"} <= found.keys()
     assert numbers_of(result[0]).keys() <= found.keys()
 
@@ -297,7 +297,7 @@ def test_mlflow_has_the_curves_and_final_numbers_and_a_finished_run_goes_to_anot
     assert run.data.params.items() >= {"block_size": "64", "pruner.name": "wanda", "seed": "0"}.items()
     assert run.data.metrics.items() >= numbers_of(metrics).items()
     client = import_module("mlflow").MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    losses = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "pass/loss")]
+    losses = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "epoch/loss")]
     assert losses == [(number, entry["loss"]) for number, entry in enumerate(history(directory), 1)]
 
     for _ in range(2):  # the second time it is there
@@ -305,7 +305,7 @@ def test_mlflow_has_the_curves_and_final_numbers_and_a_finished_run_goes_to_anot
         assert again is not None
         assert again[0] == metrics
     found = scalars(directory)
-    assert [step for step, _ in found["pass/loss"]] == [1, 2, 3]
+    assert [step for step, _ in found["epoch/loss"]] == [1, 2, 3]
     assert numbers_of(metrics).keys() <= found.keys()
     assert (directory / LOGGED).read_text() == "mlflow\ntensorboard\n"
 
