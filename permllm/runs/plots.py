@@ -22,6 +22,8 @@ from permllm.runs.table import GAP, Table
 
 MINUTES = "minutes: calibrate + permute + mask + prune"
 # Beside the axes a legend hides nothing.
+# Colours repeat after so many methods, then with another marker.
+_COLOURS, _MARKERS = 10, "osD^v"
 _LEGEND: Any = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
 
 
@@ -97,8 +99,9 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 4.8))
     axis.step(front["minutes"], front["value"], where="post", linestyle=":", color="grey", label="Pareto front")
     sizes = 30 + 150 * found["memory"] / max(1, found["memory"].max())
-    for method, some in found.sort_values("minutes").groupby("method", sort=False):
-        axis.scatter(some["minutes"], some["value"], sizes[some.index], label=method, alpha=0.8)
+    for number, (method, some) in enumerate(found.sort_values("minutes").groupby("method", sort=False)):
+        marker = _MARKERS[number // _COLOURS % len(_MARKERS)]
+        axis.scatter(some["minutes"], some["value"], sizes[some.index], marker=marker, label=method, alpha=0.8)
     if name in table.dense and math.isfinite(table.dense[name][0]):
         axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
     axis.margins(x=0.15, y=0.1)
@@ -132,7 +135,7 @@ def plot_curves(table: Table, file: Path) -> None:
     for name, history in learned:
         losses = [entry.get("loss", math.nan) for entry in history]
         if losses:
-            axis.plot(range(1, len(losses) + 1), losses, label=name[:48])
+            axis.plot(range(1, len(losses) + 1), losses, marker=".", label=name[:48])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel="loss, mean of the epoch")
     axis.legend(**_LEGEND)
