@@ -197,7 +197,8 @@ def test_the_search_repeats_itself_and_outlives_a_failing_trial(tmp_path: Path) 
 
 def test_a_search_minimises_the_perplexity_or_the_error() -> None:
     accuracy = {"rte": {"metrics": {"acc,none": 0.5}, "n": 8}, "group": {"metrics": {"acc,none": 0.9}, "n": None}}
-    metrics = {"tasks": {"sparse": accuracy | {"no": {"metrics": {"f1": 1.0}, "n": 8}}}}
+    found = {name: values | {"stderr": {}} for name, values in (accuracy | {"no": {"metrics": {"f1": 1.0}, "n": 8}}).items()}
+    metrics = {"tasks": {"sparse": found}}
     assert objective(metrics) == pytest.approx(0.5)
     assert objective(metrics | {"perplexity": {"sparse": {"wikitext2": {"value": 7.0}}}}) == 7.0
     several = {"a": {"value": 2.0}, "b": {"value": 8.0}}
