@@ -1,7 +1,4 @@
-"""Where the order of each channel group comes from: found group by group, searched or learned for all of them, or kept.
-
-And where the masks do, if it is not the pruner that chooses them.
-"""
+"""Stages that find the permutation of each channel group, and the masks if the pruner does not choose them."""
 
 from __future__ import annotations
 
@@ -41,14 +38,14 @@ Order = Callable[[str, Tensor, NMPattern], Tensor]
 def calibrate(
     config: RunConfig, loaded: LoadedModel, tokens: Tensor, pruner: Pruner, products: torch.dtype
 ) -> DenseCalibration:
-    """What the dense model tells, as the settings ask for it; of all linears, so that jobs which keep some dense share it."""
+    """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result."""
     norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
     batch_size = config.calibration.batch_size
     return shared_calibration(loaded, tokens, pruner, config.pruner, batch_size, products, norm_over)
 
 
 def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
-    """The target of the calibration samples, and of the further ones that what is learned asks for.
+    """Return the target of the calibration samples, and of the further samples that learning asks for.
 
     Args:
         job: of the dense model.
@@ -59,14 +56,14 @@ def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
     further = slice(len(target), max(asked, default=0))
     if further.stop <= further.start:
         return target
-    whole = target.new_empty(len(drawn), *target.shape[1:])  # what nobody asks for is not even touched
+    whole = target.new_empty(len(drawn), *target.shape[1:])  # only samples that are asked for are filled
     whole[: len(target)] = target
     whole[further] = shared_target(job.loaded, drawn[further], job.config.calibration.batch_size, job.products)
     return whole
 
 
 def windows_for(method: object, calibration: int) -> slice:
-    """The windows of the text that a method learns from, where the first so many are those of the calibration."""
+    """Return the windows of the text that a method learns from; the first `calibration` ones are those of the calibration."""
     return windows_learned_from(getattr(method, "samples", None), getattr(method, "skip", None), calibration)
 
 
@@ -79,7 +76,7 @@ def learning_problem(
     directory: Path | None = None,
     chosen: slice | None = None,
 ) -> LearningProblem:
-    """What a method is given that learns from the whole model; its checkpoint goes into the directory.
+    """Return the problem of a method that learns from the whole model; its checkpoint goes into the directory.
 
     Args:
         config: of the job.
@@ -106,7 +103,7 @@ def learning_problem(
 
 
 def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
-    """What gives the order of a channel group, int64 `(C_in,)`, for its name and saliency: each when it is pruned, or all now.
+    """Return the function that gives the order of a channel group, int64 `(C_in,)`, for its name and saliency.
 
     Args:
         job: whose record and logger learn of what is found.
@@ -132,7 +129,7 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
 
 
 def among(orders: Mapping[str, Tensor]) -> Order:
-    """What gives the order of a channel group where all are known, int64 `(C_in,)` by its name."""
+    """Return the function that looks the order of a channel group up, int64 `(C_in,)` by its name."""
     return lambda name, saliency, pattern: orders[name]
 
 
@@ -152,7 +149,7 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
 
 @contextmanager
 def _beside_helpers(job: Job, problem: LearningProblem, orders: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Have the other processes of torchrun learn the same; what does not learn is found by the first one alone."""
+    """Let the other processes of torchrun learn the same inside."""
     call_helpers(problem, job.loaded.identity, job.products, orders)
     with parallel.in_step():
         yield
@@ -161,7 +158,7 @@ def _beside_helpers(job: Job, problem: LearningProblem, orders: Mapping[str, Ten
 def found_masks(
     job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
 ) -> tuple[Order, Mapping[str, Tensor] | None]:
-    """The order of the channel groups as it is, and the masks of all linears; None where the pruner chooses them.
+    """Return the order of the channel groups, and the masks of all linears; None: the pruner chooses the masks.
 
     Args:
         job: whose record and logger learn of what is found.
@@ -199,7 +196,7 @@ def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Te
 
 
 def watch_weights(job: Job) -> Callable[[LearningProblem], None]:
-    """What has a job's record and logger learn of the steps and epochs in which weights learn, after all others."""
+    """Return the function that reports the steps and epochs of weights that learn to record and logger."""
 
     def watch(problem: LearningProblem) -> None:
         earlier = [line for line in job.record.history if WEIGHTS_LEARNED not in line]
@@ -209,7 +206,7 @@ def watch_weights(job: Job) -> Callable[[LearningProblem], None]:
 
 
 def _steps_of(job: Job, what: str) -> int:
-    """The steps in which orders (`permutation`), or masks (`mask`), learn before what comes after them."""
+    """Return the number of steps in which the permutation, or the mask, learns."""
     method = job.methods.learned.get(what)
     if not isinstance(method, LearningSettings):
         return 0
@@ -218,7 +215,7 @@ def _steps_of(job: Job, what: str) -> int:
 
 
 def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:
-    """Have the job's record and logger learn of the steps and epochs of what learns, after those of what learned before."""
+    """Report steps and epochs of learning to record and logger, after those of the stages before."""
     problem.on_step = lambda step, values: job.logger.log(values, steps + step)
     epochs = _Epochs(job.record, job.logger, earlier)
     problem.on_epoch, problem.on_resume = epochs.add, epochs.resume

@@ -1,4 +1,4 @@
-"""What a result was computed with: versions, commit, hardware, command."""
+"""Environment of a result: versions, commit, hardware, command."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:
-    """All of it, as plain values; memory in bytes."""
+    """Return versions, commit, hardware, seed, command and time, as plain values; memory in bytes."""
     return {
         "versions": versions(),
         "git": git_commit(),
@@ -68,7 +68,7 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed, without secrets."""
+    """Return the command that was typed, without secrets."""
     return " ".join([Path(sys.argv[0]).name, *(shlex.quote(_without_secret(word)) for word in sys.argv[1:])])
 
 

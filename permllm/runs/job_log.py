@@ -1,4 +1,4 @@
-"""What a job said, in its run directory, with times."""
+"""Log of a job in its run directory, with times."""
 
 from __future__ import annotations
 

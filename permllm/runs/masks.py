@@ -1,4 +1,4 @@
-"""Masks as they are kept, with one bit an entry, and checks of what was read."""
+"""Masks with one bit an entry, and checks of permutations and masks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ COMPARE_UP_TO = 16
 
 
 def is_permutation(order: Tensor) -> bool:
-    """Whether a tensor holds each whole number from 0 on once: `(C_in,)`, in any format of whole numbers."""
+    """Return whether a tensor `(C_in,)` of whole numbers holds each number from 0 on once."""
     if order.dim() != 1 or order.is_floating_point():
         return False
     return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
 
 
 def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
-    """Number of groups of M, in permuted order, that hold more than N nonzeros.
+    """Return the number of groups of M, in permuted order, that hold more than N nonzeros.
 
     Args:
         weight: `(C_out, C_in)`, original channel order.
@@ -40,12 +40,12 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
 
 
 def packed_mask(mask: Tensor) -> Tensor:
-    """A mask of any shape on the CPU with one bit an entry: uint8 `(bytes,)`, row by row, the first in the highest bit."""
+    """Return a mask on the CPU with one bit an entry: uint8 `(bytes,)`, row by row, the first in the highest bit."""
     return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
 
 
 def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """What `packed_mask` has packed, bool.
+    """Return a mask that `packed_mask` has packed, bool.
 
     Args:
         bits: uint8 `(bytes,)` on the CPU.
@@ -57,9 +57,9 @@ def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 
 
 class PackedMasks(MutableMapping[str, Tensor]):
-    """Masks by name that take one bit an entry while they wait, or none; each is unpacked anew when it is asked for.
+    """Masks by name that take one bit an entry, or none where they lie in a file; each is unpacked when it is asked for.
 
-    Changing what was unpacked changes nothing here: a mask is set again for that.
+    A mask that was returned is a copy: set it again to change it.
 
     Args:
         masks: bool on the CPU, of any shape, by name.
@@ -86,25 +86,25 @@ class PackedMasks(MutableMapping[str, Tensor]):
         return len(self._bits)
 
     def packed(self, name: str) -> tuple[Tensor, torch.Size]:
-        """A mask as `packed_mask` gives it, and its shape."""
+        """Return a mask as `packed_mask` gives it, and its shape."""
         bits = self._bits[name]
         return bits if isinstance(bits, Tensor) else bits(), self._shapes[name]
 
     def shape(self, name: str) -> torch.Size:
-        """Of a mask, `(C_out, C_in)` of a linear's."""
+        """Return the shape of a mask, `(C_out, C_in)` for a linear."""
         return self._shapes[name]
 
     def take(self, other: PackedMasks, names: Iterable[str]) -> None:
-        """Have masks of others, as they are packed there, or wherever they are read from."""
+        """Add masks of another collection without unpacking them."""
         for name in names:
             self.set_packed(name, other._bits[name], other._shapes[name])
 
     def set_packed(self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]) -> None:
-        """Have a mask that is packed already.
+        """Set a mask that is packed already.
 
         Args:
             name: of the mask.
-            bits: as `packed_mask` gives them; or what reads them, each time that the mask is asked for.
+            bits: as `packed_mask` gives them, or a function that reads them each time that the mask is asked for.
             shape: of the mask.
         """
         self._bits[name], self._shapes[name] = bits, torch.Size(shape)
