@@ -46,12 +46,11 @@ def test_the_two_commands_exist_as_written() -> None:
         "protocol",
     ],
 )
-def test_every_option_is_in_the_table_and_every_option_in_the_table_exists(group: str) -> None:
+def test_every_option_in_the_table_exists(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)
     named = {name for name in re.findall(r"`([^`]+)`", row) if "=" not in name and not name.startswith(f"{group}.")}
-    assert named == {
-        str(path.relative_to(ROOT / "conf" / group).with_suffix("")) for path in (ROOT / "conf" / group).glob("**/[!_]*.yaml")
-    }
+    assert named
+    assert [name for name in named if not (ROOT / "conf" / group / f"{name}.yaml").is_file()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
