@@ -97,7 +97,7 @@ def run(*overrides: str) -> tuple[dict[str, Any], Path]:
 
 
 def changed(package: Path, module: str, line: str) -> None:
-    """Have the method of a module return something else."""
+    """Rewrite every `return` line of a module of the stranger's package."""
     file = package / "strange" / module
     file.write_text(re.sub(r"return .*", f"return {line}", file.read_text()))
 
