@@ -287,10 +287,7 @@ class Session:
         except KeyboardInterrupt as error:
             self._end("failed", f"{what_happened(error)}: the same command continues it")
             raise
-        except InUseError as error:
-            if not sweep.sweeping():
-                self._failed = True
-                print(f"error: {error}", file=sys.stderr)
+        except InUseError as error:  # of a sweep: a single run waits
             self._end("skipped", one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if everything_wanted():
