@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from permllm.errors import DataError, first_line, printable
+from permllm.runs import files
 
 Schema = TypeVar("Schema")
 
@@ -26,11 +27,9 @@ FileName = Annotated[str, Field(pattern=r"^[^/\\\\\x00]+$")]
 
 def read_json(path: Path, schema: type[Schema]) -> Schema:
     """Read a JSON file by a form. Raises DataError, which names the file and the first field that is not as it must be."""
+    value = files.read_json(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode()  # half of a character can be neither printed nor passed on
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
     return validated(str(path), value, schema)
