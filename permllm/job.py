@@ -44,8 +44,7 @@ from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import RunLogger, log_finished, open_logger
 from permllm.runs.measures import flat_figures
-from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS
-from permllm.runs.pruned import weights_name
+from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, layer_file
 from permllm.runs.render import print_run
 from permllm.runs.tensors import load_masks, load_orders, load_tensors, save_masks, save_tensors
 from permllm.runtime import parallel
@@ -216,7 +215,7 @@ def _prune(job: Job, record: RunDirectory) -> None:
                 layers.setdefault(group.layer, []).extend(group.members)
             for layer, paths in layers.items():
                 weights = partial(_weights, job, paths)
-                record.kept(weights_name(layer), weights, save_tensors, load_tensors)
+                record.kept(layer_file(WEIGHTS, layer), weights, save_tensors, load_tensors)
         record.metrics |= found
 
     prune_model(job, tokens, keep)

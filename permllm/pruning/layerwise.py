@@ -24,7 +24,8 @@ from permllm.pruning.reconstruction import (
 )
 from permllm.runs.directory import Record
 from permllm.runs.masks import PackedMasks, violations
-from permllm.runs.pruned_layers import PrunedLayer, layer_name, load_layer, mask_name, save_layer, weight_name
+from permllm.runs.names import PRUNED_LAYERS, layer_file
+from permllm.runs.pruned_layers import PrunedLayer, load_layer, mask_name, save_layer, weight_name
 from permllm.runs.tensors import load_tensor
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import Pruner, by_layer, collecting, member_factors
@@ -120,7 +121,7 @@ def prune(
     result = PrunedModel()
     placement, record = placement_of(model), record or Record()
     for index, members in by_layer(model, groups, "prune"):
-        kept_layer = record.loaded(layer_name(index), load_layer) if members else None
+        kept_layer = record.loaded(layer_file(PRUNED_LAYERS, index), load_layer) if members else None
         if kept_layer is not None:
             _take_over(model, index, kept_layer, result, dense, pruned)
             _read_from_file(model, record, index, kept_layer, result.masks)
@@ -161,7 +162,7 @@ def prune(
         if members:
             weights = {path: linear_at(model, path).weight.data for path in weights} if changes else {}
             layer = result.of_layer(members, weights)
-            record.keep(layer_name(index), layer, save_layer)
+            record.keep(layer_file(PRUNED_LAYERS, index), layer, save_layer)
             _read_from_file(model, record, index, layer, result.masks)
             del weights, layer  # before the next layer's
     if trains_network(reconstruction):
@@ -218,11 +219,11 @@ def _take_over(
 
 
 def _read_from_file(model: nn.Module, record: Record, index: int, layer: PrunedLayer, masks: PackedMasks) -> None:
-    """Where weights stay on disk, read a layer's masks and changed weights from its file when they are needed."""
+    """Leave a layer's masks and changed weights in its file until they are needed, if the model's weights stay on disk."""
     placement = placement_of(model)
     if not placement.reads_files or record.directory is None:
         return
-    file = record.directory / layer_name(index)
+    file = record.directory / layer_file(PRUNED_LAYERS, index)
     if layer.weights:
         placement.lies_in(file, {linear_at(model, path): weight_name(path) for path in layer.weights})
     for path in layer.masks:

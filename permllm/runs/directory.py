@@ -23,6 +23,7 @@ from permllm.runs.names import (
     BEST_SO_FAR,
     CHECKPOINT,
     CONFIG,
+    COPIED,
     DISTILL_CHECKPOINT,
     EVALUATIONS,
     EXPORT,
@@ -44,8 +45,6 @@ Value = TypeVar("Value")
 # Only an unfinished run needs these.
 _UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
 _RESULTS = (METRICS, EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *_UNFINISHED)
-# The part of an evaluation that `metrics.json` repeats.
-_SHOWN = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
 _EVALUATE = "evaluate"
 
 
@@ -267,14 +266,17 @@ class RunDirectory(Record):
         """
         if self.evaluation.keys() & {"perplexity", "tasks"}:
             write_json(self._evaluation_file, self.evaluation)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
         if self.metrics["status"] != "finished":
             self._show_evaluation()
         write_json(self.directory / METRICS, self.metrics)
 
     def _show_evaluation(self) -> None:
-        for key in _SHOWN:
+        for key in COPIED:
             self.metrics.pop(key, None)
-        self.metrics |= {key: self.evaluation[key] for key in _SHOWN if key in self.evaluation}
+        self.metrics |= {key: self.evaluation[key] for key in COPIED if key in self.evaluation}
         self.metrics["seconds"] |= self.evaluation.get("seconds", {})
 
     def finish(self) -> None:
@@ -308,7 +310,7 @@ class RunDirectory(Record):
         """Write a file, and its sha256 into `metrics.json`."""
         save(self.directory / name, value)
         self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
-        self.save()
+        self._write_metrics()
 
     def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace the history, and `history.jsonl`, by these lines."""

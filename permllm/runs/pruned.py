@@ -15,11 +15,6 @@ from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS
 from permllm.runs.tensors import load_masks, load_orders, load_tensor, tensor_names
 
 
-def weights_name(layer: int) -> str:
-    """Return the name of the file of a layer's changed weights in the run directory."""
-    return f"{WEIGHTS}/{layer:05d}.safetensors"
-
-
 class Pruned:
     """Pruned model of a run, one weight at a time.
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from permllm.errors import DataError
 from permllm.runs.masks import PackedMasks
-from permllm.runs.names import PRUNED_LAYERS
 from permllm.runs.tensors import load_metadata, load_tensors, save_tensors
 
 _FIGURES = "figures"
@@ -35,11 +34,6 @@ class PrunedLayer:
     retained: dict[str, float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
     output_error: dict[str, float] = field(default_factory=dict)
-
-
-def layer_name(index: int) -> str:
-    """Return the name of a layer's file in the run directory."""
-    return f"{PRUNED_LAYERS}/{index:05d}.safetensors"
 
 
 def mask_name(path: str) -> str:

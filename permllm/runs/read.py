@@ -17,10 +17,7 @@ from permllm.config import flatten, identity_of
 from permllm.errors import ConfigError, DataError, first_line
 from permllm.runs.files import read_json, read_yaml, write_text
 from permllm.runs.measures import Key, Measure, measured, plain
-from permllm.runs.names import CONFIG, ENVIRONMENT, EVALUATIONS, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION
-
-# `metrics.json` has a copy of these keys of the evaluation that was asked for last.
-COPIED = ("evaluation", "evaluation_hash", "perplexity", "tasks", "evaluated_texts")
+from permllm.runs.names import CONFIG, COPIED, ENVIRONMENT, EVALUATIONS, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION
 
 # Settings of a run that change no number.
 _NO_SETTING = ("name", "save_weights")
