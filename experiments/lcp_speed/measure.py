@@ -38,7 +38,7 @@ from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_me
 from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.kernels import EAGER, KernelUse, compiled_kernels
+from permllm.training.kernels import chosen_kernels
 from permllm.training.loop import Moment, Training, Window
 from permllm.training.losses import cosine_loss
 from permllm.training.problem import LearningProblem
@@ -272,7 +272,7 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
     times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
     dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     compute = compute_dtype(config.compute_dtype, dtype, device)
-    kernels = compiled_kernels(KernelUse(device.type, weights=dtype, products=compute)) or EAGER
+    kernels = chosen_kernels(device, True, 0, [_PATTERN])
     shared = shared_orders(problem.groups, "free")
     orders = {order.name: torch.arange(order.channels) for order in shared}
     window = Window(0, 0, 1, None, problem.target)

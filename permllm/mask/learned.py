@@ -21,13 +21,12 @@ from permllm.runs.names import MASK_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.training.kernels import chosen_kernels
-from permllm.training.loop import samples_of, steps_of
-from permllm.training.ordered_linear import ordered_linears
+from permllm.training.loop import kernels_for
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningSettings
 from permllm.training.stages import Course
+from permllm.training.stand_ins import learning_scores
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -82,10 +81,10 @@ class MaskLearning(LearningSettings, LearnedMask):
 
         for window in course.windows(learns, mask_of):
             groups = [group for group in problem.groups if group.layer in window]
-            kernels = chosen_kernels(self, problem, groups, steps_of(self, samples_of(self, problem)), None)
+            kernels = kernels_for(self, problem, groups)
             generator = torch.Generator().manual_seed(problem.seed + 1 + window.number)
             scores_of = partial(self.scores, generator=generator)
-            with ordered_linears(problem, groups, orders, scores_of, kernels) as linears:
+            with learning_scores(problem, groups, orders, scores_of, kernels) as linears:
                 learner = MaskLearner(problem, groups, linears, self.learning_rate, found)
                 course.train(window, learner)
                 found |= learner.best

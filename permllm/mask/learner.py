@@ -13,7 +13,7 @@ from permllm.models.families import ChannelGroup
 from permllm.models.offload import placement_of
 from permllm.runs.masks import packed_mask, unpacked_mask
 from permllm.training.loop import Learner, Moment
-from permllm.training.ordered_linear import OrderedMaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 
 
@@ -35,7 +35,7 @@ class MaskLearner(Learner):
         self,
         problem: LearningProblem,
         groups: Sequence[ChannelGroup],
-        linears: Mapping[str, Sequence[OrderedMaskedLinear]],
+        linears: Mapping[str, Sequence[MaskedLinear]],
         learning_rate: float,
         earlier: Mapping[str, Tensor],
     ) -> None:

@@ -1,10 +1,10 @@
-"""Code that a compiler makes for the machine at hand, which may have no compiler, or no driver that runs what it makes."""
+"""Code that is compiled for the machine at hand, which may have no compiler or no driver."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,22 +15,39 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def usable(made: Callable[[], T], device_type: str, otherwise: str) -> T | None:
-    """What `made` has compiled and run once, as it will be used; None, with a warning, where that fails.
-
-    A failure at first use would come in the middle of backward, or of a step that is timed.
+def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]:
+    """Return a function that calls `fast`, and that gives None for good once a call has failed, with one warning.
 
     Args:
-        made: compiles, runs once, and returns what it has compiled.
-        device_type: where it ran: what fails on `cuda` is seen when it has been waited for.
-        otherwise: what happens without, with which the warning begins.
+        fast: compiles at its first call, and may raise anything then. Its result is not None.
+        otherwise: consequence of a failure, with which the warning begins.
     """
-    try:
-        with torch.no_grad():  # as in the passes of an autograd function: for the other mode it would be compiled once more
-            found = made()
-        if device_type == "cuda":
-            torch.cuda.synchronize()
-    except Exception as error:  # whatever a compiler, its cache or a driver may raise
-        log.warning("%s: %s", otherwise, first_line(error)[:200])
-        return None
-    return found
+    failed = False
+
+    def attempt(*arguments: Any) -> T | None:
+        nonlocal failed
+        if failed:
+            return None
+        try:
+            return fast(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler, its cache or a driver may raise
+            failed = True
+            log.warning("%s: %s", otherwise, first_line(error)[:200])
+            return None
+
+    return attempt
+
+
+def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
+    """Return `function`, compiled for tensors of any size; as it is, with one warning, where that fails."""
+    # Without duck shapes: equal sizes in the first call need not be equal in the next one, which would compile once more.
+    options = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    attempt = attempted(options(torch.compile(function, dynamic=True)), otherwise)
+
+    def run(*arguments: Any) -> T:
+        found = attempt(*arguments)
+        return function(*arguments) if found is None else found
+
+    return run

@@ -139,6 +139,12 @@ def add_up(tensors: Iterable[Tensor]) -> None:
                 dist.all_reduce(tensor)
 
 
+def reduce(tensor: Tensor, rank: int) -> None:
+    """Replace a tensor by its sum over the processes in the process of a rank; elsewhere it is of no use afterwards."""
+    with _in_touch():
+        dist.reduce(tensor, rank)
+
+
 def broadcast(value: Value, source: int = 0) -> Value:
     """What one process has, in all of them.
 

@@ -26,10 +26,6 @@ def keep_largest(values: Tensor, n: int, dim: int) -> Tensor:
     Returns:
         bool, the shape of `values`, with exactly `n` True along `dim`.
     """
-    m = values.shape[dim]
-    if m > COMPARE_UP_TO:
-        order = values.argsort(dim=dim, descending=True, stable=True)
-        return torch.zeros_like(values, dtype=torch.bool).scatter_(dim, order.narrow(dim, 0, n), True)
     return torch.stack(keep_largest_of(values.unbind(dim), n), dim=dim)
 
 
@@ -56,8 +52,11 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
         M integer tensors of that shape, at each place a permutation of 0 to M - 1.
     """
     m = len(entries)
+    if m > COMPARE_UP_TO:
+        order = torch.stack(list(entries)).argsort(dim=0, descending=True, stable=True)
+        return list(order.argsort(0))
     # Bytes are fastest as they stand; compiled code cannot vectorise them, but keeps counts in registers.
-    counter = torch.int32 if torch.compiler.is_compiling() else torch.int8 if m <= 128 else torch.int16
+    counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
     # ahead[i] counts the entries that come before entry i in the order "larger first, then lower index". Of each pair
     # i < j exactly one is ahead of the other: start as if every j were ahead of i, then correct.
     ahead = [torch.full(entries[0].shape, m - 1 - i, dtype=counter, device=entries[0].device) for i in range(m)]

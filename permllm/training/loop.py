@@ -25,6 +25,7 @@ from permllm.runtime import parallel
 from permllm.runtime.memory import free_memory, peak_memory
 from permllm.runtime.precision import gradient_scaler, product_dtype, recomputed
 from permllm.training.batches import Batch, Batches
+from permllm.training.kernels import Kernels, chosen_kernels
 from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import DescentSettings, LearningSettings
@@ -471,6 +472,14 @@ def samples_of(settings: DescentSettings, problem: LearningProblem) -> int:
 def steps_of(settings: DescentSettings, samples: int) -> int:
     """How many steps a window has."""
     return settings.steps or settings.epochs * math.ceil(samples / settings.batch_size)
+
+
+def kernels_for(settings: LearningSettings, problem: LearningProblem, groups: Iterable[ChannelGroup]) -> Kernels:
+    """Return the kernels of the masked linears of some groups, which learn together."""
+    groups = list(groups)
+    weights = sum(group.channels * sum(group.rows) for group in groups)
+    work = weights * steps_of(settings, samples_of(settings, problem))
+    return chosen_kernels(problem.device, settings.compile, work, map(problem.pattern_of, groups))
 
 
 def steps_in_all(settings: LearningSettings, samples: int, layers: int) -> int:

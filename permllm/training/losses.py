@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permllm.models.head import Head, tokens_at_a_time
-from permllm.runtime.compiling import usable
+from permllm.runtime.compiling import compiled
 from permllm.runtime.precision import product, product_dtype
 
 # Logits of all steps from which compiling is made up for: it takes some 10 s and saves 12 ns each on one core.
@@ -27,21 +26,19 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
     return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary)))
 
 
-def loss_named(name: str, model: nn.Module, tokens: int, compiled: bool | None) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_named(name: str, model: nn.Module, tokens: int, compile_: bool | None) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
 
     Args:
         name: `cosine`, or `kl`, which needs the outputs of the last layer.
         model: whose final norm and head `kl` goes through.
         tokens: it will be taken of, in all.
-        compiled: whether the elementwise work of `kl` is compiled; None where it is soon made up for.
+        compile_: whether the elementwise work of `kl` is compiled; None where it is soon made up for.
     """
     if name == "kl":
         head = Head(model)
-        wanted = tokens * len(head.weight) > _COMPILE_FROM if compiled is None else compiled
-        # Now, and not in the first step.
-        use = head.weight.device, product_dtype(head.weight), len(head.weight)
-        divergence = _compiled_divergence(*use) if wanted and head.plain else _divergence
+        wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
+        divergence = _compiled_divergence if wanted and head.plain else _divergence
         return lambda output, target: head_divergence(head, output, target, divergence)
     return cosine_loss
 
@@ -60,8 +57,12 @@ _Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
     p = log_p.exp()
-    total = log_p.sub_(log_q).mul_(p).sum()
-    return total, log_q.exp_().sub_(p).to(sparse.dtype) if with_gradient else None
+    # Over the vocabulary first: of one sum over both Inductor makes a loop that divides, on a GPU.
+    total = ((log_p - log_q) * p).sum(-1).sum()
+    return total, (log_q.exp() - p).to(sparse.dtype) if with_gradient else None
+
+
+_compiled_divergence = compiled(_divergence, "the divergence is computed without a compiled kernel")
 
 
 def head_divergence(head: Head, output: Tensor, target: Tensor, divergence: _Divergence = _divergence) -> Tensor:
@@ -116,31 +117,6 @@ def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
         return total, None if gradient is None else product(gradient, weight)
 
     return chunk
-
-
-def _divergence_in_one(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Without a step in place, for a compiler, which has no tensor between those that are read and the gradient."""
-    wide_p, wide_q = _wide(dense), _wide(sparse)
-    log_p = wide_p - wide_p.logsumexp(-1, keepdim=True)
-    log_q = wide_q - wide_q.logsumexp(-1, keepdim=True)
-    p = log_p.exp()
-    return ((log_p - log_q) * p).sum(), (log_q.exp() - p).to(sparse.dtype) if with_gradient else None
-
-
-@cache
-def _compiled_divergence(device: torch.device, dtype: torch.dtype, vocabulary: int) -> _Divergence:
-    """That in one, compiled; with a warning the other, where this machine cannot."""
-
-    def compiled() -> _Divergence:
-        found = torch.compile(_divergence_in_one, dynamic=True)
-        # Two tensors of the size of real use: for one that comes twice, or small ones, the compiler makes other kernels.
-        shape = chunk_of(device, vocabulary), vocabulary
-        sparse, dense = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        for with_gradient in (True, False):
-            found(sparse, dense, with_gradient)
-        return found
-
-    return usable(compiled, device.type, "the divergence is computed without a compiled kernel") or _divergence
 
 
 def _own_chunk(head: Head) -> _Chunk:

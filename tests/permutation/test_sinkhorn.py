@@ -169,9 +169,9 @@ def test_a_gpu_normalises_blocks_of_one_size_together_as_far_as_its_memory_goes(
     assert len(list(blocks._batches(stacks, 0))) == 5
 
 
-def test_what_was_open_before_changes_when_blocks_travel_and_not_what_becomes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    softs = [torch.eye(6, dtype=torch.float64).repeat(400, 1, 1), torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)]
-    softs[0][100:190] = plain(logits(90, 6, 0.1), 1.0, 5)
+def test_only_blocks_that_are_not_settled_travel_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    softs = [torch.eye(6, dtype=torch.float64).repeat(40, 1, 1), torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)]
+    softs[0][10:19] = plain(logits(9, 6, 0.1), 1.0, 5)
     travelled: list[int] = []
 
     def counted(tensor: Tensor) -> Tensor:
@@ -179,17 +179,9 @@ def test_what_was_open_before_changes_when_blocks_travel_and_not_what_becomes_of
         return tensor
 
     monkeypatch.setattr(assignment, "to_host", counted)
-    monkeypatch.setattr(assignment, "_ANYWAY", 32)
-    found: dict[int, int] = {}
-    alone = assignment.harden_all(softs, found)
-    assert travelled == [1 + 405 + 400 * 36 + 5 * 16]
-    assert 82 < found[0] <= 90
-    assert not found[1]
-    known = 36 * (2 * found[0] + 50 + 32)
-    for before, came in ((found, [406 + known + 5 * 16]), ({0: 0}, [406 + 82 * 36 + 5 * 16, found[0] * 36])):
-        travelled.clear()
-        present = dict(before)
-        again = assignment.harden_all(softs, present)
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, alone, strict=True))
-        assert travelled == came
-        assert present == found
+    found = assignment.harden_all(softs)
+    assert travelled[0] == 1 + 40 + 5
+    assert 0 < travelled[1] <= 9 * 36
+    assert len(travelled) == 2
+    assert torch.equal(found[0], harden(softs[0]))
+    assert torch.equal(found[1], torch.arange(4).repeat(5, 1))

@@ -1,28 +1,58 @@
-"""What cannot be compiled here is a warning, and what is done without it."""
+"""Code that cannot be compiled is a warning, and plain code runs instead."""
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from permllm.runtime.compiling import usable
-
-
-def test_what_has_run_once_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert usable(lambda: "kernel", "cpu", "without") == "kernel"
-    assert not caplog.messages
+from permllm.runtime.compiling import attempted, compiled
 
 
-def test_a_failure_that_a_gpu_shows_when_it_is_waited_for_is_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def synchronize() -> None:
-        raise RuntimeError("an illegal address\nat line 3")
+def test_a_failure_is_one_warning_and_final(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with caplog.at_level(logging.WARNING):
-        assert usable(lambda: "kernel", "cuda", "slower without") is None
-    assert caplog.messages == ["slower without: an illegal address"]
+    def broken(value: int) -> int:
+        calls.append(value)
+        if value == 2:
+            raise RuntimeError("no driver\nand a long story")
+        return value
+
+    attempt = attempted(broken, "slower without")
+    assert [attempt(1), attempt(2), attempt(3)] == [1, None, None]
+    assert calls == [1, 2]
+    assert caplog.messages == ["slower without: no driver"]
+
+
+def test_memory_that_runs_out_is_not_hidden() -> None:
+    def large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        attempted(large, "slower without")()
+
+
+def test_without_a_compiler_the_function_itself_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: object, **_: object) -> object:
+        def call(*_: object) -> None:
+            raise RuntimeError("no compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    double = compiled(lambda value: 2 * value, "slower without")
+    assert double(3) == 6
+
+
+def test_equal_sizes_are_no_reason_to_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, counted = torch.compile, CompileCounter()  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=counted, **options))
+
+    def rows(values: Tensor, index: Tensor) -> Tensor:
+        return values.index_select(0, index) + 1
+
+    run = compiled(rows, "slower without")
+    for shape, count in (((6, 6), 6), ((6, 9), 4), ((8, 5), 8)):
+        run(torch.ones(shape), torch.arange(count))
+    assert counted.frame_count == 1

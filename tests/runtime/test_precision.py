@@ -18,7 +18,7 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.blocks import split_blocks
 from permllm.training.losses import head_divergence
-from permllm.training.masked_linear import PermutedMaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import Scores
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn
@@ -52,7 +52,7 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
     linear.weight.copy_(1.0 + torch.rand(24, 32) / 1024)
     factors = SaliencyFactors(1, torch.ones(1, 32))
     logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    module = PermutedMaskedLinear(linear, Scores(factors), NMPattern(2, 4), logits.stacks)
+    module = MaskedLinear(linear, Scores(factors), NMPattern(2, 4), logits.stacks)
     x = torch.randn(40, 32)
     grad = torch.randn(40, 24)
     perm = logits.base
@@ -164,7 +164,7 @@ def test_no_product_of_a_half_precision_model_is_made_in_half_precision(rounds: 
     torch.manual_seed(0)
     linear = nn.Linear(32, 24).bfloat16()
     logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    module = PermutedMaskedLinear(linear, Scores(SaliencyFactors(1, torch.ones(1, 32))), NMPattern(2, 4), logits.stacks)
+    module = MaskedLinear(linear, Scores(SaliencyFactors(1, torch.ones(1, 32))), NMPattern(2, 4), logits.stacks)
     x = torch.randn(5, 32).bfloat16().requires_grad_()
     with ThroughFloat32(), products_in(rounds, CPU), Formats() as formats:
         module.set_order(logits.base, torch.arange(16).repeat(2), [sinkhorn(stack, 1.0, 5) for stack in logits.effective()])

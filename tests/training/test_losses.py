@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,8 +51,7 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(compiled: bo
     q = model.lm_head(model.model.norm(reference)).softmax(-1)
     expected = (p * (p / q).log()).sum(-1).mean()
     expected.backward()
-    form = losses._compiled_divergence(CPU, torch.float64, model.config.vocab_size) if compiled else losses._divergence
-    assert (form is losses._divergence) != compiled
+    form = losses._compiled_divergence if compiled else losses._divergence
     found = head_divergence(Head(model), output, target, form)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
@@ -65,32 +63,12 @@ def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
     generator = torch.Generator().manual_seed(2)
     sparse, dense = (3e3 * torch.randn(3, 96, generator=generator).bfloat16() for _ in range(2))
     p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
-    compiled = losses._compiled_divergence(CPU, torch.bfloat16, 96)
-    assert compiled is not losses._divergence
-    for form in (compiled, losses._divergence):
+    for form in (losses._compiled_divergence, losses._divergence):
         total, gradient = form(sparse, dense, True)
         assert float(total) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
         assert gradient is not None
         assert gradient.dtype == torch.bfloat16
         torch.testing.assert_close(gradient.double(), q.exp() - p.exp(), rtol=2**-8, atol=1e-5)
-
-
-def test_without_a_compiler_the_divergence_is_the_slower_one(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object, **__: object) -> Callable[..., None]:
-        def call(*_: object) -> None:
-            raise RuntimeError("no compiler here")
-
-        return call
-
-    losses._compiled_divergence.cache_clear()
-    monkeypatch.setattr(torch, "compile", broken)
-    try:
-        assert losses._compiled_divergence(CPU, torch.float32, 96) is losses._divergence
-    finally:
-        losses._compiled_divergence.cache_clear()
-    assert caplog.messages == ["the divergence is computed without a compiled kernel: no compiler here"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.blocks import split_blocks
-from permllm.training.masked_linear import PermutedMaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import Scores
 from tests.permutation.differentiable import sinkhorn
 
@@ -85,7 +85,7 @@ def test_output_and_gradients_equal_the_dense_formula(
     grad = torch.randn(3, 7, rows, generator=generator, dtype=torch.float64)
 
     logits = BlockLogits(base, split_blocks(channels, block_size), [stack.clone() for stack in start])
-    module = PermutedMaskedLinear(linear, Scores(factors), NMPattern(n, m), logits.stacks, variant)
+    module = MaskedLinear(linear, Scores(factors), NMPattern(n, m), logits.stacks, variant)
     soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     perm = logits.order(hard)
@@ -131,7 +131,7 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
     logits = BlockLogits(base, split_blocks(channels, size), [stack.clone() for stack in start])
     factor = torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
-    module = PermutedMaskedLinear(linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap")
+    module = MaskedLinear(linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap")
     soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
     order = logits.order(hard)
@@ -169,9 +169,7 @@ def test_the_straight_through_variants_differ() -> None:
         torch.manual_seed(0)
         linear = nn.Linear(16, 8).requires_grad_(False)
         logits = BlockLogits(torch.arange(16), split_blocks(16, 16), [torch.randn(1, 16, 16)])
-        module = PermutedMaskedLinear(
-            linear, Scores(SaliencyFactors(1, torch.ones(1, 16))), NMPattern(2, 4), logits.stacks, variant
-        )  # type: ignore[arg-type]
+        module = MaskedLinear(linear, Scores(SaliencyFactors(1, torch.ones(1, 16))), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
         soft = [sinkhorn(stack, 1.0, 5) for stack in logits.effective()]
         hard = harden(soft[0]).flatten()
         module.set_order(logits.order(hard), hard, soft)

@@ -10,7 +10,7 @@ from permllm.config import NMPattern
 from permllm.runtime.precision import products_in
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.ordered_linear import OrderedMaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import FreeScores, LowRankScores, Scores
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
@@ -62,7 +62,7 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
     there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
     narrow = SaliencyFactors(1, factors.column.float())
     scores = FreeScores(there.weight, narrow.permuted(order))
-    module = OrderedMaskedLinear(there, scores, PATTERN, order)
+    module = MaskedLinear(there, scores, PATTERN, order=order)
     x, grad = torch.randn(5, CHANNELS), torch.randn(5, ROWS)
     inputs = x.clone().requires_grad_()
     with products_in(torch.bfloat16, torch.device("cpu")):
@@ -103,7 +103,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> N
         for name, parameter in moved.named_parameters():
             values = getattr(scores, name)
             parameter.copy_(values if name == "left" else values[order])
-    ordered = OrderedMaskedLinear(there, moved, PATTERN, order)
+    ordered = MaskedLinear(there, moved, PATTERN, order=order)
     ours = ordered(ours_x)
     ours.backward(grad)
     for name, parameter in scores.named_parameters():

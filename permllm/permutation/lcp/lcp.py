@@ -28,12 +28,13 @@ from permllm.runtime import parallel
 from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.blocks import count_logits
-from permllm.training.kernels import Kernels, chosen_kernels
-from permllm.training.loop import Window, samples_of, steps_of
-from permllm.training.masked_linear import PermutedMaskedLinear, masked_linears
+from permllm.training.kernels import Kernels
+from permllm.training.loop import Window, kernels_for
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.stages import Course
+from permllm.training.stand_ins import learning_orders
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -103,7 +104,7 @@ class LCP(LCPSettings):
 
     def masked(
         self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None
-    ) -> AbstractContextManager[dict[str, list[PermutedMaskedLinear]]]:
+    ) -> AbstractContextManager[dict[str, list[MaskedLinear]]]:
         """Masked linears in a window of the problem's model, by the pruner's saliency.
 
         Args:
@@ -114,8 +115,7 @@ class LCP(LCPSettings):
         """
         if kernels is None:
             learning = [group for order in orders_within(shared, window.first, window.stop) for group in order.groups]
-            steps = steps_of(self, samples_of(self, problem))
-            kernels = chosen_kernels(self, problem, learning, steps, self.straight_through)
+            kernels = kernels_for(self, problem, learning)
 
         def scores_of(path: str) -> Scores:
             factors = problem.factors_of(path)
@@ -124,7 +124,7 @@ class LCP(LCPSettings):
             return Scores(factors)
 
         places = ((group, order.group_stacks(self.block_size)) for order, group in members(shared, window))
-        return masked_linears(problem, places, scores_of, self.straight_through, kernels)
+        return learning_orders(problem, places, scores_of, self.straight_through, kernels)
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import SharedOrder, expanded
-from permllm.permutation.lcp.assignment import device_solver, harden_together
+from permllm.permutation.lcp.assignment import harden_together
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.permutation.lcp.sinkhorn import SinkhornStart
@@ -21,7 +21,7 @@ from permllm.runs.names import BEST_SO_FAR
 from permllm.runs.tensors import save_tensors
 from permllm.runtime import parallel
 from permllm.training.loop import Learner, Moment, Window
-from permllm.training.masked_linear import PermutedMaskedLinear
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 
 
@@ -61,7 +61,7 @@ class OrderLearner(Learner):
         window: Window,
         orders: Mapping[str, Tensor],
         logits: dict[str, BlockLogits],
-        linears: dict[str, list[PermutedMaskedLinear]],
+        linears: dict[str, list[MaskedLinear]],
     ) -> None:
         self.settings = settings
         self.problem = problem
@@ -80,11 +80,7 @@ class OrderLearner(Learner):
         self._hard: dict[str, Tensor] = {}
         self._softs: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
-        self._open: dict[int, int] = {}
         self._before = self._at_epoch = self.present
-        if problem.device.type == "cuda":
-            for stack in (stack for block in logits.values() for stack in block.logits):
-                device_solver(stack.shape[-1], stack.dtype)  # is compiled and tried before a step waits for it
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
@@ -109,7 +105,7 @@ class OrderLearner(Learner):
         self._batches = soft_batches(self.blocks, *asked)
         started = time.perf_counter()
         try:
-            hards = harden_together([batch.soft for batch in self._batches], self._open)
+            hards = harden_together([batch.soft for batch in self._batches])
         except ValueError as error:
             broken = next(filter(None, (batch.broken() for batch in self._batches)), "some order")
             raise ValueError(f"the soft permutation of {broken} is not finite") from error
@@ -134,7 +130,7 @@ class OrderLearner(Learner):
         for order, group in members(self.shared, self.window, index):
             self._set_order(order, self.linears[group.name], moment)
 
-    def _set_order(self, order: SharedOrder, linears: list[PermutedMaskedLinear], moment: Moment | None) -> None:
+    def _set_order(self, order: SharedOrder, linears: list[MaskedLinear], moment: Moment | None) -> None:
         if order.name in self.fixed:
             for linear in linears:
                 linear.set_order(order.expand(self.fixed[order.name]))

@@ -1,0 +1,171 @@
+"""Elementwise work of a masked linear on a piece of its channels: saliency, N:M mask, gradients of a channel order.
+
+The functions work on the M places of all groups as M tensors, which meet only at the end: a compiler makes one pass over
+memory of that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from permllm.sparsity.nm import keep_largest_of, ranks_of
+from permllm.sparsity.saliency import SaliencyFactors, saliency_t
+
+
+class Piece(NamedTuple):
+    """Channels of a linear, whole groups of M in permuted order, and what their saliency is made of.
+
+    Attributes:
+        weight_t: `(C_in, C_out)`, a channel in a row.
+        channels: int64 `(k,)`, those of the piece; None: all.
+        power: of `|W|` in the saliency: 1, 2, or 0 where a dense score is the saliency itself.
+        column: `(K, k)`, saliency factors of the channels; a dense score is `(C_out, k)`.
+        row: `(K, C_out)`; None stands for ones, or belongs to a dense score.
+    """
+
+    weight_t: Tensor
+    channels: Tensor | None
+    power: int
+    column: Tensor
+    row: Tensor | None
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is a factor for each weight instead of vectors."""
+        return self.row is None and len(self.column) > 1
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the piece's rows `(k, C_out)` of a tensor like `weight_t`."""
+        return values if self.channels is None else values.index_select(0, self.channels)
+
+
+class Thresholds(NamedTuple):
+    """Entries of each group that decide how the loss changes when a channel joins it: k channels in g = k / M groups.
+
+    Attributes:
+        masked: the piece times its mask, `(k, C_out)`.
+        saliency, gradient: of the piece, and of its mask entries, kept or not, `(k, C_out)`.
+        last, next: saliency of the smallest kept entry, and of the largest that is not kept, `(g, C_out)`.
+        last_gradient, next_gradient: gradients of the mask at these entries, `(g, C_out)`.
+        stay: change of the loss if a channel stays in its group instead of being taken away, `(k,)`.
+    """
+
+    masked: Tensor
+    saliency: Tensor
+    gradient: Tensor
+    last: Tensor
+    next: Tensor
+    last_gradient: Tensor
+    next_gradient: Tensor
+    stay: Tensor
+
+
+def masked_piece(piece: Piece, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    """Return the piece times its N:M mask, `(k, C_out)`; saliency and mask are made in the dtype of the saliency factors."""
+    w = _places(piece.of(piece.weight_t), m)
+    keep = keep_largest_of(_saliencies(w, piece), n)
+    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
+
+
+def softmax_gradients(
+    piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype, hard: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what the gradient of a soft permutation is made of (see `permllm.training.masked_linear`).
+
+    Args:
+        piece: of the weight.
+        grad: of the masked weight_t, `(C_in, C_out)`.
+        n, m: the pattern.
+        dtype: of what is returned.
+        hard: return the hard mask, otherwise the softmax of each group.
+
+    Returns:
+        Each `(k, C_out)`: the piece times its mask; its saliency; the gradient of the saliency; the gradient of the mask; the
+        mask, hard or soft.
+    """
+    w = _places(piece.of(piece.weight_t), m)
+    s = _saliencies(w, piece)
+    keep = keep_largest_of(s, n)
+    grad_mask = _mask_gradients(w, s, piece, grad)
+    largest = s[0]
+    for part in s[1:]:
+        largest = torch.maximum(largest, part)
+    exponentials = [(part - largest).exp() for part in s]
+    total = sum(exponentials[1:], exponentials[0])
+    soft_mask = [part / total for part in exponentials]
+    products = [of_mask * soft for of_mask, soft in zip(grad_mask, soft_mask, strict=True)]
+    mean = sum(products[1:], products[0])
+    grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
+    masked = [torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)]
+    mask = keep if hard else soft_mask
+    return _join(masked, dtype), _join(s, dtype), _join(grad_s, dtype), _join(grad_mask, dtype), _join(mask, dtype)
+
+
+def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -> Thresholds:
+    """Return the thresholds of a piece; `grad` as in `softmax_gradients`. Only the masked weight is in `dtype`."""
+    w = _places(piece.of(piece.weight_t), m)
+    s = _saliencies(w, piece)
+    ranks = ranks_of(s)
+    d = _mask_gradients(w, s, piece, grad)
+
+    def at(rank: int, places: list[Tensor]) -> Tensor:
+        picked = [torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)]
+        return sum(picked[1:], picked[0])
+
+    next_d = at(n, d)
+    stay = [torch.where(found < n, part - next_d, 0.0).sum(-1) for found, part in zip(ranks, d, strict=True)]
+    masked = [torch.where(found < n, part, 0.0) for found, part in zip(ranks, w, strict=True)]
+    return Thresholds(
+        masked=_join(masked, dtype),
+        saliency=_join(s, s[0].dtype),
+        gradient=_join(d, s[0].dtype),
+        last=at(n - 1, s),
+        next=at(n, s),
+        last_gradient=at(n - 1, d),
+        next_gradient=next_d,
+        stay=torch.stack(stay, 1).flatten(),
+    )
+
+
+def joining(s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], kept: float) -> Tensor:
+    """Return how the loss changes when a channel takes the place of a random member of a group, `(blocks, B, G)`.
+
+    Args:
+        s, d: saliency and gradient of the mask of each channel, `(blocks, B, C_out)`.
+        groups: last, next, last_gradient and next_gradient of G groups of the same block, each `(blocks, G, C_out)`.
+        kept: share of a group that is kept, N / M, in which the place taken was that of a kept entry.
+    """
+    last, next_, last_d, next_d = (part.unsqueeze(1) for part in groups)
+    s, d = s.unsqueeze(2), d.unsqueeze(2)
+    change = torch.where(s > last, d - last_d, 0.0) * (1.0 - kept)
+    return (change + torch.where(s > next_, d - next_d, 0.0) * kept).sum(-1)
+
+
+def with_own(changes: Tensor, stay: Tensor, m: int) -> Tensor:
+    """Put the changes in the own group, `stay (k,)`, in their places of `changes (blocks, B, B / M)`."""
+    blocks, _, groups = changes.shape
+    own = changes.view(blocks, groups, m, groups).diagonal(dim1=1, dim2=3)  # (blocks, M, groups)
+    own.copy_(stay.view(blocks, groups, m).mT)
+    return changes
+
+
+def _places(t: Tensor, m: int) -> list[Tensor]:
+    return [t[place::m] for place in range(m)]
+
+
+def _join(places: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([place.to(dtype) for place in places], 1).flatten(0, 1)
+
+
+def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
+    m = len(w)
+    factors = [SaliencyFactors(piece.power, piece.column[:, place::m], piece.row) for place in range(m)]
+    return [saliency_t(part, of_part) for part, of_part in zip(w, factors, strict=True)]
+
+
+def _mask_gradients(w: list[Tensor], s: list[Tensor], piece: Piece, grad: Tensor) -> list[Tensor]:
+    places = _places(piece.of(grad), len(w))
+    return [part.to(s[0].dtype) * weight for part, weight in zip(places, w, strict=True)]

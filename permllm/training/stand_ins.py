@@ -1,0 +1,138 @@
+"""Masked linears in the places of a model's linears while they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.offload import placement_of
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.training.blocks import BlockStack
+from permllm.training.kernels import Kernels
+from permllm.training.masked_linear import MaskedLinear
+from permllm.training.problem import LearningProblem
+from permllm.training.scores import Scores
+from permllm.training.settings import StraightThrough
+
+StandIns = Iterator[dict[str, list[MaskedLinear]]]
+
+
+@contextmanager
+def learning_orders(
+    problem: LearningProblem,
+    places: Iterable[tuple[ChannelGroup, list[BlockStack]]],
+    scores_of: Callable[[str], Scores],
+    straight_through: StraightThrough,
+    kernels: Kernels,
+) -> StandIns:
+    """Put a masked linear in the place of every linear of some groups, whose orders learn, and the linears back at the end.
+
+    The weights are stored column by column meanwhile, which makes a permutation of channels a gather of rows.
+
+    Args:
+        problem: whose model.
+        places: the groups, each with how its positions split into blocks.
+        scores_of: what the mask of a linear is chosen by, by its path.
+        straight_through, kernels: as in `MaskedLinear`.
+
+    Yields:
+        The masked linears by the name of their group.
+    """
+    stacks_of = dict(places)
+
+    def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
+        pattern = problem.pattern_of(group)
+        return MaskedLinear(linear, scores_of(path), pattern, stacks_of[group], straight_through, kernels=kernels)
+
+    def by_columns(_: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t().contiguous().t()
+
+    def by_rows(_: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    with _standing_in(problem.model, stacks_of, stand_in, by_columns, by_rows) as masked:
+        yield masked
+
+
+@contextmanager
+def learning_scores(
+    problem: LearningProblem,
+    groups: Iterable[ChannelGroup],
+    orders: Mapping[str, Tensor],
+    scores_of: Callable[[Tensor, SaliencyFactors], Scores],
+    kernels: Kernels,
+) -> StandIns:
+    """Put a masked linear in the place of every linear of some groups, whose scores learn, and the linears back at the end.
+
+    Args:
+        problem: whose model.
+        groups: whose linears.
+        orders: int64 `(C_in,)` by group.
+        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` of a linear and its saliency factors, both in the
+            order.
+        kernels: as in `MaskedLinear`.
+
+    Yields:
+        The masked linears by the name of their group.
+    """
+
+    @cache  # layers that come and go ask for it each time
+    def on(device: torch.device, name: str) -> Tensor:
+        return orders[name].to(device)
+
+    def ordered(group: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t()[on(weight.device, group.name)].t()
+
+    def back(group: ChannelGroup, weight: Tensor) -> Tensor:
+        return weight.t()[on(weight.device, group.name).argsort()].t().contiguous()
+
+    def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
+        order = on(linear.weight.device, group.name)
+        scores = scores_of(ordered(group, linear.weight.data), problem.factors_of(path).permuted(order))
+        moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
+        return MaskedLinear(linear, scores, problem.pattern_of(group), order=moved, kernels=kernels)
+
+    with _standing_in(problem.model, groups, stand_in, ordered, back) as masked:
+        yield masked
+
+
+@contextmanager
+def _standing_in(
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    stand_in: Callable[[ChannelGroup, str, nn.Linear], MaskedLinear],
+    change: Callable[[ChannelGroup, Tensor], Tensor],
+    back: Callable[[ChannelGroup, Tensor], Tensor],
+) -> StandIns:
+    """Put a stand-in in the place of every linear of some groups, and the linears back at the end.
+
+    Args:
+        model: of a known family.
+        groups: whose linears.
+        stand_in: makes what stands in for a linear at a path, whose weight is not changed yet.
+        change: a weight as it is stored meanwhile.
+        back: that weight as it was stored before.
+    """
+    placement = placement_of(model)
+    replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []
+    made: dict[str, list[MaskedLinear]] = {}
+    try:
+        for group in groups:
+            made[group.name] = []
+            with placement.layer(group.layer):
+                for path in group.members:
+                    linear = linear_at(model, path)
+                    made[group.name].append(stand_in(group, path, linear))
+                    placement.rearrange(linear, partial(change, group))
+                    replaced.append((group, path, linear))
+                    model.set_submodule(path, made[group.name][-1])
+        yield made
+    finally:
+        for group, path, linear in replaced:
+            placement.restore(linear, partial(back, group))
+            model.set_submodule(path, linear)

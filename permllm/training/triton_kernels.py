@@ -1,0 +1,169 @@
+"""Two Triton kernels of a masked linear on a GPU: masked weights with the thresholds of each group, and exchange gradients.
+
+Saliencies are made in float32 and ranked by comparisons in registers; of equal entries the lowest channel wins.
+"""
+
+# Triton's language is Python's syntax, not its types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from permllm.training.elementwise import Piece, with_own
+
+# Weights of a program of `_mask`, which one warp holds in registers.
+_TILE = 1024
+# Channels, groups and rows of a program of `_exchange`: 32 elements a thread, and their sums.
+_CHANNELS, _GROUPS, _ROWS, _WARPS = 16, 16, 32, 4
+
+
+def mask(out: Tensor, piece: Piece, n: int, m: int) -> Tensor:
+    """Write the piece times its N:M mask into its rows of `out`, see `permllm.training.kernels.Kernels.mask`; return `out`."""
+    _launch_mask(out, piece, n, m, {})
+    return out
+
+
+def exchanges(out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int) -> Tensor:
+    """Return float32 `(k / B, B, B / M)`, see `permllm.training.kernels.Kernels.exchanges`."""
+    channels, rows = piece.column.shape[1], piece.weight_t.shape[1]
+    groups, blocks = size // m, channels // size
+    empty = partial(torch.empty, dtype=torch.float32, device=out.device)
+    limits = empty(4, channels // m, rows)
+    stay = empty(channels, triton.cdiv(rows, _rows_of(m)))
+    grad = grad.contiguous()
+    _launch_mask(out, piece, n, m, {"grad": grad, "limits": limits, "stay": stay})
+    changes = empty(blocks, size, groups)
+    grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
+    with torch.cuda.device_of(out):  # Triton launches where the process is, not where its tensors are
+        _exchange[grid](
+            *_pointers(piece), grad, limits, changes, rows, channels, size, groups, n / m,
+            **_saliency_kind(piece), CHANNELS=_CHANNELS, GROUPS=_GROUPS, ROWS=_ROWS, num_warps=_WARPS,
+        )  # fmt: skip
+    return with_own(changes, stay.sum(1), m)
+
+
+def _launch_mask(out: Tensor, piece: Piece, n: int, m: int, thresholds: dict[str, Tensor]) -> None:
+    channels, rows = piece.column.shape[1], piece.weight_t.shape[1]
+    none = out  # a pointer that is not read
+    given = [thresholds.get(name, none) for name in ("grad", "limits", "stay")]
+    grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
+    with torch.cuda.device_of(out):
+        _mask[grid](
+            *_pointers(piece), *given, out, rows, channels, **_saliency_kind(piece), N=n, M=m,
+            LANES=triton.next_power_of_2(m), ROWS=_rows_of(m), THRESHOLDS=bool(thresholds), num_warps=1,
+        )  # fmt: skip
+
+
+def _rows_of(m: int) -> int:
+    """Output rows of a program of `_mask`."""
+    return max(32, _TILE // triton.next_power_of_2(m))
+
+
+def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, channels, factors of channels and of rows; what is missing is a pointer that is not read."""
+    column = piece.column.t() if piece.dense else piece.column
+    channels = column if piece.channels is None else piece.channels
+    row = column if piece.row is None else piece.row.contiguous()
+    return piece.weight_t.contiguous(), channels, column.contiguous(), row
+
+
+def _saliency_kind(piece: Piece) -> dict[str, Any]:
+    terms = 0 if piece.row is None else len(piece.row)
+    return {"GATHER": piece.channels is not None, "POWER": piece.power, "TERMS": terms, "DENSE": piece.dense}
+
+
+@triton.jit
+def _saliency(w, column, row, at, x, there, rows, channels, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr):
+    """Saliency of weights `w (positions, rows)` at positions `at` and rows `x` of the piece, which are `there`."""
+    factor = tl.abs(w)
+    if POWER == 2:
+        factor = factor * factor
+    if DENSE:
+        score = tl.load(column + at[:, None] * rows + x[None, :], mask=there, other=0.0)
+    elif TERMS == 0:
+        score = tl.load(column + at, mask=at < channels, other=0.0)[:, None]
+    else:
+        score = tl.zeros_like(w)
+        for term in tl.static_range(TERMS):
+            of_channel = tl.load(column + term * channels + at, mask=at < channels, other=0.0)
+            score += of_channel[:, None] * tl.load(row + term * rows + x, mask=x < rows, other=0.0)[None, :]
+    return score if POWER == 0 else factor * score
+
+
+@triton.jit
+def _mask(
+    weight, source, column, row, grad, limits, stay, out, rows, channels,
+    GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, THRESHOLDS: tl.constexpr,
+):  # fmt: skip
+    """Mask one group of M channels in a tile of output rows; with THRESHOLDS, find what an exchange displaces there."""
+    group = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    x = tile * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, LANES)
+    member = lane < M
+    at = group * M + lane
+    there = member[:, None] & (x < rows)[None, :]
+    channel = tl.load(source + at, mask=member, other=0) if GATHER else at
+    place = channel[:, None] * rows + x[None, :]
+    stored = tl.load(weight + place, mask=there, other=0.0)
+    w = stored.to(tl.float32)
+    s = _saliency(w, column, row, at, x, there, rows, channels, POWER, TERMS, DENSE)
+    s = tl.where(member[:, None], s, float("-inf"))
+    rank = tl.zeros((LANES, ROWS), tl.int32)
+    for other in tl.static_range(M):
+        theirs = tl.sum(tl.where(lane[:, None] == other, s, 0.0), 0)[None, :]
+        rank += ((theirs > s) | ((theirs == s) & (lane[:, None] > other))).to(tl.int32)
+    kept = rank < N
+    tl.store(out + place, tl.where(kept, stored, 0.0).to(out.dtype.element_ty), mask=there)
+    if THRESHOLDS:
+        d = tl.load(grad + place, mask=there, other=0.0).to(tl.float32) * w
+        next_d = tl.sum(tl.where(rank == N, d, 0.0), 0)
+        size = (channels // M).to(tl.int64) * rows
+        limit = limits + group * rows + x
+        tl.store(limit, tl.sum(tl.where(rank == N - 1, s, 0.0), 0), mask=x < rows)
+        tl.store(limit + size, tl.sum(tl.where(rank == N, s, 0.0), 0), mask=x < rows)
+        tl.store(limit + 2 * size, tl.sum(tl.where(rank == N - 1, d, 0.0), 0), mask=x < rows)
+        tl.store(limit + 3 * size, next_d, mask=x < rows)
+        staying = tl.where(kept & there, d - next_d[None, :], 0.0)
+        tl.store(stay + at * tl.num_programs(1) + tile, tl.sum(staying, 1), mask=member)
+
+
+@triton.jit
+def _exchange(
+    weight, source, column, row, grad, limits, changes, rows, channels, size, groups, share,
+    GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Value the exchanges of a tile of a block's channels with a tile of its groups, over all rows."""
+    block = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    g = tl.program_id(2) * GROUPS + tl.arange(0, GROUPS)
+    at = block * size + c
+    channel = tl.load(source + at, mask=c < size, other=0) if GATHER else at
+    every = (channels // size).to(tl.int64) * groups * rows
+    total = tl.zeros((CHANNELS, GROUPS, ROWS), tl.float32)
+    for first in range(0, rows, ROWS):
+        x = first + tl.arange(0, ROWS)
+        there = (c < size)[:, None] & (x < rows)[None, :]
+        place = channel[:, None] * rows + x[None, :]
+        w = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
+        d = tl.load(grad + place, mask=there, other=0.0).to(tl.float32) * w
+        s = _saliency(w, column, row, at, x, there, rows, channels, POWER, TERMS, DENSE)[:, None, :]
+        of_group = (g < groups)[:, None] & (x < rows)[None, :]
+        limit = limits + (block * groups + g)[:, None] * rows + x[None, :]
+        last = tl.load(limit, mask=of_group, other=float("inf"))[None, :, :]
+        next_ = tl.load(limit + every, mask=of_group, other=float("inf"))[None, :, :]
+        last_d = (tl.load(limit + 2 * every, mask=of_group, other=0.0) * (1.0 - share))[None, :, :]
+        next_d = (tl.load(limit + 3 * every, mask=of_group, other=0.0) * share)[None, :, :]
+        total = tl.where(s > last, total + ((d * (1.0 - share))[:, None, :] - last_d), total)
+        total = tl.where(s > next_, total + ((d * share)[:, None, :] - next_d), total)
+    inside = (c < size)[:, None] & (g < groups)[None, :]
+    tl.store(changes + at[:, None] * groups + g[None, :], tl.sum(total, 2), mask=inside)
