@@ -121,7 +121,7 @@ def prune(
         _random_numbers_kept(),
         half_products(model.dtype, device),
     ):
-        seed_everything(config.seed)
+        seed_everything(config.seed, config.deterministic)
         reset_peak_memory(device)
         products = compute_dtype(config.compute_dtype, model.dtype, device)
         # Nothing asks for the tokenizer where texts are tokens.

@@ -35,7 +35,7 @@ WHEEL_MODELS = get_args(WheelModel)
 
 # Settings that do not change a pruned model.
 _NOT_PART_OF_A_RUN = {"force", "plan", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"}
-_NOT_PART_OF_A_RUN |= {"protocol", "budget", "method"}
+_NOT_PART_OF_A_RUN |= {"protocol", "budget", "method", "deterministic"}
 # Settings of the model that say where it is from or where its weights wait; its digest says which model it is.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that only a permutation reads, which has a copy of them.
@@ -294,6 +294,7 @@ class RunConfig:
     runs_dir: str
     run_dir: str | None
     force: bool
+    deterministic: bool
     plan: bool
     save_weights: bool
     export: ExportConfig

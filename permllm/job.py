@@ -148,7 +148,7 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
 def _stages(
     config: RunConfig, methods: Methods, record: RunDirectory, logger: RunLogger, device: torch.device, learns: bool
 ) -> None:
-    seed_everything(config.seed)
+    seed_everything(config.seed, config.deterministic)
     reset_peak_memory(device)
     if not record.pruned:
         write_json(record.path(ENVIRONMENT), environment(config.seed, device))

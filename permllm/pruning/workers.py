@@ -135,7 +135,7 @@ def _prepared(config: RunConfig) -> LoadedModel:
     parallel.use_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    seed_everything(config.seed)
+    seed_everything(config.seed, config.deterministic)
     return load_model(config.model, config.seed)
 
 
