@@ -66,7 +66,7 @@ class MaskPlan:
 
 
 class LearnedMask(FoundMask):
-    """Base of the methods that train, in all processes of torchrun together.
+    """Base of the methods that train, in all ranks together.
 
     Attributes:
         batch_size: samples a step.
