@@ -279,6 +279,9 @@ class Session:
         except KeyboardInterrupt as error:
             self._end("failed", f"{what_happened(error)}: the same command continues it")
             raise
+        except SystemExit:  # of `in_step`
+            self._end("failed", f"one rank failed alone: {CONTINUES}")
+            raise
         except InUseError as error:  # of a sweep: a single run waits
             self._end("skipped", one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from permllm.errors import PermLLMError, one_line
+from permllm.errors import PermLLMError, everything_wanted, one_line
 from permllm.runtime.interruption import CONTINUES
 
 if TYPE_CHECKING:
@@ -195,5 +196,7 @@ def _compare(error: Exception | None) -> None:
         time.sleep(_LOOK_EVERY)
     if found != [mine] * len(keys):
         if first and error is not None:
+            if everything_wanted():
+                traceback.print_exception(error)
             print(f"error: rank {rank()}: {one_line(error) or type(error).__name__}: {CONTINUES}", file=sys.stderr)
         raise SystemExit(1)
