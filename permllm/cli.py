@@ -299,7 +299,7 @@ class Session:
         return math.inf
 
     def close(self) -> int:
-        """Print the tables of a sweep of several jobs, in the first process, and return the exit code."""
+        """Print the tables of a sweep of several jobs, in rank 0, and return the exit code."""
         sweep = sys.modules.get("permllm.runs.sweep")  # or no sweep has begun
         if sweep is None or not first():
             return int(self._failed)
