@@ -154,9 +154,9 @@ def _hydra() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from permllm.pruning.composition import HYDRA_MAIN, conf_directory, refusal, register_resolvers
-    from permllm.runtime.slurm import adopt_step
 
-    adopt_step()
+    if not first():
+        os.environ["TQDM_DISABLE"] = "1"  # read where tqdm is imported
     register_resolvers()
     # Hydra would copy its only store for each line of --help, which takes longer than all else.
     ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
@@ -207,7 +207,6 @@ class Session:
             if first():
                 print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
             self.close()
-            _leave(interrupted=True)
             return exit_code(error)
         except SystemExit as stop:
             if stop.code:  # Hydra refuses the command line, or a launcher gives up although some jobs have finished
@@ -220,14 +219,17 @@ class Session:
             print(f"error: {type(error).__name__}: {str(error).strip()}\n{CONTINUES}", file=sys.stderr)
             self.close()
             return 1
-        _leave()
+        if "permllm.runtime.parallel" in sys.modules:  # a job has begun
+            from permllm.runtime import parallel
+
+            parallel.stop()
         return code
 
     def job(self, composed: DictConfig) -> float:
         """Run one job and return what a search minimises (`objective`); infinite for a job that failed.
 
-        A failure that a person can mend is one line on stderr, and does not stop the other jobs. Under torchrun all processes
-        go through the jobs together as the first one says (`permllm.runtime.parallel`).
+        A failure that a person can mend is one line on stderr, and does not stop the other jobs. Under torchrun all ranks go
+        through the jobs together, and rank 0 prints and keeps what becomes of each (`permllm.runtime.parallel`).
         """
         from permllm.runs import sweep
 
@@ -238,7 +240,6 @@ class Session:
 
         from permllm.pruning.composition import register_resolvers
         from permllm.runtime import parallel
-        from permllm.runtime.watch import FAILED, INTERRUPTED
 
         register_resolvers()  # a launcher's process has begun with this
         transformers.logging.set_verbosity_error()
@@ -247,23 +248,13 @@ class Session:
         for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
             logging.getLogger(name).setLevel(logging.ERROR)
         parallel.start()
-        try:
-            with scheduler_signals():  # in a launcher's process too
-                if parallel.rank():
-                    return _assist()
-                value = self._lead(composed)
-            if parallel.out_of_step():
-                self.close()
-                print(f"the other processes are in the middle of a step and end too: {CONTINUES}", file=sys.stderr)
-                raise SystemExit(1)
-            parallel.tell(parallel.OVER, value)
-            return value
-        except BaseException as error:
-            parallel.stop(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
-            raise
+        if not first():
+            logging.getLogger("permllm").setLevel(logging.ERROR)  # rank 0 says what all would say
+        with scheduler_signals():  # in a launcher's process too
+            return self._run(composed)
 
-    def _lead(self, composed: DictConfig) -> float:
-        """Run a job in the only process, or in the first of several, and keep its outcome."""
+    def _run(self, composed: DictConfig) -> float:
+        """Run a job and keep its outcome."""
         import torch
 
         from permllm.config import read_config
@@ -271,38 +262,44 @@ class Session:
         from permllm.pruning.composition import check_names
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
+        from permllm.runtime import parallel
 
         try:
-            if sweep.sweeping():
+            if sweep.sweeping() and first():
                 sweep.outcome_file().unlink(missing_ok=True)  # of an earlier time
-            config = read_config(sweep.place(composed))
-            check_names(config)
-            skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
-            result = run(config)
-            if result is None:
-                return math.inf
-            metrics, directory = result
-            self._end("skipped" if skipped else "ran", directory=str(directory))
-            return objective(metrics)
+            with parallel.in_step():
+                config = parallel.on_main(lambda: read_config(sweep.place(composed)))
+                check_names(config)
+                skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
+                result = run(config)
+                value = math.inf if result is None else parallel.share(objective(result[0]))
+            if result is not None:
+                self._end("skipped" if skipped else "ran", directory=str(result[1]))
+            return value
         except KeyboardInterrupt as error:
             self._end("failed", f"{what_happened(error)}: the same command continues it")
+            raise
+        except SystemExit:  # of `in_step`
+            self._end("failed", f"one rank failed alone: {CONTINUES}")
             raise
         except InUseError as error:  # of a sweep: a single run waits
             self._end("skipped", one_line(error))
         except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
             if everything_wanted():
                 raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            if first():
+                print(f"error: {one_line(error)}", file=sys.stderr)
             self._end("failed", one_line(error))
         except Exception as error:
-            if not sweep.sweeping():
-                raise
-            traceback.print_exc()  # an error of ours must be seen whole, and not take the other jobs with it
+            if first():
+                if not sweep.sweeping():
+                    raise
+                traceback.print_exc()  # an error of ours must be seen whole, and not take the other jobs with it
             self._end("failed", f"{type(error).__name__}: {one_line(error)}")
         return math.inf
 
     def close(self) -> int:
-        """Print the tables of a sweep of several jobs, in the first process, and return the exit code."""
+        """Print the tables of a sweep of several jobs, in rank 0, and return the exit code."""
         sweep = sys.modules.get("permllm.runs.sweep")  # or no sweep has begun
         if sweep is None or not first():
             return int(self._failed)
@@ -322,36 +319,14 @@ class Session:
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
         from permllm.runs import sweep
 
+        if not first():
+            return
         self._failed = self._failed or outcome == "failed"
         if sweep.sweeping():
             try:
                 sweep.keep(sweep.Outcome(sweep.overrides(), outcome, reason, directory))
             except DataError as error:  # a full disk must not take the other jobs with it
                 print(f"error: {error}", file=sys.stderr)
-
-
-def _assist() -> float:
-    """Run a job in a process beside the first, which writes no outcome and prints nothing that the first one prints."""
-    import torch
-
-    from permllm.pruning.workers import assist
-    from permllm.runtime import parallel
-
-    logging.getLogger("permllm").setLevel(logging.WARNING)
-    try:
-        return assist()
-    except (PermLLMError, torch.OutOfMemoryError, OSError) as error:
-        print(f"error: the process of rank {parallel.rank()}: {one_line(error)}: {CONTINUES}", file=sys.stderr)
-        raise SystemExit(1) from error
-
-
-def _leave(interrupted: bool = False) -> None:
-    """Leave the other processes of torchrun; nothing happens where no job has begun."""
-    if "permllm.runtime.parallel" in sys.modules:
-        from permllm.runtime import parallel
-        from permllm.runtime.watch import DONE, INTERRUPTED
-
-        parallel.stop(INTERRUPTED if interrupted else DONE)
 
 
 def objective(metrics: dict[str, Any]) -> float:

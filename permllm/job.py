@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from permllm.evaluation.perplexity import perplexity_windows
 from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.models.limits import check_windows
-from permllm.models.load import LoadedModel, check_model_runs, load_model, meta_model
+from permllm.models.load import LoadedModel, load_model, meta_model
 from permllm.pruning.layerwise import PrunedModel
 from permllm.pruning.methods import (
     Job,
@@ -35,18 +37,17 @@ from permllm.pruning.methods import (
 )
 from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import figures, prune_model
-from permllm.pruning.workers import check_shares, loaded_by_all
 from permllm.runs import sweep
 from permllm.runs.cache import choose_cache
 from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.environment import environment
 from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
-from permllm.runs.loggers import RunLogger, log_finished, open_logger
+from permllm.runs.loggers import NO_LOGGER, RunLogger, log_finished, open_logger
 from permllm.runs.measures import flat_figures
 from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, layer_file
 from permllm.runs.render import print_run
-from permllm.runs.tensors import load_masks, load_orders, load_tensors, save_masks, save_tensors
+from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory, return_freed_memory
@@ -57,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
-    """Run one job, under torchrun the part of rank 0, which keeps the record; `permllm.pruning.workers` has the other ranks.
+    """Run one job, under torchrun in all ranks; rank 0 keeps the record.
 
     Returns:
         The metrics and the run directory; None when only a plan was asked for.
@@ -80,19 +81,21 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
         checked_groups(config, methods, skeleton())
         if config.plan:
             footprint = footprint_of(config, methods, skeleton(), device)
-            print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
+            if parallel.rank() == 0:
+                print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
             return None
 
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
-            log_finished(config, record.directory, record.metrics, record.history)
+            parallel.on_main(lambda: log_finished(config, record.directory, record.metrics, record.history))
         else:
             _unfinished(config, methods, record, device, skeleton())
         if request is not None:
-            _export(request, record)
-        print_run(record.metrics, record.directory)
+            parallel.on_main(lambda: _export(request, record))
+        if parallel.rank() == 0:
+            print_run(record.metrics, record.directory)
     return record.metrics, record.directory
 
 
@@ -107,17 +110,42 @@ def _unfinished(
     check_tasks(config.evaluation)
     learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
     footprint = footprint_of(config, methods, skeleton, device)
-    placement = placement_for(footprint, config, methods)
+    placement = parallel.share(placement_for(footprint, config, methods))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
     if not record.pruned:
         record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
     if learns:
-        check_shares(learns, config.calibration.samples)
-    half = half_products(getattr(torch, config.model.dtype), device)
-    with job_log(record.path(LOG)), open_logger(config, record.directory) as logger, half:
-        _stages(config, methods, record, logger, device, bool(learns))
+        _check_shares(learns, config.calibration.samples)
+    logger = NO_LOGGER
+    with ExitStack() as held:
+
+        def opened() -> None:
+            nonlocal logger
+            held.enter_context(job_log(record.path(LOG)))
+            logger = held.enter_context(open_logger(config, record.directory))
+
+        parallel.on_main(opened)
+        held.enter_context(half_products(getattr(torch, config.model.dtype), device))
+        _stages(config, methods, record, logger, device)
+
+
+def _check_shares(learned: Mapping[str, Any], samples: int) -> None:
+    """Raise ConfigError where some ranks would have no sample of their own to learn from.
+
+    Args:
+        learned: methods that learn from `batch_size` samples a step, by their group.
+        samples: `calibration.samples`.
+    """
+    processes = parallel.world_size()
+    sizes = {f"{group}.batch_size": method.batch_size for group, method in learned.items()}
+    counts = {f"{group}.samples": method.samples for group, method in learned.items() if getattr(method, "samples", None)}
+    for name, value in (sizes | counts | {"calibration.samples": samples}).items():
+        if value < processes:
+            raise ConfigError(
+                f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"
+            )
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
@@ -145,22 +173,14 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     return request
 
 
-def _stages(
-    config: RunConfig, methods: Methods, record: RunDirectory, logger: RunLogger, device: torch.device, learns: bool
-) -> None:
+def _stages(config: RunConfig, methods: Methods, record: RunDirectory, logger: RunLogger, device: torch.device) -> None:
     seed_everything(config.seed, config.deterministic)
     reset_peak_memory(device)
     if not record.pruned:
-        write_json(record.path(ENVIRONMENT), environment(config.seed, device))
+        parallel.on_main(lambda: write_json(record.path(ENVIRONMENT), environment(config.seed, device)))
     with record.stage("load", device):
-        # Not before: what fails here until the model is loaded fails without the others.
-        if learns or config.model.placement == "sharded":
-            parallel.tell(parallel.PREPARE, asdict(config))
-        with loaded_by_all(config):
-            loaded = load_model(config.model, config.seed)
-        if config.model.placement == "sharded":
-            check_model_runs(config.model, loaded.model)
-        if record.metrics.setdefault("model", loaded.identity) != loaded.identity:
+        loaded = load_model(config.model, config.seed)
+        if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
             began = record.metrics["model"]
             raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
         groups = checked_groups(config, methods, loaded.model)
@@ -214,15 +234,10 @@ def _prune(job: Job, record: RunDirectory) -> None:
             for group in job.groups:
                 layers.setdefault(group.layer, []).extend(group.members)
             for layer, paths in layers.items():
-                weights = partial(_weights, job, paths)
-                record.kept(layer_file(WEIGHTS, layer), weights, save_tensors, load_tensors)
+                record.keep(layer_file(WEIGHTS, layer), {path: job.weight(path) for path in paths}, save_tensors)
         record.metrics |= found
 
     prune_model(job, tokens, keep)
-
-
-def _weights(job: Job, paths: list[str]) -> dict[str, Tensor]:
-    return {path: job.weight(path) for path in paths}
 
 
 def _export(request: Request, record: RunDirectory) -> None:

@@ -228,21 +228,6 @@ def test_an_export_in_smaller_files_is_another_one(cache: Path, tmp_path: Path) 
     assert len(list((directory / "export").glob("*.safetensors"))) > count
 
 
-@pytest.mark.parametrize("fails", [True, False])
-def test_other_processes_are_called_when_nothing_is_left_that_could_fail_before_them(
-    cache: Path, tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(job.parallel, "tell", lambda word, given: told.append(word))
-    if fails:
-        monkeypatch.setattr(job, "write_json", lambda *_: (_ for _ in ()).throw(DataError("no space")))
-        with pytest.raises(DataError, match="no space"):
-            run(tmp_path)
-    else:
-        run(tmp_path)
-    assert told == ([] if fails else ["prepare"])
-
-
 def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, directory = run(tmp_path, "permutation=none", "export=simulate")
     before = (directory / "export" / "model.safetensors").read_bytes()

@@ -17,6 +17,7 @@ from permllm.data.bos import bos_of
 from permllm.data.registry import NamedText, calibration_text
 from permllm.errors import DataError
 from permllm.runs.cache import cached
+from permllm.runtime import parallel
 
 _TOKENS = "tokens"
 
@@ -94,7 +95,7 @@ def _kept(
         return compute()
     identity = {"text": named.text.digest(calibration), "tokenizer": tokenizer_digest(tokenizer)}
     identity |= settings | {"use": "calibration" if calibration else "perplexity"}
-    return cached("tokens", identity, lambda: {_TOKENS: compute()})[_TOKENS]
+    return cached("tokens", identity, lambda: {_TOKENS: parallel.on_main(compute)})[_TOKENS]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,6 +21,7 @@ from permllm.models.families import after_layers
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.models.layers import LayerStream
 from permllm.models.offload import placement_of
+from permllm.runtime import parallel
 
 
 def perplexity_windows(
@@ -71,23 +72,29 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label
         `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over its predicted tokens).
     """
     count, window = windows.shape
-    losses: list[float] = []
-    batches = windows.to(next(model.parameters()).device).split(max(1, batch_tokens // window))
-    at_a_time = tokens_at_a_time(vocabulary_of(model), batches[0].numel())
-    together, streams = at_a_time == batches[0].numel(), placement_of(model).streams
+    portions = parallel.portions(torch.arange(count), max(1, batch_tokens // window))
+    device, mine = next(model.parameters()).device, [part for part, _ in portions]
+    at_a_time = tokens_at_a_time(vocabulary_of(model), len(mine[0]) * window)
+    together, streams = at_a_time == len(mine[0]) * window, placement_of(model).streams
     head = None if together and not streams else Head(model)
-    states_of = _streamed_states(model, windows, len(batches[0]), label) if streams else _states(model, batches)
-    for batch in tqdm(batches, desc=label, unit="batch", leave=False):
+    batches = [windows[part].to(device) for part in mine]
+    states_of = _streamed_states(model, torch.cat(batches), len(mine[0]), label) if streams else _states(model, batches)
+    found = torch.zeros(count, dtype=torch.float64)
+    for batch, (part, counted) in zip(tqdm(batches, desc=label, unit="batch", leave=False), portions, strict=True):
+        nats = []
         if together:
             logits = model(input_ids=batch, use_cache=False).logits if head is None else head.logits(next(states_of))
             for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
-                losses.append(_nats(sequence[:-1], targets[1:]))
+                nats.append(_nats(sequence[:-1], targets[1:]))
         else:
             assert head is not None
             for sequence, targets in zip(next(states_of), batch, strict=True):
                 parts = zip(sequence[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True)
-                losses.append(math.fsum(_nats(head.logits(part), following) for part, following in parts))
-    total = 0.0
+                nats.append(math.fsum(_nats(head.logits(part), following) for part, following in parts))
+        if counted:
+            found[part] = torch.tensor(nats, dtype=torch.float64)
+    parallel.all_reduce([found])  # each window is zero in all ranks but one
+    losses, total = found.tolist(), 0.0
     for nats in losses:  # one after the other: `sum` rounds in another way from Python 3.12 on
         total += nats
     tokens = count * (window - 1)

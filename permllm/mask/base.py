@@ -27,7 +27,7 @@ class Mask(Method):
 
 
 class FoundMask(Mask, ABC):
-    """Base of the methods that find the masks of all linears together; one that does not train works in the first process.
+    """Base of the methods that find the masks of all linears together; each rank of torchrun calls it.
 
     Attributes:
         statistics: of what the linears read, that it sums over the calibration text (`permllm.sparsity`).
@@ -66,7 +66,7 @@ class MaskPlan:
 
 
 class LearnedMask(FoundMask):
-    """Base of the methods that train, in all processes of torchrun together.
+    """Base of the methods that train, in all ranks together.
 
     Attributes:
         batch_size: samples a step.

@@ -111,16 +111,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         place(model, _sharded(model, device, dtype, lambda _, parameter: parameter.data))
         _outside_to(model, device)
     _check_vocabulary(_called(config), model, tokenizer)
-    if placement != "sharded":  # of which the first process has each layer when the others answer
-        check_model_runs(config, model)
-    bos_of(tokenizer, config.bos)
-    return LoadedModel(model, tokenizer, identity, config.bos)
-
-
-def check_model_runs(config: ModelConfig, model: PreTrainedModel) -> None:
-    """Raise DataError where a model that was loaded cannot run, see `check_runs`."""
     with placement_of(model).whole():
         check_runs(_called(config), model)
+    bos_of(tokenizer, config.bos)
+    return LoadedModel(model, tokenizer, identity, config.bos)
 
 
 def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,16 @@ from permllm.runtime import parallel
 
 
 class Sharded(Untouched):
-    """Each process holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
+    """Each rank holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
 
     The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the storage of a layer that a graph
     still reads in backward, where layers that come and go by `layer` need no other rule than references have.
 
-    All processes construct it, and ask for layers at the same points while they learn together. While the first one works
-    alone it calls the others, which `serve`.
+    All ranks construct it, ask for layers at the same points, and replace the same weights.
 
     Args:
-        model, device, dtype, stored: as in `Streamed`; of what is stored each process reads its part.
+        model, device, dtype, stored: as in `Streamed`; of what is stored each rank reads its part.
     """
-
-    _LAYER, _REPLACE = "layer", "replace"
 
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
@@ -39,33 +35,10 @@ class Sharded(Untouched):
             return _part(stored(name, parameter), mesh, device, dtype)
 
         super().__init__(model, device, dtype, part)
-        self._stream = None  # nothing is on its way that another process does not send
-        self._phase = parallel.phase()
-        if parallel.rank():
-            parallel.serve_with(self.serve)
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """A decoder layer, see `Streamed.layer`."""
-        if self._phase != parallel.phase():  # what is here may not be in the other processes, or the reverse
-            self._leave()
-            self._phase = parallel.phase()
-        with super().layer(index) as layer:
-            yield layer
-
-    def serve(self, word: str, value: int | tuple[int, int, Tensor]) -> None:
-        """In a process beside the first, which works alone: hand over parts of a layer, or take those of a new weight."""
-        if word == self._LAYER:
-            assert isinstance(value, int)
-            for slot in self.slots[value]:
-                self.brought(slot.stored)
-        else:
-            assert not isinstance(value, int)
-            index, position, weight = value
-            self._take(self.slots[index][position], weight)
+        self._stream = None  # nothing is on its way that another rank does not send
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """What this process holds of each parameter of the layers, by its name in the model; some may be empty."""
+        """What this rank holds of each parameter of the layers, by its name in the model; some may be empty."""
         for index, slots in enumerate(self.slots):
             paths = {module: path for path, module in self._layers[index].named_modules()}
             for slot in slots:
@@ -73,27 +46,17 @@ class Sharded(Untouched):
                 yield f"{self._prefix}.{index}.{paths[slot.module]}.{slot.name}", slot.stored.to_local()
 
     @override
-    def _arrived(self, index: int) -> list[Tensor]:
-        with parallel.called(self._LAYER, index):
-            return super()._arrived(index)
-
-    @override
     def brought(self, stored: Tensor) -> Tensor:
         return stored.full_tensor() if isinstance(stored, DTensor) else stored
 
     @override
     def hold(self, slot: Slot, weight: Tensor) -> None:
-        position = self.slots[slot.layer].index(slot)
-        with parallel.called(self._REPLACE, (slot.layer, position, weight.detach().cpu())):
-            self._take(slot, weight)
-
-    def _take(self, slot: Slot, weight: Tensor) -> None:
         assert isinstance(slot.stored, DTensor)
         slot.stored, slot.changes = _part(weight.detach(), slot.stored.device_mesh, self.device, self.dtype), []
 
 
 def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
-    """Rows of a parameter that this process holds; a vector is whole in each."""
+    """Rows of a parameter that this rank holds; a vector is whole in each."""
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
     if tensor.dim() < 2:
         return DTensor.from_local(tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False)

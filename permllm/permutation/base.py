@@ -53,7 +53,7 @@ class JointPermutation(Permutation, ABC):
 
 
 class LearnedPermutation(JointPermutation):
-    """Base of the methods that train, in all processes of torchrun together.
+    """Base of the methods that train, in all ranks together.
 
     Attributes:
         batch_size: samples a step.

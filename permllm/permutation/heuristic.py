@@ -23,8 +23,10 @@ from typing_extensions import override
 
 from permllm.config import NMPattern, RunConfig, check_divides
 from permllm.models.families import ChannelGroup
+from permllm.models.offload import placement_of
 from permllm.permutation.base import Constraint, LocalPermutation
 from permllm.permutation.foldable import SharedOrder, check_segments, expanded, shared_orders
+from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import nm_mask, saliency_sum
@@ -83,8 +85,31 @@ class Heuristic(LocalPermutation):
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         """The orders of all channel groups under the constraint, int64 `(C_in,)` on the CPU by group."""
         shared = shared_orders(problem.groups, self.constraint)
-        searches = [search_of(order, problem.saliency_of, problem.pattern) for order in shared]
-        return expanded(shared, searched(searches, problem.device, "heuristic permutation"))
+        return expanded(shared, found_orders(shared, problem, "heuristic permutation"))
+
+
+def found_orders(shared: list[SharedOrder], problem: LearningProblem, what: str) -> dict[str, Tensor]:
+    """Search for orders, int64 `(channels,)` on the CPU by name. Each rank searches for every n-th, and returns all of them.
+
+    Where layers are sharded each rank searches for all orders, because all ranks enter a layer at the same point. A search for
+    the order of one group enters its layer when it begins. One for the order of several groups enters layers all the while, so
+    that no other search runs beside it.
+    """
+    mine = shared[parallel.rank() :: parallel.world_size()]
+    parts = [mine]
+    if parallel.world_size() > 1:
+        from permllm.models.sharded import Sharded  # seconds, for a single process in vain
+
+        if isinstance(placement_of(problem.model), Sharded):
+            parts = [[order for order in shared if (len(order.groups) > 1) == several] for several in (True, False)]
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        searches = [search_of(order, problem.saliency_of, problem.pattern) for order in part]
+        found |= searched(searches, problem.device, what)
+    zeros = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
+    orders = zeros | {order.name: found[order.name] for order in mine}
+    parallel.all_reduce(orders.values())
+    return orders
 
 
 def searched(searches: list[Search], device: torch.device, what: str) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from permllm.pruning.reconstruction import (
     Reconstruction,
 )
 from permllm.runs.names import DISTILL_CHECKPOINT
-from permllm.runtime import parallel
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.training.loop import Training, Window, read_checkpoint
@@ -30,7 +29,7 @@ from permllm.training.settings import DescentSettings, LearningSettings, Loss
 class Distill(DescentSettings, LearnedReconstruction):
     """Adam on all kept weights towards the dense model's next-token distributions, by the loop that everything learns in.
 
-    Holds the weights and `KeptWeights` with its moments. Under torchrun the first process alone trains.
+    Holds the weights and `KeptWeights` with its moments.
     """
 
     learning_rate: Positive = 1e-4
@@ -59,7 +58,7 @@ class Distill(DescentSettings, LearnedReconstruction):
         kept = KeptWeights(pruned.linears, pruned.masks)
         learner = WeightLearner(kept, self.learning_rate)
         window = Window(0, 0, len(decoder_layers(problem.model)), None, problem.target)
-        with parallel.alone(), kept.gradients():
+        with kept.gradients():
             state = read_checkpoint(problem, DISTILL_CHECKPOINT)
             history = [] if state is None else list(state["history"])
             problem.on_resume(list(history))

@@ -259,8 +259,7 @@ class Footprint:
         """Bytes of what learns and of what a step takes."""
         method, depth = learning.method, learning.depth
         hidden, vocabulary, item = self.model.config.hidden_size, self.model.config.vocab_size, self.item
-        # Processes share a batch, but for weights that learn, which the first one does alone.
-        mine = -(-method.batch_size // (1 if method is self._reconstruction else parallel.world_size()))
+        mine = -(-method.batch_size // parallel.world_size())
         together = min(mine, getattr(method, "micro_batch_size", None) or mine)
         tokens = together * self.config.calibration.seqlen
         # What backward needs of all layers where that is little, else the states between layers and one layer's internals.

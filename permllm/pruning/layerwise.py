@@ -27,6 +27,7 @@ from permllm.runs.masks import PackedMasks, violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file
 from permllm.runs.pruned_layers import PrunedLayer, load_layer, mask_name, save_layer, weight_name
 from permllm.runs.tensors import load_tensor
+from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import Pruner, by_layer, collecting, member_factors
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
@@ -224,6 +225,8 @@ def _read_from_file(model: nn.Module, record: Record, index: int, layer: PrunedL
     if not placement.reads_files or record.directory is None:
         return
     file = record.directory / layer_file(PRUNED_LAYERS, index)
+    if not file.is_file():  # rank 0 has written it on another machine
+        return
     if layer.weights:
         placement.lies_in(file, {linear_at(model, path): weight_name(path) for path in layer.weights})
     for path in layer.masks:
@@ -262,8 +265,8 @@ def _prune_group(
         else:
             mask = permuted_nm_mask(scores, perm, pattern) if masks is None else masks[path].to(weight.device)
             new = torch.where(mask, weight, torch.zeros_like(weight))  # a product would leave -0.0 behind
-        weights[path] = reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, statistics))
-        result.masks[path] = mask.cpu()
+        weights[path] = parallel.share(reconstruction.linear(PrunedLinear(weight, new, mask, perm, pattern, statistics)))
+        result.masks[path] = parallel.share(mask).cpu()
         kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
     result.retained[group.name] = kept / max(total, 1e-300)
 

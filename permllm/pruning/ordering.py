@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from permllm.models.load import LoadedModel
 from permllm.permutation.base import checked_order
 from permllm.pruning.kept_weights import WEIGHTS_LEARNED
 from permllm.pruning.methods import Job
-from permllm.pruning.workers import call_helpers
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
 from permllm.runs.names import MASKS, PERMUTATIONS
@@ -115,7 +113,8 @@ def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
 
         def order(name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
             with record.stage("permute", job.device):
-                return checked_order(job.permutation_key, name, saliency.shape[1], permutation.order(name, saliency, pattern))
+                found = parallel.share(permutation.order(name, saliency, pattern))
+                return checked_order(job.permutation_key, name, saliency.shape[1], found)
 
         return order
     assert dense is not None
@@ -137,22 +136,13 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     permutation, key = job.methods.permutation, job.permutation_key
 
     def compute() -> dict[str, Tensor]:
-        with _beside_helpers(job, problem) if permutation.learned else nullcontext():
-            found = permutation.orders(problem)
+        found = permutation.orders(problem)
         if not isinstance(found, Mapping):
             kind = type(found).__name__
             raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}")
         return {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
 
     return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
-
-
-@contextmanager
-def _beside_helpers(job: Job, problem: LearningProblem, orders: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Let the other processes of torchrun learn the same inside."""
-    call_helpers(problem, job.loaded.identity, job.products, orders)
-    with parallel.in_step():
-        yield
 
 
 def found_masks(
@@ -181,8 +171,7 @@ def found_masks(
     def compute() -> Mapping[str, Tensor]:
         earlier = [line for line in record.history if _MASKS not in line]
         _tell(job, problem, earlier, _steps_of(job, "permutation"))
-        beside = _beside_helpers(job, problem, orders) if mask.learned else nullcontext()
-        with products_in(job.products, job.device), beside:
+        with products_in(job.products, job.device):
             masks: Mapping[str, Tensor] = mask.masks(problem, orders)
         return masks
 

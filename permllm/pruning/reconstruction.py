@@ -76,7 +76,7 @@ class Reconstruction(Method):
 
 
 class LearnedReconstruction(Reconstruction):
-    """Base of the reconstructions that train the kept weights of all layers together, in the first process of torchrun.
+    """Base of the reconstructions that train the kept weights of all layers together, in all ranks together.
 
     Attributes:
         batch_size: samples a step.

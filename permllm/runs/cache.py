@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from permllm.errors import ConfigError, DataError
 from permllm.runs.environment import git_commit, versions
 from permllm.runs.files import read_json, write_json
 from permllm.runs.tensors import load_tensors, save_tensors
+from permllm.runtime import parallel
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _CHOSEN: list[str] = []
 
 
 def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> Values:
-    """Return `compute()`, or what an earlier job kept of it.
+    """Return `compute()`, or what an earlier job kept of it. All ranks call it, and have rank 0's values.
 
     Args:
         kind: name of the kind of result.
@@ -44,29 +45,45 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         compute: gives tensors by name, on the CPU, or plain values by name.
     """
     text = json.dumps({"kind": kind, **key, "software": _software()}, sort_keys=True)
-    file = cache_directory() / _RESULTS / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    file.parent.mkdir(exist_ok=True)
-    kinds: dict[str, Callable[[Path], Any]] = {".json": read_json, ".safetensors": load_tensors}
-    with FileLock(file.with_suffix(".lock")):
-        for suffix, load in kinds.items():
-            if (there := file.with_suffix(suffix)).exists():
-                try:
-                    values: Values = load(there)
-                    os.utime(there)
-                    return values
-                except DataError as error:
-                    log.warning("%s: computing it again", error)
-        values = compute()
-        tensors = all(isinstance(value, Tensor) for value in values.values())
-        try:
-            if tensors:
-                save_tensors(file.with_suffix(".safetensors"), values)
-            else:
-                write_json(file.with_suffix(".json"), values)
-            _trim(file.parent)
-        except DataError as error:  # a full disk must not cost a job what it has just computed
-            log.warning("not kept for other jobs: %s", error)
+    name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    with ExitStack() as held:
+
+        def kept() -> Values | None:
+            file = cache_directory() / _RESULTS / name
+            file.parent.mkdir(exist_ok=True)
+            held.enter_context(FileLock(file.with_suffix(".lock")))
+            return _read(file)
+
+        values = parallel.on_main(kept)
+        if values is None:
+            values = parallel.share(compute())
+            parallel.on_main(lambda: _write(cache_directory() / _RESULTS / name, values))
         return values
+
+
+def _read(file: Path) -> Any:
+    """Return what is kept; None: there is nothing, or it is unreadable."""
+    kinds: dict[str, Callable[[Path], Any]] = {".json": read_json, ".safetensors": load_tensors}
+    for suffix, load in kinds.items():
+        if (there := file.with_suffix(suffix)).exists():
+            try:
+                values = load(there)
+                os.utime(there)
+                return values
+            except DataError as error:
+                log.warning("%s: computing it again", error)
+    return None
+
+
+def _write(file: Path, values: Mapping[str, Any]) -> None:
+    try:
+        if all(isinstance(value, Tensor) for value in values.values()):
+            save_tensors(file.with_suffix(".safetensors"), values)
+        else:
+            write_json(file.with_suffix(".json"), values)
+        _trim(file.parent)
+    except DataError as error:  # a full disk must not cost a job what it has just computed
+        log.warning("not kept for other jobs: %s", error)
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from permllm.runs.names import (
     SCHEMA_VERSION,
     WEIGHTS,
 )
+from permllm.runtime import parallel
 from permllm.runtime.memory import peak_host_memory, peak_memory, return_freed_memory
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ _EVALUATE = "evaluate"
 
 class Record:
     """Metrics, history and files of a job. This one keeps them in memory, `RunDirectory` on disk.
+
+    All ranks call its methods: rank 0 alone reads and writes files, and the others have what it read.
 
     Attributes:
         directory: of the files; None: no file is kept.
@@ -80,7 +83,7 @@ class Record:
     def kept(
         self, name: str, compute: Callable[[], Value], save: Callable[[Path, Value], None], load: Callable[[Path], Value]
     ) -> Value:
-        """Read a file if an earlier process finished it, otherwise compute and write it.
+        """Read a file if an earlier process finished it, otherwise compute and write it. All ranks have rank 0's value.
 
         Args:
             name: of the file in the directory.
@@ -90,7 +93,7 @@ class Record:
         """
         value = self.loaded(name, load)
         if value is None:
-            value = compute()
+            value = parallel.share(compute())
             self.keep(name, value, save)
         return value
 
@@ -140,6 +143,9 @@ class RunDirectory(Record):
     Args:
         directory: made when missing.
         config: of the run; a directory with another config is refused.
+
+    Attributes:
+        finished: every stage was done when it was opened, the evaluation that is asked for too.
     """
 
     directory: Path
@@ -151,6 +157,7 @@ class RunDirectory(Record):
         self._hash, self._name = config.hash, config.name
         self._asked = json.loads(json.dumps(config.evaluation_identity))
         self._digest = digest_of(self._asked)
+        self.finished = False
 
     @contextmanager
     def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
@@ -165,13 +172,19 @@ class RunDirectory(Record):
         Raises:
             ConfigError: the directory belongs to another run. DataError: it cannot be made, or a file is unreadable.
         """
-        made = not self.directory.exists()
+        made = parallel.rank() == 0 and not self.directory.exists()
         try:
-            with self._locked(wait):
-                self._check_config(force)
-                if force:
-                    self._remove(*_RESULTS)
-                self._read()
+            with ExitStack() as held:
+
+                def opened() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], bool]:
+                    held.enter_context(self._locked(wait))
+                    self._check_config(force)
+                    if force:
+                        self._remove(*_RESULTS)
+                    self._read()
+                    return self.metrics, self.evaluation, self.history, is_finished(self.directory, self._asked)
+
+                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(opened)
                 yield
         except InUseError:
             raise
@@ -242,18 +255,14 @@ class RunDirectory(Record):
         return self.directory / EVALUATIONS / f"{self._digest}.json"
 
     @property
-    def finished(self) -> bool:
-        """Every stage is done, the evaluation that is asked for too."""
-        return is_finished(self.directory, self._asked)
-
-    @property
     def pruned(self) -> bool:
         """The model was pruned; its evaluation is left."""
         return "sparsity" in self.metrics
 
     def has(self, group: str) -> bool:
         """Return whether the result of a method of this group, `permutation` or `mask`, is there."""
-        return self.pruned or (self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]).exists()
+        file = self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]
+        return self.pruned or parallel.on_main(file.exists)
 
     def path(self, name: str) -> Path:
         """Return the path of a file."""
@@ -264,14 +273,15 @@ class RunDirectory(Record):
 
         A finished run that is evaluated in another way shows the earlier evaluation until the new one is finished.
         """
-        if self.evaluation.keys() & {"perplexity", "tasks"}:
+        if self.evaluation.keys() & {"perplexity", "tasks"} and parallel.rank() == 0:
             write_json(self._evaluation_file, self.evaluation)
         self._write_metrics()
 
     def _write_metrics(self) -> None:
         if self.metrics["status"] != "finished":
             self._show_evaluation()
-        write_json(self.directory / METRICS, self.metrics)
+        if parallel.rank() == 0:
+            write_json(self.directory / METRICS, self.metrics)
 
     def _show_evaluation(self) -> None:
         for key in COPIED:
@@ -287,7 +297,8 @@ class RunDirectory(Record):
         digests = self.metrics.get("sha256", {})
         self.metrics["sha256"] = {name: digest for name, digest in digests.items() if name.split("/")[0] not in _UNFINISHED}
         self.save()
-        self._remove(*_UNFINISHED)
+        if parallel.rank() == 0:
+            self._remove(*_UNFINISHED)
 
     def loaded(self, name: str, load: Callable[[Path], Value]) -> Value | None:
         """Read a file that an earlier process finished; None: there is none.
@@ -296,26 +307,35 @@ class RunDirectory(Record):
             DataError: the file is not what was written.
         """
         path = self.directory / name
-        if not path.exists():
-            return None
-        stated = self.metrics.setdefault("sha256", {})
-        if name in stated:
-            check_sha256(self.directory, name, stated[name])
-        else:  # the process before ended between the file and `metrics.json`
-            stated[name] = file_sha256(path)
-        noted.info("continuing with %s", name)
-        return load(path)
+
+        def read() -> Value | None:
+            if not path.exists():
+                return None
+            stated = self.metrics.setdefault("sha256", {})
+            if name in stated:
+                check_sha256(self.directory, name, stated[name])
+            else:  # the process before ended between the file and `metrics.json`
+                stated[name] = file_sha256(path)
+            noted.info("continuing with %s", name)
+            return load(path)
+
+        return parallel.on_main(read)
 
     def keep(self, name: str, value: Value, save: Callable[[Path, Value], None]) -> None:
         """Write a file, and its sha256 into `metrics.json`."""
-        save(self.directory / name, value)
-        self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
-        self._write_metrics()
+
+        def write() -> None:
+            save(self.directory / name, value)
+            self.metrics.setdefault("sha256", {})[name] = file_sha256(self.directory / name)
+            self._write_metrics()
+
+        parallel.on_main(write)
 
     def write_history(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Replace the history, and `history.jsonl`, by these lines."""
         super().write_history(lines)
-        write_text(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in self.history))
+        if parallel.rank() == 0:
+            write_text(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def _remove(self, *names: str) -> None:
         for name in names:

@@ -20,7 +20,7 @@ _HELD: list[FileLock] = []  # the lock of this process's GPU
 
 
 def first() -> bool:
-    """Tell whether this is the first of the processes of torchrun, or the only process."""
+    """Tell whether this is rank 0 of torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,9 @@ class PackedMasks(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._bits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_bits": {name: self.packed(name)[0] for name in self}, "_shapes": self._shapes}  # no files of another process
 
     def packed(self, name: str) -> tuple[Tensor, torch.Size]:
         """Return a mask as `packed_mask` gives it, and its shape."""

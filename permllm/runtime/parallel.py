@@ -1,281 +1,208 @@
-"""Several processes under torchrun or srun: the first does the work of a job and keeps its record, the others help to learn.
+"""Several processes under torchrun: every rank runs the same job, and rank 0 alone writes files, logs and prints.
 
-What the first process decides about a job holds for all. The others decide nothing: in each job they do what they are told,
-until they are told that it is over.
-
-- `PREPARE`, with the settings of the job: it learns; load its model. Not said where the first process skips or fails it.
-- `LEARN`, with all that is learned from. Each process says whether it can (`gathered`); then all learn, or none does.
-- `OVER`, with what the job is worth to a search. Always said, so that no process can slide into another job.
-
-Where each process holds a part of the weights, the others serve the first one while it works alone: it tells them what it
-needs (`called`), and they answer (`serve_with`). While all learn together, each asks the others at the same points.
-
-A failure in one process alone while all learn leaves the others in the middle of a step: the command then ends as a whole, and
-the same command continues. One that all meet at the same step, a `TrainingError`, fails the job like any other.
+What rank 0 has found holds in all ranks (`share`, `on_main`). An error that all ranks meet alike fails the job. A rank that
+fails alone ends the command (`in_step`), and torchrun ends all ranks when one of them has died.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from permllm.errors import TrainingError
-from permllm.runtime.slurm import adopt_step
-from permllm.runtime.watch import DONE, Watch
+from permllm.errors import PermLLMError, everything_wanted, one_line
+from permllm.runtime.interruption import CONTINUES
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-PREPARE, LEARN, OVER = "prepare", "learn", "over"
-_FOUND = "found"
-
-Server = Callable[[str, Any], None]
-
 Value = TypeVar("Value")
 
-# The others wait while the first process evaluates. That one has died is seen at once all the same (`Watch`).
+# The others wait while rank 0 waits for another run, or writes an export.
 _PATIENCE = timedelta(days=1)
+# Seconds within which all ranks meet the same error, and between two looks at what the others report.
+_SAME_ERROR, _LOOK_EVERY = 30.0, 0.05
 # Seconds, see `stop`.
 _LAST_TENSORS = 0.5
-# Of a value that is sent, bytes at a time.
+# Bytes of a tensor that are sent at a time.
 _PIECE = 1 << 28
 
 
 class _State:
-    """Of this process: its watch over the others, and whether it left them in the middle of a step."""
+    """Counts of this rank, which are equal in all ranks that are in step."""
 
-    watch: Watch | None = None
-    out_of_step = False
-    alone = False
-    together = False
-    phase = 0
-    server: Server | None = None
-
-
-def several() -> bool:
-    """Whether torchrun, or srun where it is adopted, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    jobs = 0
+    exchanges = 0
 
 
 def start() -> None:
-    """Join the processes that torchrun or srun started; nothing happens without these."""
-    adopt_step()
-    if several() and not dist.is_initialized():
+    """Join the process group of torchrun; nothing happens in a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-        _State.watch = Watch(rank(), world_size(), broadcast)
 
 
-def stop(how: bytes = DONE) -> None:
-    """Leave the other processes, which end in turn unless all is `DONE` (see `Watch`); nothing happens without torchrun."""
-    watch, _State.watch = _State.watch, None
-    if watch is not None:
-        watch.close(how)
-        if how == DONE:
-            # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7 holds while it waits
-            # for that thread to end: so the thread gets the time before.
-            time.sleep(_LAST_TENSORS)
-            dist.destroy_process_group()
+def stop() -> None:
+    """Leave the process group, when all work is done."""
+    if dist.is_initialized():
+        # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7 holds while it waits
+        # for that thread to end: so the thread gets the time before.
+        time.sleep(_LAST_TENSORS)
+        dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process; 0 keeps the records."""
-    return dist.get_rank() if dist.is_initialized() and not _State.alone else 0
+    """Return the number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() and not _State.alone else 1
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_device() -> int:
-    """Which of the machine's GPUs is this process's own."""
+    """Return which of the machine's GPUs is this process's own."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_processes() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU the one that this process's tensors are on where none is named."""
+    """Make a GPU the default one of this process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def mesh(device: torch.device) -> DeviceMesh:
-    """All processes in a row, with tensors on devices of this kind."""
+    """Return all ranks in a row, with tensors on devices of this kind."""
     from torch.distributed.device_mesh import DeviceMesh  # seconds, for a single process in vain
 
     assert dist.group.WORLD is not None
     return DeviceMesh.from_group(dist.group.WORLD, device.type)
 
 
-def share(samples: Tensor, at_once: int | None = None) -> list[Tensor]:
-    """The part of a batch of indices that falls to this process, `at_once` or all of them at a time.
-
-    There are as many portions in each process; one may be empty.
-    """
-    largest = -(-len(samples) // world_size())
-    at_once = at_once or max(1, largest)
-    mine = samples[rank() :: world_size()]
-    return [mine[first : first + at_once] for first in range(0, largest, at_once)]
-
-
-def add_up(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes, the same bits in all of them."""
-    if world_size() > 1:
-        with _in_touch():
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-
-
-def reduce(tensor: Tensor, rank: int) -> None:
-    """Replace a tensor by its sum over the processes in the process of a rank; elsewhere it is of no use afterwards."""
-    with _in_touch():
-        dist.reduce(tensor, rank)
-
-
-def broadcast(value: Value, source: int = 0) -> Value:
-    """What one process has, in all of them.
+def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, int]]:
+    """Return this rank's portions of a batch, as many as in each other rank, none of them empty.
 
     Args:
-        value: plain values and tensors in dicts and lists, which arrive on the CPU; what the other processes give is not used.
-        source: rank of the process.
+        samples: indices int64 `(samples,)`, at least one.
+        at_once: samples of a portion at most; None puts all of a rank into one.
+
+    Returns:
+        Each portion and how many of its samples count: all, or none where the batch has no more for this rank.
+    """
+    largest = -(-len(samples) // world_size())
+    at_once = at_once or largest
+    found = [(part, len(part)) for part in samples[rank() :: world_size()].split(at_once) if len(part)]
+    return found if len(found) == -(-largest // at_once) else [*found, (samples[:1], 0)]
+
+
+def all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks, the same bits in all of them."""
+    for tensor in tensors if world_size() > 1 else ():
+        _State.exchanges += 1
+        dist.all_reduce(tensor)
+
+
+def reduce(tensor: Tensor, to: int) -> None:
+    """Replace a tensor by its sum over the ranks in one rank; elsewhere its values are of no use afterwards."""
+    _State.exchanges += 1
+    dist.reduce(tensor, to)
+
+
+def share(value: Value) -> Value:
+    """Return rank 0's value in all ranks.
+
+    Args:
+        value: a tensor, of the same shape in all ranks, which stays on its device; or what can be pickled.
     """
     if world_size() == 1:
         return value
-    data = torch.empty(0, dtype=torch.uint8)
-    if rank() == source:
-        buffer = io.BytesIO()
+    _State.exchanges += 1
+    if isinstance(value, Tensor):
+        shared = value.contiguous()
+        _broadcast(shared)
+        return shared  # type: ignore[return-value]
+    buffer = io.BytesIO()
+    if rank() == 0:
         torch.save(value, buffer)
-        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    size = torch.tensor(len(data))
-    with _in_touch():
-        dist.broadcast(size, src=source)
-        if rank() != source:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        for piece in data.split(_PIECE):
-            dist.broadcast(piece, src=source)
-    if rank() == source:
-        return value
-    received: Value = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-    return received
+    size = torch.tensor(buffer.tell())
+    dist.broadcast(size, src=0)
+    data = buffer.getbuffer() if rank() == 0 else bytearray(int(size))
+    _broadcast(torch.frombuffer(data, dtype=torch.uint8))
+    # It was pickled by the same command.
+    return value if rank() == 0 else torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def gathered(value: Value) -> list[Value]:
-    """What each process has, by rank, in all of them (see `broadcast`)."""
-    return [broadcast(value, source) for source in range(world_size())]
+def _broadcast(tensor: Tensor) -> None:
+    for piece in tensor.view(-1).view(torch.uint8).split(_PIECE) if tensor.numel() else ():
+        dist.broadcast(piece, src=0)
 
 
-def from_first(compute: Callable[[], Value]) -> Value:
-    """What the first process computes, in all of them (see `broadcast`); the others serve it meanwhile."""
+def on_main(compute: Callable[[], Value]) -> Value:
+    """Compute on rank 0 alone, and return the value, or raise the error that a person can mend, in all ranks."""
     if world_size() == 1:
         return compute()
-    with _phase(together=False):
-        if rank() == 0:
-            value = compute()
-            tell(_FOUND, value)
-            return value
-        word, found = told()
-        while word != _FOUND:
-            serve(word, found)
-            word, found = told()
-        return cast(Value, found)
-
-
-def tell(word: str, value: Any = None) -> None:
-    """In the first process: say a word to the others, see above."""
-    broadcast([word, value])
-
-
-def told() -> tuple[str, Any]:
-    """In the others: the next word, and what belongs to it."""
-    word, value = cast(tuple[str, Any], broadcast(None))
-    return word, value
-
-
-def serve_with(server: Server | None) -> None:
-    """In the others: who answers what the first process calls for while it works alone."""
-    _State.server = server
-
-
-def serve(word: str, value: Any) -> None:
-    """In the others: answer a call of the first process."""
-    assert _State.server is not None, f"nobody here answers {word}"
-    _State.server(word, value)
-
-
-@contextmanager
-def called(word: str, value: Any) -> Iterator[None]:
-    """Around what all do together, each its part: the first process, where it works alone, has the others do theirs."""
-    if world_size() > 1 and rank() == 0 and not _State.together:
-        tell(word, value)
-    try:
-        yield
-    except BaseException:
-        _State.out_of_step = world_size() > 1  # the others wait for what does not come
-        raise
-
-
-def phase() -> int:
-    """Another number whenever the processes begin to work together, or one of them alone."""
-    return _State.phase
-
-
-@contextmanager
-def _phase(together: bool) -> Iterator[None]:
-    before = _State.together
-    _State.together, _State.phase = together, _State.phase + 1
-    try:
-        yield
-    finally:
-        _State.together, _State.phase = before, _State.phase + 1
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Inside, this process works as if there were no others: they wait until they are told something."""
-    _State.alone = True
-    try:
-        yield
-    finally:
-        _State.alone = False
+    found: tuple[Value | None, PermLLMError | OSError | None] = None, None
+    if rank() == 0:
+        try:
+            found = compute(), None
+        except (PermLLMError, OSError) as error:
+            found = None, error
+    value, failure = share(found)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
 
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Around what all processes do together, step by step; notes where this process alone leaves it by an error."""
-    try:
-        with _phase(together=True):
-            yield
-    except TrainingError:
-        raise
-    except BaseException:
-        _State.out_of_step = world_size() > 1
-        raise
+    """Leave a job as all other ranks do: finished, or with the same error after the same exchanges.
 
-
-def out_of_step() -> bool:
-    """Whether the other processes are in the middle of a step that this one has left: they can be told nothing any more."""
-    return _State.out_of_step
-
-
-@contextmanager
-def _in_touch() -> Iterator[None]:
-    """Around communication, which fails where another process is gone; the watch says so, and ends this one."""
+    Raises:
+        SystemExit: another rank does not. The first rank that failed has said why, and torchrun ends all ranks.
+    """
     try:
         yield
-    except RuntimeError:
-        if _State.watch is not None:
-            _State.watch.give_time()
+    except Exception as error:
+        _compare(error)
         raise
+    _compare(None)
+
+
+def _compare(error: Exception | None) -> None:
+    if world_size() == 1:
+        return
+    # Not by an exchange of tensors: the others may wait for one of the job.
+    store = dist.distributed_c10d._get_default_store()
+    _State.jobs += 1
+    keys = [f"job {_State.jobs}, rank {number}" for number in range(world_size())]
+    mine, done = f"{type(error).__name__} {_State.exchanges}", type(None).__name__
+
+    def reported() -> list[str]:
+        return [store.get(key).decode() for key in keys if store.check([key])]
+
+    first = error is not None and all(report.startswith(done) for report in reported())
+    store.set(keys[rank()], mine)
+    until = time.monotonic() + (_SAME_ERROR if error else _PATIENCE.total_seconds())
+    while len(found := reported()) < len(keys) and set(found) == {mine} and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY)
+    if found != [mine] * len(keys):
+        if first and error is not None:
+            if everything_wanted():
+                traceback.print_exception(error)
+            print(f"error: rank {rank()}: {one_line(error) or type(error).__name__}: {CONTINUES}", file=sys.stderr)
+        raise SystemExit(1)

@@ -227,7 +227,7 @@ class Training:
 
         The host waits for the device for what orders learn from, and for the loss when backward is on its way (and where the
         model itself looks at its mask).
-        Under torchrun each process computes its share of the batch, and all make the same update.
+        Each rank computes its portions of the batch, and all make the same update.
 
         Args:
             batch: int64 `(samples,)`.
@@ -243,61 +243,38 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self._begin(moment)
         total = self._backward(batch, moment, after)
-        parallel.add_up([total])
+        parallel.all_reduce([total])
         counted = self.learner.flips()
         # One transfer for both.
         value, *flips = torch.stack([total.double(), *([] if counted is None else [counted.double()])]).tolist()
         if not math.isfinite(value):
             raise TrainingError(self._failure(moment, self._where(batch)))
-        self._add_up_gradients()
+        learning = (parameter for group in self.learner.parameters() for parameter in group["params"])
+        parallel.all_reduce(parameter.grad for parameter in learning if parameter.grad is not None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         return value, self.learner.step_values(moment, flips[0] if flips else None)
 
     def _backward(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> Tensor:
-        """The loss of this process's share of a batch, a part of the mean over all of it, whose gradients are left."""
-        portions = self._portions(batch)
-        following = [] if after is None else self._portions(after)
-        # In the format of the loss, which a process without a sample does not have.
-        dtype = torch.promote_types(next(self.problem.model.parameters()).dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=self.device)
-        for portion, ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
-            if portion is not None and not len(portion):
-                self._visit(backward=True)
-            elif portion is not None:
-                loss = self._loss(portion, moment) * (len(portion) / len(batch))
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                total = total + loss.detach()
-            if ahead is not None and len(ahead):
-                self.samples.fetch(ahead)
+        """The loss of this rank's portions of a batch, a part of the mean over all of it, whose gradients are left."""
+        portions = parallel.portions(batch, self.settings.micro_batch_size)
+        following = [] if after is None else parallel.portions(after, self.settings.micro_batch_size)
+        total = torch.zeros((), device=self.device)
+        for (portion, counted), ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
+            loss = self._loss(portion, moment) * (counted / len(batch))
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+            if ahead is not None:
+                self.samples.fetch(ahead[0])
         self.learner.collect()
         return total
-
-    def _portions(self, batch: Tensor) -> list[Tensor]:
-        """The share of a batch that falls to this process, in parts that are computed together."""
-        return parallel.share(batch, self.settings.micro_batch_size)
-
-    def _visit(self, backward: bool) -> None:
-        """Have the layers come as they do where there is a sample: other processes may hold them together with this one."""
-        layers = range(self.window.first, self.window.stop)
-        for index in (*layers, *(reversed(layers) if backward else ())):
-            with self._placement.layer(index):
-                pass
 
     def _begin(self, moment: Moment) -> None:
         try:
             self.learner.begin(moment)
         except ValueError as error:
             raise TrainingError(self._failure(moment, str(error))) from error
-
-    def _add_up_gradients(self) -> None:
-        if parallel.world_size() > 1:
-            parameters = [parameter for group in self.learner.parameters() for parameter in group["params"]]
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            parallel.add_up(parameter.grad for parameter in parameters if parameter.grad is not None)
 
     def _end_of_epoch(self, moment: Moment, batches: Sequence[Tensor], step_seconds: float) -> None:
         measured = None
@@ -331,21 +308,15 @@ class Training:
     def _measure(self) -> float:
         """Loss of all samples with what was learned so far, mean over tokens."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in parallel.share(torch.arange(self.count), self.problem.calibration_batch_size):
-            if len(batch):
-                total += self._loss(batch, None).double() * len(batch)
-            else:
-                self._visit(backward=False)
-        parallel.add_up([total])
+        for batch, counted in parallel.portions(torch.arange(self.count), self.problem.calibration_batch_size):
+            total += self._loss(batch, None).double() * counted
+        parallel.all_reduce([total])
         return float(total) / self.count
 
     def _loss(self, indices: Tensor, moment: Moment | None) -> Tensor:
         batch = self.samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
-        if recompute and self._placement.copies and parallel.world_size() > 1:
-            # Layers that nothing learns in come again in backward too, as in a process that has no sample (`_visit`).
-            hidden = hidden.detach().requires_grad_()
         for index in range(self.window.first, self.window.stop):
             if recompute:
                 hidden = recomputed(self._layer, index, hidden, kwargs[index], moment)
@@ -402,11 +373,11 @@ class Training:
 
     @torch.no_grad()
     def _where(self, indices: Tensor) -> str:
-        """Which layer gives something that is not finite for some of the samples; all processes look at all of them alike."""
+        """Which layer gives something that is not finite for some of the samples; all ranks look at all of them alike."""
         for batch in indices.split(self.problem.calibration_batch_size):
             hidden, kwargs = self._inputs(self.samples.take(batch))
             broken = None
-            for index in range(self.window.first, self.window.stop):  # all of them, as other processes do
+            for index in range(self.window.first, self.window.stop):  # all of them, as other ranks do
                 hidden = self._layer(index, hidden, kwargs[index], None)
                 if broken is None and not bool(hidden.isfinite().all()):
                     broken = index
@@ -453,15 +424,19 @@ class Training:
 
 def read_checkpoint(problem: LearningProblem, file: str) -> dict[str, Any] | None:
     """Read the checkpoint that an interrupted run left; None: there is none, or it is unreadable and learning begins anew."""
-    path = problem.directory / file if problem.directory else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        return load_state(path, problem.device)
-    except DataError as error:
-        log.warning("%s: learning begins anew", error)
-        path.unlink()
-        return None
+
+    def read() -> dict[str, Any] | None:
+        path = problem.directory / file if problem.directory else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            return load_state(path, problem.device)
+        except DataError as error:
+            log.warning("%s: learning begins anew", error)
+            path.unlink()
+            return None
+
+    return parallel.on_main(read)
 
 
 def samples_of(settings: DescentSettings, problem: LearningProblem) -> int:

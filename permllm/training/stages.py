@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from permllm.models.families import decoder_layers
-from permllm.runtime import parallel
 from permllm.training.loop import Learner, Training, Window, read_checkpoint
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
@@ -30,8 +29,7 @@ class Course:
         self.settings = settings
         self.problem = problem
         self.name, self.file = name, file
-        # A folder without the checkpoint must not let a process learn from elsewhere than the others.
-        self.state = parallel.from_first(lambda: read_checkpoint(problem, file))
+        self.state = read_checkpoint(problem, file)
         self._begin = 0 if self.state is None else self.state["window"]
         self._history: list[dict[str, Any]] = [] if self.state is None else list(self.state["history"])
         problem.on_resume(list(self._history))

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, run_command, run_python
 from tests.runtime.test_parallel import finished, torchrun
 from tests.test_config import composed
 
-# Shares of 15 and of 4 samples differ between three processes; one of them has none of the last batch.
+# The shares of 13 and of 4 samples differ between three ranks, and two of them have none of the last batch.
 WORDS = ("model.dtype=float64", "calibration=builtin", "evaluation=builtin", "calibration.samples=13")
 WORDS += ("budget.epochs=1", "evaluation.perplexity.limit=2")
 LCP = ("permutation=lcp", "permutation.batch_size=4", "permutation.select_from=6")
@@ -40,9 +40,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("processes", "placement", "method"),
     [
-        # Windows of one layer, of which each knows the layers before; portions that one process has none of.
+        # Windows of one layer, of which each knows the layers before; portions that one rank has none of.
         (3, "sharded", [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
-        # A process has no sample of the last batch, and nothing learns in the layer before those that do.
+        # A rank has no sample of the last batch, and nothing learns in the layer before those that do.
         (2, "sharded", [*LCP, "keep_dense=[0]", "permutation.batch_size=2"]),
         (2, "sharded", ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1", "mask.batch_size=4"]),
         # Weights that change go back to their parts.
@@ -75,17 +75,6 @@ def test_it_is_what_one_process_makes_of_the_model(
     assert not list((tmp_path / "rank1").rglob("*.json"))
 
 
-def test_a_process_that_has_no_part_of_the_model_is_named_and_the_next_job_goes_on(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "rank0").mkdir()
-    (tmp_path / "rank0" / "here").symlink_to(checkpoint)
-    words = [*WORDS, "logger=none"]
-    words += ["model=local", f"model.path=here,{checkpoint}", "model.placement=sharded", "permutation=none"]
-    code, out, err = finished(torchrun(tmp_path, "-m", *words))
-    assert code == 1
-    assert "error: the process of rank 1 has no part of the model: model.path='here' is not a folder" in err
-    assert "1 ran, 1 failed" in out
-
-
 def test_one_process_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(composed("model=tiny", "logger=none", "permutation=none", "model.placement=sharded"))
     with pytest.raises(ConfigError, match=r"^model\.placement=sharded needs several processes: torchrun"):
@@ -98,15 +87,3 @@ def test_what_trains_all_weights_is_refused() -> None:
     words = ("model=tiny", "logger=none", "permutation=none", "model.placement=sharded", "reconstruction=distill")
     with pytest.raises(ConfigError, match=r"^reconstruction: Distill .*, which needs model\.placement=device$"):
         methods_of(read_config(composed(*words)))
-
-
-def test_portions_are_as_many_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "world_size", lambda: 3)
-    for count, at_once in ((4, None), (4, 1), (13, 2), (3, 5), (1, 1)):
-        portions = []
-        for rank in range(3):
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-            portions.append(parallel.share(torch.arange(count), at_once))
-        assert len({len(of_rank) for of_rank in portions}) == 1
-        assert sorted(int(index) for of_rank in portions for part in of_rank for index in part) == list(range(count))
-        assert max(len(part) for of_rank in portions for part in of_rank) <= (at_once or count)

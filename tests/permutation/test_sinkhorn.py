@@ -110,25 +110,25 @@ def test_processes_solve_each_a_share_of_the_blocks_and_all_get_what_one_would(
         return harden_together(softs)
 
     monkeypatch.setattr(parallel, "world_size", lambda: processes)
-    monkeypatch.setattr(parallel, "add_up", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
+    monkeypatch.setattr(parallel, "all_reduce", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
     for rank in range(processes):
         together(rank)
     assert max(solved) <= math.ceil(24 / processes)
     assert sum(solved) == 21  # all but the three small ones, which are settled without
     total = torch.stack(sent).sum(0)
-    monkeypatch.setattr(parallel, "add_up", lambda tensors: [tensor.copy_(total) for tensor in tensors])
+    monkeypatch.setattr(parallel, "all_reduce", lambda tensors: [tensor.copy_(total) for tensor in tensors])
     for rank in range(processes):
         perms = together(rank)
         assert all(torch.equal(perm, harden(soft)) for perm, soft in zip(perms, softs, strict=True))
     # A block that one of them cannot solve fails in all, at the same step.
     sent.clear()
     softs[-1][-1, -1, -1] = torch.nan
-    monkeypatch.setattr(parallel, "add_up", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
+    monkeypatch.setattr(parallel, "all_reduce", lambda tensors: sent.extend(tensor.clone() for tensor in tensors))
     for rank in range(processes):
         with contextlib.suppress(ValueError):
             together(rank)
     total = torch.stack(sent).sum(0)
-    monkeypatch.setattr(parallel, "add_up", lambda tensors: [tensor.copy_(total) for tensor in tensors])
+    monkeypatch.setattr(parallel, "all_reduce", lambda tensors: [tensor.copy_(total) for tensor in tensors])
     for rank in range(processes):
         with pytest.raises(ValueError, match="not finite"):
             together(rank)

@@ -28,7 +28,6 @@ from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import NoReconstruction, PrunedNetwork
 from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
-from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.gram import Gram
 from permllm.training import loop as training
@@ -258,16 +257,6 @@ def test_the_seed_says_in_which_order_the_samples_come() -> None:
         found.append(linear_at(model, channel_groups(model)[0].members[0]).weight)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-
-
-def test_among_several_processes_the_first_alone_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = distilled(None)
-    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
-    assert parallel.world_size() == 2
-    assert all(torch.equal(weight, whole[path]) for path, weight in distilled(None).items())
-    assert parallel.world_size() == 2
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Two processes under torchrun learn what one does with the same global batch, whatever becomes of a job or of one of them."""
+"""Two ranks under torchrun learn what one process does from the same batches, whatever becomes of a job or of one of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from permllm.errors import ConfigError
 from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.sweep import kept
 from permllm.runtime import parallel
+from permllm.runtime.interruption import CONTINUES
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed
 
@@ -32,11 +33,13 @@ OVERRIDES = (
     "permutation.learning_rate=0.05",
     "permutation.select_from=6",
 )
-# What one process has the other cannot see: its working directory and its cache are its own, as on a machine of its own.
+# A rank cannot see the files of another one: its working directory and its cache are its own, as on a machine of its own.
 APART = f"""
 import os, pathlib, runpy, sys
 from permllm.errors import DataError
+from permllm.runtime import parallel
 from permllm.training import loop as training
+parallel._SAME_ERROR = 2.0
 own = pathlib.Path("rank" + os.environ["RANK"])
 own.mkdir(exist_ok=True)
 os.chdir(own)
@@ -55,7 +58,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def torchrun(cwd: Path, *overrides: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
-    """Start processes that share no folder: theirs are `rank0`, `rank1` and so on in `cwd`."""
+    """Start ranks that share no folder: theirs are `rank0`, `rank1` and so on in `cwd`."""
     script = cwd / "apart.py"
     script.write_text(APART)
     for rank in range(processes):
@@ -108,84 +111,85 @@ def check_equal(single: Path, double: Path) -> None:
             assert abs(left["measured_loss"] - right["measured_loss"]) < 1e-12
 
 
-def test_a_process_that_ends_in_the_middle_of_learning_ends_all_and_the_same_command_continues(
+def test_a_rank_that_ends_in_the_middle_of_learning_ends_all_and_the_same_command_continues(
     tmp_path: Path, alone: Path
 ) -> None:
-    command = (*OVERRIDES, "run_dir=run")
-    continues = "the same command continues where it stopped"
-
-    def killed(rank: int, passes: int) -> str:
-        process = torchrun(tmp_path, *command)
-        give_up = time.monotonic() + 300
-        while len(history(tmp_path / "rank0" / "run")) < passes:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
-        os.kill(int((tmp_path / f"rank{rank}" / "pid").read_text()), signal.SIGKILL)
-        code, _, err = finished(process, seconds=60)
-        assert code != 0
-        return err
-
-    err = killed(1, passes=2)
-    assert err.count(f"the process of rank 1 died (killed, crashed, or lost with its machine): {continues}") == 1
-    done = len(history(tmp_path / "rank0" / "run"))
+    command, run = (*OVERRIDES, "run_dir=run"), tmp_path / "rank0" / "run"
+    process = torchrun(tmp_path, *command)
+    give_up = time.monotonic() + 300
+    while len(history(run)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    os.kill(int((tmp_path / "rank1" / "pid").read_text()), signal.SIGKILL)
+    code, _, err = finished(process, seconds=60)
+    assert code != 0
+    assert err.count(CONTINUES) == 1
+    done = len(history(run))
     assert 2 <= done < 20
-    err = killed(0, passes=done + 2)
-    assert err.count(f"the process of rank 0 died (killed, crashed, or lost with its machine): {continues}") == 1
-    # One of them says it. The state is written before the line of the history.
-    assert sum("continuing after step" in line for line in err.splitlines()) == 1
+    # An error that one rank alone meets.
     code, _, err = finished(torchrun(tmp_path, *command, CHECKPOINTS_THAT_FIT="2"), seconds=60)
     assert code != 0
-    assert "error: no space left to write lcp_checkpoint.pt\n" in err
-    assert f"the other processes are in the middle of a step and end too: {continues}" in err
-    assert "died" not in err
-    assert len(history(tmp_path / "rank0" / "run")) < 20
+    assert err.count(f"error: rank 0: no space left to write lcp_checkpoint.pt: {CONTINUES}") == err.count("error: ") == 1
+    assert done < len(history(run)) < 20
     code, out, err = finished(torchrun(tmp_path, *command))
     assert code == 0, err
-    assert out.count("files ") == 1
-    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == ["pid"]  # one keeps the record
+    # One of them says it. The state is written before the line of the history.
+    assert sum("continuing after step" in line for line in err.splitlines()) == out.count("files ") == 1
+    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == ["pid"]  # rank 0 alone writes
     orders = [load_file(folder / "run" / "permutations.safetensors") for folder in (alone, tmp_path / "rank0")]
     assert all(torch.equal(orders[0][name], orders[1][name]) for name in orders[0])
 
 
-def test_two_processes_learn_what_one_does_and_what_becomes_of_a_job_holds_for_both(tmp_path: Path, alone: Path) -> None:
+def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_for_both(tmp_path: Path, alone: Path) -> None:
     def record(*overrides: str) -> RunDirectory:
         config = read_config(composed(*OVERRIDES, *overrides))
         return RunDirectory(tmp_path / "rank0" / run_directory(config), config)
 
-    stray, busy, other = record("permutation.margin=1e300", "seed=1"), record("seed=1"), record("seed=2")
+    stray, busy = record("permutation.margin=1e300", "seed=1"), record("seed=1")
     stray.directory.mkdir(parents=True)
     stray.path("stray").touch()
-    with other.opened():
-        other.metrics["model"] = "another"
-        other.save()
     with busy.opened():
-        command = ("-m", *OVERRIDES, "permutation.margin=1e300,0.05", "seed=1,2,0,0")
+        command = ("-m", *OVERRIDES, "permutation.margin=1e300,0.05", "seed=1,0,0")
         code, out, err = finished(torchrun(tmp_path, *command))
     assert code == 1, err
     (folder,) = (tmp_path / "rank0" / "runs" / "sweeps").iterdir()
     jobs = kept(folder)
     reasons = {
-        0: "holds no config.yaml",  # before the others have a part in it
-        1: "is not finite",  # in all of them at once
+        0: "holds no config.yaml",  # which rank 0 alone meets
+        1: "is not finite",  # which all meet
         2: "is not finite",
-        3: "is not finite",
-        4: "is in use by another process",
-        5: "began with another",  # while the others load their model
+        3: "is in use by another process",
     }
-    assert [job.outcome for job in jobs] == ["failed"] * 4 + ["skipped", "failed", "ran", "skipped"]
+    assert [job.outcome for job in jobs] == ["failed"] * 3 + ["skipped", "ran", "skipped"]
     assert all(reason in jobs[number].reason for number, reason in reasons.items())
+    assert err.count("error: ") == 3
     assert "is finished already" in err
-    check_equal(alone / "run", Path(str(jobs[6].directory)))
-    assert out.count("1 ran, 2 skipped, 5 failed") == out.count("outcome") == 1
-    assert not list((tmp_path / "rank1").rglob("jobs"))
-    assert not list((tmp_path / "rank1").rglob("metrics.json"))
+    check_equal(alone / "run", Path(str(jobs[4].directory)))
+    assert out.count("1 ran, 2 skipped, 3 failed") == out.count("outcome") == 1
+    assert not list((tmp_path / "rank1").rglob("*.json"))
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(4, None), (4, 1), (13, 2), (3, 5), (1, 1), (7, 2)])
+def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
+    count: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        found.append(parallel.portions(torch.arange(count), at_once))
+    assert len({len(of_rank) for of_rank in found}) == 1
+    portions = [portion for of_rank in found for portion in of_rank]
+    assert all(counted in (0, len(part)) and 0 < len(part) <= (at_once or count) for part, counted in portions)
+    assert sorted(int(index) for part, counted in portions if counted for index in part) == list(range(count))
 
 
 def test_a_batch_that_leaves_processes_without_samples_is_refused(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
+    monkeypatch.setattr(parallel, "share", lambda value: value)
     for setting in ("permutation.batch_size=4", "calibration.samples=4"):
         config = read_config(
             composed("model=tiny", "logger=none", "permutation.batch_size=8", f"runs_dir={tmp_path}", setting)
@@ -195,8 +199,6 @@ def test_a_batch_that_leaves_processes_without_samples_is_refused(
             job.run(config)
     assert not list(tmp_path.rglob("metrics.json"))
     assert not cache.exists()
-    # A method that does not learn has no use for the other processes.
-    assert job.run(read_config(composed("model=tiny", "logger=none", "permutation=heuristic", f"runs_dir={tmp_path}")))
 
 
 def test_a_launcher_that_starts_processes_of_its_own_is_refused_under_torchrun(tmp_path: Path) -> None:

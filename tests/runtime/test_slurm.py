@@ -1,4 +1,4 @@
-"""A real SLURM of one node: a sweep, a job that is put back in its middle, and the tasks of a step as processes."""
+"""A real SLURM of one node: a sweep, a job that is put back in its middle, and torchrun in a step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,9 @@ from pathlib import Path
 import pytest
 
 from permllm.runs.sweep import kept
-from permllm.runtime.slurm import first_node, of_step, tasks_by_node
 from tests.conftest import ROOT
 
 TINY = ("model=tiny", "logger=none", "permutation.epochs=1", "evaluation.perplexity.limit=2")
-STEP = {
-    "SLURM_JOB_ID": "71",
-    "SLURM_STEP_ID": "3",
-    "SLURM_STEP_NUM_TASKS": "7",
-    "SLURM_STEP_NUM_NODES": "4",
-    "SLURM_STEP_NODELIST": "gpu[03-05,9],cpu1",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "2",
-}
 
 
 @pytest.fixture(scope="module")
@@ -77,39 +65,6 @@ def waited(what: str, found: Callable[[], object], process: subprocess.Popen[str
     pytest.fail(f"{what} never came")
 
 
-def test_what_torch_is_told_of_a_step() -> None:
-    found = of_step(STEP)
-    assert found == {
-        "RANK": "5",
-        "WORLD_SIZE": "7",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "gpu03",
-        "MASTER_PORT": found["MASTER_PORT"],
-    }
-    assert of_step(STEP | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
-    assert of_step(STEP | {"SLURM_STEP_ID": "4"})["MASTER_PORT"] != found["MASTER_PORT"]
-    assert of_step(STEP | {"SLURM_GPUS_PER_TASK": "1"})["LOCAL_RANK"] == "0"
-    assert of_step(STEP | {"SLURM_STEP_NUM_NODES": "1"})["MASTER_ADDR"] == "127.0.0.1"
-    assert of_step(STEP | {"WORLD_SIZE": "2"}) == {}, "torchrun has said it"
-    assert of_step(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
-    # A batch script of a job of several tasks.
-    assert of_step({"SLURM_JOB_ID": "71", "SLURM_NTASKS": "7", "SLURM_PROCID": "0"}) == {}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("vm", "vm"), ("a1,a2", "a1"), ("gpu[03-05,9],cpu1", "gpu03"), ("rack-2[7]-n,x", "rack-27-n"), ("n[1-2]", "n1")],
-)
-def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
-
-
-def test_how_many_tasks_a_node_has() -> None:
-    assert tasks_by_node("2(x3),1") == [2, 2, 2, 1]
-    assert tasks_by_node("8") == [8]
-
-
 def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(slurm: dict[str, str], tmp_path: Path) -> None:
     # Steps of a model of two narrow layers, enough of them to be met in the middle.
     command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation=lcp", "permutation.epochs=400", "seed=0,1"]
@@ -129,17 +84,10 @@ def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
     assert [job.outcome for job in kept(folder)] == ["skipped", "skipped"]
 
 
-def test_two_tasks_of_a_step_learn_together(slurm: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), *TINY, "permutation=lcp", "permutation.batch_size=2"]
-    ended(started(slurm, tmp_path, "srun", "--ntasks=2", "--cpus-per-task=1", *command))
+def test_torchrun_in_a_step_of_srun_starts_ranks_that_learn_together(slurm: dict[str, str], tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "run.py")]
+    command = [*torchrun, *TINY, "permutation=lcp", "permutation.batch_size=2"]
+    ended(started(slurm, tmp_path, "srun", "--ntasks=1", "--cpus-per-task=2", *command))
     (record,) = tmp_path.glob("runs/*/environment.json")
     assert json.loads(record.read_text())["hardware"]["processes"] == 2
     assert json.loads(record.with_name("metrics.json").read_text())["perplexity"]["sparse"]
-
-
-def test_a_job_of_a_sweep_may_have_two_tasks(slurm: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation=lcp", "permutation.batch_size=2", "seed=0"]
-    command += ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.tasks_per_node=2"]
-    ended(started(slurm, tmp_path, *command))
-    (record,) = tmp_path.glob("runs/*/environment.json")
-    assert json.loads(record.read_text())["hardware"]["processes"] == 2

@@ -79,7 +79,7 @@ _on_gpu = attempted(_assigned_on_gpu, "the host solves the assignments, as the G
 
 
 def harden_together(softs: Sequence[Tensor]) -> list[Tensor]:
-    """`harden_all`, of which each process of torchrun does every n-th block; the same permutations in all of them."""
+    """`harden_all`, of which each rank does every n-th block; the same permutations in all of them."""
     processes = parallel.world_size()
     if processes == 1:
         return harden_all(softs)
@@ -101,7 +101,7 @@ def harden_together(softs: Sequence[Tensor]) -> list[Tensor]:
         for place, perm in zip(places, perms, strict=True):
             place.copy_(perm)
     everything = torch.cat([failed, *(place.flatten() for place in found)])
-    parallel.add_up([everything])  # each block is zero in all processes but one
+    parallel.all_reduce([everything])  # each block is zero in all ranks but one
     if everything[0]:
         raise ValueError(_NOT_FINITE)
     perms = everything[1:].long().split([place.numel() for place in found])

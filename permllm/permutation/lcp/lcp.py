@@ -19,12 +19,11 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import LearningPlan
 from permllm.permutation.foldable import SharedOrder, check_segments, expanded, orders_within, shared_orders
-from permllm.permutation.heuristic import search_of, searched
+from permllm.permutation.heuristic import found_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.permutation.lcp.settings import LCPSettings
 from permllm.runs.names import CHECKPOINT
-from permllm.runtime import parallel
 from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.blocks import count_logits
@@ -83,8 +82,8 @@ class LCP(LCPSettings):
         course = Course(self, problem, "lcp", CHECKPOINT)
         if course.state is not None:
             orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
-        else:  # another GPU must not let a process learn from elsewhere than the others
-            orders = parallel.from_first(lambda: self.start_orders(problem, shared, first))
+        else:
+            orders = self.start_orders(problem, shared, first)
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -129,8 +128,7 @@ class LCP(LCPSettings):
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
-        searches = [search_of(order, problem.saliency_of, problem.pattern) for order in shared if order not in drawn]
-        found = searched(searches, problem.device, "start permutation")
+        found = found_orders([order for order in shared if order not in drawn], problem, "start permutation")
         return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
 
     def start_logits(
