@@ -39,7 +39,8 @@ from permllm.runtime.precision import compute_dtype, products_in
 from permllm.runtime.timing import clock
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.kernels import chosen_kernels
-from permllm.training.loop import Moment, Training, Window
+from permllm.training.learner import Moment, Window
+from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
 from permllm.training.problem import LearningProblem
 

@@ -21,12 +21,11 @@ from permllm.runs.names import MASK_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.training.loop import kernels_for
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningSettings
 from permllm.training.stages import Course
-from permllm.training.stand_ins import learning_scores
+from permllm.training.stand_ins import kernels_for, learning_scores
 
 
 @dataclass(kw_only=True, config=SETTINGS)

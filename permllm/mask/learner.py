@@ -12,7 +12,7 @@ from typing_extensions import override
 from permllm.models.families import ChannelGroup
 from permllm.models.offload import placement_of
 from permllm.runs.masks import packed_mask, unpacked_mask
-from permllm.training.loop import Learner, Moment
+from permllm.training.learner import Learner, Moment
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 

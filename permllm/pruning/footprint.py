@@ -27,8 +27,8 @@ from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.gram import Gram
-from permllm.training.loop import KEPT_ON_A_HOST, kept_a_token, steps_of
 from permllm.training.losses import chunk_of
+from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 
 # Of the memory that there is, what a run may be estimated to take: estimates are right to within 15 %.
 FITS = 0.85
@@ -364,7 +364,7 @@ class Footprint:
         return getattr(learning.method, "samples", None) or self.config.calibration.samples
 
     def _steps(self, learning: Learning) -> int:
-        return steps_of(learning.method, self._windows(learning))
+        return int(learning.method.steps_for(self._windows(learning)))
 
 
 def _through_the_head(method: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from permllm.training.loop import Learner, Moment
+from permllm.training.learner import Learner, Moment
 
 # In a line of the history where weights learn: how many.
 WEIGHTS_LEARNED = "weights_learned"

@@ -24,7 +24,6 @@ from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner
 from permllm.sparsity.calibration_cache import shared_calibration, shared_target
-from permllm.training.loop import steps_in_all
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
@@ -200,7 +199,7 @@ def _steps_of(job: Job, what: str) -> int:
     if not isinstance(method, LearningSettings):
         return 0
     count = method.samples or job.config.calibration.samples
-    return steps_in_all(method, count, len(decoder_layers(job.loaded.model)))
+    return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
 
 
 def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -25,6 +26,14 @@ class DescentSettings:
     batch_size: Count = 4
     micro_batch_size: Count | None = None
     activation_checkpointing: bool | None = None
+
+    def samples_of(self, available: int) -> int:
+        """Return how many samples are learned from, where so many are available."""
+        return min(available, self.samples or available)
+
+    def steps_for(self, samples: int) -> int:
+        """Return the number of steps of a stage that learns from so many samples."""
+        return self.steps or self.epochs * math.ceil(samples / self.batch_size)
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -60,6 +69,10 @@ class LearningSettings(DescentSettings):
         spans = self.spans(layers)
         if not any(first <= one.layer < stop for one in groups for first, stop in spans):
             raise ConfigError(f"{group}.last_layers={self.last_layers}: keep_dense leaves nothing to learn in them")
+
+    def steps_in_all(self, samples: int, layers: int) -> int:
+        """Return the number of steps of all stages, for a model of so many decoder layers."""
+        return len(self.spans(layers)) * self.steps_for(samples)
 
     def spans(self, layers: int) -> list[tuple[int, int]]:
         """Return the first layer and the one after the last of each stage, for a model of so many decoder layers."""

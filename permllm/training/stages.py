@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from permllm.models.families import decoder_layers
-from permllm.training.loop import Learner, Training, Window, read_checkpoint
+from permllm.training.checkpoint import read_checkpoint
+from permllm.training.learner import Learner, Window
+from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 from permllm.training.windows import MaskOf, WindowStream

@@ -13,11 +13,11 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.blocks import BlockStack
-from permllm.training.kernels import Kernels
+from permllm.training.kernels import Kernels, chosen_kernels
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
-from permllm.training.settings import StraightThrough
+from permllm.training.settings import LearningSettings, StraightThrough
 
 StandIns = Iterator[dict[str, list[MaskedLinear]]]
 
@@ -99,6 +99,14 @@ def learning_scores(
 
     with _standing_in(problem.model, groups, stand_in, ordered, back) as masked:
         yield masked
+
+
+def kernels_for(settings: LearningSettings, problem: LearningProblem, groups: Iterable[ChannelGroup]) -> Kernels:
+    """Return the kernels for the linears of some groups, which learn together."""
+    groups = list(groups)
+    weights = sum(group.channels * sum(group.rows) for group in groups)
+    steps = settings.steps_for(settings.samples_of(len(problem.tokens)))
+    return chosen_kernels(problem.device, settings.compile, weights * steps, map(problem.pattern_of, groups))
 
 
 @contextmanager

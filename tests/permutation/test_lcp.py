@@ -24,10 +24,11 @@ from permllm.pruning.layerwise import prune
 from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import calibrate_dense
-from permllm.training import loop as training_module
 from permllm.training.kernels import EAGER
-from permllm.training.loop import Moment, Training, Window
+from permllm.training.learner import Moment, Window
+from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
+from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
 from permllm.training.windows import WindowStream
 from tests.conftest import tiny_model
@@ -358,7 +359,7 @@ def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyP
 
 
 def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module.Training, "_measure", lambda self: float("nan"))
+    monkeypatch.setattr(Objective, "mean", lambda self, count: float("nan"))
     model = tiny_model("llama")
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
         lcp(epochs=1, last_layers=1).orders(problem(model, Wanda(), directory=tmp_path))
@@ -409,7 +410,7 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
             training = Training(settings, learning, window, learner, "lcp", "checkpoint")
             moment = Moment(0, 1, 0, 1)
             learner.begin(moment)
-            training._loss(torch.arange(6), moment).backward()
+            training.objective.loss(torch.arange(6), moment).backward()
             learner.collect()
         found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
     free, tied = found["free"], found["foldable"]
@@ -451,7 +452,7 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
             training = Training(settings, learning, window, learner, "lcp", "checkpoint")
             learner.begin(moment)
             with products_in(dtype, torch.device("cpu")):
-                training._backward(torch.arange(len(samples)), moment)
+                training.objective.backward(torch.arange(len(samples)), moment)
         return torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits])
 
     exact, half = gradients(torch.float32), gradients(torch.float16)

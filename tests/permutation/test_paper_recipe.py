@@ -20,7 +20,8 @@ from permllm.pruning import ordering
 from permllm.pruning.layerwise import prune
 from permllm.sparsity.method import instantiate
 from permllm.training.kernels import EAGER
-from permllm.training.loop import Moment, Training, Window
+from permllm.training.learner import Moment, Window
+from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import PATTERN, tokens

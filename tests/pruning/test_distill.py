@@ -30,8 +30,9 @@ from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
 from permllm.sparsity.gram import Gram
+from permllm.training import checkpoint, objective
 from permllm.training import loop as training
-from permllm.training.loop import Moment, Window
+from permllm.training.learner import Moment, Window
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
@@ -109,16 +110,16 @@ def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
 
 def stops(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Every step writes a checkpoint, and the process ends after one of them."""
-    write = training.save_state
+    write = checkpoint.save_state
 
     def write_and_stop(path: Path, state: Any) -> None:
         write(path, state)
         if state["scheduler"]["last_epoch"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 0.0)
-    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
-    monkeypatch.setattr(training, "save_state", write_and_stop)
+    monkeypatch.setattr(checkpoint, "_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(checkpoint, "save_state", write_and_stop)
 
 
 @pytest.mark.parametrize(("written", "where"), [(2, "step 2 of 10"), (8, "step 8 of 10")])
@@ -135,8 +136,8 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
-    monkeypatch.setattr(training, "_CHECKPOINT_EVERY", math.inf)
-    monkeypatch.setattr(training, "save_state", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "_EVERY", math.inf)
+    monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
     assert "learning begins anew" in caplog.text
 
@@ -216,16 +217,16 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
 
 def test_recomputed_layers_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = training.recomputed
+    real = objective.recomputed
 
     def counted(*given: Any, **keywords: Any) -> Any:
         calls.append(1)
         return real(*given, **keywords)
 
-    monkeypatch.setattr(training, "recomputed", counted)
+    monkeypatch.setattr(objective, "recomputed", counted)
     kept = distilled(None)
     assert not calls  # what a tiny model needs is little
-    monkeypatch.setattr(training, "KEPT_ON_A_HOST", 0.0)
+    monkeypatch.setattr(objective, "KEPT_ON_A_HOST", 0.0)
     recomputed = distilled(None)
     assert calls
     for path, weight in kept.items():
@@ -274,6 +275,6 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
         loop = training.Training(settings, learning, window, WeightLearner(kept, 1e-3), "distill", "file")
         values = sum(int(mask.sum()) for mask in masks)
         rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
-        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments
+        assert loop.objective._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments
         loop.step(torch.arange(2), Moment(0, 4, 0, 1))
-        assert loop._not_yet_taken(target) == 4 * values + rounded
+        assert loop.objective._not_yet_taken(target) == 4 * values + rounded

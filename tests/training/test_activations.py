@@ -14,7 +14,7 @@ from permllm.models.families import channel_groups
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.calibrate import calibrate_dense
-from permllm.training.loop import kept_a_token
+from permllm.training.objective import kept_a_token
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import lcp

@@ -28,12 +28,12 @@ from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.blocks import count_logits
 from permllm.training.kernels import Kernels
-from permllm.training.loop import Window, kernels_for
+from permllm.training.learner import Window
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.stages import Course
-from permllm.training.stand_ins import learning_orders
+from permllm.training.stand_ins import kernels_for, learning_orders
 
 
 @dataclass(kw_only=True, config=SETTINGS)

@@ -20,7 +20,7 @@ from permllm.permutation.lcp.sinkhorn import SinkhornStart
 from permllm.runs.names import BEST_SO_FAR
 from permllm.runs.tensors import save_tensors
 from permllm.runtime import parallel
-from permllm.training.loop import Learner, Moment, Window
+from permllm.training.learner import Learner, Moment, Window
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 
