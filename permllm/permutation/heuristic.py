@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
-from threading import Lock
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +32,7 @@ from permllm.training.problem import LearningProblem
 
 # Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
-# Of the free memory of a GPU, the share that the saliencies of the searches under way may take.
+# Of the free memory of a GPU, the share that the saliencies of searches that go on together may take.
 _SHARE_OF_FREE = 0.5
 # On a CPU over so many, and for so many pairs of a row and a group, as stay in its cache.
 _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
@@ -44,9 +41,6 @@ _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
 """Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a shared order may not fit into
 memory. Of different M one divides the other: the groups of the smaller lie inside those of the larger."""
-Turn: TypeAlias = AbstractContextManager[object]
-"""A search computes on the device inside of it, so that only one of several does."""
-_ALONE: Turn = nullcontext()
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -57,7 +51,7 @@ class Heuristic(LocalPermutation):
 
     @property
     def local(self) -> bool:  # type: ignore[override]
-        """Whether each group's order follows from its own saliency."""
+        """Tell whether each group's order follows from its own saliency."""
         return self.constraint == "free"
 
     @override
@@ -76,25 +70,29 @@ class Heuristic(LocalPermutation):
 
 
 def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label: str) -> dict[str, Tensor]:
-    """Search several shared orders, int64 `(channels,)` on the CPU by their names.
+    """Search the heuristic permutation of each segment of shared orders, int64 `(channels,)` on the CPU by their names.
 
-    On a GPU one search scores while others solve assignments on the host, whose solver leaves Python's lock. On a CPU one
-    search comes after the other, since its scores take all threads.
+    On a GPU several searches of about equal width go on together, and the cores of the host solve their assignments. On a CPU
+    one search comes after the other, since its scores take all threads.
 
     Args:
-        shared: the orders.
+        shared: the orders; the rows of all groups of one count.
         problem: the dense model and its saliency.
         label: of the progress bar.
     """
-    turn = Lock()  # a placement that brings layers to the device serves one thread at a time, too
-
-    def search(order: SharedOrder) -> Tensor:
-        return shared_heuristic_order(order, problem.saliency_of, problem.pattern, turn)
-
-    with ThreadPoolExecutor(_searches_at_once(shared, problem.device)) as pool:
-        found = map(search, shared) if problem.device.type == "cpu" else pool.map(search, shared)
-        bar = tqdm(zip(shared, found, strict=True), desc=label, total=len(shared), unit="permutation")
-        return {order.name: perm for order, perm in bar}
+    together = _searches_at_once(shared, problem.device)
+    ahead, found = sorted(shared, key=lambda order: order.channels), dict[str, Tensor]()
+    with ThreadPoolExecutor(together) as pool, tqdm(total=len(shared), desc=label, unit="permutation") as bar:
+        for first in range(0, len(ahead), together):
+            orders = ahead[first : first + together]
+            parts = [part for order in orders for part in segments_of(order, problem.saliency_of, problem.pattern)]
+            perms = iter(_searched(parts, pool.map))
+            del parts  # before the saliency of the next ones
+            for order in orders:
+                starts = range(0, order.channels, order.segment)
+                found[order.name] = torch.cat([start + next(perms) for start in starts])
+                bar.update()
+    return {order.name: found[order.name] for order in shared}
 
 
 def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
@@ -104,65 +102,79 @@ def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
     return max(1, min(cores(), int(_SHARE_OF_FREE * free_memory(device)) // largest))
 
 
-@torch.no_grad()
-def shared_heuristic_order(
-    shared: SharedOrder,
-    saliency_of: Callable[[str], Tensor],
-    pattern: NMPattern,
-    turn: Turn = _ALONE,
-) -> Tensor:
-    """Search the heuristic permutation of each segment of a shared order, int64 `(channels,)` on the CPU.
+def segments_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> list[Parts]:
+    """Return the saliency of each segment of a shared order.
 
     Args:
-        shared: the order; the rows of all of its groups count.
+        shared: the order.
         saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
             group at a time, several times.
         pattern: N:M of the groups that have none of their own.
-        turn: of this search.
     """
 
     def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
         return shared.collect(torch.cat([saliency_of(path) for path in group.members])), group.pattern or pattern
 
-    with turn:  # that of one group fits, and its segments need not make it again
-        held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
+    # That of one group fits, and its segments need not make it again.
+    held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
 
     def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
         for scores, its in held or map(whole, shared.groups):
             yield scores[:, start : start + shared.segment], its
 
-    starts = range(0, shared.channels, shared.segment)
-    return torch.cat([start + heuristic_order(partial(parts, start), turn) for start in starts])
+    return [partial(parts, start) for start in range(0, shared.channels, shared.segment)]
 
 
-@torch.no_grad()
-def heuristic_order(saliency: Parts, turn: Turn = _ALONE) -> Tensor:
+def heuristic_order(saliency: Parts) -> Tensor:
     """Search an order that retains more saliency than the identity; return the identity where there is none.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
-        turn: of this search.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    with turn:
+    return _searched([saliency], map)[0]
+
+
+def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -> list[Tensor]:
+    """Search an order for each saliency; `solve` maps scores to assignments, as `map` does."""
+    searches = [_Search(saliency) for saliency in saliencies]
+    for position in range(max(search.m for search in searches)):
+        here = [search for search in searches if position < search.m]
+        scores = (position_scores(search.saliency, search.perm, position, search.m) for search in here)
+        for search, sources in zip(here, solve(assigned, scores), strict=True):
+            search.perm = exchanged(search.perm, position, search.m, sources)
+    return [search.order() for search in searches]
+
+
+class _Search:
+    """A search for an order.
+
+    Args:
+        saliency: as of `heuristic_order`.
+
+    Attributes:
+        saliency: the same.
+        m: the largest M.
+        perm: int64 `(C_in,)` on the CPU, the order so far.
+    """
+
+    def __init__(self, saliency: Parts) -> None:
         sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
         total = _sum(sums)
         smallest, largest = (choose(patterns, key=lambda pattern: pattern.m) for choose in (min, max))
         check_divides(largest, len(total), "the layer")
-        perm = allocate(total, smallest)
-    for position in range(largest.m):
-        with turn:
-            scores = position_scores(saliency, perm, position, largest.m)
-        perm = exchanged(perm, position, largest.m, assigned(scores))
-    identity = torch.arange(len(perm))
-    retained = [0.0, 0.0]
-    with turn:
-        for part, pattern in saliency():
-            for index, order in enumerate((identity, perm)):
+        self.saliency, self.m, self.perm = saliency, largest.m, allocate(total, smallest)
+
+    def order(self) -> Tensor:
+        """Return the order that was found, or the identity where that retains as much."""
+        identity = torch.arange(len(self.perm))
+        retained = [0.0, 0.0]
+        for part, pattern in self.saliency():
+            for index, order in enumerate((identity, self.perm)):
                 retained[index] += _retained(part, order, pattern)
-    return perm if retained[1] > retained[0] else identity
+        return self.perm if retained[1] > retained[0] else identity
 
 
 def allocate(total: Tensor, pattern: NMPattern) -> Tensor:

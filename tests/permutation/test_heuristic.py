@@ -21,7 +21,7 @@ from permllm.permutation.heuristic import (
     heuristic_order,
     heuristic_orders,
     position_scores,
-    shared_heuristic_order,
+    segments_of,
     sums_of_larger,
 )
 from tests.conftest import tiny_model
@@ -93,7 +93,8 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
     monkeypatch.setattr("permllm.permutation.heuristic.cores", lambda: 3)
     monkeypatch.setattr("permllm.permutation.heuristic.free_memory", lambda _: free)  # a search takes 16,384 bytes
     problem: Any = Problem()
-    expected = {order.name: shared_heuristic_order(order, problem.saliency_of, problem.pattern) for order in problem.shared}
+    parts = {order.name: segments_of(order, problem.saliency_of, problem.pattern)[0] for order in problem.shared}
+    expected = {name: heuristic_order(part) for name, part in parts.items()}
     calls, met, threads = itertools.count(), threading.Barrier(together, timeout=20), set()
 
     def meeting(scores: Tensor) -> Tensor:
