@@ -110,14 +110,6 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
     assert len(threads) == together
 
 
-def test_a_search_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("permllm.permutation.heuristic.free_memory", lambda _: 1 << 30)
-    problem: Any = Problem()
-    del problem.scores[problem.shared[-1].groups[0].members[0]]
-    with pytest.raises(KeyError):
-        heuristic_orders(problem.shared, problem, "order")
-
-
 def test_scores_equal_a_loop_over_groups_up_to_a_constant_of_the_group() -> None:
     pattern = NMPattern(2, 4)
     saliency = random_saliency(7, 24, 0)

@@ -60,17 +60,6 @@ def test_columns_are_pruned_as_by_elimination_from_the_inverse_hessian(prune: An
     torch.testing.assert_close(w * found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_update_with_a_given_mask_equals_column_wise_elimination() -> None:
-    weight, inputs, statistics = problem()
-    perm = torch.randperm(32, generator=torch.Generator().manual_seed(5))
-    pruner = SparseGPT()
-    mask = permuted_nm_mask(saliency(weight, pruner.factors(weight, statistics)), perm, PATTERN)
-    updated, kept = pruner.update(weight, statistics, perm, PATTERN, mask)
-    assert torch.equal(kept, mask)
-    expected, _ = reference_update(weight[:, perm], hessian_of(inputs[:, perm]), PATTERN, mask[:, perm])
-    torch.testing.assert_close(updated[:, perm].double(), expected, rtol=1e-3, atol=1e-3)
-
-
 def test_update_beats_no_update_on_the_layers_output_and_keeps_n_m_in_permuted_order() -> None:
     weight, inputs, statistics = problem()
     perm = torch.randperm(32, generator=torch.Generator().manual_seed(3))
