@@ -151,12 +151,8 @@ class _Layers:
         """Prune a layer that is on the device, or take it from the file of an earlier attempt, and advance the states."""
         record, name, changes = self.job.record, layer_file(PRUNED_LAYERS, index), self.job.methods.change_weights
         kept = record.loaded(name, load_layer) if groups else None
-        if kept is None:
-            layer, weights = self._new(index, groups)
-            with _comparing(self.model, groups, weights, layer.output_error):
-                self.dense.advance(index)
-        else:
-            layer, weights = kept, {path: self._kept_weight(kept, path) for path in kept.masks}
+        layer, weights = self._new(index, groups) if kept is None else (kept, self._kept_weights(kept))
+        with _comparing(self.model, groups if kept is None else [], weights, layer.output_error):
             self.dense.advance(index)
         self.result.add(layer)
         for path, weight in weights.items():
@@ -170,9 +166,11 @@ class _Layers:
         if groups and self.placement.reads_files and record.directory is not None:
             self._read_from_file(record.directory / name, layer)
 
-    def _kept_weight(self, layer: PrunedLayer, path: str) -> Tensor:
-        weight = linear_at(self.model, path).weight
-        return layer.weights[path].to(weight) if path in layer.weights else masked(layer.masks[path], weight)
+    def _kept_weights(self, layer: PrunedLayer) -> dict[str, Tensor]:
+        dense = {path: linear_at(self.model, path).weight for path in layer.masks}
+        if layer.weights:
+            return {path: layer.weights[path].to(weight) for path, weight in dense.items()}
+        return {path: masked(layer.masks[path], weight) for path, weight in dense.items()}
 
     def _read_from_file(self, file: Path, layer: PrunedLayer) -> None:
         """Leave the masks and changed weights of a layer in its file until they are needed."""
