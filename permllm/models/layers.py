@@ -18,7 +18,11 @@ from tqdm.auto import tqdm
 from permllm.models.attention import attention_in_float32
 from permllm.models.families import decoder_layers, family_of
 from permllm.models.offload import placement_of
+from permllm.runtime.memory import free_memory
 from permllm.runtime.precision import products_in
+
+# Of the free memory of a GPU, the share that the states of a stream may take: pruning has two, beside what a layer takes.
+_SHARE_OF_FREE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def last_states(model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype
 class LayerStream:
     """Hidden states of many samples, advanced through the decoder one layer at a time.
 
-    The states of one layer's boundary live on the host; a batch at a time visits the device.
+    The states between two layers wait on the host, from where a batch at a time visits the device, or on a GPU that has room.
 
     Args:
         model: of a known family; its embedding is run here.
@@ -134,7 +138,7 @@ class LayerStream:
             inputs = layer_inputs(model, batch)
             self._kwargs.setdefault(len(batch), inputs.kwargs)
             if not position:
-                self._states = torch.empty(len(tokens), *inputs.hidden.shape[1:], dtype=inputs.hidden.dtype)
+                self._states = _room_for(len(tokens), inputs.hidden)
             self._hidden[position].copy_(inputs.hidden)
 
     @property
@@ -168,4 +172,11 @@ class LayerStream:
 
     def states(self) -> Tensor:
         """The states, `(samples, tokens, hidden)` on the host, until the stream advances."""
-        return self._states
+        return self._states.cpu()
+
+
+def _room_for(samples: int, batch: Tensor) -> Tensor:
+    """Return memory for the states of all samples: where a batch of them is, or on the host where a GPU has no room."""
+    size = samples * batch[0].numel() * batch.element_size()
+    on_gpu = batch.device.type == "cuda" and size <= _SHARE_OF_FREE * free_memory(batch.device)
+    return torch.empty(samples, *batch.shape[1:], dtype=batch.dtype, device=batch.device if on_gpu else "cpu")

@@ -56,9 +56,10 @@ class Placement:
         streams: a layer's weights are on the device only inside of `layer`.
         copies: what comes to the device is not what waits: a graph that backward will go through would hold it all the while.
         reads_files: they are read from files each time, `lies_in` too.
+        sharded: all ranks hold a part of each layer, and enter layers at the same points.
     """
 
-    streams = copies = reads_files = False
+    streams = copies = reads_files = sharded = False
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = decoder_layers(model)

@@ -26,6 +26,8 @@ class Sharded(Untouched):
         model, device, dtype, stored: as in `Streamed`; of what is stored each rank reads its part.
     """
 
+    sharded = True
+
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
     ) -> None:

@@ -20,20 +20,24 @@ from permllm.training.problem import LearningProblem
 Constraint = Literal["free", "foldable"]
 
 
-class Permutation(Method):
-    """Base of all methods.
+class Permutation(Method, ABC):
+    """Base of all methods, which order the channel groups of the whole dense model.
 
     Attributes:
-        local: it orders one channel group from its saliency alone, by `order`; otherwise all of them together, by `orders`.
+        local: `order` gives the order of one channel group from its saliency alone, also where that is not the dense model's.
         constraint: that its orders keep (see `permllm.permutation.foldable`); None where that is not known before.
     """
 
-    local: bool
+    local: bool = False
     constraint: Constraint | None = "free"
 
+    @abstractmethod
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        """Return the orders, int64 `(C_in,)` on the CPU, by group."""
 
-class LocalPermutation(Permutation, ABC):
-    """Base of the methods that order one channel group at a time."""
+
+class LocalPermutation(Permutation):
+    """Base of the methods that can order one channel group at a time."""
 
     local = True
 
@@ -41,18 +45,16 @@ class LocalPermutation(Permutation, ABC):
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         """Return the order of a group, int64 `(C_in,)`, for `saliency (rows of all members, C_in)`."""
 
-
-class JointPermutation(Permutation, ABC):
-    """Base of the methods that order all channel groups from the whole dense model."""
-
-    local = False
-
-    @abstractmethod
+    @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """Return the orders, int64 `(C_in,)` on the CPU, by group."""
+        def found(group: ChannelGroup) -> Tensor:
+            scores = torch.cat([problem.saliency_of(path) for path in group.members])
+            return self.order(group.name, scores, problem.pattern_of(group))
+
+        return {group.name: found(group) for group in problem.groups}
 
 
-class LearnedPermutation(JointPermutation):
+class LearnedPermutation(Permutation):
     """Base of the methods that train, in all ranks together.
 
     Attributes:

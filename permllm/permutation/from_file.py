@@ -15,6 +15,7 @@ from permllm.permutation.base import LocalPermutation
 from permllm.permutation.foldable import foldable
 from permllm.runs.tensors import load_orders
 from permllm.runtime.values import SETTINGS
+from permllm.training.problem import LearningProblem
 
 
 @dataclass(config=SETTINGS)
@@ -55,6 +56,10 @@ class FromFile(LocalPermutation):
             ConfigError: the file has no such group, or one of another width.
         """
         return self._order(group, saliency.shape[1])
+
+    @override
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        return {group.name: self._order(group.name, group.channels) for group in problem.groups}
 
     def _order(self, group: str, channels: int) -> Tensor:
         perm = self._orders.get(group)

@@ -8,10 +8,9 @@ the N-th largest entry of the group's other M - 1 channels in row r.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
-from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,14 +27,15 @@ from permllm.permutation.base import Constraint, LocalPermutation
 from permllm.permutation.foldable import SharedOrder, check_segments, expanded, shared_orders
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
+from permllm.runtime.memory import free_memory
 from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import nm_mask, saliency_sum
 from permllm.training.problem import LearningProblem
 
 # Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
-# A GPU has the scores of others while the host solves the assignments of some, as long as what they hold takes no more bytes.
-_HELD = 2e9
+# Of the free memory of a GPU, the share that the saliencies of searches that go on together may take.
+_SHARE_OF_FREE = 0.5
 # On a CPU over so many, and for so many pairs of a row and a group, as stay in its cache.
 _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
 
@@ -43,23 +43,6 @@ _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
 """Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a shared order may not fit into
 memory. Of different M one divides the other: the groups of the smaller lie inside those of the larger."""
-Steps: TypeAlias = Generator[Tensor, Tensor, Tensor]
-"""A search that waits for assignments: it gives the scores of one, is sent what `assigned` makes of them, and ends with the
-order."""
-
-
-class Search(NamedTuple):
-    """The search for an order.
-
-    Attributes:
-        name: of the order.
-        held: bytes on the device while it is under way.
-        steps: of it, which do nothing before they are asked for.
-    """
-
-    name: str
-    held: int
-    steps: Steps
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -70,7 +53,7 @@ class Heuristic(LocalPermutation):
 
     @property
     def local(self) -> bool:  # type: ignore[override]
-        """Each group's order follows from its own saliency."""
+        """Tell whether each group's order follows from its own saliency."""
         return self.constraint == "free"
 
     @override
@@ -79,105 +62,78 @@ class Heuristic(LocalPermutation):
             check_segments(shared_orders(groups, self.constraint), config.pattern)
 
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """The order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""
+        """Return the order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""
         return heuristic_order(lambda: [(saliency, pattern)])
 
+    @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """The orders of all channel groups under the constraint, int64 `(C_in,)` on the CPU by group."""
         shared = shared_orders(problem.groups, self.constraint)
-        return expanded(shared, found_orders(shared, problem, "heuristic permutation"))
+        return expanded(shared, heuristic_orders(shared, problem, "heuristic permutation"))
 
 
-def found_orders(shared: list[SharedOrder], problem: LearningProblem, what: str) -> dict[str, Tensor]:
-    """Search for orders, int64 `(channels,)` on the CPU by name. Each rank searches for every n-th, and returns all of them.
+def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label: str) -> dict[str, Tensor]:
+    """Search the heuristic permutation of each segment of shared orders, int64 `(channels,)` on the CPU by their names.
 
-    Where layers are sharded each rank searches for all orders, because all ranks enter a layer at the same point. A search for
-    the order of one group enters its layer when it begins. One for the order of several groups enters layers all the while, so
-    that no other search runs beside it.
+    On a GPU several searches of about equal width go on together, and the cores of the host solve their assignments. On a CPU
+    one search comes after the other, since its scores take all threads. Each rank searches every n-th order, but all of them
+    where layers are sharded, because all ranks enter a layer at the same point.
+
+    Args:
+        shared: the orders; the rows of all groups of one count.
+        problem: the dense model and its saliency.
+        label: of the progress bar.
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
-    parts = [mine]
-    if parallel.world_size() > 1:
-        from permllm.models.sharded import Sharded  # seconds, for a single process in vain
-
-        if isinstance(placement_of(problem.model), Sharded):
-            parts = [[order for order in shared if (len(order.groups) > 1) == several] for several in (True, False)]
-    found: dict[str, Tensor] = {}
-    for part in parts:
-        searches = [search_of(order, problem.saliency_of, problem.pattern) for order in part]
-        found |= searched(searches, problem.device, what)
-    zeros = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
-    orders = zeros | {order.name: found[order.name] for order in mine}
-    parallel.all_reduce(orders.values())
-    return orders
-
-
-def searched(searches: list[Search], device: torch.device, what: str) -> dict[str, Tensor]:
-    """What searches find, int64 `(channels,)` on the CPU by the name of the order.
-
-    Args:
-        searches: each under way as soon as there is a place.
-        device: of the saliency. On a CPU one search comes after the other, since its scores take all threads.
-        what: is found, for the bar.
-    """
-    places = 1 if device.type == "cpu" else cores()  # not torch's threads, which torchrun makes one
-    found: dict[str, Tensor] = {}
-    running: dict[Future[Tensor], Search] = {}
-    ahead = searches[::-1]
-    with ThreadPoolExecutor(places) as pool, tqdm(total=len(searches), desc=what, unit="permutation") as bar:
-
-        def go_on(search: Search, answer: Tensor | None) -> None:
-            try:
-                scores = next(search.steps) if answer is None else search.steps.send(answer)
-            except StopIteration as end:
-                found[search.name] = end.value
+    ahead = sorted(shared if placement_of(problem.model).sharded else mine, key=lambda order: order.channels)
+    together, found = parallel.share(_searches_at_once(shared, problem.device)), dict[str, Tensor]()
+    with ThreadPoolExecutor(together) as pool, tqdm(total=len(ahead), desc=label, unit="permutation") as bar:
+        for first in range(0, len(ahead), together):
+            orders = ahead[first : first + together]
+            parts = [part for order in orders for part in segments_of(order, problem.saliency_of, problem.pattern)]
+            perms = iter(_searched(parts, pool.map))
+            del parts  # before the saliency of the next ones
+            for order in orders:
+                starts = range(0, order.channels, order.segment)
+                found[order.name] = torch.cat([start + next(perms) for start in starts])
                 bar.update()
-            else:
-                running[pool.submit(assigned, scores)] = search
-
-        while ahead or running:
-            held = sum(search.held for search in running.values())
-            if ahead and (not running or (len(running) < places and held + ahead[-1].held <= _HELD)):
-                go_on(ahead.pop(), None)
-                continue
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                go_on(running.pop(done), done.result())
-    return {search.name: found[search.name] for search in searches}
+    zeros = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
+    every = zeros | {order.name: found[order.name] for order in mine}
+    parallel.all_reduce(every.values())
+    return every
 
 
-def search_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> Search:
-    """The search for the heuristic permutation of each segment of a shared order, int64 `(channels,)` on the CPU.
+def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    largest = max((4 * group.channels * sum(group.rows) for order in shared for group in order.groups), default=1)
+    return max(1, min(cores(), int(_SHARE_OF_FREE * free_memory(device)) // largest))
+
+
+def segments_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> list[Parts]:
+    """Return the saliency of each segment of a shared order.
 
     Args:
-        shared: the order; the rows of all of its groups count.
+        shared: the order.
         saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
             group at a time, several times.
         pattern: N:M of the groups that have none of their own.
     """
-    of_one = len(shared.groups) == 1
 
     def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
         return shared.collect(torch.cat([saliency_of(path) for path in group.members])), group.pattern or pattern
 
-    def steps() -> Steps:
-        # That of one group fits, and its segments need not make it again.
-        held = [whole(shared.groups[0])] if of_one else None
+    # That of one group fits, and its segments need not make it again.
+    held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
 
-        def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
-            for scores, its in held or map(whole, shared.groups):
-                yield scores[:, start : start + shared.segment], its
+    def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
+        for scores, its in held or map(whole, shared.groups):
+            yield scores[:, start : start + shared.segment], its
 
-        found = []
-        for start in range(0, shared.channels, shared.segment):
-            found.append(start + (yield from _steps(partial(parts, start))))
-        return torch.cat(found)
-
-    largest = max(group.channels * sum(group.rows) for group in shared.groups)
-    return Search(shared.name, 4 * largest, steps())
+    return [partial(parts, start) for start in range(0, shared.channels, shared.segment)]
 
 
 def heuristic_order(saliency: Parts) -> Tensor:
-    """Order that retains more saliency than the identity, or that when it does not.
+    """Search an order that retains more saliency than the identity; return the identity where there is none.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
@@ -185,32 +141,47 @@ def heuristic_order(saliency: Parts) -> Tensor:
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    steps = _steps(saliency)
-    try:
-        scores = next(steps)
-        while True:
-            scores = steps.send(assigned(scores))
-    except StopIteration as end:
-        found: Tensor = end.value
-        return found
+    return _searched([saliency], map)[0]
 
 
-def _steps(saliency: Parts) -> Steps:
-    """`heuristic_order`, one assignment after the other."""
-    sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
-    total = _sum(sums)
-    smallest, largest = (choose(patterns, key=lambda pattern: pattern.m) for choose in (min, max))
-    check_divides(largest, len(total), "the layer")
-    perm = allocate(total, smallest)
-    for position in range(largest.m):
-        sources = yield position_scores(saliency, perm, position, largest.m)
-        perm = exchanged(perm, position, largest.m, sources)
-    identity = torch.arange(len(total))
-    retained = [0.0, 0.0]
-    for part, pattern in saliency():
-        for index, order in enumerate((identity, perm)):
-            retained[index] += _retained(part, order, pattern)
-    return perm if retained[1] > retained[0] else identity
+def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -> list[Tensor]:
+    """Search an order for each saliency; `solve` maps scores to assignments, as `map` does."""
+    searches = [_Search(saliency) for saliency in saliencies]
+    for position in range(max(search.m for search in searches)):
+        here = [search for search in searches if position < search.m]
+        scores = (position_scores(search.saliency, search.perm, position, search.m) for search in here)
+        for search, sources in zip(here, solve(assigned, scores), strict=True):
+            search.perm = exchanged(search.perm, position, search.m, sources)
+    return [search.order() for search in searches]
+
+
+class _Search:
+    """A search for an order.
+
+    Args:
+        saliency: as of `heuristic_order`.
+
+    Attributes:
+        saliency: the same.
+        m: the largest M.
+        perm: int64 `(C_in,)` on the CPU, the order so far.
+    """
+
+    def __init__(self, saliency: Parts) -> None:
+        sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
+        total = _sum(sums)
+        smallest, largest = (choose(patterns, key=lambda pattern: pattern.m) for choose in (min, max))
+        check_divides(largest, len(total), "the layer")
+        self.saliency, self.m, self.perm = saliency, largest.m, allocate(total, smallest)
+
+    def order(self) -> Tensor:
+        """Return the order that was found, or the identity where that retains as much."""
+        identity = torch.arange(len(self.perm))
+        retained = [0.0, 0.0]
+        for part, pattern in self.saliency():
+            for index, order in enumerate((identity, self.perm)):
+                retained[index] += _retained(part, order, pattern)
+        return self.perm if retained[1] > retained[0] else identity
 
 
 def allocate(total: Tensor, pattern: NMPattern) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern, RunConfig, windows_learned_from
+from permllm.config import RunConfig, windows_learned_from
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
@@ -20,7 +20,6 @@ from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
 from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
-from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner
 from permllm.sparsity.calibration_cache import shared_calibration, shared_target
@@ -29,7 +28,6 @@ from permllm.training.settings import LearningSettings
 
 # In a line of the history where masks learn.
 _MASKS = "mask_flips"
-Order = Callable[[str, Tensor, NMPattern], Tensor]
 
 
 def calibrate(
@@ -99,36 +97,20 @@ def learning_problem(
     )
 
 
-def order_of(job: Job, drawn: Tensor, dense: DenseCalibration | None) -> Order:
-    """Return the function that gives the order of a channel group, int64 `(C_in,)`, for its name and saliency.
+def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
+    """Return the orders of the channel groups, int64 `(C_in,)` by their names.
 
     Args:
         job: whose record and logger learn of what is found.
         drawn: int64 `(samples, length)`, those of the calibration first.
-        dense: what the dense model tells; needed where the method orders all groups together.
+        dense: what the dense model tells.
     """
-    permutation, record = job.methods.permutation, job.record
-    if permutation.local:
-
-        def order(name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-            with record.stage("permute", job.device):
-                found = parallel.share(permutation.order(name, saliency, pattern))
-                return checked_order(job.permutation_key, name, saliency.shape[1], found)
-
-        return order
-    assert dense is not None
-    with record.stage("permute", job.device):
-        chosen = windows_for(permutation, job.config.calibration.samples)
-        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
+    with job.record.stage("permute", job.device):
+        chosen = windows_for(job.methods.permutation, job.config.calibration.samples)
+        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, job.record.directory, chosen)
         _tell(job, problem)
         with products_in(job.products, job.device):
-            orders = _all_orders(job, problem)
-    return among(orders)
-
-
-def among(orders: Mapping[str, Tensor]) -> Order:
-    """Return the function that looks the order of a channel group up, int64 `(C_in,)` by its name."""
-    return lambda name, saliency, pattern: orders[name]
+            return _all_orders(job, problem)
 
 
 def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
@@ -144,28 +126,20 @@ def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
     return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
 
 
-def found_masks(
-    job: Job, drawn: Tensor, dense: DenseCalibration | None, order: Order
-) -> tuple[Order, Mapping[str, Tensor] | None]:
-    """Return the order of the channel groups, and the masks of all linears; None: the pruner chooses the masks.
+def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Return the masks of all linears; None: the pruner chooses them.
 
     Args:
         job: whose record and logger learn of what is found.
         drawn: int64 `(samples, length)`, those of the calibration first.
         dense: what the dense model tells.
-        order: of the channel groups, as `order_of` gives it.
+        orders: int64 `(C_in,)` by channel group.
     """
     mask, record = job.methods.mask, job.record
     if mask.local:
-        return order, None
-    assert dense is not None
+        return None
     chosen = windows_for(mask, job.config.calibration.samples)
     problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
-
-    def all_orders() -> dict[str, Tensor]:
-        return {group.name: _order_by(order, problem, group) for group in job.groups}
-
-    orders = record.kept(PERMUTATIONS, all_orders, save_tensors, load_orders)
 
     def compute() -> Mapping[str, Tensor]:
         earlier = [line for line in record.history if _MASKS not in line]
@@ -175,12 +149,7 @@ def found_masks(
         return masks
 
     with record.stage("mask", job.device):
-        return among(orders), record.kept(MASKS, compute, save_masks, load_masks)
-
-
-def _order_by(order: Order, problem: LearningProblem, group: ChannelGroup) -> Tensor:
-    scores = [problem.saliency_of(path) for path in group.members]
-    return order(group.name, torch.cat(scores), problem.pattern_of(group)).cpu()
+        return record.kept(MASKS, compute, save_masks, load_masks)
 
 
 def watch_weights(job: Job) -> Callable[[LearningProblem], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -53,24 +55,78 @@ class SparseGPT(Pruner):
         w = weight[:, perm].float()
         # The inverse of the permuted Hessian is the permuted inverse.
         upper = torch.linalg.cholesky(_inverse_hessian(statistics, self.damping)[perm][:, perm], upper=True)
-        keep = torch.zeros_like(w, dtype=torch.bool) if mask is None else mask[:, perm]
-        step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
-        for start in range(0, w.shape[1], step):
-            stop = min(start + step, w.shape[1])
-            errors = torch.zeros_like(w[:, start:stop])
-            for j in range(start, stop):
-                if mask is None and j % pattern.m == 0:
-                    group = slice(j, j + pattern.m)
-                    score = (w[:, group] / upper.diagonal()[group]).square()
-                    keep[:, group] = keep_largest(score, pattern.n, dim=1)
-                error = torch.where(keep[:, j], 0.0, w[:, j] / upper[j, j])
-                w[:, j:stop].addr_(error, upper[j, j:stop], alpha=-1.0)
-                errors[:, j - start] = error
-            w[:, stop:] -= errors @ upper[start:stop, stop:]
+        keep = None if mask is None else mask[:, perm]
+        keep = prune_columns(w, upper, pattern, keep, by_columns if w.device.type == "cpu" else by_groups)
         inverse_perm = perm.argsort()
         keep = keep[:, inverse_perm]
         updated = w[:, inverse_perm].to(weight.dtype)
         return torch.where(keep, updated, torch.zeros_like(updated)), keep
+
+
+Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def prune_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None, prune: Prune) -> Tensor:
+    """Prune columns in their order; the weights that are still to come take up the errors.
+
+    Args:
+        w: `(C_out, C_in)`, pruned in place; kept weights are right afterwards, the others as good as zero.
+        upper: `(C_in, C_in)`, the upper Cholesky factor of the inverse Hessian.
+        pattern: N:M.
+        keep: bool `(C_out, C_in)`; None chooses it.
+        prune: `by_columns` or `by_groups`.
+
+    Returns:
+        bool `(C_out, C_in)`: the weights that are kept.
+    """
+    step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
+    found = []
+    for start in range(0, w.shape[1], step):
+        block, after = slice(start, start + step), slice(start + step, None)
+        errors, kept = prune(w[:, block], upper[block, block], pattern, None if keep is None else keep[:, block])
+        w[:, after] -= errors @ upper[block, after]
+        found.append(kept)
+    return torch.cat(found, 1)
+
+
+def by_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prune a block of columns one after the other, as `prune_columns`; return their errors and what is kept."""
+    kept, errors = torch.empty_like(w, dtype=torch.bool) if keep is None else keep, torch.empty_like(w)
+    for j in range(w.shape[1]):
+        if keep is None and j % pattern.m == 0:
+            group = slice(j, j + pattern.m)
+            score = (w[:, group] / upper.diagonal()[group]).square()
+            kept[:, group] = keep_largest(score, pattern.n, dim=1)
+        error = torch.where(kept[:, j], 0.0, w[:, j] / upper[j, j])
+        w[:, j:].addr_(error, upper[j, j:], alpha=-1.0)
+        errors[:, j] = error
+    return errors, kept
+
+
+def by_groups(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prune the M columns of a group at once, as `by_columns` up to rounding, in a third of a GPU's launches.
+
+    Weights are divided by their entries of the diagonal. Then the errors `e` of a row in a group solve
+    `e_j + sum_{i < j} e_i upper_ij = w_j` where j is pruned, and `e_j = 0` where it is kept: a triangular system for each row.
+    """
+    scale = upper.diagonal()
+    upper, scaled = upper / scale, w / scale
+    errors, dropped = [], []
+    for start in range(0, w.shape[1], pattern.m):
+        group = slice(start, start + pattern.m)
+        of_group = scaled[:, group]
+        if keep is None:
+            order = of_group.abs().argsort(dim=1, descending=True, stable=True)
+            drop = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, order[:, pattern.n :], True)
+        else:
+            drop = ~keep[:, group]
+        systems, sides = upper[group, group] * drop.unsqueeze(1), (of_group * drop).unsqueeze(1)
+        error = torch.linalg.solve_triangular(systems, sides, upper=True, left=False, unitriangular=True).squeeze(1)
+        scaled[:, start:].addmm_(error, upper[group, start:], alpha=-1.0)
+        errors.append(error)
+        dropped.append(drop)
+    w.copy_(scaled.mul_(scale))
+    return torch.cat(errors, 1), ~torch.cat(dropped, 1)
 
 
 def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:

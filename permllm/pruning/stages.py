@@ -10,9 +10,9 @@ from torch import Tensor
 
 from permllm.models.families import channel_groups
 from permllm.models.selection import differing_patterns
-from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.methods import Job
-from permllm.pruning.ordering import calibrate, found_masks, order_of, target_of_all, watch_weights, windows_for
+from permllm.pruning.ordering import calibrate, found_masks, found_orders, target_of_all
 
 log = logging.getLogger(__name__)
 
@@ -32,34 +32,17 @@ def prune_model(
     dense = None
     with record.stage("calibrate", job.device):
         drawn = read_tokens()
-        tokens = drawn[: len(drawn) - config.further]
         if not job.methods.permutation.local or config.calibration.statistics == "dense":
-            dense = calibrate(config, job.loaded, tokens, job.methods.pruner, job.products)
+            dense = calibrate(config, job.loaded, drawn[: config.calibration.samples], job.methods.pruner, job.products)
             dense.target = target_of_all(job, drawn, dense.target)
-    order = order_of(job, drawn, dense)
-    order, masks = found_masks(job, drawn, dense, order)
-    count = len(tokens)
-    of_network = windows_for(job.methods.reconstruction, count)
-    factors = dense.factors if dense is not None and config.calibration.statistics == "dense" else None
+    found = Found()
+    if dense is not None:
+        orders = found_orders(job, drawn, dense)
+        factors = dense.factors if config.calibration.statistics == "dense" else None
+        found = Found(factors, orders, found_masks(job, drawn, dense, orders))
     del dense  # the states that were learned from: pruning needs none of them
     with record.stage("prune", job.device):
-        pruned = prune(
-            job.loaded.model,
-            job.groups,
-            tokens,
-            job.methods.pruner,
-            config.pattern,
-            order,
-            config.calibration.batch_size,
-            factors,
-            job.methods.reconstruction,
-            compute_dtype=job.products,
-            masks=masks,
-            network_tokens=drawn[of_network] if of_network.start or of_network.stop > count else None,
-            record=record,
-            seed=config.seed,
-            watch=watch_weights(job),
-        )
+        pruned = prune(job, drawn, found)
         if pruned.violations:
             log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)
         keep(pruned)

@@ -15,7 +15,7 @@ from permllm.mask.lowrank import LowRankMask
 from permllm.mask.score import ScoreMask
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
-from permllm.pruning.layerwise import prune
+from permllm.pruning.layerwise import Found
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.runs.masks import violations
@@ -25,7 +25,7 @@ from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.permutation.test_lcp import output_loss_of
-from tests.pruning.test_layerwise import PATTERN, problem, tokens
+from tests.pruning.test_layerwise import PATTERN, problem, pruned
 
 METHODS = {"score": ScoreMask, "lowrank": LowRankMask}
 
@@ -148,7 +148,7 @@ def test_a_pruner_that_corrects_weights_does_so_under_the_learned_masks() -> Non
     orders = ordered(learning, "heuristic")
     masks = mask("score").masks(learning, orders)
     dense = {path: linear_at(model, path).weight.clone() for path in masks}
-    result = prune(model, learning.groups, tokens(), SparseGPT(), PATTERN, lambda n, _, __: orders[n], 4, None, masks=masks)
+    result = pruned(model, SparseGPT(), Found(None, orders, masks))
     for path, kept in masks.items():
         assert torch.equal(result.masks[path], kept)
         weight = linear_at(model, path).weight

@@ -18,15 +18,14 @@ from permllm.export.verify import verify
 from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruning import stages
-from permllm.pruning.layerwise import prune
+from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
 from tests.mask.test_mask import check_masks, ordered, pruners
-from tests.pruning.test_layerwise import problem, tokens
+from tests.pruning.test_layerwise import problem, pruned, tokens
 from tests.test_config import composed
 from tests.test_job import run
-from tests.training.test_scores import PATTERN
 
 
 def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
@@ -66,16 +65,15 @@ def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPat
 
 @pytest.mark.parametrize("permutation", ["none", "heuristic"])
 def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(permutation: str) -> None:
-    def pruned(refined: bool) -> Any:
+    def found(refined: bool) -> Any:
         model = tiny_model("llama")
         learning = problem(model, Wanda())
         orders = ordered(learning, permutation)
         masks = RefinedMask().masks(learning, orders) if refined else pruners(learning, orders)
         check_masks(learning, orders, masks)
-        order = lambda name, _, __: orders[name]  # noqa: E731
-        return prune(model, learning.groups, tokens(), Wanda(), PATTERN, order, 4, learning.factors, masks=masks)
+        return pruned(model, Wanda(), Found(learning.factors, orders, masks))
 
-    plain, better = pruned(refined=False), pruned(refined=True)
+    plain, better = found(refined=False), found(refined=True)
     assert better.violations == 0
     # That of the first layer, whose inputs are those of the dense model in both.
     for name in (name for name in plain.output_error if ".0." in name):

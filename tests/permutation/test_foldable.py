@@ -10,7 +10,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.selection import pruned_groups
 from permllm.permutation.foldable import RESIDUAL, SharedOrder, check_segments, expanded, foldable, shared_orders
-from permllm.permutation.heuristic import heuristic_order, search_of, searched
+from permllm.permutation.heuristic import heuristic_order, segments_of
 from permllm.training.blocks import split_blocks
 from tests.conftest import FAMILY_SETTINGS, tiny_model
 
@@ -152,8 +152,8 @@ def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
 
     pattern = NMPattern(2, 4)
     whole = torch.cat([scores[path] for group in residual.groups for path in group.members])
-    found = searched([search_of(residual, saliency_of, pattern)], torch.device("cpu"), "order")
-    assert torch.equal(found[RESIDUAL], heuristic_order(lambda: [(whole, pattern)]))
+    (streamed,) = segments_of(residual, saliency_of, pattern)
+    assert torch.equal(heuristic_order(streamed), heuristic_order(lambda: [(whole, pattern)]))
     assert len(asked) == (pattern.m + 2) * len(scores)  # once for the totals, once a position, once to compare
 
 
@@ -163,8 +163,6 @@ def test_the_heuristic_stays_inside_heads_and_counts_all_their_copies() -> None:
     assert (shared.channels, shared.segment, shared.repeats) == (16, 8, 2)
     scores = torch.rand(20, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pattern = NMPattern(2, 4)
-    search = search_of(shared, lambda path: scores, pattern)
-    order = searched([search], torch.device("cpu"), "order")[shared.name]
-    for head in range(2):
+    for head, segment in enumerate(segments_of(shared, lambda path: scores, pattern)):
         rows = torch.cat([scores[:, (head * 2 + copy) * 8 : (head * 2 + copy + 1) * 8] for copy in range(2)])
-        assert torch.equal(order[head * 8 : head * 8 + 8] - head * 8, heuristic_order(lambda rows=rows: [(rows, pattern)]))
+        assert torch.equal(heuristic_order(segment), heuristic_order(lambda rows=rows: [(rows, pattern)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +14,14 @@ from permllm.config import NMPattern
 from permllm.models.families import channel_groups
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import (
-    Search,
-    Steps,
     allocate,
     assigned,
     assignment_scores,
     exchanged,
     heuristic_order,
+    heuristic_orders,
     position_scores,
-    search_of,
-    searched,
+    segments_of,
     sums_of_larger,
 )
 from tests.conftest import tiny_model
@@ -74,47 +74,40 @@ def test_an_assignment_is_the_best_of_all(seed: int, dtype: torch.dtype) -> None
     assert sum(float(scores[a, b]) for b, a in enumerate(source.tolist())) == pytest.approx(best, rel=1e-12)
 
 
-@pytest.mark.parametrize(("device", "held", "together"), [("cpu", 1, 1), ("cuda", 1, 3), ("cuda", 1_100_000_000, 1)])
-def test_searches_wait_for_assignments_side_by_side_on_a_gpu(
-    device: str, held: int, together: int, monkeypatch: pytest.MonkeyPatch
+class Problem:
+    """Random saliencies of a small model, on a device that is said to be a GPU."""
+
+    pattern, device = NMPattern(2, 4), torch.device("cuda")
+
+    def __init__(self) -> None:
+        self.shared = shared_orders(channel_groups(tiny_model("llama")), "free")
+        paths = [(path, group) for order in self.shared for group in order.groups for path in group.members]
+        self.scores = {path: random_saliency(8, group.channels, seed) for seed, (path, group) in enumerate(paths)}
+        self.saliency_of = self.scores.__getitem__
+
+
+@pytest.mark.parametrize(("free", "together"), [(1 << 30, 3), (70_000, 2), (0, 1)])
+def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
+    free: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("permllm.permutation.heuristic.cores", lambda: 3)
-    under_way: set[str] = set()
-    most = 0
+    monkeypatch.setattr("permllm.permutation.heuristic.free_memory", lambda _: free)  # a search takes 16,384 bytes
+    problem: Any = Problem()
+    parts = {order.name: segments_of(order, problem.saliency_of, problem.pattern)[0] for order in problem.shared}
+    expected = {name: heuristic_order(part) for name, part in parts.items()}
+    calls, met, threads = itertools.count(), threading.Barrier(together, timeout=20), set()
 
-    def watched(name: str, steps: Steps) -> Steps:
-        nonlocal most
-        under_way.add(name)
-        most = max(most, len(under_way))
-        found = yield from steps
-        under_way.remove(name)
-        return found
+    def meeting(scores: Tensor) -> Tensor:
+        if next(calls) < together:
+            met.wait()
+        threads.add(threading.get_ident())
+        return assigned(scores)
 
-    pattern, shared = NMPattern(2, 4), shared_orders(channel_groups(tiny_model("llama")), "free")
-    scores = {
-        path: random_saliency(rows, group.channels, number)
-        for number, group in enumerate(group for order in shared for group in order.groups)
-        for path, rows in zip(group.members, group.rows, strict=True)
-    }
-    searches = [search_of(order, scores.__getitem__, pattern) for order in shared]
-    found = searched(
-        [Search(search.name, held, watched(search.name, search.steps)) for search in searches], torch.device(device), "order"
-    )
-    assert list(found) == [order.name for order in shared]
-    for order in shared:
-        (group,) = order.groups
-        whole = torch.cat([scores[path] for path in group.members])
-        assert torch.equal(found[order.name], heuristic_order(lambda whole=whole: [(whole, pattern)]))
-    assert most == together
-
-
-def test_a_search_that_fails_says_why() -> None:
-    def broken(path: str) -> Tensor:
-        raise RuntimeError("no saliency")
-
-    shared = shared_orders(channel_groups(tiny_model("llama")), "free")
-    with pytest.raises(RuntimeError, match="no saliency"):
-        searched([search_of(order, broken, NMPattern(2, 4)) for order in shared], torch.device("cuda"), "order")
+    monkeypatch.setattr("permllm.permutation.heuristic.assigned", meeting)
+    found = heuristic_orders(problem.shared, problem, "order")
+    assert list(found) == list(expected)
+    assert all(torch.equal(order, found[name]) for name, order in expected.items())
+    assert len(threads) == together
 
 
 def test_scores_equal_a_loop_over_groups_up_to_a_constant_of_the_group() -> None:

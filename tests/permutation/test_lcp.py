@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp import lcp as lcp_module
 from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
-from permllm.pruning.layerwise import prune
+from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import calibrate_dense
@@ -32,7 +31,7 @@ from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
 from permllm.training.windows import WindowStream
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PATTERN, lcp, problem, tokens
+from tests.pruning.test_layerwise import PATTERN, lcp, problem, pruned, tokens
 
 
 def test_weights_of_logits_decay_apart_from_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +64,7 @@ def output_loss_of(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | N
     """The same under given masks, or None for the pruner's."""
     model = tiny_model("llama")
     learning = problem(model, Wanda())
-    order = lambda name, _, __: orders[name]  # noqa: E731
-    prune(model, learning.groups, tokens(), Wanda(), PATTERN, order, 4, learning.factors, masks=masks)
+    pruned(model, Wanda(), Found(learning.factors, orders, masks))
     stream = LayerStream(model, tokens(), 4)
     for index in range(len(decoder_layers(model))):
         stream.advance(index)
@@ -201,7 +199,7 @@ def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
     model = tiny_model("llama")
     dense = LayerStream(model, tokens(), 4)
     dense.advance(0)
-    prune(model, learning.groups, tokens(), Wanda(), PATTERN, lambda name, _, __: orders[name], 4, learning.factors)
+    pruned(model, Wanda(), Found(learning.factors, orders))
     sparse = LayerStream(model, tokens(), 4)
     sparse.advance(0)
     first = float(cosine_loss(sparse.states(), dense.states()))
@@ -286,14 +284,10 @@ def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
 def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
     model = tiny_model("llama")
     learning = problem(model, Wanda())
-    dense = copy.deepcopy(model)
     orders = lcp(last_layers=1, init="random", epochs=2, learning_rate=0.1).orders(learning)
+    searched = Heuristic().orders(learning)
     for group in learning.groups:
-        result = prune(
-            copy.deepcopy(dense), channel_groups(dense), tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors
-        )
-        same = torch.equal(orders[group.name], result.orders[group.name])
-        assert same == (group.layer == 0)
+        assert torch.equal(orders[group.name], searched[group.name]) == (group.layer == 0)
 
 
 def test_checkpointing_activations_changes_nothing() -> None:

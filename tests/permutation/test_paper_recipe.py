@@ -17,14 +17,14 @@ from permllm.permutation.foldable import shared_orders
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
 from permllm.pruning import ordering
-from permllm.pruning.layerwise import prune
+from permllm.pruning.layerwise import Found
 from permllm.sparsity.method import instantiate
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Moment, Window
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PATTERN, tokens
+from tests.pruning.test_layerwise import pruned, tokens
 from tests.test_config import config
 
 BATCH = torch.tensor([0, 2, 5])
@@ -187,16 +187,8 @@ def test_the_released_scale_of_the_norm_moves_no_mask(cache: Path, pruner: str, 
         problem = learning(model, settings)
         saliencies[conventions] = {path: problem.saliency_of(path) for path in problem.factors}
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-        masks[conventions] = prune(
-            model,
-            problem.groups,
-            tokens(),
-            instantiate("pruner", settings.pruner),
-            PATTERN,
-            lambda _, score, __, order=order: order[order < score.shape[1]],
-            4,
-            problem.factors,
-        ).masks
+        orders = {group.name: order[order < group.channels] for group in problem.groups}
+        masks[conventions] = pruned(model, instantiate("pruner", settings.pruner), Found(problem.factors, orders)).masks
     length = tokens().shape[1]
     factor = {"wanda": length**0.5, "ria": length**0.25}.get(pruner, 1.0)
     for path, values in saliencies["ours"].items():

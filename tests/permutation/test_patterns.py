@@ -16,13 +16,13 @@ from permllm.permutation.foldable import foldable
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.none import Identity
 from permllm.pruning.distill import Distill
-from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.obs import OBS
 from permllm.sparsity.calibrate import Pruner, calibrate_dense
 from permllm.training.losses import cosine_loss
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PRUNERS, lcp, tokens
+from tests.pruning.test_layerwise import PRUNERS, lcp, pruned, tokens
 
 PATTERN = NMPattern(6, 8)
 # In the second layer one member alone is pruned of what reads the residual stream, and in the first one group.
@@ -66,8 +66,8 @@ def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
 def test_each_linear_has_its_own_pattern_and_the_others_stay_as_they_were(pruner_name: str, permutation: str) -> None:
     model = tiny_model("llama")
     pruner = PRUNERS[pruner_name]()
-    order = (Identity() if permutation == "none" else Heuristic()).order
-    check(model, prune(model, mixed(model), tokens(), pruner, PATTERN, order, 4, None), pruner_name == "sparsegpt")
+    method: Any = Identity() if permutation == "none" else Heuristic()
+    check(model, pruned(model, pruner, permutation=method, groups=mixed(model), pattern=PATTERN), pruner_name == "sparsegpt")
 
 
 @pytest.mark.parametrize("constraint", ["free", "foldable"])
@@ -80,9 +80,7 @@ def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, strai
     learning = learning_problem(model, PRUNERS["wanda"](), on_epoch=lambda values: losses.append(values["measured_loss"]))
     orders = method.orders(learning)
     assert orders.keys() == {group.name for group in learning.groups}
-    result = prune(
-        model, learning.groups, tokens(), PRUNERS["wanda"](), PATTERN, lambda name, *_: orders[name], 4, learning.factors
-    )
+    result = pruned(model, PRUNERS["wanda"](), Found(learning.factors, orders), groups=learning.groups, pattern=PATTERN)
     check(model, result, False)
     stream = LayerStream(model, tokens(), 4)
     for index in range(len(decoder_layers(model))):
@@ -107,7 +105,8 @@ def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
 def test_reconstruction_leaves_dense_linears_alone(reconstruction: Any) -> None:
     model = tiny_model("llama")
     groups = pruned_groups(channel_groups(model), PATTERN, ["0", "layers.1.self_attn"], {"down_proj": "8:16"})
-    result = prune(model, groups, tokens(), PRUNERS["wanda"](), PATTERN, Heuristic().order, 4, None, reconstruction)
+    more = {"permutation": Heuristic(), "groups": groups, "pattern": PATTERN, "reconstruction": reconstruction}
+    result = pruned(model, PRUNERS["wanda"](), **more)
     before = dict(tiny_model("llama").named_parameters())
     for path, mask in result.masks.items():
         assert not torch.equal(linear_at(model, path).weight, torch.where(mask, before[f"{path}.weight"], 0.0))

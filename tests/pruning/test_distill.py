@@ -17,12 +17,10 @@ from permllm import job
 from permllm.config import read_config
 from permllm.data.windows import calibration_tokens, document_windows, joined_windows, overlapping_windows
 from permllm.models.families import channel_groups, linear_at
-from permllm.permutation.none import Identity
 from permllm.pruning import layerwise as pipeline
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill
 from permllm.pruning.kept_weights import KeptWeights, WeightLearner
-from permllm.pruning.layerwise import prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import NoReconstruction, PrunedNetwork
@@ -36,7 +34,7 @@ from permllm.training.learner import Moment, Window
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PATTERN, tokens
+from tests.pruning.test_layerwise import PATTERN, pruned, tokens
 from tests.test_config import composed, config
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -85,7 +83,7 @@ def test_kept_weights_learn_as_adam_says() -> None:
 
 
 def pruned_with(model: nn.Module, reconstruction: Any, **more: Any) -> None:
-    prune(model, channel_groups(model), tokens(), Magnitude(), PATTERN, Identity().order, 4, None, reconstruction, **more)
+    pruned(model, Magnitude(), reconstruction=reconstruction, **more)
 
 
 def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> None:
@@ -95,16 +93,16 @@ def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> Non
         def network(self, network: Any) -> None:
             alive.extend(one for one in gc.get_objects() if type(one) is Gram)
 
-    pruned_with(tiny_model("llama"), Watching(epochs=1, batch_size=2, start="admm"), network_tokens=tokens(10))
+    pruned_with(tiny_model("llama"), Watching(epochs=1, batch_size=2, start="admm", samples=10), windows=tokens(10))
     assert not alive
 
 
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
     model = tiny_model("llama")
-    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003} | settings)
+    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "samples": 10} | settings)
     record = Record() if directory is None else RunDirectory(directory, read_config(composed("model=tiny")))
     record.metrics["status"] = "running"
-    pruned_with(model, reconstruction, network_tokens=tokens(10), record=record)
+    pruned_with(model, reconstruction, windows=tokens(10), record=record)
     return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
 
 
@@ -165,11 +163,12 @@ def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() 
 
     class Sees(NoReconstruction):
         changes_weights = True
+        samples = 10
 
         def network(self, pruned: PrunedNetwork) -> None:
             seen.append(pruned)
 
-    pruned_with(model, Sees(), network_tokens=tokens(10))
+    pruned_with(model, Sees(), windows=tokens(10))
     assert torch.equal(seen[0].problem.tokens, tokens(10))
     torch.testing.assert_close(model.model.norm(seen[0].problem.target), expected)
 
@@ -254,7 +253,7 @@ def test_the_seed_says_in_which_order_the_samples_come() -> None:
     found = []
     for seed in (0, 0, 1):
         model = tiny_model("llama")
-        pruned_with(model, Distill(epochs=1, batch_size=2, learning_rate=0.003), network_tokens=tokens(10), seed=seed)
+        pruned_with(model, Distill(epochs=1, batch_size=2, learning_rate=0.003), seed=seed)
         found.append(linear_at(model, channel_groups(model)[0].members[0]).weight)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern
+from permllm.config import NMPattern, RunConfig, read_config
+from permllm.mask.base import Mask
 from permllm.models.families import FAMILIES, channel_groups, linear_at
+from permllm.models.load import LoadedModel
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.temperature import Linear
 from permllm.permutation.none import Identity
-from permllm.pruning.layerwise import prune
+from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.magnitude import Magnitude
+from permllm.pruning.methods import Job, Methods
+from permllm.pruning.reconstruction import NoReconstruction
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
+from permllm.runs.directory import Record
+from permllm.runs.loggers import NO_LOGGER
 from permllm.sparsity.calibrate import Pruner, calibrate_dense
 from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
@@ -28,6 +36,7 @@ from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import InputStatistics
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
+from tests.test_config import composed
 
 PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "sparsegpt": SparseGPT}
 PATTERN = NMPattern(2, 4)
@@ -48,6 +57,22 @@ def problem(model: torch.nn.Module, pruner: Pruner, pattern: NMPattern = PATTERN
     return LearningProblem(model, groups, tokens(), dense.factors, dense.target, pattern, seed=0, **extra)
 
 
+@functools.cache
+def _settings() -> RunConfig:
+    return read_config(composed("model=tiny", "calibration.samples=6", "calibration.batch_size=4"))
+
+
+def pruned(model: Any, pruner: Pruner, found: Found = Found(), permutation: Any = Identity(), **more: Any) -> PrunedModel:  # noqa: B008
+    """Prune a model; `more` are `groups`, `windows`, `pattern`, `seed`, `reconstruction`, `products` and `record`."""
+    config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)), seed=more.get("seed", 0))
+    reconstruction = more.get("reconstruction") or NoReconstruction()
+    methods = Methods(pruner, permutation, Mask(), reconstruction)
+    groups, products = more.get("groups") or channel_groups(model), more.get("products") or model.dtype
+    loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
+    job = Job(config, methods, more.get("record") or Record(), NO_LOGGER, loaded, groups, products)
+    return prune(job, more.get("windows", tokens()), found)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("pruner_name", sorted(PRUNERS))
 @pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp"])
@@ -60,13 +85,10 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
     pruner = PRUNERS[pruner_name]()
     groups = channel_groups(model)
     learning = problem(model, pruner)
-    if permutation == "lcp":
-        orders = lcp().orders(learning)
-        order = lambda name, scores, pattern: orders[name]  # noqa: E731
-    else:
-        order = (Identity() if permutation == "none" else Heuristic()).order
+    method: Any = {"none": Identity(), "heuristic": Heuristic(), "lcp": lcp()}[permutation]
     factors = learning.factors if statistics == "dense" else None
-    result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors)
+    orders = method.orders(learning) if statistics == "dense" or permutation == "lcp" else None
+    result = pruned(model, pruner, Found(factors, orders), method)
     assert result.violations == 0
     for group in groups:
         perm = result.orders[group.name]
@@ -80,9 +102,9 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
             if pruner_name != "sparsegpt":
                 assert torch.equal(weight, torch.where(mask, linear_at(dense_model, path).weight, 0.0))
     # Nothing outside the pruned linears has moved.
-    pruned = {f"{path}.weight" for group in groups for path in group.members}
+    changed = {f"{path}.weight" for group in groups for path in group.members}
     for (name, parameter), (_, before) in zip(model.named_parameters(), dense_model.named_parameters(), strict=True):
-        assert name in pruned or torch.equal(parameter, before)
+        assert name in changed or torch.equal(parameter, before)
     assert all(0 < value <= 1 for value in result.retained.values())
     assert all(value > 0 for value in result.output_error.values())
 
@@ -107,7 +129,7 @@ def test_output_error_is_the_relative_squared_error_on_the_dense_inputs() -> Non
         for path in group.members:
             linear_at(dense_model, path).register_forward_pre_hook(lambda _, args, path=path: captured.update({path: args[0]}))
     dense_model(input_ids=tokens())
-    result = prune(model, groups, tokens(), Wanda(), PATTERN, Heuristic().order, 4, None)
+    result = pruned(model, Wanda(), permutation=Heuristic())
     for group in groups:
         error = norm = 0.0
         for path in group.members:
@@ -122,7 +144,7 @@ def test_sequential_statistics_come_from_the_pruned_layers_before() -> None:
     model = tiny_model("llama")
     groups = channel_groups(model)
     dense_factors = calibrate_dense(model, groups, tokens(), Wanda(), 4).factors
-    result = prune(model, groups, tokens(), Wanda(), PATTERN, Identity().order, 4, None)
+    result = pruned(model, Wanda())
     second = [group for group in groups if group.layer == 1]
     path = second[0].members[0]
     fresh = tiny_model("llama")
@@ -140,8 +162,7 @@ def test_sequential_statistics_come_from_the_pruned_layers_before() -> None:
 def test_smaller_sparsity_has_smaller_error_everywhere() -> None:
     errors = []
     for pattern in (NMPattern(3, 4), NMPattern(2, 4), NMPattern(1, 4)):
-        model = tiny_model("llama")
-        result = prune(model, channel_groups(model), tokens(), Wanda(), pattern, Identity().order, 4, None)
+        result = pruned(tiny_model("llama"), Wanda(), pattern=pattern)
         errors.append(result.output_error["model.layers.0.mlp.down_proj"])
     assert errors == sorted(errors)
 
@@ -157,10 +178,7 @@ def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -
     results = {}
     for dtype in (None, torch.bfloat16):
         dense = calibrate_dense(model, channel_groups(model), tokens(), SparseGPT(), 4, dtype)
-        pruned = copy.deepcopy(model)
-        groups = channel_groups(pruned)
-        found = prune(pruned, groups, tokens(), SparseGPT(), PATTERN, Identity().order, 4, dense.factors, compute_dtype=dtype)
-        assert found.violations == 0
+        assert pruned(copy.deepcopy(model), SparseGPT(), Found(dense.factors), products=dtype).violations == 0
         results[dtype] = dense.factors
         last = "model.layers.1.mlp.down_proj"
         torch.testing.assert_close(dense.factors[last].column, rounded[last].column, rtol=0.2, atol=0)

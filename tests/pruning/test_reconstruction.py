@@ -12,12 +12,12 @@ from torch import Tensor
 
 from permllm.config import NMPattern
 from permllm.errors import TrainingError
-from permllm.models.families import channel_groups, decoder_layers, linear_at
+from permllm.models.families import decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill
-from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import PrunedLinear
@@ -26,13 +26,13 @@ from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import InputStatistics
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PATTERN, problem, tokens
+from tests.pruning.test_layerwise import problem, pruned, tokens
 
 
-def pruned(reconstruction: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
+def reconstructed(reconstruction: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
     model = tiny_model("llama", dtype=dtype)
     learning = problem(model, Wanda())
-    result = prune(model, learning.groups, tokens(), Wanda(), PATTERN, Heuristic().order, 4, learning.factors, reconstruction)
+    result = pruned(model, Wanda(), Found(learning.factors), Heuristic(), reconstruction=reconstruction)
     return model, result, learning.target
 
 
@@ -45,8 +45,8 @@ def output_error(model: torch.nn.Module, target: Tensor) -> float:
 
 @pytest.mark.parametrize("reconstruction", [OBS(), ADMM(), Distill(epochs=20, learning_rate=0.003)])
 def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any) -> None:
-    plain, before, target = pruned(None)
-    mended, after, _ = pruned(reconstruction)
+    plain, before, target = reconstructed(None)
+    mended, after, _ = reconstructed(reconstruction)
     assert after.violations == 0
     first_layer = [name for name in before.masks if ".layers.0." in name]
     assert all(torch.equal(before.masks[name], after.masks[name]) for name in first_layer)
@@ -114,8 +114,8 @@ def test_admm_ends_at_the_least_squares_of_each_row() -> None:
 
 
 def test_bfloat16_weights_are_trained_in_float32() -> None:
-    plain, _, target = pruned(None, torch.bfloat16)
-    mended, _, _ = pruned(Distill(epochs=20, learning_rate=0.003), torch.bfloat16)
+    plain, _, target = reconstructed(None, torch.bfloat16)
+    mended, _, _ = reconstructed(Distill(epochs=20, learning_rate=0.003), torch.bfloat16)
     assert output_error(mended, target) < output_error(plain, target)
 
 
@@ -126,14 +126,4 @@ def test_training_stops_when_the_loss_is_not_finite() -> None:
     decoder_layers(broken)[0].input_layernorm.weight.data[0] = float("nan")
     message = "DISTILL stopped in epoch 1: the loss is not finite: the output of decoder layer 0 is not"
     with pytest.raises(TrainingError, match=message):
-        prune(
-            broken,
-            channel_groups(broken),
-            tokens(),
-            Magnitude(),
-            PATTERN,
-            Heuristic().order,
-            4,
-            learning.factors,
-            Distill(),
-        )
+        pruned(broken, Magnitude(), Found(learning.factors), Heuristic(), reconstruction=Distill())

@@ -15,8 +15,9 @@ from permllm.errors import DataError
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
+from permllm.permutation.base import LocalPermutation
 from permllm.permutation.heuristic import Heuristic
-from permllm.pruning.layerwise import PrunedModel, prune
+from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.obs import OBS
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
@@ -25,7 +26,7 @@ from permllm.runs.names import PRUNED_LAYERS
 from permllm.sparsity.calibrate import calibrate_dense
 from tests.conftest import tiny_model
 from tests.models.test_offload import saved, settings
-from tests.pruning.test_layerwise import tokens
+from tests.pruning.test_layerwise import pruned, tokens
 from tests.test_config import composed
 
 PATTERN = NMPattern(2, 4)
@@ -35,31 +36,28 @@ class Stopped(Exception):
     """What a test stops pruning with."""
 
 
-def pruned(
-    directory: Path | None,
-    method: str,
-    order: Callable[[str, Tensor, NMPattern], Tensor],
-    model: torch.nn.Module | None = None,
+def attempt(
+    directory: Path | None, method: str, orders: Orders, model: torch.nn.Module | None = None
 ) -> tuple[torch.nn.Module, PrunedModel]:
     model = model or tiny_model("llama", num_hidden_layers=4)
-    groups = channel_groups(model)
     pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
     reconstruction = OBS() if method == "obs" else None
-    factors = calibrate_dense(model, groups, tokens(), pruner, batch_size=4).factors if method == "dense" else None
+    factors = (
+        calibrate_dense(model, channel_groups(model), tokens(), pruner, batch_size=4).factors if method == "dense" else None
+    )
     record = Record() if directory is None else RunDirectory(directory, read_config(composed("model=tiny")))
     record.metrics["status"] = "running"
-    result = prune(model, groups, tokens(), pruner, PATTERN, order, 4, factors, reconstruction, record=record)
-    return model, result
+    return model, pruned(model, pruner, Found(factors), orders, reconstruction=reconstruction, record=record)
 
 
-class Orders:
+class Orders(LocalPermutation):
     """The heuristic order of each group; stops at the first group of a layer, and knows what it was asked for."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.asked: list[str] = []
         self._stop = None if stop is None else f".{stop}."
 
-    def __call__(self, name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+    def order(self, name: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
         if self._stop is not None and self._stop in name:
             raise Stopped
         self.asked.append(name)
@@ -82,25 +80,25 @@ def check_equal(left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn
 
 @pytest.mark.parametrize("method", ["dense", "sequential", "sparsegpt", "obs"])
 def test_a_layer_that_was_done_is_not_done_again(method: str, tmp_path: Path) -> None:
-    whole = pruned(None, method, Orders())
+    whole = attempt(None, method, Orders())
     with pytest.raises(Stopped):
-        pruned(tmp_path, method, Orders(stop=2))
+        attempt(tmp_path, method, Orders(stop=2))
     assert [file.name for file in sorted((tmp_path / PRUNED_LAYERS).iterdir())] == ["00000.safetensors", "00001.safetensors"]
     second = Orders()
-    check_equal(pruned(tmp_path, method, second), whole)
+    check_equal(attempt(tmp_path, method, second), whole)
     assert second.asked
     assert not [name for name in second.asked if ".0." in name or ".1." in name]
     third = Orders()  # stopped after the last layer: nothing is left to do
-    check_equal(pruned(tmp_path, method, third), whole)
+    check_equal(attempt(tmp_path, method, third), whole)
     assert third.asked == []
 
 
 def test_a_layer_that_is_missing_is_done_again(tmp_path: Path) -> None:
-    whole = pruned(None, "sparsegpt", Orders())
-    pruned(tmp_path, "sparsegpt", Orders())
+    whole = attempt(None, "sparsegpt", Orders())
+    attempt(tmp_path, "sparsegpt", Orders())
     (tmp_path / PRUNED_LAYERS / "00001.safetensors").unlink()
     orders = Orders()
-    check_equal(pruned(tmp_path, "sparsegpt", orders), whole)
+    check_equal(attempt(tmp_path, "sparsegpt", orders), whole)
     assert {int(name.split(".")[2]) for name in orders.asked} == {1}
 
 
@@ -123,10 +121,10 @@ def on_disk(tmp_path: Path) -> Callable[[], torch.nn.Module]:
 def test_what_was_found_for_a_model_that_is_read_from_disk_is_read_from_there(
     method: str, reason: str, tmp_path: Path, on_disk: Callable[[], torch.nn.Module]
 ) -> None:
-    whole = pruned(None, method, Orders())
+    whole = attempt(None, method, Orders())
     with pytest.raises(Stopped):
-        pruned(tmp_path, method, Orders(stop=2), model=on_disk())
-    model, result = pruned(tmp_path, method, Orders(), model=on_disk())
+        attempt(tmp_path, method, Orders(stop=2), model=on_disk())
+    model, result = attempt(tmp_path, method, Orders(), model=on_disk())
     check_equal((model, result), whole)
     for index in (1, 3):  # of the attempt before, and of this one
         (tmp_path / PRUNED_LAYERS / f"{index:05d}.safetensors").unlink()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
-from permllm.pruning.sparsegpt import SparseGPT
+from permllm.pruning.sparsegpt import SparseGPT, by_columns, by_groups, prune_columns
 from permllm.runs.masks import violations
 from permllm.sparsity.gram import Gram
-from permllm.sparsity.nm import permuted_nm_mask
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask
 from permllm.sparsity.saliency import saliency
 from permllm.sparsity.statistics import InputStatistics
 
@@ -26,29 +28,36 @@ def problem(channels: int = 32, rows: int = 16) -> tuple[Tensor, Tensor, InputSt
     return torch.randn(rows, channels, generator=generator), inputs, statistics
 
 
-def reference_update(weight: Tensor, inputs: Tensor, perm: Tensor, mask: Tensor) -> Tensor:
-    """Optimal brain surgeon, one column after the other, by eliminating from the inverse Hessian (float64)."""
-    w = weight[:, perm].double().clone()
-    keep = mask[:, perm]
-    x = inputs[:, perm].double()
+def hessian_of(inputs: Tensor) -> Tensor:
+    x = inputs.double()
     hessian = x.T @ x
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(perm), dtype=torch.float64)
-    for j in range(len(perm)):
-        inverse = torch.linalg.inv(hessian[j:, j:])
-        error = torch.where(keep[:, j], 0.0, w[:, j] / inverse[0, 0])
-        w[:, j:] -= error[:, None] * inverse[0][None, :]
-    return (w * keep)[:, perm.argsort()]
+    return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("channels", [32, 160])  # 160 crosses the boundary of the columns taken at a time
-def test_update_with_a_given_mask_equals_column_wise_elimination(channels: int) -> None:
-    weight, inputs, statistics = problem(channels)
-    perm = torch.randperm(channels, generator=torch.Generator().manual_seed(5))
-    pruner = SparseGPT()
-    mask = permuted_nm_mask(saliency(weight, pruner.factors(weight, statistics)), perm, PATTERN)
-    updated, kept = pruner.update(weight, statistics, perm, PATTERN, mask)
-    assert torch.equal(kept, mask)
-    torch.testing.assert_close(updated.double(), reference_update(weight, inputs, perm, mask), rtol=1e-3, atol=1e-3)
+def reference_update(w: Tensor, hessian: Tensor, pattern: NMPattern, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon, one column after the other, by eliminating from the inverse Hessian (float64)."""
+    w, kept = w.double().clone(), torch.zeros_like(w, dtype=torch.bool) if keep is None else keep
+    inverses = [torch.linalg.inv(hessian[j:, j:])[0] for j in range(len(hessian))]
+    for j, inverse in enumerate(inverses):
+        if keep is None and j % pattern.m == 0:
+            score = torch.stack([w[:, j + place].square() / inverses[j + place][0] for place in range(pattern.m)], 1)
+            kept[:, j : j + pattern.m] = nm_mask(score, pattern)
+        error = torch.where(kept[:, j], 0.0, w[:, j] / inverse[0])
+        w[:, j:] -= error[:, None] * inverse
+    return w * kept, kept
+
+
+@pytest.mark.parametrize("prune", [by_columns, by_groups])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "20:40"])
+@pytest.mark.parametrize("given", [False, True])
+def test_columns_are_pruned_as_by_elimination_from_the_inverse_hessian(prune: Any, pattern: str, given: bool) -> None:
+    weight, inputs, _ = problem(280, rows=5)  # more than two of the blocks taken at a time
+    nm, w, hessian = NMPattern.parse(pattern), weight.double(), hessian_of(inputs)
+    keep = nm_mask(weight.abs(), nm) if given else None
+    expected, mask = reference_update(w, hessian, nm, keep)
+    found = prune_columns(w, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), nm, keep, prune)
+    assert torch.equal(found, mask)
+    torch.testing.assert_close(w * found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_update_beats_no_update_on_the_layers_output_and_keeps_n_m_in_permuted_order() -> None:

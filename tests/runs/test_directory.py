@@ -117,7 +117,7 @@ def test_finished_stages_are_not_computed_again(tmp_path: Path, monkeypatch: pyt
     begun(interrupted(stages, "prune"), tmp_path, *words)
     learned = begun(interrupted(ordering._Epochs, "add"), tmp_path / "lcp", *LEARNED)
     assert (learned / "lcp_checkpoint.pt").exists()
-    monkeypatch.setattr(Heuristic, "order", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(Heuristic, "orders", lambda *_: pytest.fail("searched again"))
     monkeypatch.setattr(LCP, "start_orders", lambda *_: pytest.fail("searched again"))
     run(tmp_path, *words)
     run(tmp_path / "lcp", *LEARNED)

@@ -19,7 +19,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import LearningPlan
 from permllm.permutation.foldable import SharedOrder, check_segments, expanded, orders_within, shared_orders
-from permllm.permutation.heuristic import found_orders
+from permllm.permutation.heuristic import heuristic_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.permutation.lcp.settings import LCPSettings
@@ -128,7 +128,7 @@ class LCP(LCPSettings):
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
         """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
-        found = found_orders([order for order in shared if order not in drawn], problem, "start permutation")
+        found = heuristic_orders([order for order in shared if order not in drawn], problem, "start permutation")
         return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
 
     def start_logits(
