@@ -23,16 +23,10 @@ from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, check_model_runs, load_model, meta_model
+from permllm.pruning.footprint import Footprint
 from permllm.pruning.layerwise import PrunedModel
-from permllm.pruning.methods import (
-    Job,
-    Methods,
-    checked_groups,
-    footprint_of,
-    methods_of,
-    needs_device,
-    placement_for,
-)
+from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
+from permllm.pruning.placement import placement_for
 from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import figures, prune_model
 from permllm.pruning.workers import check_shares, loaded_by_all
@@ -79,8 +73,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     if config.plan or config.model.source != "hub" or config.model.architecture:
         checked_groups(config, methods, skeleton())
         if config.plan:
-            footprint = footprint_of(config, methods, skeleton(), device)
-            print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
+            print_plan(Footprint(config, skeleton(), methods, torch.device("cuda") if config.plan_on else device))
             return None
 
     record = RunDirectory(run_directory(config), config)
@@ -106,8 +99,8 @@ def _unfinished(
     """
     check_tasks(config.evaluation)
     learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
-    footprint = footprint_of(config, methods, skeleton, device)
-    placement = placement_for(footprint, config, methods)
+    footprint = Footprint(config, skeleton, methods, device)
+    placement = placement_for(footprint)
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
