@@ -7,6 +7,7 @@ are operations and bytes over a share of a device's speed, to within a factor of
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,11 +74,8 @@ class Footprint:
         self.every, self.groups = channel_groups(model), groups_to_prune(model, config)
         self.of_layers = [sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(model)]
         self.layers, self.parameters = len(self.of_layers), sum(value.numel() for value in model.parameters())
-        self.hidden, self.vocabulary, self.dtype = (
-            model.config.hidden_size,
-            model.config.vocab_size,
-            getattr(torch, config.model.dtype),
-        )
+        self.hidden, self.vocabulary = model.config.hidden_size, model.config.vocab_size
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.item, self.streamed = self.dtype.itemsize, sum(self.of_layers) * self.dtype.itemsize
         self.widest = max(sum(group.rows) for group in self.every)
         self.largest = max(group.channels * sum(group.rows) for group in self.every)
@@ -139,9 +137,8 @@ class Footprint:
             waiting = self.products.itemsize * most if self.masks.keeps_masked else 0
             found["learn masks"] = self._learns(methods.mask, most, windows, waiting, streams)
         if methods.reconstruction.learned:
-            waiting = 4 * self.kept + (
-                2 * self.pruned if self.item == 4 else 0
-            )  # places, and what float32 weights are rounded to
+            # Places, and float32 weights rounded for products.
+            waiting = 4 * self.kept + (2 * self.pruned if self.item == 4 else 0)
             found["learn weights"] = self._learns(methods.reconstruction, self.kept, [(0, self.layers)], waiting, streams)
         changes, single = methods.pruner.updates_weights or methods.reconstruction.changes_weights, 0.0
         if changes:
@@ -182,59 +179,51 @@ class Footprint:
     def _learns(self, method: Any, parameters: int, windows: list[tuple[int, int]], waiting: int, streams: bool) -> Stage:
         """Return a stage that learns, with the least memory: backward recomputes layers where they would keep much."""
         depth, item, seqlen = max(stop - first for first, stop in windows), self.item, self.config.calibration.seqlen
+        setting = partial(getattr, method)  # a method of someone else's has `batch_size` and what it likes
         # Processes share a batch, but for weights that learn, which the first one does alone.
-        ranks = 1 if method is self.methods.reconstruction else parallel.world_size()
-        mine = -(-method.batch_size // ranks)
-        together = min(mine, method.micro_batch_size or mine) * seqlen
+        ranks, orders = (
+            1 if method is self.methods.reconstruction else parallel.world_size(),
+            method is self.methods.permutation,
+        )
+        mine, recomputes = -(-method.batch_size // ranks), setting("activation_checkpointing", None)
+        together = min(mine, setting("micro_batch_size", None) or mine) * seqlen
         gathers = method is self.methods.mask and self.config.permutation.get("name") != "none"
-        a_layer, recomputes = kept_a_token(self.every, self.hidden, item, gathers) * item, method.activation_checkpointing
+        a_layer = kept_a_token(self.every, self.hidden, item, gathers) * item
         activations = together * a_layer * depth
         if recomputes := streams or (activations > KEPT_ON_A_HOST if recomputes is None else recomputes):
             # The states between layers, and one layer's internals.
             activations = together * (self.hidden * (depth + 8) + 4 * self.widest) * item
         # With gradients and two moments; a layer's masked weight and the gradient of it.
         memory = 16 * parameters + waiting + activations + 3 * self.largest * item
-        if method.loss == "kl":  # the head in the format of products; four numbers a token and a word
-            memory += 2 * self.vocabulary * self.hidden if item > 2 else 0
-            memory += 4 * 4 * chunk_of(self.device, self.vocabulary) * self.vocabulary
-        samples = method.samples or self.config.calibration.samples
-        steps, share = steps_of(method, samples), sum(stop - first for first, stop in windows) / self.layers
-        tokens, layers, orders = (
-            steps * method.batch_size * seqlen / ranks,
-            2 * sum(self.of_layers) * share,
-            method is self.methods.permutation,
-        )
-        words = tokens * self.vocabulary if method.loss == "kl" else 0
-        products = tokens * layers * (4 if recomputes else 3) + words * 8 * self.hidden
-        products += (1 + getattr(method, "select_from", 0)) * samples * seqlen * layers / ranks
-        moved = steps * self.pruned * share * (_ORDERED + _EXCHANGED / ranks if orders else _MASKED)
+        words = self.vocabulary if setting("loss", None) == "kl" else 0
+        # The head in the format of products, unless it is; four numbers a token and a word.
+        memory += words * ((2 * self.hidden if item > 2 else 0) + 4 * 4 * chunk_of(self.device, self.vocabulary))
+        samples = setting("samples", None) or self.config.calibration.samples
+        steps = steps_of(method, samples) if setting("epochs", None) else -(-samples // method.batch_size)
+        share, tokens = sum(stop - first for first, stop in windows) / self.layers, steps * method.batch_size * seqlen / ranks
+        measured = (1 + setting("select_from", 0)) * samples * seqlen / ranks
+        products = (tokens * (4 if recomputes else 3) + measured) * 2 * sum(self.of_layers) * share
+        moved = tokens * (a_layer * self.layers * share * _KEPT + words * _WORD)
+        moved += steps * self.pruned * share * (_ORDERED + _EXCHANGED / ranks if orders else _MASKED)
         moved += steps * parameters * len(windows) * (_LOGIT if orders else _PARAMETER)
-        moved += tokens * a_layer * self.layers * share * _KEPT + words * _WORD
-        return Stage(memory, products, 0, moved, _COMPILING, (1 + 2 * steps) * share)
+        return Stage(memory, products + tokens * words * 8 * self.hidden, 0, moved, _COMPILING, (1 + 2 * steps) * share)
 
     def _evaluations(self) -> dict[str, Stage]:
         """Return perplexity and tasks, each of the dense and of the pruned model."""
-        evaluation, item, token = (
-            self.config.evaluation,
-            self.item,
-            2.0 * (sum(self.of_layers) + self.hidden * self.vocabulary),
-        )
-        texts, shared = evaluation.perplexity, evaluation.lm_eval
+        evaluation, vocabulary, item = self.config.evaluation, self.vocabulary, self.item
+        texts, batch = evaluation.perplexity, evaluation.lm_eval.batch_size
+        # The dense model and the pruned one; nothing is rounded, so that float32 models are measured in float32.
+        token = 4.0 * (sum(self.of_layers) + self.hidden * vocabulary)
+        half, single = (token, 0.0) if item == 2 else (0.0, token)
         # Logits of a batch, and those of a window in float32: as logarithms, and before it where that is another format.
-        of_batch, of_window = (
-            tokens_at_a_time(self.vocabulary, size) for size in (max(texts.batch_tokens, texts.seqlen), texts.seqlen)
-        )
-        memory = (of_batch * item + of_window * (4 if item == 4 else 8)) * self.vocabulary
-        tokens = 2 * self.measured * len(texts.names)
-        sequences, asked, longest = task_sizes(evaluation)
-        # It rounds nothing, so that float32 models are measured in float32.
-        half = item == 2
-        found = {"perplexity": Stage(memory, tokens * token * half, tokens * token * (not half), passes=4)}
+        of_batch = tokens_at_a_time(vocabulary, max(texts.batch_tokens, texts.seqlen)) * item
+        memory = (of_batch + tokens_at_a_time(vocabulary, texts.seqlen) * (4 if item == 4 else 8)) * vocabulary
+        tokens = self.measured * len(texts.names)
+        found = {"perplexity": Stage(memory, tokens * half, tokens * single, passes=4)}
+        sequences, tokens, longest = task_sizes(evaluation)
         if sequences:  # logits of a batch, and their logarithms
-            batches, memory = 2 * sequences / shared.batch_size, shared.batch_size * longest * self.vocabulary * 2 * item
-            found["tasks"] = Stage(
-                memory, 2 * asked * token * half, 2 * asked * token * (not half), 0, _BATCH * batches, batches
-            )
+            batches, memory = 2 * sequences / batch, batch * longest * vocabulary * 2 * item
+            found["tasks"] = Stage(memory, tokens * half, tokens * single, 0, _BATCH * batches, batches)
         return found
 
     @property

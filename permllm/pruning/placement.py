@@ -73,7 +73,7 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
         settings = getattr(config, group)
         # The same result first.
         yield f"{group}.micro_batch_size=1", replace(config, **{group: settings | {"micro_batch_size": 1}})
-        if method.layers_per_stage == "all":
+        if getattr(method, "layers_per_stage", None) == "all":
             yield f"{group}.layers_per_stage=4", replace(config, **{group: settings | {"layers_per_stage": 4}})
     if config.mask.get("name") == "score":
         lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.lowrank.LowRankMask"}

@@ -34,30 +34,23 @@ def print_plan(of: Footprint) -> None:
     every = sum(group.channels * sum(group.rows) for group in of.every)
     patterns = ", ".join(f"{count} to {pattern}" for pattern, count in of.weights.items())
     console.print(
-        f"{of.parameters} parameters; pruned are {patterns}: zeros are {zeros / every:.2%} of all linears of the layers"
+        f"{of.parameters} parameters; pruned are {patterns}: {zeros / every:.2%} of the layers' linears become zeros"
     )
     for name in plan.stays if plan else []:
         console.print(f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers")
-    learn = {"orders": plan, "masks": of.masks}
-    for what, windows in ((what, plan.windows) for what, plan in learn.items() if plan):
-        console.print(
-            f"{what} learn in {len(windows)} stages of at most {max(stop - first for first, stop in windows)} layers"
-        )
+    for what, learn in {"orders": plan, "masks": of.masks}.items():
+        if learn:
+            most = max(stop - first for first, stop in learn.windows)
+            console.print(f"{what} learn {most} layers at a time, of {sum(stop - first for first, stop in learn.windows)}")
     _print_needs(of)
 
 
 def _print_needs(of: Footprint) -> None:
     """Print memory and minutes by stage, and settings that would fit where this job does not."""
-    console, speed, chosen = (
-        terminal(),
-        speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32}),
-        placement_for(of),
-    )
+    console, chosen = terminal(), placement_for(of)
+    speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     names = list(dict.fromkeys((*placements(of), chosen)))
-    table = Table(
-        title="GB on the device by place of the layers' weights (model.placement), and minutes", title_justify="left"
-    )
-    table.add_column("")
+    table = Table("", title="GB by stage and place of the layers' weights (model.placement)", title_justify="left")
     for name in names:
         table.add_column(f"{name}, taken here" if name == chosen else name, justify="right")
     table.add_column(f"minutes, {chosen}", justify="right")
@@ -72,7 +65,7 @@ def _print_needs(of: Footprint) -> None:
     table.add_row("minutes", *(f"{sum(times[name].values()):.0f}" for name in names), f"{sum(times[chosen].values()):.0f}")
     console.print(table)
     where = f"{of.config.plan_on} with 16 cores" if of.config.plan_on else f"{of.device}, as measured now"
-    console.print(f"estimates: memory to within 15 %, minutes to within a factor of two ({where}; model and texts are there)")
+    console.print(f"estimates, memory within 15 %, minutes within a factor of two: {where}; model and texts are there already")
     for line in would_fit(of):
         console.print(line)
 

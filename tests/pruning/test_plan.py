@@ -37,10 +37,10 @@ def minutes(*words: str, place: str = "device") -> dict[str, float]:
 def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path: Path) -> None:
     result = run_command("model=qwen2.5-7b", "plan=true", "plan_on=h100", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for said in ("3584", "18944", "7615616512", "device, taken here", "orders learn in 1 stages of at most 28 layers"):
+    for said in ("3584", "18944", "7615616512", "device, taken here", "orders learn 28 layers at a time, of 28"):
         assert said in result.stdout
     windows = run_command("model=qwen2.5-7b", "plan=true", "permutation.layers_per_stage=8", cwd=tmp_path)
-    assert "orders learn in 4 stages of at most 8 layers" in windows.stdout
+    assert "orders learn 8 layers at a time, of 28" in windows.stdout
     assert not (tmp_path / "runs").exists()
 
 
