@@ -397,5 +397,4 @@ def windows_learned_from(samples: int | None, skip: int | None, calibration: int
         samples, skip: its settings; None where it has none.
         calibration: number of windows that statistics are taken of, the first ones.
     """
-    first = skip or 0
-    return slice(first, first + (samples or calibration))
+    return slice(skip or 0, (skip or 0) + (samples or calibration))

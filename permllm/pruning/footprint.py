@@ -120,9 +120,10 @@ class Footprint:
     def stages(self, streams: bool) -> dict[str, Stage]:
         """Return the stages of the job, in their order."""
         methods, forward = self.methods, 2 * sum(self.of_layers) * self.text
-        gram, statistics = self._gram(methods.pruner), self._statistics(methods.pruner)
+        dense = not methods.permutation.local or self.config.calibration.statistics == "dense"
         found = {"weights": Stage(0, seconds=_START + self.parameters * self.item / _LOADED)}
-        found["calibrate"] = Stage(statistics, forward, gram, seconds=_START)
+        gram = dense * self._gram(methods.pruner)
+        found["calibrate"] = Stage(self._statistics(methods.pruner), dense * forward, gram, seconds=_START)
         if self.searched:
             found["search"] = self._search()
         if not methods.mask.local and methods.mask.statistics:
