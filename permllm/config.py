@@ -34,7 +34,7 @@ WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
 
 # Settings that do not change a pruned model.
-_NOT_PART_OF_A_RUN = {"force", "plan", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"}
+_NOT_PART_OF_A_RUN = {"force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"}
 _NOT_PART_OF_A_RUN |= {"protocol", "budget", "method", "deterministic"}
 # Settings of the model that say where it is from or where its weights wait; its digest says which model it is.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
@@ -302,10 +302,13 @@ class RunConfig:
     method: str | None
     budget: dict[str, int | None]
     paths: PathsConfig
+    plan_on: Literal["l4", "rtx4090", "l40s", "a100", "h100", "h200", "b200"] | None = None
     inputs: dict[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         assert self.patterns  # raises if one of them cannot be read
+        if self.plan_on and not self.plan:
+            raise ConfigError(f"plan_on={self.plan_on} needs plan=true")
         if "/" in self.name:
             raise ConfigError(f"name={self.name!r} must not contain a slash: it names a directory")
         if self.model.terms and not self.model.accept_terms and not self.plan:
@@ -395,5 +398,4 @@ def windows_learned_from(samples: int | None, skip: int | None, calibration: int
         samples, skip: its settings; None where it has none.
         calibration: number of windows that statistics are taken of, the first ones.
     """
-    first = skip or 0
-    return slice(first, first + (samples or calibration))
+    return slice(skip or 0, (skip or 0) + (samples or calibration))

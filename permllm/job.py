@@ -25,16 +25,10 @@ from permllm.export.checkpoint import Request, export_run, present_export
 from permllm.export.rebuild import apply_record
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
+from permllm.pruning.footprint import Footprint
 from permllm.pruning.layerwise import PrunedModel
-from permllm.pruning.methods import (
-    Job,
-    Methods,
-    checked_groups,
-    footprint_of,
-    methods_of,
-    needs_device,
-    placement_for,
-)
+from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
+from permllm.pruning.placement import placement_for
 from permllm.pruning.plan import print_plan
 from permllm.pruning.stages import figures, prune_model
 from permllm.runs import sweep
@@ -80,9 +74,9 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     if config.plan or config.model.source != "hub" or config.model.architecture:
         checked_groups(config, methods, skeleton())
         if config.plan:
-            footprint = footprint_of(config, methods, skeleton(), device)
+            footprint = Footprint(config, skeleton(), methods, torch.device("cuda") if config.plan_on else device)
             if parallel.rank() == 0:
-                print_plan(footprint, placement_for(footprint, config, methods), needs_device(config, methods))
+                print_plan(footprint)
             return None
 
     record = RunDirectory(run_directory(config), config)
@@ -109,8 +103,8 @@ def _unfinished(
     """
     check_tasks(config.evaluation)
     learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
-    footprint = footprint_of(config, methods, skeleton, device)
-    placement = parallel.share(placement_for(footprint, config, methods))
+    footprint = Footprint(config, skeleton, methods, device)
+    placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)

@@ -32,6 +32,7 @@ from permllm.runs.read import Run, collect
 from permllm.runs.render import as_text, cells, machine, processor, render
 from permllm.runs.table import GAP, Table
 from permllm.runtime.terminal import run_tool
+from scripts.memory_table import memory
 
 _BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
@@ -214,7 +215,7 @@ def provenance(runs: list[Run]) -> str:
     return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"
 
 
-_VIEWS = {view.__name__: view for view in (table, paper, frontier, ablation, placements, peers)}
+_VIEWS = {view.__name__: view for view in (table, paper, frontier, ablation, placements, peers, memory)}
 
 
 def with_views(file: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permllm.config import Placement, RunConfig, check_divides
+from permllm.config import RunConfig, check_divides
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
@@ -19,16 +18,12 @@ from permllm.models.load import LoadedModel
 from permllm.models.offload import placement_of
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.base import Permutation
-from permllm.pruning.footprint import FITS, Footprint, placements
 from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
 from permllm.runtime import parallel
-from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.method import Method, instantiate
-
-log = logging.getLogger(__name__)
 
 # Base class of each group's methods.
 _BASES = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
@@ -131,37 +126,6 @@ def methods_of(config: RunConfig) -> Methods:
 def needs_device(config: RunConfig, methods: Methods) -> str | None:
     """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
     return next((reason for method in methods.all if (reason := method.needs_device())), None)
-
-
-def footprint_of(config: RunConfig, methods: Methods, model: PreTrainedModel, device: torch.device) -> Footprint:
-    """What a job takes, from its model on the meta device."""
-    return Footprint(config, model, methods.pruner, methods.permutation, methods.mask, methods.reconstruction, device)
-
-
-def placement_for(footprint: Footprint, config: RunConfig, methods: Methods) -> Placement:
-    """Where the weights of a job's model are to wait: what the settings say, or the first placement that fits here.
-
-    Where none fits, that which needs least is tried, as estimates are no more than that; a warning says so.
-    """
-    if config.model.placement != "auto":
-        return config.model.placement
-    if needs_device(config, methods):
-        return "device"
-    candidates = placements(config)
-    device, host = footprint.device, available_host_memory() // parallel.local_processes()
-    free = free_memory(device) if device.type == "cuda" else host
-    reasons: list[str] = []
-    for name in candidates:
-        needs = footprint.needs(name)
-        asked = (needs.device, needs.host) if device.type == "cuda" else (needs.device + needs.host, 0)
-        if asked[0] <= FITS * free and asked[1] <= FITS * host:
-            if reasons:
-                log.info("model.placement=%s, as %s", name, "; ".join(reasons))
-            return name
-        place, size, has = (str(device), asked[0], free) if asked[0] > FITS * free else ("the host", asked[1], host)
-        reasons.append(f"{name} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}")
-    log.warning("no model.placement fits: %s. Trying %s", "; ".join(reasons), candidates[-1])
-    return candidates[-1]
 
 
 def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:

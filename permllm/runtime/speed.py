@@ -1,9 +1,10 @@
-"""How fast a device multiplies and is filled, measured in a moment."""
+"""Speed of a device: nominal for a card that is named, else measured in a moment."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Collection
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,25 +12,29 @@ from torch import nn
 from permllm.runtime.precision import half_products
 from permllm.runtime.timing import interleaved
 
-# Measurements, and the shapes of a product: tokens, and channels of a layer.
-_REPEATS, _TOKENS, _CHANNELS = 3, 512, 2048
-_BYTES = 1 << 26
+# Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory; the share of a speed that is reached.
+CARDS = {"l4": (121, 30, 300, 24), "l40s": (362, 92, 864, 48), "rtx4090": (165, 83, 1008, 24), "a100": (312, 19.5, 2039, 80)}
+CARDS |= {"h100": (989, 67, 3350, 80), "h200": (989, 67, 4800, 141), "b200": (2250, 75, 8000, 180)}
+_SHARE = 0.6
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a matrix product of the size of a layer's."""
-    left = torch.ones(_TOKENS, _CHANNELS, dtype=dtype, device=device)
-    weight = torch.ones(_CHANNELS, _CHANNELS, dtype=dtype, device=device)
-    with half_products(dtype, device):
-        return 2 * _TOKENS * _CHANNELS**2 / _seconds(lambda: nn.functional.linear(left, weight), device)
+class Speed(NamedTuple):
+    """Operations a second of products by their dtype, and bytes that move a second."""
+
+    rates: dict[torch.dtype, float]
+    moved: float
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second from pinned host memory to a CUDA device."""
-    source = torch.empty(_BYTES, dtype=torch.uint8).pin_memory()
-    target = torch.empty(_BYTES, dtype=torch.uint8, device=device)
-    return _BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    return statistics.median(interleaved({"work": work}, _REPEATS, device)["work"])
+def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dtype]) -> Speed:
+    """Return the speed of a card, or where it is None the speed of the device, for products in each of the dtypes."""
+    if card:
+        half, single, moved, _ = CARDS[card]
+        return Speed(
+            {dtype: _SHARE * 1e12 * (half if dtype.itemsize == 2 else single) for dtype in dtypes}, _SHARE * 1e9 * moved
+        )
+    size = 1024 if device.type == "cpu" else 8192
+    square, copied = partial(torch.ones, size, size, device=device), torch.ones(size, size, device=device)
+    works: dict[Any, Any] = {dtype: partial(nn.functional.linear, *[square(dtype=dtype)] * 2) for dtype in dtypes}
+    with half_products(torch.bfloat16, device):
+        times: dict[Any, list[float]] = interleaved(works | {"copy": copied.clone}, 3, device)
+    return Speed({dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes}, 2 * copied.nbytes / min(times["copy"]))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from permllm import job
-from permllm.config import ModelConfig, RunConfig
+from permllm.config import ModelConfig
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation.perplexity import perplexity
 from permllm.models.families import FAMILIES, decoder_layers, linear_at
@@ -27,8 +27,10 @@ from permllm.models.load import load_model, meta_model
 from permllm.models.mapped_file import MappedFile
 from permllm.models.offload import OnDisk, OnHost, placement_of
 from permllm.models.source import dense_source
-from permllm.pruning import methods as job_methods
-from permllm.pruning.footprint import FITS, Footprint
+from permllm.pruning import placement as places
+from permllm.pruning.footprint import Footprint
+from permllm.pruning.methods import methods_of
+from permllm.pruning.placement import placement_for
 from permllm.runtime import memory, parallel
 from tests.conftest import ROOT, run_command, run_python, tiny_model
 from tests.test_config import config
@@ -325,68 +327,36 @@ def test_auto_takes_the_first_placement_that_fits(
     chosen: str,
     said: str,
 ) -> None:
-    monkeypatch.setattr(job_methods, "free_memory", lambda _: int(device_gb * 1e9))
-    monkeypatch.setattr(job_methods, "available_host_memory", lambda: int(host_gb * 1e9))
-    asked = config("model=qwen2.5-7b")
-    methods = job_methods.methods_of(asked)
-    footprint = job_methods.footprint_of(asked, methods, meta_model(asked.model), torch.device("cuda"))
+    monkeypatch.setattr(places, "free_memory", lambda _: int(device_gb * 1e9))
+    monkeypatch.setattr(places, "available_host_memory", lambda: int(host_gb * 1e9))
     with caplog.at_level(logging.INFO):
-        assert job_methods.placement_for(footprint, asked, methods) == chosen
+        assert placement_for(planned("model=qwen2.5-7b", device="cuda")) == chosen
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)
 
 
 def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_methods, "available_host_memory", lambda: 0)
+    monkeypatch.setattr(places, "available_host_memory", lambda: 0)
     for words, expected in ((("reconstruction=distill",), "device"), ((), "host")):
-        asked = config("model=tiny", *words)
-        methods = job_methods.methods_of(asked)
-        footprint = job_methods.footprint_of(asked, methods, meta_model(asked.model), torch.device("cpu"))
-        assert job_methods.placement_for(footprint, asked, methods) == expected
+        assert placement_for(planned("model=tiny", *words)) == expected
 
 
-def planned(asked: RunConfig) -> Footprint:
-    """What a job on a CPU takes."""
-    return job_methods.footprint_of(asked, job_methods.methods_of(asked), meta_model(asked.model), torch.device("cpu"))
+def planned(*words: str, device: str = "cpu") -> Footprint:
+    """Return the plan of a job."""
+    asked = config(*words, "logger=none")
+    return Footprint(asked, meta_model(asked.model), methods_of(asked), torch.device(device))
 
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("model=llama-2-7b", "logger=none", "permutation=lcp", "permutation.batch_size=8")
-    asked = config(*words)
-    plan = planned(asked).on_a_card
-    alone = plan("device").stages["learn"]
+    whole, one = (planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda") for size in (8, 1))
+    alone = whole.needs("device").stages["learn"]
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
-    together = plan("device").stages["learn"]
-    asked = config(*words[:-1], "permutation.batch_size=1")
-    one = planned(asked).on_a_card("device")
-    assert together == one.stages["learn"] < alone
-
-
-def test_the_readmes_first_command_fits_the_card_that_it_names() -> None:
-    asked = config("model=qwen2.5-7b", "permutation=lcp", "logger=none")
-    made = planned(asked).on_a_card("device")
-    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "model=qwen2.5-7b permutation=lcp" in line]
-    card = int(line.partition(" GB GPU")[0].rpartition(" ")[2]) * 1e9
-    assert made.device <= card * FITS
-
-
-def test_states_of_further_windows_are_held_once_beside_what_learns_and_twice_while_they_are_computed() -> None:
-    def needed(windows: int) -> int:
-        asked = config("model=tiny", "logger=none", "permutation=none", "mask=score", f"mask.samples={windows}")
-        needs = planned(asked).needs("device")
-        return needs.device + needs.host
-
-    asked = config("model=tiny")
-    state = asked.calibration.seqlen * meta_model(asked.model).config.hidden_size * 4
-    beside = needed(40) - needed(30)
-    computed = needed(50_000) - needed(40_000)
-    assert (beside, computed) == (10 * state, 2 * 10_000 * state)
+    assert whole.needs("device").stages["learn"] == one.needs("device").stages["learn"] < alone
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
-    asked = config("model=tiny", "logger=none", "permutation=none", "evaluation.perplexity.limit=1000")
-    made = planned(asked)
-    states = 1000 * asked.evaluation.perplexity.seqlen * made.model.config.hidden_size * 4
+    made = planned("model=tiny", "permutation=none", "evaluation.perplexity.limit=1000")
+    states = 1000 * made.config.evaluation.perplexity.seqlen * made.model.config.hidden_size * 4
     assert made.needs("host").host >= states > made.needs("device").host
 
 
@@ -459,12 +429,10 @@ print(peak_host_memory() - before)
 def test_the_plan_knows_the_logits_of_an_evaluation() -> None:
     vocabulary = 40_000
     words = ["model.dtype=bfloat16", f"model.architecture.vocab_size={vocabulary}", "evaluation.perplexity.batch_tokens=2048"]
-    asked = config("model=tiny", "logger=none", "evaluation.perplexity.seqlen=1024", "permutation=none", *words)
-    made = planned(asked)
-    stages = made.needs("device").stages
+    stages = planned("model=tiny", "evaluation.perplexity.seqlen=1024", "permutation=none", *words).needs("device").stages
     command = [sys.executable, "-c", EVALUATES, "bfloat16", str(vocabulary)]
     taken = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    assert stages["evaluate"] - stages["weights"] == pytest.approx(taken, rel=0.15)
+    assert stages["perplexity"] - stages["weights"] == pytest.approx(taken, rel=0.15)
 
 
 WIDE = {
@@ -509,5 +477,5 @@ def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str,
     if method == ["permutation=none"]:  # the command says what the record does, but for what Python took until then
         plan = run_command(*words, "plan=true", "force=true", cwd=tmp_path, fresh=True)
         assert plan.returncode == 0, plan.stderr
-        (row,) = [line for line in plan.stdout.splitlines() if line.startswith(f"│ {placement}, taken here")]
-        assert float(row.split("│")[2].split()[0]) == pytest.approx(planned / 1e9, rel=0.05)
+        (row,) = [line for line in plan.stdout.splitlines() if line.startswith("│ peak")]
+        assert float(row.split("│")[2 + ("device", "host", "disk").index(placement)]) == pytest.approx(planned / 1e9, rel=0.05)

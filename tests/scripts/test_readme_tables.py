@@ -10,7 +10,7 @@ from permllm.errors import ConfigError
 from scripts.readme_tables import main, with_views
 from tests.conftest import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("experiments/**/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
 def test_the_tables_of_documents_are_those_of_the_records(capsys: pytest.CaptureFixture[str]) -> None:

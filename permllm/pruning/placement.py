@@ -1,0 +1,110 @@
+"""The place of a job's weights: by the settings, or the first that fits; and settings that would fit where none does."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from permllm.config import PLACEMENTS, Placement, RunConfig
+from permllm.errors import ConfigError
+from permllm.pruning.footprint import Footprint
+from permllm.pruning.methods import Methods, checked_groups, methods_of, needs_device
+from permllm.runtime import parallel
+from permllm.runtime.memory import available_host_memory, free_memory
+from permllm.runtime.speed import CARDS
+
+log = logging.getLogger(__name__)
+
+# The share of the memory that a job may be estimated to take, because estimates are right to within 15 %.
+FITS = 0.85
+
+
+def placements(footprint: Footprint) -> list[Placement]:
+    """Return the placements that a job can have, the fastest first."""
+    if needs_device(footprint.config, footprint.methods):
+        return ["device"]
+    # One process has nobody to share with, a random model no files.
+    without = {"sharded"} if parallel.world_size() == 1 else set()
+    without |= {"disk"} if footprint.config.model.source == "random" else set()
+    return [name for name in PLACEMENTS if name not in without]
+
+
+def placement_for(footprint: Footprint) -> Placement:
+    """Return the placement of a job's weights: that of the settings, or the first that fits here.
+
+    Where none fits, the one that needs least is tried, because needs are estimates. A warning names settings that would fit.
+    """
+    allowed = _allowed(footprint)
+    name, reasons = _first_that_fits(footprint)
+    if name is None:
+        would = "; ".join(would_fit(footprint)) or "no other setting is known to fit"
+        log.warning("no model.placement fits: %s. Trying %s; %s", "; ".join(reasons), allowed[-1], would)
+    elif reasons:
+        log.info("model.placement=%s, as %s", name, "; ".join(reasons))
+    return name or allowed[-1]
+
+
+def would_fit(footprint: Footprint) -> list[str]:
+    """Return the settings under which a job would fit that does not, each with what it needs; nothing if the job fits."""
+    found: list[str] = []
+    if _first_that_fits(footprint)[0] is None:
+        for word, changed in _changes(footprint.config, footprint.methods):
+            try:
+                methods = methods_of(changed)
+                checked_groups(changed, methods, footprint.model)
+            except ConfigError:  # a rule of this job forbids it
+                continue
+            other = Footprint(changed, footprint.model, methods, footprint.device)
+            if name := _first_that_fits(other)[0]:
+                needs = other.needs(name)
+                sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB of the host"
+                found.append(f"{word} would fit: {sizes}, with model.placement={name}")
+    return found
+
+
+def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConfig]]:
+    """Give the settings that need less, and the config with each of them."""
+    if config.model.placement != "auto":
+        yield "model.placement=auto", replace(config, model=replace(config.model, placement="auto"))
+    for group, method in methods.learned.items():
+        settings = getattr(config, group)
+        # The same result first.
+        yield f"{group}.micro_batch_size=1", replace(config, **{group: settings | {"micro_batch_size": 1}})
+        if getattr(method, "layers_per_stage", None) == "all":
+            yield f"{group}.layers_per_stage=4", replace(config, **{group: settings | {"layers_per_stage": 4}})
+    if config.mask.get("name") == "score":
+        lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.lowrank.LowRankMask"}
+        yield "mask=lowrank", replace(config, mask=lowrank)
+    if methods.mask.learned:
+        lcp: dict[str, Any] = {"name": "lcp", "_target_": "permllm.permutation.lcp.lcp.LCP", "constraint": "foldable"}
+        lcp |= {"block_size": config.block_size, "temperature": config.temperature}
+        mask = {"name": "pruner", "_target_": "permllm.mask.pruner.PrunerMask"}
+        yield "method=order-folded", replace(config, permutation=lcp, mask=mask)
+
+
+def _allowed(footprint: Footprint) -> list[Placement]:
+    """Return the placements that the settings allow."""
+    given = footprint.config.model.placement
+    return placements(footprint) if given == "auto" else [given]
+
+
+def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
+    """Return the first placement that fits, None for none, and why those before it do not."""
+    device, on_a_host = footprint.device, footprint.device.type == "cpu"
+    host: float = available_host_memory() // parallel.local_processes()
+    if name := footprint.config.plan_on:  # nothing is known of its host
+        free, host = CARDS[name][-1] * 1e9, math.inf
+    else:
+        free = host if on_a_host else free_memory(device)
+    reasons: list[str] = []
+    for placement in _allowed(footprint):
+        needs = footprint.needs(placement)
+        on_device, beside = (needs.device + needs.host, 0) if on_a_host else (needs.device, needs.host)
+        if on_device <= FITS * free and beside <= FITS * host:
+            return placement, reasons
+        place, size, has = (str(device), on_device, free) if on_device > FITS * free else ("the host", beside, host)
+        reasons.append(f"{placement} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}")
+    return None, reasons
