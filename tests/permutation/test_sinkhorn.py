@@ -167,21 +167,3 @@ def test_a_gpu_normalises_blocks_of_one_size_together_as_far_as_its_memory_goes(
     stacks = [("a", 0, 30), ("b", 0, 30), ("b", 1, 50), ("c", 0, 200), ("d", 0, 10)]
     assert list(blocks._batches(stacks, 100)) == [[("a", 0), ("b", 0)], [("b", 1)], [("c", 0)], [("d", 0)]]
     assert len(list(blocks._batches(stacks, 0))) == 5
-
-
-def test_only_blocks_that_are_not_settled_travel_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    softs = [torch.eye(6, dtype=torch.float64).repeat(40, 1, 1), torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)]
-    softs[0][10:19] = plain(logits(9, 6, 0.1), 1.0, 5)
-    travelled: list[int] = []
-
-    def counted(tensor: Tensor) -> Tensor:
-        travelled.append(tensor.numel())
-        return tensor
-
-    monkeypatch.setattr(assignment, "to_host", counted)
-    found = assignment.harden_all(softs)
-    assert travelled[0] == 1 + 40 + 5
-    assert 0 < travelled[1] <= 9 * 36
-    assert len(travelled) == 2
-    assert torch.equal(found[0], harden(softs[0]))
-    assert torch.equal(found[1], torch.arange(4).repeat(5, 1))

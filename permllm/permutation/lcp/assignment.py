@@ -39,34 +39,25 @@ def harden_all(softs: Sequence[Tensor]) -> list[Tensor]:
     """`harden` for blocks of several sizes, of one device.
 
     A GPU with Triton solves them where they are (`permllm.permutation.lcp.assignment_triton`), and the host learns only
-    whether all are finite. Without it the host does: the largest entry of every column bounds the objective from above; where
-    these entries already form a permutation, they are the optimum, and at low temperatures most blocks are of that kind. The
-    device finds these, and only the others travel to the host.
+    whether all are finite. Without it the host solves them.
 
     Raises:
         ValueError: an entry is not finite.
     """
-    finite = torch.stack([soft.sum().isfinite() for soft in softs]).all()
     device = softs[0].device
     if device.type == "cuda" and max(soft.shape[1] for soft in softs) <= _LARGEST:
+        finite = torch.stack([soft.sum().isfinite() for soft in softs]).all()
         solved = _on_gpu(softs)
         if solved is not None:
             if not to_host(finite):
                 raise ValueError(_NOT_FINITE)
             return solved
-    perms = [soft.argmax(1) for soft in softs]
-    # A channel that no position has taken.
-    left = [torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1) for perm in perms]
-    told = to_host(torch.cat([finite[None], *left]))
-    if not told[0]:
+    if device.type == "cuda":  # all at once: each transfer is waited for
+        parts = to_host(torch.cat([soft.flatten() for soft in softs])).split([soft.numel() for soft in softs])
+        softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
+    if not all(bool(soft.sum().isfinite()) for soft in softs):
         raise ValueError(_NOT_FINITE)
-    places = [part.nonzero().flatten() for part in told[1:].split([len(soft) for soft in softs])]
-    unsolved = [soft[to_device(place, device)] for soft, place in zip(softs, places, strict=True)]
-    parts = to_host(torch.cat([part.flatten() for part in unsolved])).split([part.numel() for part in unsolved])
-    on_host = [part.view(blocks.shape) for part, blocks in zip(parts, unsolved, strict=True)]
-    for perm, place, found in zip(perms, places, _solved(on_host), strict=True):
-        perm.index_copy_(0, to_device(place, device), to_device(found, device))
-    return perms
+    return [to_device(perm, device) for perm in _on_host(softs)]
 
 
 def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
@@ -108,11 +99,20 @@ def harden_together(softs: Sequence[Tensor]) -> list[Tensor]:
     return [to_device(perm, soft.device).view(soft.shape[:2]) for perm, soft in zip(perms, softs, strict=True)]
 
 
-def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
-    """The permutations of blocks on the host, by the solver, each int64 `(blocks, B)`."""
-    perms = [np.empty(soft.shape[:2], dtype=np.int64) for soft in softs]
-    _assign([pair for soft, perm in zip(softs, perms, strict=True) for pair in zip(_costs(soft.numpy()), perm, strict=True)])
-    return [torch.from_numpy(perm) for perm in perms]
+def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
+    """Solve finite blocks on the host.
+
+    The largest entry of every column bounds the objective from above. Where these entries already form a permutation, they are
+    the optimum, and at low temperatures most blocks are of that kind. The solver has the others.
+    """
+    perms = [soft.argmax(1) for soft in softs]
+    unsolved: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    for soft, perm in zip(softs, perms, strict=True):
+        channel_left = torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1)
+        blocks = channel_left.nonzero().flatten()
+        unsolved += zip(_costs(soft[blocks].numpy()), (perm[block].numpy() for block in blocks), strict=True)
+    _assign(unsolved)
+    return perms
 
 
 def _costs(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
