@@ -34,8 +34,6 @@ _SAME_ERROR, _LOOK_EVERY = 30.0, 0.05
 _LAST_TENSORS = 0.5
 # Bytes of a tensor that are sent at a time.
 _PIECE = 1 << 28
-
-
 # Of the jobs and of the exchanges, equal in all ranks that are in step.
 _JOBS, _EXCHANGES = count(), count()
 
