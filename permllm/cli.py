@@ -168,7 +168,7 @@ def _hydra() -> None:
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(f"error: {_with_extra(refusal(error))}") from error
+        raise SystemExit(f"error: {_with_extra(refusal(error))}" if first() else 1) from error
     except ValueError as error:  # Hydra has no error of its own for GROUP=null
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):

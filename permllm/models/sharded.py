@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
 from permllm.models.offload import Slot, Untouched
-from permllm.runtime import parallel
 
 
 class Sharded(Untouched):
@@ -31,7 +31,8 @@ class Sharded(Untouched):
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
     ) -> None:
-        mesh = parallel.mesh(device)
+        assert dist.group.WORLD is not None
+        mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
 
         def part(name: str, parameter: nn.Parameter) -> Tensor:
             return _part(stored(name, parameter), mesh, device, dtype)

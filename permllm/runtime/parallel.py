@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from itertools import count
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,6 @@ from torch import Tensor
 
 from permllm.errors import PermLLMError, everything_wanted, one_line
 from permllm.runtime.interruption import CONTINUES
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
 
@@ -36,13 +34,8 @@ _SAME_ERROR, _LOOK_EVERY = 30.0, 0.05
 _LAST_TENSORS = 0.5
 # Bytes of a tensor that are sent at a time.
 _PIECE = 1 << 28
-
-
-class _State:
-    """Counts of this rank, which are equal in all ranks that are in step."""
-
-    jobs = 0
-    exchanges = 0
+# Of the jobs and of the exchanges, equal in all ranks that are in step.
+_JOBS, _EXCHANGES = count(), count()
 
 
 def start() -> None:
@@ -86,14 +79,6 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def mesh(device: torch.device) -> DeviceMesh:
-    """Return all ranks in a row, with tensors on devices of this kind."""
-    from torch.distributed.device_mesh import DeviceMesh  # seconds, for a single process in vain
-
-    assert dist.group.WORLD is not None
-    return DeviceMesh.from_group(dist.group.WORLD, device.type)
-
-
 def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, int]]:
     """Return this rank's portions of a batch, as many as in each other rank, none of them empty.
 
@@ -113,7 +98,7 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over the ranks, the same bits in all of them."""
     for tensor in tensors if world_size() > 1 else ():
-        _State.exchanges += 1
+        next(_EXCHANGES)
         dist.all_reduce(tensor)
 
 
@@ -131,7 +116,7 @@ def share(value: Value) -> Value:
     """
     if world_size() == 1:
         return value
-    _State.exchanges += 1
+    next(_EXCHANGES)
     if isinstance(value, Tensor):
         shared = value.contiguous()
         _broadcast(shared)
@@ -187,19 +172,16 @@ def _compare(error: Exception | None) -> None:
     if world_size() == 1:
         return
     # Not by an exchange of tensors: the others may wait for one of the job.
-    store = dist.distributed_c10d._get_default_store()
-    _State.jobs += 1
-    keys = [f"job {_State.jobs}, rank {number}" for number in range(world_size())]
-    mine, done = f"{type(error).__name__} {_State.exchanges}", type(None).__name__
-
-    def reported() -> list[str]:
-        return [store.get(key).decode() for key in keys if store.check([key])]
-
-    first = error is not None and all(report.startswith(done) for report in reported())
+    store, job = dist.distributed_c10d._get_default_store(), next(_JOBS)
+    mine = f"{type(error).__name__} {next(_EXCHANGES)}"
+    first = error is not None and store.add(f"failures of job {job}", 1) == 1
+    keys = [f"job {job}, rank {number}" for number in range(world_size())]
     store.set(keys[rank()], mine)
     until = time.monotonic() + (_SAME_ERROR if error else _PATIENCE.total_seconds())
-    while len(found := reported()) < len(keys) and set(found) == {mine} and time.monotonic() < until:
+    found: list[str] = []
+    while len(found) < len(keys) and {*found, mine} == {mine} and time.monotonic() < until:
         time.sleep(_LOOK_EVERY)
+        found = [store.get(key).decode() for key in keys if store.check([key])]
     if found != [mine] * len(keys):
         if first and error is not None:
             if everything_wanted():

@@ -115,6 +115,14 @@ def test_an_evaluation_has_results_scores_and_digests(tasks: dict[str, str], cac
     assert before == 6
 
 
+def test_a_rank_beside_the_first_of_its_machine_has_no_results(
+    tasks: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    loaded = load_model(config("model=tiny").model, 0)
+    assert run_task(loaded.model, loaded.tokenizer, tasks["colours"], TaskConfig(limit=2), LMEvalConfig()) == {}
+
+
 def test_layers_that_wait_elsewhere_come_with_each_batch_which_is_said(
     tasks: dict[str, str], cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -170,6 +170,19 @@ def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_f
     assert not list((tmp_path / "rank1").rglob("*.json"))
 
 
+def test_ranks_share_the_batches_that_weights_learn_from(tmp_path: Path) -> None:
+    words = ("model=tiny", "model.dtype=float64", "logger=none", "permutation=none", "reconstruction=distill", "run_dir=run")
+    words += ("calibration.samples=5", "reconstruction.batch_size=3")
+    one = run_command(*words, cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    code, _, err = finished(torchrun(tmp_path, *words))
+    assert code == 0, err
+    file = Path("run") / "weights" / "00000.safetensors"
+    alone, together = load_file(tmp_path / file), load_file(tmp_path / "rank0" / file)
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("count", "at_once"), [(4, None), (4, 1), (13, 2), (3, 5), (1, 1), (7, 2)])
 def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
     count: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
