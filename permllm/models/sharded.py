@@ -11,11 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
-from permllm.models.offload import Slot, Untouched
+from permllm.errors import DataError
+from permllm.models.checkpoint import all_finite
+from permllm.models.offload import Mask, Offloaded, Read
 from permllm.runtime import parallel
 
 
-class Sharded(Untouched):
+class Sharded(Offloaded):
     """Each process holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
 
     The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the storage of a layer that a graph
@@ -25,28 +27,39 @@ class Sharded(Untouched):
     alone it calls the others, which `serve`.
 
     Args:
-        model, device, dtype, stored: as in `Streamed`; of what is stored each process reads its part.
+        model, device: as in `Offloaded`.
+        whole: returns a decoder layer's parameter, from its name in the model and what the model has; each process keeps its
+            part.
+
+    Raises:
+        DataError: this process's part has values that are not finite.
     """
 
     _LAYER, _REPLACE = "layer", "replace"
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
-    ) -> None:
-        mesh = parallel.mesh(device)
-
-        def part(name: str, parameter: nn.Parameter) -> Tensor:
-            return _part(stored(name, parameter), mesh, device, dtype)
-
-        super().__init__(model, device, dtype, part)
+    def __init__(self, model: nn.Module, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]) -> None:
+        self._mesh, self._whole = parallel.mesh(device), whole
+        super().__init__(model, device)
         self._stream = None  # nothing is on its way that another process does not send
         self._phase = parallel.phase()
         if parallel.rank():
             parallel.serve_with(self.serve)
 
+    @override
+    def source(self, name: str, parameter: nn.Parameter) -> Read:
+        part = _part(self._whole(name, parameter), self._mesh, self.device, parameter.dtype)
+        local = part.to_local()
+        if local.is_floating_point() and local.numel() and not all_finite(local):
+            raise DataError(f"{name} holds values that are not finite")
+        return part.full_tensor
+
+    @override
+    def keep(self, value: Tensor) -> Read:
+        return _part(value, self._mesh, self.device, value.dtype).full_tensor
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """A decoder layer, see `Streamed.layer`."""
+        """A decoder layer, see `Offloaded.layer`."""
         if self._phase != parallel.phase():  # what is here may not be in the other processes, or the reverse
             self._leave()
             self._phase = parallel.phase()
@@ -57,20 +70,13 @@ class Sharded(Untouched):
         """In a process beside the first, which works alone: hand over parts of a layer, or take those of a new weight."""
         if word == self._LAYER:
             assert isinstance(value, int)
-            for slot in self.slots[value]:
-                self.brought(slot.stored)
+            for stored in self._stored[value]:
+                stored.read()
         else:
             assert not isinstance(value, int)
             index, position, weight = value
-            self._take(self.slots[index][position], weight)
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """What this process holds of each parameter of the layers, by its name in the model; some may be empty."""
-        for index, slots in enumerate(self.slots):
-            paths = {module: path for path, module in self._layers[index].named_modules()}
-            for slot in slots:
-                assert isinstance(slot.stored, DTensor)
-                yield f"{self._prefix}.{index}.{paths[slot.module]}.{slot.name}", slot.stored.to_local()
+            stored = self._stored[index][position]
+            stored.read = self.keep(weight.to(stored.absent.dtype))
 
     @override
     def _arrived(self, index: int) -> list[Tensor]:
@@ -78,23 +84,15 @@ class Sharded(Untouched):
             return super()._arrived(index)
 
     @override
-    def brought(self, stored: Tensor) -> Tensor:
-        return stored.full_tensor() if isinstance(stored, DTensor) else stored
-
-    @override
-    def hold(self, slot: Slot, weight: Tensor) -> None:
-        position = self.slots[slot.layer].index(slot)
-        with parallel.called(self._REPLACE, (slot.layer, position, weight.detach().cpu())):
-            self._take(slot, weight)
-
-    def _take(self, slot: Slot, weight: Tensor) -> None:
-        assert isinstance(slot.stored, DTensor)
-        slot.stored, slot.changes = _part(weight.detach(), slot.stored.device_mesh, self.device, self.dtype), []
+    def replace(self, linear: nn.Linear, weight: Tensor, mask: Mask | None = None) -> None:
+        stored = self._of_linear[linear]
+        position = self._stored[stored.layer].index(stored)
+        with parallel.called(self._REPLACE, (stored.layer, position, weight.detach().cpu())):
+            super().replace(linear, weight)
 
 
 def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
-    """Rows of a parameter that this process holds; a vector is whole in each."""
-    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    """Return the rows of a parameter that this process holds; a vector is whole in each."""
     if tensor.dim() < 2:
         return DTensor.from_local(tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False)
     rows = tensor.chunk(mesh.size())

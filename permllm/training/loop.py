@@ -342,7 +342,7 @@ class Training:
         batch = self.samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
-        if recompute and self._placement.copies and parallel.world_size() > 1:
+        if recompute and self._placement.streams and parallel.world_size() > 1:
             # Layers that nothing learns in come again in backward too, as in a process that has no sample (`_visit`).
             hidden = hidden.detach().requires_grad_()
         for index in range(self.window.first, self.window.stop):
@@ -369,7 +369,7 @@ class Training:
 
     def _recompute(self, hidden: Tensor) -> bool:
         """Whether backward computes each decoder layer anew instead of keeping what it needs; decided at the first step."""
-        if self._placement.copies:  # else what backward needs would hold the weights of all layers
+        if self._placement.streams:  # else what backward needs would hold the weights of all layers
             return True
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
