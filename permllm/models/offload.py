@@ -209,7 +209,8 @@ class Offloaded(Placement):
                 stored.put(stored.absent)
             del self._users[index]
             if self._stream is not None:
-                self._left.append(torch.cuda.current_stream(self.device).record_event())
+                self._left.append(torch.cuda.Event())
+                self._left[-1].record(torch.cuda.current_stream(self.device))
 
     def _arrived(self, index: int) -> list[Tensor]:
         """Return the parameters of a layer on the device: those that were fetched, else they are read now."""
