@@ -223,8 +223,10 @@ def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_compute
     assert isinstance(place, Offloaded)
     read = place._values
     monkeypatch.setattr(place, "_values", lambda index: (seen.append(f"read {index}"), read(index))[1])
-    for owner, name in ((place, "_stream"), (torch.cuda, "current_stream"), (torch.cuda, "stream"), (Tensor, "record_stream")):
-        monkeypatch.setattr(owner, name, MagicMock())  # a GPU, whose events are there at once
+    for name in ("current_stream", "stream", "Event"):  # a GPU's, which are there at once
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(place, "_stream", MagicMock())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
     stream = LayerStream(model, torch.zeros(4, 8, dtype=torch.long), batch_size=2)
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append(f"compute {index}"))
