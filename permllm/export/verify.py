@@ -33,7 +33,7 @@ from permllm.models.checkpoint import (
     weight_files,
 )
 from permllm.models.families import decoder_layers, family_of
-from permllm.models.schema import ExportSummary, TensorEntry, read_json
+from permllm.models.schema import ExportSummary, read_json
 from permllm.models.selection import DENSE
 from permllm.runs.files import file_sha256
 from permllm.runs.masks import violations
@@ -41,7 +41,7 @@ from permllm.runs.tensors import check_order, load_tensor
 
 _SEQUENCES, _LENGTH = 4, 64
 
-Places = dict[str, tuple[Path, TensorEntry]]
+Places = dict[str, tuple[Path, str]]
 
 
 @dataclass
@@ -131,7 +131,7 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     stated = Stated(pattern) if pattern else stated_patterns(folder)
     skeleton, differences = skeleton_of(folder)
     problems = [f"it {what} {name}" for what, names in differences.each() for name in names]
-    odd = odd_formats({name: entry["dtype"] for name, (_, entry) in places.items()}, skeleton)
+    odd = odd_formats({name: found for name, (_, found) in places.items()}, skeleton)
     problems += [f"{name} is {found}" for name, found in odd.items()]
     problems += _against_summary(folder, places, skeleton)
     suffixes, expected = _linears(skeleton)
@@ -230,10 +230,9 @@ def _against_summary(folder: Path, places: Places, skeleton: PreTrainedModel) ->
     strange = [name for name in summary.get("patterns", {}) if f"{name}.weight" not in places]
     if strange:
         return [f"{SUMMARY} has a pattern of {name}, which has no weight" for name in strange]
-    entries = [entry for _, entry in places.values()]
     found: dict[str, object] = {
         "gathers": len(getattr(skeleton.config, "gathers", [])),
-        "bytes": sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries),
+        "bytes": sum(_read(name, places).nbytes for name in places),
     }
     return [
         f"{SUMMARY} says {key}={summary[key]}, and the checkpoint has {value}"  # type: ignore[literal-required]

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from permllm.errors import ConfigError, DataError, PermLLMError, printable
-from permllm.models.schema import ModelSettings, Object, TensorEntry, TensorIndex, read_json, validated
-from permllm.models.tensor_file import TYPES, read_header
-from permllm.runs.tensors import check_order
+from permllm.models.schema import ModelSettings, Object, TensorIndex, read_json, validated
+from permllm.runs.tensors import check_order, tensor_formats
 
 # Kinds of weights, an index of several files and the single file, in the order in which transformers looks for them.
 WEIGHTS = (
@@ -34,6 +33,17 @@ ORDER = ".input_order"
 TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 # For `device_map`: the model without values.
 META = {"": "meta"}
+# Names in safetensors of formats that other files hold.
+_FORMATS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # What safetensors calls the formats whose numbers are the weights themselves, and those of an order.
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _WHOLE = ("I64", "I32")
@@ -121,18 +131,18 @@ def indexed_files(index: Path) -> list[str]:
     return sorted(set(read_json(index, TensorIndex)["weight_map"].values()))
 
 
-def tensor_places(files: Iterable[Path]) -> dict[str, tuple[Path, TensorEntry]]:
-    """The file of each tensor in safetensors files, and what it is there.
+def tensor_places(files: Iterable[Path]) -> dict[str, tuple[Path, str]]:
+    """The file of each tensor in safetensors files, and its format there.
 
     Raises:
         DataError: a file is none, or two hold the same tensor.
     """
-    places: dict[str, tuple[Path, TensorEntry]] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in files:
-        for name, entry in read_header(file)[0].items():
+        for name, found in tensor_formats(file).items():
             if name in places:
                 raise DataError(f"{file} and {places[name][0].name} both hold {printable(name)}")
-            places[name] = (file, entry)
+            places[name] = (file, found)
     return places
 
 
@@ -318,13 +328,13 @@ def _differences(report: dict[str, Any]) -> Differences:
 def _formats(folder: Path) -> dict[str, str]:
     files = weight_files(folder)
     if files[0].suffix == ".safetensors":
-        return {name: entry["dtype"] for name, (_, entry) in tensor_places(files).items()}
+        return {name: found for name, (_, found) in tensor_places(files).items()}
     formats: dict[str, str] = {}
     for file in files:
         with transformers_reads(folder):
             # Nothing but tensors is unpickled, and of these no values.
             tensors = torch.load(file, map_location="meta", weights_only=True)
-            formats |= {name: TYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
+            formats |= {name: _FORMATS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
     return formats
 
 

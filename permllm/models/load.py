@@ -30,7 +30,6 @@ from permllm.data.hub import hub_snapshot
 from permllm.errors import ConfigError, DataError
 from permllm.models.checkpoint import (
     WEIGHTS,
-    all_finite,
     check_checkpoint,
     check_runs,
     check_values,
@@ -38,6 +37,7 @@ from permllm.models.checkpoint import (
     parameter_names,
     read_config,
     read_weights,
+    tensor_places,
     transformers_reads,
     untied,
     vocabulary_of,
@@ -45,8 +45,8 @@ from permllm.models.checkpoint import (
 )
 from permllm.models.families import check_known, decoder_layers, family_of, family_of_config
 from permllm.models.from_package_index import wheel_model, wheel_model_folder
-from permllm.models.mapped_file import MappedFile
-from permllm.models.offload import OnDisk, OnHost, Placement, place, placement_of
+from permllm.models.offload import Offloaded, OnDisk, Placement, place, placement_of
+from permllm.runs.tensors import load_tensor
 from permllm.runtime.devices import resolve_device
 
 # Of a repository on the hub: the configuration, the tokenizer and the indices of weights.
@@ -105,10 +105,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
         nn.Module.to(model, device=device)
     elif placement == "host":
-        place(model, OnHost(model, device))
+        place(model, Offloaded(model, device))
         _outside_to(model, device)
     elif placement == "sharded" and folder is None:  # of a folder it is read in parts
-        place(model, _sharded(model, device, dtype, lambda _, parameter: parameter.data))
+        place(model, _sharded(model, device, lambda _, parameter: parameter.data))
         _outside_to(model, device)
     _check_vocabulary(_called(config), model, tokenizer)
     with placement_of(model).whole():
@@ -247,34 +247,30 @@ def _mapped(
         raise ConfigError(f"model.placement={placement} reads safetensors files, and {folder} has {files[0].name}: take host")
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    outside = f"{family_of(model).layers}."
-    holds = {name: file for file in map(MappedFile, files) for name in file.names}
-    wanted = parameter_names(model)
-    missing = next((name for name in wanted if name not in holds), None)
+    places = tensor_places(files)
+
+    def read(name: str) -> Tensor:
+        return load_tensor(places[name][0], name)
+
+    own, outside = model.state_dict(), f"{family_of(model).layers}."
+    wanted, buffers = parameter_names(model), dict(model.named_buffers())
+    missing = next((name for name in wanted if name not in places), None)
     if missing is not None:
         raise ConfigError(f"model.placement={placement}: the files of {folder} have {missing} under another name: take host")
-    if other := untied(model, holds, lambda name: holds[name].tensor(name)):
+    if other := untied(model, places, read):
         name, source = other
         raise ConfigError(f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host")
-    buffers = dict(model.named_buffers())
     for name in wanted:
-        if name in buffers:  # some are no weights, such as an order
-            set_module_tensor_to_device(model, name, device, holds[name].tensor(name).clone(), buffers[name].dtype)
-        elif not name.startswith(outside):
-            set_module_tensor_to_device(model, name, device, holds[name].tensor(name).clone(), dtype)
-            holds[name].let_go([name])
+        if name in buffers or not name.startswith(outside):  # some buffers are no weights, such as an order
+            set_module_tensor_to_device(model, name, device, read(name).clone(), own[name].dtype)
     model.tie_weights()
     _outside_to(model, device)
     model.generation_config = generation_of(model, folder)
     check_values(folder, model)
     if placement == "sharded":
-
-        def mapped_part(name: str, _: nn.Parameter) -> Tensor:
-            return holds[name].tensor(name)
-
-        place(model, _sharded(model, device, dtype, mapped_part))
+        place(model, _sharded(model, device, lambda name, _: read(name)))
         return model
-    on_disk = OnDisk(model, device, dtype, holds)
+    on_disk = OnDisk(model, device, {name: file for name, (file, _) in places.items()})
     place(model, on_disk)
     for index, layer in enumerate(decoder_layers(model)):
         with on_disk.layer(index):
@@ -282,17 +278,10 @@ def _mapped(
     return model
 
 
-def _sharded(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
-) -> Placement:
-    """The layers of a model in parts. Raises DataError where this process's have values that are not finite."""
+def _sharded(model: PreTrainedModel, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]) -> Placement:
     from permllm.models.sharded import Sharded  # seconds, for a single process in vain
 
-    sharded = Sharded(model, device, dtype, stored)
-    for name, part in sharded.parts():
-        if part.is_floating_point() and part.numel() and not all_finite(part):
-            raise DataError(f"{name} holds values that are not finite")
-    return sharded
+    return Sharded(model, device, whole)
 
 
 def _outside_to(model: nn.Module, device: torch.device) -> None:

@@ -81,14 +81,6 @@ class ExportSummary(TypedDict):
     sha256: dict[FileName, str]
 
 
-class TensorEntry(TypedDict):
-    """An entry in the header of a safetensors file."""
-
-    dtype: str
-    shape: list[Whole]
-    data_offsets: Annotated[list[Whole], Field(min_length=2, max_length=2)]
-
-
 class TensorIndex(TypedDict):
     """`model.safetensors.index.json`: the file of each tensor, which lies in the same folder."""
 

@@ -1,8 +1,8 @@
-"""The weights of the decoder layers in equal parts on the devices of several processes (`model.placement=sharded`)."""
+"""The weights of the decoder layers in equal parts on the devices of several ranks (`model.placement=sharded`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
-from permllm.models.offload import Slot, Untouched
+from permllm.errors import DataError
+from permllm.models.checkpoint import all_finite
+from permllm.models.offload import Offloaded, Read
 
 
-class Sharded(Untouched):
+class Sharded(Offloaded):
     """Each rank holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
 
     The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the storage of a layer that a graph
@@ -23,44 +25,36 @@ class Sharded(Untouched):
     All ranks construct it, ask for layers at the same points, and replace the same weights.
 
     Args:
-        model, device, dtype, stored: as in `Streamed`; of what is stored each rank reads its part.
+        model, device: as in `Offloaded`.
+        whole: returns a parameter of a layer, from its name in the model and what the model has; each rank keeps its part.
+
+    Raises:
+        DataError: this rank's part has values that are not finite.
     """
 
     sharded = True
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype, stored: Callable[[str, nn.Parameter], Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]) -> None:
         assert dist.group.WORLD is not None
-        mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-
-        def part(name: str, parameter: nn.Parameter) -> Tensor:
-            return _part(stored(name, parameter), mesh, device, dtype)
-
-        super().__init__(model, device, dtype, part)
+        self._mesh, self._whole = DeviceMesh.from_group(dist.group.WORLD, device.type), whole
+        super().__init__(model, device)
         self._stream = None  # nothing is on its way that another rank does not send
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """What this rank holds of each parameter of the layers, by its name in the model; some may be empty."""
-        for index, slots in enumerate(self.slots):
-            paths = {module: path for path, module in self._layers[index].named_modules()}
-            for slot in slots:
-                assert isinstance(slot.stored, DTensor)
-                yield f"{self._prefix}.{index}.{paths[slot.module]}.{slot.name}", slot.stored.to_local()
+    @override
+    def source(self, name: str, parameter: nn.Parameter) -> Read:
+        part = _part(self._whole(name, parameter), self._mesh, self.device, parameter.dtype)
+        local = part.to_local()
+        if local.is_floating_point() and local.numel() and not all_finite(local):
+            raise DataError(f"{name} holds values that are not finite")
+        return part.full_tensor
 
     @override
-    def brought(self, stored: Tensor) -> Tensor:
-        return stored.full_tensor() if isinstance(stored, DTensor) else stored
-
-    @override
-    def hold(self, slot: Slot, weight: Tensor) -> None:
-        assert isinstance(slot.stored, DTensor)
-        slot.stored, slot.changes = _part(weight.detach(), slot.stored.device_mesh, self.device, self.dtype), []
+    def keep(self, value: Tensor) -> Read:
+        return _part(value, self._mesh, self.device, value.dtype).full_tensor
 
 
 def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
-    """Rows of a parameter that this rank holds; a vector is whole in each."""
-    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    """Return the rows of a parameter that this rank holds; a vector is whole in each."""
     if tensor.dim() < 2:
         return DTensor.from_local(tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False)
     rows = tensor.chunk(mesh.size())

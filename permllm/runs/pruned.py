@@ -12,7 +12,7 @@ from torch import Tensor
 from permllm.errors import DataError
 from permllm.runs.directory import check_sha256
 from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS
-from permllm.runs.tensors import load_masks, load_orders, load_tensor, tensor_names
+from permllm.runs.tensors import load_masks, load_orders, load_tensor, tensor_formats
 
 
 class Pruned:
@@ -44,7 +44,7 @@ class Pruned:
             if not metrics["sparsity"]["weights_kept"]:
                 raise DataError(f"{directory} has no weights: it was run with save_weights=false and cannot be rebuilt")
             files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
-            self.weight_files = {name: file for file in files for name in tensor_names(file)}
+            self.weight_files = {name: file for file in files for name in tensor_formats(file)}
 
     def mask(self, path: str) -> Tensor:
         """Return the mask of a linear, bool `(C_out, C_in)` in original channel order."""

@@ -19,8 +19,8 @@ from permllm.runs.files import replaced
 from permllm.runs.masks import PackedMasks, is_permutation
 
 _SHAPES = "shapes"
-# What `safe_open` and `load_file` raise of a file that is damaged, missing or something else.
-_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError)
+# What `safe_open` and `load_file` raise of a file that is damaged, missing, larger than the memory or something else.
+_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -71,11 +71,11 @@ def load_metadata(path: Path) -> dict[str, str]:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Return the names of the tensors of a safetensors file; errors as `load_tensors`."""
+def tensor_formats(path: Path) -> dict[str, str]:
+    """Return the format of each tensor of a safetensors file, such as `F32`; errors as `load_tensors`."""
     try:
-        with safe_open(path, framework="pt") as opened:
-            return list(opened.keys())
+        with safe_open(path, framework="numpy") as opened:  # which reserves no memory for the whole file
+            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
 

@@ -133,7 +133,7 @@ class Objective:
 
     def _recompute(self, hidden: Tensor) -> bool:
         """Tell whether backward computes each layer anew instead of keeping what it needs; decided at the first step."""
-        if self._placement.copies:  # else what backward needs would hold the weights of all layers
+        if self._placement.streams:  # else what backward needs would hold the weights of all layers
             return True
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing

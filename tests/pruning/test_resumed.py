@@ -109,17 +109,9 @@ def on_disk(tmp_path: Path) -> Callable[[], torch.nn.Module]:
     return lambda: load_model(settings(folder, "disk"), 0).model
 
 
-@pytest.mark.parametrize(
-    ("method", "reason"),
-    [
-        ("sparsegpt", "has changed, or is gone"),
-        ("obs", "has changed, or is gone"),
-        ("dense", "cannot be read"),
-        ("sequential", "cannot be read"),
-    ],
-)
+@pytest.mark.parametrize("method", ["dense", "sequential", "sparsegpt", "obs"])
 def test_what_was_found_for_a_model_that_is_read_from_disk_is_read_from_there(
-    method: str, reason: str, tmp_path: Path, on_disk: Callable[[], torch.nn.Module]
+    method: str, tmp_path: Path, on_disk: Callable[[], torch.nn.Module]
 ) -> None:
     whole = attempt(None, method, Orders())
     with pytest.raises(Stopped):
@@ -128,5 +120,5 @@ def test_what_was_found_for_a_model_that_is_read_from_disk_is_read_from_there(
     check_equal((model, result), whole)
     for index in (1, 3):  # of the attempt before, and of this one
         (tmp_path / PRUNED_LAYERS / f"{index:05d}.safetensors").unlink()
-        with pytest.raises(DataError, match=rf"{index:05d}\.safetensors {reason}"), placement_of(model).layer(index):
+        with pytest.raises(DataError, match=rf"{index:05d}\.safetensors"), placement_of(model).layer(index):
             pass
