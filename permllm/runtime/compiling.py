@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import torch.fx.experimental._config
 
 from permllm.errors import first_line
 
@@ -41,10 +43,19 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
 
 
 def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
-    """Return `function`, compiled for tensors of any size; as it is, with one warning, where that fails."""
-    # Without duck shapes: equal sizes in the first call need not be equal in the next one, which would compile once more.
-    options = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-    attempt = attempted(options(torch.compile(function, dynamic=True)), otherwise)
+    """Return `function`, compiled at its first call for tensors of any size; as it is, with one warning, where that fails."""
+
+    @cache
+    def made() -> Callable[..., T]:
+        # Without duck shapes: equal sizes in the first call need not be equal in the next one, which would compile once more.
+        options = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        found: Callable[..., T] = options(torch.compile(function, dynamic=True))
+        return found
+
+    def fast(*arguments: Any) -> T:
+        return made()(*arguments)
+
+    attempt = attempted(fast, otherwise)
 
     def run(*arguments: Any) -> T:
         found = attempt(*arguments)
