@@ -1,4 +1,4 @@
-"""What a model makes of the last hidden states: its logits, by whatever its own forward does to them.
+"""Logits of the last hidden states, by the model's own forward.
 
 Most heads are a product with a matrix. Some add a bias, scale the logits or cap them (Phi, Cohere, Granite, Gemma 2), each
 family in its own `forward` by a setting of its own name. So the forward is asked: a head that gives the product is plain.
@@ -24,7 +24,7 @@ _VOCABULARY, _LOGITS = 160_000, 1 << 26
 
 
 def tokens_at_a_time(vocabulary: int, tokens: int) -> int:
-    """How many of `tokens` tokens have their logits at a time: all, unless the vocabulary is large."""
+    """Return how many of `tokens` tokens have their logits at a time: all, unless the vocabulary is large."""
     return tokens if vocabulary <= _VOCABULARY else min(tokens, max(1, _LOGITS // vocabulary))
 
 
@@ -61,7 +61,7 @@ class Head:
         return self._rounded
 
     def reads(self, output: Tensor) -> Tensor:
-        """What the head reads, given the output `(..., hidden)` of the last decoder layer: the norm, for the most part."""
+        """Return what the head reads, from the output `(..., hidden)` of the last decoder layer: the norm, for most."""
         return after_layers(self._model, output)
 
     def logits(self, states: Tensor) -> Tensor:

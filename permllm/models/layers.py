@@ -27,7 +27,7 @@ _SHARE_OF_FREE = 1 / 8
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the decoder layers of a model receive for one batch of tokens.
+    """Inputs of the decoder layers of a model for one batch of tokens.
 
     Attributes:
         hidden: `(batch, tokens, hidden)`, the input of the first layer, in the model's dtype.

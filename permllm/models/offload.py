@@ -86,7 +86,7 @@ class Placement:
         linear.weight.data.copy_(weight)
 
     def lies_in(self, file: Path, names: Mapping[nn.Linear, str]) -> None:
-        """Have weights that were replaced read from a file, if weights are read from files.
+        """Read weights that were replaced from a file, if weights are read from files.
 
         Args:
             file: safetensors, with the very values. It stays as it is while the model is used.
@@ -103,7 +103,7 @@ class Placement:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Have the model's own forward find each layer's weights."""
+        """Enter each layer when the model's own forward calls it."""
         yield
 
 
@@ -128,7 +128,7 @@ class Stored:
     changes: list[Change] = field(default_factory=list)
 
     def put(self, value: Tensor) -> None:
-        """Have the module compute with a value."""
+        """Make the module compute with a value."""
         # A new parameter: a graph keeps the one that it was made with.
         self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
 

@@ -1,1 +1,1 @@
-"""What learns by descent through the model: its linears under masks, and what all of it shares."""
+"""Gradient training of orders, masks and weights through masked linears."""

@@ -1,4 +1,4 @@
-"""How the positions of an order split into blocks."""
+"""Blocks of the positions of an order."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        """Whether the latest one is old."""
+        """Tell whether the latest one is old."""
         return time.perf_counter() > self._next
 
     def save(self, state: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether there is a factor for each weight instead of vectors."""
+        """Tell whether there is a factor for each weight instead of vectors."""
         return self.row is None and len(self.column) > 1
 
     def of(self, values: Tensor) -> Tensor:

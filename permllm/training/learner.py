@@ -34,7 +34,7 @@ class Window:
 
 
 class Moment(NamedTuple):
-    """Where learning stands.
+    """Progress of a training.
 
     Attributes:
         step: from 0.
@@ -50,28 +50,28 @@ class Moment(NamedTuple):
 
 
 class Learner(ABC):
-    """What learns in a window, such as the orders or the masks, and sets the masked linears accordingly."""
+    """Base of the parameters that learn in a window, which set the masked linears of each step."""
 
     @property
     def gathers(self) -> bool:
-        """Its masked linears keep inputs in an order of their own for backward."""
+        """Tell whether its masked linears keep inputs in an order of their own for backward."""
         return False
 
     def masked_weights(self) -> int:
-        """Numbers of masked weights that wait for backward."""
+        """Return how many numbers of masked weights wait for backward."""
         return 0
 
     @abstractmethod
     def parameters(self) -> list[dict[str, Any]]:
-        """Its groups of parameters, for the optimizer."""
+        """Return its groups of parameters, for the optimizer."""
 
     @abstractmethod
     def keep(self) -> None:
-        """What was learned so far is the best."""
+        """Keep what was learned so far as the best."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return its state for a checkpoint."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
@@ -85,26 +85,26 @@ class Learner(ABC):
         """
 
     def set_layer(self, index: int, moment: Moment | None) -> None:  # noqa: B027
-        """Before a decoder layer runs; None asks for no gradients."""
+        """Prepare a decoder layer before it runs; None for the moment asks for no gradients."""
 
     def collect(self) -> None:  # noqa: B027
-        """After backward: have the gradients where `parameters` are."""
+        """Put the gradients where `parameters` are, after backward."""
 
     def flips(self) -> Tensor | None:
-        """How much of what it decides has changed at the last `begin`, a scalar on the device; None where nobody counts."""
+        """Return how many decisions the last `begin` has changed, a scalar on the device; None: not counted."""
         return None
 
     def step_values(self, moment: Moment, flips: float | None) -> dict[str, float]:
-        """What to tell of a step."""
+        """Return the figures of a step."""
         return {}
 
     def begin_epoch(self) -> None:  # noqa: B027
-        """An epoch begins."""
+        """Prepare an epoch."""
 
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
-        """What to tell of an epoch, at its end."""
+        """Return the figures of an epoch, at its end."""
         return {}
 
     def write_best(self, directory: Path) -> str:
-        """Write the best into a directory, because learning has failed; how to use it, for a person, or nothing."""
+        """Write the best into a directory, because learning has failed; return how a person uses it, or nothing."""
         return ""

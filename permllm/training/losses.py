@@ -1,4 +1,4 @@
-"""How far the sparse output is from the dense one: the losses that LCP can minimise."""
+"""Losses: distances between the sparse and the dense output."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class _HeadDivergence(torch.autograd.Function):
 
 
 def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
-    """Of a head that is a product with its weight `(vocabulary, hidden)`, in its format: the gradient has a closed form."""
+    """Return the function for a head that is a product with its weight `(vocabulary, hidden)`."""
     dtype = weight.dtype
 
     def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +120,7 @@ def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
 
 
 def _own_chunk(head: Head) -> _Chunk:
-    """Of a head that is more than a product: through the model's own forward and back at once."""
+    """Return the function for a head that is more than a product, through the model's own forward and back."""
 
     def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         log_p = _wide(head.logits(dense)).log_softmax(-1)

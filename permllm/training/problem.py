@@ -1,4 +1,4 @@
-"""What orders, masks and weights are learned from."""
+"""Model, samples and targets of learning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency
 
 @dataclass
 class LearningProblem:
-    """What is learned from.
+    """Model, samples and targets of learning.
 
     Attributes:
         model: of a known family: dense, and unchanged afterwards, where orders and masks learn.
@@ -52,19 +52,19 @@ class LearningProblem:
     on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None
 
     def pattern_of(self, group: ChannelGroup) -> NMPattern:
-        """N:M of a channel group."""
+        """Return the N:M of a channel group."""
         return group.pattern or self.pattern
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     def factors_of(self, path: str) -> SaliencyFactors:
-        """Saliency factors of a linear, on the device."""
+        """Return the saliency factors of a linear, on the device."""
         return self.factors[path].to(self.device)
 
     def saliency_of(self, path: str) -> Tensor:
-        """Saliency of a linear, `(C_out, C_in)` on the device."""
+        """Return the saliency of a linear, `(C_out, C_in)` on the device."""
         with placement_of(self.model).layer_of(path):
             return saliency(linear_at(self.model, path).weight, self.factors_of(path))

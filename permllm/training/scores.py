@@ -1,4 +1,4 @@
-"""What a mask is chosen by: a score for each weight, of which each group of M keeps the N largest.
+"""Scores of the weights: each group of M keeps the N largest.
 
 The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would gain if the weight came
 in, or loses while it stays. It is linear in the mask, as `straight_through=swap` is for orders. What a group keeps follows

@@ -15,7 +15,7 @@ from permllm.training.windows import MaskOf, WindowStream
 
 
 class Course:
-    """What methods that learn have in common, whatever they learn.
+    """Windows of a method that learns, one after the other, from its checkpoint on.
 
     Args:
         settings: of the descent.
@@ -37,7 +37,7 @@ class Course:
         problem.on_resume(list(self._history))
 
     def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
-        """What is still to be gone through.
+        """Yield the windows that are still to be trained.
 
         Args:
             learns: whether anything does, from a decoder layer to another, which is not among them.
@@ -49,7 +49,7 @@ class Course:
                 yield Window(number, first, stop, stream.inputs(first, mask_of), stream.target(stop))
 
     def train(self, window: Window, learner: Learner) -> None:
-        """Have something learn in a window.
+        """Train a learner in a window.
 
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
