@@ -80,7 +80,8 @@ class Problem:
     pattern, device = NMPattern(2, 4), torch.device("cuda")
 
     def __init__(self) -> None:
-        self.shared = shared_orders(channel_groups(tiny_model("llama")), "free")
+        self.model = tiny_model("llama")
+        self.shared = shared_orders(channel_groups(self.model), "free")
         paths = [(path, group) for order in self.shared for group in order.groups for path in group.members]
         self.scores = {path: random_saliency(8, group.channels, seed) for seed, (path, group) in enumerate(paths)}
         self.saliency_of = self.scores.__getitem__
