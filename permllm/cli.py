@@ -259,7 +259,7 @@ class Session:
 
         from permllm.config import read_config
         from permllm.job import run
-        from permllm.pruning.composition import check_names
+        from permllm.pruning.methods import check_names
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
         from permllm.runtime import parallel

@@ -11,13 +11,7 @@ from permllm.models.families import decoder_layers
 from permllm.pruning.admm import ADMM
 from permllm.pruning.kept_weights import KeptWeights, WeightLearner
 from permllm.pruning.obs import OBS
-from permllm.pruning.reconstruction import (
-    LearnedReconstruction,
-    NoReconstruction,
-    PrunedLinear,
-    PrunedNetwork,
-    Reconstruction,
-)
+from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
@@ -28,12 +22,13 @@ from permllm.training.settings import DescentSettings, LearningSettings, Loss
 
 
 @dataclass(kw_only=True, config=SETTINGS)
-class Distill(DescentSettings, LearnedReconstruction):
+class Distill(DescentSettings, Reconstruction):
     """Adam on all kept weights towards the dense model's next-token distributions, by the loop that everything learns in.
 
     Holds the weights and `KeptWeights` with its moments.
     """
 
+    learned = True
     learning_rate: Positive = 1e-4
     epochs: Count = 2
     skip: Whole = 0
@@ -42,7 +37,7 @@ class Distill(DescentSettings, LearnedReconstruction):
 
     @property
     def statistics(self) -> Statistics:  # type: ignore[override]
-        """Those of what the weights start from."""
+        """Return the statistics of the reconstruction that the weights start from."""
         return self._before.statistics
 
     @property
@@ -50,7 +45,7 @@ class Distill(DescentSettings, LearnedReconstruction):
         return {"masked": NoReconstruction, "obs": OBS, "admm": ADMM}[self.start]()
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
-        """The weight that learning starts from."""
+        """Return the weight that learning starts from."""
         return self._before.linear(pruned)
 
     def network(self, pruned: PrunedNetwork) -> None:

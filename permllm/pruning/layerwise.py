@@ -17,8 +17,8 @@ from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.permutation.base import checked_order
 from permllm.pruning.methods import Job
-from permllm.pruning.ordering import watch_weights, windows_for
-from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork, trains_network
+from permllm.pruning.ordering import learning_problem, windows_for
+from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
 from permllm.runs.masks import violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file
 from permllm.runs.pruned_layers import PrunedLayer, load_layer, mask_name, save_layer, weight_name
@@ -29,7 +29,6 @@ from permllm.sparsity.calibrate import by_layer, collecting, member_factors
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.sparsity.statistics import InputStatistics
-from permllm.training.problem import LearningProblem
 
 
 @dataclass
@@ -86,39 +85,21 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     for index, members in by_layer(model, job.groups, "prune"):
         layers.prune(index, members)
     result = layers.result
-    if trains_network(reconstruction):
+    if reconstruction.learned:
         if target is None:
             chosen, target = slice(0, samples), layers.dense.states()
         del layers  # with states of all samples, which are not needed any more
-        problem = LearningProblem(
-            model,
-            job.groups,
-            windows[chosen],
-            dict(found.factors or {}),
-            target,
-            config.pattern,
-            seed=config.seed,
-            calibration_batch_size=config.calibration.batch_size,
-            calibration=windows[:samples],
-            directory=job.record.directory,
-        )
-        watch_weights(job)(problem)
+        problem = learning_problem(job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target)
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.products, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
-    result.violations = _violations(job, result.orders)
-    return result
-
-
-def _violations(job: Job, orders: dict[str, Tensor]) -> int:
-    """Count the groups of M, in permuted order, with more than N nonzeros."""
-    model, found = job.loaded.model, 0
     for group in job.groups:
         with placement_of(model).layer(group.layer):
             for path in group.members:
                 weight = linear_at(model, path).weight
-                found += violations(weight, orders[group.name].to(weight.device), group.pattern or job.config.pattern)
-    return found
+                order = result.orders[group.name].to(weight.device)
+                result.violations += violations(weight, order, group.pattern or config.pattern)
+    return result
 
 
 class _Layers:

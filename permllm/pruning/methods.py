@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from hydra.core.hydra_config import HydraConfig
 from transformers import PreTrainedModel
 
 from permllm.config import RunConfig, check_divides
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
-from permllm.models.offload import placement_of
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.base import Permutation
+from permllm.pruning.composition import options_of
 from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
@@ -25,8 +25,8 @@ from permllm.runtime import parallel
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.method import Method, instantiate
 
-# Base class of each group's methods.
-_BASES = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
+# Base class of the methods of each group.
+METHODS = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,18 @@ class Methods:
 
     @property
     def change_weights(self) -> bool:
-        """Whether the kept weights become others than the dense model's."""
+        """Tell whether the kept weights become others than the dense model's."""
         return self.pruner.updates_weights or self.reconstruction.changes_weights
 
     @property
     def learned(self) -> dict[str, Any]:
-        """What trains, by its group, in the order in which it does."""
+        """Return the permutation and the mask, those that train, by group in the order in which they do."""
         return {group: method for group in ("permutation", "mask") if (method := getattr(self, group)).learned}
+
+    @property
+    def needs_device(self) -> str | None:
+        """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
+        return next((reason for method in self.all if (reason := method.needs_device())), None)
 
 
 @dataclass
@@ -85,18 +90,13 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.loaded.model.device
 
     @property
     def permutation_key(self) -> str:
-        """The setting that named the permutation."""
+        """Return the setting that named the permutation."""
         return f"permutation={self.config.permutation.get('name')}"
-
-    def weight(self, path: str) -> Tensor:
-        """The present weight of a linear, on the host."""
-        with placement_of(self.loaded.model).layer_of(path):
-            return linear_at(self.loaded.model, path).weight.data.cpu()
 
 
 def methods_of(config: RunConfig) -> Methods:
@@ -106,16 +106,15 @@ def methods_of(config: RunConfig) -> Methods:
         ConfigError: one cannot be made, or a rule between its settings and those of the run is broken.
     """
     made = {}
-    for group, base in _BASES.items():
+    for group, base in METHODS.items():
         settings = getattr(config, group)
         made[group] = instantiate(group, settings)
         if not isinstance(made[group], base):
             raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {base.__module__}.{base.__name__}")
         made[group].validate(config)
     methods = Methods(**made)
-    reason = needs_device(config, methods)
-    if reason and config.model.placement not in ("auto", "device"):
-        raise ConfigError(f"{reason}, which needs model.placement=device")
+    if methods.needs_device and config.model.placement not in ("auto", "device"):
+        raise ConfigError(f"{methods.needs_device}, which needs model.placement=device")
     if config.model.placement == "sharded" and parallel.world_size() == 1 and not config.plan:
         raise ConfigError(
             "model.placement=sharded needs several processes: torchrun --nproc-per-node 2 run.py model.placement=sharded"
@@ -123,9 +122,15 @@ def methods_of(config: RunConfig) -> Methods:
     return methods
 
 
-def needs_device(config: RunConfig, methods: Methods) -> str | None:
-    """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
-    return next((reason for method in methods.all if (reason := method.needs_device())), None)
+def check_names(config: RunConfig) -> None:
+    """Raise ConfigError where a method's option has the `name` of another option of its group, which names its runs."""
+    if not HydraConfig.initialized():  # nothing was chosen by its file's name
+        return
+    chosen, options = HydraConfig.get().runtime.choices, options_of()
+    for group in METHODS:
+        option, name = chosen.get(group), getattr(config, group).get("name")
+        if name != option and name in options[group][1]:
+            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option and would name its runs")
 
 
 def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:

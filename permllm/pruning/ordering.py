@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from permllm.config import RunConfig, windows_learned_from
+from permllm.config import windows_learned_from
 from permllm.errors import ConfigError
-from permllm.models.families import ChannelGroup, decoder_layers
-from permllm.models.load import LoadedModel
+from permllm.models.families import decoder_layers
 from permllm.permutation.base import checked_order
 from permllm.pruning.kept_weights import WEIGHTS_LEARNED
 from permllm.pruning.methods import Job
-from permllm.runs.directory import Record
-from permllm.runs.loggers import RunLogger
 from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner
+from permllm.sparsity.calibrate import DenseCalibration, NormOver
 from permllm.sparsity.calibration_cache import shared_calibration, shared_target
+from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
-# In a line of the history where masks learn.
-_MASKS = "mask_flips"
+# Groups in the order in which their methods learn, each with a key of the lines of the history that are no earlier group's.
+_LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": WEIGHTS_LEARNED}
 
 
-def calibrate(
-    config: RunConfig, loaded: LoadedModel, tokens: Tensor, pruner: Pruner, products: torch.dtype
-) -> DenseCalibration:
-    """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result."""
-    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
-    batch_size = config.calibration.batch_size
-    return shared_calibration(loaded, tokens, pruner, config.pruner, batch_size, products, norm_over)
+def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
+    """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result.
 
-
-def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:
-    """Return the target of the calibration samples, and of the further samples that learning asks for.
+    The targets are those of the calibration samples, and of the further samples that orders and masks learn from.
 
     Args:
         job: of the dense model.
         drawn: int64 `(samples, length)`, those of the calibration first.
-        target: of the former, `(calibration samples, length, hidden)`.
     """
-    asked = (windows_for(method, job.config.calibration.samples).stop for method in job.methods.learned.values())
-    further = slice(len(target), max(asked, default=0))
-    if further.stop <= further.start:
-        return target
-    whole = target.new_empty(len(drawn), *target.shape[1:])  # only samples that are asked for are filled
-    whole[: len(target)] = target
-    whole[further] = shared_target(job.loaded, drawn[further], job.config.calibration.batch_size, job.products)
-    return whole
+    config, calibration = job.config, job.config.calibration
+    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
+    dense = shared_calibration(
+        job.loaded,
+        drawn[: calibration.samples],
+        job.methods.pruner,
+        config.pruner,
+        calibration.batch_size,
+        job.products,
+        norm_over,
+    )
+    stops = [windows_for(method, calibration.samples).stop for method in job.methods.learned.values()]
+    further = slice(calibration.samples, max(stops, default=0))
+    if further.stop > further.start:
+        target = dense.target
+        dense.target = target.new_empty(len(drawn), *target.shape[1:])  # only samples that are asked for are filled
+        dense.target[: len(target)] = target
+        dense.target[further] = shared_target(job.loaded, drawn[further], calibration.batch_size, job.products)
+    return dense
 
 
 def windows_for(method: object, calibration: int) -> slice:
@@ -63,38 +62,44 @@ def windows_for(method: object, calibration: int) -> slice:
 
 
 def learning_problem(
-    config: RunConfig,
-    loaded: LoadedModel,
-    groups: list[ChannelGroup],
-    drawn: Tensor,
-    dense: DenseCalibration,
-    directory: Path | None = None,
-    chosen: slice | None = None,
+    job: Job, group: str, tokens: Tensor, calibration: Tensor, factors: Mapping[str, SaliencyFactors], target: Tensor
 ) -> LearningProblem:
-    """Return the problem of a method that learns from the whole model; its checkpoint goes into the directory.
+    """Return the problem of a method that learns from the whole model, whose steps and epochs record and logger are told.
 
     Args:
-        config: of the job.
-        loaded: the dense model.
-        groups: that are pruned.
-        drawn: int64 `(samples, length)`, those of the calibration first.
-        dense: what the dense model tells, of those that are learned from too.
-        directory: None keeps no checkpoint.
-        chosen: windows to learn from; None is those of the calibration.
+        job: of the method.
+        group: of the method: `permutation`, `mask` or `reconstruction`.
+        tokens: int64 `(samples, length)`, to learn from.
+        calibration: int64 `(samples, length)`, those that the factors are of.
+        factors: saliency factors of the linears.
+        target: dense output of the last layer for the tokens, `(samples, length, hidden)`.
     """
-    chosen = chosen or slice(0, config.calibration.samples)
-    return LearningProblem(
-        model=loaded.model,
-        groups=groups,
-        tokens=drawn[chosen],
-        factors=dense.factors,
-        target=dense.target[chosen],
+    config = job.config
+    problem = LearningProblem(
+        model=job.loaded.model,
+        groups=job.groups,
+        tokens=tokens,
+        factors=dict(factors),
+        target=target,
         pattern=config.pattern,
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
-        calibration=drawn[: config.calibration.samples],
-        directory=directory,
+        calibration=calibration,
+        directory=job.record.directory,
     )
+    names = list(_LINES)
+    steps = sum(_steps_of(job, before) for before in names[: names.index(group)])
+    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
+    epochs = _Epochs(job, _LINES[group])
+    problem.on_epoch, problem.on_resume = epochs.add, epochs.resume
+    return problem
+
+
+def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) -> LearningProblem:
+    """Return the problem of a method that learns before the model is pruned."""
+    samples = job.config.calibration.samples
+    chosen = windows_for(getattr(job.methods, group), samples)
+    return learning_problem(job, group, drawn[chosen], drawn[:samples], dense.factors, dense.target[chosen])
 
 
 def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
@@ -105,25 +110,19 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
         drawn: int64 `(samples, length)`, those of the calibration first.
         dense: what the dense model tells.
     """
-    with job.record.stage("permute", job.device):
-        chosen = windows_for(job.methods.permutation, job.config.calibration.samples)
-        problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, job.record.directory, chosen)
-        _tell(job, problem)
-        with products_in(job.products, job.device):
-            return _all_orders(job, problem)
-
-
-def _all_orders(job: Job, problem: LearningProblem) -> dict[str, Tensor]:
-    permutation, key = job.methods.permutation, job.permutation_key
+    key = job.permutation_key
 
     def compute() -> dict[str, Tensor]:
-        found = permutation.orders(problem)
+        problem = _of_the_dense(job, "permutation", drawn, dense)
+        with products_in(job.products, job.device):
+            found = job.methods.permutation.orders(problem)
         if not isinstance(found, Mapping):
             kind = type(found).__name__
             raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}")
         return {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
 
-    return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
+    with job.record.stage("permute", job.device):
+        return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
 
 
 def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
@@ -135,59 +134,45 @@ def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mappin
         dense: what the dense model tells.
         orders: int64 `(C_in,)` by channel group.
     """
-    mask, record = job.methods.mask, job.record
-    if mask.local:
+    if job.methods.mask.local:
         return None
-    chosen = windows_for(mask, job.config.calibration.samples)
-    problem = learning_problem(job.config, job.loaded, job.groups, drawn, dense, record.directory, chosen)
 
     def compute() -> Mapping[str, Tensor]:
-        earlier = [line for line in record.history if _MASKS not in line]
-        _tell(job, problem, earlier, _steps_of(job, "permutation"))
+        problem = _of_the_dense(job, "mask", drawn, dense)
         with products_in(job.products, job.device):
-            masks: Mapping[str, Tensor] = mask.masks(problem, orders)
+            masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, orders)
         return masks
 
-    with record.stage("mask", job.device):
-        return record.kept(MASKS, compute, save_masks, load_masks)
+    with job.record.stage("mask", job.device):
+        return job.record.kept(MASKS, compute, save_masks, load_masks)
 
 
-def watch_weights(job: Job) -> Callable[[LearningProblem], None]:
-    """Return the function that reports the steps and epochs of weights that learn to record and logger."""
-
-    def watch(problem: LearningProblem) -> None:
-        earlier = [line for line in job.record.history if WEIGHTS_LEARNED not in line]
-        _tell(job, problem, earlier, _steps_of(job, "permutation") + _steps_of(job, "mask"))
-
-    return watch
-
-
-def _steps_of(job: Job, what: str) -> int:
-    """Return the number of steps in which the permutation, or the mask, learns."""
-    method = job.methods.learned.get(what)
+def _steps_of(job: Job, group: str) -> int:
+    """Return the number of steps in which the method of a group learns."""
+    method = getattr(job.methods, group)
     if not isinstance(method, LearningSettings):
         return 0
     count = method.samples or job.config.calibration.samples
     return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
 
 
-def _tell(job: Job, problem: LearningProblem, earlier: Sequence[dict[str, Any]] = (), steps: int = 0) -> None:
-    """Report steps and epochs of learning to record and logger, after those of the stages before."""
-    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
-    epochs = _Epochs(job.record, job.logger, earlier)
-    problem.on_epoch, problem.on_resume = epochs.add, epochs.resume
-
-
 class _Epochs:
-    """Epochs of learning, over all windows, as history and logger keep them, also where an interrupted run continues."""
+    """Epochs of a method's learning, as history and logger keep them, also where an interrupted run continues.
 
-    def __init__(self, record: Record, logger: RunLogger, earlier: Sequence[dict[str, Any]]) -> None:
-        self._record, self._logger, self._earlier = record, logger, list(earlier)
+    Args:
+        job: whose history has the epochs of methods that have learned before.
+        key: of the lines of this method.
+    """
+
+    def __init__(self, job: Job, key: str) -> None:
+        self._record, self._logger = job.record, job.logger
+        self._earlier = [line for line in job.record.history if key not in line]
 
     def resume(self, epochs: list[dict[str, Any]]) -> None:
-        lines, logged = [*self._earlier, *epochs], len(self._record.history)
-        self._record.write_history(lines)
-        for number, values in enumerate(lines[logged:], logged + 1):  # the process before ended between checkpoint and history
+        logged = len(self._record.history)
+        self._record.write_history([*self._earlier, *epochs])
+        # The process before may have ended between checkpoint and history.
+        for number, values in enumerate(self._record.history[logged:], logged + 1):
             self._logger.log_epoch(values, number)
 
     def add(self, values: dict[str, Any]) -> None:

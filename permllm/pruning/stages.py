@@ -1,4 +1,4 @@
-"""The stages that make a pruned model out of a dense one, whoever asks for them: calibrate, permute, learn masks, prune."""
+"""Stages that make a pruned model out of a dense one: calibrate, permute, learn masks, prune."""
 
 from __future__ import annotations
 
@@ -8,34 +8,32 @@ from typing import Any
 
 from torch import Tensor
 
-from permllm.models.families import channel_groups
+from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import differing_patterns
 from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.methods import Job
-from permllm.pruning.ordering import calibrate, found_masks, found_orders, target_of_all
+from permllm.pruning.ordering import calibrate, found_masks, found_orders
+from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS, layer_file
+from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
+from permllm.sparsity.calibrate import by_layer
 
 log = logging.getLogger(__name__)
 
 
-def prune_model(
-    job: Job, read_tokens: Callable[[], Tensor], keep: Callable[[PrunedModel], None] = lambda _: None
-) -> PrunedModel:
-    """Prune the job's model in place. Seconds and peaks of the stages go into its record, and figures of the result.
+def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
+    """Prune the job's model in place. Its record keeps the seconds of the stages, the figures and the files of the result.
 
     Args:
         job: what is pruned, by which methods.
         read_tokens: gives the calibration windows and `config.further` ones after them, int64 `(samples, seqlen)`; its time
             counts as calibration.
-        keep: writes what was found; its time counts as pruning.
     """
     config, record = job.config, job.record
-    dense = None
+    found = Found()
     with record.stage("calibrate", job.device):
         drawn = read_tokens()
-        if not job.methods.permutation.local or config.calibration.statistics == "dense":
-            dense = calibrate(config, job.loaded, drawn[: config.calibration.samples], job.methods.pruner, job.products)
-            dense.target = target_of_all(job, drawn, dense.target)
-    found = Found()
+        whole = not job.methods.permutation.local or config.calibration.statistics == "dense"
+        dense = calibrate(job, drawn) if whole else None
     if dense is not None:
         orders = found_orders(job, drawn, dense)
         factors = dense.factors if config.calibration.statistics == "dense" else None
@@ -45,12 +43,26 @@ def prune_model(
         pruned = prune(job, drawn, found)
         if pruned.violations:
             log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)
-        keep(pruned)
+        record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
+        record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
+        figures = _figures(job, pruned)
+        if figures["sparsity"]["weights_kept"]:
+            _keep_weights(job)
+        record.metrics |= figures
     return pruned
 
 
-def figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
-    """What `metrics.json` says of a model that was pruned, before it is evaluated."""
+def _keep_weights(job: Job) -> None:
+    """Write the changed weights of each layer."""
+    for index, groups in by_layer(job.loaded.model, job.groups, "keep"):
+        paths = [path for group in groups for path in group.members]
+        if paths:
+            weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
+            job.record.keep(layer_file(WEIGHTS, index), weights, save_tensors)
+
+
+def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
+    """Return the figures of a pruned model in `metrics.json`, before it is evaluated."""
     groups = channel_groups(job.loaded.model)
     patterns = differing_patterns(groups, job.groups)
     weights = kept = 0
