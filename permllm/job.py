@@ -102,7 +102,7 @@ def _unfinished(config: RunConfig, methods: Methods, record: RunDirectory, devic
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
     if not record.pruned:
-        record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
+        record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.needs(placement).peak}
     logger = NO_LOGGER
     with ExitStack() as held:
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from permllm.models.families import decoder_layers
 from permllm.pruning.admm import ADMM
-from permllm.pruning.kept_weights import KeptWeights, WeightLearner
 from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
 from permllm.training.checkpoint import read_checkpoint
-from permllm.training.learner import Window
+from permllm.training.learner import Learner, Moment, Window
 from permllm.training.loop import Training
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 
@@ -64,3 +67,103 @@ class Distill(DescentSettings, Reconstruction):
                 training.restore(state)
             del state  # which is as large as the weights
             training.run()
+
+
+class KeptWeights:
+    """The values under the masks, `(kept,)` for each linear, and their gradients, which arrive in backward.
+
+    Of float32 weights, half of them kept, these and Adam's two moments are 10 bytes a weight, with their places. The gradient
+    of one linear at a time is whole.
+
+    Args:
+        linears: whose weights are trained. Half-precision weights are trained as float32 copies, or small steps would be
+            rounded away.
+        masks: bool `(C_out, C_in)` for each of them.
+
+    Attributes:
+        weights: of the linears.
+        values: to be optimized; `write` puts them into the weights.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
+        self.weights: list[Tensor] = [linear.weight for linear in linears]
+        self._places = [_places(mask).to(weight.device) for mask, weight in zip(masks, self.weights, strict=True)]
+        self.values = [
+            value.to(torch.promote_types(value.dtype, torch.float32))
+            for value in (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
+        ]
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Inside, the values get the gradients of the weights, which have none of their own."""
+        handles = []
+        for number, weight in enumerate(self.weights):
+            weight.requires_grad_(True)
+            take = lambda arrived, number=number: self._take(number, arrived)  # noqa: E731
+            handles.append(weight.register_post_accumulate_grad_hook(take))
+        try:
+            yield
+        finally:
+            for weight, handle in zip(self.weights, handles, strict=True):
+                handle.remove()
+                weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Have the weights be the values."""
+        for number, (weight, value) in enumerate(zip(self.weights, self.values, strict=True)):
+            weight.put_(self._places[number].long(), value.to(weight.dtype))
+
+    def _take(self, number: int, weight: Tensor) -> None:
+        assert weight.grad is not None
+        value = self.values[number]
+        gradient = self._kept(number, weight.grad).to(value.dtype)
+        value.grad = gradient if value.grad is None else value.grad.add_(gradient)
+        weight.grad = None
+
+    def _kept(self, number: int, tensor: Tensor) -> Tensor:
+        """The entries of a tensor `(C_out, C_in)` that the mask keeps, `(kept,)`."""
+        return tensor.take(self._places[number].long())
+
+
+class WeightLearner(Learner):
+    """Kept weights as what learns in a window: the model's own linears hold them.
+
+    Args:
+        kept: the weights.
+        learning_rate: at the start.
+    """
+
+    def __init__(self, kept: KeptWeights, learning_rate: float) -> None:
+        self.kept = kept
+        self.learning_rate = learning_rate
+
+    @override
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": self.kept.values, "lr": self.learning_rate}]
+
+    @override
+    def begin(self, moment: Moment) -> None:
+        self.kept.write()
+
+    @override
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        return {"weights_learned": sum(value.numel() for value in self.kept.values)}
+
+    @override
+    def keep(self) -> None:
+        """Nothing: the last weights are the result."""
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"values": self.kept.values}
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        for value, found in zip(self.kept.values, state["values"], strict=True):
+            value.copy_(found)
+        self.kept.write()
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().flatten().to(torch.int32)

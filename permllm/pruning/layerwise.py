@@ -16,8 +16,7 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.permutation.base import checked_order
-from permllm.pruning.methods import Job
-from permllm.pruning.ordering import learning_problem, windows_for
+from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
 from permllm.runs.masks import violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file

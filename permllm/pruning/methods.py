@@ -1,15 +1,17 @@
-"""A job: the methods that its settings name, made and checked before anything is computed, and what its stages work on."""
+"""A job: the methods that its settings name, checked before anything is computed, and the problems that they learn from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from permllm.config import RunConfig, check_divides
+from permllm.config import RunConfig, check_divides, windows_learned_from
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
@@ -24,7 +26,12 @@ from permllm.runs.loggers import RunLogger
 from permllm.runtime import parallel
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.method import Method, instantiate
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningSettings
 
+# Groups in the order in which their methods learn, each with a key of the lines of the history that are no earlier group's.
+_LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": "weights_learned"}
 # Base class of the methods of each group.
 METHODS = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
 
@@ -147,3 +154,75 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     for method in methods.all:
         method.check_groups(config, groups, len(decoder_layers(model)))
     return groups
+
+
+def windows_for(method: object, calibration: int) -> slice:
+    """Return the windows of the text that a method learns from; the first `calibration` ones are those of the calibration."""
+    return windows_learned_from(getattr(method, "samples", None), getattr(method, "skip", None), calibration)
+
+
+def learning_problem(
+    job: Job, group: str, tokens: Tensor, calibration: Tensor, factors: Mapping[str, SaliencyFactors], target: Tensor
+) -> LearningProblem:
+    """Return the problem of a method that learns from the whole model, whose steps and epochs record and logger are told.
+
+    Args:
+        job: of the method.
+        group: of the method: `permutation`, `mask` or `reconstruction`.
+        tokens: int64 `(samples, length)`, to learn from.
+        calibration: int64 `(samples, length)`, those that the factors are of.
+        factors: saliency factors of the linears.
+        target: dense output of the last layer for the tokens, `(samples, length, hidden)`.
+    """
+    config = job.config
+    problem = LearningProblem(
+        model=job.loaded.model,
+        groups=job.groups,
+        tokens=tokens,
+        factors=dict(factors),
+        target=target,
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+        calibration=calibration,
+        directory=job.record.directory,
+    )
+    names = list(_LINES)
+    steps = sum(_steps_of(job, before) for before in names[: names.index(group)])
+    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
+    epochs = _Epochs(job, _LINES[group])
+    problem.on_epoch, problem.on_resume = epochs.add, epochs.resume
+    return problem
+
+
+def _steps_of(job: Job, group: str) -> int:
+    """Return the number of steps in which the method of a group learns."""
+    method = getattr(job.methods, group)
+    if not isinstance(method, LearningSettings):
+        return 0
+    count = method.samples or job.config.calibration.samples
+    return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
+
+
+class _Epochs:
+    """Epochs of a method's learning, as history and logger keep them, also where an interrupted run continues.
+
+    Args:
+        job: whose history has the epochs of methods that have learned before.
+        key: of the lines of this method.
+    """
+
+    def __init__(self, job: Job, key: str) -> None:
+        self._record, self._logger = job.record, job.logger
+        self._earlier = [line for line in job.record.history if key not in line]
+
+    def resume(self, epochs: list[dict[str, Any]]) -> None:
+        logged = len(self._record.history)
+        self._record.write_history([*self._earlier, *epochs])
+        # The process before may have ended between checkpoint and history.
+        for number, values in enumerate(self._record.history[logged:], logged + 1):
+            self._logger.log_epoch(values, number)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self._record.write_history([*self._record.history, values])
+        self._logger.log_epoch(values, len(self._record.history))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from permllm.errors import ConfigError
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import differing_patterns
+from permllm.permutation.base import checked_order
 from permllm.pruning.layerwise import Found, PrunedModel, prune
-from permllm.pruning.methods import Job
-from permllm.pruning.ordering import calibrate, found_masks, found_orders
+from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS, layer_file
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
-from permllm.sparsity.calibrate import by_layer
+from permllm.runtime.precision import products_in
+from permllm.sparsity.calibrate import DenseCalibration, NormOver, by_layer
+from permllm.sparsity.calibration_cache import shared_calibration, shared_target
+from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,88 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
             _keep_weights(job)
         record.metrics |= figures
     return pruned
+
+
+def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
+    """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result.
+
+    The targets are those of the calibration samples, and of the further samples that orders and masks learn from.
+
+    Args:
+        job: of the dense model.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+    """
+    config, calibration = job.config, job.config.calibration
+    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
+    dense = shared_calibration(
+        job.loaded,
+        drawn[: calibration.samples],
+        job.methods.pruner,
+        config.pruner,
+        calibration.batch_size,
+        job.products,
+        norm_over,
+    )
+    stops = [windows_for(method, calibration.samples).stop for method in job.methods.learned.values()]
+    further = slice(calibration.samples, max(stops, default=0))
+    if further.stop > further.start:
+        target = dense.target
+        dense.target = target.new_empty(len(drawn), *target.shape[1:])  # only samples that are asked for are filled
+        dense.target[: len(target)] = target
+        dense.target[further] = shared_target(job.loaded, drawn[further], calibration.batch_size, job.products)
+    return dense
+
+
+def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) -> LearningProblem:
+    """Return the problem of a method that learns before the model is pruned."""
+    samples = job.config.calibration.samples
+    chosen = windows_for(getattr(job.methods, group), samples)
+    return learning_problem(job, group, drawn[chosen], drawn[:samples], dense.factors, dense.target[chosen])
+
+
+def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
+    """Return the orders of the channel groups, int64 `(C_in,)` by their names.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells.
+    """
+    key = job.permutation_key
+
+    def compute() -> dict[str, Tensor]:
+        problem = _of_the_dense(job, "permutation", drawn, dense)
+        with products_in(job.products, job.device):
+            found = job.methods.permutation.orders(problem)
+        if not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}")
+        return {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
+
+    with job.record.stage("permute", job.device):
+        return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
+
+
+def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Return the masks of all linears; None: the pruner chooses them.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells.
+        orders: int64 `(C_in,)` by channel group.
+    """
+    if job.methods.mask.local:
+        return None
+
+    def compute() -> Mapping[str, Tensor]:
+        problem = _of_the_dense(job, "mask", drawn, dense)
+        with products_in(job.products, job.device):
+            masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, orders)
+        return masks
+
+    with job.record.stage("mask", job.device):
+        return job.record.kept(MASKS, compute, save_masks, load_masks)
 
 
 def _keep_weights(job: Job) -> None:

@@ -76,7 +76,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that new tensors can take on a CUDA device now: free ones, and those that the allocator holds unused."""
+    """Return the bytes that new tensors can take on a CUDA device now: free ones, and those that its allocator holds."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -36,8 +36,8 @@ def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> t
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Tell whether the device has instructions for products of bfloat16 matrices."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cuda":  # a GPU that `plan_on` names is not here, and has them
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 

@@ -19,8 +19,7 @@ from permllm.data.windows import calibration_tokens, document_windows, joined_wi
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruning import layerwise as pipeline
 from permllm.pruning.admm import ADMM
-from permllm.pruning.distill import Distill
-from permllm.pruning.kept_weights import KeptWeights, WeightLearner
+from permllm.pruning.distill import Distill, KeptWeights, WeightLearner
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import NoReconstruction, PrunedNetwork
@@ -162,7 +161,7 @@ def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() 
     seen: list[PrunedNetwork] = []
 
     class Sees(NoReconstruction):
-        changes_weights = True
+        learned = changes_weights = True
         samples = 10
 
         def network(self, pruned: PrunedNetwork) -> None:

@@ -59,10 +59,12 @@ def planned(*words: str, device: str = "cpu") -> Footprint:
 
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, one = (planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda") for size in (8, 1))
-    alone = whole.needs("device").stages["learn"]
+    def learns(size: int) -> int:
+        return planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda").needs("device").stages["learn"]
+
+    alone, one = learns(8), learns(1)
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
-    assert whole.needs("device").stages["learn"] == one.needs("device").stages["learn"] < alone
+    assert learns(8) == one < alone
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
