@@ -29,7 +29,7 @@ from permllm.runs.files import read_json
 from permllm.runs.masks import violations
 from permllm.runs.measures import flat_figures
 from permllm.runs.tensors import load_masks
-from permllm.runtime.interruption import Terminated
+from permllm.runtime.terminal import Terminated
 from tests.test_config import composed
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -70,7 +71,7 @@ class Distill(DescentSettings, Reconstruction):
 
 
 class KeptWeights:
-    """The values under the masks, `(kept,)` for each linear, and their gradients, which arrive in backward.
+    """Values under the masks, `(kept,)` for each linear, and their gradients, which arrive in backward.
 
     Of float32 weights, half of them kept, these and Adam's two moments are 10 bytes a weight, with their places. The gradient
     of one linear at a time is whole.
@@ -87,30 +88,24 @@ class KeptWeights:
 
     def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
         self.weights: list[Tensor] = [linear.weight for linear in linears]
-        self._places = [_places(mask).to(weight.device) for mask, weight in zip(masks, self.weights, strict=True)]
-        self.values = [
-            value.to(torch.promote_types(value.dtype, torch.float32))
-            for value in (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
-        ]
+        places = (mask.flatten().nonzero().flatten().to(torch.int32) for mask in masks)
+        self._places = [place.to(weight.device) for place, weight in zip(places, self.weights, strict=True)]
+        kept = (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
+        self.values = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in kept]
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Inside, the values get the gradients of the weights, which have none of their own."""
-        handles = []
-        for number, weight in enumerate(self.weights):
-            weight.requires_grad_(True)
-            take = lambda arrived, number=number: self._take(number, arrived)  # noqa: E731
-            handles.append(weight.register_post_accumulate_grad_hook(take))
-        try:
+        """Give the values the gradients of the weights, which have none of their own."""
+        with ExitStack() as hooks:
+            for number, weight in enumerate(self.weights):
+                weight.requires_grad_(True)
+                hooks.callback(weight.requires_grad_, False)
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(partial(self._take, number)))
             yield
-        finally:
-            for weight, handle in zip(self.weights, handles, strict=True):
-                handle.remove()
-                weight.requires_grad_(False)
 
     @torch.no_grad()
     def write(self) -> None:
-        """Have the weights be the values."""
+        """Write the values into the weights."""
         for number, (weight, value) in enumerate(zip(self.weights, self.values, strict=True)):
             weight.put_(self._places[number].long(), value.to(weight.dtype))
 
@@ -122,12 +117,12 @@ class KeptWeights:
         weight.grad = None
 
     def _kept(self, number: int, tensor: Tensor) -> Tensor:
-        """The entries of a tensor `(C_out, C_in)` that the mask keeps, `(kept,)`."""
+        """Return the entries of a tensor `(C_out, C_in)` that the mask keeps, `(kept,)`."""
         return tensor.take(self._places[number].long())
 
 
 class WeightLearner(Learner):
-    """Kept weights as what learns in a window: the model's own linears hold them.
+    """Learner of kept weights, which the model's own linears hold.
 
     Args:
         kept: the weights.
@@ -163,7 +158,3 @@ class WeightLearner(Learner):
         for value, found in zip(self.kept.values, state["values"], strict=True):
             value.copy_(found)
         self.kept.write()
-
-
-def _places(mask: Tensor) -> Tensor:
-    return mask.flatten().nonzero().flatten().to(torch.int32)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from permllm.errors import PermLLMError, everything_wanted, one_line
-from permllm.runtime.interruption import CONTINUES
+from permllm.runtime.terminal import CONTINUES
 
 Value = TypeVar("Value")
 

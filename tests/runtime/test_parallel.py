@@ -21,7 +21,7 @@ from permllm.runs.directory import RunDirectory, run_directory
 from permllm.runs.launched import share_gpus
 from permllm.runs.sweep import kept
 from permllm.runtime import parallel
-from permllm.runtime.interruption import CONTINUES
+from permllm.runtime.terminal import CONTINUES
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed
 

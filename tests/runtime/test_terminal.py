@@ -17,7 +17,7 @@ from permllm import job
 from permllm.cli import call
 from permllm.config import read_config
 from permllm.export.checkpoint import Request, export_run
-from permllm.runtime.interruption import Terminated, exit_code, scheduler_signals
+from permllm.runtime.terminal import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permllm.runtime import timing
+from permllm.runtime import speed
 
 
 def test_measurements_take_turns_with_calls_enough_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,8 +22,8 @@ def test_measurements_take_turns_with_calls_enough_for_each(monkeypatch: pytest.
         turns.append((now, calls))
         return seconds[now]
 
-    monkeypatch.setattr(timing, "clock", clock)
+    monkeypatch.setattr(speed, "clock", clock)
     works = {name: lambda name=name: work(name) for name in seconds}
-    found = timing.interleaved(works, 2, torch.device("cpu"))
+    found = speed.interleaved(works, 2, torch.device("cpu"))
     assert turns == [("short", 1), ("long", 1), *[("short", 5), ("long", 1)] * 2]
     assert found == {"short": [0.004] * 2, "long": [5.0] * 2}
