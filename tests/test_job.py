@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from permllm import job
 from permllm.config import read_config
+from permllm.data.registry import perplexity_texts
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
+from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
@@ -71,13 +73,10 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
             weight = linear_at(model, path).weight
             assert violations(weight, orders[group.name], config.pattern) == 0
             assert not weight[~masks[path]].any()
-    from permllm.data.registry import perplexity_texts
-    from permllm.evaluation.perplexity import perplexity, perplexity_windows
-
     (text,) = perplexity_texts(config.evaluation.perplexity)
-    windows = perplexity_windows(load_model(config.model, 0).tokenizer, text, config.evaluation.perplexity)
-    again = perplexity(model, windows, 2048)["value"]
-    assert again == pytest.approx(metrics["perplexity"]["sparse"]["builtin"]["value"], rel=1e-6)
+    windows = perplexity_windows(loaded.tokenizer, text, config.evaluation.perplexity)
+    expected = metrics["perplexity"]["sparse"]["builtin"]["value"]
+    assert perplexity(model, windows, 2048)["value"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:

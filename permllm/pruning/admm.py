@@ -46,8 +46,9 @@ class ADMM(Reconstruction):
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """Return the root of the damped Hessian's diagonal, the Hessian scaled by it, and ADMM's inverse."""
         hessian = statistics[Gram].value / max(statistics.tokens, 1)
-        mean = hessian.diagonal().mean()
-        root = (hessian.diagonal() + (self.damping * mean if mean > 0 else 1.0)).sqrt()
+        diagonal = hessian.diagonal().clone()
+        mean = diagonal.mean()
+        root = (diagonal + (self.damping * mean if mean > 0 else 1.0)).sqrt()
         hessian.div_(root).div_(root[:, None]).fill_diagonal_(1.0)
         factor, info = torch.linalg.cholesky_ex(hessian.clone().fill_diagonal_(1.0 + _PENALTY))
         if info.any():

@@ -19,7 +19,6 @@ from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill, KeptWeights, WeightLearner
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.obs import OBS
-from permllm.pruning.reconstruction import NoReconstruction, PrunedNetwork
 from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
@@ -120,23 +119,6 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
     assert "learning begins anew" in caplog.text
-
-
-def test_the_network_is_reconstructed_on_further_text_against_the_dense_model() -> None:
-    model = tiny_model("llama")
-    expected = model.model(input_ids=tokens(10)).last_hidden_state
-    seen: list[PrunedNetwork] = []
-
-    class Sees(NoReconstruction):
-        learned = changes_weights = True
-        samples = 10
-
-        def network(self, pruned: PrunedNetwork) -> None:
-            seen.append(pruned)
-
-    pruned_with(model, Sees(), windows=tokens(10))
-    assert torch.equal(seen[0].problem.tokens, tokens(10))
-    torch.testing.assert_close(model.model.norm(seen[0].problem.target), expected)
 
 
 @pytest.mark.parametrize(("start", "like"), [("admm", ADMM), ("obs", OBS)])
