@@ -36,7 +36,7 @@ from permllm.models.load import LoadedModel
 from permllm.models.source import DenseSource, skeleton_like
 from permllm.pruning.composition import composed, conf_directory, options_of
 from permllm.pruning.methods import Job, checked_groups, methods_of
-from permllm.pruning.stages import figures, prune_model
+from permllm.pruning.stages import prune_model
 from permllm.runs.directory import Record
 from permllm.runs.environment import environment
 from permllm.runs.loggers import NO_LOGGER
@@ -129,7 +129,7 @@ def prune(
         job = Job(config, methods, record, NO_LOGGER, loaded, groups, products)
         setattr(model, _PRUNED, None)  # of an earlier call: an error may leave layers of this one
         pruned = prune_model(job, lambda: _tokens(texts, tokenizer, config, model))
-    report = {"name": config.name, "config_hash": config.hash} | record.metrics | figures(job, pruned)
+    report = {"name": config.name, "config_hash": config.hash} | record.metrics
     report["history"] = record.history
     found = Pruned(pruned.orders, pruned.masks, report)
     setattr(model, _PRUNED, _InMemory(found, tokenizer, config.resolved, environment(config.seed, device), config.pattern))

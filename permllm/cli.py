@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
 from permllm.runs.launched import first, share_machine
-from permllm.runtime.interruption import CONTINUES, exit_code, scheduler_signals, what_happened
-from permllm.runtime.terminal import Answer, run_tool, silence
+from permllm.runtime.terminal import CONTINUES, Answer, exit_code, run_tool, scheduler_signals, silence, what_happened
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -259,7 +258,7 @@ class Session:
 
         from permllm.config import read_config
         from permllm.job import run
-        from permllm.pruning.composition import check_names
+        from permllm.pruning.methods import check_names
         from permllm.runs import sweep
         from permllm.runs.directory import is_finished, run_directory
         from permllm.runtime import parallel

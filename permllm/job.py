@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from permllm.config import ExportConfig, RunConfig
 from permllm.data.registry import calibration_text, check_texts, perplexity_texts
@@ -26,11 +23,10 @@ from permllm.export.rebuild import apply_record
 from permllm.models.limits import check_windows
 from permllm.models.load import LoadedModel, load_model, meta_model
 from permllm.pruning.footprint import Footprint
-from permllm.pruning.layerwise import PrunedModel
 from permllm.pruning.methods import Job, Methods, checked_groups, methods_of
 from permllm.pruning.placement import placement_for
 from permllm.pruning.plan import print_plan
-from permllm.pruning.stages import figures, prune_model
+from permllm.pruning.stages import prune_model
 from permllm.runs import sweep
 from permllm.runs.cache import choose_cache
 from permllm.runs.directory import RunDirectory, run_directory
@@ -39,9 +35,8 @@ from permllm.runs.files import write_json
 from permllm.runs.job_log import job_log
 from permllm.runs.loggers import NO_LOGGER, RunLogger, log_finished, open_logger
 from permllm.runs.measures import flat_figures
-from permllm.runs.names import ENVIRONMENT, EXPORT, LOG, MASKS, PERMUTATIONS, WEIGHTS, layer_file
+from permllm.runs.names import ENVIRONMENT, EXPORT, LOG
 from permllm.runs.render import print_run
-from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory, return_freed_memory
@@ -65,19 +60,16 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     methods = methods_of(config)
     request = export_request(config, methods)
     device = resolve_device(config.model.device)
-    if not config.plan:
-        parallel.use_device(device)
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         keep_freed_memory()
         return_freed_memory()  # an earlier job's, or it would count as taken
-    skeleton = cache(partial(meta_model, config.model))
-    if config.plan or config.model.source != "hub" or config.model.architecture:
-        checked_groups(config, methods, skeleton())
-        if config.plan:
-            footprint = Footprint(config, skeleton(), methods, torch.device("cuda") if config.plan_on else device)
-            if parallel.rank() == 0:
-                print_plan(footprint)
-            return None
+    if config.plan:
+        footprint = _footprint(config, methods, torch.device("cuda") if config.plan_on else device)
+        if parallel.rank() == 0:
+            print_plan(footprint)
+        return None
 
     record = RunDirectory(run_directory(config), config)
     with record.opened(config.force, wait=not sweep.sweeping()):
@@ -85,7 +77,7 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
             log.info("%s is finished already; force=true runs it again", record.directory)
             parallel.on_main(lambda: log_finished(config, record.directory, record.metrics, record.history))
         else:
-            _unfinished(config, methods, record, device, skeleton())
+            _unfinished(config, methods, record, device)
         if request is not None:
             parallel.on_main(lambda: _export(request, record))
         if parallel.rank() == 0:
@@ -93,25 +85,24 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     return record.metrics, record.directory
 
 
-def _unfinished(
-    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device, skeleton: PreTrainedModel
-) -> None:
-    """Do what is left of a run.
+def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Footprint:
+    """Return the sizes of a job. Raises ConfigError where a method cannot work on its model."""
+    model = meta_model(config.model)
+    checked_groups(config, methods, model)
+    return Footprint(config, model, methods, device)
 
-    Args:
-        skeleton: the model on the meta device.
-    """
+
+def _unfinished(config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device) -> None:
+    """Do what is left of a run."""
     check_tasks(config.evaluation)
-    learns = {group: method for group, method in methods.learned.items() if not record.has(group)}
-    footprint = Footprint(config, skeleton, methods, device)
+    footprint = _footprint(config, methods, device)
+    _check_shares(config, methods, record)
     placement = parallel.share(placement_for(footprint))
     config = replace(config, model=replace(config.model, placement=placement))
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
     if not record.pruned:
-        record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.peak(placement)}
-    if learns:
-        _check_shares(learns, config.calibration.samples)
+        record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.needs(placement).peak}
     logger = NO_LOGGER
     with ExitStack() as held:
 
@@ -125,29 +116,20 @@ def _unfinished(
         _stages(config, methods, record, logger, device)
 
 
-def _check_shares(learned: Mapping[str, Any], samples: int) -> None:
-    """Raise ConfigError where some ranks would have no sample of their own to learn from.
-
-    Args:
-        learned: methods that learn from `batch_size` samples a step, by their group.
-        samples: `calibration.samples`.
-    """
+def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> None:
+    """Raise ConfigError where some ranks would have no sample of their own to learn from."""
     processes = parallel.world_size()
-    sizes = {f"{group}.batch_size": method.batch_size for group, method in learned.items()}
-    counts = {f"{group}.samples": method.samples for group, method in learned.items() if getattr(method, "samples", None)}
-    for name, value in (sizes | counts | {"calibration.samples": samples}).items():
-        if value < processes:
-            raise ConfigError(
-                f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"
-            )
+    for group, method in methods.learned.items():
+        counts = {f"{group}.batch_size": method.batch_size, f"{group}.samples": getattr(method, "samples", None)}
+        for name, value in (counts | {"calibration.samples": config.calibration.samples}).items():
+            if value and value < processes and not record.has(group):
+                raise ConfigError(
+                    f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"
+                )
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
-    """What to export; None for nothing.
-
-    Raises:
-        ConfigError: it cannot be had from this run.
-    """
+    """Return the export that is asked for; None for nothing. Raises ConfigError where it cannot be had from this run."""
     export = config.export
     if export.form == "none":
         usual = asdict(ExportConfig())
@@ -211,27 +193,15 @@ def _evaluate(job: Job, record: RunDirectory, which: str) -> None:
 
 
 def _prune(job: Job, record: RunDirectory) -> None:
-    """Calibrate, permute, prune: the model is sparse afterwards, and the record holds its permutations, masks and weights."""
+    """Calibrate, permute, prune. The model is sparse afterwards, and the record holds permutations, masks and weights."""
+    config = job.config
 
     def tokens() -> Tensor:
-        digest = calibration_text(job.config.calibration).text.digest(calibration=True)
+        digest = calibration_text(config.calibration).text.digest(calibration=True)
         record.metrics["texts"] = {"calibration": digest}
-        config = job.config
         return calibration_tokens(job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further)
 
-    def keep(pruned: PrunedModel) -> None:
-        record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
-        record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
-        found = figures(job, pruned)
-        if found["sparsity"]["weights_kept"]:
-            layers: dict[int, list[str]] = {}
-            for group in job.groups:
-                layers.setdefault(group.layer, []).extend(group.members)
-            for layer, paths in layers.items():
-                record.keep(layer_file(WEIGHTS, layer), {path: job.weight(path) for path in paths}, save_tensors)
-        record.metrics |= found
-
-    prune_model(job, tokens, keep)
+    prune_model(job, tokens)
 
 
 def _export(request: Request, record: RunDirectory) -> None:

@@ -19,8 +19,8 @@ from permllm.config import RunConfig, digest_of, read_config
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.load import meta_model
-from permllm.pruning.composition import METHODS, options_of
-from permllm.pruning.methods import methods_of
+from permllm.pruning.composition import options_of
+from permllm.pruning.methods import METHODS, methods_of
 from permllm.runs.directory import run_directory
 from permllm.runs.tensors import save_tensors
 from permllm.sparsity.method import instantiate

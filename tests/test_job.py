@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,18 +17,21 @@ from safetensors.torch import load_file, save_file
 
 from permllm import job
 from permllm.config import read_config
+from permllm.data.registry import perplexity_texts
 from permllm.data.texts.builtin import TEXT as BUILTIN
 from permllm.errors import ConfigError, DataError
 from permllm.evaluation import measure
+from permllm.evaluation.perplexity import perplexity, perplexity_windows
 from permllm.export.rebuild import apply_record
 from permllm.export.verify import verify
 from permllm.models.families import channel_groups, linear_at
-from permllm.models.load import load_model
+from permllm.models.load import load_model, meta_model
+from permllm.pruning.methods import checked_groups, methods_of
 from permllm.runs.files import read_json
 from permllm.runs.masks import violations
 from permllm.runs.measures import flat_figures
-from permllm.runs.tensors import load_masks, save_masks
-from permllm.runtime.interruption import Terminated
+from permllm.runs.tensors import load_masks
+from permllm.runtime.terminal import Terminated
 from tests.test_config import composed
 
 
@@ -69,13 +73,10 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
             weight = linear_at(model, path).weight
             assert violations(weight, orders[group.name], config.pattern) == 0
             assert not weight[~masks[path]].any()
-    from permllm.data.registry import perplexity_texts
-    from permllm.evaluation.perplexity import perplexity, perplexity_windows
-
     (text,) = perplexity_texts(config.evaluation.perplexity)
-    windows = perplexity_windows(load_model(config.model, 0).tokenizer, text, config.evaluation.perplexity)
-    again = perplexity(model, windows, 2048)["value"]
-    assert again == pytest.approx(metrics["perplexity"]["sparse"]["builtin"]["value"], rel=1e-6)
+    windows = perplexity_windows(loaded.tokenizer, text, config.evaluation.perplexity)
+    expected = metrics["perplexity"]["sparse"]["builtin"]["value"]
+    assert perplexity(model, windows, 2048)["value"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_history_has_a_line_a_pass(cache: Path, tmp_path: Path) -> None:
@@ -139,13 +140,6 @@ def test_an_order_that_a_run_lacks_is_said_before_anything_is_computed(
         run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
 
 
-@pytest.mark.parametrize("settings", [("permutation=lcp",), ("permutation=none", "mask=score")], ids=["order", "mask"])
-def test_last_layers_that_all_stay_dense_are_refused(settings: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
-    group = "mask" if "mask=score" in settings else "permutation"
-    with pytest.raises(ConfigError, match=f"{group}.last_layers=1: keep_dense leaves nothing to learn"):
-        run(tmp_path, *settings, f"{group}.last_layers=1", "keep_dense=[-1]")
-
-
 def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "save_weights=false")
     config = read_config(composed("model=tiny"))
@@ -183,82 +177,47 @@ def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     settings += ["calibration.seqlen=32", "permutation=none"]
     metrics, _ = run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/held-out.txt")
     assert set(metrics["perplexity"]["sparse"]) == {"held-out"}
+    before = read_config(composed("model=tiny", *settings)).hash
     (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
     for name in ("mine", "copy"):
         with pytest.raises(ConfigError, match=f"{name}.txt' is the file that calibration reads: nothing of it is held out"):
             run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
+    (tmp_path / "mine.txt").write_text(BUILTIN.evaluation().upper())  # another content is another run
+    assert read_config(composed("model=tiny", *settings)).hash != before
 
 
-def test_another_content_of_a_calibration_file_is_another_run(cache: Path, tmp_path: Path) -> None:
-    text = tmp_path / "mine.txt"
-    small = ["calibration.samples=2", "calibration.seqlen=32"]
-    arguments = ["permutation=none", "calibration=text", f"calibration.data_files={text}", *small]
-    text.write_text(BUILTIN.evaluation())
-    _, first = run(tmp_path, *arguments)
-    text.write_text(BUILTIN.evaluation().upper())
-    _, second = run(tmp_path, *arguments)
-    assert first != second
+@pytest.mark.parametrize(
+    ("group", "words"), [("permutation", ["permutation=lcp"]), ("mask", ["permutation=none", "mask=score"])]
+)
+def test_last_layers_that_all_stay_dense_are_refused(group: str, words: list[str]) -> None:
+    config = read_config(composed("model=tiny", *words, f"{group}.last_layers=1", "keep_dense=[-1]"))
+    with pytest.raises(ConfigError, match=f"{group}.last_layers=1"):
+        checked_groups(config, methods_of(config), meta_model(config.model))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
-@pytest.mark.parametrize("method", ["wanda/lcp", "sparsegpt/heuristic", "ria/none", "magnitude/lcp"])
-def test_every_family_runs_the_whole_pipeline(cache: Path, tmp_path: Path, family: str, method: str) -> None:
-    pruner, permutation = method.split("/")
-    overrides = [f"model.architecture.model_type={family}", f"pruner={pruner}", f"permutation={permutation}"]
-    if permutation == "lcp":
-        overrides.append("permutation.epochs=2")
-    if family == "opt":
-        overrides += ["~model.architecture.intermediate_size", "~model.architecture.num_key_value_heads"]
-        overrides += ["+model.architecture.ffn_dim=64", "+model.architecture.word_embed_proj_dim=32"]
-    metrics, directory = run(tmp_path, *overrides)
-    assert metrics["status"] == "finished"
-    assert metrics["sparsity"]["violations"] == 0
-    assert metrics["perplexity"]["sparse"]["builtin"]["value"] > 1
-    assert len(load_file(directory / "permutations.safetensors")) == 8
-
-
-def test_an_export_in_smaller_files_is_another_one(cache: Path, tmp_path: Path) -> None:
+def test_an_export_is_made_again_where_it_is_another_one_and_stays_where_that_fails(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("permutation=none", "export=simulate")
     _, directory = run(tmp_path, *words)
-    count = len(list((directory / "export").glob("*.safetensors")))
-    made = (directory / "export" / "permllm.json").stat().st_mtime_ns
-    run(tmp_path, *words)
-    assert (directory / "export" / "permllm.json").stat().st_mtime_ns == made
+    (whole,) = (directory / "export").glob("*.safetensors")
+    made, before = whole.stat().st_mtime_ns, whole.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "export_run", Mock(side_effect=DataError("no space left")))
+        run(tmp_path, *words)
+        with pytest.raises(DataError, match="no space left"):
+            run(tmp_path, "permutation=none", "export=gathered")
+    assert (whole.stat().st_mtime_ns, whole.read_bytes()) == (made, before)
     run(tmp_path, *words, "export.shard_gb=0.0001")
-    assert len(list((directory / "export").glob("*.safetensors"))) > count
-
-
-def test_the_old_export_stays_where_a_new_one_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, directory = run(tmp_path, "permutation=none", "export=simulate")
-    before = (directory / "export" / "model.safetensors").read_bytes()
-
-    def fails(*_: Any, **__: Any) -> None:
-        raise DataError("no space left")
-
-    monkeypatch.setattr(job, "export_run", fails)
-    with pytest.raises(DataError, match="no space left"):
-        run(tmp_path, "permutation=none", "export=gathered")
-    assert (directory / "export" / "model.safetensors").read_bytes() == before
-    monkeypatch.undo()
-    monkeypatch.setenv("PERMLLM_CACHE", str(cache))
+    assert len(list((directory / "export").glob("*.safetensors"))) > 1
     metrics, _ = run(tmp_path, "permutation=none", "export=gathered")
     assert metrics["export"]["form"] == "gathered"
-
-
-def test_masks_take_one_bit_a_weight(tmp_path: Path) -> None:
-    mask = torch.rand(13, 20) > 0.5
-    save_masks(tmp_path / "masks.safetensors", {"a.b": mask})
-    assert torch.equal(load_masks(tmp_path / "masks.safetensors")["a.b"], mask)
-    assert load_file(tmp_path / "masks.safetensors")["a.b"].shape == (33,)
 
 
 def test_no_space_leaves_nothing_that_looks_like_a_result(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any, **keywords: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("permllm.runs.tensors.save_file", full)
+    monkeypatch.setattr("permllm.runs.tensors.save_file", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DataError, match="No space left"):
         run(tmp_path, "permutation=none")
     (directory,) = (tmp_path / "runs").iterdir()
@@ -268,12 +227,8 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
 
 def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise Terminated(signal.SIGTERM)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permllm.pruning.stages.prune", broken)
+        patch.setattr("permllm.pruning.stages.prune", Mock(side_effect=Terminated(signal.SIGTERM)))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *small)
     _, directory = run(tmp_path, *small)

@@ -36,7 +36,7 @@ from permllm.runs.environment import hardware
 from permllm.runs.names import CHECKPOINT
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, products_in
-from permllm.runtime.timing import clock
+from permllm.runtime.speed import clock
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.kernels import chosen_kernels
 from permllm.training.learner import Moment, Window

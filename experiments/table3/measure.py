@@ -27,7 +27,7 @@ from permllm.errors import check_whole
 from permllm.export.bench import sparse_tensor_cores
 from permllm.models.families import channel_groups, linear_at
 from permllm.models.load import meta_model
-from permllm.runtime.timing import interleaved
+from permllm.runtime.speed import interleaved
 from permllm.sparsity.nm import nm_mask
 
 _PATTERN = NMPattern(2, 4)

@@ -38,7 +38,7 @@ from permllm.runs.environment import hardware, versions
 from permllm.runs.masks import violations
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory, return_freed_memory
-from permllm.runtime.timing import interleaved
+from permllm.runtime.speed import interleaved
 
 _TWO_OF_FOUR = NMPattern(2, 4)
 # Of a row of the first layer: seconds.

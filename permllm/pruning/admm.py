@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -12,11 +14,11 @@ from permllm.runtime.values import SETTINGS, Count, Positive
 from permllm.sparsity.gram import Gram
 from permllm.sparsity.statistics import InputStatistics
 
-# ADMM's, for a Hessian whose diagonal is 1: what a few iterations and the conjugate gradients after them do best with.
+# Penalty of ADMM for a Hessian whose diagonal is 1, best for a few iterations with conjugate gradients after them.
 _PENALTY = 0.3
 # ADMM takes one product an iteration and falls fast at first; conjugate gradients take two and reach the end.
 _ADMM_ITERATIONS = 4
-# Of the error: conjugate gradients that gain less in an iteration stop.
+# Share of the error: conjugate gradients that gain less in an iteration stop.
 _LEAST_GAIN = 1e-3
 
 
@@ -33,42 +35,31 @@ class ADMM(Reconstruction):
     statistics = (Gram,)
 
     def linear(self, pruned: PrunedLinear) -> Tensor:
-        """The new weight. Raises TrainingError where inputs are not finite."""
+        """Return the new weight. Raises TrainingError where inputs are not finite."""
         assert pruned.statistics is not None
-        root, hessian, inverse = self._factors(pruned.statistics)
+        factors = partial(self._factors, pruned.statistics)
+        root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
         dense, start = pruned.dense.float() * root, pruned.weight.float() * root
         found = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations) / root
         return torch.where(pruned.mask, found, 0.0).to(pruned.weight.dtype)
 
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
-        """The root of the damped Hessian's diagonal, the Hessian scaled by it, and ADMM's inverse, for all of a group."""
-
-        def root() -> Tensor:
-            diagonal = statistics[Gram].value.diagonal() / max(statistics.tokens, 1)
-            mean = diagonal.mean()
-            return (diagonal + (self.damping * mean if mean > 0 else 1.0)).sqrt()
-
-        def hessian() -> Tensor:
-            scaled = statistics[Gram].value / max(statistics.tokens, 1)
-            return scaled.div_(scale).div_(scale[:, None]).fill_diagonal_(1.0)
-
-        def inverse() -> Tensor:
-            shifted = scaled.clone().fill_diagonal_(1.0 + _PENALTY)
-            factor, info = torch.linalg.cholesky_ex(shifted)
-            if info.any():
-                raise TrainingError("reconstruction=admm: the inputs of a linear are not finite")
-            return torch.cholesky_inverse(factor)
-
-        name = f"damping {self.damping}"
-        scale = statistics.derived(f"root of the Hessian's diagonal, {name}", root)
-        scaled = statistics.derived(f"scaled Hessian, {name}", hessian)
-        return scale, scaled, statistics.derived(f"ADMM's inverse, {name}", inverse)
+        """Return the root of the damped Hessian's diagonal, the Hessian scaled by it, and ADMM's inverse."""
+        hessian = statistics[Gram].value / max(statistics.tokens, 1)
+        diagonal = hessian.diagonal().clone()
+        mean = diagonal.mean()
+        root = (diagonal + (self.damping * mean if mean > 0 else 1.0)).sqrt()
+        hessian.div_(root).div_(root[:, None]).fill_diagonal_(1.0)
+        factor, info = torch.linalg.cholesky_ex(hessian.clone().fill_diagonal_(1.0 + _PENALTY))
+        if info.any():
+            raise TrainingError("reconstruction=admm: the inputs of a linear are not finite")
+        return root, hessian, torch.cholesky_inverse(factor)
 
 
 def masked_least_squares(
     dense: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, inverse: Tensor, iterations: int
 ) -> Tensor:
-    """The `w` under the mask that makes each row of `(w - dense) hessian (w - dense)^T` small.
+    """Return the `w` under the mask that makes each row of `(w - dense) hessian (w - dense)^T` small.
 
     Args:
         dense: float `(C_out, C_in)`.
@@ -105,7 +96,7 @@ def masked_least_squares(
 
 
 def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
-    """A few iterations from the weights `start`: a ridge solution, its projection onto the mask, and the scaled dual."""
+    """Return the weights after a few iterations: a ridge solution, its projection onto the mask, and the scaled dual."""
     kept, dual = start, torch.zeros_like(start)
     for _ in range(_ADMM_ITERATIONS):
         free = (target + _PENALTY * (kept - dual)) @ inverse
@@ -115,10 +106,10 @@ def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tenso
 
 
 def _error(difference: Tensor, product: Tensor) -> Tensor:
-    """Of each row, from its difference to the dense one and the Hessian's product with that."""
+    """Return the error of each row, from its difference to the dense one and the Hessian's product with that."""
     return (difference * product).sum(1, keepdim=True)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Zero where a row is at its end."""
+    """Return the ratio, zero where a row is at its end."""
     return torch.where(below > 0, above / below, 0.0)

@@ -10,12 +10,10 @@ from typing import Any
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from permllm.config import RunConfig
 from permllm.errors import ConfigError, first_line
 
 # Hydra 1.4 has one set of defaults alone, and asks which classes settings may name: any, because the person who starts the job
@@ -23,9 +21,6 @@ from permllm.errors import ConfigError, first_line
 _ANY_CLASS: Any = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
 HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})
-
-# Groups whose options are classes.
-METHODS = ("pruner", "permutation", "mask", "reconstruction")
 
 
 def conf_directory() -> Path:
@@ -64,17 +59,6 @@ def options_of() -> dict[str, tuple[str | None, list[str]]]:
         if " " not in group and (conf / group).is_dir():
             found[group] = (chosen, sorted(file.stem for file in (conf / group).glob("[!_]*.yaml")))
     return found
-
-
-def check_names(config: RunConfig) -> None:
-    """Raise ConfigError where a method's option has the `name` of another option of its group, which names its runs."""
-    if not HydraConfig.initialized():  # nothing was chosen by its file's name
-        return
-    chosen, options = HydraConfig.get().runtime.choices, options_of()
-    for group in METHODS:
-        option, name = chosen.get(group), getattr(config, group).get("name")
-        if name != option and name in options[group][1]:
-            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option and would name its runs")
 
 
 def composed(words: Sequence[str]) -> DictConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.layers import LayerStream, last_states
 from permllm.models.offload import masked, placement_of
 from permllm.permutation.base import checked_order
-from permllm.pruning.methods import Job
-from permllm.pruning.ordering import watch_weights, windows_for
-from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork, trains_network
+from permllm.pruning.methods import Job, learning_problem, windows_for
+from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
 from permllm.runs.masks import violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file
 from permllm.runs.pruned_layers import PrunedLayer, load_layer, mask_name, save_layer, weight_name
@@ -29,7 +28,6 @@ from permllm.sparsity.calibrate import by_layer, collecting, member_factors
 from permllm.sparsity.nm import permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.sparsity.statistics import InputStatistics
-from permllm.training.problem import LearningProblem
 
 
 @dataclass
@@ -86,39 +84,21 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     for index, members in by_layer(model, job.groups, "prune"):
         layers.prune(index, members)
     result = layers.result
-    if trains_network(reconstruction):
+    if reconstruction.learned:
         if target is None:
             chosen, target = slice(0, samples), layers.dense.states()
         del layers  # with states of all samples, which are not needed any more
-        problem = LearningProblem(
-            model,
-            job.groups,
-            windows[chosen],
-            dict(found.factors or {}),
-            target,
-            config.pattern,
-            seed=config.seed,
-            calibration_batch_size=config.calibration.batch_size,
-            calibration=windows[:samples],
-            directory=job.record.directory,
-        )
-        watch_weights(job)(problem)
+        problem = learning_problem(job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target)
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.products, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
-    result.violations = _violations(job, result.orders)
-    return result
-
-
-def _violations(job: Job, orders: dict[str, Tensor]) -> int:
-    """Count the groups of M, in permuted order, with more than N nonzeros."""
-    model, found = job.loaded.model, 0
     for group in job.groups:
         with placement_of(model).layer(group.layer):
             for path in group.members:
                 weight = linear_at(model, path).weight
-                found += violations(weight, orders[group.name].to(weight.device), group.pattern or job.config.pattern)
-    return found
+                order = result.orders[group.name].to(weight.device)
+                result.violations += violations(weight, order, group.pattern or config.pattern)
+    return result
 
 
 class _Layers:
@@ -152,7 +132,8 @@ class _Layers:
         """Prune a layer that is on the device, or take it from the file of an earlier attempt, and advance the states."""
         record, name, changes = self.job.record, layer_file(PRUNED_LAYERS, index), self.job.methods.change_weights
         kept = record.loaded(name, load_layer) if groups else None
-        layer, weights = self._new(index, groups) if kept is None else (kept, self._kept_weights(kept))
+        layer = self._new(index, groups) if kept is None else kept
+        weights = self._weights(layer)
         with _comparing(self.model, groups if kept is None else [], weights, layer.output_error):
             self.dense.advance(index)
         self.result.add(layer)
@@ -162,12 +143,12 @@ class _Layers:
         if self.pruned is not None:
             self.pruned.advance(index)
         if kept is None and groups:
-            layer.weights = {path: linear_at(self.model, path).weight.data for path in weights} if changes else {}
             record.keep(name, layer, save_layer)
         if groups and self.placement.reads_files and record.directory is not None:
             self._read_from_file(record.directory / name, layer)
 
-    def _kept_weights(self, layer: PrunedLayer) -> dict[str, Tensor]:
+    def _weights(self, layer: PrunedLayer) -> dict[str, Tensor]:
+        """Return the pruned weights of a layer, `(C_out, C_in)` by linear, on the device."""
         dense = {path: linear_at(self.model, path).weight for path in layer.masks}
         if layer.weights:
             return {path: layer.weights[path].to(weight) for path, weight in dense.items()}
@@ -182,20 +163,19 @@ class _Layers:
         for path in layer.masks:
             self.result.masks.set_packed(path, partial(load_tensor, file, mask_name(path)), layer.masks.shape(path))
 
-    def _new(self, index: int, groups: list[ChannelGroup]) -> tuple[PrunedLayer, dict[str, Tensor]]:
-        """Return what pruning finds of a layer, and the pruned weights, `(C_out, C_in)` by linear."""
-        layer, weights = PrunedLayer(), dict[str, Tensor]()
-        statistics: dict[str, InputStatistics] = {}
+    def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
+        """Prune a layer, but for its output errors."""
+        layer, statistics = PrunedLayer(), dict[str, InputStatistics]()
         if self.pruned is not None:
             with collecting(self.model, groups, self.asked) as statistics:
                 for _ in self.pruned.forward(index):
                     pass
         for group in groups:
-            weights |= self._of_group(group, statistics.get(group.name), layer)
-        return layer, weights
+            self._add(group, statistics.get(group.name), layer)
+        return layer
 
-    def _of_group(self, group: ChannelGroup, statistics: InputStatistics | None, layer: PrunedLayer) -> dict[str, Tensor]:
-        """Return the pruned weights of a group by linear; its order, masks and figures go into the layer."""
+    def _add(self, group: ChannelGroup, statistics: InputStatistics | None, layer: PrunedLayer) -> None:
+        """Prune a group. Its order, masks, changed weights and figures go into the layer."""
         pruner, reconstruction = self.job.methods.pruner, self.job.methods.reconstruction
         pattern, factors = group.pattern or self.job.config.pattern, self.found.factors
         if factors is None:
@@ -204,7 +184,7 @@ class _Layers:
         order = self._order(group, factors)
         layer.orders[group.name] = order
         layer.moved[group.name] = float((order != torch.arange(group.channels)).float().mean())
-        weights, kept, total = {}, 0.0, 0.0
+        kept = total = 0.0
         for path in group.members:
             dense = linear_at(self.model, path).weight
             perm, scores = order.to(dense.device), saliency(dense, factors[path].to(dense.device))
@@ -215,11 +195,12 @@ class _Layers:
             else:
                 mask = permuted_nm_mask(scores, perm, pattern) if mask is None else mask
                 new = masked(mask, dense)
-            new = reconstruction.linear(PrunedLinear(dense, new, mask, perm, pattern, statistics))
-            weights[path], layer.masks[path] = parallel.share(new), parallel.share(mask).cpu()
+            layer.masks[path] = parallel.share(mask).cpu()
+            if self.job.methods.change_weights:
+                new = reconstruction.linear(PrunedLinear(dense, new, mask, perm, pattern, statistics))
+                layer.weights[path] = parallel.share(new.to(dense.dtype))
             kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
         layer.retained[group.name] = kept / max(total, 1e-300)
-        return weights
 
     def _order(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
         if self.found.orders is not None:
@@ -236,23 +217,20 @@ class _Layers:
 def _comparing(
     model: nn.Module, groups: list[ChannelGroup], weights: dict[str, Tensor], errors: dict[str, float]
 ) -> Iterator[None]:
-    """Relative squared output error of each group under the new weights, while the dense layer runs."""
+    """Measure the relative squared output error of each group under the new weights, while the dense layer runs."""
     device = next(model.parameters()).device
     sums = {group.name: torch.zeros(2, dtype=torch.float64, device=device) for group in groups}
-    handles = []
-    for group in groups:
-        for path in group.members:
 
-            def compare(linear: Any, args: tuple[Tensor], output: Tensor, path: str = path, name: str = group.name) -> None:
-                difference = nn.functional.linear(args[0], linear.weight - weights[path])
-                reference = output if linear.bias is None else output - linear.bias
-                sums[name] += torch.stack([part.float().square().sum().double() for part in (difference, reference)])
+    def compare(name: str, path: str, linear: Any, args: tuple[Tensor], output: Tensor) -> None:
+        difference = nn.functional.linear(args[0], linear.weight - weights[path])
+        reference = output if linear.bias is None else output - linear.bias
+        sums[name] += torch.stack([part.float().square().sum().double() for part in (difference, reference)])
 
-            handles.append(linear_at(model, path).register_forward_hook(compare))
-    try:
+    with ExitStack() as hooks:
+        for group in groups:
+            for path in group.members:
+                hook = partial(compare, group.name, path)
+                hooks.enter_context(linear_at(model, path).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, (difference, reference) in sums.items():
         errors[name] = float(difference / reference.clamp_min(1e-300))

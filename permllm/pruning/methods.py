@@ -1,32 +1,39 @@
-"""A job: the methods that its settings name, made and checked before anything is computed, and what its stages work on."""
+"""A job: the methods that its settings name, checked before anything is computed, and the problems that they learn from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permllm.config import RunConfig, check_divides
+from permllm.config import RunConfig, check_divides, windows_learned_from
 from permllm.errors import ConfigError
 from permllm.mask.base import Mask
 from permllm.models.checkpoint import check_dense
-from permllm.models.families import ChannelGroup, decoder_layers, linear_at
+from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.models.load import LoadedModel
-from permllm.models.offload import placement_of
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.base import Permutation
+from permllm.pruning.composition import options_of
 from permllm.pruning.reconstruction import Reconstruction
 from permllm.runs.directory import Record
 from permllm.runs.loggers import RunLogger
 from permllm.runtime import parallel
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.method import Method, instantiate
+from permllm.sparsity.saliency import SaliencyFactors
+from permllm.training.problem import LearningProblem
+from permllm.training.settings import LearningSettings
 
-# Base class of each group's methods.
-_BASES = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
+# Groups in the order in which their methods learn, each with a key of the lines of the history that are no earlier group's.
+_LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": "weights_learned"}
+# Base class of the methods of each group.
+METHODS = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,18 @@ class Methods:
 
     @property
     def change_weights(self) -> bool:
-        """Whether the kept weights become others than the dense model's."""
+        """Tell whether the kept weights become others than the dense model's."""
         return self.pruner.updates_weights or self.reconstruction.changes_weights
 
     @property
     def learned(self) -> dict[str, Any]:
-        """What trains, by its group, in the order in which it does."""
+        """Return the permutation and the mask, those that train, by group in the order in which they do."""
         return {group: method for group in ("permutation", "mask") if (method := getattr(self, group)).learned}
+
+    @property
+    def needs_device(self) -> str | None:
+        """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
+        return next((reason for method in self.all if (reason := method.needs_device())), None)
 
 
 @dataclass
@@ -85,18 +97,13 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device of the model."""
         return self.loaded.model.device
 
     @property
     def permutation_key(self) -> str:
-        """The setting that named the permutation."""
+        """Return the setting that named the permutation."""
         return f"permutation={self.config.permutation.get('name')}"
-
-    def weight(self, path: str) -> Tensor:
-        """The present weight of a linear, on the host."""
-        with placement_of(self.loaded.model).layer_of(path):
-            return linear_at(self.loaded.model, path).weight.data.cpu()
 
 
 def methods_of(config: RunConfig) -> Methods:
@@ -106,16 +113,15 @@ def methods_of(config: RunConfig) -> Methods:
         ConfigError: one cannot be made, or a rule between its settings and those of the run is broken.
     """
     made = {}
-    for group, base in _BASES.items():
+    for group, base in METHODS.items():
         settings = getattr(config, group)
         made[group] = instantiate(group, settings)
         if not isinstance(made[group], base):
             raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {base.__module__}.{base.__name__}")
         made[group].validate(config)
     methods = Methods(**made)
-    reason = needs_device(config, methods)
-    if reason and config.model.placement not in ("auto", "device"):
-        raise ConfigError(f"{reason}, which needs model.placement=device")
+    if methods.needs_device and config.model.placement not in ("auto", "device"):
+        raise ConfigError(f"{methods.needs_device}, which needs model.placement=device")
     if config.model.placement == "sharded" and parallel.world_size() == 1 and not config.plan:
         raise ConfigError(
             "model.placement=sharded needs several processes: torchrun --nproc-per-node 2 run.py model.placement=sharded"
@@ -123,9 +129,15 @@ def methods_of(config: RunConfig) -> Methods:
     return methods
 
 
-def needs_device(config: RunConfig, methods: Methods) -> str | None:
-    """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
-    return next((reason for method in methods.all if (reason := method.needs_device())), None)
+def check_names(config: RunConfig) -> None:
+    """Raise ConfigError where a method's option has the `name` of another option of its group, which names its runs."""
+    if not HydraConfig.initialized():  # nothing was chosen by its file's name
+        return
+    chosen, options = HydraConfig.get().runtime.choices, options_of()
+    for group in METHODS:
+        option, name = chosen.get(group), getattr(config, group).get("name")
+        if name != option and name in options[group][1]:
+            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option and would name its runs")
 
 
 def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:
@@ -142,3 +154,75 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
     for method in methods.all:
         method.check_groups(config, groups, len(decoder_layers(model)))
     return groups
+
+
+def windows_for(method: object, calibration: int) -> slice:
+    """Return the windows of the text that a method learns from; the first `calibration` ones are those of the calibration."""
+    return windows_learned_from(getattr(method, "samples", None), getattr(method, "skip", None), calibration)
+
+
+def learning_problem(
+    job: Job, group: str, tokens: Tensor, calibration: Tensor, factors: Mapping[str, SaliencyFactors], target: Tensor
+) -> LearningProblem:
+    """Return the problem of a method that learns from the whole model, whose steps and epochs record and logger are told.
+
+    Args:
+        job: of the method.
+        group: of the method: `permutation`, `mask` or `reconstruction`.
+        tokens: int64 `(samples, length)`, to learn from.
+        calibration: int64 `(samples, length)`, those that the factors are of.
+        factors: saliency factors of the linears.
+        target: dense output of the last layer for the tokens, `(samples, length, hidden)`.
+    """
+    config = job.config
+    problem = LearningProblem(
+        model=job.loaded.model,
+        groups=job.groups,
+        tokens=tokens,
+        factors=dict(factors),
+        target=target,
+        pattern=config.pattern,
+        seed=config.seed,
+        calibration_batch_size=config.calibration.batch_size,
+        calibration=calibration,
+        directory=job.record.directory,
+    )
+    names = list(_LINES)
+    steps = sum(_steps_of(job, before) for before in names[: names.index(group)])
+    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
+    epochs = _Epochs(job, _LINES[group])
+    problem.on_epoch, problem.on_resume = epochs.add, epochs.resume
+    return problem
+
+
+def _steps_of(job: Job, group: str) -> int:
+    """Return the number of steps in which the method of a group learns."""
+    method = getattr(job.methods, group)
+    if not isinstance(method, LearningSettings):
+        return 0
+    count = method.samples or job.config.calibration.samples
+    return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
+
+
+class _Epochs:
+    """Epochs of a method's learning, as history and logger keep them, also where an interrupted run continues.
+
+    Args:
+        job: whose history has the epochs of methods that have learned before.
+        key: of the lines of this method.
+    """
+
+    def __init__(self, job: Job, key: str) -> None:
+        self._record, self._logger = job.record, job.logger
+        self._earlier = [line for line in job.record.history if key not in line]
+
+    def resume(self, epochs: list[dict[str, Any]]) -> None:
+        logged = len(self._record.history)
+        self._record.write_history([*self._earlier, *epochs])
+        # The process before may have ended between checkpoint and history.
+        for number, values in enumerate(self._record.history[logged:], logged + 1):
+            self._logger.log_epoch(values, number)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self._record.write_history([*self._record.history, values])
+        self._logger.log_epoch(values, len(self._record.history))

@@ -11,8 +11,9 @@ from typing import Any
 from permllm.config import PLACEMENTS, Placement, RunConfig
 from permllm.errors import ConfigError
 from permllm.pruning.footprint import Footprint
-from permllm.pruning.methods import Methods, checked_groups, methods_of, needs_device
+from permllm.pruning.methods import Methods, checked_groups, methods_of
 from permllm.runtime import parallel
+from permllm.runtime.devices import processes_here
 from permllm.runtime.memory import available_host_memory, free_memory
 from permllm.runtime.speed import CARDS
 
@@ -24,7 +25,7 @@ FITS = 0.85
 
 def placements(footprint: Footprint) -> list[Placement]:
     """Return the placements that a job can have, the fastest first."""
-    if needs_device(footprint.config, footprint.methods):
+    if footprint.methods.needs_device:
         return ["device"]
     # One process has nobody to share with, a random model no files.
     without = {"sharded"} if parallel.world_size() == 1 else set()
@@ -94,7 +95,7 @@ def _allowed(footprint: Footprint) -> list[Placement]:
 def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
     """Return the first placement that fits, None for none, and why those before it do not."""
     device, on_a_host = footprint.device, footprint.device.type == "cpu"
-    host: float = available_host_memory() // parallel.local_processes()
+    host: float = available_host_memory() // processes_here()
     if name := footprint.config.plan_on:  # nothing is known of its host
         free, host = CARDS[name][-1] * 1e9, math.inf
     else:

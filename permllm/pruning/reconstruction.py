@@ -1,4 +1,4 @@
-"""What a reconstruction is: it changes the kept weights after the masks are known, and never a mask."""
+"""Base of reconstructions, which change the kept weights after the masks are known, and never a mask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from permllm.training.problem import LearningProblem
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """One linear after its mask was chosen.
+    """A linear whose mask was chosen.
 
     Attributes:
         dense: the dense weight, `(C_out, C_in)`.
@@ -56,6 +56,8 @@ class Reconstruction(Method):
     """Base of the reconstructions, which change kept weights: linear by linear, and then in the whole model.
 
     Attributes:
+        learned: it has `network`, which trains the kept weights of all layers together, in all ranks together. It has
+            `batch_size`, samples a step, and may have `loss`, as `permllm.training.losses` names them.
         changes_weights: false only where it does nothing.
         statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
     """
@@ -72,28 +74,10 @@ class Reconstruction(Method):
 
     @override
     def needs_device(self) -> str | None:
-        return f"reconstruction: {type(self).__name__} trains all kept weights together" if trains_network(self) else None
-
-
-class LearnedReconstruction(Reconstruction):
-    """Base of the reconstructions that train the kept weights of all layers together, in all ranks together.
-
-    Attributes:
-        batch_size: samples a step.
-        loss: towards the dense model, as `permllm.training.losses` names them.
-    """
-
-    learned = True
-    batch_size: int
-    loss: str
+        return f"reconstruction: {type(self).__name__} trains all kept weights together" if self.learned else None
 
 
 class NoReconstruction(Reconstruction):
     """The kept weights stay as the pruner left them."""
 
     changes_weights = False
-
-
-def trains_network(reconstruction: Reconstruction) -> bool:
-    """Tell whether it changes the weights of the whole model together, in `network`."""
-    return type(reconstruction).network is not Reconstruction.network

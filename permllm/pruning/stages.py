@@ -1,41 +1,43 @@
-"""The stages that make a pruned model out of a dense one, whoever asks for them: calibrate, permute, learn masks, prune."""
+"""Stages that make a pruned model out of a dense one: calibrate, permute, learn masks, prune."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from permllm.models.families import channel_groups
+from permllm.errors import ConfigError
+from permllm.models.families import channel_groups, linear_at
 from permllm.models.selection import differing_patterns
+from permllm.permutation.base import checked_order
 from permllm.pruning.layerwise import Found, PrunedModel, prune
-from permllm.pruning.methods import Job
-from permllm.pruning.ordering import calibrate, found_masks, found_orders, target_of_all
+from permllm.pruning.methods import Job, learning_problem, windows_for
+from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS, layer_file
+from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
+from permllm.runtime.precision import products_in
+from permllm.sparsity.calibrate import DenseCalibration, NormOver, by_layer
+from permllm.sparsity.calibration_cache import shared_calibration, shared_target
+from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
 
 
-def prune_model(
-    job: Job, read_tokens: Callable[[], Tensor], keep: Callable[[PrunedModel], None] = lambda _: None
-) -> PrunedModel:
-    """Prune the job's model in place. Seconds and peaks of the stages go into its record, and figures of the result.
+def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
+    """Prune the job's model in place. Its record keeps the seconds of the stages, the figures and the files of the result.
 
     Args:
         job: what is pruned, by which methods.
         read_tokens: gives the calibration windows and `config.further` ones after them, int64 `(samples, seqlen)`; its time
             counts as calibration.
-        keep: writes what was found; its time counts as pruning.
     """
     config, record = job.config, job.record
-    dense = None
+    found = Found()
     with record.stage("calibrate", job.device):
         drawn = read_tokens()
-        if not job.methods.permutation.local or config.calibration.statistics == "dense":
-            dense = calibrate(config, job.loaded, drawn[: config.calibration.samples], job.methods.pruner, job.products)
-            dense.target = target_of_all(job, drawn, dense.target)
-    found = Found()
+        whole = not job.methods.permutation.local or config.calibration.statistics == "dense"
+        dense = calibrate(job, drawn) if whole else None
     if dense is not None:
         orders = found_orders(job, drawn, dense)
         factors = dense.factors if config.calibration.statistics == "dense" else None
@@ -45,12 +47,108 @@ def prune_model(
         pruned = prune(job, drawn, found)
         if pruned.violations:
             log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)
-        keep(pruned)
+        record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
+        record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
+        figures = _figures(job, pruned)
+        if figures["sparsity"]["weights_kept"]:
+            _keep_weights(job)
+        record.metrics |= figures
     return pruned
 
 
-def figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
-    """What `metrics.json` says of a model that was pruned, before it is evaluated."""
+def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
+    """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result.
+
+    The targets are those of the calibration samples, and of the further samples that orders and masks learn from.
+
+    Args:
+        job: of the dense model.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+    """
+    config, calibration = job.config, job.config.calibration
+    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
+    dense = shared_calibration(
+        job.loaded,
+        drawn[: calibration.samples],
+        job.methods.pruner,
+        config.pruner,
+        calibration.batch_size,
+        job.products,
+        norm_over,
+    )
+    stops = [windows_for(method, calibration.samples).stop for method in job.methods.learned.values()]
+    further = slice(calibration.samples, max(stops, default=0))
+    if further.stop > further.start:
+        target = dense.target
+        dense.target = target.new_empty(len(drawn), *target.shape[1:])  # only samples that are asked for are filled
+        dense.target[: len(target)] = target
+        dense.target[further] = shared_target(job.loaded, drawn[further], calibration.batch_size, job.products)
+    return dense
+
+
+def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) -> LearningProblem:
+    """Return the problem of a method that learns before the model is pruned."""
+    samples = job.config.calibration.samples
+    chosen = windows_for(getattr(job.methods, group), samples)
+    return learning_problem(job, group, drawn[chosen], drawn[:samples], dense.factors, dense.target[chosen])
+
+
+def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
+    """Return the orders of the channel groups, int64 `(C_in,)` by their names.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells.
+    """
+    key = job.permutation_key
+
+    def compute() -> dict[str, Tensor]:
+        problem = _of_the_dense(job, "permutation", drawn, dense)
+        with products_in(job.products, job.device):
+            found = job.methods.permutation.orders(problem)
+        if not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}")
+        return {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
+
+    with job.record.stage("permute", job.device):
+        return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
+
+
+def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Return the masks of all linears; None: the pruner chooses them.
+
+    Args:
+        job: whose record and logger learn of what is found.
+        drawn: int64 `(samples, length)`, those of the calibration first.
+        dense: what the dense model tells.
+        orders: int64 `(C_in,)` by channel group.
+    """
+    if job.methods.mask.local:
+        return None
+
+    def compute() -> Mapping[str, Tensor]:
+        problem = _of_the_dense(job, "mask", drawn, dense)
+        with products_in(job.products, job.device):
+            masks: Mapping[str, Tensor] = job.methods.mask.masks(problem, orders)
+        return masks
+
+    with job.record.stage("mask", job.device):
+        return job.record.kept(MASKS, compute, save_masks, load_masks)
+
+
+def _keep_weights(job: Job) -> None:
+    """Write the changed weights of each layer."""
+    for index, groups in by_layer(job.loaded.model, job.groups, "keep"):
+        paths = [path for group in groups for path in group.members]
+        if paths:
+            weights = {path: linear_at(job.loaded.model, path).weight.data for path in paths}
+            job.record.keep(layer_file(WEIGHTS, index), weights, save_tensors)
+
+
+def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
+    """Return the figures of a pruned model in `metrics.json`, before it is evaluated."""
     groups = channel_groups(job.loaded.model)
     patterns = differing_patterns(groups, job.groups)
     weights = kept = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from permllm.errors import DataError, one_line
 from permllm.runs.environment import command_line
-from permllm.runtime.interruption import what_happened
+from permllm.runtime.terminal import what_happened
 
 # Goes into the file alone: a terminal has progress bars for it.
 noted = logging.getLogger("permllm.noted")

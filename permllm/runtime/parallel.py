@@ -6,7 +6,6 @@ fails alone ends the command (`in_step`), and torchrun ends all ranks when one o
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import time
@@ -22,26 +21,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from permllm.errors import PermLLMError, everything_wanted, one_line
-from permllm.runtime.interruption import CONTINUES
+from permllm.runtime.terminal import CONTINUES
 
 Value = TypeVar("Value")
 
-# The others wait while rank 0 waits for another run, or writes an export.
-_PATIENCE = timedelta(days=1)
-# Seconds within which all ranks meet the same error, and between two looks at what the others report.
-_SAME_ERROR, _LOOK_EVERY = 30.0, 0.05
-# Seconds, see `stop`.
-_LAST_TENSORS = 0.5
-# Bytes of a tensor that are sent at a time.
-_PIECE = 1 << 28
-# Of the jobs and of the exchanges, equal in all ranks that are in step.
+# Seconds that ranks wait while rank 0 waits for another run or writes an export, and within which all meet the same error.
+_PATIENCE, _SAME_ERROR = 86400.0, 30.0
+# Numbers of the jobs and of the exchanges, equal in all ranks that are in step.
 _JOBS, _EXCHANGES = count(), count()
 
 
 def start() -> None:
     """Join the process group of torchrun; nothing happens in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=_PATIENCE))
 
 
 def stop() -> None:
@@ -49,7 +43,7 @@ def stop() -> None:
     if dist.is_initialized():
         # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7 holds while it waits
         # for that thread to end: so the thread gets the time before.
-        time.sleep(_LAST_TENSORS)
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 
@@ -61,22 +55,6 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_device() -> int:
-    """Return which of the machine's GPUs is this process's own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def local_processes() -> int:
-    """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def use_device(device: torch.device) -> None:
-    """Make a GPU the default one of this process."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, int]]:
@@ -118,29 +96,16 @@ def share(value: Value) -> Value:
         return value
     next(_EXCHANGES)
     if isinstance(value, Tensor):
-        shared = value.contiguous()
-        _broadcast(shared)
-        return shared  # type: ignore[return-value]
-    buffer = io.BytesIO()
-    if rank() == 0:
-        torch.save(value, buffer)
-    size = torch.tensor(buffer.tell())
-    dist.broadcast(size, src=0)
-    data = buffer.getbuffer() if rank() == 0 else bytearray(int(size))
-    _broadcast(torch.frombuffer(data, dtype=torch.uint8))
-    # It was pickled by the same command.
-    return value if rank() == 0 else torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
-
-
-def _broadcast(tensor: Tensor) -> None:
-    for piece in tensor.view(-1).view(torch.uint8).split(_PIECE) if tensor.numel() else ():
-        dist.broadcast(piece, src=0)
+        tensor = value.contiguous()
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
+        return tensor  # type: ignore[return-value]
+    found = [value]
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return found[0]
 
 
 def on_main(compute: Callable[[], Value]) -> Value:
     """Compute on rank 0 alone, and return the value, or raise the error that a person can mend, in all ranks."""
-    if world_size() == 1:
-        return compute()
     found: tuple[Value | None, PermLLMError | OSError | None] = None, None
     if rank() == 0:
         try:
@@ -160,31 +125,32 @@ def in_step() -> Iterator[None]:
     Raises:
         SystemExit: another rank does not. The first rank that failed has said why, and torchrun ends all ranks.
     """
+    failure: Exception | None = None
     try:
         yield
     except Exception as error:
-        _compare(error)
-        raise
-    _compare(None)
+        failure = error
+    if world_size() > 1:
+        _compare(failure)
+    if failure is not None:
+        raise failure
 
 
-def _compare(error: Exception | None) -> None:
-    if world_size() == 1:
-        return
+def _compare(failure: Exception | None) -> None:
+    """Raise SystemExit unless all ranks leave the job alike."""
     # Not by an exchange of tensors: the others may wait for one of the job.
     store, job = dist.distributed_c10d._get_default_store(), next(_JOBS)
-    mine = f"{type(error).__name__} {next(_EXCHANGES)}"
-    first = error is not None and store.add(f"failures of job {job}", 1) == 1
-    keys = [f"job {job}, rank {number}" for number in range(world_size())]
-    store.set(keys[rank()], mine)
-    until = time.monotonic() + (_SAME_ERROR if error else _PATIENCE.total_seconds())
-    found: list[str] = []
-    while len(found) < len(keys) and {*found, mine} == {mine} and time.monotonic() < until:
-        time.sleep(_LOOK_EVERY)
-        found = [store.get(key).decode() for key in keys if store.check([key])]
-    if found != [mine] * len(keys):
-        if first and error is not None:
-            if everything_wanted():
-                traceback.print_exception(error)
-            print(f"error: rank {rank()}: {one_line(error) or type(error).__name__}: {CONTINUES}", file=sys.stderr)
-        raise SystemExit(1)
+    mine = f"{type(failure).__name__} {next(_EXCHANGES)}"
+    ranks = [f"job {job}, rank {number}" for number in range(world_size())]
+    first = failure is not None and store.add(f"failures of job {job}", 1) == 1
+    store.set(ranks[rank()], mine)
+    until = time.monotonic() + (_PATIENCE if failure is None else _SAME_ERROR)
+    while not store.check(ranks) and time.monotonic() < until:
+        time.sleep(0.05)
+    if store.check(ranks) and all(store.get(key).decode() == mine for key in ranks):
+        return
+    if first and failure is not None:
+        if everything_wanted():
+            traceback.print_exception(failure)
+        print(f"error: rank {rank()}: {one_line(failure) or type(failure).__name__}: {CONTINUES}", file=sys.stderr)
+    raise SystemExit(1)

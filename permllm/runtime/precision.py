@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """The format of products.
+    """Return the format of products.
 
     Args:
         setting: `auto` rounds float32 to bfloat16 where the device multiplies it natively, `bfloat16` does so anywhere,
@@ -35,31 +35,29 @@ def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> t
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products of bfloat16 matrices."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
+    """Tell whether the device has instructions for products of bfloat16 matrices."""
+    if device.type == "cuda":  # a GPU that `plan_on` names is not here, and has them
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Linear layers of a half-precision model inside multiply in float32 where a CPU has no instructions for less.
+    """Have linears of a half-precision model multiply in float32, where a CPU has no instructions for less.
 
-    The result is that of a product of half-precision numbers which is summed up in float32 and rounded once, as where there
-    are instructions; it comes several times sooner than torch's own (see `ThroughFloat32`).
+    The result is that of products of half-precision numbers that are summed in float32 and rounded once. It comes several
+    times sooner than torch's own.
 
     Args:
         dtype: of the model's weights.
-        device: where it is.
+        device: of the model.
     """
     needed = device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16(device)))
     return ThroughFloat32() if needed else nullcontext()
 
 
 class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """`linear` of bfloat16 or float16 tensors, and `product`, multiply float32 copies, and round; so do their gradients."""
+    """Mode in which `linear` and `product` of half-precision tensors multiply float32 copies, and round; so do gradients."""
 
     entered = 0  # a mode does not reach into backward
 
@@ -81,13 +79,13 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
 
 
 def recomputed(function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)`, of which backward computes anew what it needs, by products as they are made here."""
+    """Call a function; backward computes anew what it needs, by products as they are made here."""
     found: Result = checkpoint(function, *args, use_reentrant=False, context_fn=_as_here)
     return found
 
 
 def _as_here() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """What the function runs in the first time, and in backward, which a mode does not reach into."""
+    """Return the contexts of the first call, and of the call in backward, which a mode does not reach into."""
     return nullcontext(), ThroughFloat32() if ThroughFloat32.entered else nullcontext()
 
 
@@ -97,14 +95,14 @@ _PIECE = 1 << 24
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of two matrices, whose gradients the caller knows; of half precision as `ThroughFloat32` has it."""
+    """Return `left @ right` of two matrices without gradients; of half precision as `ThroughFloat32` has it."""
     if ThroughFloat32.entered and left.dtype == right.dtype and left.dtype in _HALF:
         return _through_float32(left, right.t(), None)
     return left @ right
 
 
 def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear`, the weight copied in pieces."""
+    """Compute `linear` with float32 copies of pieces of the weight."""
     wide, output = states.float(), states.new_empty(*states.shape[:-1], len(weight))
     with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
@@ -114,7 +112,7 @@ def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 class _LinearThroughFloat32(torch.autograd.Function):
-    """What waits for backward is in half precision."""
+    """Function of autograd that keeps half-precision tensors for backward."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -137,37 +135,25 @@ class _LinearThroughFloat32(torch.autograd.Function):
 
 
 def products_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
-    """Products inside are made in the format of their factors: autocast would round float32 copies to halves again."""
+    """Make products inside in the format of their factors: autocast would round float32 copies to halves again."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:
-    """Rows of a weight, as many at a time as `_PIECE` allows of them, and of what they give for tokens."""
+    """Return the rows of a weight, as many at a time as `_PIECE` allows of them, and of their outputs for tokens."""
     count = max(1, _PIECE // max(weight.shape[1], tokens))
     return [slice(first, first + count) for first in range(0, len(weight), count)]
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products inside are made in `dtype` where it is narrower than float32; otherwise nothing changes."""
+    """Make matrix products inside in `dtype` where it is narrower than float32; otherwise nothing changes."""
     # Without the cache: it would keep the rounded copy of a weight that an optimizer has changed since.
-    narrow = dtype in (torch.bfloat16, torch.float16)
+    narrow = dtype in _HALF
     return torch.autocast(device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False)
 
 
-def gradient_scaler(weights: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """What keeps the gradients of a mean over tokens from vanishing in float16; in other formats it does nothing.
-
-    It leaves out a step whose gradients overflow, and goes on with half of its factor.
-
-    Args:
-        weights: dtype of the model.
-        device: where it is.
-    """
-    return torch.amp.GradScaler(device.type, enabled=weights == torch.float16)
-
-
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The format that a product with `tensor` is made in here: autocast's inside of `products_in`, else the tensor's own."""
+    """Return the format of a product with a tensor: autocast's inside of `products_in`, else the tensor's own."""
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype

@@ -1,8 +1,10 @@
-"""Speed of a device: nominal for a card that is named, else measured in a moment."""
+"""Seconds of a call, and speed of a device: nominal for a card that is named, else measured in a moment."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import time
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,8 +12,9 @@ import torch
 from torch import nn
 
 from permllm.runtime.precision import half_products
-from permllm.runtime.timing import interleaved
 
+# Shorter than this the clock, the first launch and the last wait are a part of what is measured.
+_LEAST_SECONDS = 0.02
 # Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory; the share of a speed that is reached.
 CARDS = {"l4": (121, 30, 300, 24), "l40s": (362, 92, 864, 48), "rtx4090": (165, 83, 1008, 24), "a100": (312, 19.5, 2039, 80)}
 CARDS |= {"h100": (989, 67, 3350, 80), "h200": (989, 67, 4800, 141), "b200": (2250, 75, 8000, 180)}
@@ -38,3 +41,31 @@ def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dt
     with half_products(torch.bfloat16, device):
         times: dict[Any, list[float]] = interleaved(works | {"copy": copied.clone}, 3, device)
     return Speed({dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes}, 2 * copied.nbytes / min(times["copy"]))
+
+
+def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Return the mean seconds of so many calls in a row, from an idle GPU to an idle GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def interleaved(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of a call of each, in turns, each measured over enough calls, at most a thousand.
+
+    Two turns do not count: the first compiles and allocates, the second says how many calls are enough.
+    """
+    for work in works.values():
+        work()
+    once = {name: clock(work, device) for name, work in works.items()}
+    calls = {name: math.ceil(min(max(_LEAST_SECONDS / max(seconds, 1e-9), 1), 1000)) for name, seconds in once.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(clock(work, device, calls[name]))
+    return times

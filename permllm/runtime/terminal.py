@@ -1,20 +1,24 @@
-"""Output of a command: its answer, its tables, and one line for an error."""
+"""Output of a command, one line for its error, and the signals that end it: SIGTERM and SIGHUP do as Ctrl-C does."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from permllm.errors import PermLLMError, one_line
-from permllm.runtime.interruption import exit_code, what_happened
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+CONTINUES = "the same command continues where it stopped"
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,38 @@ def terminal() -> Console:
 
     console = Terminal()
     return console if console.is_terminal else Terminal(width=200)
+
+
+class Terminated(KeyboardInterrupt):
+    """Interruption by a signal other than Ctrl-C. The argument is its number."""
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """Return a shell's exit code of the signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    return 128 + (error.args[0] if isinstance(error, Terminated) else signal.SIGINT)
+
+
+def what_happened(error: KeyboardInterrupt) -> str:
+    """Return a word for a person."""
+    return f"terminated by {signal.Signals(error.args[0]).name}" if isinstance(error, Terminated) else "interrupted"
+
+
+@contextmanager
+def scheduler_signals() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM and SIGHUP, but leave the handlers of a launcher and signals that are ignored (nohup)."""
+    # Python sets handlers in its main thread alone.
+    main = threading.current_thread() is threading.main_thread()
+    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number: int, _: Any) -> None:
+        for other in mine:  # schedulers repeat signals, and the record must be written undisturbed
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
+    for number in mine:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class InputStatistics:
     ) -> None:
         self.tokens = 0
         self._held = {kind: kind(channels, device, norm_tokens) for kind in dict.fromkeys(kinds)}
-        self._derived: dict[str, Tensor] = {}
+        self._derived: dict[str, Any] = {}
 
     def update(self, x: Tensor) -> None:
         """Add the activations `x (..., C_in)`, any floating dtype."""
@@ -69,8 +69,8 @@ class InputStatistics:
         for statistic in self._held.values():
             statistic.update(rows)
 
-    def derived(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A quantity that follows from the inputs, computed for all members of the group the first time it is asked for."""
+    def derived(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what follows from the inputs, computed for all members of the group the first time it is asked for."""
         if name not in self._derived:
             self._derived[name] = compute()
         return self._derived[name]

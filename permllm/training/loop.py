@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from permllm.errors import TrainingError
 from permllm.runtime import parallel
 from permllm.runtime.memory import peak_memory
-from permllm.runtime.precision import gradient_scaler
 from permllm.training.checkpoint import Checkpoint
 from permllm.training.learner import Learner, Moment, Window
 from permllm.training.objective import Objective
@@ -57,7 +56,8 @@ class Training:
         # Fused: no temporaries of the size of all parameters.
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=settings.weight_decay, fused=fused)
-        self.scaler = gradient_scaler(next(problem.model.parameters()).dtype, self.device)
+        # In float16 the gradients of a mean over tokens would vanish. A step whose gradients overflow is left out.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16)
         self.count = settings.samples_of(len(problem.tokens))
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
         self.steps = settings.steps_for(self.count)

@@ -16,7 +16,7 @@ from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
-from permllm.pruning import ordering, stages
+from permllm.pruning import stages
 from permllm.runs.files import read_json
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
@@ -127,13 +127,13 @@ def test_weights_can_pass_over_the_text_before(cache: Path, tmp_path: Path, monk
     seen = problems_seen(loaded.model, monkeypatch)
     drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=settings.further)
     computed: list[torch.Tensor] = []
-    real_target = ordering.shared_target
+    real_target = stages.shared_target
 
     def watched_target(loaded: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
         computed.append(tokens)
         return real_target(loaded, tokens, *more)
 
-    monkeypatch.setattr(ordering, "shared_target", watched_target)
+    monkeypatch.setattr(stages, "shared_target", watched_target)
     run(tmp_path, *words)
     assert settings.further == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])

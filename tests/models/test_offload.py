@@ -1,11 +1,9 @@
-"""Where weights wait changes nothing of what is computed, and only what is at work is in memory."""
+"""Placements of weights change nothing of what is computed."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
 from permllm.models.offload import Offloaded, placement_of
 from permllm.models.source import dense_source
-from tests.conftest import ROOT, run_python, tiny_model
+from tests.conftest import tiny_model
 from tests.test_config import config
 
 PLACEMENTS = ("host", "disk")
@@ -269,35 +267,3 @@ def test_parameters_that_layers_share_are_refused() -> None:
     second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is model\.layers\.0\.mlp\.up_proj\.weight"):
         Offloaded(model, torch.device("cpu"))
-
-
-LAYERS, HIDDEN, INTERMEDIATE = 12, 512, 2048
-CHILD = """
-import sys, torch
-from permllm.config import ModelConfig, RunConfig
-from permllm.models.layers import last_states
-from permllm.models.load import load_model
-from permllm.runtime.memory import peak_host_memory, reset_peak_memory
-
-torch.ones(64, 64) @ torch.ones(64, 64)
-before = int(open("/proc/self/statm").read().split()[1]) * 4096
-reset_peak_memory(torch.device("cpu"))
-model = load_model(ModelConfig(name="x", source="local", path=sys.argv[1], device="cpu", placement=sys.argv[2]), 0).model
-last_states(model, torch.zeros(2, 8, dtype=torch.long), 1, torch.float32)
-print(peak_host_memory() - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_only_what_is_at_work_is_in_memory(tmp_path: Path) -> None:
-    words = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_key_value_heads": 4}
-    overrides = [f"model.architecture.{key}={value}" for key, value in words.items()]
-    command = ["scripts/random_checkpoint.py", str(tmp_path / "model"), "model=tiny", *overrides]
-    assert run_python(*command, cwd=ROOT).returncode == 0
-
-    def grown(placement: str) -> int:
-        command = [sys.executable, "-c", CHILD, str(tmp_path / "model"), placement]
-        return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-
-    layer = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
-    assert grown("device") - grown("disk") > (LAYERS - 3) * layer

@@ -16,8 +16,11 @@ from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
-from permllm.pruning import ordering
 from permllm.pruning.layerwise import Found
+from permllm.pruning.methods import Job, learning_problem, methods_of
+from permllm.pruning.stages import calibrate
+from permllm.runs.directory import Record
+from permllm.runs.loggers import NO_LOGGER
 from permllm.sparsity.method import instantiate
 from permllm.training.kernels import EAGER
 from permllm.training.learner import Moment, Window
@@ -35,8 +38,9 @@ BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
 def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
     """What the runner gives the method to learn from."""
     loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
-    dense = ordering.calibrate(settings, loaded, tokens(), instantiate("pruner", settings.pruner), model.dtype)
-    return ordering.learning_problem(settings, loaded, groups, tokens(), dense)
+    job = Job(settings, methods_of(settings), Record(), NO_LOGGER, loaded, groups, model.dtype)
+    dense = calibrate(job, tokens())
+    return learning_problem(job, "permutation", tokens(), tokens(), dense.factors, dense.target)
 
 
 def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:

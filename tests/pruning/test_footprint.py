@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,29 +20,21 @@ from tests.conftest import ROOT, run_command, run_python
 from tests.test_config import config
 
 
-@pytest.mark.parametrize(
-    ("device_gb", "host_gb", "chosen", "said"),
-    [
-        (40.0, 64.0, "device", ""),
-        (14.0, 64.0, "host", "model.placement=host, as device needs"),
-        (14.0, 12.0, "disk", "host needs"),
-        (2.0, 2.0, "disk", "no model.placement fits"),
-    ],
-)
-def test_auto_takes_the_first_placement_that_fits(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    device_gb: float,
-    host_gb: float,
-    chosen: str,
-    said: str,
-) -> None:
-    monkeypatch.setattr(places, "free_memory", lambda _: int(device_gb * 1e9))
-    monkeypatch.setattr(places, "available_host_memory", lambda: int(host_gb * 1e9))
-    with caplog.at_level(logging.INFO):
-        assert placement_for(planned("model=qwen2.5-7b", device="cuda")) == chosen
-    assert said in caplog.text
-    assert bool(caplog.text) == bool(said)
+def test_auto_takes_the_first_placement_that_fits(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    of = planned("model=qwen2.5-7b", device="cuda")
+    for on_device, on_host, chosen, said in (
+        (40, 64, "device", ""),
+        (14, 64, "host", "model.placement=host, as device needs"),
+        (14, 12, "disk", "host needs"),
+        (2, 2, "disk", "no model.placement fits"),
+    ):
+        caplog.clear()
+        monkeypatch.setattr(places, "free_memory", lambda _, size=on_device: size * 1e9)
+        monkeypatch.setattr(places, "available_host_memory", lambda size=on_host: size * 1e9)
+        assert placement_for(of) == chosen
+        assert said in caplog.text
+        assert bool(caplog.text) == bool(said)
 
 
 def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +50,12 @@ def planned(*words: str, device: str = "cpu") -> Footprint:
 
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, one = (planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda") for size in (8, 1))
-    alone = whole.needs("device").stages["learn"]
+    def learns(size: int) -> int:
+        return planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda").needs("device").stages["learn"]
+
+    alone, one = learns(8), learns(1)
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
-    assert whole.needs("device").stages["learn"] == one.needs("device").stages["learn"] < alone
+    assert learns(8) == one < alone
 
 
 def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
@@ -71,40 +64,8 @@ def test_layers_on_the_host_have_the_states_of_a_text_wait_there() -> None:
     assert made.needs("host").host >= states > made.needs("device").host
 
 
-EVALUATES = """
-import sys, torch
-from permllm.evaluation.perplexity import perplexity
-from permllm.runtime.memory import host_memory, peak_host_memory, reset_peak_memory
-from permllm.runtime.precision import half_products
-from tests.conftest import tiny_model
-dtype = getattr(torch, sys.argv[1])
-model = tiny_model("llama", dtype=dtype, vocab_size=int(sys.argv[2])).eval()
-with half_products(dtype, model.device):
-    perplexity(model, torch.zeros(1, 8, dtype=torch.long), 8)
-    before = host_memory()
-    reset_peak_memory(model.device)
-    perplexity(model, torch.zeros(2, 1024, dtype=torch.long), 2048)
-print(peak_host_memory() - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_plan_knows_the_logits_of_an_evaluation() -> None:
-    vocabulary = 40_000
-    words = ["model.dtype=bfloat16", f"model.architecture.vocab_size={vocabulary}", "evaluation.perplexity.batch_tokens=2048"]
-    stages = planned("model=tiny", "evaluation.perplexity.seqlen=1024", "permutation=none", *words).needs("device").stages
-    command = [sys.executable, "-c", EVALUATES, "bfloat16", str(vocabulary)]
-    taken = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    assert stages["perplexity"] - stages["weights"] == pytest.approx(taken, rel=0.15)
-
-
-WIDE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-}
+WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3}
+WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 8}
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from permllm.errors import ConfigError
 from permllm.models.load import meta_model
 from permllm.pruning.footprint import Footprint
 from permllm.pruning.methods import methods_of
 from permllm.pruning.placement import FITS, placement_for, would_fit
+from permllm.pruning.plan import print_plan
 from permllm.runtime.speed import CARDS, speed_of
 from permllm.training.losses import chunk_of
 from tests.conftest import ROOT, run_command
@@ -39,9 +41,35 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     assert result.returncode == 0, result.stderr
     for said in ("3584", "18944", "7615616512", "device, taken here", "orders learn 28 layers at a time, of 28"):
         assert said in result.stdout
-    windows = run_command("model=qwen2.5-7b", "plan=true", "permutation.layers_per_stage=8", cwd=tmp_path)
-    assert "orders learn 8 layers at a time, of 28" in windows.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "unsaid"),
+    [
+        (["model=tiny"], "host", "disk"),  # a random model has no files
+        (["model=qwen2.5-7b", "permutation.layers_per_stage=8"], "orders learn 8 layers at a time, of 28", "residual"),
+        (["model=qwen2.5-7b", "permutation.constraint=foldable"], "residual_stream", "stays where"),
+        (
+            ["model=qwen2.5-7b", "permutation.constraint=foldable", "permutation.layers_per_stage=8"],
+            "residual_stream stays where it starts",
+            "learn 28",
+        ),
+    ],
+)
+def test_the_plan_says_what_learns_together(
+    words: list[str], said: str, unsaid: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_plan(planned(*words, "plan=true", "plan_on=h100"))
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert unsaid not in printed
+
+
+def test_a_card_is_for_a_plan_alone() -> None:
+    with pytest.raises(ConfigError, match="plan_on=h100"):
+        config("model=tiny", "plan_on=h100")
+    assert all(config("model=tiny", "plan=true", f"plan_on={card}").plan_on == card for card in CARDS)
 
 
 def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
@@ -64,13 +92,15 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
     assert refined == pytest.approx(5 * 4 * inner**2 + 6 * 4 * hidden * 2 * inner, abs=2e7)
     # Values, gradients and two moments in float32, and places; of all layers the states alone, as they are recomputed.
     states = 4 * 1024 * (hidden * layers + 8 * hidden + 4 * 2 * inner) * 2
-    head = (
-        4 * 4 * chunk_of(torch.device("cuda"), 152064) * 152064
-    )  # four numbers a logit; its weight is read as it is, in the format of the products
+    head = 4 * 4 * chunk_of(torch.device("cuda"), 152064) * 152064  # four numbers a logit
     held = beside_weights("learn weights", "reconstruction=distill", "permutation=none")
     assert held == pytest.approx(5 * 4 * layers * a_layer // 2 + states + a_group + head, abs=2e7)
     # Logits of eight sequences of the longest task, and their logarithms.
     assert beside_weights("tasks", "permutation=none") == 8 * 280 * 152064 * 2 * 2
+    # Logits of a batch, and those of a window in float32 with their logarithms.
+    words = ("evaluation.perplexity.batch_tokens=2048", "evaluation.perplexity.seqlen=1024", "model.dtype=bfloat16")
+    stages = planned("model=tiny", "permutation=none", *words).needs("device").stages
+    assert stages["perplexity"] - stages["weights"] == (2048 * 2 + 1024 * 8) * 259
 
 
 @pytest.mark.parametrize(
@@ -112,26 +142,3 @@ def test_commands_of_the_readme_fit_the_cards_that_they_name() -> None:
         command, _, comment = line.replace("model=hub model.hub_name=OWNER/NAME", "model=qwen2.5-7b").partition("#")
         needed = planned(*command.split("run.py ")[1].split()).needs("device").device
         assert needed <= FITS * 1e9 * int(comment.partition(" GB GPU")[0].rpartition(" ")[2])
-
-
-def test_a_random_model_has_no_files_in_its_plan(tmp_path: Path) -> None:
-    random = run_command("model=tiny", "plan=true", cwd=tmp_path).stdout
-    assert "host" in random
-    assert "disk" not in random
-
-
-def test_the_plan_says_what_is_shared_and_what_stays(tmp_path: Path) -> None:
-    foldable = ("model=qwen2.5-7b", "plan=true", "permutation.constraint=foldable")
-    whole = run_command(*foldable, cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    assert "residual_stream" in whole.stdout
-    assert "stays where it starts" not in whole.stdout
-    windows = run_command(*foldable, "permutation.layers_per_stage=8", cwd=tmp_path)
-    assert "residual_stream stays where it starts" in windows.stdout
-
-
-def test_a_card_is_for_a_plan_alone(tmp_path: Path) -> None:
-    result = run_command("model=tiny", "plan_on=h100", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "plan_on=h100" in result.stderr
-    assert all(config("model=tiny", "plan=true", f"plan_on={card}").plan_on == card for card in CARDS)

@@ -21,7 +21,7 @@ from permllm.errors import ConfigError, DataError, InUseError, PermLLMError
 from permllm.evaluation import measure
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
-from permllm.pruning import ordering, stages
+from permllm.pruning import methods, stages
 from permllm.runs.directory import RunDirectory, is_finished, run_directory
 from permllm.runs.files import read_json
 from tests.test_config import composed
@@ -87,9 +87,9 @@ def results(directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("owner", "name", "when"),
     [
-        (ordering._Epochs, "add", lambda _, values: values["epoch"] == 2 and "temperature" in values),
-        (ordering._Epochs, "add", lambda _, values: "mask_flips" in values),
-        (ordering._Epochs, "add", lambda _, values: "weights_learned" in values),
+        (methods._Epochs, "add", lambda _, values: values["epoch"] == 2 and "temperature" in values),
+        (methods._Epochs, "add", lambda _, values: "mask_flips" in values),
+        (methods._Epochs, "add", lambda _, values: "weights_learned" in values),
         (stages, "prune", lambda *_: True),
         (measure, "perplexity", lambda *arguments: "sparse" in arguments[-1]),
         (job, "export_run", lambda *_: True),
@@ -115,7 +115,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_finished_stages_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
     begun(interrupted(stages, "prune"), tmp_path, *words)
-    learned = begun(interrupted(ordering._Epochs, "add"), tmp_path / "lcp", *LEARNED)
+    learned = begun(interrupted(methods._Epochs, "add"), tmp_path / "lcp", *LEARNED)
     assert (learned / "lcp_checkpoint.pt").exists()
     monkeypatch.setattr(Heuristic, "orders", lambda *_: pytest.fail("searched again"))
     monkeypatch.setattr(LCP, "start_orders", lambda *_: pytest.fail("searched again"))
@@ -166,7 +166,7 @@ def attempt(folder: Path, *words: str) -> dict[str, Any] | PermLLMError:
 
 
 def test_a_damaged_checkpoint_is_learned_anew(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = begun(interrupted(ordering._Epochs, "add"), tmp_path, *EVERYTHING)
+    directory = begun(interrupted(methods._Epochs, "add"), tmp_path, *EVERYTHING)
     content = bytearray((directory / "lcp_checkpoint.pt").read_bytes())
     content[2000] ^= 4
     (directory / "lcp_checkpoint.pt").write_bytes(content)

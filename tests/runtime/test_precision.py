@@ -109,14 +109,6 @@ def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
     assert torch.cosine_similarity(grad.flatten(), exact_grad.flatten(), dim=0) > 0.999
 
 
-def test_outside_of_it_and_for_other_formats_nothing_changes() -> None:
-    a = torch.randn(8, 8)
-    for dtype in (torch.float32, torch.float64):
-        with products_in(dtype, CPU):
-            assert (a @ a).dtype == torch.float32
-            assert torch.equal(a @ a, torch.mm(a, a))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("piece", [1, 50, 1 << 24])
 def test_half_precision_through_float32_rounds_once(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +207,12 @@ def test_products_go_through_float32_where_a_cpu_cannot_do_without(monkeypatch: 
         assert not isinstance(half_products(dtype, torch.device("cuda")), ThroughFloat32)
 
 
-def test_other_products_stay_as_they_are_inside() -> None:
+def test_other_products_stay_as_they_are() -> None:
     a, weight = torch.randn(4, 8), torch.randn(6, 8)
+    for dtype in (torch.float32, torch.float64):
+        with products_in(dtype, CPU):
+            assert torch.equal(nn.functional.linear(a, weight), a @ weight.T)
+            assert (a @ a.T).dtype == torch.float32
     with ThroughFloat32():
         assert torch.equal(nn.functional.linear(a, weight), a @ weight.T)
         assert nn.functional.linear(a.double(), weight.double()).dtype == torch.float64
