@@ -1,4 +1,4 @@
-"""What a mask method is asked for."""
+"""Contracts of the mask methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from permllm.training.problem import LearningProblem
 
 
 class Mask(Method):
-    """Base of all methods.
+    """Base of all methods; as it is, `mask=pruner`: nothing learns.
 
     Attributes:
         local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all found before (`FoundMask`).
@@ -52,7 +52,7 @@ class FoundMask(Mask, ABC):
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """What a learned mask will do, for `plan=true`.
+    """Plan of a learned mask, for `plan=true`.
 
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
@@ -77,4 +77,4 @@ class LearnedMask(FoundMask):
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """Return what it will learn on a model of these groups and so many decoder layers."""
+        """Return the plan for a model of these groups and so many decoder layers."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from permllm.config import NMPattern
 from permllm.mask.base import FoundMask
@@ -21,9 +22,8 @@ from permllm.models.layers import LayerStream
 from permllm.runs.masks import PackedMasks
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics
 from permllm.training.problem import LearningProblem
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
@@ -37,9 +37,9 @@ class RefinedMask(FoundMask):
 
     statistics = (Gram,)
 
+    @override
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
-        """The masks of all linears; as `permllm.mask.base.FoundMask`."""
         tokens = problem.tokens if problem.calibration is None else problem.calibration
         stream, masks = LayerStream(problem.model, tokens, problem.calibration_batch_size), PackedMasks()
         for layer, members in by_layer(problem.model, problem.groups, "refine masks"):
@@ -51,7 +51,7 @@ class RefinedMask(FoundMask):
 
 
 def _of_group(problem: LearningProblem, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
-    """The masks of the linears of a group, bool `(C_out, C_in)` on the CPU in original channel order."""
+    """Return the masks of the linears of a group, bool `(C_out, C_in)` on the CPU in original channel order."""
     pattern, gram = problem.pattern_of(group), statistics[Gram].value[order][:, order]
     weights = [linear_at(problem.model, path).weight for path in group.members]
     start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
@@ -64,7 +64,7 @@ def _of_group(problem: LearningProblem, group: ChannelGroup, order: Tensor, stat
 
 @torch.no_grad()
 def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS) -> Tensor:
-    """A mask that takes away no more of any row of the output: each `e H e^T` is at most what it was, up to rounding.
+    """Return a mask that takes away no more of any row of the output: no `e H e^T` grows, up to rounding.
 
     Args:
         weight: `(C_out, C_in)`; groups are M consecutive columns.

@@ -9,8 +9,7 @@ from torch import Tensor
 from permllm.errors import TrainingError
 from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
 from permllm.runtime.values import SETTINGS, Count, Positive
-from permllm.sparsity.gram import Gram
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics
 
 # ADMM's, for a Hessian whose diagonal is 1: what a few iterations and the conjugate gradients after them do best with.
 _PENALTY = 0.3

@@ -21,7 +21,7 @@ from permllm.runs.loggers import RunLogger
 from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner
+from permllm.sparsity.calibrate import DenseCalibration, Pruner
 from permllm.sparsity.calibration_cache import shared_calibration, shared_target
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
@@ -34,9 +34,9 @@ def calibrate(
     config: RunConfig, loaded: LoadedModel, tokens: Tensor, pruner: Pruner, products: torch.dtype
 ) -> DenseCalibration:
     """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result."""
-    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
+    norm_tokens = tokens.shape[1] if config.permutation.get("conventions") == "paper" else 1
     batch_size = config.calibration.batch_size
-    return shared_calibration(loaded, tokens, pruner, config.pruner, batch_size, products, norm_over)
+    return shared_calibration(loaded, tokens, pruner, config.pruner, batch_size, products, norm_tokens)
 
 
 def target_of_all(job: Job, drawn: Tensor, target: Tensor) -> Tensor:

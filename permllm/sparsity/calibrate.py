@@ -1,4 +1,4 @@
-"""What the calibration text tells of the dense model's linears, and the pruners that ask for it."""
+"""Calibration of the dense model's linears by a text, and the pruners that ask for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from permllm.models.offload import placement_of
 from permllm.sparsity.method import Method
 from permllm.sparsity.saliency import SaliencyFactors
 from permllm.sparsity.statistics import InputStatistic, InputStatistics, Statistics
-
-NormOver = Literal["tokens", "samples"]
 
 
 class Pruner(Method, ABC):
@@ -50,11 +47,11 @@ class Pruner(Method, ABC):
 
 @dataclass
 class DenseCalibration:
-    """What the calibration text leaves of the dense model.
+    """Result of the calibration pass through the dense model.
 
     Attributes:
         factors: saliency factors of every linear, by module path, on the CPU.
-        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host; what LCP is trained to match.
+        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host, which learning matches.
     """
 
     factors: dict[str, SaliencyFactors]
@@ -68,9 +65,9 @@ def calibrate_dense(
     pruner: Pruner,
     batch_size: int,
     compute_dtype: torch.dtype | None = None,
-    norm_over: NormOver = "tokens",
+    norm_tokens: int = 1,
 ) -> DenseCalibration:
-    """Saliency factors of every layer from the inputs that the dense model gives it.
+    """Return the saliency factors of all linears, from the inputs that the dense model gives them, and the target of learning.
 
     Args:
         model: dense, of a known family.
@@ -79,10 +76,9 @@ def calibrate_dense(
         pruner: whose statistics are needed; they exist for one layer at a time.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
-        norm_over: what the mean square of the inputs is a mean over; `samples` makes norms larger by the root of the length.
+        norm_tokens: as in `InputStatistics`.
     """
     stream = LayerStream(model, tokens, batch_size, compute_dtype)
-    norm_tokens = tokens.shape[1] if norm_over == "samples" else 1
     factors: dict[str, SaliencyFactors] = {}
     for index, members in by_layer(model, groups, "calibrate"):
         with collecting(model, members, pruner.statistics, norm_tokens) as statistics:
@@ -93,37 +89,10 @@ def calibrate_dense(
     return DenseCalibration(factors, stream.states())
 
 
-def layer_statistics(
-    model: nn.Module,
-    groups: list[ChannelGroup],
-    tokens: Tensor,
-    kinds: Iterable[type[InputStatistic]],
-    batch_size: int,
-    compute_dtype: torch.dtype | None = None,
-) -> dict[str, InputStatistics]:
-    """What the groups of one decoder layer read in the dense model, by their names.
-
-    Args:
-        model: dense, of a known family.
-        groups: of one layer, at least one.
-        tokens: int64 `(samples, length)`.
-        kinds: classes of statistics.
-        batch_size: samples a forward.
-        compute_dtype: of the model's matrix products; None is that of its weights.
-    """
-    stream = LayerStream(model, tokens, batch_size, compute_dtype)
-    for index in range(groups[0].layer):
-        stream.advance(index)
-    with collecting(model, groups, kinds) as statistics:
-        for _ in stream.forward(groups[0].layer):
-            pass
-    return statistics
-
-
 def member_factors(
     model: nn.Module, group: ChannelGroup, pruner: Pruner, statistics: InputStatistics
 ) -> dict[str, SaliencyFactors]:
-    """Saliency factors of the linears of a group, by path, from what they read.
+    """Return the saliency factors of the linears of a group, by path, from what they read.
 
     Raises:
         ConfigError: the pruner gives something else than factors of this linear.
@@ -145,10 +114,9 @@ def _check_factors(pruner: Pruner, path: str, weight: Tensor, factors: object) -
     (rows, channels), column, row = weight.shape, factors.column, factors.row
     terms = len(column) if row is not None else 1
     if tuple(column.shape) not in ((terms, channels), (rows, channels)) or (row is not None and row.shape != (terms, rows)):
-        shapes = f"column {tuple(column.shape)}, row {None if row is None else tuple(row.shape)}"
         raise ConfigError(
             f"{name}: the factors of {path}, ({rows}, {channels}), must be (K, {channels}) and (K, {rows}), or a score "
-            f"({rows}, {channels}) and None, and they are {shapes}"
+            f"({rows}, {channels}) and None; they are column {tuple(column.shape)}, row {None if row is None else tuple(row.shape)}"
         )
     for part in (column, row):
         if part is not None and not all_finite(part):
@@ -160,21 +128,18 @@ def _check_factors(pruner: Pruner, path: str, weight: Tensor, factors: object) -
 
 
 def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
-    """The groups of each decoder layer, whose weights are there, with a bar of progress; none of a layer that stays dense."""
-    layers: dict[int, list[ChannelGroup]] = {index: [] for index in range(len(decoder_layers(model)))}
-    for group in groups:
-        layers[group.layer].append(group)
+    """Give the groups of each decoder layer, whose weights are there, with a bar of progress; none of a dense layer."""
     placement = placement_of(model)
-    for index, members in tqdm(layers.items(), desc=label, unit="layer"):
+    for index in tqdm(range(len(decoder_layers(model))), desc=label, unit="layer"):
         with placement.layer(index):
-            yield index, members
+            yield index, [group for group in groups if group.layer == index]
 
 
 @contextmanager
 def collecting(
     model: nn.Module, groups: list[ChannelGroup], kinds: Iterable[type[InputStatistic]], norm_tokens: int = 1
 ) -> Iterator[dict[str, InputStatistics]]:
-    """Statistics of what each group reads while the block runs; the first member speaks for all of its group."""
+    """Sum statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     statistics = {}
     handles = []
     device = next(model.parameters()).device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from permllm.models.families import channel_groups
 from permllm.models.layers import last_states
 from permllm.models.load import LoadedModel
 from permllm.runs.cache import cached, tensor_digest
-from permllm.sparsity.calibrate import DenseCalibration, NormOver, Pruner, calibrate_dense
+from permllm.sparsity.calibrate import DenseCalibration, Pruner, calibrate_dense
 from permllm.sparsity.saliency import SaliencyFactors
 
 _TARGET = "target"
@@ -25,9 +26,9 @@ def shared_calibration(
     pruner_settings: Mapping[str, Any],
     batch_size: int,
     compute_dtype: torch.dtype,
-    norm_over: NormOver = "tokens",
+    norm_tokens: int = 1,
 ) -> DenseCalibration:
-    """`calibrate_dense`, or what an earlier job kept of it.
+    """Return the result of `calibrate_dense`, or what an earlier job kept of it.
 
     The target follows from model and text alone, so that jobs with another pruner do not keep it a second time. The saliency
     of a pruner that is not of this package is not kept, nor is anything of a model without an identity.
@@ -39,21 +40,19 @@ def shared_calibration(
         pruner_settings: plain values that `pruner` was made from.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products.
-        norm_over: as in `calibrate_dense`.
+        norm_tokens: as in `InputStatistics`.
     """
-    groups = channel_groups(loaded.model)
-    if not loaded.identity:
-        return calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over)
-    identity = _identity(loaded, tokens, batch_size, compute_dtype)
-    found: list[DenseCalibration] = []
 
+    @cache  # one pass gives both
     def calibrated() -> DenseCalibration:
-        if not found:
-            found.append(calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_over))
-        return found[0]
+        groups = channel_groups(loaded.model)
+        return calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_tokens)
 
+    if not loaded.identity:
+        return calibrated()
+    identity = _identity(loaded, tokens, batch_size, compute_dtype)
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
-        of_pruner = {"pruner": dict(pruner_settings), "norm_over": norm_over}
+        of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
         kept = cached("saliency", identity | of_pruner, lambda: packed_factors(calibrated().factors))
         factors = unpacked_factors(kept)
     else:
@@ -64,7 +63,7 @@ def shared_calibration(
 
 
 def shared_target(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> Tensor:
-    """Output of the dense model's last decoder layer for further tokens, or what an earlier job kept of it.
+    """Return the output of the dense model's last decoder layer for further tokens, or what an earlier job kept of it.
 
     Args:
         loaded: the dense model.
@@ -75,14 +74,11 @@ def shared_target(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_
     Returns:
         `(samples, length, hidden)` on the host.
     """
-
-    def computed() -> Tensor:
-        return last_states(loaded.model, tokens, batch_size, compute_dtype)
-
+    compute = partial(last_states, loaded.model, tokens, batch_size, compute_dtype)
     if not loaded.identity:
-        return computed()
+        return compute()
     identity = _identity(loaded, tokens, batch_size, compute_dtype)
-    return cached("target", identity, lambda: {_TARGET: computed()})[_TARGET]
+    return cached("target", identity, lambda: {_TARGET: compute()})[_TARGET]
 
 
 def _identity(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -96,7 +92,7 @@ def _identity(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtyp
 
 
 def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
-    """Factors by module path as tensors by name, exactly."""
+    """Return factors by module path as tensors by name, exactly."""
     packed = {}
     for path, values in factors.items():
         packed[f"{path}/power"] = torch.tensor(values.power)
@@ -107,7 +103,7 @@ def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
 
 
 def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
-    """What `packed_factors` made of factors."""
+    """Return the factors that `packed_factors` has packed."""
     paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
     return {
         path: SaliencyFactors(int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row"))

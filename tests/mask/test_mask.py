@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.mask.lowrank import LowRankMask
-from permllm.mask.score import ScoreMask
+from permllm.mask.learned import LowRankMask
+from permllm.mask.learned import ScoreMask
 from permllm.models.families import linear_at
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.layerwise import Found

@@ -29,11 +29,8 @@ from permllm.pruning.wanda import Wanda
 from permllm.runs.directory import Record
 from permllm.runs.loggers import NO_LOGGER
 from permllm.sparsity.calibrate import Pruner, calibrate_dense
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import saliency
-from permllm.sparsity.statistics import InputStatistics
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.test_config import composed
@@ -165,11 +162,6 @@ def test_smaller_sparsity_has_smaller_error_everywhere() -> None:
         result = pruned(tiny_model("llama"), Wanda(), pattern=pattern)
         errors.append(result.output_error["model.layers.0.mlp.down_proj"])
     assert errors == sorted(errors)
-
-
-def test_a_statistic_that_was_not_asked_for_is_not_there() -> None:
-    with pytest.raises(RuntimeError, match="Gram was not asked for"):
-        InputStatistics(4, "cpu", (Norm,))[Gram]
 
 
 def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -> None:

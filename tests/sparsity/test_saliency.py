@@ -12,10 +12,8 @@ from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity.gram import Gram
-from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import SaliencyFactors, saliency, saliency_t
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics, Norm
 
 ROWS, CHANNELS, TOKENS = 5, 12, 40
 
