@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-from typing_extensions import override
 
-from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup
-from permllm.sparsity.method import Method, check_dense_statistics
+from permllm.sparsity.method import Method
 from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
 
@@ -34,11 +32,8 @@ class FoundMask(Mask, ABC):
     """
 
     local = False
+    found_dense = "mask"
     statistics: Statistics = ()
-
-    @override
-    def validate(self, config: RunConfig) -> None:
-        check_dense_statistics(config, "mask")
 
     @abstractmethod
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -38,10 +38,6 @@ class ScoreMask(LearningSettings, LearnedMask):
     kind: ClassVar[type[Scores]] = FreeScores
 
     @override
-    def needs_device(self) -> str | None:
-        return self.keeps_all_layers("mask")
-
-    @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         self.check_last_layers("mask", groups, layers)
 

@@ -21,8 +21,7 @@ from permllm.runs.loggers import RunLogger
 from permllm.runs.names import MASKS, PERMUTATIONS
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import DenseCalibration, Pruner
-from permllm.sparsity.calibration_cache import shared_calibration, shared_target
+from permllm.sparsity.calibrate import DenseCalibration, Pruner, shared_calibration, shared_target
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 

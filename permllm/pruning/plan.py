@@ -27,7 +27,7 @@ def print_plan(of: Footprint) -> None:
         alike.setdefault((group.table.name, members, str(group.pattern or config.pattern)), []).append(group)
     for words, groups in alike.items():
         name, rows = groups[0].name, " + ".join(map(str, groups[0].rows))
-        learned = (plan.blocks[name], plan.sizes[name]) if plan else ("-", "-")
+        learned = plan.columns[name] if plan else ("-", "-")
         table.add_row(*words, str(len({group.layer for group in groups})), str(groups[0].channels), rows, *learned)
     console.print(table)
     zeros = sum(count * (pattern.m - pattern.n) / pattern.m for pattern, count in of.weights.items())

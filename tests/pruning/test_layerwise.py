@@ -15,10 +15,10 @@ from permllm.config import NMPattern, RunConfig, read_config
 from permllm.mask.base import Mask
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.models.load import LoadedModel
+from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.temperature import Linear
-from permllm.permutation.none import Identity
 from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.methods import Job, Methods

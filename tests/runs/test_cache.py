@@ -20,7 +20,7 @@ from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.runs.cache import cached
-from permllm.sparsity.calibration_cache import packed_factors, shared_calibration, unpacked_factors
+from permllm.sparsity.calibrate import packed_factors, shared_calibration, unpacked_factors
 from tests.conftest import tiny_model
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -112,7 +112,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
     share(RIA(), "ria")
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
     assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
-    monkeypatch.setattr("permllm.sparsity.calibration_cache.calibrate_dense", lambda *_: refuse())
+    monkeypatch.setattr("permllm.sparsity.calibrate.calibrate_dense", lambda *_: refuse())
     again = share(Wanda(), "wanda")
     assert torch.equal(again.target, first.target)  # type: ignore[attr-defined]
     for path, factors in first.factors.items():  # type: ignore[attr-defined]
