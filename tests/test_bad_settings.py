@@ -92,7 +92,7 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["model=local", "model.path=."], "config.json cannot be read"),
         (["model.architecture.model_type=gpt2"], "'gpt2' cannot be told: GPT2LMHeadModel has no list of layers"),
         (["pruner._target_=permllm.pruning.wanda.Wonder"], "permllm.pruning.wanda.Wonder cannot be imported"),
-        (["pruner._target_=permllm.mask.pruner.PrunerMask"], "pruner=wanda: expected a subclass of"),
+        (["pruner._target_=permllm.mask.base.Mask"], "pruner=wanda: expected a subclass of"),
     ],
 )
 def test_bad_values_get_one_line_that_names_them(

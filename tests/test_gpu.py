@@ -48,12 +48,13 @@ def test_blocks_are_solved_where_they_are() -> None:
     generator = torch.Generator().manual_seed(0)
     near = torch.eye(64)[torch.randperm(64, generator=generator)] + 0.1 * torch.rand(300, 64, 64, generator=generator)
     for soft in (torch.rand(300, 64, 64, generator=generator), near, torch.rand(9, 24, 24, generator=generator)):
-        there, here = harden(soft.to(DEVICE)).cpu(), harden(soft)
+        (there,), (here,) = harden([soft.to(DEVICE)]), harden([soft])
+        there = there.cpu()
         values = [soft.double().gather(1, perm[:, None]).sum((1, 2)) for perm in (there, here)]
         torch.testing.assert_close(*values, rtol=0, atol=1e-9)
         assert torch.equal(there.sort().values, here.sort().values)
     with pytest.raises(ValueError, match="not finite"):
-        harden(torch.full((1, 8, 8), torch.nan, device=DEVICE))
+        harden([torch.full((1, 8, 8), torch.nan, device=DEVICE)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,17 +23,17 @@ from permllm.data.registry import calibration_text
 from permllm.data.windows import calibration_tokens
 from permllm.errors import ConfigError, check_whole
 from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.layers import LayerStream
 from permllm.models.load import load_model
 from permllm.models.offload import placement_of
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.heuristic import heuristic_order
 from permllm.runtime.precision import compute_dtype
-from permllm.sparsity.calibrate import layer_statistics, member_factors
-from permllm.sparsity.gram import Gram
+from permllm.sparsity.calibrate import collecting, member_factors
 from permllm.sparsity.method import instantiate
-from permllm.sparsity.nm import nm_mask, permuted_nm_mask, retained_saliency
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask, saliency_sum
 from permllm.sparsity.saliency import saliency
-from permllm.sparsity.statistics import Statistics
+from permllm.sparsity.statistics import Gram
 
 # How each kind of order is called, and drawn.
 _LABELS = {
@@ -92,7 +92,8 @@ class Layer:
 
     def retained(self, perm: Tensor) -> float:
         """Share of the saliency that an order keeps."""
-        return retained_saliency(self.saliency, permuted_nm_mask(self.saliency, perm, self.pattern))
+        mask = permuted_nm_mask(self.saliency, perm, self.pattern)
+        return saliency_sum(self.saliency, mask) / max(saliency_sum(self.saliency), 1e-300)
 
     def error(self, perm: Tensor) -> float:
         """`||X (W - W')^T||^2 / ||X W^T||^2` under the mask of an order."""
@@ -158,8 +159,12 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     pruner = instantiate("pruner", config.pruner)
     tokens = calibration_tokens(loaded.tokenizer, config.calibration, config.seed, loaded.bos)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
-    asked: Statistics = (*pruner.statistics, Gram)
-    read = layer_statistics(loaded.model, [group], tokens, asked, config.calibration.batch_size, products)[group.name]
+    stream = LayerStream(loaded.model, tokens, config.calibration.batch_size, products)
+    for index in range(group.layer):
+        stream.advance(index)
+    with collecting(loaded.model, [group], (*pruner.statistics, Gram)) as statistics:
+        stream.advance(group.layer)
+    read = statistics[group.name]
     with placement_of(loaded.model).layer(group.layer):
         factors = member_factors(loaded.model, group, pruner, read)
         weights = {path: linear_at(loaded.model, path).weight for path in group.members}

@@ -31,6 +31,7 @@ from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
+from permllm.permutation.lcp.logits import soft_batches
 from permllm.permutation.lcp.temperature import Constant
 from permllm.runs.environment import hardware
 from permllm.runs.names import CHECKPOINT
@@ -216,7 +217,7 @@ class _DenseStep:
             dense = torch.block_diag(*soft)[: group.channels, : group.channels]
             hard = torch.zeros_like(dense)
             for index, block in enumerate(soft.detach()):
-                rows = harden(block[None])[0].to(dense.device) + index * size
+                rows = harden([block[None]])[0][0].to(dense.device) + index * size
                 columns = torch.arange(size, device=dense.device) + index * size
                 inside = (rows < group.channels) & (columns < group.channels)
                 hard[rows[inside], columns[inside]] = 1.0
@@ -294,7 +295,9 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
                     found[name] = clock(lambda training=training: training.step(everything, moment), device)  # type: ignore[misc]
                     if name == "lcp":
                         peak = max(peak, peak_memory(device))
-                        found["harden"] = learner.harden_seconds
+                        batches = soft_batches(logits[name], lcp.temperature(0.0), 2 * lcp.sinkhorn_iterations)
+                        softs = [batch.soft for batch in batches]
+                        found["harden"] = clock(lambda softs=softs: harden(softs), device)  # type: ignore[misc]
             if dense is not None:
                 with dense.installed():
                     found["dense"] = clock(dense, device)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
 from permllm.models.head import head_path
 from permllm.permutation.foldable import RESIDUAL, foldable, local_order
@@ -66,11 +65,7 @@ def stored_order(form: str, model: nn.Module, groups: list[ChannelGroup], orders
 
 
 def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
-    try:
-        shared = foldable([group for group in groups if group.name in orders], orders)
-    except ConfigError as error:
-        hint = "a run with permutation.constraint=foldable has such orders; the form gathered keeps any"
-        raise ConfigError(f"{error}; {hint}") from error
+    shared = foldable([group for group in groups if group.name in orders], orders)
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
     family = family_of(model)

@@ -1,4 +1,4 @@
-"""What a mask method is asked for."""
+"""Contracts of the mask methods."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-from typing_extensions import override
 
-from permllm.config import RunConfig
 from permllm.models.families import ChannelGroup
-from permllm.sparsity.method import Method, check_dense_statistics
+from permllm.sparsity.method import Method
 from permllm.sparsity.statistics import Statistics
 from permllm.training.problem import LearningProblem
 
 
 class Mask(Method):
-    """Base of all methods.
+    """Base of all methods; as it is, `mask=pruner`: nothing learns.
 
     Attributes:
         local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all found before (`FoundMask`).
@@ -34,11 +32,8 @@ class FoundMask(Mask, ABC):
     """
 
     local = False
+    found_dense = "mask"
     statistics: Statistics = ()
-
-    @override
-    def validate(self, config: RunConfig) -> None:
-        check_dense_statistics(config, "mask")
 
     @abstractmethod
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -52,7 +47,7 @@ class FoundMask(Mask, ABC):
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """What a learned mask will do, for `plan=true`.
+    """Plan of a learned mask, for `plan=true`.
 
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
@@ -77,4 +72,4 @@ class LearnedMask(FoundMask):
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """Return what it will learn on a model of these groups and so many decoder layers."""
+        """Return the plan for a model of these groups and so many decoder layers."""

@@ -1,70 +1,63 @@
-"""The learning of masks, whatever their scores are: windows of layers in turn, in orders that are given."""
+"""Masks that are learned by scores: windows of layers in turn, in orders that are given."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from permllm.config import RunConfig
 from permllm.mask.base import LearnedMask, MaskPlan
-from permllm.mask.learner import MaskLearner
 from permllm.models.families import ChannelGroup, linear_at
-from permllm.runs.masks import PackedMasks, unpacked_mask
+from permllm.models.offload import placement_of
+from permllm.runs.masks import PackedMasks, packed_mask, unpacked_mask
 from permllm.runs.names import MASK_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors
+from permllm.training.learner import Learner, Moment
+from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
-from permllm.training.scores import Scores
+from permllm.training.scores import FreeScores, LowRankScores, Scores
 from permllm.training.settings import LearningSettings
 from permllm.training.stages import Course
 from permllm.training.stand_ins import kernels_for, learning_scores
 
 
 @dataclass(kw_only=True, config=SETTINGS)
-class MaskLearning(LearningSettings, LearnedMask):
-    """Base of the masks that are learned. A subclass says what scores a mask is chosen by."""
+class ScoreMask(LearningSettings, LearnedMask):
+    """Masks by a score for each weight, from the logarithm of the pruner's saliency; 16 bytes a weight of a window."""
 
     epochs: Count = 1
     select_from: Whole = 0
-    kind: ClassVar[type[Scores]]
-
-    @override
-    def needs_device(self) -> str | None:
-        return self.keeps_all_layers("mask")
+    kind: ClassVar[type[Scores]] = FreeScores
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         self.check_last_layers("mask", groups, layers)
 
-    @abstractmethod
     def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
-        """What the mask of a linear is chosen by, from its weight `(C_out, C_in)`; it starts at the pruner's mask."""
+        """Return the scores of a linear at the start, from its weight `(C_out, C_in)`; they choose the pruner's mask."""
+        return FreeScores(weight, factors)
 
-    @abstractmethod
     def count(self, group: ChannelGroup) -> int:
-        """Parameters of the linears of a group."""
+        """Return the number of parameters of the linears of a group."""
+        return group.channels * sum(group.rows)
 
+    @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> MaskPlan:
-        """What learns on a model of these groups and so many decoder layers."""
-        parameters: dict[int, int] = {}
+        parameters = dict.fromkeys((group.layer for group in groups), 0)
         for group in groups:
-            parameters[group.layer] = parameters.get(group.layer, 0) + self.count(group)
+            parameters[group.layer] += self.count(group)
         return MaskPlan(self.spans(layers), parameters, self.kind.keeps_masked)
 
+    @override
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
-        """Learn the masks of all linears; as `permllm.mask.base.LearnedMask`.
-
-        Raises:
-            TrainingError: the loss is not finite; the message names the first layer whose output is not.
-        """
         course = Course(self, problem, "mask", MASK_CHECKPOINT)
         before = {} if course.state is None else course.state["learner"]["earlier"]
         found: dict[str, Tensor] = {path: bits.cpu() for path, bits in before.items()}
@@ -89,3 +82,100 @@ class MaskLearning(LearningSettings, LearnedMask):
                 found |= learner.best
                 del linears, learner  # before those of the next window, which are as large
         return PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
+
+
+@dataclass(kw_only=True, config=SETTINGS)
+class LowRankMask(ScoreMask):
+    """Masks by the pruner's saliency, a factor a channel and a term of low rank, which need little memory."""
+
+    rank: Whole = 8
+    kind = LowRankScores
+
+    @override
+    def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
+        return LowRankScores(weight, factors, self.rank, generator)
+
+    @override
+    def count(self, group: ChannelGroup) -> int:
+        return sum(group.channels + self.rank * (group.channels + rows) for rows in group.rows)
+
+
+class MaskLearner(Learner):
+    """Masks of a window as they learn.
+
+    Args:
+        problem: whose model's linears in the window are masked linears now.
+        groups: of the window.
+        linears: masked linears by group, whose scores learn.
+        learning_rate: of the scores.
+        earlier: masks of the windows before, like `best`.
+
+    Attributes:
+        best: masks by linear, original channel order, on the CPU, as `packed_mask` gives them.
+    """
+
+    def __init__(
+        self,
+        problem: LearningProblem,
+        groups: Sequence[ChannelGroup],
+        linears: Mapping[str, Sequence[MaskedLinear]],
+        learning_rate: float,
+        earlier: Mapping[str, Tensor],
+    ) -> None:
+        self._placement = placement_of(problem.model)
+        self.groups = groups
+        self.linears = {
+            path: linear for group in groups for path, linear in zip(group.members, linears[group.name], strict=True)
+        }
+        self.earlier = dict(earlier)
+        self.learning_rate = learning_rate
+        self.best: dict[str, Tensor] = {}
+        self._at_epoch: dict[str, Tensor] = {}
+        self.scores = nn.ModuleDict({path.replace(".", "/"): linear.scores for path, linear in self.linears.items()})
+
+    @property
+    @override
+    def gathers(self) -> bool:
+        return any(linear.order is not None for linear in self.linears.values())
+
+    @override
+    def masked_weights(self) -> int:
+        return sum(linear.linear.weight.numel() for linear in self.linears.values() if linear.scores.keeps_masked)
+
+    @override
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.scores.parameters()), "lr": self.learning_rate}]
+
+    @torch.no_grad()
+    def present(self) -> dict[str, Tensor]:
+        """Return the masks as they are now, like `best`."""
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            with self._placement.layer(group.layer):
+                found |= {path: packed_mask(self.linears[path].mask().cpu()) for path in group.members}
+        return found
+
+    @override
+    def begin_epoch(self) -> None:
+        self._at_epoch = self.present()
+
+    @override
+    def epoch_values(self, moment: Moment) -> dict[str, Any]:
+        now = self.present()
+        changed = sum(int(unpacked_mask(now[path] ^ before).sum()) for path, before in self._at_epoch.items())
+        return {"mask_flips": changed / sum(8 * len(bits) for bits in now.values())}
+
+    @override
+    def keep(self) -> None:
+        self.best = self.present()
+
+    @override
+    def state(self) -> dict[str, Any]:
+        masks = {"best": self.best, "at_epoch": self._at_epoch, "earlier": self.earlier}
+        return {"scores": self.scores.state_dict()} | masks
+
+    @override
+    def restore(self, state: dict[str, Any]) -> None:
+        self.scores.load_state_dict(state["scores"])
+        self.best = {path: bits.cpu() for path, bits in state["best"].items()}
+        self._at_epoch = {path: bits.cpu() for path, bits in state["at_epoch"].items()}

@@ -13,17 +13,17 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from permllm.config import NMPattern
 from permllm.mask.base import FoundMask
-from permllm.models.families import ChannelGroup, linear_at
+from permllm.models.families import linear_at
 from permllm.models.layers import LayerStream
 from permllm.runs.masks import PackedMasks
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram
 from permllm.training.problem import LearningProblem
 
 # Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
@@ -37,34 +37,30 @@ class RefinedMask(FoundMask):
 
     statistics = (Gram,)
 
+    @override
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
-        """The masks of all linears; as `permllm.mask.base.FoundMask`."""
         tokens = problem.tokens if problem.calibration is None else problem.calibration
         stream, masks = LayerStream(problem.model, tokens, problem.calibration_batch_size), PackedMasks()
         for layer, members in by_layer(problem.model, problem.groups, "refine masks"):
             with collecting(problem.model, members, (Gram,)) as statistics:
                 stream.advance(layer)
             for group in members:
-                masks.update(_of_group(problem, group, orders[group.name].to(problem.device), statistics[group.name]))
+                pattern, order = problem.pattern_of(group), orders[group.name].to(problem.device)
+                gram = statistics[group.name][Gram].value[order][:, order]
+                weights = [linear_at(problem.model, path).weight for path in group.members]
+                start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
+                # What reads the same channels is refined together: the more rows, the fewer passes.
+                with products_in(gram.dtype, problem.device):  # what is narrower in a model's products would decide wrongly
+                    mask = refined_mask(torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern)
+                parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
+                masks.update(zip(group.members, parts, strict=True))
         return masks
-
-
-def _of_group(problem: LearningProblem, group: ChannelGroup, order: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
-    """The masks of the linears of a group, bool `(C_out, C_in)` on the CPU in original channel order."""
-    pattern, gram = problem.pattern_of(group), statistics[Gram].value[order][:, order]
-    weights = [linear_at(problem.model, path).weight for path in group.members]
-    start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
-    # What reads the same channels is refined together: the more rows, the fewer passes.
-    with products_in(gram.dtype, problem.device):  # what is narrower in a model's products would decide wrongly
-        mask = refined_mask(torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern)
-    parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
-    return dict(zip(group.members, parts, strict=True))
 
 
 @torch.no_grad()
 def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS) -> Tensor:
-    """A mask that takes away no more of any row of the output: each `e H e^T` is at most what it was, up to rounding.
+    """Return a mask that takes away no more of any row of the output: no `e H e^T` grows, up to rounding.
 
     Args:
         weight: `(C_out, C_in)`; groups are M consecutive columns.

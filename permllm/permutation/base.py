@@ -1,4 +1,4 @@
-"""What a permutation method is asked for."""
+"""Contracts of the permutation methods, and the one that leaves the channels where they are."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern, RunConfig
+from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.runs.masks import is_permutation
-from permllm.sparsity.method import Method, check_dense_statistics
+from permllm.sparsity.method import Method
 from permllm.training.problem import LearningProblem
 
 Constraint = Literal["free", "foldable"]
@@ -47,11 +47,25 @@ class LocalPermutation(Permutation):
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        def found(group: ChannelGroup) -> Tensor:
+        found = {}
+        for group in problem.groups:
             scores = torch.cat([problem.saliency_of(path) for path in group.members])
-            return self.order(group.name, scores, problem.pattern_of(group))
+            found[group.name] = self.order(group.name, scores, problem.pattern_of(group))
+        return found
 
-        return {group.name: found(group) for group in problem.groups}
+
+class Identity(LocalPermutation):
+    """The identity order for every channel group."""
+
+    constraint = "foldable"  # it folds into anything
+
+    @override
+    def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
+        return torch.arange(saliency.shape[1])
+
+    @override
+    def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
+        return {group.name: torch.arange(group.channels) for group in problem.groups}
 
 
 class LearnedPermutation(Permutation):
@@ -62,15 +76,12 @@ class LearnedPermutation(Permutation):
     """
 
     learned = True
+    found_dense = "permutation"
     batch_size: int
-
-    @override
-    def validate(self, config: RunConfig) -> None:
-        check_dense_statistics(config, "permutation")
 
     @abstractmethod
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """Return what it will learn on a model.
+        """Return the plan for a model.
 
         Args:
             groups: channel groups that are pruned.
@@ -80,27 +91,23 @@ class LearnedPermutation(Permutation):
 
 @dataclass(frozen=True)
 class LearningPlan:
-    """What a learned method will do, for `plan=true`.
+    """Plan of a learned permutation, for `plan=true`.
 
     Attributes:
         windows: first decoder layer and the one after the last of what learns together, one after the other.
-        blocks: by channel group, how its channels are cut, for a person.
-        sizes: by channel group, how many parameters its order has, for a person.
-        logits: parameters that belong to channels.
-        parameters: all that learn.
+        columns: by channel group, how its channels are cut and how many parameters its order has, for a person.
+        logits: parameters that learn.
         stays: names of the orders that do not learn.
     """
 
     windows: list[tuple[int, int]]
-    blocks: dict[str, str]
-    sizes: dict[str, str]
+    columns: dict[str, tuple[str, str]]
     logits: int
-    parameters: int
     stays: list[str]
 
 
 def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
-    """The order of a channel group that a method has given, on the CPU.
+    """Return the order of a channel group that a method has given, on the CPU.
 
     Args:
         key: the setting that named the method.
@@ -111,14 +118,9 @@ def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
     Raises:
         ConfigError: it is no int64 permutation of the channels: a model in it would not be N:M.
     """
-    reason = None
-    if not isinstance(order, Tensor):
-        reason = f"it is a {type(order).__name__}"
-    elif order.dtype != torch.int64 or order.shape != (channels,):
-        reason = f"it is {str(order.dtype).removeprefix('torch.')} {tuple(order.shape)}"
-    elif not is_permutation(order):
-        reason = "some channels stand in it twice and others never"
-    if reason is not None:
-        raise ConfigError(f"{key}: the order of {group} must be a permutation, int64 ({channels},), and {reason}")
-    assert isinstance(order, Tensor)
-    return order.cpu()
+    if isinstance(order, Tensor) and order.dtype == torch.int64 and order.shape == (channels,) and is_permutation(order):
+        return order.cpu()
+    given = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+    raise ConfigError(
+        f"{key}: the order of {group} must be a permutation, int64 ({channels},) with each channel once, and it is {given}"
+    )

@@ -1,4 +1,4 @@
-"""Which channel groups share an order, and which orders fold into a model's weights.
+"""Orders that channel groups share, and orders that fold into a model's weights.
 
 Learning and searching work on *shared orders*: a vector of positions, cut into segments that no channel leaves, from which one
 or several channel groups take theirs. A free permutation is the trivial case, one order and one segment for each group. What
@@ -51,16 +51,12 @@ class SharedOrder:
         """Decoder layers from the first that uses it to the last."""
         return range(self.groups[0].layer, self.groups[-1].layer + 1)
 
-    def stacks(self, block_size: int) -> list[BlockStack]:
-        """Blocks of the shared order."""
-        return split_blocks(self.channels, block_size, self.segment)
-
-    def group_stacks(self, block_size: int) -> list[BlockStack]:
-        """Blocks of a group that uses it; what belongs to them is given by `expand_blocks`."""
-        return split_blocks(self.channels * self.repeats, block_size, self.segment)
+    def stacks(self, block_size: int, repeats: int = 1) -> list[BlockStack]:
+        """Return the blocks of the shared order, or of a group with copies, whose matrices `expand_blocks` gives."""
+        return split_blocks(self.channels * repeats, block_size, self.segment)
 
     def expand(self, order: Tensor) -> Tensor:
-        """The order of a group, int64 `(channels * repeats,)`, from the shared one, int64 `(channels,)`."""
+        """Return the order of a group, int64 `(channels * repeats,)`, from the shared one, int64 `(channels,)`."""
         if self.repeats == 1:
             return order
         local = self.expand_rows(order - self._starts(order.device))
@@ -68,13 +64,11 @@ class SharedOrder:
         return local + copies.repeat_interleave(self.segment)
 
     def expand_rows(self, values: Tensor) -> Tensor:
-        """What stands at each position of a group, `(channels * repeats,)`, from what stands at each shared one."""
+        """Return the values at each position of a group, `(channels * repeats,)`, from those at each shared position."""
         return values.view(-1, 1, self.segment).expand(-1, self.repeats, -1).reshape(-1)
 
     def expand_blocks(self, stacks: list[Tensor]) -> list[Tensor]:
-        """Block matrices of a group, a stack for each of `group_stacks`, from those of the shared order; differentiable."""
-        if self.repeats == 1:
-            return stacks
+        """Return the block matrices of a group, a stack for each of its `stacks`, differentiable by those of the order."""
         segments = self.channels // self.segment
         if len(stacks) == 1:
             blocks = stacks[0].unflatten(0, (segments, 1, -1))
@@ -83,17 +77,15 @@ class SharedOrder:
         return [stack for first in range(0, len(stacks), each) for stack in stacks[first : first + each] * self.repeats]
 
     def collect(self, saliency: Tensor) -> Tensor:
-        """Saliency on the shared positions: `(rows, channels * repeats)` to `(rows * repeats, channels)`."""
-        if self.repeats == 1:
-            return saliency
+        """Return the saliency on the shared positions: `(rows, channels * repeats)` to `(rows * repeats, channels)`."""
         return saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0).reshape(-1, self.channels)
 
     def shared(self, order: Tensor) -> Tensor | None:
-        """The shared order behind a group's order, int64 `(channels,)`; None where there is none."""
+        """Return the shared order behind a group's order, int64 `(channels,)`; None where there is none."""
         starts = torch.arange(0, len(order), self.segment).repeat_interleave(self.segment)
         local = (order.cpu() - starts).view(-1, self.repeats, self.segment)
-        inside = bool(((local >= 0) & (local < self.segment)).all())
-        if not inside or not torch.equal(local, local[:, :1].expand_as(local)):
+        inside = (local >= 0) & (local < self.segment)
+        if not bool(inside.all()) or not torch.equal(local, local[:, :1].expand_as(local)):
             return None
         return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
 
@@ -102,7 +94,7 @@ class SharedOrder:
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
-    """The orders that a method may choose, in the order in which their first groups run.
+    """Return the orders that a method may choose, in the order in which their first groups run.
 
     Raises:
         ConfigError: they must fold, and nothing absorbs an order of a group; the message names it.
@@ -126,12 +118,12 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
 
 
 def orders_within(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
-    """The orders that the decoder layers from `first` to before `stop` have all groups of, so that they may change there."""
+    """Return the orders whose groups all lie in the decoder layers from `first` to before `stop`: they may change there."""
     return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
 
 
 def local_order(group: ChannelGroup) -> SharedOrder:
-    """What the producers of a group can absorb."""
+    """Return the orders that the producers of a group can absorb."""
     heads, repeats = group.heads
     channels = group.channels // repeats
     return SharedOrder(group.name, channels, channels // heads if group.table.by_head else channels, repeats, (group,))
@@ -161,12 +153,12 @@ def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
 
 
 def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The orders of all groups by group name, each a tensor of its own, from shared orders by their name."""
+    """Return the orders of all groups by group name, each a tensor of its own, from shared orders by their name."""
     return {group.name: order.expand(orders[order.name]).clone() for order in shared for group in order.groups}
 
 
 def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The shared orders by name behind the orders of all groups.
+    """Return the shared orders by name behind the orders of all groups.
 
     Raises:
         ConfigError: one of them does not fold; the message names it.
@@ -175,12 +167,17 @@ def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str,
     for group in groups:
         order = orders[group.name]
         if not group.table.folds and not torch.equal(order.cpu(), torch.arange(len(order))):
-            raise ConfigError(f"the permutation of {group.name} does not fold: no neighbouring weights absorb one")
+            raise _refusal(group, "no neighbouring weights absorb one")
     for shared in shared_orders([group for group in groups if group.table.folds], "foldable"):
         for group in shared.groups:
             behind = shared.shared(orders[group.name])
             if behind is None:
-                raise ConfigError(f"the permutation of {group.name} does not fold: it is not the same inside each head")
+                raise _refusal(group, "it is not the same inside each head")
             if not torch.equal(found.setdefault(shared.name, behind), behind):
-                raise ConfigError(f"the permutation of {group.name} does not fold: it is not that of {shared.groups[0].name}")
+                raise _refusal(group, f"it is not that of {shared.groups[0].name}")
     return found
+
+
+def _refusal(group: ChannelGroup, reason: str) -> ConfigError:
+    hint = "permutation.constraint=foldable finds orders that fold; export=gathered keeps any"
+    return ConfigError(f"the permutation of {group.name} does not fold: {reason}; {hint}")

@@ -13,6 +13,7 @@ from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.base import LocalPermutation
 from permllm.permutation.foldable import foldable
+from permllm.runs.names import PERMUTATIONS
 from permllm.runs.tensors import load_orders
 from permllm.runtime.values import SETTINGS
 from permllm.training.problem import LearningProblem
@@ -30,44 +31,29 @@ class FromFile(LocalPermutation):
     constraint = None  # known once the groups are
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("permutation.path is empty: give a run directory or a permutations.safetensors file")
-        file = Path(self.path)
-        if file.is_dir():
-            file = file / "permutations.safetensors"
+        path = Path(self.path)
+        file = path / PERMUTATIONS if path.is_dir() else path
         if not file.is_file():
             raise ConfigError(f"permutation.path={self.path}: no such file, or a run without permutations")
         self._orders = load_orders(file)
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
-        orders = {group.name: self._order(group.name, group.channels) for group in groups}
-        if config.export.form != "folded":
-            return
-        try:
-            foldable(groups, orders)
-        except ConfigError as error:
-            raise ConfigError(f"permutation.path={self.path}: {error}; export=gathered keeps any permutation") from error
+        for group in groups:
+            order = self._orders.get(group.name)
+            if order is None or len(order) != group.channels:
+                found = "no permutation" if order is None else f"it is of {len(order)} channels, not {group.channels},"
+                raise ConfigError(
+                    f"permutation.path={self.path}: {found} for {group.name}; "
+                    "is it from another model, or from a run that kept it dense?"
+                )
+        if config.export.form == "folded":
+            foldable(groups, self._orders)
 
+    @override
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """The stored order of one channel group, int64 `(C_in,)`.
-
-        Raises:
-            ConfigError: the file has no such group, or one of another width.
-        """
-        return self._order(group, saliency.shape[1])
+        return self._orders[group]
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        return {group.name: self._order(group.name, group.channels) for group in problem.groups}
-
-    def _order(self, group: str, channels: int) -> Tensor:
-        perm = self._orders.get(group)
-        if perm is None:
-            reasons = "is it from another model, or from a run that kept it dense?"
-            raise ConfigError(f"permutation.path={self.path}: no permutation for {group}; {reasons}")
-        if len(perm) != channels:
-            raise ConfigError(
-                f"permutation.path={self.path}: the permutation of {group} is of {len(perm)} channels, not {channels}"
-            )
-        return perm
+        return {group.name: self._orders[group.name] for group in problem.groups}

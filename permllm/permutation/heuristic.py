@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from permllm.config import NMPattern, RunConfig, check_divides
+from permllm.config import NMPattern, RunConfig
 from permllm.models.families import ChannelGroup
 from permllm.models.offload import placement_of
 from permllm.permutation.base import Constraint, LocalPermutation
@@ -38,11 +38,9 @@ _ROWS_AT_A_TIME = 4096
 _SHARE_OF_FREE = 0.5
 # On a CPU over so many, and for so many pairs of a row and a group, as stay in its cache.
 _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
-
-
+# Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a shared order may not fit into
+# memory. Of different M one divides the other: the groups of the smaller lie inside those of the larger.
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
-"""Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a shared order may not fit into
-memory. Of different M one divides the other: the groups of the smaller lie inside those of the larger."""
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -58,11 +56,10 @@ class Heuristic(LocalPermutation):
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
-        if not self.local:
-            check_segments(shared_orders(groups, self.constraint), config.pattern)
+        check_segments(shared_orders(groups, self.constraint), config.pattern)
 
+    @override
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """Return the order of one channel group, int64 `(C_in,)` on the CPU; `saliency (rows of all members, C_in)`."""
         return heuristic_order(lambda: [(saliency, pattern)])
 
     @override
@@ -85,7 +82,8 @@ def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label:
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
     ahead = sorted(shared if placement_of(problem.model).sharded else mine, key=lambda order: order.channels)
-    together, found = parallel.share(_searches_at_once(shared, problem.device)), dict[str, Tensor]()
+    together = parallel.share(_searches_at_once(shared, problem.device))
+    found = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
     with ThreadPoolExecutor(together) as pool, tqdm(total=len(ahead), desc=label, unit="permutation") as bar:
         for first in range(0, len(ahead), together):
             orders = ahead[first : first + together]
@@ -93,13 +91,12 @@ def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label:
             perms = iter(_searched(parts, pool.map))
             del parts  # before the saliency of the next ones
             for order in orders:
-                starts = range(0, order.channels, order.segment)
-                found[order.name] = torch.cat([start + next(perms) for start in starts])
+                perm = torch.cat([start + next(perms) for start in range(0, order.channels, order.segment)])
+                if order in mine:
+                    found[order.name] = perm
                 bar.update()
-    zeros = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
-    every = zeros | {order.name: found[order.name] for order in mine}
-    parallel.all_reduce(every.values())
-    return every
+    parallel.all_reduce(found.values())
+    return found
 
 
 def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
@@ -133,7 +130,7 @@ def segments_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], patte
 
 
 def heuristic_order(saliency: Parts) -> Tensor:
-    """Search an order that retains more saliency than the identity; return the identity where there is none.
+    """Search for an order that retains more saliency than the identity; return the identity where there is none.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
@@ -145,63 +142,77 @@ def heuristic_order(saliency: Parts) -> Tensor:
 
 
 def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -> list[Tensor]:
-    """Search an order for each saliency; `solve` maps scores to assignments, as `map` does."""
-    searches = [_Search(saliency) for saliency in saliencies]
+    """Search for an order for each saliency; `solve` maps scores to assignments, as `map` does."""
+    searches = [Search(saliency) for saliency in saliencies]
     for position in range(max(search.m for search in searches)):
         here = [search for search in searches if position < search.m]
-        scores = (position_scores(search.saliency, search.perm, position, search.m) for search in here)
+        scores = (search.scores(position) for search in here)
         for search, sources in zip(here, solve(assigned, scores), strict=True):
-            search.perm = exchanged(search.perm, position, search.m, sources)
+            search.exchange(position, sources)
     return [search.order() for search in searches]
 
 
-class _Search:
-    """A search for an order.
+class Search:
+    """Search for an order.
 
     Args:
         saliency: as of `heuristic_order`.
 
     Attributes:
-        saliency: the same.
         m: the largest M.
         perm: int64 `(C_in,)` on the CPU, the order so far.
     """
 
     def __init__(self, saliency: Parts) -> None:
         sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
-        total = _sum(sums)
-        smallest, largest = (choose(patterns, key=lambda pattern: pattern.m) for choose in (min, max))
-        check_divides(largest, len(total), "the layer")
-        self.saliency, self.m, self.perm = saliency, largest.m, allocate(total, smallest)
+        sizes = [pattern.m for pattern in patterns]
+        self._saliency, self.m, self.perm = saliency, max(sizes), allocate(reduce(Tensor.add, sums), min(sizes))
+
+    def scores(self, position: int) -> Tensor:
+        """Return the scores of moving the channels at one of the `m` positions, as `assignment_scores`, on the CPU."""
+        places = self.perm.view(-1, self.m)
+
+        def scores_of(part: Tensor, pattern: NMPattern) -> Tensor:
+            first = position - position % pattern.m  # of the group of a smaller M that the position is in
+            inside = places[:, first : first + pattern.m].flatten()
+            return assignment_scores(part, inside, position % pattern.m, pattern)
+
+        return reduce(Tensor.add, (scores_of(part, pattern) for part, pattern in self._saliency())).cpu()
+
+    def exchange(self, position: int, sources: Tensor) -> None:
+        """Give each group of m the channel that is at a position of its source, int64 `(groups,)`."""
+        places = self.perm.view(-1, self.m)
+        places[:, position] = places[sources, position]
 
     def order(self) -> Tensor:
         """Return the order that was found, or the identity where that retains as much."""
         identity = torch.arange(len(self.perm))
         retained = [0.0, 0.0]
-        for part, pattern in self.saliency():
-            for index, order in enumerate((identity, self.perm)):
-                retained[index] += _retained(part, order, pattern)
+        for part, pattern in self._saliency():
+            for rows in part.split(_ROWS_AT_A_TIME):
+                for index, order in enumerate((identity, self.perm)):
+                    permuted = rows[:, order.to(rows.device)]
+                    retained[index] += saliency_sum(permuted, nm_mask(permuted, pattern))
         return self.perm if retained[1] > retained[0] else identity
 
 
-def allocate(total: Tensor, pattern: NMPattern) -> Tensor:
+def allocate(total: Tensor, m: int) -> Tensor:
     """Deal the channels, sorted by total saliency, in a snake: first place of every group, second place backwards, ...
 
     Args:
         total: `(C_in,)`, the saliency of each channel over all rows.
-        pattern: N:M.
+        m: channels of a group.
 
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    groups = len(total) // pattern.m
-    order = total.argsort(descending=True, stable=True).view(pattern.m, groups)
+    order = total.argsort(descending=True, stable=True).view(m, -1)
     snake = torch.stack([row if place % 2 == 0 else row.flip(0) for place, row in enumerate(order)], dim=1)
     return snake.flatten().cpu()
 
 
 def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
-    """Scores of moving the channels at one position among the groups.
+    """Return the scores of moving the channels at one position among the groups.
 
     Args:
         saliency: `(rows, C_in)`.
@@ -227,7 +238,7 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
 
 
 def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
-    """`sum_r max(left[a, r], right[b, r])` for all a and b: `(A, B)` of `(A, rows)` and `(B, rows)`."""
+    """Return `sum_r max(left[a, r], right[b, r])` for all a and b: `(A, B)` of `(A, rows)` and `(B, rows)`."""
     if left.device.type != "cpu":
         # max(u, v) = (u + v + |u - v|) / 2, so that it is two sums and a matrix of L1 distances.
         return (left.sum(1)[:, None] + right.sum(1)[None, :] + torch.cdist(left, right, p=1.0)) / 2
@@ -240,27 +251,8 @@ def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def position_scores(saliency: Parts, perm: Tensor, position: int, m: int) -> Tensor:
-    """Scores of moving the channels at one position among all groups of the largest M, as `assignment_scores`, on the CPU.
-
-    Args:
-        saliency: parts `(rows, C_in)`, whose M divide `m`.
-        perm: int64 `(C_in,)` on the CPU, the present order.
-        position: of the `m` places of every group.
-        m: the largest M.
-    """
-    places = perm.view(-1, m)
-
-    def scores_of(part: Tensor, pattern: NMPattern) -> Tensor:
-        first = position - position % pattern.m  # of the group of a smaller M that the position is in
-        inside = places[:, first : first + pattern.m].flatten()
-        return assignment_scores(part, inside, position % pattern.m, pattern)
-
-    return _sum(scores_of(part, pattern) for part, pattern in saliency()).cpu()
-
-
 def assigned(scores: Tensor) -> Tensor:
-    """The assignment of the largest score.
+    """Return the assignment of the largest score.
 
     Args:
         scores: `(groups, groups)` on the CPU, entry (a, b) that of the channel of group a in group b.
@@ -275,22 +267,3 @@ def assigned(scores: Tensor) -> Tensor:
     costs -= costs.min(1, keepdims=True)
     _, source = linear_sum_assignment(np.ascontiguousarray(costs.T))
     return torch.from_numpy(source)
-
-
-def exchanged(perm: Tensor, position: int, m: int, sources: Tensor) -> Tensor:
-    """The order int64 `(C_in,)` in which each group of m has, at a position, the channel that was there in its source."""
-    places = perm.view(-1, m).clone()
-    places[:, position] = places[sources, position]
-    return places.flatten()
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(Tensor.add, parts)
-
-
-def _retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:
-    total = 0.0
-    for part in saliency.split(_ROWS_AT_A_TIME):
-        permuted = part[:, perm.to(part.device)]
-        total += saliency_sum(permuted, nm_mask(permuted, pattern))
-    return total

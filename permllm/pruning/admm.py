@@ -11,8 +11,7 @@ from torch import Tensor
 from permllm.errors import TrainingError
 from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
 from permllm.runtime.values import SETTINGS, Count, Positive
-from permllm.sparsity.gram import Gram
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics
 
 # Penalty of ADMM for a Hessian whose diagonal is 1, best for a few iterations with conjugate gradients after them.
 _PENALTY = 0.3

@@ -25,7 +25,7 @@ from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
 from permllm.runtime.precision import compute_dtype
 from permllm.runtime.speed import Speed
-from permllm.sparsity.gram import Gram
+from permllm.sparsity.statistics import Gram
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 

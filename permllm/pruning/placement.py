@@ -77,12 +77,12 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
         if getattr(method, "layers_per_stage", None) == "all":
             yield f"{group}.layers_per_stage=4", replace(config, **{group: settings | {"layers_per_stage": 4}})
     if config.mask.get("name") == "score":
-        lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.lowrank.LowRankMask"}
+        lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
         yield "mask=lowrank", replace(config, mask=lowrank)
     if methods.mask.learned:
         lcp: dict[str, Any] = {"name": "lcp", "_target_": "permllm.permutation.lcp.lcp.LCP", "constraint": "foldable"}
         lcp |= {"block_size": config.block_size, "temperature": config.temperature}
-        mask = {"name": "pruner", "_target_": "permllm.mask.pruner.PrunerMask"}
+        mask = {"name": "pruner", "_target_": "permllm.mask.base.Mask"}
         yield "method=order-folded", replace(config, permutation=lcp, mask=mask)
 
 

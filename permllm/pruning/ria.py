@@ -8,9 +8,8 @@ from torch import Tensor
 
 from permllm.runtime.values import SETTINGS, Amount
 from permllm.sparsity.calibrate import Pruner
-from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import InputStatistics, Norm
 
 
 @dataclass(frozen=True, config=SETTINGS)

@@ -13,10 +13,9 @@ from permllm.config import NMPattern, check_divides
 from permllm.errors import TrainingError
 from permllm.runtime.values import SETTINGS, Positive
 from permllm.sparsity.calibrate import Pruner
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import keep_largest
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics
 
 _COLUMNS_AT_A_TIME = 128
 

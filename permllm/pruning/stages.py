@@ -17,8 +17,7 @@ from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS, layer_file
 from permllm.runs.tensors import load_masks, load_orders, save_masks, save_tensors
 from permllm.runtime.precision import products_in
-from permllm.sparsity.calibrate import DenseCalibration, NormOver, by_layer
-from permllm.sparsity.calibration_cache import shared_calibration, shared_target
+from permllm.sparsity.calibrate import DenseCalibration, by_layer, shared_calibration, shared_target
 from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
         drawn: int64 `(samples, length)`, those of the calibration first.
     """
     config, calibration = job.config, job.config.calibration
-    norm_over: NormOver = "samples" if config.permutation.get("conventions") == "paper" else "tokens"
+    norm_tokens = drawn.shape[1] if config.permutation.get("conventions") == "paper" else 1
     dense = shared_calibration(
         job.loaded,
         drawn[: calibration.samples],
@@ -74,7 +73,7 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
         config.pruner,
         calibration.batch_size,
         job.products,
-        norm_over,
+        norm_tokens,
     )
     stops = [windows_for(method, calibration.samples).stop for method in job.methods.learned.values()]
     further = slice(calibration.samples, max(stops, default=0))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from permllm.sparsity.calibrate import Pruner
-from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import InputStatistics, Norm
 
 
 class Wanda(Pruner):

@@ -1,1 +1,1 @@
-"""What the dense model tells: statistics of its linears' inputs, saliency, the target of learning; kept between jobs."""
+"""Calibration of the dense model: statistics of its linears' inputs, saliency, the target of learning."""

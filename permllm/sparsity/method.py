@@ -18,12 +18,20 @@ class Method:
 
     Attributes:
         learned: it trains.
+        found_dense: group of a method that finds its result with the dense model's statistics and keeps them; None for others.
     """
 
     learned: bool = False
+    found_dense: str | None = None
 
     def validate(self, config: RunConfig) -> None:
         """Raise ConfigError where a rule between the settings of the run and of this method is broken."""
+        if self.found_dense and config.calibration.statistics != "dense":
+            raise ConfigError(
+                f"calibration.statistics={config.calibration.statistics} is not valid with "
+                f"{self.found_dense}={getattr(config, self.found_dense).get('name')}, which is found with dense statistics "
+                "and keeps them"
+            )
 
     def check_groups(self, config: RunConfig, groups: list[Any], layers: int) -> None:
         """Raise ConfigError where the method cannot work on a model.
@@ -37,15 +45,6 @@ class Method:
     def needs_device(self) -> str | None:
         """Return why the method needs the weights of all layers on the device at once; None if it does not."""
         return None
-
-
-def check_dense_statistics(config: RunConfig, group: str) -> None:
-    """Raise ConfigError unless the statistics are of the dense model, as what a group's method finds needs."""
-    if config.calibration.statistics != "dense":
-        raise ConfigError(
-            f"calibration.statistics={config.calibration.statistics} is not valid with "
-            f"{group}={getattr(config, group).get('name')}, which is found with dense statistics and keeps them"
-        )
 
 
 def instantiate(key: str, settings: Mapping[str, Any]) -> Any:

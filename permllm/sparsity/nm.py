@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from permllm.config import NMPattern, check_divides
+from permllm.config import NMPattern
 from permllm.runs.masks import COMPARE_UP_TO
 
 
 def keep_largest(values: Tensor, n: int, dim: int) -> Tensor:
-    """Mask of the `n` largest entries along `dim`, ties to the lowest index.
+    """Return the mask of the `n` largest entries along `dim`, ties to the lowest index.
 
     Args:
         values: any shape, floating; `dim` is one group of M entries.
@@ -30,7 +30,7 @@ def keep_largest(values: Tensor, n: int, dim: int) -> Tensor:
 
 
 def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
-    """Which of M tensors hold the `n` largest entries, place by place, ties to the first.
+    """Tell which of M tensors hold the `n` largest entries, place by place, ties to the first.
 
     Args:
         entries: M tensors of one shape.
@@ -43,7 +43,7 @@ def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
 
 
 def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
-    """How many of M tensors hold a larger entry, place by place; of equal ones the first counts as the larger.
+    """Count how many of M tensors hold a larger entry, place by place; of equal ones the first counts as the larger.
 
     Args:
         entries: M tensors of one shape.
@@ -69,25 +69,20 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
 
 
 def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:
-    """N:M mask along the last dimension.
+    """Return the N:M mask along the last dimension.
 
     Args:
         saliency: `(..., C_in)`, floating, larger is more worth keeping; M divides C_in.
 
     Returns:
         bool `(..., C_in)`, exactly N True in each group of M consecutive entries.
-
-    Raises:
-        ConfigError: M does not divide C_in.
     """
-    channels = saliency.shape[-1]
-    check_divides(pattern, channels, "the layer")
-    groups = saliency.unflatten(-1, (channels // pattern.m, pattern.m))
+    groups = saliency.unflatten(-1, (-1, pattern.m))
     return keep_largest(groups, pattern.n, dim=-1).flatten(-2)
 
 
 def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tensor:
-    """N:M mask that is chosen in permuted order and returned in the original order.
+    """Return the N:M mask that is chosen in permuted order and returned in the original order.
 
     Args:
         saliency: `(C_out, C_in)`, original channel order.
@@ -99,12 +94,7 @@ def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tens
     return nm_mask(saliency[:, perm], pattern)[:, perm.argsort()]
 
 
-def retained_saliency(saliency: Tensor, mask: Tensor) -> float:
-    """Share of the total saliency that the mask keeps, in [0, 1] (RIA's objective for a permutation)."""
-    return saliency_sum(saliency, mask) / max(saliency_sum(saliency), 1e-300)
-
-
 def saliency_sum(saliency: Tensor, mask: Tensor | None = None) -> float:
-    """Sum of a saliency, or of what a mask keeps of it, in float64."""
+    """Sum a saliency, or what a mask keeps of it, in float64."""
     kept = saliency if mask is None else torch.where(mask, saliency, 0.0)
     return float(kept.sum(dtype=torch.float64))

@@ -35,34 +35,34 @@ class SaliencyFactors:
 
     @classmethod
     def of_each_weight(cls, score: Tensor, power: int = 1) -> SaliencyFactors:
-        """A dense score `(C_out, C_in)`, float32 or float64, nonnegative: the saliency is `|W|^power * score`."""
+        """Make a dense score `(C_out, C_in)`, float32 or float64, nonnegative: the saliency is `|W|^power * score`."""
         return cls(power, score)
 
     @property
     def dense(self) -> bool:
-        """Whether there is a factor for each weight instead of vectors."""
+        """Tell whether there is a factor for each weight instead of vectors."""
         return self.row is None and len(self.column) > 1
 
     def permuted(self, perm: Tensor) -> SaliencyFactors:
-        """The factors of `W[:, perm]`; `perm` int64 `(C,)` may be any selection of channels."""
+        """Return the factors of `W[:, perm]`; `perm` int64 `(C,)` may be any selection of channels."""
         return SaliencyFactors(self.power, self.column[:, perm], self.row)
 
     def scaled(self, factor: float | Tensor) -> SaliencyFactors:
-        """The factors of the saliency times a positive scalar: the same masks, another sharpness of the group softmax."""
+        """Return the factors of the saliency times a positive scalar: the same masks, another sharpness of the softmax."""
         return SaliencyFactors(self.power, self.column * factor, self.row)
 
     def to(self, device: torch.device | str) -> SaliencyFactors:
-        """The same factors on `device`."""
+        """Return the same factors on `device`."""
         return SaliencyFactors(self.power, self.column.to(device), None if self.row is None else self.row.to(device))
 
 
 def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Saliency of `weight` `(C_out, C_in)`, in the dtype of the factors, same shape."""
+    """Return the saliency of `weight` `(C_out, C_in)`, in the dtype of the factors, same shape."""
     return saliency_t(weight.t(), factors).t()
 
 
 def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors, same shape.
+    """Return the saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors, same shape.
 
     The transposed layout is the one that learning uses: a channel is a row there, so a permutation is a gather of rows.
     """

@@ -1,13 +1,14 @@
-"""What a statistic is, and how a method is given those that it names: the classes in its `statistics`, here or anybody's."""
+"""Sums over the inputs of linears: the norm of each channel, the Gram matrix, and whatever class a method names."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 class InputStatistic(ABC):
@@ -30,6 +31,50 @@ class InputStatistic(ABC):
     def memory(channels: int) -> int:
         """Bytes that it takes for a group of so many channels, with what methods derive from it; for `plan=true`."""
         return 8 * channels
+
+
+class Norm(InputStatistic):
+    """Sums of squares of each channel over tokens, float64: what Wanda and RIA weigh magnitudes with."""
+
+    def __init__(self, channels: int, device: torch.device | str, norm_tokens: int) -> None:
+        self._norm_tokens = norm_tokens
+        self._tokens = 0
+        self._square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._dtype = torch.float32
+
+    @override
+    def update(self, rows: Tensor) -> None:
+        self._tokens += rows.shape[0]
+        self._dtype = rows.dtype
+        self._square_sum += rows.square().sum(0).double()
+
+    @property
+    def value(self) -> Tensor:
+        """Root mean square of each channel over tokens, times `sqrt(norm_tokens)`.
+
+        `(C_in,)`, float32 or the wider dtype of the activations.
+        """
+        return (self._square_sum / max(self._tokens / self._norm_tokens, 1)).sqrt().to(self._dtype)
+
+
+class Gram(InputStatistic):
+    """Gram matrix `X^T X`, C_in squared numbers: the Hessian of a linear's squared output error (SparseGPT).
+
+    Attributes:
+        value: float32 `(C_in, C_in)`.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str, norm_tokens: int) -> None:
+        self.value = torch.zeros(channels, channels, dtype=torch.float32, device=device)
+
+    @override
+    def update(self, rows: Tensor) -> None:
+        self.value.addmm_(rows.t().float(), rows.float())
+
+    @staticmethod
+    @override
+    def memory(channels: int) -> int:
+        return 5 * 4 * channels**2  # with the copies that inverting it needs
 
 
 Statistics: TypeAlias = tuple[type[InputStatistic], ...]
@@ -76,8 +121,5 @@ class InputStatistics:
         return self._derived[name]
 
     def __getitem__(self, kind: type[_Kind]) -> _Kind:
-        """The statistic of a class. Raises RuntimeError when it was not asked for."""
-        found = self._held.get(kind)
-        if not isinstance(found, kind):
-            raise RuntimeError(f"{kind.__name__} was not asked for: the method must name it in its `statistics`")
-        return found
+        """Return the statistic of a class that was asked for."""
+        return cast(_Kind, self._held[kind])

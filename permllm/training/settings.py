@@ -58,10 +58,10 @@ class LearningSettings(DescentSettings):
         """Return the settings of a descent, with others."""
         return cls(**{field.name: getattr(descent, field.name) for field in fields(DescentSettings)}, **more)
 
-    def keeps_all_layers(self, group: str) -> str | None:
+    def needs_device(self) -> str | None:
         """Return why learning needs the weights of all layers on the device at once; None if it does not."""
         if self.activation_checkpointing is False:
-            return f"{group}.activation_checkpointing=false keeps all layers for backward"
+            return "activation_checkpointing=false keeps all layers for backward"
         return None
 
     def check_last_layers(self, group: str, groups: list[Any], layers: int) -> None:

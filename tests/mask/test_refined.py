@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm import job
-from permllm.config import NMPattern, read_config
-from permllm.errors import ConfigError
+from permllm.config import NMPattern
 from permllm.export.verify import verify
 from permllm.mask.refined import RefinedMask, refined_mask
 from permllm.models.families import channel_groups, linear_at
-from permllm.pruning import stages
 from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
 from tests.mask.test_mask import check_masks, ordered, pruners
 from tests.pruning.test_layerwise import problem, pruned, tokens
-from tests.test_config import composed
 from tests.test_job import run
 
 
@@ -90,14 +85,6 @@ def test_only_the_calibration_samples_are_read() -> None:
     assert all(torch.equal(masks[path], same[path]) for path in masks)
 
 
-def test_a_pruner_that_corrects_weights_does_so_under_them(cache: Path, tmp_path: Path) -> None:
-    metrics, directory = run(tmp_path, "pruner=sparsegpt", "permutation=none", "mask=refined", "export=folded")
-    plain, _ = run(tmp_path, "pruner=sparsegpt", "permutation=none")
-    assert verify(directory / "export").passed
-    assert metrics["sparsity"] == plain["sparsity"]
-    assert metrics["perplexity"]["sparse"] != plain["perplexity"]["sparse"]
-
-
 def test_patterns_of_modules_dense_layers_and_orders_that_fold(cache: Path, tmp_path: Path) -> None:
     words = ("permutation=heuristic", "permutation.constraint=foldable", "keep_dense=[0]", "sparsity_of={down_proj: 4:8}")
     metrics, directory = run(tmp_path, *words, "mask=refined", "export=folded")
@@ -109,27 +96,6 @@ def test_patterns_of_modules_dense_layers_and_orders_that_fold(cache: Path, tmp_
     for name, error in metrics["output_error"].items():
         assert ".0." not in name
         assert ".1." not in name or error < plain["output_error"][name]
-
-
-def test_a_run_goes_on_with_them_after_an_interruption(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ("permutation=heuristic", "mask=refined")
-    with monkeypatch.context() as patched:
-        patched.setattr(stages, "prune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, *overrides)
-    with monkeypatch.context() as patched:
-        patched.setattr(RefinedMask, "masks", lambda *_: pytest.fail("they are there already"))
-        metrics, directory = run(tmp_path, *overrides)
-    assert directory.name.startswith("tiny-wanda-heuristic-refined-2x4-")
-    assert not (directory / "history.jsonl").exists() or not json.loads((directory / "history.jsonl").read_text() or "[]")
-    again, _ = run(tmp_path, *overrides, "force=true")
-    assert metrics["perplexity"] == again["perplexity"]
-
-
-def test_statistics_of_pruned_layers_are_refused(cache: Path, tmp_path: Path) -> None:
-    words = ("mask=refined", "calibration.statistics=sequential", "permutation=none")
-    with pytest.raises(ConfigError, match="is not valid with mask=refined"):
-        job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *words)))
 
 
 def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:

@@ -1,4 +1,4 @@
-"""Learned masks in whole runs: exported, verified, continued, refused where they cannot be."""
+"""Learned masks in whole runs: exported, verified, continued, from the text that they ask for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from permllm import job
 from permllm.config import read_config
 from permllm.data.windows import calibration_tokens
-from permllm.errors import ConfigError
 from permllm.export.verify import verify
 from permllm.models.layers import last_states
 from permllm.models.load import load_model
@@ -26,6 +24,10 @@ from tests.test_job import run
 LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")
 
 
+def history(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+
+
 def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(cache: Path, tmp_path: Path) -> None:
     metrics, directory = run(tmp_path, "permutation=none", "mask=lowrank", *LEARNING, "export=folded")
     assert read_json(directory / "metrics.json") == metrics
@@ -34,8 +36,7 @@ def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(cache
     assert verify(directory / "export").passed
     plain, _ = run(tmp_path, "permutation=none")
     assert plain["perplexity"]["sparse"] != metrics["perplexity"]["sparse"]
-    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    assert [line["mask_flips"] > 0 for line in lines] == [True]
+    assert [line["mask_flips"] > 0 for line in history(directory)] == [True]
 
 
 @pytest.mark.parametrize("interrupted", ["prune", "masks"])
@@ -44,11 +45,15 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
 ) -> None:
     overrides = ("mask=score", "mask.epochs=2", *LEARNING)
     whole, whole_directory = run(tmp_path / "whole", *overrides)
-
+    learned: list[str] = []
     real = Training.run
 
-    def fail(*args: Any, **keywords: Any) -> Any:
+    def fail(*args: Any) -> Any:
         raise KeyboardInterrupt
+
+    def counted(self: Training) -> None:
+        learned.append(self.name)
+        real(self)
 
     with monkeypatch.context() as patched:
         if interrupted == "prune":
@@ -57,125 +62,49 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
             patched.setattr(Training, "run", lambda self: fail() if self.name == "mask" else real(self))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *overrides)
-    learned = trained_from_here(monkeypatch)
+    monkeypatch.setattr(Training, "run", counted)
     metrics, directory = run(tmp_path, *overrides)
     assert learned == ([] if interrupted == "prune" else ["mask"])
     assert metrics["perplexity"] == whole["perplexity"]
-    for file in ("masks", "permutations"):
-        name = f"{file}.safetensors"
+    for name in ("masks.safetensors", "permutations.safetensors"):
         assert (directory / name).read_bytes() == (whole_directory / name).read_bytes()
-    lines, expected = (
-        [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()] for run in (directory, whole_directory)
-    )
+    lines, expected = history(directory), history(whole_directory)
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert sum("mask_flips" in line for line in lines) == 2
     assert not list(directory.glob("*.pt"))
 
 
-def problems_seen(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> list[LearningProblem]:
-    """What each training learns from, as it begins; its target is checked against the dense model's output."""
-    seen: list[LearningProblem] = []
-    real = Training.__init__
-
-    def watched(self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any) -> None:
-        seen.append(problem)
-        dense = last_states(tiny, problem.tokens, 4, torch.float32)
-        torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
-        real(self, settings, problem, *more, **others)
-
-    monkeypatch.setattr(Training, "__init__", watched)
-    return seen
-
-
-def test_each_method_learns_from_its_own_amount_of_text(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = (
-        "mask=score",
-        *LEARNING,
-        "calibration.samples=8",
-        "permutation.samples=4",
-        "mask.samples=12",
-        "compute_dtype=float32",
-    )
-    settings = read_config(composed("model=tiny", *words))
-    seen = problems_seen(load_model(settings.model, settings.seed).model, monkeypatch)
-    forwards: list[int] = []
-
-    def counted(model: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
-        forwards.append(len(tokens))
-        return last_states(model, tokens, *more)
-
-    monkeypatch.setattr("permllm.pruning.layerwise.last_states", counted)
-    run(tmp_path, *words)
-    assert not forwards  # no weight changes: nobody asks for the target of the further text again
-    orders, masks = seen
-    assert (len(orders.tokens), len(masks.tokens)) == (4, 12)
-    assert torch.equal(orders.tokens, masks.tokens[:4])
-    assert len(masks.tokens.unique(dim=0)) == 12
-
-
-def test_weights_can_pass_over_the_text_before(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("mask=score", "reconstruction=distill", *LEARNING, "calibration.samples=8", "compute_dtype=float32")
-    words = (
-        *words,
-        "permutation.samples=4",
-        "mask.samples=10",
-        "reconstruction.skip=6",
-        "reconstruction.samples=4",
-    )
+def test_each_method_learns_from_its_own_part_of_the_text(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["mask=score", "reconstruction=distill", *LEARNING, "calibration.samples=8", "compute_dtype=float32"]
+    words += ["permutation.samples=4", "mask.samples=10", "reconstruction.skip=6", "reconstruction.samples=4"]
     settings = read_config(composed("model=tiny", *words))
     loaded = load_model(settings.model, settings.seed)
-    seen = problems_seen(loaded.model, monkeypatch)
     drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=settings.further)
+    seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
-    real_target = stages.shared_target
+    real, real_target = Training.__init__, stages.shared_target
+
+    def watched(self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any) -> None:
+        seen.append(problem.tokens)
+        dense = last_states(loaded.model, problem.tokens, 4, torch.float32)
+        torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
+        real(self, settings, problem, *more, **others)
 
     def watched_target(loaded: Any, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
         computed.append(tokens)
         return real_target(loaded, tokens, *more)
 
+    monkeypatch.setattr(Training, "__init__", watched)
     monkeypatch.setattr(stages, "shared_target", watched_target)
     run(tmp_path, *words)
     assert settings.further == 2
     assert torch.equal(torch.cat(computed), drawn[8:10])
-    for problem, windows in zip(seen, (slice(0, 4), slice(0, 10), slice(6, 10)), strict=True):
-        assert torch.equal(problem.tokens, drawn[windows])
+    assert [len(tokens) for tokens in seen] == [4, 10, 4]
+    assert all(map(torch.equal, seen, (drawn[:4], drawn[:10], drawn[6:10])))
     # Without an amount it is as much as without passing over anything.
     distilled = ("model=tiny", "reconstruction=distill")
     plain, skipping = (read_config(composed(*distilled, f"reconstruction.skip={skip}")) for skip in (0, 3))
     assert skipping.further == 3
     assert plain.hash == read_config(composed(*distilled)).hash != skipping.hash
-
-
-def stopped_before_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
-    """The directory of a run that was interrupted when its masks were found."""
-    with monkeypatch.context() as patched:
-        patched.setattr(stages, "prune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, *overrides)
-    (directory,) = (tmp_path / "runs").iterdir()
-    return directory
-
-
-def trained_from_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what trains from now on, as it does."""
-    names: list[str] = []
-    real = Training.run
-
-    def counted(self: Training) -> None:
-        names.append(self.name)
-        real(self)
-
-    monkeypatch.setattr(Training, "run", counted)
-    return names
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("mask=score", "calibration.statistics=sequential", "permutation=none"), "is not valid with mask=score"),
-    ],
-)
-def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
-    assert not list(tmp_path.rglob("metrics.json"))

@@ -16,8 +16,9 @@ from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.permutation.foldable import RESIDUAL, foldable, shared_orders
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.lcp import lcp as lcp_module
+from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.learner import OrderLearner
+from permllm.permutation.lcp.logits import BlockLogits
 from permllm.permutation.lcp.temperature import Constant, Cosine, Exponential, Linear
 from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
@@ -34,34 +35,22 @@ from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import PATTERN, lcp, problem, pruned, tokens
 
 
-def test_weights_of_logits_decay_apart_from_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdamW (Loshchilov and Hutter, algorithm 2): after a step the logits differ by rate * decay * what they were."""
-    real = Training.step
-    seen: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for decay in (0.0, 0.1):
-
-        def step(self: Training, *given: Any, decay: float = decay) -> Any:
-            logits = [value for part in self.learner.parameters() for value in part["params"]]
-            before = [value.detach().clone() for value in logits]
-            found = real(self, *given)
-            seen.setdefault(decay, (before, [value.detach().clone() for value in logits]))
-            return found
-
-        monkeypatch.setattr(Training, "step", step)
-        lcp(init="random", learning_rate=0.05, weight_decay=decay, epochs=1).orders(problem(tiny_model("llama"), Wanda()))
-    (before, without), (same, decayed) = seen[0.0], seen[0.1]
-    assert all(map(torch.equal, before, same))
-    for start, plain, less in zip(before, without, decayed, strict=True):
-        torch.testing.assert_close(plain - less, 0.05 * 0.1 * start, rtol=1e-3, atol=2e-7)
+class Interrupt(Exception):
+    """Stops learning."""
 
 
-def output_loss(orders: dict[str, Tensor]) -> float:
-    """Loss of the pruned model under given orders, by pruning for real."""
-    return output_loss_of(orders, None)
+def learned(told: list[dict[str, Any]] | None = None, **settings: Any) -> dict[str, Tensor]:
+    """Return the orders that LCP learns on a tiny model; what it tells of each epoch goes into the list."""
+    on_epoch = (told if told is not None else []).append
+    return lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), on_epoch=on_epoch))
 
 
-def output_loss_of(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> float:
-    """The same under given masks, or None for the pruner's."""
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(order, other[name]) for name, order in one.items())
+
+
+def output_loss(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> float:
+    """Return the loss of the really pruned model under given orders and masks, by default the pruner's."""
     model = tiny_model("llama")
     learning = problem(model, Wanda())
     pruned(model, Wanda(), Found(learning.factors, orders, masks))
@@ -71,37 +60,65 @@ def output_loss_of(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | N
     return float(cosine_loss(stream.states(), learning.target))
 
 
-@pytest.mark.parametrize("init", ["random", "heuristic"])
-@pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
-def test_learning_lowers_the_loss_of_the_really_pruned_model(init: str, straight_through: str) -> None:
-    measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
-    settings = lcp(
-        init=init,
-        straight_through=straight_through,
-        epochs=16,
-        learning_rate=0.02,
-        block_size=32,
-        batch_size=3,
-        select_from=16,
-    )
-    orders = settings.orders(learning)
-    assert len(measured) == 16
+def begin(settings: LCP, learning: LearningProblem) -> dict[str, BlockLogits]:
+    """Return the logits at the start of learning from the channels as they are."""
+    shared = shared_orders(learning.groups, settings.constraint)
+    return settings.start_logits(learning, shared, {order.name: torch.arange(order.channels) for order in shared})
+
+
+def leave_gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockLogits]) -> None:
+    """Leave the gradients of a step over all samples at the logits."""
+    shared, window = shared_orders(learning.groups, settings.constraint), Window(0, 0, 2, None, learning.target)
+    start, moment = {order.name: torch.arange(order.channels) for order in shared}, Moment(0, 1, 0, 1)
+    with settings.masked(learning, shared, window, EAGER) as linears:
+        learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
+        training = Training(settings, learning, window, learner, "lcp", "checkpoint")
+        learner.begin(moment)
+        training.objective.backward(torch.arange(len(learning.tokens)), moment)
+
+
+def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(Training, "run", lambda self: seen.append(self.optimizer.defaults["weight_decay"]))
+    learned(weight_decay=0.1)
+    assert seen == [0.1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"init": init, "straight_through": way} for init in ("random", "heuristic") for way in ("swap", "hard", "soft")),
+        {"init": "random", "constraint": "foldable"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_learning_lowers_the_loss_of_the_really_pruned_model(settings: dict[str, Any]) -> None:
+    told: list[dict[str, Any]] = []
+    settings = settings | {"batch_size": 3, "block_size": 16 if "constraint" in settings else 32}
+    orders = learned(told, **settings, epochs=16, learning_rate=0.02, select_from=16)
     # The order that is returned is the one that was measured to be the best, not merely the last.
-    assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
-    start = lcp(init=init, learning_rate=1e-9, margin=1.0, epochs=1).orders(learning)
+    assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in told), rel=1e-4)
+    start = learned(**settings, learning_rate=1e-9, margin=1.0, epochs=1)
     assert output_loss(orders) < 0.9 * output_loss(start)
+    if "constraint" in settings:  # the order of the whole model is learned too
+        groups = channel_groups(tiny_model("llama"))
+        assert not torch.equal(foldable(groups, orders)[RESIDUAL], foldable(groups, start)[RESIDUAL])
+
+
+def test_the_divergence_learns_too() -> None:
+    told: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {"loss": "kl", "block_size": 32, "batch_size": 3}
+    learned(told, **settings, epochs=1, learning_rate=1e-9, margin=1.0)
+    learned(told, **settings, epochs=16, learning_rate=0.02, select_from=16)
+    start, *measured = (values["measured_loss"] for values in told)
+    assert min(measured) < 0.95 * start
 
 
 def test_the_loss_of_a_step_is_the_loss_of_the_really_pruned_model() -> None:
     steps: list[float] = []
     learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values: steps.append(values["loss"]))
-    settings = lcp(margin=5.0, epochs=1, batch_size=6)  # one step, so far from the boundary that the order is the start's
-    orders = settings.orders(learning)
-    heuristic = {}
-    for group in learning.groups:
-        heuristic[group.name] = orders[group.name]
-    assert steps == [pytest.approx(output_loss(heuristic), rel=1e-4)]
+    orders = lcp(margin=5.0, epochs=1, batch_size=6).orders(learning)  # one step, whose order is the start's
+    assert steps == [pytest.approx(output_loss(orders), rel=1e-4)]
 
 
 def test_the_loss_of_an_epoch_is_a_mean_over_its_samples() -> None:
@@ -120,28 +137,29 @@ def test_the_loss_of_an_epoch_is_a_mean_over_its_samples() -> None:
 
 
 def test_seeds_give_equal_results_and_other_seeds_others() -> None:
-    def learned(seed: int) -> dict[str, Tensor]:
+    def of_seed(seed: int) -> dict[str, Tensor]:
         learning = problem(tiny_model("llama"), Wanda())
         learning.seed = seed
         return lcp(init="random").orders(learning)
 
-    first, again, other = learned(1), learned(1), learned(2)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
+    first, again, other = of_seed(1), of_seed(1), of_seed(2)
+    assert same(first, again)
+    assert not same(first, other)
 
 
-@pytest.mark.parametrize("portion", [1, 3, 4, 5])
-def test_a_step_in_portions_is_the_undivided_step(portion: int) -> None:
-    def learned(micro_batch_size: int | None) -> tuple[dict[str, Tensor], list[float], list[float], list[int]]:
-        steps: list[float] = []
-        passes: list[float] = []
+@pytest.mark.parametrize(
+    ("portion", "portions"), [(1, [1] * 12), (3, [3, 1, 2] * 2), (4, [4, 2] * 2), (5, [4, 2] * 2)], ids=str
+)
+def test_a_step_in_portions_is_the_undivided_step(portion: int, portions: list[int]) -> None:
+    def seen(micro_batch_size: int | None) -> tuple[dict[str, Tensor], list[float], list[int]]:
+        losses: list[float] = []
+        samples: list[int] = []
         learning = problem(
             tiny_model("llama", dtype=torch.float64),
             Wanda(),
-            on_step=lambda _, values: steps.append(values["loss"]),
-            on_epoch=lambda values: passes.append(values["measured_loss"]),
+            on_step=lambda _, values: losses.append(values["loss"]),
+            on_epoch=lambda values: losses.append(values["measured_loss"]),
         )
-        samples: list[int] = []
 
         def count(_: Any, args: tuple[Tensor]) -> None:
             if torch.is_grad_enabled():
@@ -149,61 +167,48 @@ def test_a_step_in_portions_is_the_undivided_step(portion: int) -> None:
 
         decoder_layers(learning.model)[0].mlp.register_forward_pre_hook(count)  # type: ignore[union-attr, operator]
         settings = lcp(init="random", learning_rate=0.05, micro_batch_size=micro_batch_size)
-        return settings.orders(learning), steps, passes, samples
+        return settings.orders(learning), losses, samples
 
-    orders, steps, passes, samples = learned(None)
-    assert samples == [4, 2] * 2
-    again, again_steps, again_passes, portions = learned(portion)
-    assert portions == {1: [1] * 12, 3: [3, 1, 2] * 2, 4: [4, 2] * 2, 5: [4, 2] * 2}[portion]
-    assert all(torch.equal(orders[name], again[name]) for name in orders)
-    assert again_steps == pytest.approx(steps, rel=1e-12)
-    assert again_passes == pytest.approx(passes, rel=1e-12)
+    orders, losses, samples = seen(None)
+    again, again_losses, again_samples = seen(portion)
+    assert (samples, again_samples) == ([4, 2] * 2, portions)
+    assert same(orders, again)
+    assert again_losses == pytest.approx(losses, rel=1e-12)
 
 
-def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path) -> None:
-    whole = lcp(epochs=4, init="random").orders(problem(tiny_model("llama"), Wanda()))
-
-    class Interrupt(Exception):
-        pass
+@pytest.mark.parametrize(("stage", "stop_after"), [("all", 2), (1, 1), (1, 3)])
+def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path, stage: str | int, stop_after: int) -> None:
+    settings = {"layers_per_stage": stage, "init": "random", "epochs": 4 if stage == "all" else 2, "learning_rate": 0.05}
+    whole, epochs = learned(**settings), []
 
     def stop(values: dict[str, float]) -> None:
-        if values["epoch"] == 2:
+        epochs.append(values["epoch"])
+        if len(epochs) == stop_after:
             raise Interrupt
 
-    model = tiny_model("llama")
     with pytest.raises(Interrupt):
-        lcp(epochs=4, init="random").orders(problem(model, Wanda(), directory=tmp_path, on_epoch=stop))
-    seen: list[float] = []
-    learning = problem(model, Wanda(), directory=tmp_path, on_epoch=lambda values: seen.append(values["epoch"]))
-    continued = lcp(epochs=4, init="random").orders(learning)
-    assert seen == [3, 4]
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
+    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
+    assert len(epochs) == 4
+    assert same(whole, continued)
 
 
 def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
-    seen: list[dict[str, float]] = []
-    settings = {
-        "layers_per_stage": 1,
-        "init": "random",
-        "epochs": 10,
-        "select_from": 10,
-        "learning_rate": 0.05,
-        "block_size": 32,
-    }
-    learning = problem(tiny_model("llama"), Wanda(), on_epoch=seen.append)
-    orders = lcp(**settings).orders(learning)
-    assert [values["first_layer"] for values in seen] == [0] * 10 + [1] * 10
+    told: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {"layers_per_stage": 1, "init": "random", "learning_rate": 0.05, "block_size": 32}
+    orders = learned(told, **settings, epochs=10, select_from=10)
+    assert [values["first_layer"] for values in told] == [0] * 10 + [1] * 10
+    first, last = (min(values["measured_loss"] for values in part) for part in (told[:10], told[10:]))
     # The last stage's measured loss is that of the whole model, really pruned.
-    assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in seen[10:]), rel=1e-4)
+    assert output_loss(orders) == pytest.approx(last, rel=1e-4)
     # The first stage's is that of the model with only its first layer pruned, after that layer.
     model = tiny_model("llama")
-    dense = LayerStream(model, tokens(), 4)
+    learning, dense = problem(model, Wanda()), LayerStream(model, tokens(), 4)
     dense.advance(0)
     pruned(model, Wanda(), Found(learning.factors, orders))
     sparse = LayerStream(model, tokens(), 4)
     sparse.advance(0)
-    first = float(cosine_loss(sparse.states(), dense.states()))
-    assert first == pytest.approx(min(values["measured_loss"] for values in seen[:10]), rel=1e-4)
+    assert float(cosine_loss(sparse.states(), dense.states())) == pytest.approx(first, rel=1e-4)
 
 
 def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,88 +217,38 @@ def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.Mo
     learning = problem(model, Wanda())
 
     def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise Interrupt
 
     monkeypatch.setattr(LayerStream, "advance", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupt):
         WindowStream(learning).inputs(1, lambda group, path: torch.zeros_like(linear_at(model, path).weight, dtype=torch.bool))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
-def test_a_stage_larger_than_the_model_is_the_model() -> None:
-    whole = lcp(init="random").orders(problem(tiny_model("llama"), Wanda()))
-    windowed = lcp(init="random", layers_per_stage=99).orders(problem(tiny_model("llama"), Wanda()))
-    assert all(torch.equal(whole[name], windowed[name]) for name in whole)
-
-
-def test_without_a_loss_it_follows_from_the_window() -> None:
-    assert lcp(loss=None).loss == "kl"
-    assert lcp(loss=None, layers_per_stage=2).loss == "cosine"
-
-
-def test_windows_split_what_learns() -> None:
+def test_windows_split_what_learns_and_choose_the_loss() -> None:
     assert lcp(layers_per_stage=2).spans(5) == [(0, 2), (2, 4), (4, 5)]
     assert lcp(layers_per_stage=2, last_layers=3).spans(5) == [(2, 4), (4, 5)]
-    assert lcp().spans(5) == [(0, 5)]
-
-
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_an_interrupted_training_in_windows_continues_to_the_same_result(tmp_path: Path, stop_after: int) -> None:
-    settings = {"layers_per_stage": 1, "init": "random", "epochs": 2, "learning_rate": 0.05}
-    whole = lcp(**settings).orders(problem(tiny_model("llama"), Wanda()))
-
-    class Interrupt(Exception):
-        pass
-
-    seen: list[float] = []
-
-    def stop(values: dict[str, float]) -> None:
-        seen.append(values["epoch"])
-        if len(seen) == stop_after:
-            raise Interrupt
-
-    with pytest.raises(Interrupt):
-        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
-    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
-    assert len(seen) == 4
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
-
-
-def test_the_divergence_learns_too() -> None:
-    measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
-    settings: dict[str, Any] = {"loss": "kl", "block_size": 32, "batch_size": 3}
-    lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
-    start: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: start.append(values["measured_loss"]))
-    lcp(epochs=1, learning_rate=1e-9, margin=1.0, **settings).orders(learning)
-    assert min(measured) < 0.95 * start[0]
+    assert lcp().spans(5) == lcp(layers_per_stage=99).spans(5) == [(0, 5)]
+    assert (lcp(loss=None).loss, lcp(loss=None, layers_per_stage=2).loss) == ("kl", "cosine")
 
 
 def test_channels_do_not_leave_their_blocks_of_the_start_order() -> None:
-    orders = lcp(init="random", block_size=16, epochs=3, learning_rate=0.1).orders(problem(tiny_model("llama"), Wanda()))
-    moved = False
+    orders = learned(init="random", block_size=16, epochs=3, learning_rate=0.1)
     for order in orders.values():
-        for start in range(0, len(order), 16):
-            block = order[start : start + 16]
-            assert sorted(block.tolist()) == list(range(start, start + 16))
-            moved |= not torch.equal(block, torch.arange(start, start + 16))
-    assert moved
+        assert torch.equal(order.view(-1, 16).sort().values.flatten(), torch.arange(len(order)))
+    assert any(not torch.equal(order, torch.arange(len(order))) for order in orders.values())
 
 
 def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
-    model = tiny_model("llama")
-    learning = problem(model, Wanda())
-    orders = lcp(last_layers=1, init="random", epochs=2, learning_rate=0.1).orders(learning)
+    orders = learned(last_layers=1, init="random", epochs=2, learning_rate=0.1)
+    learning = problem(tiny_model("llama"), Wanda())
     searched = Heuristic().orders(learning)
     for group in learning.groups:
         assert torch.equal(orders[group.name], searched[group.name]) == (group.layer == 0)
 
 
 def test_checkpointing_activations_changes_nothing() -> None:
-    with_it = lcp(activation_checkpointing=True, init="random").orders(problem(tiny_model("llama"), Wanda()))
-    without = lcp(activation_checkpointing=False, init="random").orders(problem(tiny_model("llama"), Wanda()))
-    assert all(torch.equal(with_it[name], without[name]) for name in with_it)
+    assert same(*(learned(activation_checkpointing=recomputes, init="random") for recomputes in (True, False)))
 
 
 def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_best(
@@ -308,61 +263,43 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
     def break_layer(values: dict[str, float]) -> None:
         passes.append(int(values["epoch"]) + 1)
         if values["epoch"] == 2:
-            norm = decoder_layers(model)[1].input_layernorm
-            norm.weight.data[0] = float("nan")
+            decoder_layers(model)[1].input_layernorm.weight.data[0] = float("nan")
 
     with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
         lcp(epochs=5).orders(problem(model, Wanda(), directory=tmp_path, on_epoch=break_layer))
     assert set(updates) == {1, 2}  # the loss is read after backward, and still before the logits change
-    kept = load_file(tmp_path / "best_so_far.safetensors")
-    assert set(kept) == {group.name for group in channel_groups(model)}
+    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in channel_groups(model)}
     assert str(tmp_path) in str(caught.value)
     assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
 
 
-def test_bfloat16_weights_learn_with_float32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, dtypes = lcp_module.LCP.start_logits, set()
-
-    def noted(*args: Any, **keywords: Any) -> Any:
-        found = real(*args, **keywords)
-        dtypes.update(stack.dtype for blocks in found.values() for stack in blocks.logits)
-        return found
-
-    monkeypatch.setattr(lcp_module.LCP, "start_logits", noted)
-    learned, start = (
-        lcp(init="random", learning_rate=rate).orders(problem(tiny_model("llama", dtype=torch.bfloat16), Wanda()))
-        for rate in (0.1, 1e-12)
-    )
-    assert dtypes == {torch.float32}
-    assert any(not torch.equal(order, start[name]) for name, order in learned.items())
+def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Objective, "mean", lambda self, count: float("nan"))
+    learning = problem(tiny_model("llama"), Wanda(), directory=tmp_path)
+    with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
+        lcp(epochs=1, last_layers=1).orders(learning)
+    # Also the groups that do not learn are in the file, so that it serves as permutation.path.
+    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in learning.groups}
 
 
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lcp_module.LCP.start_logits
+    real = LCP.start_logits
 
-    def broken(*args: Any, **keywords: Any) -> Any:
-        logits = real(*args, **keywords)
+    def broken(*args: Any) -> dict[str, BlockLogits]:
+        logits = real(*args)
         logits["model.layers.1.mlp.down_proj"].logits[0].data[0, 0, 0] = float("nan")
         return logits
 
-    monkeypatch.setattr(lcp_module.LCP, "start_logits", broken)
-    with pytest.raises(
-        TrainingError, match=r"epoch 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not finite"
-    ):
-        lcp().orders(problem(tiny_model("llama"), Wanda()))
+    monkeypatch.setattr(LCP, "start_logits", broken)
+    with pytest.raises(TrainingError, match=r"epoch 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not"):
+        learned()
 
 
-def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Objective, "mean", lambda self, count: float("nan"))
-    model = tiny_model("llama")
-    with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
-        lcp(epochs=1, last_layers=1).orders(problem(model, Wanda(), directory=tmp_path))
-    # Also the groups that do not learn are in the file, so that it serves as permutation.path.
-    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in channel_groups(model)}
-
-
-def test_no_sinkhorn_iterations_are_valid() -> None:
-    lcp(sinkhorn_iterations=0).orders(problem(tiny_model("llama"), Wanda()))
+def test_bfloat16_weights_learn_with_float32_logits() -> None:
+    moving, still = (lcp(init="random", learning_rate=rate) for rate in (0.1, 1e-12))
+    learning = problem(tiny_model("llama", dtype=torch.bfloat16), Wanda())
+    assert {stack.dtype for block in begin(moving, learning).values() for stack in block.logits} == {torch.float32}
+    assert not same(moving.orders(learning), still.orders(learning))
 
 
 def test_schedules() -> None:
@@ -373,39 +310,17 @@ def test_schedules() -> None:
     assert [Constant(0.3)(p) for p in progress] == [0.3] * 4
 
 
-def test_foldable_learning_finds_orders_that_fold_and_lowers_the_loss() -> None:
-    measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
-    settings: dict[str, Any] = {"constraint": "foldable", "init": "random", "block_size": 16}
-    orders = lcp(epochs=16, learning_rate=0.02, select_from=16, **settings).orders(learning)
-    shared = foldable(learning.groups, orders)  # raises where one does not
-    still = lcp(epochs=1, learning_rate=1e-12, **settings).orders(problem(tiny_model("llama"), Wanda()))
-    assert not torch.equal(shared[RESIDUAL], foldable(learning.groups, still)[RESIDUAL])  # of the whole model, learned too
-    assert output_loss(orders) == pytest.approx(min(measured), rel=1e-4)
-    start = {group.name: torch.arange(group.channels) for group in learning.groups}
-    assert output_loss(orders) < 0.95 * output_loss(start)
-
-
 def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for constraint in ("free", "foldable"):
-        settings = lcp(constraint=constraint, init="random", epochs=1, batch_size=6, straight_through="swap", loss="cosine")
+        settings = lcp(constraint=constraint, init="random", epochs=1, batch_size=6)
         learning = problem(tiny_model("llama", dtype=torch.float64), Wanda())
-        shared = shared_orders(learning.groups, settings.constraint)
-        start = {order.name: torch.arange(order.channels) for order in shared}
-        blocks = settings.start_logits(learning, shared, start)
+        blocks = begin(settings, learning)
         for block in blocks.values():
             # The same logits everywhere: then every group has the same soft and hard permutations, shared or not.
             for stack in block.logits:
                 stack.data.copy_(torch.eye(stack.shape[1]) + 0.1 * torch.arange(stack.shape[1]))
-        window = Window(0, 0, 2, None, learning.target)
-        with settings.masked(learning, shared, window, EAGER) as linears:
-            learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
-            training = Training(settings, learning, window, learner, "lcp", "checkpoint")
-            moment = Moment(0, 1, 0, 1)
-            learner.begin(moment)
-            training.objective.loss(torch.arange(6), moment).backward()
-            learner.collect()
+        leave_gradients(settings, learning, blocks)
         found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
     free, tied = found["free"], found["foldable"]
     readers = [name for name in free if name.endswith(("qkv_proj", "gate_up_proj"))]
@@ -415,12 +330,12 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
 
 
 def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_learn_together() -> None:
-    settings: dict[str, Any] = {"constraint": "foldable", "block_size": 16, "layers_per_stage": 1, "loss": "cosine"}
     learning = problem(tiny_model("llama"), Wanda())
-    learned = foldable(learning.groups, lcp(epochs=3, learning_rate=0.1, **settings).orders(learning))
+    settings = lcp(constraint="foldable", block_size=16, layers_per_stage=1, epochs=3, learning_rate=0.1)
+    moved = foldable(learning.groups, settings.orders(learning))
     start = foldable(learning.groups, Heuristic("foldable").orders(learning))
-    assert torch.equal(learned[RESIDUAL], start[RESIDUAL])
-    assert any(not torch.equal(learned[name], order) for name, order in start.items())
+    assert torch.equal(moved[RESIDUAL], start[RESIDUAL])
+    assert not same(moved, start)
 
 
 @pytest.mark.parametrize(
@@ -428,27 +343,18 @@ def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_lea
 )
 def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_through: str) -> None:
     samples = torch.randint(0, 259, (64, 64), generator=torch.Generator().manual_seed(0))
-
-    def gradients(dtype: torch.dtype) -> Tensor:
+    settings = lcp(epochs=1, batch_size=len(samples), loss=loss, straight_through=straight_through)
+    found = []
+    for dtype in (torch.float32, torch.float16):
         model = tiny_model("llama", dtype=torch.float16).to(dtype)
         # As large as states of trained models are: the gradient of a mean over these tokens is nothing in float16.
         model.get_input_embeddings().weight.data.mul_(3000.0)
         groups = channel_groups(model)
         dense = calibrate_dense(model, groups, samples, Wanda(), batch_size=16)
         learning = LearningProblem(model, groups, samples, dense.factors, dense.target, PATTERN, seed=0)
-        settings = lcp(epochs=1, batch_size=len(samples), loss=loss, straight_through=straight_through)
-        shared = shared_orders(groups, "free")
-        start = {order.name: torch.arange(order.channels) for order in shared}
-        blocks = settings.start_logits(learning, shared, start)
-        window, moment = Window(0, 0, 2, None, learning.target), Moment(0, 1, 0, 1)
-        with settings.masked(learning, shared, window, EAGER) as linears:
-            learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
-            training = Training(settings, learning, window, learner, "lcp", "checkpoint")
-            learner.begin(moment)
-            with products_in(dtype, torch.device("cpu")):
-                training.objective.backward(torch.arange(len(samples)), moment)
-        return torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits])
-
-    exact, half = gradients(torch.float32), gradients(torch.float16)
+        blocks = begin(settings, learning)
+        with products_in(dtype, torch.device("cpu")):
+            leave_gradients(settings, learning, blocks)
+        found.append(torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits]))
     # The softmax of a group, which the others go through, is steep in differences that float16 rounds.
-    assert torch.cosine_similarity(exact, half, dim=0) > (0.99 if straight_through == "swap" else 0.98)
+    assert torch.cosine_similarity(*found, dim=0) > (0.99 if straight_through == "swap" else 0.98)

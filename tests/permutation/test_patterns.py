@@ -12,9 +12,9 @@ from permllm.config import NMPattern
 from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
 from permllm.models.layers import LayerStream
 from permllm.models.selection import pruned_groups
+from permllm.permutation.base import Identity
 from permllm.permutation.foldable import foldable
 from permllm.permutation.heuristic import Heuristic
-from permllm.permutation.none import Identity
 from permllm.pruning.distill import Distill
 from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.obs import OBS

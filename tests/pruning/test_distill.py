@@ -22,7 +22,7 @@ from permllm.pruning.obs import OBS
 from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
-from permllm.sparsity.gram import Gram
+from permllm.sparsity.statistics import Gram
 from permllm.training import checkpoint, objective
 from permllm.training import loop as training
 from permllm.training.learner import Moment, Window

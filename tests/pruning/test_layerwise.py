@@ -15,10 +15,10 @@ from permllm.config import NMPattern, RunConfig, read_config
 from permllm.mask.base import Mask
 from permllm.models.families import FAMILIES, channel_groups, linear_at
 from permllm.models.load import LoadedModel
+from permllm.permutation.base import Identity
 from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.permutation.lcp.temperature import Linear
-from permllm.permutation.none import Identity
 from permllm.pruning.layerwise import Found, PrunedModel, prune
 from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.methods import Job, Methods
@@ -29,11 +29,8 @@ from permllm.pruning.wanda import Wanda
 from permllm.runs.directory import Record
 from permllm.runs.loggers import NO_LOGGER
 from permllm.sparsity.calibrate import Pruner, calibrate_dense
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.norm import Norm
 from permllm.sparsity.saliency import saliency
-from permllm.sparsity.statistics import InputStatistics
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.test_config import composed
@@ -146,11 +143,6 @@ def test_sequential_statistics_come_from_the_pruned_layers_before() -> None:
     assert not torch.allclose(by_hand.column, dense_factors[path].column)
     weight = linear_at(fresh, path).weight
     assert torch.equal(result.masks[path], permuted_nm_mask(saliency(weight, by_hand), torch.arange(32), PATTERN))
-
-
-def test_a_statistic_that_was_not_asked_for_is_not_there() -> None:
-    with pytest.raises(RuntimeError, match="Gram was not asked for"):
-        InputStatistics(4, "cpu", (Norm,))[Gram]
 
 
 def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -> None:

@@ -19,9 +19,8 @@ from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import PrunedLinear
 from permllm.pruning.wanda import Wanda
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics
 from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import problem, pruned, tokens
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from permllm.config import NMPattern
 from permllm.pruning.sparsegpt import SparseGPT, by_columns, by_groups, prune_columns
 from permllm.runs.masks import violations
-from permllm.sparsity.gram import Gram
 from permllm.sparsity.nm import nm_mask, permuted_nm_mask
 from permllm.sparsity.saliency import saliency
-from permllm.sparsity.statistics import InputStatistics
+from permllm.sparsity.statistics import Gram, InputStatistics
 
 PATTERN = NMPattern(2, 4)
 

@@ -20,8 +20,7 @@ from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.runs.cache import cached
-from permllm.sparsity.calibrate import NormOver
-from permllm.sparsity.calibration_cache import packed_factors, shared_calibration, unpacked_factors
+from permllm.sparsity.calibrate import packed_factors, shared_calibration, unpacked_factors
 from tests.conftest import tiny_model
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -105,15 +104,15 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
     model = tiny_model("llama")
     loaded = LoadedModel(model, TOKENIZER, "tiny")
 
-    def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS, norm_over: NormOver = "tokens") -> object:
+    def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS, norm_tokens: int = 1) -> object:
         settings = {"name": name}
-        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_over)  # type: ignore[arg-type]
+        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_tokens)  # type: ignore[arg-type]
 
     first = share(Wanda(), "wanda")
     share(RIA(), "ria")
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
     assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
-    monkeypatch.setattr("permllm.sparsity.calibration_cache.calibrate_dense", lambda *_: refuse())
+    monkeypatch.setattr("permllm.sparsity.calibrate.calibrate_dense", lambda *_: refuse())
     again = share(Wanda(), "wanda")
     assert torch.equal(again.target, first.target)  # type: ignore[attr-defined]
     for path, factors in first.factors.items():  # type: ignore[attr-defined]
@@ -123,7 +122,7 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
     for changed in (
         lambda: share(SparseGPT(), "sparsegpt"),
         lambda: share(Wanda(), "wanda", TOKENS.flip(0)),
-        lambda: share(Wanda(), "wanda", norm_over="samples"),
+        lambda: share(Wanda(), "wanda", norm_tokens=TOKENS.shape[1]),
     ):
         with pytest.raises(AssertionError, match="computed again"):
             changed()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.runs.masks import PackedMasks, violations
-from permllm.sparsity.nm import keep_largest, nm_mask, permuted_nm_mask, ranks_of, retained_saliency
+from permllm.sparsity.nm import nm_mask, permuted_nm_mask, ranks_of, saliency_sum
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (8, 32)]
 
@@ -32,14 +30,6 @@ def test_mask_equals_sorting_each_group_with_ties_to_the_lowest_index(n: int, m:
     assert mask.tolist() == [brute_force(row, n, m) for row in saliency.tolist()]
 
 
-def test_the_two_ways_to_rank_agree_on_every_small_pattern_of_values() -> None:
-    values = torch.tensor(list(itertools.product(range(3), repeat=4)), dtype=torch.float64)
-    for n in (1, 2, 3):
-        order = values.argsort(dim=1, descending=True, stable=True)
-        expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order[:, :n], True)
-        assert torch.equal(keep_largest(values, n, dim=1), expected)
-
-
 @pytest.mark.parametrize("m", [127, 128, 129, 300])
 def test_wide_groups_are_ranked_by_sorting(m: int) -> None:
     values = torch.randint(0, 9, (m, 3), generator=torch.Generator().manual_seed(m)).double()
@@ -55,19 +45,14 @@ def test_permuted_mask_is_n_m_in_permuted_order_only() -> None:
     assert torch.equal(mask[:, perm].unflatten(1, (-1, 4)).sum(-1), torch.full((8, 8), 2))
     assert violations(mask.float(), perm, pattern) == 0
     assert violations(mask.float(), torch.arange(32), pattern) > 0
-    kept = (saliency * mask).sum() / saliency.sum()
-    assert retained_saliency(saliency, mask) == pytest.approx(float(kept), rel=1e-6)
+    kept = (saliency * mask).sum()
+    assert saliency_sum(saliency, mask) == pytest.approx(float(kept), rel=1e-6)
 
 
 @pytest.mark.parametrize("text", ["2-4", "4:2", "0:4", "4:4", "", 124, None, "2:4:8"])
 def test_other_patterns_are_refused(text: object) -> None:
     with pytest.raises(ConfigError, match="sparsity"):
         NMPattern.parse(text)
-
-
-def test_m_must_divide_the_channels() -> None:
-    with pytest.raises(ConfigError, match="does not divide the 30 input channels"):
-        nm_mask(torch.rand(2, 30), NMPattern(2, 4))
 
 
 def test_packed_masks_are_those_that_were_given_in_an_eighth_of_their_bytes() -> None:
@@ -78,7 +63,5 @@ def test_packed_masks_are_those_that_were_given_in_an_eighth_of_their_bytes() ->
     assert all(torch.equal(masks[name], mask) for name, mask in given.items())
     assert [masks.packed(name)[0].numel() for name in given] == [2, 16]
     masks["a"] = ~given["a"]
-    assert torch.equal(masks["a"], ~given["a"])
     del masks["b"]
-    assert next(iter(masks.items()))[0] == "a"
-    assert len(masks) == 1
+    assert [(name, mask.tolist()) for name, mask in masks.items()] == [("a", (~given["a"]).tolist())]

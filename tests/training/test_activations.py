@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
-from permllm.mask.score import ScoreMask
+from permllm.mask.learned import ScoreMask
 from permllm.models.families import channel_groups
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.wanda import Wanda

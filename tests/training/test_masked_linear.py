@@ -87,7 +87,7 @@ def test_output_and_gradients_equal_the_dense_formula(
     logits = BlockLogits(base, split_blocks(channels, block_size), [stack.clone() for stack in start])
     module = MaskedLinear(linear, Scores(factors), NMPattern(n, m), logits.stacks, variant)
     soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
-    hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
+    hard = torch.cat([perm.flatten() for perm in harden(soft)])
     perm = logits.order(hard)
     module.set_order(perm, hard, soft)
     ours_x = x.clone().requires_grad_()
@@ -133,7 +133,7 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     factor = torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
     module = MaskedLinear(linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap")
     soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
-    hard = torch.cat([perm.flatten() for perm in map(harden, soft)])
+    hard = torch.cat([perm.flatten() for perm in harden(soft)])
     order = logits.order(hard)
     module.set_order(order, hard, soft)
     module(x).backward(grad)
@@ -171,7 +171,7 @@ def test_the_straight_through_variants_differ() -> None:
         logits = BlockLogits(torch.arange(16), split_blocks(16, 16), [torch.randn(1, 16, 16)])
         module = MaskedLinear(linear, Scores(SaliencyFactors(1, torch.ones(1, 16))), NMPattern(2, 4), logits.stacks, variant)  # type: ignore[arg-type]
         soft = [sinkhorn(stack, 1.0, 5) for stack in logits.effective()]
-        hard = harden(soft[0]).flatten()
+        hard = harden(soft)[0].flatten()
         module.set_order(logits.order(hard), hard, soft)
         module(torch.randn(5, 16)).square().sum().backward()
         grads[variant] = logits.logits[0].grad

@@ -1,4 +1,4 @@
-"""From soft to hard permutations, block by block: the linear sum assignment that maximises `<P, soft>`."""
+"""Hard permutations of soft ones, block by block: the linear sum assignment that maximises `<P, soft>`."""
 
 from __future__ import annotations
 
@@ -19,45 +19,51 @@ from permllm.runtime.memory import to_device, to_host
 _BLOCKS_A_THREAD = 128
 # Channels of the largest block that a GPU solves, with a thread for a few of them.
 _LARGEST = 1024
-_NOT_FINITE = "soft permutations that are not finite have no assignment"
-
-
-def harden(soft: Tensor) -> Tensor:
-    """The permutation of each block that maximises `<P, soft>` (PermLLM, equation 5).
-
-    Args:
-        soft: `(blocks, B, B)`, finite; row = source channel, column = target position.
-
-    Returns:
-        int64 `(blocks, B)` where `soft` is; entry j of a block is the source channel at position j (`P[perm[j], j] = 1`).
-    """
-    return harden_all([soft])[0]
 
 
 @torch.no_grad()
-def harden_all(softs: Sequence[Tensor]) -> list[Tensor]:
-    """`harden` for blocks of several sizes, of one device.
+def harden(softs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the permutation of each block that maximises `<P, soft>` (PermLLM, equation 5).
 
-    A GPU with Triton solves them where they are (`permllm.permutation.lcp.assignment_triton`), and the host learns only
-    whether all are finite. Without it the host solves them.
+    Each rank solves every n-th block.
+
+    Args:
+        softs: blocks of several sizes, `(blocks, B, B)` each, finite, on one device, the same in all ranks; row = source
+            channel, column = target position.
+
+    Returns:
+        int64 `(blocks, B)` each, where the soft ones are, the same in all ranks; entry j of a block is the source channel at
+        position j (`P[perm[j], j] = 1`).
 
     Raises:
         ValueError: an entry is not finite.
     """
-    device = softs[0].device
-    if device.type == "cuda" and max(soft.shape[1] for soft in softs) <= _LARGEST:
-        finite = torch.stack([soft.sum().isfinite() for soft in softs]).all()
-        solved = _on_gpu(softs)
-        if solved is not None:
-            if not to_host(finite):
-                raise ValueError(_NOT_FINITE)
-            return solved
-    if device.type == "cuda":  # all at once: each transfer is waited for
-        parts = to_host(torch.cat([soft.flatten() for soft in softs])).split([soft.numel() for soft in softs])
-        softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
-    if not all(bool(soft.sum().isfinite()) for soft in softs):
-        raise ValueError(_NOT_FINITE)
-    return [to_device(perm, device) for perm in _on_host(softs)]
+    rank, ranks = parallel.rank(), parallel.world_size()
+    if ranks == 1:
+        return _solved(softs)
+    _check_finite(softs)  # before a rank fails alone
+    found = [torch.zeros(soft.shape[:2], dtype=torch.int64, device=soft.device) for soft in softs]
+    for whole, mine in zip(found, _solved([soft[rank::ranks] for soft in softs]), strict=True):
+        whole[rank::ranks] = mine
+    parallel.all_reduce(found)
+    return found
+
+
+def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
+    """Solve blocks where they are if that is a GPU with Triton, and on the host otherwise."""
+    device, solved = softs[0].device, None
+    if device.type == "cuda":
+        solved = _on_gpu(softs) if max(soft.shape[1] for soft in softs) <= _LARGEST else None
+        if solved is None:  # all at once: each transfer is waited for
+            parts = to_host(torch.cat([soft.flatten() for soft in softs])).split([soft.numel() for soft in softs])
+            softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
+    _check_finite(softs)
+    return solved or [to_device(perm, device) for perm in _on_host(softs)]
+
+
+def _check_finite(softs: Sequence[Tensor]) -> None:
+    if not bool(torch.stack([soft.sum().isfinite() for soft in softs]).all()):
+        raise ValueError("soft permutations that are not finite have no assignment")
 
 
 def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
@@ -67,36 +73,6 @@ def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
 
 
 _on_gpu = attempted(_assigned_on_gpu, "the host solves the assignments, as the GPU cannot")
-
-
-def harden_together(softs: Sequence[Tensor]) -> list[Tensor]:
-    """`harden_all`, of which each rank does every n-th block; the same permutations in all of them."""
-    processes = parallel.world_size()
-    if processes == 1:
-        return harden_all(softs)
-    found = [torch.zeros(soft.shape[:2], dtype=torch.int32) for soft in softs]
-    failed = torch.zeros(1, dtype=torch.int32)
-    parts, places = [], []
-    before = 0
-    for soft, place in zip(softs, found, strict=True):
-        mine = slice((parallel.rank() - before) % processes, None, processes)
-        if len(place[mine]):
-            parts.append(soft[mine])
-            places.append(place[mine])
-        before += len(place)
-    try:
-        perms = harden_all(parts) if parts else []
-    except ValueError:
-        failed += 1
-    else:
-        for place, perm in zip(places, perms, strict=True):
-            place.copy_(perm)
-    everything = torch.cat([failed, *(place.flatten() for place in found)])
-    parallel.all_reduce([everything])  # each block is zero in all ranks but one
-    if everything[0]:
-        raise ValueError(_NOT_FINITE)
-    perms = everything[1:].long().split([place.numel() for place in found])
-    return [to_device(perm, soft.device).view(soft.shape[:2]) for perm, soft in zip(perms, softs, strict=True)]
 
 
 def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
@@ -110,29 +86,18 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     for soft, perm in zip(softs, perms, strict=True):
         channel_left = torch.ones_like(perm, dtype=torch.bool).scatter_(1, perm, False).any(1)
         blocks = channel_left.nonzero().flatten()
-        unsolved += zip(_costs(soft[blocks].numpy()), (perm[block].numpy() for block in blocks), strict=True)
-    _assign(unsolved)
+        scores = soft[blocks].numpy()
+        costs = scores.max(2, keepdims=True) - scores.astype(np.float64)
+        costs -= costs.min(1, keepdims=True)  # the same optimum, which the solver finds a quarter sooner
+        unsolved += zip(costs, (perm[block].numpy() for block in blocks), strict=True)
+    threads = max(1, min(torch.get_num_threads(), len(unsolved) // _BLOCKS_A_THREAD))
+    with ThreadPoolExecutor(threads) as pool:  # SciPy lets go of the interpreter, so that threads run side by side
+        list(pool.map(_assign, [unsolved[first::threads] for first in range(threads)]))
     return perms
 
 
-def _costs(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Costs with the same optimum, less the least of their row and column: the solver finds it a quarter sooner."""
-    costs = scores.max(2, keepdims=True) - scores.astype(np.float64)
-    costs -= costs.min(1, keepdims=True)
-    return costs
-
-
 def _assign(blocks: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-    """Solve each (costs, permutation to overwrite). SciPy lets go of the interpreter, so threads run side by side."""
-
-    def solve(share: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> None:
-        for costs, perm in share:
-            source, position = linear_sum_assignment(costs)
-            perm[position] = source
-
-    threads = min(torch.get_num_threads(), len(blocks) // _BLOCKS_A_THREAD)
-    if threads < 2:
-        solve(blocks)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(solve, [blocks[first::threads] for first in range(threads)]))
+    """Solve each (costs, permutation to overwrite)."""
+    for costs, perm in blocks:
+        source, position = linear_sum_assignment(costs)
+        perm[position] = source

@@ -51,39 +51,31 @@ class LCP(LCPSettings):
                 "share it, as by permutation.layers_per_stage=all and all layers"
             )
 
+    @override
     def plan(self, groups: list[ChannelGroup], layers: int) -> LearningPlan:
-        """What learns on a model of these channel groups and so many decoder layers."""
         shared, spans = shared_orders(groups, self.constraint), self.spans(layers)
         learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
-        blocks, sizes = {}, {}
+        columns: dict[str, tuple[str, str]] = {}
         for order in shared:
-            stacks = order.stacks(self.block_size)
-            repeated = len(order.groups) > 1 or order.repeats > 1
-            for group in order.groups:
-                blocks[group.name] = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
-                sizes[group.name] = str(count_logits(stacks)) + (f", shared as {_sharing(order)}" if repeated else "")
+            stacks, sharing = order.stacks(self.block_size), ""
+            if len(order.groups) > 1:
+                sharing = f", shared as {order.name}"
+            elif order.repeats > 1:
+                sharing = f", shared as {order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"
+            blocks = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
+            columns |= {group.name: (blocks, f"{count_logits(stacks)}{sharing}") for group in order.groups}
         logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
-        scales = len(learning) if self.init == "random" else 0
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
-        return LearningPlan(spans, blocks, sizes, logits, logits + scales, stays)
+        return LearningPlan(spans, columns, logits, stays)
 
+    @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """Learn the orders of all channel groups.
-
-        Returns:
-            int64 `(C_in,)` on the CPU by group: the best order of the last epochs (`select_from`).
-
-        Raises:
-            TrainingError: the loss is not finite; the message names the first layer whose output is not, and where the best
-                order so far is kept.
-        """
         shared = shared_orders(problem.groups, self.constraint)
-        first = self.spans(len(decoder_layers(problem.model)))[0][0]
         course = Course(self, problem, "lcp", CHECKPOINT)
         if course.state is not None:
             orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
         else:
-            orders = self.start_orders(problem, shared, first)
+            orders = self.start_orders(problem, shared, self.spans(len(decoder_layers(problem.model)))[0][0])
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -94,7 +86,8 @@ class LCP(LCPSettings):
         for window in course.windows(lambda first, stop: bool(orders_within(shared, first, stop)), mask_of):
             learning = orders_within(shared, window.first, window.stop)
             logits = self.start_logits(problem, learning, orders)
-            with self.masked(problem, shared, window) as linears:
+            kernels = kernels_for(self, problem, [group for order in learning for group in order.groups])
+            with self.masked(problem, shared, window, kernels) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
                 course.train(window, learner)
                 orders = learner.best
@@ -102,19 +95,9 @@ class LCP(LCPSettings):
         return expanded(shared, orders)
 
     def masked(
-        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels | None = None
+        self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels
     ) -> AbstractContextManager[dict[str, list[MaskedLinear]]]:
-        """Masked linears in a window of the problem's model, by the pruner's saliency.
-
-        Args:
-            problem: whose model.
-            shared: all orders of the model.
-            window: of layers.
-            kernels: None chooses them.
-        """
-        if kernels is None:
-            learning = [group for order in orders_within(shared, window.first, window.stop) for group in order.groups]
-            kernels = kernels_for(self, problem, learning)
+        """Put masked linears, by the pruner's saliency, into a window of the problem's model; `shared` are its orders."""
 
         def scores_of(path: str) -> Scores:
             factors = problem.factors_of(path)
@@ -122,11 +105,11 @@ class LCP(LCPSettings):
                 factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
             return Scores(factors)
 
-        places = ((group, order.group_stacks(self.block_size)) for order, group in members(shared, window))
+        places = ((group, order.stacks(self.block_size, order.repeats)) for order, group in members(shared, window))
         return learning_orders(problem, places, scores_of, self.straight_through, kernels)
 
     def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
-        """Where learning starts from, layers before `first` keeping it; int64 on the CPU by shared order."""
+        """Return the orders at the start, which layers before `first` keep; int64 on the CPU by shared order."""
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
         found = heuristic_orders([order for order in shared if order not in drawn], problem, "start permutation")
         return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
@@ -134,7 +117,7 @@ class LCP(LCPSettings):
     def start_logits(
         self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
     ) -> dict[str, BlockLogits]:
-        """The logits of each order at the start, on the model's device: near the given orders, or the paper's random ones."""
+        """Return the logits of each order at the start, on the device: near the given orders, or the paper's random ones."""
         near = self.init == "heuristic"
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
@@ -150,9 +133,3 @@ class LCP(LCPSettings):
             scale = None if near else math.sqrt(self.block_size)
             logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
         return logits
-
-
-def _sharing(order: SharedOrder) -> str:
-    if len(order.groups) > 1:
-        return order.name
-    return f"{order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"

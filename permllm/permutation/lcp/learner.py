@@ -1,9 +1,8 @@
-"""The orders of a window as they learn: soft permutations, hard ones, and what a masked linear needs of both."""
+"""Orders of a window as they learn: soft permutations, hard ones, and the masked linears that follow them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from typing_extensions import override
 
 from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import SharedOrder, expanded
-from permllm.permutation.lcp.assignment import harden_together
+from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
 from permllm.permutation.lcp.settings import LCPSettings
-from permllm.permutation.lcp.sinkhorn import SinkhornStart
 from permllm.runs.names import BEST_SO_FAR
 from permllm.runs.tensors import save_tensors
 from permllm.runtime import parallel
@@ -25,18 +23,16 @@ from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 
 
-def members(
-    shared: Iterable[SharedOrder], window: Window, layer: int | None = None
-) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
-    """The channel groups of a window, or of one of its layers, each with the order that it uses."""
+def members(shared: Iterable[SharedOrder], layers: Container[int]) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
+    """Give the channel groups of some layers, each with the order that it uses."""
     for order in shared:
         for group in order.groups:
-            if group.layer in window if layer is None else group.layer == layer:
+            if group.layer in layers:
                 yield order, group
 
 
 class OrderLearner(Learner):
-    """The orders of a window.
+    """Orders of a window.
 
     Args:
         settings: of LCP.
@@ -48,9 +44,8 @@ class OrderLearner(Learner):
         linears: masked linears by channel group of the window.
 
     Attributes:
-        present: order of each that learns, as it is now, on the device.
+        present: orders that the window uses, as they are now, on the device.
         best: of all orders of the model, on the CPU.
-        harden_seconds: of the latest step.
     """
 
     def __init__(
@@ -66,17 +61,12 @@ class OrderLearner(Learner):
         self.settings = settings
         self.problem = problem
         self.shared = shared
-        self.window = window
         self.blocks = logits
         self.linears = linears
         self.logits = nn.ModuleDict({name.replace(".", "/"): block for name, block in logits.items()})
-        self.learning = [order for order in shared if order.name in logits]
-        self.channels = sum(order.channels for order in self.learning)
-        self.present: dict[str, Tensor] = {name: block.base for name, block in logits.items()}
-        used = {order.name for order, _ in members(shared, window)}
-        self.fixed = {name: orders[name].to(problem.device) for name in used if name not in logits}
+        self.channels = sum(len(block.base) for block in logits.values())
+        self.present = {order.name: orders[order.name].to(problem.device) for order, _ in members(shared, window)}
         self.best = {name: order.cpu() for name, order in orders.items()}  # those outside of the window too
-        self.harden_seconds = 0.0
         self._hard: dict[str, Tensor] = {}
         self._softs: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
@@ -87,38 +77,34 @@ class OrderLearner(Learner):
         return [{"params": list(self.logits.parameters()), "lr": self.settings.learning_rate}]
 
     def temperature(self, moment: Moment) -> float:
-        """Of the soft permutations."""
-        if self.settings.conventions == "paper":
-            return self.settings.temperature(moment.epoch / moment.epochs)
-        return self.settings.temperature(moment.step / max(1, moment.steps - 1))
+        """Return the temperature of the soft permutations."""
+        by_epoch = self.settings.conventions == "paper"
+        progress = moment.epoch / moment.epochs if by_epoch else moment.step / max(1, moment.steps - 1)
+        return self.settings.temperature(progress)
 
     @override
-    def begin(self, moment: Moment) -> None:
-        """Every order that learns, from the present logits."""
-        self._before = self.present
-        self._harden(self.temperature(moment))
-
     @torch.no_grad()
-    def _harden(self, temperature: float) -> None:
-        start: SinkhornStart = "softmax" if self.settings.conventions == "paper" else "exponential"
-        asked = (temperature, self.settings.sinkhorn_iterations, start)
-        self._batches = soft_batches(self.blocks, *asked)
-        started = time.perf_counter()
+    def begin(self, moment: Moment) -> None:
+        self._before = self.present
+        # The paper's released code begins with a softmax of rows: a first iteration does the same, where there is one.
+        halves = 2 * self.settings.sinkhorn_iterations or int(self.settings.conventions == "paper")
+        self._batches = soft_batches(self.blocks, self.temperature(moment), halves)
         try:
-            hards = harden_together([batch.soft for batch in self._batches])
+            hards = harden([batch.soft for batch in self._batches])
         except ValueError as error:
-            broken = next(filter(None, (batch.broken() for batch in self._batches)), "some order")
+            parts = ((name, part) for batch in self._batches for (name, _), part in batch.parts(batch.soft))
+            broken = next(name for name, part in parts if not bool(part.isfinite().all()))
             raise ValueError(f"the soft permutation of {broken} is not finite") from error
-        self.harden_seconds = time.perf_counter() - started
-        found: dict[str, dict[int, Tensor]] = {name: {} for name in self.blocks}
-        softs: dict[str, dict[int, Tensor]] = {name: {} for name in self.blocks}
+        found, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
         for batch, hard in zip(self._batches, hards, strict=True):
             del batch.soft
-            for (name, number), mine, stand_in in zip(batch.stacks, batch.split(hard), batch.stand_ins, strict=True):
-                found[name][number], softs[name][number] = mine.flatten(), stand_in
-        self._hard = {name: torch.cat([of[number] for number in range(len(of))]) for name, of in found.items()}
-        self._softs = {name: [of[number] for number in range(len(of))] for name, of in softs.items()}
-        self.present = {name: self.blocks[name].order(hard) for name, hard in self._hard.items()}
+            found |= {stack: mine.flatten() for stack, mine in batch.parts(hard)}
+            softs |= zip(batch.stacks, batch.stand_ins, strict=True)
+        for name, block in self.blocks.items():
+            stacks = [(name, number) for number in range(len(block.logits))]
+            self._softs[name] = [softs[stack] for stack in stacks]
+            self._hard[name] = torch.cat([found[stack] for stack in stacks])
+        self.present = self.present | {name: block.order(self._hard[name]) for name, block in self.blocks.items()}
 
     @override
     def collect(self) -> None:
@@ -127,24 +113,15 @@ class OrderLearner(Learner):
 
     @override
     def set_layer(self, index: int, moment: Moment | None) -> None:
-        for order, group in members(self.shared, self.window, index):
-            self._set_order(order, self.linears[group.name], moment)
-
-    def _set_order(self, order: SharedOrder, linears: list[MaskedLinear], moment: Moment | None) -> None:
-        if order.name in self.fixed:
-            for linear in linears:
-                linear.set_order(order.expand(self.fixed[order.name]))
-            return
-        soft = []
-        if moment is not None:
-            soft = order.expand_blocks(self._softs[order.name])
-        perm, hard = order.expand(self.present[order.name]), order.expand_rows(self._hard[order.name])
-        for linear in linears:
-            linear.set_order(perm, hard, soft)
+        for order, group in members(self.shared, (index,)):
+            perm, hard, soft = order.expand(self.present[order.name]), None, list[Tensor]()
+            if moment is not None and order.name in self.blocks:
+                hard, soft = order.expand_rows(self._hard[order.name]), order.expand_blocks(self._softs[order.name])
+            for linear in self.linears[group.name]:
+                linear.set_order(perm, hard, soft)
 
     @override
     def flips(self) -> Tensor:
-        """Number of channels whose position has changed."""
         return _moved(self._before, self.present)
 
     @override
@@ -153,7 +130,7 @@ class OrderLearner(Learner):
 
     @override
     def begin_epoch(self) -> None:
-        self._at_epoch = dict(self.present)
+        self._at_epoch = self.present
 
     @override
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
@@ -173,22 +150,17 @@ class OrderLearner(Learner):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {
-            "logits": self.logits.state_dict(),
-            "best": self.best,
-            "present": self.present,
-            "at_epoch": self._at_epoch,
-        }
+        orders = {"best": self.best, "present": self.present, "at_epoch": self._at_epoch}
+        return {"logits": self.logits.state_dict()} | orders
 
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self.best = {name: order.cpu() for name, order in state["best"].items()}
         self.logits.load_state_dict(state["logits"])
-        device = self.problem.device
-        self.present = {name: order.to(device) for name, order in state["present"].items()}
-        self._at_epoch = {name: order.to(device) for name, order in state["at_epoch"].items()}
+        self.present = {name: order.to(self.problem.device) for name, order in state["present"].items()}
+        self._at_epoch = {name: order.to(self.problem.device) for name, order in state["at_epoch"].items()}
 
 
 def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:
-    """Number of channels whose position differs, a scalar on the device."""
+    """Count the channels whose position differs, a scalar on the device."""
     return (torch.cat(list(before.values())) != torch.cat([after[name] for name in before])).sum()

@@ -1,4 +1,4 @@
-"""The logits that live on the blocks of an order."""
+"""Logits on the blocks of an order."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permllm.permutation.lcp.sinkhorn import SinkhornStart, logit_gradient, normalize
+from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.training.blocks import BlockStack
-
-# Entries that are normalised together on a GPU, where each operator is a launch; on a CPU a single stack stays in the cache.
-_TOGETHER = 1 << 25
 
 
 class _Clamped(torch.autograd.Function):
@@ -28,7 +25,7 @@ class _Clamped(torch.autograd.Function):
 
 
 class BlockLogits(nn.Module):
-    """The learnable logits of one order, on top of a fixed base order.
+    """Learnable logits of one order, on top of a fixed base order.
 
     Args:
         base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds channel `base[b B + p]`.
@@ -52,11 +49,11 @@ class BlockLogits(nn.Module):
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
 
     def effective(self) -> list[Tensor]:
-        """The logits in use, a stack each."""
+        """Return the logits in use, a stack each."""
         return list(self.logits) if self.scale is None else [_Clamped.apply(stack * self.scale) for stack in self.logits]
 
     def order(self, hard: Tensor) -> Tensor:
-        """The channel at each position, int64 `(C_in,)`, when `hard` `(C_in,)` is the row of its block's matrix there."""
+        """Return the channel at each position, int64 `(C_in,)`; `hard` `(C_in,)` is the row of its block's matrix there."""
         return self.base[self.first + hard]
 
 
@@ -69,7 +66,7 @@ class SoftBatch:
     Args:
         orders: all that there are, by name.
         stacks: those of this batch, each by its order and its number there.
-        temperature, iterations, start: as in `normalize`.
+        temperature, halves: as in `normalize`.
 
     Attributes:
         stacks: as given.
@@ -78,77 +75,43 @@ class SoftBatch:
     """
 
     def __init__(
-        self,
-        orders: Mapping[str, BlockLogits],
-        stacks: list[tuple[str, int]],
-        temperature: float,
-        iterations: int,
-        start: SinkhornStart,
+        self, orders: Mapping[str, BlockLogits], stacks: list[tuple[str, int]], temperature: float, halves: int
     ) -> None:
         self.stacks = stacks
         self._orders, self._temperature = orders, temperature
         logits = self._logits()
         self._counts = [len(stack) for stack in logits]
-        self.soft, self._potentials = normalize(_joined(logits), temperature, iterations, start)
+        self.soft, self._potentials = normalize(_joined(logits), temperature, halves)
         nothing = self.soft.new_zeros(())
         self.stand_ins = [nothing.expand(stack.shape).requires_grad_() for stack in logits]
 
-    def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """What belongs to each stack of `(blocks, ...)`."""
-        return values.split(self._counts)
-
-    def broken(self) -> str | None:
-        """The order of the first soft permutation that is not finite; None where all are."""
-        parts = zip(self.stacks, self.split(self.soft), strict=True)
-        return next((name for (name, _), part in parts if not bool(part.isfinite().all())), None)
+    def parts(self, values: Tensor) -> Iterator[tuple[tuple[str, int], Tensor]]:
+        """Give each stack, by its order and its number there, and its part of `(blocks, ...)`."""
+        return zip(self.stacks, values.split(self._counts), strict=True)
 
     def backward(self) -> None:
-        """Send the gradients of the stand-ins on to the logits, and forget them."""
-        grads = [stand_in.grad for stand_in in self.stand_ins]
-        if all(grad is None for grad in grads):
-            return
-        whole = [
-            torch.zeros_like(stand_in) if grad is None else grad for stand_in, grad in zip(self.stand_ins, grads, strict=True)
-        ]
-        for stand_in in self.stand_ins:
-            stand_in.grad = None
-        logits = self._logits()
-        found = logit_gradient(_joined(logits), self._temperature, self._potentials, _joined(whole))
-        torch.autograd.backward(logits, self.split(found))
+        """Send the gradients of the stand-ins on to the logits."""
+        logits, grads = self._logits(), [stand_in.grad for stand_in in self.stand_ins if stand_in.grad is not None]
+        found = logit_gradient(_joined(logits), self._temperature, self._potentials, _joined(grads))
+        torch.autograd.backward(logits, found.split(self._counts))
 
     def _logits(self) -> list[Tensor]:
         of = {name: self._orders[name].effective() for name in dict.fromkeys(name for name, _ in self.stacks)}
         return [of[name][number] for name, number in self.stacks]
 
 
-def soft_batches(
-    orders: Mapping[str, BlockLogits], temperature: float, iterations: int, start: SinkhornStart = "exponential"
-) -> list[SoftBatch]:
-    """The soft permutations of several orders, in as few batches of one size of block as the device takes."""
-    waiting: dict[int, list[tuple[str, int, int]]] = {}
-    most = 0
+def soft_batches(orders: Mapping[str, BlockLogits], temperature: float, halves: int) -> list[SoftBatch]:
+    """Make the soft permutations of several orders.
+
+    On a GPU, where each operator is a launch, all blocks of a size are one batch. On a CPU a single stack stays in the cache.
+    """
+    batches: dict[object, list[tuple[str, int]]] = {}
     for name, order in orders.items():
-        most = _TOGETHER if order.base.device.type == "cuda" else 0
         for number, stack in enumerate(order.logits):
-            waiting.setdefault(stack.shape[-1], []).append((name, number, stack.numel()))
-    found = []
-    for stacks in waiting.values():
-        for batch in _batches(stacks, most):
-            found.append(SoftBatch(orders, batch, temperature, iterations, start))
-    return found
+            together = stack.shape[-1] if stack.is_cuda else (name, number)
+            batches.setdefault(together, []).append((name, number))
+    return [SoftBatch(orders, stacks, temperature, halves) for stacks in batches.values()]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
-
-
-def _batches(stacks: list[tuple[str, int, int]], most: int) -> Iterator[list[tuple[str, int]]]:
-    batch: list[tuple[str, int]] = []
-    entries = 0
-    for name, number, size in stacks:
-        if batch and entries + size > most:
-            yield batch
-            batch, entries = [], 0
-        batch.append((name, number))
-        entries += size
-    yield batch

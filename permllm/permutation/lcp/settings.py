@@ -39,12 +39,4 @@ class LCPSettings(LearningSettings, LearnedPermutation):
                     f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
                 )
         for progress in (0.0, 0.5, 1.0):
-            try:
-                found = self.temperature(progress)
-            except Exception as error:  # a schedule of someone else's may raise anything
-                raise ConfigError(f"temperature: the schedule cannot be called with progress={progress}: {error}") from error
-            check_number(f"temperature: at progress={progress}", found, positive=True)
-
-    @override
-    def needs_device(self) -> str | None:
-        return self.keeps_all_layers("permutation")
+            check_number(f"temperature: at progress={progress}", self.temperature(progress), positive=True)
