@@ -45,7 +45,7 @@ def print_plan(of: Footprint) -> None:
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
     members = ", ".join(member.rsplit(".", 1)[-1] for member in group.members)
-    learned = (of.orders.blocks[group.name], of.orders.sizes[group.name]) if of.orders else ("-", "-")
+    learned = of.orders.columns[group.name] if of.orders else ("-", "-")
     pattern, rows = str(group.pattern or of.config.pattern), " + ".join(map(str, group.rows))
     return group.table.name, members, pattern, str(group.channels), rows, *learned
 
