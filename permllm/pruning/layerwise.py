@@ -21,8 +21,7 @@ from permllm.pruning.ordering import watch_weights, windows_for
 from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork, trains_network
 from permllm.runs.masks import violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file
-from permllm.runs.pruned_layers import PrunedLayer, load_layer, mask_name, save_layer, weight_name
-from permllm.runs.tensors import load_tensor
+from permllm.runs.tensors import PrunedLayer, load_layer, load_tensor, mask_name, save_layer, weight_name
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting, member_factors

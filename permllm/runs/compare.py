@@ -47,7 +47,7 @@ def change(table: Table, row: int, other: int, name: str) -> float | None:
     if table.kinds[name] in ("accuracy", "share"):
         return ours - theirs
     if table.kinds[name] == "perplexity":
-        ours, theirs = (float(np.exp(np.log(table.seeds(one, name)).mean())) for one in (row, other))
+        ours, theirs = (float(np.exp(np.log(table.seeds(one, [name])).mean().iloc[0])) for one in (row, other))
     return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from permllm.config import NMPattern
 
-# Pairwise comparisons cost M (M - 1) / 2 vectorised passes. Past this M a stable sort is cheaper.
-COMPARE_UP_TO = 16
-
 
 def is_permutation(order: Tensor) -> bool:
     """Return whether a tensor `(C_in,)` of whole numbers holds each number from 0 on once."""
@@ -32,9 +29,7 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
     """
     kept = weight != 0
     groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
-    if pattern.m > COMPARE_UP_TO:
-        return int((groups.sum(-1, dtype=torch.int32) > pattern.n).sum())
-    counts = torch.zeros(groups.shape[:-1], dtype=torch.int8, device=weight.device)  # as a sum it would take 8 bytes each
+    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)  # as a sum it would take 8 bytes each
     for entries in groups.unbind(-1):
         counts += entries
     return int((counts > pattern.n).sum())
