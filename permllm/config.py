@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -378,13 +378,7 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         settings.budget = {key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)}
         given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        if isinstance(error, InterpolationToMissingValueError):  # another key refers to the one that is missing
-            key = first_line(error).rsplit(" ", 1)[-1]
-        if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-            raise ConfigError(f"{key} must be given") from error
-        reason = first_line(ConfigError(error.msg) if getattr(error, "msg", None) else error)
-        raise ConfigError(f"{key}: {reason}" if key else reason) from error
+        raise ConfigError(f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}") from error
     try:
         return RunConfig(**given)
     except ValidationError as error:

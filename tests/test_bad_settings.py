@@ -69,7 +69,7 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
         (["+permutation.nonsense=1"], "nonsense"),
         (["permutation.init=zeros"], "permutation.init='zeros': must be 'heuristic' or 'random'"),
         (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
-        (["permutation=from_file"], "permutation.path must be given"),
+        (["permutation=from_file"], "permutation.path: Missing mandatory value"),
         (["permutation.batch_size=1.5"], "permutation.batch_size=1.5: must be a valid integer"),
         (["permutation.learning_rate=abc"], "permutation.learning_rate='abc': must be a valid number"),
         (["permutation.margin=nan"], "permutation.margin=nan: must be a finite number"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from permllm.config import DTYPES, ModelConfig, NMPattern
-from permllm.errors import ConfigError, DataError, check_number, check_one_of
+from permllm.errors import ConfigError, DataError, check_one_of, check_positive
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, StoredOrder, stored_order
 from permllm.export.gathered import sparse_config
@@ -54,7 +54,7 @@ class Request:
         check_one_of("export.form", self.form, FORMS)
         if self.dtype is not None:
             check_one_of("export.dtype", self.dtype, DTYPES)
-        check_number("export.shard_gb", self.shard_gb, positive=True)
+        check_positive("export.shard_gb", self.shard_gb)
 
 
 def export_run(

@@ -115,14 +115,13 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     finally:
         logger.close(failed)
     if logger is not NO_LOGGER:
-        name, logged = _asked_and_logged(config, directory)
-        write_text(directory / LOGGED, "".join(f"{one}\n" for one in dict.fromkeys([*logged, name])))
+        names = dict.fromkeys([*_logged(directory), config.logger.name.replace("auto", "wandb")])
+        write_text(directory / LOGGED, "".join(f"{name}\n" for name in names))
 
 
 def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Log a finished run, without its single steps, where the logger that is asked for does not have it yet."""
-    name, logged = _asked_and_logged(config, directory)
-    if name in ["none", *logged]:
+    if config.logger.name.replace("auto", "wandb") in _logged(directory):
         return
     with open_logger(config, directory) as logger:
         for number, values in enumerate(history, 1):
@@ -132,11 +131,10 @@ def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], hi
         log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)
 
 
-def _asked_and_logged(config: RunConfig, directory: Path) -> tuple[str, list[str]]:
-    """Return the logger that is asked for, and those that have the run's final numbers."""
-    name, file = config.logger.name, directory / LOGGED
-    logged = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
-    return "wandb" if name == "auto" else name, logged
+def _logged(directory: Path) -> list[str]:
+    """Return the loggers that have the run's final numbers."""
+    file = directory / LOGGED
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
 
 
 def described(config: RunConfig, directory: Path) -> dict[str, Any]:
@@ -182,11 +180,9 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
 def _wandb_id(config: RunConfig, directory: Path) -> str:
     """Return the id that a resumed run had before; a new one for a new run, and for force=true."""
     file = directory / WANDB_ID
-    known = file.read_text(encoding="ascii", errors="replace").strip() if file.is_file() and not config.force else ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
-        known = f"{config.hash}-{secrets.token_hex(4)}"
-        write_text(file, known + "\n")
-    return known
+    if config.force or not file.is_file():
+        write_text(file, f"{config.hash}-{secrets.token_hex(4)}\n")
+    return file.read_text(encoding="ascii").strip()
 
 
 def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:

@@ -68,7 +68,7 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     rows = [row for row in table.means.index if not table.learned_elsewhere(row) and np.isfinite(table.means.at[row, measure])]
     names, several = table.names(), table.labels["pruner"].nunique() > 1
     found = pd.DataFrame({"run": [table.fastest(row) for row in rows], "name": [names[row] for row in rows]}, rows)
-    found["method"] = [f"{table.label(row, 'pruner')}, " * several + method_of(table.config(row)) for row in rows]
+    found["method"] = [f"{table.label(row, 'pruner')}, " * several + method_of(table.first(row).config) for row in rows]
     found["minutes"] = table.frame["minutes"][found["run"]].to_numpy()
     found["value"] = table.means[measure][rows]
     found["error"] = pd.Series([table.error(row, measure) for row in rows], rows, dtype=float).fillna(0.0)
@@ -123,7 +123,7 @@ def plot_curves(table: Table, file: Path) -> None:
     Raises:
         ConfigError: no run has learned, or the picture cannot be written.
     """
-    runs = [(name, table.runs[members[0]]) for name, members in zip(table.names(), table.rows, strict=True)]
+    runs = [(name, table.first(row)) for row, name in enumerate(table.names())]
     learned = [(name, [entry.get("loss", math.nan) for entry in run.history]) for name, run in runs if run.history]
     if not learned:
         raise ConfigError(f"{file}: no run has a history of losses")
@@ -152,8 +152,8 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
     from permllm.runs.tensors import load_masks  # torch takes longer to import than all else
 
     found = []
-    for title, members in zip(table.names(), table.rows, strict=True):
-        if (kept := table.runs[members[0]].directory / MASKS).is_file():
+    for row, title in enumerate(table.names()):
+        if (kept := table.first(row).directory / MASKS).is_file():
             masks = load_masks(kept)
             layers = by_layer(masks)
             chosen = linear or layers[len(layers) // 2][0]

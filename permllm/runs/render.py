@@ -102,8 +102,7 @@ def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[st
         for row, value in enumerate(values):
             one = dict.fromkeys(("ours", "interval", "paper", "difference"))
             if row != baseline and (ours := change(table, row, baseline, name)) is not None:
-                pair = paired(table, row, baseline, name)
-                one |= {"ours": ours, "interval": pair.interval if pair.whole else None}
+                one |= {"ours": ours, "interval": paired(table, row, baseline, name).interval}
                 if value is not None and (start := values[baseline]) is not None:
                     theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
                     one |= {"paper": theirs, "difference": ours - theirs}
@@ -139,7 +138,7 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
 
 def beside(name: str | None, table: Table) -> Comparison | None:
     """Return the paper's table of this name for some runs; None where no table is asked for."""
-    return Comparison(published(name), sorted({run.config["model"]["name"] for run in table.runs})) if name else None
+    return Comparison(published(name), *sorted({run.config["model"]["name"] for run in table.runs})) if name else None
 
 
 def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
@@ -182,8 +181,8 @@ def processor(run: Run) -> str:
 
 def _published(table: Table, paper: Comparison | None, name: str) -> list[float | None]:
     """Return the paper's number for each row, None where it has none."""
-    runs = [members[0] for members in table.rows]
-    return [paper.value(table.runs[run].config, name, table.value(run, name)) if paper else None for run in runs]
+    firsts = [(table.first(row).config, table.value(members[0], name)) for row, members in enumerate(table.rows)]
+    return [paper.value(config, name, ours) if paper else None for config, ours in firsts]
 
 
 def _change_text(change: float | None, interval: list[float] | None, kind: str) -> str:

@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -158,9 +157,9 @@ class Table:
         """Return the value of a setting of a row as it is typed; empty where the row has no such setting."""
         return str(self.labels.at[row, name]) if name in self.labels else ""
 
-    def config(self, row: int) -> dict[str, Any]:
-        """Return the settings of the first run of a row."""
-        return self.runs[self.rows[row][0]].config
+    def first(self, row: int) -> Run:
+        """Return the first run of a row."""
+        return self.runs[self.rows[row][0]]
 
     def seeds(self, row: int, names: list[str]) -> pd.DataFrame:
         """Return some measures of each run of a row by its seed; not a number where a run lacks one."""
@@ -258,7 +257,7 @@ class Table:
                 alike = self.labels[self.labels[group] == self.label(row, group)] if of_group else self.labels
                 if value and (len(self.settings) <= 3 or value != Counter(alike[name]).most_common(1)[0][0]):
                     parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
-            names.append(", ".join(filter(None, parts)) or self.runs[self.rows[row][0]].metrics["name"])
+            names.append(", ".join(filter(None, parts)) or self.first(row).metrics["name"])
         return names
 
     def fastest(self, row: int) -> int:
@@ -324,22 +323,21 @@ class Table:
         """Return by row the row from which its gap is measured: of several the one of the same statistics."""
         if self.baseline is not None:
             return {row: self.baseline for row in self.labels.index if self._model(row) == self._model(self.baseline)}
-        found, beside = {}, [self._beside_methods(row) for row in self.labels.index]
+        found, beside = {}, []
+        for run in map(self.first, self.labels.index):
+            of_methods = (name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS)
+            beside.append(run.key("seed", *of_methods))
         for row in self.labels.index:
             like = [other for other in self.labels.index if beside[other] == beside[row]]
-            plain = [other for other in like if method_of(self.config(other)) == "none"]
+            plain = [other for other in like if method_of(self.first(other).config) == "none"]
             same = [other for other in plain if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)]
             if plain:
                 found[row] = row if row in plain else (same or plain)[0]
         return found
 
     def _model(self, row: int) -> str:
-        run = self.runs[self.rows[row][0]]
+        run = self.first(row)
         return run.key(*(name for name in run.identity if not name.startswith(_OF_MODELS)))
-
-    def _beside_methods(self, row: int) -> str:
-        run = self.runs[self.rows[row][0]]
-        return run.key("seed", *(name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS))
 
 
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:

@@ -280,11 +280,11 @@ def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) ->
 
 
 def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone() -> None:
-    paper = Comparison(published("table1"), ["llama-2-7b", "opt-6.7b"])
+    paper = Comparison(published("table1"), "llama-2-7b", "opt-6.7b")
     for row in (row for row in published("1") if row.method == "wanda" and row.model in ("llama-2-7b", "opt-6.7b")):
         assert paper.value(record(permutation="none", model=row.model)["config"], PERPLEXITY) == row.value
     with pytest.raises(ConfigError, match="not smollm2-135m; give runs of one model"):
-        Comparison(published("table1"), ["llama-2-7b", "smollm2-135m"])
+        Comparison(published("table1"), "llama-2-7b", "smollm2-135m")
 
 
 def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:

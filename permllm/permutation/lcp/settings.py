@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.errors import ConfigError, check_number
+from permllm.errors import ConfigError, check_positive
 from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.training.settings import LearningSettings, StraightThrough
@@ -43,7 +43,7 @@ class LCPSettings(LearningSettings, LearnedPermutation):
                 found = self.temperature(progress)
             except Exception as error:  # a schedule of someone else's may raise anything
                 raise ConfigError(f"temperature: the schedule cannot be called with progress={progress}: {error}") from error
-            check_number(f"temperature: at progress={progress}", found, positive=True)
+            check_positive(f"temperature: at progress={progress}", found)
 
     @override
     def needs_device(self) -> str | None:
