@@ -46,7 +46,7 @@ class PrunedModel(PrunedLayer):
 
     def add(self, layer: PrunedLayer) -> None:
         """Take over the result of a layer."""
-        self.masks.take(layer.masks, layer.masks)
+        self.masks.take(layer.masks)
         for name in ("orders", "retained", "moved", "output_error"):
             getattr(self, name).update(getattr(layer, name))
 
