@@ -215,16 +215,14 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-def test_tensorboard_has_the_curves_and_final_numbers_of_the_last_run(cache: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_the_last_run_alone(cache: Path, tmp_path: Path) -> None:
     words = ("model=tiny", "logger=tensorboard", f"runs_dir={tmp_path}")
-    job.run(read_config(composed(*words)))
-    result = job.run(read_config(composed(*words, "force=true")))
+    for force in ("false", "true"):
+        result = job.run(read_config(composed(*words, f"force={force}")))
     assert result is not None
-    found = scalars(result[1])
-    epochs = read_lines(result[1] / "history.jsonl")
+    found, epochs = scalars(result[1]), read_lines(result[1] / "history.jsonl")
     assert found["epoch/loss"] == [(number, pytest.approx(entry["loss"])) for number, entry in enumerate(epochs, 1)]
-    assert {"lcp/loss", "lcp/temperature"} <= found.keys()
-    assert numbers_of(result[0]).keys() <= found.keys()
+    assert {"lcp/loss", "lcp/temperature", *numbers_of(result[0])} <= found.keys()
 
 
 def mlflow_runs(home: Path) -> list[Any]:
@@ -254,9 +252,7 @@ def test_mlflow_has_the_curves_and_final_numbers_and_a_finished_run_goes_to_anot
     assert losses == [(number, entry["loss"]) for number, entry in enumerate(read_lines(directory / "history.jsonl"), 1)]
 
     for _ in range(2):  # the second time it is there
-        again = job.run(read_config(composed("model=tiny", "logger=tensorboard", "runs_dir=runs")))
-        assert again is not None
-        assert again[0] == metrics
+        assert job.run(read_config(composed("model=tiny", "logger=tensorboard", "runs_dir=runs"))) == (metrics, directory)
     found = scalars(directory)
     assert [step for step, _ in found["epoch/loss"]] == [1, 2, 3]
     assert numbers_of(metrics).keys() <= found.keys()

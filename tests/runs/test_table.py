@@ -237,9 +237,8 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
 
 
 def test_every_published_number_is_found_by_its_table() -> None:
-    with open(ROOT / "permllm" / "runs" / "published.csv", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert sum(len(published(f"table{number}")) for number in range(1, 9)) == len(rows)
+    lines = (ROOT / "permllm" / "runs" / "published.csv").read_text().splitlines()
+    assert sum(len(published(f"table{number}")) for number in range(1, 9)) == len(lines) - 1
     with pytest.raises(ConfigError, match="valid are table1, table2"):
         published("table9")
 
@@ -282,21 +281,21 @@ def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_onl
 
 def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
     settings = {"name": "lcp-paper", "sinkhorn_iterations": 5, "last_layers": None}
-    changes: dict[str, dict[str, Any]] = {
-        "block size": {"block_size": 128},
-        "iterations": {"permutation": settings | {"sinkhorn_iterations": 0}},
-        "layers": {"permutation": settings | {"last_layers": 6}},
-        "foldable": {"permutation": settings | {"constraint": "foldable"}},
-        "text": {"calibration": {"dataset": "pile"}},
-        "weights": {"reconstruction": {"name": "distill"}},
-        "dense layers": {"keep_dense": ["0"]},
-    }
+    changes: list[dict[str, Any]] = [
+        {"block_size": 128},
+        {"permutation": settings | {"sinkhorn_iterations": 0}},
+        {"permutation": settings | {"last_layers": 6}},
+        {"permutation": settings | {"constraint": "foldable"}},
+        {"calibration": {"dataset": "pile"}},
+        {"reconstruction": {"name": "distill"}},
+        {"keep_dense": ["0"]},
+    ]
     paper = Comparison(published("table1"), "llama-2-7b")
     ours = record(model="llama-2-7b")["config"]
     expected = next(row.value for row in published("1") if (row.model, row.method) == ("llama-2-7b", "permllm-wanda"))
     assert paper.value(ours, PERPLEXITY) == expected
     assert paper.value(ours, "wikitext2 perplexity (window 256)") is None
-    assert [name for name, changed in changes.items() if paper.value(ours | changed, PERPLEXITY) is not None] == []
+    assert [changed for changed in changes if paper.value(ours | changed, PERPLEXITY) is not None] == []
 
 
 def keep(*places: Path, to: Path) -> int:
