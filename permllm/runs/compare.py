@@ -127,7 +127,14 @@ def comparison(table: Table, first: int, second: int) -> list[dict[str, Any]]:
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
             pair = paired(table, first, second, name)
-            line: dict[str, Any] = {"measure": table.heading(name), "kind": kind}
-            line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
-            found.append(line | {"difference": pair.value, "interval": pair.interval, "over": pair.over})
+            line = {
+                "measure": table.heading(name),
+                "kind": kind,
+                "first": table.shown(first, name),
+                "second": table.shown(second, name),
+                "difference": pair.value,
+                "interval": pair.interval,
+                "over": pair.over,
+            }
+            found.append(line)
     return found

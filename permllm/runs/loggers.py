@@ -148,6 +148,7 @@ def described(config: RunConfig, directory: Path) -> dict[str, Any]:
         "job_type": "learn" if "epochs" in {**config.permutation, **config.mask} else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
         "config": config.identity | {key: config.resolved[key] for key in ("permutation", "evaluation")},
+        "where": {"run_directory": str(directory), "config_hash": config.hash},
     }
 
 
@@ -166,10 +167,17 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
     # Offline, each attempt leaves a folder with this id; `wandb sync` sends them as one run, in the order of time.
-    run = described(config, directory) | {"id": _wandb_id(config, directory), "resume": "allow", "dir": str(home)}
-    run |= {"project": config.logger.project, "settings": wandb.Settings(silent=True, console="off")}
-    run["tags"] = [tag[:_LONGEST_TAG] for tag in run["tags"].values()]
-    run["config"] |= {"run_directory": str(directory), "config_hash": config.hash}
+    told = described(config, directory)
+    run: dict[str, Any] = {
+        **{key: told[key] for key in ("name", "group", "job_type")},
+        "id": _wandb_id(config, directory),
+        "resume": "allow",
+        "dir": str(home),
+        "project": config.logger.project,
+        "tags": [tag[:_LONGEST_TAG] for tag in told["tags"].values()],
+        "config": told["config"] | told["where"],
+        "settings": wandb.Settings(silent=True, console="off"),
+    }
     try:
         return _WandB(wandb.init(mode=mode or "offline", **run))  # type: ignore[arg-type]
     except wandb.errors.Error as error:  # `wandb sync` can send the run later
@@ -203,8 +211,7 @@ def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
     os.environ.update(_MLFLOW | dict(os.environ))
     home, run = Path(config.runs_dir).resolve(), described(config, directory)
     home.mkdir(parents=True, exist_ok=True)
-    tags = run["tags"] | {"group": run["group"] or "", "job_type": run["job_type"]}
-    tags |= {"run_directory": str(directory), "config_hash": config.hash}
+    tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
     try:
         import mlflow
 

@@ -67,12 +67,17 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     """
     rows = [row for row in table.means.index if not table.learned_elsewhere(row) and np.isfinite(table.means.at[row, measure])]
     names, several = table.names(), table.labels["pruner"].nunique() > 1
-    found = pd.DataFrame({"run": [table.fastest(row) for row in rows], "name": [names[row] for row in rows]}, rows)
-    found["method"] = [f"{table.label(row, 'pruner')}, " * several + method_of(table.first(row).config) for row in rows]
-    found["minutes"] = table.frame["minutes"][found["run"]].to_numpy()
-    found["value"] = table.means[measure][rows]
-    found["error"] = pd.Series([table.error(row, measure) for row in rows], rows, dtype=float).fillna(0.0)
-    found["memory"] = [table.memory(row) for row in rows]
+    runs = [table.fastest(row) for row in rows]
+    columns = {
+        "run": runs,
+        "name": [names[row] for row in rows],
+        "method": [f"{table.label(row, 'pruner')}, " * several + method_of(table.first(row).config) for row in rows],
+        "minutes": table.frame["minutes"][runs].to_numpy(),
+        "value": table.means[measure][rows],
+        "error": [table.error(row, measure) or 0.0 for row in rows],
+        "memory": [table.memory(row) for row in rows],
+    }
+    found = pd.DataFrame(columns, rows)
     sign = -1 if table.kinds[measure] in ("accuracy", "share") else 1
     ordered = found.assign(badness=sign * found["value"]).sort_values(["minutes", "badness"])
     found["front"] = ordered["badness"] < ordered["badness"].cummin().shift(fill_value=math.inf)

@@ -163,14 +163,12 @@ def machine(runs: Iterable[Run]) -> str:
     started = sorted(one["started"][:10] for one in found)
     days = " to ".join(dict.fromkeys((started[0], started[-1])))
     of_code = [f"commit {', '.join(commits)}"] if commits else []
-    return "; ".join([*sorted({_computed_on(run) for run in runs}), *versions, *of_code, days]) + "."
-
-
-def _computed_on(run: Run) -> str:
-    hardware = run.environment["hardware"]
-    instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
-    several = f", {hardware['processes']} processes" if "processes" in hardware else ""
-    return f"{processor(run)}{instructions}, {hardware['threads']} threads{several}"
+    machines = set()
+    for run, hardware in ((run, run.environment["hardware"]) for run in runs):
+        instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
+        several = f", {hardware['processes']} processes" if "processes" in hardware else ""
+        machines.add(f"{processor(run)}{instructions}, {hardware['threads']} threads{several}")
+    return "; ".join([*sorted(machines), *versions, *of_code, days]) + "."
 
 
 def processor(run: Run) -> str:

@@ -44,10 +44,15 @@ def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFram
     """Return settings, `seed`, `method`, measures, `minutes` and `directory` of each run."""
     lines = []
     for run, found in zip(runs, measures, strict=True):
-        line = {name: value for name, value in run.settings().items() if not _is_spare(name)}
-        line |= {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
-        line |= {name: measure.value for name, measure in found.items()}
-        lines.append(line | {"minutes": pruning_minutes(run.metrics["seconds"]), "directory": str(run.directory)})
+        line = {
+            **{name: value for name, value in run.settings().items() if not _is_spare(name)},
+            "seed": run.config["seed"],
+            "method": str(run.config.get("method") or ""),
+            **{name: measure.value for name, measure in found.items()},
+            "minutes": pruning_minutes(run.metrics["seconds"]),
+            "directory": str(run.directory),
+        }
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -186,8 +191,7 @@ class Table:
 
     def shown_dense(self, name: str) -> str:
         """Return the value of the dense model that all rows share; empty for none."""
-        value, error = self.dense.get(name, (None, None))
-        return "" if value is None else number(value, self.kinds[name], error)
+        return number(self.dense[name][0], self.kinds[name], self.dense[name][1]) if name in self.dense else ""
 
     def limited(self, name: str) -> bool:
         """Tell whether some value of an accuracy is of a part of the items."""

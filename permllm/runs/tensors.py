@@ -177,11 +177,13 @@ def weight_name(path: str) -> str:
 
 def save_layer(path: Path, layer: PrunedLayer) -> None:
     """Write a layer, so that a run that was stopped continues after it."""
-    tensors = {f"order of {name}": order for name, order in layer.orders.items()}
-    tensors |= {mask_name(name): layer.masks.packed(name)[0] for name in layer.masks}
-    tensors |= {weight_name(name): weight for name, weight in layer.weights.items()}
-    figures = {name: getattr(layer, name) for name in _NUMBERS}
-    figures["shapes"] = {name: layer.masks.shape(name) for name in layer.masks}
+    tensors = {
+        **{f"order of {name}": order for name, order in layer.orders.items()},
+        **{mask_name(name): layer.masks.packed(name)[0] for name in layer.masks},
+        **{weight_name(name): weight for name, weight in layer.weights.items()},
+    }
+    shapes = {name: layer.masks.shape(name) for name in layer.masks}
+    figures = {name: getattr(layer, name) for name in _NUMBERS} | {_SHAPES: shapes}
     save_tensors(path, tensors, {_FIGURES: json.dumps(figures)})
 
 
@@ -191,7 +193,7 @@ def load_layer(path: Path) -> PrunedLayer:
         figures = json.loads(file.metadata()[_FIGURES])
     tensors, layer = load_tensors(path), PrunedLayer(**{key: figures[key] for key in _NUMBERS})
     layer.orders = {group: tensors[f"order of {group}"] for group in layer.retained}
-    for name, shape in figures["shapes"].items():
+    for name, shape in figures[_SHAPES].items():
         layer.masks.set_packed(name, tensors[mask_name(name)], shape)
         if weight_name(name) in tensors:
             layer.weights[name] = tensors[weight_name(name)]
