@@ -25,7 +25,7 @@ from permllm.runs.cache import choose_cache
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
 from permllm.runs.names import SCHEMA_VERSION
-from permllm.runs.plots import load_pyplot, save_figure
+from permllm.runs.plots import picture
 from permllm.runtime.devices import resolve_device
 from permllm.runtime.seeding import seed_everything
 from permllm.runtime.terminal import run_tool
@@ -102,7 +102,7 @@ def add_record(file: Path, line: dict[str, Any]) -> None:
 
 def draw_picture(file: Path, draw: Callable[[Any], None]) -> None:
     """Draw into a file. Raises ConfigError where matplotlib is not installed."""
-    figure, axes = load_pyplot("the picture").subplots(figsize=(7, 4.5))
-    draw(axes)
-    save_figure(figure, "the picture", file)
+    with picture(file) as pyplot:
+        _, axes = pyplot.subplots(figsize=(7, 4.5))
+        draw(axes)
     print(f"picture   {file}")

@@ -199,14 +199,14 @@ class Session:
                 main()
             code = self.close()
             sys.stdout.flush()
+            if "permllm.runtime.parallel" in sys.modules:  # a job has begun
+                sys.modules["permllm.runtime.parallel"].stop()
+            return code
         except BrokenPipeError:
             silence()
             return 141
         except KeyboardInterrupt as error:
-            if first():
-                print(f"{what_happened(error)}: {CONTINUES}", file=sys.stderr)
-            self.close()
-            return exit_code(error)
+            code, said = exit_code(error), f"{what_happened(error)}: "
         except SystemExit as stop:
             if stop.code:  # Hydra refuses the command line, or a launcher gives up although some jobs have finished
                 self.close()
@@ -215,13 +215,10 @@ class Session:
             if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
                 raise
             # A launcher's process was killed, or ran out of its time. Only the last lines of its message may say why.
-            print(f"error: {type(error).__name__}: {str(error).strip()}\n{CONTINUES}", file=sys.stderr)
-            self.close()
-            return 1
-        if "permllm.runtime.parallel" in sys.modules:  # a job has begun
-            from permllm.runtime import parallel
-
-            parallel.stop()
+            code, said = 1, f"error: {type(error).__name__}: {str(error).strip()}\n"
+        if first():
+            print(f"{said}{CONTINUES}", file=sys.stderr)
+        self.close()
         return code
 
     def job(self, composed: DictConfig) -> float:
@@ -275,11 +272,9 @@ class Session:
             if result is not None:
                 self._end("skipped" if skipped else "ran", directory=str(result[1]))
             return value
-        except KeyboardInterrupt as error:
-            self._end("failed", f"{what_happened(error)}: the same command continues it")
-            raise
-        except SystemExit:  # of `in_step`
-            self._end("failed", f"one rank failed alone: {CONTINUES}")
+        except (KeyboardInterrupt, SystemExit) as error:  # the latter is of `in_step`
+            said = "one rank failed alone" if isinstance(error, SystemExit) else what_happened(error)
+            self._end("failed", f"{said}: the same command continues it")
             raise
         except InUseError as error:  # of a sweep: a single run waits
             self._end("skipped", one_line(error))
@@ -316,6 +311,7 @@ class Session:
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
 
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
+        """Keep the outcome of a job of a sweep, in rank 0."""
         from permllm.runs import sweep
 
         if not first():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -34,8 +34,10 @@ WheelModel = Literal["smollm2-135m", "gemma3-270m"]
 WHEEL_MODELS = get_args(WheelModel)
 
 # Settings that do not change a pruned model.
-_NOT_PART_OF_A_RUN = {"force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"}
-_NOT_PART_OF_A_RUN |= {"protocol", "budget", "method", "deterministic"}
+_NOT_PART_OF_A_RUN = (
+    *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
+    *("protocol", "budget", "method", "deterministic"),
+)
 # Settings of the model that say where it is from or where its weights wait; its digest says which model it is.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that only a permutation reads, which has a copy of them.
@@ -134,10 +136,14 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     tasks = {}
     for name, task in (settings.get("tasks") or {}).items():
         limit = shared.get("limit") if task["limit"] is None else task["limit"]
-        how = {"num_fewshot": task["num_fewshot"], "limit": limit, "add_bos_token": shared.get("add_bos_token")}
-        how |= {"source": "wheel"} if shared.get("source") == "wheel" else {}
-        key = f"evaluation.tasks.{name}"
-        tasks[str(name).rsplit("/", 1)[-1]] = how | ({"digest": inputs[key]} if key in inputs else {})
+        key, source = f"evaluation.tasks.{name}", shared.get("source")
+        tasks[str(name).rsplit("/", 1)[-1]] = {
+            "num_fewshot": task["num_fewshot"],
+            "limit": limit,
+            "add_bos_token": shared.get("add_bos_token"),
+            **({"source": source} if source == "wheel" else {}),
+            **({"digest": inputs[key]} if key in inputs else {}),
+        }
     return found | ({"tasks": tasks} if tasks else {})
 
 
@@ -378,13 +384,7 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
         settings.budget = {key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)}
         given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        if isinstance(error, InterpolationToMissingValueError):  # another key refers to the one that is missing
-            key = first_line(error).rsplit(" ", 1)[-1]
-        if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-            raise ConfigError(f"{key} must be given") from error
-        reason = first_line(ConfigError(error.msg) if getattr(error, "msg", None) else error)
-        raise ConfigError(f"{key}: {reason}" if key else reason) from error
+        raise ConfigError(f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}") from error
     try:
         return RunConfig(**given)
     except ValidationError as error:

@@ -108,7 +108,7 @@ def _unfinished(config: RunConfig, methods: Methods, record: RunDirectory, devic
 
         def opened() -> None:
             nonlocal logger
-            held.enter_context(job_log(record.path(LOG)))
+            held.enter_context(job_log(record.directory / LOG))
             logger = held.enter_context(open_logger(config, record.directory))
 
         parallel.on_main(opened)
@@ -153,7 +153,7 @@ def _stages(config: RunConfig, methods: Methods, record: RunDirectory, logger: R
     seed_everything(config.seed, config.deterministic)
     reset_peak_memory(device)
     if not record.pruned:
-        parallel.on_main(lambda: write_json(record.path(ENVIRONMENT), environment(config.seed, device)))
+        parallel.on_main(lambda: write_json(record.directory / ENVIRONMENT, environment(config.seed, device)))
     with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
         if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
@@ -208,7 +208,7 @@ def _export(request: Request, record: RunDirectory) -> None:
     """Write the pruned model into the run directory, unless it is there already in this form."""
     wanted = {"form": request.form, "dtype": request.dtype or record.config["model"]["dtype"]}
     wanted |= {"config_hash": record.metrics["config_hash"], "shard_gb": request.shard_gb}
-    target = record.path(EXPORT)
+    target = record.directory / EXPORT
     summary = present_export(target)
     if summary is not None and all(summary.get(key) == value for key, value in wanted.items()):
         log.info("%s is there already", target)

@@ -15,9 +15,8 @@ import torch
 from permllm import job
 from permllm.cli import Session
 from permllm.config import RunConfig, read_config
-from permllm.errors import ConfigError, DataError
+from permllm.errors import DataError
 from permllm.export.checkpoint import Request, export_run
-from permllm.pruning.composition import composed as checked
 from permllm.runs.environment import environment
 from permllm.runs.files import write_text
 from permllm.runs.sweep import Outcome
@@ -31,47 +30,41 @@ TINY = ("model=tiny", "logger=none", "permutation=none", "calibration.samples=2"
     [
         (["sparsity=4:2"], "sparsity=4:2"),
         (["sparsity=24"], "expected N:M"),
-        (["sparsity=2:5"], "M = 5"),
         (["sparsity=3:7", "permutation=none"], "does not divide the 32 input channels of model.layers.0.self_attn.qkv_proj"),
-        (["block_size=30"], "block_size=30 is not a multiple of M = 4"),
         (["block_size=0"], "block_size=0: must be at least 1"),
         (["model.device=toaster"], "model.device='toaster'"),
         (["model.dtype=int4"], "model.dtype='int4': must be 'float32', 'bfloat16'"),
-        (
-            ["calibration.dataset=mars", "plan=true"],
-            "calibration.dataset='mars' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
-            "passages-and-questions, pile, sciq-support, wikitext2, text",
-        ),
+        (["calibration.dataset=mars", "plan=true"], "calibration.dataset='mars' is not valid; valid are: boolq-passages, "),
         (["calibration.dataset=base"], "calibration.dataset='base' is not valid"),
         (["calibration.sampling=often"], "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'"),
         (["calibration.samples=0"], "calibration.samples=0"),
         (["calibration.samples=100000"], "but calibration.samples=100000 of calibration.seqlen=64 need 6400000"),
         (["calibration=text"], "calibration=text needs calibration.data_files=PATH"),
         (["calibration=text", "calibration.data_files=nowhere.txt"], "text file nowhere.txt does not exist"),
-        (
-            ["evaluation.perplexity.dataset=pile"],
-            "evaluation.perplexity.dataset='pile' is not valid; valid are: boolq-passages, builtin, c4, law-questions, "
-            "sciq-support, wikitext2",
-        ),
         (["evaluation.perplexity.dataset=[builtin,pile]", "plan=true"], "evaluation.perplexity.dataset='pile' is not valid"),
         (["evaluation.perplexity.dataset=[c4,builtin,c4]"], "dataset=['c4', 'builtin', 'c4'] has c4 twice"),
         (["evaluation.perplexity.dataset=[]"], "dataset=[]: expected the name of a text, a list of names"),
-        (
-            ["evaluation.perplexity.dataset=[builtin,sciq-support]", "calibration.dataset=sciq-support"],
-            "evaluation.perplexity.dataset='sciq-support' is not held out from calibration.dataset='sciq-support'",
-        ),
+        (["evaluation.perplexity.dataset=[builtin,sciq-support]", "calibration.dataset=sciq-support"], "is not held out from"),
         (["evaluation.perplexity.seqlen=1000000"], "fewer than one evaluation.perplexity.seqlen"),
         (["evaluation.tasks=[marsqa]"], "lm-eval does not know marsqa"),
         (["evaluation.tasks={gsm8k: {limit: 0}}"], "evaluation.tasks.gsm8k.limit=0: must be at least 1"),
         (["evaluation.tasks={gsm8k: {shots: 1}}"], "evaluation.tasks.gsm8k.shots is no setting"),
+        (["permutation=heuristic", "export=folded"], "set permutation.constraint=foldable"),
+        (
+            ["block_size=16", "+model.architecture.head_dim=12", "sparsity=4:8", "permutation.constraint=foldable"],
+            "which M = 8 does not divide",
+        ),
+        (
+            ["permutation.constraint=foldable", "keep_dense=[o_proj,down_proj]", "permutation.last_layers=1"],
+            "no order would learn: residual_stream",
+        ),
+        (["model=local"], "model=local needs model.path=DIR"),
         (["export.shard_gb=1"], "export.shard_gb=1.0 needs export=folded, gathered or simulate"),
-        (["calibration.samples=1", "calibration.seqlen=1000000"], "take shorter windows, or another text"),
         (["+permutation.nonsense=1"], "nonsense"),
         (["permutation.init=zeros"], "permutation.init='zeros': must be 'heuristic' or 'random'"),
         (["permutation=from_file", "permutation.path=nowhere"], "permutation.path=nowhere: no such file"),
-        (["permutation=from_file"], "permutation.path must be given"),
+        (["permutation=from_file"], "permutation.path: Missing mandatory value"),
         (["permutation.batch_size=1.5"], "permutation.batch_size=1.5: must be a valid integer"),
-        (["permutation.learning_rate=abc"], "permutation.learning_rate='abc': must be a valid number"),
         (["permutation.margin=nan"], "permutation.margin=nan: must be a finite number"),
         (["permutation.layers_per_stage=block"], "layers_per_stage='block': must be 'all' or must be a valid integer"),
         (["permutation.layers_per_stage=2", "permutation.loss=kl"], "permutation: loss=kl needs layers_per_stage=all"),
@@ -102,26 +95,11 @@ def test_bad_values_get_one_line_that_names_them(
     monkeypatch.chdir(tmp_path)
     session = Session()
     session.job(composed("model=tiny", "logger=none", *overrides))
-    error = capsys.readouterr().err.strip().splitlines()
     assert session.close() == 1
-    assert len(error) == 1
-    assert error[0].startswith("error: ")
-    assert message in error[0]
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ")
+    assert message in error
     assert not list(tmp_path.rglob("permutations.safetensors"))
-
-
-@pytest.mark.parametrize("word", ["permutation.nonsense=1", "pruner=mars", "calibration.sample=3", "permutation=none,lcp"])
-def test_hydra_refuses_what_the_yaml_does_not_have(word: str) -> None:
-    with pytest.raises(ConfigError, match=word.partition("=")[0].rpartition(".")[2]) as raised:
-        checked(["model=tiny", word])
-    assert "\n" not in str(raised.value)
-
-
-def test_full_errors_on_demand(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ConfigError):
-        Session().job(composed("model=tiny", "sparsity=4:2"))
 
 
 def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(

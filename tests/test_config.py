@@ -59,19 +59,6 @@ def written_commands() -> list[str]:
     return sorted(set(commands))
 
 
-def _chosen(option: Path) -> str:
-    group, _, name = str(option.with_suffix("")).partition("/")
-    return f"{group}={name}"
-
-
-@pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_every_option_says_what_it_is_and_the_command_that_uses_it(option: Path) -> None:
-    lines = (CONF / option).read_text(encoding="utf-8").splitlines()
-    head = [line for line in lines[:6] if line.startswith("#") and "@package" not in line]
-    assert len(head) >= 2
-    assert any(_chosen(option) in line for line in head if "python run.py" in line)
-
-
 # Words that an option needs beside its name.
 NEEDED = {
     "model/local.yaml": "model.path=.",
@@ -83,8 +70,12 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_every_option_composes_and_instantiates(option: Path, tmp_path: Path) -> None:
-    words = [_chosen(option)]
+def test_every_option_says_what_it_is_and_its_command_composes_and_instantiates(option: Path, tmp_path: Path) -> None:
+    lines = (CONF / option).read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines[:6] if line.startswith("#") and "@package" not in line]
+    assert len(head) >= 2
+    words = ["=".join(str(option.with_suffix("")).split("/", 1))]
+    assert any(words[0] in line for line in head if "python run.py" in line)
     words += [NEEDED[str(option)]] if str(option) in NEEDED else []
     if option.stem == "from_file":
         save_tensors(tmp_path / "permutations.safetensors", {"x": torch.arange(4)})
@@ -118,17 +109,11 @@ def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_c
 def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> None:
     written = composed("model=tiny", "calibration=text", "evaluation=held-out", "calibration.data_files=x", "logger=wandb")
     settings = read_config(written)
-    others = {
-        "model": ("name", "source", "architecture"),
-        "calibration": ("dataset", "data_files", "sampling"),
-        "logger": ("name",),
-        "export": (),
-        "paths": (),
-    }
-    for group, chosen in others.items():
+    chosen = {"name", "source", "architecture", "dataset", "data_files", "sampling"}
+    for group in ("model", "calibration", "logger", "export", "paths"):
         usual = defaults_of(type(getattr(settings, group)))
-        assert {key: written[group][key] for key in usual if key not in chosen} == {
-            key: value for key, value in usual.items() if key not in chosen
+        assert {key: written[group][key] for key in usual.keys() - chosen} == {
+            key: usual[key] for key in usual.keys() - chosen
         }
     lm_eval = settings.evaluation.lm_eval
     assert vars(lm_eval) == defaults_of(type(lm_eval))
@@ -154,12 +139,10 @@ def test_every_written_command_composes(command: str) -> None:
 
 def test_the_defaults_are_those_of_the_readme() -> None:
     settings = config()
-    assert settings.model.name == "smollm2-135m"
-    assert settings.pruner["name"] == "wanda"
+    names = (settings.model.name, settings.pruner["name"], settings.permutation["name"], settings.temperature["name"])
+    assert names == ("smollm2-135m", "wanda", "lcp", "linear")
     assert settings.sparsity == "2:4"
-    assert settings.permutation["name"] == "lcp"
     assert settings.block_size == settings.permutation["block_size"] == 64
-    assert settings.temperature["name"] == "linear"
     assert settings.calibration.dataset == settings.evaluation.perplexity.dataset == "boolq-passages"
     assert settings.logger.name == "auto"
 
@@ -172,27 +155,21 @@ def test_models_choose_their_texts_and_explicit_choices_win() -> None:
     assert (tiny.calibration.dataset, tiny.evaluation.tasks) == ("builtin", {})
     chosen = config("model=tiny", "calibration=c4", "evaluation.tasks=[piqa]")
     assert (chosen.calibration.dataset, list(chosen.evaluation.tasks)) == ("c4", ["piqa"])
-
-
-def test_a_protocol_is_one_for_all_models_and_a_model_keeps_its_own_without() -> None:
-    for model in ("tiny", "smollm2-135m", "qwen2.5-7b"):
-        papers, offline = (config(f"model={model}", f"protocol={name}") for name in ("paper", "offline"))
-        assert (papers.calibration.dataset, papers.evaluation.perplexity.dataset) == ("c4", "wikitext2")
-        assert offline.calibration.dataset == offline.evaluation.perplexity.dataset == "boolq-passages"
     assert config("model=tiny", "protocol=paper", "calibration=builtin").calibration.dataset == "builtin"
 
 
 def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() -> None:
-    paper, offline = (config("model=llama-2-7b", f"protocol={name}") for name in ("paper", "offline"))
+    for model in ("tiny", "smollm2-135m", "llama-2-7b"):
+        paper, offline = (config(f"model={model}", f"protocol={name}") for name in ("paper", "offline"))
+        assert (paper.calibration.dataset, paper.evaluation.perplexity.dataset) == ("c4", "wikitext2")
+        assert offline.calibration.dataset == offline.evaluation.perplexity.dataset == "boolq-passages"
     assert (paper.permutation["name"], paper.permutation["epochs"], paper.calibration.statistics) == ("lcp-paper", 50, "dense")
     assert (paper.calibration.samples, paper.calibration.seqlen, paper.evaluation.perplexity.limit) == (128, 1024, None)
     assert (offline.permutation["name"], offline.permutation["epochs"]) == ("lcp", 3)
     assert config("budget=quick", "protocol=paper").permutation.items() >= {"name": "lcp-paper", "epochs": 2}.items()
-    baseline = [config(*words, "method=wanda-cp") for words in (["protocol=paper"], [])]
-    assert [(one.permutation["name"], one.calibration.statistics) for one in baseline] == [
-        ("heuristic", "sequential"),
-        ("heuristic", "dense"),
-    ]
+    for words, statistics in ((["protocol=paper"], "sequential"), ([], "dense")):
+        baseline = config(*words, "method=wanda-cp")
+        assert (baseline.permutation["name"], baseline.calibration.statistics) == ("heuristic", statistics)
     for mask in ("score", "refined"):  # which are found with the dense model's
         masks = config("protocol=paper", "permutation=heuristic", f"mask={mask}")
         assert masks.calibration.statistics == "dense"
@@ -208,17 +185,9 @@ def test_a_run_keeps_the_method_that_was_typed_and_is_the_same_run_without_it() 
         assert config(f"method={name}").method == name
 
 
-def test_one_gpu_is_as_good_as_another(tmp_path: Path) -> None:
-    one, other = (config("model=tiny", f"model.device={device}", f"runs_dir={tmp_path}") for device in ("cuda", "cuda:1"))
-    assert other.identity == one.identity
-    assert config("model=tiny", "model.device=cpu").identity != one.identity
-    assert run_directory(other) == run_directory(one)
-
-
-def test_paths_say_where_things_lie_and_make_no_other_run(tmp_path: Path) -> None:
-    settings = config("model=tiny", "paths.runs_dir=elsewhere", "paths.cache_dir=/scratch")
-    assert (settings.runs_dir, settings.hash) == ("elsewhere", config("model=tiny").hash)
-    assert config("model=tiny", "paths.runs_dir=elsewhere", "runs_dir=here").runs_dir == "here"
+def test_one_gpu_is_as_good_as_another() -> None:
+    one, other, cpu = (config("model=tiny", f"model.device={device}") for device in ("cuda", "cuda:1", "cpu"))
+    assert run_directory(other) == run_directory(one) != run_directory(cpu)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +203,26 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
     assert all(group.channels % 8 == 0 for group in channel_groups(built))
 
 
-def test_identity_leaves_out_what_does_not_change_a_pruned_model() -> None:
-    base = config("model=tiny").hash
-    assert config("model=tiny", "logger=none", "force=true", "runs_dir=elsewhere").hash == base
-    assert config("model=tiny", "seed=1").hash != base
-    assert config("model=tiny", "permutation.epochs=4").hash != base
-    assert config("model=tiny", "evaluation.tasks=[piqa]", "evaluation.perplexity.seqlen=32").hash == base
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("logger=none force=true runs_dir=elsewhere paths.runs_dir=there paths.cache_dir=/scratch", True),
+        ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", True),
+        ("seed=1", False),
+        ("permutation.epochs=4", False),
+        # Classes of the package may move; nothing else names a class of somebody else.
+        ("pruner._target_=permllm.pruning.wanda.Wanda", True),
+        ("temperature._target_=permllm.permutation.temperature.Linear", True),
+        ("pruner._target_=mine.Wanda", False),
+    ],
+)
+def test_identity_is_what_changes_a_pruned_model(words: str, same: bool) -> None:
+    assert (config("model=tiny", *words.split()).hash == config("model=tiny").hash) == same
+
+
+def test_a_folder_of_runs_is_named_twice() -> None:
+    assert config("model=tiny", "paths.runs_dir=elsewhere").runs_dir == "elsewhere"
+    assert config("model=tiny", "paths.runs_dir=elsewhere", "runs_dir=here").runs_dir == "here"
 
 
 @pytest.mark.parametrize("permutation", ["none", "heuristic", "lcp", "lcp-paper"])
@@ -256,35 +239,20 @@ def test_a_method_is_given_the_settings_at_the_top_that_it_uses() -> None:
     assert (method.block_size, type(method.temperature).__name__) == (16, "Cosine")
 
 
-def test_where_a_class_of_the_package_lies_is_no_part_of_the_identity_and_a_class_of_somebody_else_is() -> None:
-    base = config("model=tiny").hash
-    assert config("model=tiny", "pruner._target_=permllm.pruning.wanda.Wanda").hash == base
-    assert config("model=tiny", "pruner._target_=mine.Wanda").hash != base
-    assert config("model=tiny", "temperature._target_=permllm.permutation.temperature.Linear").hash == base
-
-
 def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> None:
-    text, other = tmp_path / "a.txt", tmp_path / "b.txt"
-    text.write_text("one")
-    other.write_text("two")
     base = config("model=tiny").evaluation_identity
     batches = ["evaluation.perplexity.batch_tokens=1", "evaluation.lm_eval.batch_size=1"]
     assert config("model=tiny", *batches).evaluation_identity == base
-    changed = [
-        config("model=tiny", *overrides).evaluation_identity
-        for overrides in (
-            ["evaluation.perplexity.seqlen=32"],
-            ["evaluation.perplexity.limit=1"],
-            ["evaluation.perplexity.dataset=boolq-passages"],
-            ["evaluation.perplexity.dataset=null"],
-            ["evaluation.tasks=[rte]"],
-            ["evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2"],
-            ["evaluation.tasks=[rte]", "evaluation.lm_eval.add_bos_token=false"],
-            [f"evaluation.perplexity.data_files={text}"],
-            [f"evaluation.perplexity.data_files={other}"],
-        )
+    asked = [["evaluation.tasks=[rte]", *more] for more in ([], ["evaluation.lm_eval.limit=2"])]
+    asked += [["evaluation.tasks=[rte]", "evaluation.lm_eval.add_bos_token=false"]]
+    values = ("seqlen=32", "limit=1", "dataset=boolq-passages", "dataset=null")
+    asked += [[f"evaluation.perplexity.{value}"] for value in values]
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        asked.append([f"evaluation.perplexity.data_files={tmp_path / name}"])
+    digests = [
+        digest_of(evaluation) for evaluation in (base, *(config("model=tiny", *one).evaluation_identity for one in asked))
     ]
-    digests = [digest_of(evaluation) for evaluation in (base, *changed)]
     assert len(set(digests)) == len(digests)
 
 

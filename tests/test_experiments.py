@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 
-from permllm.config import RunConfig, read_config
+from permllm.config import RunConfig, flatten, read_config
 from permllm.pruning.methods import methods_of
 from permllm.runs.published import Comparison, published
 from tests.conftest import ROOT, run_command
@@ -39,23 +37,17 @@ def jobs(*overrides: str) -> list[RunConfig]:
 def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -> None:
     rows = [row for row in published(table) if row.method != "dense"]
     missing = {(row.model, row.method, row.setting) for row in rows}
+    measure, metric = "wikitext2 perplexity (window 2048)", "wikitext2_ppl"
+    if table == "table2":
+        measure, metric = "hellaswag acc", "hellaswag_acc"
     for config in jobs(f"experiment={table}"):
-        paper = Comparison(published(table), config.model.name)
-        assert paper.same_model
-        measure = "hellaswag acc" if table == "table2" else "wikitext2 perplexity (window 2048)"
+        value = Comparison(published(table), config.model.name).value(config.resolved, measure)
+        assert value is not None, config.name
         learned = config.permutation["name"] == "lcp-paper"
         ending = "+cp" if config.permutation["name"] == "heuristic" else ""
         method = f"permllm-{config.pruner['name']}" if learned else f"{config.pruner['name']}{ending}"
-        metric = "hellaswag_acc" if table == "table2" else "wikitext2_ppl"
-        value = paper.value(config.resolved, measure)
-        matching = {
-            (entry.model, entry.method, entry.setting)
-            for entry in rows
-            if entry.model == config.model.name
-            and entry.metric == metric
-            and entry.method == method
-            and (entry.value / 100 if table == "table2" else entry.value) == value
-        }
+        of_job = [row for row in rows if (row.model, row.method, row.metric) == (config.model.name, method, metric)]
+        matching = {(row.model, row.method, row.setting) for row in of_job if row.value in (value, pytest.approx(value * 100))}
         assert matching, (config.name, value)
         missing -= matching
     assert not missing
@@ -67,19 +59,16 @@ def test_the_papers_budget_is_the_papers_protocol() -> None:
         learned = config.permutation["name"] == "lcp-paper"
         # A learned permutation keeps the statistics that it was learned with.
         assert config.calibration.statistics == ("dense" if learned else "sequential")
-        assert config.evaluation.perplexity.seqlen == 2048
-        assert config.evaluation.perplexity.limit is None
+        assert (config.evaluation.perplexity.seqlen, config.evaluation.perplexity.limit) == (2048, None)
         assert config.evaluation.lm_eval.limit is None
         if learned:
-            permutation = config.permutation
-            assert (permutation["epochs"], permutation["batch_size"], permutation["sinkhorn_iterations"]) == (50, 16, 5)
-            assert permutation["learning_rate"] == 5e-3  # for RIA
+            paper = {"epochs": 50, "batch_size": 16, "sinkhorn_iterations": 5, "learning_rate": 5e-3}  # for RIA
+            assert config.permutation.items() >= paper.items()
             assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
     for permutation in (["permutation=lcp"], ["permutation=from_file", "permutation.path=x"]):
         (job,) = jobs("protocol=paper", *permutation)
         assert job.calibration.statistics == "dense"
-    (wanda, *_) = jobs("experiment=table6")
-    assert wanda.permutation["learning_rate"] == 1e-3
+    assert jobs("experiment=table6")[0].permutation["learning_rate"] == 1e-3
 
 
 def test_the_peers_are_run_by_their_protocol() -> None:
@@ -150,15 +139,8 @@ def test_a_table_runs(table: str, tmp_path: Path) -> None:
     small = ["calibration.samples=8", "calibration.seqlen=32", "logger=none", "permutation.select_from=1"]
     if table == "table7":  # whose baseline learns nothing
         small.pop()
-    result = run_command(
-        f"experiment={table}",
-        "model=tiny",
-        "protocol=offline",
-        "budget=quick",
-        *small,
-        cwd=tmp_path,
-        PERMLLM_CACHE=os.environ["PERMLLM_CACHE"],
-    )
+    words = [f"experiment={table}", "model=tiny", "protocol=offline", "budget=quick", *small]
+    result = run_command(*words, cwd=tmp_path, PERMLLM_CACHE=os.environ["PERMLLM_CACHE"])
     if "cannot download" in result.stderr and not os.environ.get("CI"):
         pytest.skip("the package index is not in reach")
     assert result.returncode == 0, result.stderr
@@ -166,19 +148,5 @@ def test_a_table_runs(table: str, tmp_path: Path) -> None:
 
 
 def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}".lstrip(".")).items()}
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        default, cpu = (flat(read_config(compose("config", overrides=words)).identity) for words in ([], ["budget=quick"]))
-    differing = {key for key in default if default[key] != cpu[key]}
-    assert differing == {"permutation.epochs"}
-
-
-def test_every_experiment_says_its_command() -> None:
-    for name in EXPERIMENTS:
-        head = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-        assert f"python run.py experiment={name}" in head
-        assert yaml.safe_load(head) is not None
+    (default,), (quick,) = (map(flatten, [job.identity for job in jobs(*words)]) for words in ([], ["budget=quick"]))
+    assert {key for key in default if default[key] != quick[key]} == {"permutation.epochs"}

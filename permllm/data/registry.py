@@ -12,11 +12,10 @@ from permllm.config import CalibrationConfig, PerplexityConfig
 from permllm.data import texts
 from permllm.data.text_file import TextFile
 from permllm.data.texts.base import Text
-from permllm.errors import ConfigError, check_contract, check_one_of, check_whole, first_line
+from permllm.errors import ConfigError, check_one_of, check_whole, first_line
 
 _FILE = "text"
 _NO_TEXT = "base"
-_USES = {"calibrates": "calibration", "evaluates": "evaluation"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def check_texts(calibration: CalibrationConfig, perplexity: PerplexityConfig) ->
             "is held out"
         )
     for named in perplexity_texts(perplexity):
-        if named.text is calibrated.text and getattr(named.text, "one_use", False):
+        if named.text is calibrated.text and named.text.one_use:
             raise ConfigError(
                 f"evaluation.perplexity.dataset={named.name!r} is not held out from calibration.dataset={named.name!r}, which "
                 "sees all of it: calibrate on another text, or leave it out of the evaluation"
@@ -108,14 +107,11 @@ def _loaded(key: str, module: str) -> Text:
     """The `TEXT` of a module, with all that it will be asked for: hours later would be late."""
     key = f"{key}={module}"
     try:
-        text: Text | None = getattr(import_module(module), "TEXT", None)
+        text = getattr(import_module(module), "TEXT", None)
     except Exception as error:  # a module of someone else's may raise anything
         raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
-    if text is None or isinstance(text, type):
-        raise ConfigError(f"{key}: the module needs a TEXT, an object as permllm.data.texts.base.Text says")
-    check_contract(key, text, _USES, ("digest",))
-    check_contract(key, text, (), (method for flag, method in _USES.items() if getattr(text, flag)))
-    limit = getattr(text, "max_windows", "missing")
-    if limit is not None:
-        check_whole(f"{key}: max_windows", limit, 1)
+    if not isinstance(text, Text):
+        raise ConfigError(f"{key}: the module needs a TEXT, an object whose class derives from permllm.data.texts.base.Text")
+    if text.max_windows is not None:
+        check_whole(f"{key}: max_windows", text.max_windows, 1)
     return text

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from permllm.config import DTYPES, ModelConfig, NMPattern
-from permllm.errors import ConfigError, DataError, check_number, check_one_of
+from permllm.errors import ConfigError, DataError, check_one_of, check_positive
 from permllm.export.card import model_card, model_notice
 from permllm.export.fold import FORMS, StoredOrder, stored_order
 from permllm.export.gathered import sparse_config
@@ -28,8 +28,7 @@ from permllm.models.selection import recorded_groups
 from permllm.models.source import DenseSource, dense_source
 from permllm.runs.files import file_sha256, matches, read_json, read_yaml, write_json
 from permllm.runs.names import CONFIG, ENVIRONMENT, METRICS
-from permllm.runs.pruned import Pruned
-from permllm.runs.tensors import save_tensors
+from permllm.runs.tensors import Pruned, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class Request:
         check_one_of("export.form", self.form, FORMS)
         if self.dtype is not None:
             check_one_of("export.dtype", self.dtype, DTYPES)
-        check_number("export.shard_gb", self.shard_gb, positive=True)
+        check_positive("export.shard_gb", self.shard_gb)
 
 
 def export_run(

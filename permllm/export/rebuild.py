@@ -14,7 +14,7 @@ from permllm.models.offload import masked, placement_of
 from permllm.models.selection import recorded_groups
 from permllm.runs.files import read_json
 from permllm.runs.names import METRICS
-from permllm.runs.pruned import Pruned
+from permllm.runs.tensors import Pruned
 
 
 def apply_record(model: nn.Module, identity: str, directory: Path) -> None:

@@ -20,8 +20,7 @@ from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
 from permllm.runs.masks import violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file
-from permllm.runs.pruned_layers import PrunedLayer, load_layer, mask_name, save_layer, weight_name
-from permllm.runs.tensors import load_tensor
+from permllm.runs.tensors import PrunedLayer, load_layer, load_tensor, mask_name, save_layer, weight_name
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting, member_factors
@@ -45,7 +44,7 @@ class PrunedModel(PrunedLayer):
 
     def add(self, layer: PrunedLayer) -> None:
         """Take over the result of a layer."""
-        self.masks.take(layer.masks, layer.masks)
+        self.masks.take(layer.masks)
         for name in ("orders", "retained", "moved", "output_error"):
             getattr(self, name).update(getattr(layer, name))
 

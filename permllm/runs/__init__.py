@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from permllm.errors import ConfigError
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -30,8 +28,6 @@ def frame(*places: str | Path) -> pd.DataFrame:
     from permllm.runs.table import frame_of, measures_of
 
     found = collect(map(Path, places))
-    if not found.runs:
-        raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
     for note in found.notes:
         log.warning("%s", note)
     return frame_of(found.runs, measures_of(found.runs))

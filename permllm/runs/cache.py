@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +42,8 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
         key: plain values that determine the result, beside the versions of this package and its libraries.
         compute: gives tensors by name, on the CPU, or plain values by name.
     """
-    text = json.dumps({"kind": kind, **key, "software": _software()}, sort_keys=True)
+    software = {"versions": versions(), "commit": git_commit()}
+    text = json.dumps({"kind": kind, **key, "software": software}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     with ExitStack() as held:
 
@@ -63,15 +62,13 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
 def _read(file: Path) -> Any:
     """Return what is kept; None: there is nothing, or it is unreadable."""
-    kinds: dict[str, Callable[[Path], Any]] = {".json": read_json, ".safetensors": load_tensors}
-    for suffix, load in kinds.items():
-        if (there := file.with_suffix(suffix)).exists():
-            try:
-                values = load(there)
-                os.utime(there)
-                return values
-            except DataError as error:
-                log.warning("%s: computing it again", error)
+    try:
+        for kept, load in ((file.with_suffix(".json"), read_json), (file.with_suffix(".safetensors"), load_tensors)):
+            if kept.exists():
+                os.utime(kept)
+                return load(kept)
+    except DataError as error:
+        log.warning("%s: computing it again", error)
     return None
 
 
@@ -107,27 +104,20 @@ def cache_directory() -> Path:
     return path
 
 
-@cache
-def _software() -> dict[str, Any]:
-    return {"versions": versions(), "commit": git_commit()}
-
-
 def _trim(folder: Path) -> None:
     """Remove the results that were not used for longest while all take more than PERMLLM_CACHE_GB (10^9 bytes)."""
     text = os.environ.get("PERMLLM_CACHE_GB")
     if not text:
         return
     try:
-        bound = float(text) * 1e9
-    except ValueError:
-        bound = math.nan
-    if not 0 <= bound < math.inf:
-        raise ConfigError(f"PERMLLM_CACHE_GB={text}: expected a number of 10^9 bytes")
+        over = -float(text) * 1e9
+    except ValueError as error:
+        raise ConfigError(f"PERMLLM_CACHE_GB={text}: expected a number of 10^9 bytes") from error
     found = []
     for file in folder.iterdir():
         with suppress(FileNotFoundError):  # another process removed it
             found.append((file.stat().st_mtime, file.stat().st_size, file))
-    over = sum(size for _, size, _ in found) - bound
+            over += file.stat().st_size
     for _, size, file in sorted(found)[:-1]:  # the newest is what was just computed
         if over > 0 and size:
             with suppress(Timeout, FileNotFoundError), FileLock(file.with_suffix(".lock"), timeout=0):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from permllm.runs.measures import Scores
 from permllm.runs.table import DENSE, Table
 
 RESAMPLES = 10_000
@@ -23,17 +22,15 @@ class Paired:
     """The difference of two rows in one measure.
 
     Attributes:
-        value: first row less second row, over the seeds that both have; of a perplexity as a share of the second row's value.
-            Without an interval it is `change`.
+        value: first row less second row; of a perplexity as a share of the second row's value. Without an interval it is
+            `change`.
         interval: ends of the interval that holds 95 % of the resampled differences; None for none.
         over: windows or items that were resampled, and seeds, in words, or the reason why there is no interval.
-        whole: both rows have the same seeds.
     """
 
     value: float | None
     interval: list[float] | None
     over: str
-    whole: bool
 
 
 def change(table: Table, row: int, other: int, name: str) -> float | None:
@@ -47,7 +44,7 @@ def change(table: Table, row: int, other: int, name: str) -> float | None:
     if table.kinds[name] in ("accuracy", "share"):
         return ours - theirs
     if table.kinds[name] == "perplexity":
-        ours, theirs = (float(np.exp(np.log(table.seeds(one, name)).mean())) for one in (row, other))
+        ours, theirs = (float(np.exp(np.log(table.seeds(one, [name])).mean().iloc[0])) for one in (row, other))
     return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 
@@ -55,31 +52,33 @@ def paired(table: Table, row: int, other: int, name: str) -> Paired:
     """Return the difference of two rows with its interval, or the reason why it has no interval.
 
     Windows or items are resampled with replacement, those of each text or task on their own, each with the scores of both rows
-    averaged over the seeds that both have. For a gap the windows have the scores of the unpermuted and the dense model too.
+    averaged over their seeds. For a gap the windows have the scores of the unpermuted and the dense model too.
     """
-    ours, theirs = (set(table.frame["seed"][table.rows[one]]) for one in (row, other))
-    seeds, perplexity = sorted(ours & theirs), name in table.gaps or table.kinds[name] == "perplexity"
+    seeds = [sorted(table.frame["seed"][table.rows[one]]) for one in (row, other)]
+    perplexity = name in table.gaps or table.kinds[name] == "perplexity"
     what = "windows" if perplexity else "items"
-    parts = _parts(table, (row, other), name, seeds, what)
+    parts = _parts(table, (row, other), name, what) if seeds[0] == seeds[1] else "not the same seeds"
     if isinstance(parts, str):
-        return Paired(change(table, row, other, name), None, parts, ours == theirs)
+        return Paired(change(table, row, other, name), None, parts)
     values = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
     if table.kinds[name] == "perplexity":
         values = [math.expm1(value) for value in values]
     over = f"{sum(part.shape[1] for part in parts)} {what}"
     over += f" of {len(parts)} texts" if perplexity and len(parts) > 1 else ""
-    if len(seeds) > 1 or ours != theirs:
-        over += f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" + " alone" * (ours != theirs)
-    return Paired(values[0], values[1:], over, ours == theirs)
+    over += f", seeds {', '.join(map(str, seeds[0]))}" if len(seeds[0]) > 1 else ""
+    return Paired(values[0], values[1:], over)
 
 
-def _parts(table: Table, rows: tuple[int, int], name: str, seeds: list[Any], what: str) -> list[Numbers] | str:
+def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Numbers] | str:
     """Return the scores that `bootstrap` takes, or the reason why there are none."""
-    if not seeds:
-        return "no seed in common"
     parts: list[Numbers] = []
     for text in table.gaps.get(name, [name]):
-        found = _of_rows(table, rows, text, seeds, name in table.gaps)
+        asked = []  # a measure of some runs: of each row, of a gap then also of its unpermuted and its dense model
+        for row in rows:
+            asked.append((text, table.rows[row]))
+            if name in table.gaps:
+                asked += [(text, table.rows[table.starts[row]]), (f"{DENSE}{text}", table.rows[row])]
+        found = [[value.scores if (value := table.value(run, one)) else {} for run in runs] for one, runs in asked]
         if not all(scores for runs in found for scores in runs):
             return f"{what} were not kept"
         for part in found[0][0]:
@@ -90,19 +89,6 @@ def _parts(table: Table, rows: tuple[int, int], name: str, seeds: list[Any], wha
     if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
         return f"{what} are infinite, or a single one"
     return parts
-
-
-def _of_rows(table: Table, rows: tuple[int, int], name: str, seeds: list[Any], gap: bool) -> list[list[dict[str, Scores]]]:
-    """Return the scores of each run of two rows; of a gap, after each row, of its unpermuted and its dense model."""
-    found, of = [], table.frame["seed"]
-    for members in (table.rows[row] for row in rows):
-        asked = [(name, [run for run in members if of[run] in seeds])]
-        if gap:
-            start = table.rows[table.starts[table.frame["row"][members[0]]]]
-            own = set(of[start]) == set(of[members])
-            asked += [(name, [run for run in start if not own or of[run] in seeds]), (f"{DENSE}{name}", members)]
-        found += [[value.scores if (value := table.value(run, one)) else {} for run in runs] for one, runs in asked]
-    return found
 
 
 def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
@@ -141,7 +127,14 @@ def comparison(table: Table, first: int, second: int) -> list[dict[str, Any]]:
         compared = kind in ("perplexity", "accuracy", "number") or name in table.gaps
         if compared and table.has(first, name) and table.has(second, name):
             pair = paired(table, first, second, name)
-            line: dict[str, Any] = {"measure": table.heading(name), "kind": kind}
-            line |= {"first": table.shown(first, name), "second": table.shown(second, name)}
-            found.append(line | {"difference": pair.value, "interval": pair.interval, "over": pair.over})
+            line = {
+                "measure": table.heading(name),
+                "kind": kind,
+                "first": table.shown(first, name),
+                "second": table.shown(second, name),
+                "difference": pair.value,
+                "interval": pair.interval,
+                "over": pair.over,
+            }
+            found.append(line)
     return found

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from permllm.config import RunConfig, digest_of, flatten, identity_of
 from permllm.errors import ConfigError, DataError, InUseError
-from permllm.runs.files import file_sha256, read_json, read_yaml, write_json, write_text
+from permllm.runs.files import file_sha256, read_json, read_lines, read_yaml, write_json, write_text
 from permllm.runs.job_log import noted
 from permllm.runs.names import (
     BEST_SO_FAR,
@@ -46,7 +46,6 @@ Value = TypeVar("Value")
 # Only an unfinished run needs these.
 _UNFINISHED = (CHECKPOINT, MASK_CHECKPOINT, DISTILL_CHECKPOINT, BEST_SO_FAR, PRUNED_LAYERS)
 _RESULTS = (METRICS, EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT, *_UNFINISHED)
-_EVALUATE = "evaluate"
 
 
 class Record:
@@ -67,8 +66,7 @@ class Record:
         self.metrics: dict[str, Any] = {"seconds": {}}
         self.evaluation: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._stages: list[str] = []
-        self._since = 0.0
+        self._inside: float | None = None  # seconds of the stages inside of the one that runs; None: none runs
 
     def save(self) -> None:
         """Write the metrics as they are now."""
@@ -105,36 +103,24 @@ class Record:
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
         """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted.
 
-        A stage inside of another one takes its seconds out of that one's, and leaves the saving to it.
+        The seconds of a stage inside of another one count for the inner one alone. The outer one saves.
         """
-        if not self._stages:
+        outer, self._inside = self._inside, 0.0
+        if outer is None:
             return_freed_memory()  # or this stage's peak would include the memory of the last one
-        self._lap()
-        self._stages.append(name)
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._lap()
-            self._stages.pop()
+            took = time.perf_counter() - start
+            seconds = (self.evaluation if name.startswith("evaluate") else self.metrics).setdefault("seconds", {})
+            seconds[name] = seconds.get(name, 0.0) + took - self._inside
+            self._inside = None if outer is None else outer + took
             for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
                 self.metrics[key] = max(peak, self.metrics.get(key, 0))
-            if not self._stages:
-                noted.info("%s: %.1f s", name, self._seconds(name)[name])
+            if outer is None:
+                noted.info("%s: %.1f s", name, seconds[name])
                 self.save()
-
-    def _lap(self) -> None:
-        """Add the seconds since the last lap to the innermost stage that runs."""
-        now = time.perf_counter()
-        if self._stages:
-            name = self._stages[-1]
-            seconds = self._seconds(name)
-            seconds[name] = seconds.get(name, 0.0) + now - self._since
-        self._since = now
-
-    def _seconds(self, stage: str) -> dict[str, float]:
-        owner = self.evaluation if stage.startswith(_EVALUATE) else self.metrics
-        seconds: dict[str, float] = owner.setdefault("seconds", {})
-        return seconds
 
 
 class RunDirectory(Record):
@@ -154,9 +140,15 @@ class RunDirectory(Record):
         super().__init__()
         self.directory = directory
         self.config: dict[str, Any] = json.loads(json.dumps(config.resolved))
-        self._hash, self._name = config.hash, config.name
         self._asked = json.loads(json.dumps(config.evaluation_identity))
         self._digest = digest_of(self._asked)
+        self._evaluation_file = directory / EVALUATIONS / f"{self._digest}.json"
+        self.metrics |= {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "name": config.name,
+            "config_hash": config.hash,
+        }
         self.finished = False
 
     @contextmanager
@@ -237,9 +229,6 @@ class RunDirectory(Record):
                 self._remove(*_UNFINISHED)  # the process before may have ended between the two
             if self.metrics.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{file}: schema_version is not {SCHEMA_VERSION}; force=true runs it again")
-        else:
-            head = {"schema_version": SCHEMA_VERSION, "status": "running", "name": self._name, "config_hash": self._hash}
-            self.metrics = {**head, "seconds": {}}
         self.evaluation = {"evaluation": self._asked, "evaluation_hash": self._digest}
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
@@ -247,12 +236,7 @@ class RunDirectory(Record):
             if self.metrics["status"] == "finished" and self.evaluation.get("finished") and not shown:
                 self._show_evaluation()
                 self.save()
-        if (self.directory / HISTORY).exists():
-            self.history = _lines(self.directory / HISTORY)
-
-    @property
-    def _evaluation_file(self) -> Path:
-        return self.directory / EVALUATIONS / f"{self._digest}.json"
+        self.history = read_lines(self.directory / HISTORY)
 
     @property
     def pruned(self) -> bool:
@@ -263,10 +247,6 @@ class RunDirectory(Record):
         """Return whether the result of a method of this group, `permutation` or `mask`, is there."""
         file = self.directory / {"permutation": PERMUTATIONS, "mask": MASKS}[group]
         return self.pruned or parallel.on_main(file.exists)
-
-    def path(self, name: str) -> Path:
-        """Return the path of a file."""
-        return self.directory / name
 
     def save(self) -> None:
         """Write the evaluation and `metrics.json`.
@@ -306,12 +286,11 @@ class RunDirectory(Record):
         Raises:
             DataError: the file is not what was written.
         """
-        path = self.directory / name
 
         def read() -> Value | None:
+            path, stated = self.directory / name, self.metrics.setdefault("sha256", {})
             if not path.exists():
                 return None
-            stated = self.metrics.setdefault("sha256", {})
             if name in stated:
                 check_sha256(self.directory, name, stated[name])
             else:  # the process before ended between the file and `metrics.json`
@@ -377,11 +356,3 @@ def is_finished(directory: Path, evaluation: Mapping[str, Any] | None = None) ->
         return bool(other.get("finished"))
     except DataError:
         return False
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Read the entries of a history. Raises DataError where one cannot be read."""
-    try:
-        return [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file} is not readable: {error}") from error

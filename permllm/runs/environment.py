@@ -45,14 +45,9 @@ _SECRETS = (
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of this project and of the libraries that results depend on."""
-    found = {"permllm": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """Return the versions of this project and of the libraries that results depend on."""
+    libraries = {package: metadata.version(package) for package in _PACKAGES}
+    return {"permllm": __version__, "python": platform.python_version()} | libraries
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:
@@ -69,18 +64,14 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
 
 def command_line() -> str:
     """Return the command that was typed, without secrets."""
-    return " ".join([Path(sys.argv[0]).name, *(shlex.quote(_without_secret(word)) for word in sys.argv[1:])])
-
-
-def _without_secret(word: str) -> str:
-    """A word of the command line; the value of a key that sounds like a secret is not kept."""
+    words = sys.argv[1:]
     for secret in _SECRETS:
-        word = secret.sub(r"\1***", word)
-    return word
+        words = [secret.sub(r"\1***", word) for word in words]
+    return shlex.join([Path(sys.argv[0]).name, *words])
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, its vector instructions, cores, memory (bytes), the processes if there are several, the GPU if there is one.
+    """Return processor, vector instructions, cores, memory (bytes), the processes if there are several, the GPU if any.
 
     Processors of one name may differ in their instructions, and so by a multiple in their speed.
     """
@@ -102,8 +93,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
+@cache
 def git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that the package lies in, and whether it has changes; None outside a checkout."""
+    """Return the commit of the checkout that the package lies in, and whether it has changes; None outside a checkout."""
     folder = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -118,10 +110,6 @@ def git_commit() -> dict[str, Any] | None:
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()

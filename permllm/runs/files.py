@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,24 +56,31 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises DataError, which names the file, where it cannot be read or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
-    return _object(path, value)
+    return _read(path, json.loads, "JSON")  # type: ignore[no-any-return]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file. Errors as `read_json`."""
+    return _read(path, yaml.safe_load, "YAML")  # type: ignore[no-any-return]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with a JSON object a line; without a file there are none. Errors as `read_json`."""
+    if not path.exists():
+        return []
+    return _read(path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list)
+
+
+def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not readable YAML: {first_line(error)}") from error
-    return _object(path, value)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is not readable {form}: {first_line(error)}") from error
+    if not isinstance(value, kind):
+        raise DataError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def file_sha256(path: Path) -> str:
@@ -102,9 +109,3 @@ def as_listed(folder: Path) -> bool:
 def matches(folder: Path, digests: Mapping[str, str]) -> bool:
     """Return whether each of these files of a folder has this sha256. Raises DataError where one cannot be read."""
     return all(file_sha256(folder / name) == digest for name, digest in digests.items())
-
-
-def _object(path: Path, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}, expected keys with values")
-    return value

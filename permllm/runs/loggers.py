@@ -115,14 +115,13 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     finally:
         logger.close(failed)
     if logger is not NO_LOGGER:
-        name, logged = _asked_and_logged(config, directory)
-        write_text(directory / LOGGED, "".join(f"{one}\n" for one in dict.fromkeys([*logged, name])))
+        names = dict.fromkeys([*_logged(directory), config.logger.name.replace("auto", "wandb")])
+        write_text(directory / LOGGED, "".join(f"{name}\n" for name in names))
 
 
 def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Log a finished run, without its single steps, where the logger that is asked for does not have it yet."""
-    name, logged = _asked_and_logged(config, directory)
-    if name in ["none", *logged]:
+    if config.logger.name.replace("auto", "wandb") in _logged(directory):
         return
     with open_logger(config, directory) as logger:
         for number, values in enumerate(history, 1):
@@ -132,11 +131,10 @@ def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], hi
         log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)
 
 
-def _asked_and_logged(config: RunConfig, directory: Path) -> tuple[str, list[str]]:
-    """Return the logger that is asked for, and those that have the run's final numbers."""
-    name, file = config.logger.name, directory / LOGGED
-    logged = file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
-    return "wandb" if name == "auto" else name, logged
+def _logged(directory: Path) -> list[str]:
+    """Return the loggers that have the run's final numbers."""
+    file = directory / LOGGED
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
 
 
 def described(config: RunConfig, directory: Path) -> dict[str, Any]:
@@ -150,6 +148,7 @@ def described(config: RunConfig, directory: Path) -> dict[str, Any]:
         "job_type": "learn" if "epochs" in {**config.permutation, **config.mask} else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
         "config": config.identity | {key: config.resolved[key] for key in ("permutation", "evaluation")},
+        "where": {"run_directory": str(directory), "config_hash": config.hash},
     }
 
 
@@ -168,10 +167,17 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
     # Offline, each attempt leaves a folder with this id; `wandb sync` sends them as one run, in the order of time.
-    run = described(config, directory) | {"id": _wandb_id(config, directory), "resume": "allow", "dir": str(home)}
-    run |= {"project": config.logger.project, "settings": wandb.Settings(silent=True, console="off")}
-    run["tags"] = [tag[:_LONGEST_TAG] for tag in run["tags"].values()]
-    run["config"] |= {"run_directory": str(directory), "config_hash": config.hash}
+    told = described(config, directory)
+    run: dict[str, Any] = {
+        **{key: told[key] for key in ("name", "group", "job_type")},
+        "id": _wandb_id(config, directory),
+        "resume": "allow",
+        "dir": str(home),
+        "project": config.logger.project,
+        "tags": [tag[:_LONGEST_TAG] for tag in told["tags"].values()],
+        "config": told["config"] | told["where"],
+        "settings": wandb.Settings(silent=True, console="off"),
+    }
     try:
         return _WandB(wandb.init(mode=mode or "offline", **run))  # type: ignore[arg-type]
     except wandb.errors.Error as error:  # `wandb sync` can send the run later
@@ -182,11 +188,9 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
 def _wandb_id(config: RunConfig, directory: Path) -> str:
     """Return the id that a resumed run had before; a new one for a new run, and for force=true."""
     file = directory / WANDB_ID
-    known = file.read_text(encoding="ascii", errors="replace").strip() if file.is_file() and not config.force else ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
-        known = f"{config.hash}-{secrets.token_hex(4)}"
-        write_text(file, known + "\n")
-    return known
+    if config.force or not file.is_file():
+        write_text(file, f"{config.hash}-{secrets.token_hex(4)}\n")
+    return file.read_text(encoding="ascii").strip()
 
 
 def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
@@ -207,8 +211,7 @@ def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
     os.environ.update(_MLFLOW | dict(os.environ))
     home, run = Path(config.runs_dir).resolve(), described(config, directory)
     home.mkdir(parents=True, exist_ok=True)
-    tags = run["tags"] | {"group": run["group"] or "", "job_type": run["job_type"]}
-    tags |= {"run_directory": str(directory), "config_hash": config.hash}
+    tags = run["tags"] | run["where"] | {"group": run["group"] or "", "job_type": run["job_type"]}
     try:
         import mlflow
 

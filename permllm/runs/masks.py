@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,6 @@ import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
-
-# Pairwise comparisons cost M (M - 1) / 2 vectorised passes. Past this M a stable sort is cheaper.
-COMPARE_UP_TO = 16
 
 
 def is_permutation(order: Tensor) -> bool:
@@ -32,9 +30,7 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
     """
     kept = weight != 0
     groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
-    if pattern.m > COMPARE_UP_TO:
-        return int((groups.sum(-1, dtype=torch.int32) > pattern.n).sum())
-    counts = torch.zeros(groups.shape[:-1], dtype=torch.int8, device=weight.device)  # as a sum it would take 8 bytes each
+    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)  # as a sum it would take 8 bytes each
     for entries in groups.unbind(-1):
         counts += entries
     return int((counts > pattern.n).sum())
@@ -57,7 +53,7 @@ def unpacked_mask(bits: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     return mask if shape is None else mask.view(*shape)
 
 
-class PackedMasks(MutableMapping[str, Tensor]):
+class PackedMasks(UserDict[str, Tensor]):
     """Masks by name that take one bit an entry, or none where they lie in a file; each is unpacked when it is asked for.
 
     A mask that was returned is a copy: set it again to change it.
@@ -66,10 +62,7 @@ class PackedMasks(MutableMapping[str, Tensor]):
         masks: bool on the CPU, of any shape, by name.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = ()) -> None:
-        self._bits: dict[str, Tensor | Callable[[], Tensor]] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self.update(masks)
+    data: dict[str, Any]  # bits, or a function that reads them, and shape
 
     def __getitem__(self, name: str) -> Tensor:
         return unpacked_mask(*self.packed(name))
@@ -77,31 +70,22 @@ class PackedMasks(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, mask: Tensor) -> None:
         self.set_packed(name, packed_mask(mask), mask.shape)
 
-    def __delitem__(self, name: str) -> None:
-        del self._bits[name], self._shapes[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bits)
-
-    def __len__(self) -> int:
-        return len(self._bits)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"_bits": {name: self.packed(name)[0] for name in self}, "_shapes": self._shapes}  # no files of another process
+        return {"data": {name: self.packed(name) for name in self}}  # no files of another process
 
     def packed(self, name: str) -> tuple[Tensor, torch.Size]:
         """Return a mask as `packed_mask` gives it, and its shape."""
-        bits = self._bits[name]
-        return bits if isinstance(bits, Tensor) else bits(), self._shapes[name]
+        bits, shape = self.data[name]
+        return bits if isinstance(bits, Tensor) else bits(), shape
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a mask, `(C_out, C_in)` for a linear."""
-        return self._shapes[name]
+        shape: torch.Size = self.data[name][1]
+        return shape
 
-    def take(self, other: PackedMasks, names: Iterable[str]) -> None:
-        """Add masks of another collection without unpacking them."""
-        for name in names:
-            self.set_packed(name, other._bits[name], other._shapes[name])
+    def take(self, other: PackedMasks) -> None:
+        """Add the masks of another collection without unpacking them."""
+        self.data |= other.data
 
     def set_packed(self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]) -> None:
         """Set a mask that is packed already.
@@ -111,4 +95,4 @@ class PackedMasks(MutableMapping[str, Tensor]):
             bits: as `packed_mask` gives them, or a function that reads them each time that the mask is asked for.
             shape: of the mask.
         """
-        self._bits[name], self._shapes[name] = bits, torch.Size(shape)
+        self.data[name] = bits, torch.Size(shape)

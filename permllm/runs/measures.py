@@ -41,6 +41,7 @@ class Measure:
         kind: `perplexity`, `accuracy`, `share`, `error`, `seconds`, or `number` (another metric of lm-eval).
         stderr: standard error of an accuracy.
         limited: only a part of the windows or items was asked.
+        items: number of items that an accuracy is over.
         scores: behind the number by text or task; empty where they were not kept.
         tasks: tasks that an average is over.
         asked_for: tables have the measure only where `--measures` names it.
@@ -50,6 +51,7 @@ class Measure:
     kind: str
     stderr: float | None = None
     limited: bool = False
+    items: int | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     asked_for: bool = False
@@ -78,7 +80,7 @@ def measured(metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], mode
 
 
 def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict[Key, Measure]:
-    how = evaluation["evaluation"].get("perplexity", {})
+    how = evaluation.get("evaluation", {}).get("perplexity", {})
     scores = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
     found: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
@@ -88,38 +90,39 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
         nats = [loss / (window - 1) for loss in scores.get(text, [])]
         kept = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
         key = (f"{plain(text)} perplexity (window {window})", facts)
-        found[key] = Measure(float(values["value"]), "perplexity", None, how.get("limit") is not None, kept)
+        found[key] = Measure(float(values["value"]), "perplexity", limited=how.get("limit") is not None, scores=kept)
     return found
 
 
 def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
-    how = evaluation["evaluation"].get("tasks", {})
+    how = evaluation.get("evaluation", {}).get("tasks", {})
     scores = evaluation.get("scores", {}).get("tasks", {}).get(which, {})
     tasks = evaluation.get("tasks", {}).get(which, {})
     found: dict[Key, Measure] = {}
-    parts: dict[str, Scores] = {}
+    parts: dict[str, Measure] = {}
     for task, values in tasks.items():
-        asked, kept = how.get(values.get("asked")) or {}, scores.get(task, {})
-        of_items = (f"{values['n']} items", f"split {plain(str(values.get('split')))}")
+        asked, kept, items = how.get(values.get("asked")) or {}, scores.get(task, {}), values["n"]
+        of_items = (f"{items} items", f"split {plain(str(values.get('split')))}")
         facts = (*of_items, f"add_bos_token={asked.get('add_bos_token')}", f"file {str(asked.get('digest', ''))[:8]}")
         for metric, value in values["metrics"].items():
-            share, asked_for = is_share(metric), metric != ACC and ACC in values["metrics"]
+            if value is None:
+                continue
             # A metric that is no share need not be a mean over the items.
-            each = kept.get("metrics", {}).get(metric) if share else None
+            kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
+            each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
             behind = {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {}
-            parts |= behind if metric == ACC else {}
-            if value is not None:
-                error, kind = values["stderr"].get(metric), "accuracy" if share else "number"
-                measure = Measure(float(value), kind, error, values["limited"], behind, asked_for=asked_for)
-                found[plain(task_label(task, values, metric)), facts] = measure
+            error, asked_for = values["stderr"].get(metric), metric != ACC and ACC in values["metrics"]
+            measure = Measure(float(value), kind, error, values["limited"], items, behind, asked_for=asked_for)
+            found[plain(task_label(task, values, metric)), facts] = measure
+            parts |= {task: measure} if metric == ACC else {}
     counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
         bos = next((task.get("add_bos_token") for task in how.values()), None)
-        items = f"{sum(tasks[task]['n'] for task in counted)} items"
-        limited = any(tasks[task]["limited"] for task in counted)
-        behind = {task: parts[task] for task in counted} if parts.keys() >= {*counted} else {}
-        average = Measure(mean, "accuracy", error, limited, behind, tuple(sorted(counted)))
-        found["average acc", (f"of {plain(', '.join(sorted(counted)))}", items, f"add_bos_token={bos}")] = average
+        of = [parts[task] for task in counted]
+        behind = {task: scores for one in of for task, scores in one.scores.items()} if all(one.scores for one in of) else {}
+        items, limited = sum(one.items or 0 for one in of), any(one.limited for one in of)
+        of_all = (f"of {plain(', '.join(sorted(counted)))}", f"{items} items", f"add_bos_token={bos}")
+        found["average acc", of_all] = Measure(mean, "accuracy", error, limited, items, behind, tuple(sorted(counted)))
     return found
 
 
@@ -176,33 +179,15 @@ def patterns_text(sparsity: Mapping[str, Any]) -> str:
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return every result of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
+    dense, sparse = (_perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse"))
     rows = []
-    dense, sparse = (metrics.get("perplexity", {}).get(which, {}) for which in ("dense", "sparse"))
-    for name, values in dense.items():
-        label = f"{name} perplexity (window {values['window']})"
-        rows.append((label, f"{values['value']:.2f}", f"{sparse[name]['value']:.2f}"))
-    dense, sparse = (metrics.get("tasks", {}).get(which, {}) for which in ("dense", "sparse"))
-    for name, values in dense.items():
-        items = f", {'limited to ' if values['limited'] else ''}{values['n']} items" if values["n"] else ""
-        for metric in values["metrics"]:
-            before, after = (
-                _result(one["metrics"].get(metric), one["stderr"].get(metric), metric) for one in (values, sparse[name])
-            )
-            rows.append((f"{task_label(name, values, metric)}{items}", before, after))
-    counted, *_ = average_accuracy(dense)
-    if len(counted) > 1:
-        limited = ", limited" if any(dense[name]["limited"] for name in counted) else ""
-        before, after = (_result(*average_accuracy(part)[1:], ACC) for part in (dense, sparse))
-        rows.append((f"average acc{limited}", before, after))
+    for key, measure in (dense | sparse).items():
+        items = f", {'limited to ' if measure.limited else ''}{measure.items} items" if measure.items else ""
+        before, after = (
+            number(one[key].value, measure.kind, one[key].stderr) if key in one else "-" for one in (dense, sparse)
+        )
+        rows.append((f"{key[0]}{items}", before, after))
     return rows
-
-
-def _result(value: float | None, error: float | None, metric: str) -> str:
-    """Return a value of a metric of lm-eval with its standard error as it is shown."""
-    if value is None:
-        return "-"
-    form, of_error = (".1%", ".1%") if is_share(metric) else (".4g", ".2g")
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{of_error}}")
 
 
 def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
@@ -212,11 +197,6 @@ def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
     shots = values.get("num_fewshot")
     asked = f" ({shots} shot{'' if shots == 1 else 's'})" if shots else ""
     return f"{task} {name}{f' {how}' if several else ''}{asked}"
-
-
-def is_share(metric: str) -> bool:
-    """Tell whether a metric of lm-eval is a share of the items, which is shown in per cent."""
-    return metric.partition(",")[0] in _SHARES
 
 
 def average_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], float, float | None]:

@@ -60,12 +60,19 @@ def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str
     named = [(run, name) for name, members in zip(table.names(), table.rows, strict=True) for run in members]
     choices = [(run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named]
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
-    parts = {"policy": _POLICY, "runs": len(table.runs), "rows": len(table.rows), "plotly": get_plotlyjs(), "notes": every}
-    parts |= {"itables": generate_init_offline_itables_html(bundle).partition("<div")[0]}
-    parts |= {"table": _table(cells(table, paper), len(table.settings))}
-    parts |= {"quality": _html(quality(table), "quality"), "curves": _html(curves(table.runs), "curves")}
-    parts |= {"options": "".join(f'<option value="{run}">{name}</option>' for run, name in choices)}
-    return _FRAME.format(**parts, details="".join(_details(table.runs[run], run) for run, _ in named))
+    return _FRAME.format(
+        policy=_POLICY,
+        runs=len(table.runs),
+        rows=len(table.rows),
+        plotly=get_plotlyjs(),
+        notes=every,
+        quality=_html(quality(table), "quality"),
+        itables=generate_init_offline_itables_html(bundle).partition("<div")[0],
+        table=_table(cells(table, paper), len(table.settings)),
+        options="".join(f'<option value="{run}">{name}</option>' for run, name in choices),
+        curves=_html(curves(table.runs), "curves"),
+        details="".join(_details(table.runs[run], run) for run, _ in named),
+    )
 
 
 def _html(figure: go.Figure, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,17 @@ class Comparison:
         ConfigError: the table does not have one of several models.
     """
 
-    def __init__(self, rows: list[Any], models: str | Sequence[str]) -> None:
-        ours, theirs = [models] if isinstance(models, str) else [*models], list(dict.fromkeys(row.model for row in rows))
-        missing = [model for model in ours if model not in theirs]
-        if missing and len(ours) > 1:
+    def __init__(self, rows: list[Any], *models: str) -> None:
+        theirs = list(dict.fromkeys(row.model for row in rows))
+        missing = [model for model in models if model not in theirs]
+        if missing and len(models) > 1:
             there = f"the table has {', '.join(theirs)}, not {', '.join(missing)}"
             raise ConfigError(f"--paper: {there}; give runs of one model or of these")
-        self.same_model, self.note, self._stand_in = not missing, "", ""
+        self.same_model, self.note, self._only = not missing, "", models[0] if len(models) == 1 else ""
         if missing:
-            self._stand_in = _STAND_IN if _STAND_IN in theirs else theirs[0]
-            numbers = f"The paper's numbers are those of {self._stand_in} on its own protocol, ours of {ours[0]}"
+            self._only = _STAND_IN if _STAND_IN in theirs else theirs[0]
+            numbers = f"The paper's numbers are those of {self._only} on its own protocol, ours of {missing[0]}"
             self.note = f"{numbers}: compare the order of the rows, not the values."
-        self._only = self._stand_in or (ours[0] if len(ours) == 1 else "")
         self.heading = f"paper, {self._only}" if self._only else "paper"
         self._values = {
             (row.model, row.sparsity, row.method, row.setting, row.metric): row.value / (100 if "_acc" in row.metric else 1)
@@ -78,9 +77,13 @@ class Comparison:
         metric = self._metric(measure)
         if metric is None or not self._as_in_the_paper(config):
             return None
-        if ours and ((ours.limited and not self._stand_in) or (ours.tasks and set(ours.tasks) != self._tasks)):
+        if ours and ((ours.limited and self.same_model) or (ours.tasks and set(ours.tasks) != self._tasks)):
             return None
-        key = (self._stand_in or config["model"]["name"], config["sparsity"], _method(config))
+        model = config["model"]["name"] if self.same_model else self._only
+        pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
+        ending = {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
+        method = f"permllm-{pruner}" if permutation.startswith("lcp") else f"{pruner}{ending}"
+        key = (model, config["sparsity"], method)
         settings = [f"{name}={_value(config, name)}".replace("last_layers=None", "last_layers=all") for name in self._varied]
         found = (self._values.get((*key, setting, metric)) for setting in (*settings, ""))
         return next((value for value in found if value is not None), None)
@@ -99,22 +102,14 @@ class Comparison:
             return False
         # Another model has other texts anyway, as the note says.
         of_lcp = config["permutation"]["name"].startswith("lcp")
-        matter = [name for name in _SETTINGS if (not self._stand_in if name == "calibration" else of_lcp)]
+        matter = [name for name in _SETTINGS if (self.same_model if name == "calibration" else of_lcp)]
         return all(_value(config, name) == _SETTINGS[name][1] for name in matter if name not in self._varied)
 
     def _metric(self, measure: str) -> str | None:
-        if "perplexity" in measure and (self._stand_in or measure == "wikitext2 perplexity (window 2048)"):
+        if "perplexity" in measure and (not self.same_model or measure == "wikitext2 perplexity (window 2048)"):
             return "wikitext2_ppl"
         match = re.fullmatch(r"(\w+) acc", measure)
         return f"{match[1]}_acc" if match else None
-
-
-def _method(config: Mapping[str, Any]) -> str:
-    """Return the paper's name of a method; another name for what the paper does not have."""
-    pruner, permutation = config["pruner"]["name"], config["permutation"]["name"]
-    if permutation.startswith("lcp"):
-        return f"permllm-{pruner}"
-    return str(pruner) + {"none": "", "heuristic": "+cp"}.get(permutation, f"+{permutation}")
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

@@ -6,16 +6,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from permllm.config import flatten, identity_of
 from permllm.errors import ConfigError, DataError, first_line
-from permllm.runs.files import read_json, read_yaml, write_text
+from permllm.runs.files import read_json, read_lines, read_yaml, write_text
 from permllm.runs.measures import Key, Measure, measured, plain
 from permllm.runs.names import CONFIG, COPIED, ENVIRONMENT, EVALUATIONS, HISTORY, LINES, METRICS, RECORDS, SCHEMA_VERSION
 
@@ -99,7 +98,7 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
         apart: return also runs whose identity another run has.
 
     Raises:
-        ConfigError: a place does not exist, or nothing in any place looks like a run.
+        ConfigError: a place does not exist, or no place holds a finished run.
     """
     from permllm.runs.sweep import kept  # imports Hydra
 
@@ -116,25 +115,31 @@ def collect(places: Iterable[Path], apart: bool = False) -> Collection:
             reason = "its directory is gone" if job.directory else job.reason
             found.notes.append(f"skipped {job.directory or 'a job'}: {' '.join(job.overrides)}: {reason}")
     files = {place for place in places if place.is_file()}
-    walked = [(Path(path), names) for folder in folders for path, _, names in os.walk(folder)]
-    files |= {path / name for path, names in walked for name in (METRICS, RECORDS) if name in names}
+    files |= {file for folder in folders for name in (METRICS, RECORDS) for file in folder.rglob(name)}
     if not files:
         below = ", ".join(map(str, places))
         raise ConfigError(f"no runs below {below}: a run is a directory with a {METRICS}, as `python run.py` leaves it")
     first: dict[str, Run] = {}
-    for where, read in (source for file in sorted(files) for source in _sources(file)):
-        try:
-            with _checked(where):
-                run = read()
-        except DataError as error:
-            found.notes.append(f"skipped {error}")
-            continue
+    for run in (run for file in sorted(files) for run in _runs(file, found.notes)):
         there = first.setdefault(run.key(), run)
         if there is run or apart:
             found.runs.append(run)
         else:
             found.notes.append(f"{run.directory} has the same settings as {there.directory} and is not counted again")
+    if not found.runs:
+        raise ConfigError("; ".join(["no finished run is among them", *found.notes]))
     return found
+
+
+def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
+    """Give the finished runs of a file; `notes` get a line for each other one."""
+    lines = {Path(f"{file}, line {number}"): line for number, line in enumerate(file.read_bytes().splitlines(), 1)}
+    for where, line in ({file.parent: None} if file.name == METRICS else lines).items():
+        try:
+            with _checked(where):
+                yield _of_directory(where) if line is None else _of_line(file, line)
+        except DataError as error:
+            notes.append(f"skipped {error}")
 
 
 @contextmanager
@@ -147,37 +152,18 @@ def _checked(where: Path) -> Iterator[None]:
         raise DataError(f"{where}: not as a run leaves it: {first_line(error)}{missing}") from error
 
 
-def _sources(file: Path) -> Iterator[tuple[Path, Callable[[], Run]]]:
-    """Give the place of each run of a file, and what reads it."""
-    if file.name == METRICS:
-        yield file.parent, partial(_of_directory, file.parent)
-        return
-    with _checked(file):
-        lines = file.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        yield Path(f"{file}, line {number}"), partial(_of_line, file, line)
-
-
 def _of_directory(directory: Path) -> Run:
     metrics = read_json(directory / METRICS)
     files = [read_json(file) for file in sorted((directory / EVALUATIONS).glob("*.json"))]
     evaluations = sorted(files, key=lambda one: one["evaluation_hash"] != metrics.get("evaluation_hash"))
     environment = read_json(directory / ENVIRONMENT) if (directory / ENVIRONMENT).exists() else {}
-    config = read_yaml(directory / CONFIG)
-    return Run(directory, config, metrics, evaluations or copied(metrics), environment, list(_history(directory / HISTORY)))
+    config, history = read_yaml(directory / CONFIG), read_lines(directory / HISTORY)
+    return Run(directory, config, metrics, evaluations or copied(metrics), environment, history)
 
 
 def copied(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the evaluation that `metrics.json` holds a copy of, without scores."""
     return [{key: metrics[key] for key in COPIED if key in metrics}] if "evaluation" in metrics else []
-
-
-def _history(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            yield dict(json.loads(line))
-        except ValueError:  # cut short by the end of a process
-            continue
 
 
 def _of_line(file: Path, text: bytes) -> Run:
@@ -200,7 +186,6 @@ def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     wrong = [] if file.suffix == LINES else [f"expected a file whose name ends in {LINES}"]
     wrong += found.notes
     wrong += [f"{count} of the runs have the name {name}" for name, count in Counter(names).items() if count > 1]
-    wrong += [] if names else ["no finished run is among them"]
     if wrong:
         raise ConfigError(f"--jsonl {file}: {wrong[0]}")
     runs = sorted(zip(names, found.runs, strict=True), key=lambda one: one[0])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Printed
 
@@ -69,7 +68,7 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
         kind, prefix = table.kinds[name], "" if name == main else f"{name}, "
         found[table.heading(name)] = [table.shown_dense(name), *(table.shown(row, name) for row in range(len(table.rows)))]
         titles = {"ours": "against the baseline"}
-        values = [_published(table, paper, row, name) for row in range(len(table.rows))]
+        values = _published(table, paper, name)
         if paper and any(value is not None for value in values):
             every = [paper.dense(name), *values]
             found[prefix + paper.heading] = ["" if value is None else number(value, kind) for value in every]
@@ -99,22 +98,22 @@ def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[st
     if baseline is None:
         return found
     for name in [name for name in table.measures if name in (table.main(), "average acc")]:
-        start, found[name] = _published(table, paper, baseline, name), []
-        for row in range(len(table.rows)):
-            value, ours, theirs, interval = _published(table, paper, row, name), None, None, None
+        values, found[name] = _published(table, None if paper and paper.same_model else paper, name), []
+        for row, value in enumerate(values):
+            one = dict.fromkeys(("ours", "interval", "paper", "difference"))
             if row != baseline and (ours := change(table, row, baseline, name)) is not None:
-                pair = paired(table, row, baseline, name)
-                interval = pair.interval if pair.whole else None
-                if paper and not paper.same_model and value is not None and start is not None:
+                one |= {"ours": ours, "interval": paired(table, row, baseline, name).interval}
+                if value is not None and (start := values[baseline]) is not None:
                     theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
-            difference = None if ours is None or theirs is None else ours - theirs
-            found[name].append({"ours": ours, "interval": interval, "paper": theirs, "difference": difference})
+                    one |= {"paper": theirs, "difference": ours - theirs}
+            found[name].append(one)
     return found
 
 
 def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any]]:
     """Return the rows as plain values; `paper` as in `cells`."""
     changes, found = changes_of(table, paper), []
+    published = {name: _published(table, paper, name) for name in table.measures}
     for row, members in enumerate(table.rows):
         names = [name for name in table.measures if table.has(row, name)]
         error = "deviation" if len(members) > 1 else "stderr"
@@ -129,7 +128,7 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
             "dense": {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()},
         }
         if paper:
-            values = {name: _published(table, paper, row, name) for name in names}
+            values = {name: published[name][row] for name in names}
             record["paper"] = {"from": paper.heading} | {name: value for name, value in values.items() if value is not None}
         if table.baseline is not None:
             record["against_baseline"] = {name: each[row] for name, each in changes.items() if name in names}
@@ -139,7 +138,7 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
 
 def beside(name: str | None, table: Table) -> Comparison | None:
     """Return the paper's table of this name for some runs; None where no table is asked for."""
-    return Comparison(published(name), sorted({run.config["model"]["name"] for run in table.runs})) if name else None
+    return Comparison(published(name), *sorted({run.config["model"]["name"] for run in table.runs})) if name else None
 
 
 def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
@@ -164,14 +163,12 @@ def machine(runs: Iterable[Run]) -> str:
     started = sorted(one["started"][:10] for one in found)
     days = " to ".join(dict.fromkeys((started[0], started[-1])))
     of_code = [f"commit {', '.join(commits)}"] if commits else []
-    return "; ".join([*sorted({_computed_on(run) for run in runs}), *versions, *of_code, days]) + "."
-
-
-def _computed_on(run: Run) -> str:
-    hardware = run.environment["hardware"]
-    instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
-    several = f", {hardware['processes']} processes" if "processes" in hardware else ""
-    return f"{processor(run)}{instructions}, {hardware['threads']} threads{several}"
+    machines = set()
+    for run, hardware in ((run, run.environment["hardware"]) for run in runs):
+        instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
+        several = f", {hardware['processes']} processes" if "processes" in hardware else ""
+        machines.add(f"{processor(run)}{instructions}, {hardware['threads']} threads{several}")
+    return "; ".join([*sorted(machines), *versions, *of_code, days]) + "."
 
 
 def processor(run: Run) -> str:
@@ -180,8 +177,10 @@ def processor(run: Run) -> str:
     return str(hardware["gpu"]["name"] if "gpu" in hardware else hardware["processor"])
 
 
-def _published(table: Table, paper: Comparison | None, row: int, name: str) -> float | None:
-    return paper.value(table.config(row), name, table.value(table.rows[row][0], name)) if paper else None
+def _published(table: Table, paper: Comparison | None, name: str) -> list[float | None]:
+    """Return the paper's number for each row, None where it has none."""
+    firsts = [(table.first(row).config, table.value(members[0], name)) for row, members in enumerate(table.rows)]
+    return [paper.value(config, name, ours) if paper else None for config, ours in firsts]
 
 
 def _change_text(change: float | None, interval: list[float] | None, kind: str) -> str:
@@ -193,14 +192,13 @@ def _unit(kind: str) -> str:
     return " points" if kind in ("accuracy", "share") else "%"
 
 
-def print_run(metrics: dict[str, Any], directory: Path, console: Console | None = None) -> None:
+def print_run(metrics: dict[str, Any], directory: Path) -> None:
     """Print one finished run: dense and sparse, sparsity, time, memory, and where the files are."""
-    console = console or terminal()
-    table = Printed("", title=escape(metrics["name"]), title_justify="left")
+    console, table = terminal(), Printed("", title=escape(metrics["name"]), title_justify="left")
     for which in ("dense", "sparse"):
         table.add_column(which, justify="right")
-    for label, *values in result_rows(metrics):
-        table.add_row(escape(label), *values)
+    for row in result_rows(metrics):
+        table.add_row(*map(escape, row))
     console.print(table if table.row_count else "nothing was measured")
     sparsity, seconds, placement = metrics["sparsity"], metrics["seconds"], metrics.get("placement", "device")
     retained = f"{statistics.fmean(metrics['retained_saliency'].values()):.2%} of the saliency retained"
@@ -208,32 +206,29 @@ def print_run(metrics: dict[str, Any], directory: Path, console: Console | None 
     console.print(f"sparsity  {patterns_text(sparsity)} ({counts}, {retained})")
     stages = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
-    memory = f"{metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak"
-    if (planned := metrics.get("planned_memory_bytes")) is not None:
-        memory += f" ({planned / 1e9:.2f} GB were planned)"
-    console.print(f"memory    {memory}" + (f", model.placement={placement}" if placement != "device" else ""))
+    planned = f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)" if "planned_memory_bytes" in metrics else ""
+    where = f", model.placement={placement}" if placement != "device" else ""
+    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{planned}{where}")
     console.print(f"files     {directory}", soft_wrap=True)
 
 
-def print_comparison(table: Table, console: Console | None = None) -> None:
+def print_comparison(table: Table) -> None:
     """Print several finished runs: a column for each row of their table, after the dense model's where all share it."""
     printed = Printed("", title="sparse models", title_justify="left")
     if table.dense:
         printed.add_column("dense", justify="right")
-    for row, label in enumerate(table.names()):
-        seeds = f"\n{len(table.rows[row])} seeds" if len(table.rows[row]) > 1 else ""
+    for label, members in zip(table.names(), table.rows, strict=True):
+        seeds = f"\n{len(members)} seeds" if len(members) > 1 else ""
         printed.add_column(escape(label) + seeds, justify="right", overflow="fold")
     for name in table.measures:
         dense = [table.shown_dense(name)] * bool(table.dense)
-        cells = [table.shown(row, name) or "-" for row in range(len(table.rows))]
-        printed.add_row(escape(table.heading(name)), *dense, *cells)
-    (console or terminal()).print(printed)
+        printed.add_row(escape(table.heading(name)), *dense, *(table.shown(row, name) or "-" for row in table.labels.index))
+    terminal().print(printed)
 
 
-def print_jobs(jobs: Sequence[tuple[str, str, str]], console: Console | None = None) -> None:
+def print_jobs(jobs: Sequence[tuple[str, str, str]]) -> None:
     """Print what became of the jobs of a sweep, `(label, outcome, directory or reason)`, and how many of each."""
-    console = console or terminal()
-    table = Printed(title="jobs", title_justify="left")
+    console, table = terminal(), Printed(title="jobs", title_justify="left")
     for title in ("job", "outcome", "run, or reason"):
         table.add_column(title, overflow="fold")
     for job in jobs:

@@ -87,10 +87,7 @@ def work(options: argparse.Namespace) -> Answer:
     if page:
         from permllm.runs.page import page as page_of
 
-        try:
-            write_text(file, page_of(table, found.notes, beside(options.paper, table)))
-        except DataError as error:
-            raise ConfigError(f"--to: {error}") from error
+        write_text(file, page_of(table, found.notes, beside(options.paper, table)))
     else:
         from permllm.runs.plots import plot_cost, plot_curves, plot_masks
 
@@ -110,14 +107,12 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     """Return a table for each model of the runs of a project, and the address of their W&B report."""
     name = f"table{options.table.removeprefix('table')}"
     paper, groups = published(name), options.group or [name, f"{name}-*"]
-    with _asking("W&B cannot be reached"):
+    with _asking(f"the runs of {options.wandb} cannot be had from W&B"):
         import wandb
 
         api = wandb.Api()
         entity = options.entity or api.default_entity
-    project = f"{entity}/{options.wandb}" if entity else options.wandb
-    with _asking(f"the runs of {project} cannot be had from W&B"):
-        logged = list(api.runs(project, order="+created_at"))
+        logged = list(api.runs(f"{entity}/{options.wandb}" if entity else options.wandb, order="+created_at"))
     of_groups = [run for run in logged if any(fnmatchcase(run.group or "", pattern) for pattern in groups)]
     if not of_groups:
         there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
@@ -143,9 +138,9 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
     urls = [_published(tables, options.wandb, entity, f"PermLLM, {name}")] if options.publish else []
     rows = [row for table, compared, _ in tables.values() for row in records(table, compared)]
     texts = {model: render(table, options.format, compared) for model, (table, compared, _) in tables.items()}
-    if options.format == "md" and len(texts) > 1:
-        texts = {model: f"## {model}\n\n{text}" for model, text in texts.items()}
-    shown = as_json(rows) if options.format == "json" else "\n".join(texts.values())
+    several = options.format == "md" and len(texts) > 1
+    shown = "\n".join(f"## {model}\n\n{text}" if several else text for model, text in texts.items())
+    shown = as_json(rows) if options.format == "json" else shown
     return Answer({"rows": rows, "urls": urls}, lambda: print(shown, *(f"{url}\n" for url in urls), sep="", end=""))
 
 

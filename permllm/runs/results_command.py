@@ -60,11 +60,9 @@ def work(options: argparse.Namespace) -> Answer:
 
 
 def found_in(places: list[Path]) -> Collection:
-    """Return the runs in some places; name what is no run on stderr. Raises ConfigError where there is no run."""
+    """Return the runs in some places; name what is no run on stderr. Errors as `collect`."""
     found = collect(places)
     note(found.notes)
-    if not found.runs:
-        raise ConfigError("no finished run is among them")
     return found
 
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,10 +44,15 @@ def frame_of(runs: list[Run], measures: list[dict[str, Measure]]) -> pd.DataFram
     """Return settings, `seed`, `method`, measures, `minutes` and `directory` of each run."""
     lines = []
     for run, found in zip(runs, measures, strict=True):
-        line = {name: value for name, value in run.settings().items() if not _is_spare(name)}
-        line |= {"seed": run.config["seed"], "method": str(run.config.get("method") or "")}
-        line |= {name: measure.value for name, measure in found.items()}
-        lines.append(line | {"minutes": pruning_minutes(run.metrics["seconds"]), "directory": str(run.directory)})
+        line = {
+            **{name: value for name, value in run.settings().items() if not _is_spare(name)},
+            "seed": run.config["seed"],
+            "method": str(run.config.get("method") or ""),
+            **{name: measure.value for name, measure in found.items()},
+            "minutes": pruning_minutes(run.metrics["seconds"]),
+            "directory": str(run.directory),
+        }
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -103,29 +107,29 @@ class Table:
     def _close_gaps(self) -> list[str]:
         """Add the measure `gap closed` (`gap_closed`), of several texts the mean and a measure of each; return notes."""
         perplexities = [name for name in self.measures if self.kinds[name] == "perplexity"]
-        closed = pd.DataFrame(np.nan, self.frame.index, perplexities)
+        dense = [f"{DENSE}{name}" for name in perplexities]
+        closed = pd.DataFrame(math.nan, self.frame.index, perplexities)
         for row, start in self.starts.items():
-            for name in perplexities:
-                one = gap_closed(self.seeds(row, name), self.seeds(start, name), self.seeds(row, f"{DENSE}{name}"))
-                closed.loc[self.rows[row], name] = one.to_numpy()
+            end = self.seeds(row, dense).set_axis(perplexities, axis=1)
+            closed.loc[self.rows[row]] = gap_closed(
+                self.seeds(row, perplexities), self.seeds(start, perplexities), end
+            ).to_numpy()
         closed = closed.dropna(axis=1, how="all")
-        if not len(closed.columns):
+        if closed.empty:
             return []
         common = closed.columns[closed.dropna(how="all").notna().all()]
         # A text that was measured in two ways counts once.
         shared = [*{name.partition(_PERPLEXITY)[0]: name for name in common}.values()]
-        several = len(closed.columns) > 1
-        each = {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed} if several else {}
-        self.gaps = ({GAP: shared} if shared else {}) | each
+        self.gaps, notes = {GAP: shared} if shared else {}, list[str]()
+        if len(closed.columns) > 1:
+            self.gaps |= {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
+            mean = f"the mean over {', '.join(shared)}" if shared else "no text is in all rows, so that each stands alone"
+            notes.append(f"{GAP}: {mean}")
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
             self.kinds[gap] = "share"
         last = self.measures.index(closed.columns[-1]) + 1
         self.measures[last:last] = [*self.gaps]
-        notes = []
-        if several:
-            mean = f"the mean over {', '.join(shared)}" if shared else "no text is in all rows, so that each stands alone"
-            notes.append(f"{GAP}: {mean}")
         pruners = sorted({self.label(row, "pruner") for row in self.starts})
         if len(pruners) > 1 and self.baseline is None:
             own = f"each pruner's own model without a permutation, so that those of {' and '.join(pruners)} do not compare"
@@ -142,31 +146,30 @@ class Table:
         wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", text))
         rows = [*self.labels.index]
         for name, value in wanted.items():
-            present = dict.fromkeys(filter(None, (self.label(row, name) for row in self.labels.index)))
+            present = [found for found in self.labels.get(name, pd.Series()).unique() if found]
             if not present:
                 raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(self.settings)}")
             if value not in present:
                 raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(present)}")
             rows = [row for row in rows if self.label(row, name) == value]
-        if not rows:
-            raise ConfigError(f"{option} {text}: no row has all of these settings")
-        if len(rows) > 1:
+        if len(rows) != 1:
             differ = ", ".join(name for name in self.settings if self.labels.loc[rows, name].nunique() > 1)
-            raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings; they differ in {differ}: add one")
+            ending = f"; they differ in {differ}: add one" if rows else ""
+            raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings{ending}")
         return rows[0]
 
     def label(self, row: int, name: str) -> str:
         """Return the value of a setting of a row as it is typed; empty where the row has no such setting."""
         return str(self.labels.at[row, name]) if name in self.labels else ""
 
-    def config(self, row: int) -> dict[str, Any]:
-        """Return the settings of the first run of a row."""
-        return self.runs[self.rows[row][0]].config
+    def first(self, row: int) -> Run:
+        """Return the first run of a row."""
+        return self.runs[self.rows[row][0]]
 
-    def seeds(self, row: int, name: str) -> pd.Series:
-        """Return a measure of each run of a row by its seed."""
-        found = self.frame.reindex(columns=["seed", name]).loc[self.rows[row]]
-        return found.set_index("seed")[name].astype(float)
+    def seeds(self, row: int, names: list[str]) -> pd.DataFrame:
+        """Return some measures of each run of a row by its seed; not a number where a run lacks one."""
+        found = self.frame.reindex(columns=["seed", *names]).loc[self.rows[row]]
+        return found.set_index("seed").astype(float)
 
     def value(self, run: int, name: str) -> Measure | None:
         """Return a measure of a run with what belongs to it; `name` as in `frame`."""
@@ -188,8 +191,7 @@ class Table:
 
     def shown_dense(self, name: str) -> str:
         """Return the value of the dense model that all rows share; empty for none."""
-        value, error = self.dense.get(name, (None, None))
-        return "" if value is None else number(value, self.kinds[name], error)
+        return number(self.dense[name][0], self.kinds[name], self.dense[name][1]) if name in self.dense else ""
 
     def limited(self, name: str) -> bool:
         """Tell whether some value of an accuracy is of a part of the items."""
@@ -215,14 +217,14 @@ class Table:
             if not self.settings:
                 raise ConfigError(f"--columns {columns}: expected settings, such as {', '.join(self._varying())}")
         if measures:
-            hidden = [name for name in self.kinds if name not in self.measures]
+            every = [*self.measures, *(name for name in self.kinds if name not in self.measures)]
             chosen: set[str] = set()
             for part in measures.split(", "):
-                found = [name for name in self.measures if part in name] or [name for name in hidden if part in name]
-                chosen |= {part} if part in self.kinds else set(found)
+                named = [part] if part in every else [name for name in self.measures if part in name]
+                chosen |= {*named} or {name for name in every if part in name}
             if not chosen:
                 raise ConfigError(f"--measures {measures}: expected names, or parts of names, of {', '.join(self.kinds)}")
-            self.measures = [name for name in [*self.measures, *hidden] if name in chosen]
+            self.measures = [name for name in every if name in chosen]
 
     def main(self) -> str | None:
         """Return the measure that rows are compared by.
@@ -259,7 +261,7 @@ class Table:
                 alike = self.labels[self.labels[group] == self.label(row, group)] if of_group else self.labels
                 if value and (len(self.settings) <= 3 or value != Counter(alike[name]).most_common(1)[0][0]):
                     parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
-            names.append(", ".join(filter(None, parts)) or self.runs[self.rows[row][0]].metrics["name"])
+            names.append(", ".join(filter(None, parts)) or self.first(row).metrics["name"])
         return names
 
     def fastest(self, row: int) -> int:
@@ -325,43 +327,43 @@ class Table:
         """Return by row the row from which its gap is measured: of several the one of the same statistics."""
         if self.baseline is not None:
             return {row: self.baseline for row in self.labels.index if self._model(row) == self._model(self.baseline)}
-        found, beside = {}, [self._beside_methods(row) for row in self.labels.index]
+        found, beside = {}, []
+        for run in map(self.first, self.labels.index):
+            of_methods = (name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS)
+            beside.append(run.key("seed", *of_methods))
         for row in self.labels.index:
             like = [other for other in self.labels.index if beside[other] == beside[row]]
-            plain = [other for other in like if method_of(self.config(other)) == "none"]
+            plain = [other for other in like if method_of(self.first(other).config) == "none"]
             same = [other for other in plain if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)]
             if plain:
                 found[row] = row if row in plain else (same or plain)[0]
         return found
 
     def _model(self, row: int) -> str:
-        run = self.runs[self.rows[row][0]]
+        run = self.first(row)
         return run.key(*(name for name in run.identity if not name.startswith(_OF_MODELS)))
 
-    def _beside_methods(self, row: int) -> str:
-        run = self.runs[self.rows[row][0]]
-        return run.key("seed", *(name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS))
 
-
-def gap_closed(here: pd.Series, start: pd.Series, end: pd.Series) -> pd.Series:
+def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
     """Return the share of the log-perplexity between the unpermuted and the dense model that each run of a row closes.
 
     The mean over seeds is `(ln p_start - ln p_here) / (ln p_start - ln p_end)` of the means of the logarithms. A run is
     measured from the unpermuted model of its seed, if there is one of each seed.
 
     Args:
-        here: perplexity of the row by seed.
-        start: perplexity of the unpermuted model by seed.
-        end: perplexity of the dense model by seed.
+        here: perplexities of the row, by seed and text.
+        start: perplexities of the unpermuted model, by seed and text.
+        end: perplexities of the dense model, by seed and text.
 
     Returns:
-        By seed; not a number where a perplexity is not finite or the unpermuted model is as good as the dense one.
+        By seed and text; not a number where a perplexity is not finite or the unpermuted model is as good as the dense one.
     """
     here, start, end = np.log(here), np.log(start), np.log(end)
     whole = start.mean(skipna=False) - end.mean(skipna=False)
     own = start.reindex(here.index) if set(here.index) == set(start.index) else start.mean()
-    closed = (own - here) / (whole if 0 < whole < math.inf else math.nan)
-    return closed if np.isfinite(closed).all() else closed * math.nan
+    closed = (own - here) / whole.where((whole > 0) & np.isfinite(whole))
+    closed.loc[:, ~np.isfinite(closed).all()] = math.nan
+    return closed
 
 
 def _ranked(names: Iterable[str]) -> list[str]:

@@ -1,26 +1,30 @@
-"""Permutations, masks, weights and training states as files, written by safetensors and torch."""
+"""Permutations, masks, weights and training states as files: of a layer, of a run, of learning."""
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from permllm.errors import DataError, first_line
+from permllm.runs.directory import check_sha256
 from permllm.runs.files import replaced
 from permllm.runs.masks import PackedMasks, is_permutation
+from permllm.runs.names import MASKS, PERMUTATIONS, WEIGHTS
 
 _SHAPES = "shapes"
-# What `safe_open` and `load_file` raise of a file that is damaged, missing, larger than the memory or something else.
-_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError)
+# Numbers of a layer by channel group, and the key of its file's metadata that holds them.
+_NUMBERS, _FIGURES = ("retained", "moved", "output_error"), "figures"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -43,41 +47,33 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         save_file(held, scratch, dict(metadata or {"format": "pt"}))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, on the CPU. Raises DataError, which names the file, where it cannot be read."""
+@contextmanager
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """Open a safetensors file. Raises DataError, which names the file, where it, or something in it, cannot be read."""
     try:
-        return load_file(path)
-    except _UNREADABLE as error:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, on the CPU; errors as `opened`."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def load_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file, on the CPU; errors as `load_tensors`."""
+    """Read one tensor of a safetensors file, on the CPU; errors as `opened`."""
     # Opened anew each time: a file that stays mapped stays in memory, all that was ever read of it.
-    try:
-        with safe_open(path, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read ({name}): {first_line(error)}") from error
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """Read the texts of a safetensors file; errors as `load_tensors`."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+    with opened(path) as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def tensor_formats(path: Path) -> dict[str, str]:
-    """Return the format of each tensor of a safetensors file, such as `F32`; errors as `load_tensors`."""
-    try:
-        with safe_open(path, framework="numpy") as opened:  # which reserves no memory for the whole file
-            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+    """Return the format of each tensor of a safetensors file, such as `F32`; errors as `opened`."""
+    with opened(path, "numpy") as file:  # which reserves no memory for the whole file
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def load_orders(path: Path) -> dict[str, Tensor]:
@@ -113,12 +109,11 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
 
 def load_masks(path: Path) -> PackedMasks:
     """Return the masks of `save_masks`, bool `(C_out, C_in)` by linear; each is read from the file when it is asked for."""
+    with opened(path) as file:
+        shapes = json.loads(file.metadata()[_SHAPES])
     masks = PackedMasks()
-    try:
-        for name, shape in json.loads(load_metadata(path)[_SHAPES]).items():
-            masks.set_packed(name, partial(load_tensor, path, name), shape)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{path} holds no masks with their shapes") from error
+    for name, shape in shapes.items():
+        masks.set_packed(name, partial(load_tensor, path, name), shape)
     return masks
 
 
@@ -140,12 +135,111 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of its archive
-            changed = archive.testzip()
-        if changed:
-            raise DataError(f"{path}: {changed} was changed")
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        return state
-    except (torch.OutOfMemoryError, MemoryError, DataError):
+            if changed := archive.testzip():
+                raise DataError(f"{changed} was changed")
+        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # each library has its own for a file that is something else
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+@dataclass
+class PrunedLayer:
+    """Result of pruning a decoder layer.
+
+    Attributes:
+        orders: int64 `(C_in,)` by group.
+        masks: bool `(C_out, C_in)` by linear, original channel order.
+        weights: `(C_out, C_in)` by linear, if they differ from the dense ones under the masks; else empty.
+        retained: share of the saliency retained, by group.
+        moved: share of the channels that moved, by group.
+        output_error: by group.
+    """
+
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    masks: PackedMasks = field(default_factory=PackedMasks)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    retained: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+    output_error: dict[str, float] = field(default_factory=dict)
+
+
+def mask_name(path: str) -> str:
+    """Return the name of the packed mask of a linear in a layer's file."""
+    return f"mask of {path}"
+
+
+def weight_name(path: str) -> str:
+    """Return the name of the changed weight of a linear in a layer's file."""
+    return f"weight of {path}"
+
+
+def save_layer(path: Path, layer: PrunedLayer) -> None:
+    """Write a layer, so that a run that was stopped continues after it."""
+    tensors = {
+        **{f"order of {name}": order for name, order in layer.orders.items()},
+        **{mask_name(name): layer.masks.packed(name)[0] for name in layer.masks},
+        **{weight_name(name): weight for name, weight in layer.weights.items()},
+    }
+    shapes = {name: layer.masks.shape(name) for name in layer.masks}
+    figures = {name: getattr(layer, name) for name in _NUMBERS} | {_SHAPES: shapes}
+    save_tensors(path, tensors, {_FIGURES: json.dumps(figures)})
+
+
+def load_layer(path: Path) -> PrunedLayer:
+    """Read a layer. Raises DataError, which names the file, where it cannot be read."""
+    with opened(path) as file:
+        figures = json.loads(file.metadata()[_FIGURES])
+    tensors, layer = load_tensors(path), PrunedLayer(**{key: figures[key] for key in _NUMBERS})
+    layer.orders = {group: tensors[f"order of {group}"] for group in layer.retained}
+    for name, shape in figures[_SHAPES].items():
+        layer.masks.set_packed(name, tensors[mask_name(name)], shape)
+        if weight_name(name) in tensors:
+            layer.weights[name] = tensors[weight_name(name)]
+    return layer
+
+
+class Pruned:
+    """Pruned model of a run, one weight at a time.
+
+    Args:
+        directory: of the run.
+        metrics: of the run.
+
+    Attributes:
+        orders: int64 `(C_in,)` by channel group.
+        weights_changed: the kept weights differ from those of the dense model.
+        weight_files: file of each changed weight, by linear.
+
+    Raises:
+        DataError: a file is missing, or is not what the run wrote.
+    """
+
+    def __init__(self, directory: Path, metrics: Mapping[str, Any]) -> None:
+        digests = metrics.get("sha256", {})
+        for name, digest in digests.items():
+            check_sha256(directory, name, digest)
+        self._directory = directory
+        self.orders = load_orders(directory / PERMUTATIONS)
+        self._masks = load_masks(directory / MASKS)
+        self.weights_changed: bool = metrics["sparsity"]["weights_changed"]
+        if self.weights_changed and not metrics["sparsity"]["weights_kept"]:
+            raise DataError(f"{directory} has no weights: it was run with save_weights=false and cannot be rebuilt")
+        files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
+        self.weight_files = {name: file for file in files for name in tensor_formats(file)}
+
+    def mask(self, path: str) -> Tensor:
+        """Return the mask of a linear, bool `(C_out, C_in)` in original channel order."""
+        if path not in self._masks:
+            raise DataError(f"{self._directory / MASKS} lacks {path}: it is of another model")
+        return self._masks[path]
+
+    def weight(self, path: str, dense: Tensor) -> Tensor:
+        """Return the pruned weight of a linear, original channel order, on the device of `dense`, the dense weight."""
+        mask = self.mask(path).to(dense.device)
+        if mask.shape != dense.shape:
+            shapes = f"the mask of {path} is {tuple(mask.shape)}, the linear {tuple(dense.shape)}"
+            raise DataError(f"{self._directory / MASKS}: {shapes}")
+        new = load_tensor(self.weight_files[path], path) if self.weights_changed else dense
+        return torch.where(mask, new.to(dense), 0.0)

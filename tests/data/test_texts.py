@@ -46,15 +46,6 @@ class Mine(Text):
 
 TEXT = Mine()
 """
-DUCK = """
-class Duck:
-    {body}
-
-    def digest(self, calibration):
-        return ""
-
-TEXT = Duck()
-"""
 
 
 def in_the_wheel(rows: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
@@ -217,9 +208,7 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp
         (MINE.replace("Mine()", "Mine"), "the module needs a TEXT, an object"),
         (MINE.replace("= evaluates", ""), "is not valid: its text has `evaluates = False`"),
         (MINE.replace("= 3", "= 0"), "max_windows=0: expected a whole number"),
-        (DUCK.format(body="evaluates = True"), "mypackage.mine.Duck needs an attribute `calibrates`"),
-        (DUCK.format(body="calibrates = evaluates = True"), "mypackage.mine.Duck needs a method `calibration`"),
-        (DUCK.format(body="calibrates = evaluates = False"), "max_windows='missing'"),
+        ("TEXT = 'words'", "the module needs a TEXT, an object"),
     ],
 )
 def test_a_module_that_is_no_such_text_is_one_line(own: Path, tmp_path: Path, source: str | None, message: str) -> None:

@@ -57,18 +57,13 @@ def test_swaps_only_ever_improve_what_they_are_for(by_error: bool) -> None:
     found = swaps(layer, start, 400, 20, by_error, torch.Generator().manual_seed(0))
     assert len(found) == 20
     assert all(sorted(perm.tolist()) == list(range(32)) for perm in found)
-    if by_error:
-        values = [layer.error(perm) for perm in [start, *found]]
-    else:
-        values = [-layer.retained(perm) for perm in [start, *found]]
+    values = [layer.error(perm) if by_error else -layer.retained(perm) for perm in [start, *found]]
     # Each gain was told from a few columns; measured whole, the values must fall as they were said to.
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
     assert values[-1] < values[0] - 0.005
     # Of any number of tries, the last order is what all of them have led to.
-    last = swaps(layer, start, 50, 3, by_error, torch.Generator().manual_seed(0))
-    (whole,) = swaps(layer, start, 50, 1, by_error, torch.Generator().manual_seed(0))
-    assert len(last) == 3
-    assert torch.equal(last[-1], whole)
+    last, whole = (swaps(layer, start, 50, kept, by_error, torch.Generator().manual_seed(0)) for kept in (3, 1))
+    assert torch.equal(last[-1], whole[0])
 
 
 def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any], str]:
@@ -127,9 +122,8 @@ def test_a_record_is_added_to_others(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_measured_is_one_line(word: str, message: str) -> None:
     result = run_python(str(EXPERIMENTS / "lcp_speed" / "measure.py"), word)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {message}")
-    assert result.stderr.count("\n") == 1
+    (error,) = result.stderr.splitlines()
+    assert error.startswith(f"error: {message}")
 
 
 def test_dense_matrices_prune_as_the_order_says() -> None:

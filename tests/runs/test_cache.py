@@ -20,19 +20,19 @@ from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.runs.cache import cached
-from permllm.sparsity.calibrate import packed_factors, shared_calibration, unpacked_factors
+from permllm.sparsity.calibrate import DenseCalibration, Pruner, shared_calibration
 from tests.conftest import tiny_model
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 TOKENS = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
 
+# Each of several processes adds a letter where it computes.
 WORK = """
 import sys, time
 from permllm.runs.cache import cached
 
 def compute():
-    with open(sys.argv[1], "a") as stream:
-        stream.write("x")
+    open(sys.argv[1], "a").write("x")
     time.sleep(1)
     return {"value": 1.5}
 
@@ -63,21 +63,20 @@ def test_values_and_tensors_come_back_as_they_were(cache: Path) -> None:
             cached(kind, key, refuse)
 
 
-def test_an_unreadable_result_is_computed_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_result_is_computed_again_and_a_full_disk_costs_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached("kind", {"a": 1}, lambda: {"x": torch.zeros(1)})
     for file in (cache / "results").glob("*.safetensors"):
         file.write_bytes(b"broken")
-    assert cached("kind", {"a": 1}, lambda: {"x": torch.ones(1)}) == {"x": torch.ones(1)}
-    assert "computing it again" in caplog.text
-    assert cached("kind", {"a": 1}, refuse) == {"x": torch.ones(1)}
+    for compute in (lambda: {"x": torch.ones(1)}, refuse):
+        assert cached("kind", {"a": 1}, compute) == {"x": torch.ones(1)}
 
-
-def test_a_full_disk_costs_no_result(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise DataError("no space left to write it")
 
     monkeypatch.setattr("permllm.runs.cache.write_json", full)
-    assert cached("kind", {"a": 1}, lambda: {"x": 1}) == {"x": 1}
+    assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
 
 
 def test_the_results_that_were_not_used_for_longest_go_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,43 +100,27 @@ def test_the_results_that_were_not_used_for_longest_go_first(cache: Path, monkey
 
 
 def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    loaded = LoadedModel(model, TOKENIZER, "tiny")
+    loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
 
-    def share(pruner: object, name: str, tokens: torch.Tensor = TOKENS, norm_tokens: int = 1) -> object:
-        settings = {"name": name}
-        return shared_calibration(loaded, tokens, pruner, settings, 2, torch.float32, norm_tokens)  # type: ignore[arg-type]
+    def share(pruner: Pruner, tokens: torch.Tensor = TOKENS, norm_tokens: int = 1) -> DenseCalibration:
+        return shared_calibration(loaded, tokens, pruner, {"name": type(pruner).__name__}, 2, torch.float32, norm_tokens)
 
-    first = share(Wanda(), "wanda")
-    share(RIA(), "ria")
+    first = {pruner: share(pruner) for pruner in (Wanda(), RIA())}
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
     assert len(list((cache / "results").glob("saliency-*.safetensors"))) == 2
     monkeypatch.setattr("permllm.sparsity.calibrate.calibrate_dense", lambda *_: refuse())
-    again = share(Wanda(), "wanda")
-    assert torch.equal(again.target, first.target)  # type: ignore[attr-defined]
-    for path, factors in first.factors.items():  # type: ignore[attr-defined]
-        found = again.factors[path]  # type: ignore[attr-defined]
-        assert (found.power, found.row is None) == (factors.power, factors.row is None)
-        assert torch.equal(found.column, factors.column)
-    for changed in (
-        lambda: share(SparseGPT(), "sparsegpt"),
-        lambda: share(Wanda(), "wanda", TOKENS.flip(0)),
-        lambda: share(Wanda(), "wanda", norm_tokens=TOKENS.shape[1]),
-    ):
+    for pruner, before in first.items():
+        again = share(pruner)
+        assert torch.equal(again.target, before.target)
+        assert again.factors.keys() == before.factors.keys()
+        for path, factors in before.factors.items():
+            found = again.factors[path]
+            assert found.power == factors.power
+            assert torch.equal(found.column, factors.column)
+            assert (found.row is None and factors.row is None) or torch.equal(found.row, factors.row)
+    for changed in ((SparseGPT(),), (Wanda(), TOKENS.flip(0)), (Wanda(), TOKENS, TOKENS.shape[1])):
         with pytest.raises(AssertionError, match="computed again"):
-            changed()
-
-
-def test_factors_are_packed_exactly() -> None:
-    model = tiny_model("llama")
-    loaded = LoadedModel(model, TOKENIZER, "other")
-    factors = shared_calibration(loaded, TOKENS, RIA(), {"name": "ria"}, 2, torch.float32).factors
-    found = unpacked_factors(packed_factors(factors))
-    assert found.keys() == factors.keys()
-    for path, values in factors.items():
-        assert torch.equal(found[path].column, values.column)
-        assert torch.equal(found[path].row, values.row)  # type: ignore[arg-type]
-        assert found[path].power == values.power
+            share(*changed)
 
 
 def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
@@ -150,18 +133,13 @@ def test_tokens_are_kept_until_text_tokenizer_or_sizes_change(
     (named,) = perplexity_texts(PerplexityConfig(None, seqlen=20, data_files=str(file)))
     whole = all_tokens(TOKENIZER, named)
     assert (named.name, len(whole)) == ("text", len(TOKENIZER(file.read_text())["input_ids"]))
-
-    def unread(*_: object) -> list[str]:
-        raise AssertionError("read again")
-
-    monkeypatch.setattr("permllm.data.text_file.read_text_file", unread)
+    monkeypatch.setattr("permllm.data.text_file.read_text_file", lambda *_: refuse())
     assert torch.equal(calibration_tokens(TOKENIZER, settings, seed=0), tokens)
     assert torch.equal(all_tokens(TOKENIZER, named), whole)
-    with pytest.raises(AssertionError, match="read again"):
-        calibration_tokens(TOKENIZER, settings, seed=1)
-    with pytest.raises(AssertionError, match="read again"):
-        calibration_tokens(ByT5Tokenizer(extra_ids=1), settings, seed=0)
+    for tokenizer, seed in ((TOKENIZER, 1), (ByT5Tokenizer(extra_ids=1), 0)):
+        with pytest.raises(AssertionError, match="computed again"):
+            calibration_tokens(tokenizer, settings, seed)
     file.write_text("other words of text, " * 50)
-    with pytest.raises(AssertionError, match="read again"):
+    with pytest.raises(AssertionError, match="computed again"):
         calibration_tokens(TOKENIZER, settings, seed=0)
     assert tokenizer_digest(TOKENIZER) != tokenizer_digest(ByT5Tokenizer(extra_ids=3))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.permutation.lcp.lcp import LCP
 from permllm.pruning import methods, stages
 from permllm.runs.directory import RunDirectory, is_finished, run_directory
-from permllm.runs.files import read_json
+from permllm.runs.files import read_json, read_lines
 from tests.test_config import composed
 
 SMALL = (
@@ -49,30 +47,24 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
     return result
 
 
-def interrupted(owner: ModuleType | type, name: str, when: Callable[..., bool] = lambda *_: True) -> pytest.MonkeyPatch:
-    """A job that is interrupted where a function is called."""
-    original, patch = getattr(owner, name), pytest.MonkeyPatch()
+def begun(folder: Path, words: Sequence[str], owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> Path:
+    """Return the directory of a run that was interrupted where a function is called."""
+    original = getattr(owner, name)
 
     def stop(*arguments: Any, **named: Any) -> Any:
         if when(*arguments):
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    patch.setattr(owner, name, stop)
-    return patch
-
-
-def begun(patch: pytest.MonkeyPatch, folder: Path, *words: str) -> Path:
-    """The directory of a run that was interrupted."""
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, *words)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, *words)
     return run_directory(settings(folder, *words))
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("step_seconds", "peak_memory_bytes")} for line in lines]
+    return [line | {"step_seconds": 0, "peak_memory_bytes": 0} for line in read_lines(directory / "history.jsonl")]
 
 
 def results(directory: Path) -> dict[str, Any]:
@@ -81,7 +73,7 @@ def results(directory: Path) -> dict[str, Any]:
     found = {key: metrics[key] for key in ("perplexity", "sparsity", "retained_saliency", "output_error", "status", "sha256")}
     for file in directory.rglob("*.safetensors"):
         found[str(file.relative_to(directory))] = {name: value.tolist() for name, value in load_file(file).items()}
-    return found | ({"history": history(directory)} if (directory / "history.jsonl").exists() else {})
+    return found | {"history": history(directory)}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +91,7 @@ def results(directory: Path) -> dict[str, Any]:
 def test_a_run_continues_after_its_last_file(
     whole: Path, tmp_path: Path, owner: Any, name: str, when: Callable[..., bool]
 ) -> None:
-    directory = begun(interrupted(owner, name, when), tmp_path, *EVERYTHING)
+    directory = begun(tmp_path, EVERYTHING, owner, name, when)
     assert run(tmp_path, *EVERYTHING)[1] == directory
     found, expected = results(directory), results(whole)
     assert [key for key in expected if found.get(key) != expected[key]] == []
@@ -114,8 +106,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_finished_stages_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
-    begun(interrupted(stages, "prune"), tmp_path, *words)
-    learned = begun(interrupted(methods._Epochs, "add"), tmp_path / "lcp", *LEARNED)
+    begun(tmp_path, words, stages, "prune")
+    learned = begun(tmp_path / "lcp", LEARNED, methods._Epochs, "add")
     assert (learned / "lcp_checkpoint.pt").exists()
     monkeypatch.setattr(Heuristic, "orders", lambda *_: pytest.fail("searched again"))
     monkeypatch.setattr(LCP, "start_orders", lambda *_: pytest.fail("searched again"))
@@ -166,7 +158,7 @@ def attempt(folder: Path, *words: str) -> dict[str, Any] | PermLLMError:
 
 
 def test_a_damaged_checkpoint_is_learned_anew(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = begun(interrupted(methods._Epochs, "add"), tmp_path, *EVERYTHING)
+    directory = begun(tmp_path, EVERYTHING, methods._Epochs, "add")
     content = bytearray((directory / "lcp_checkpoint.pt").read_bytes())
     content[2000] ^= 4
     (directory / "lcp_checkpoint.pt").write_bytes(content)
@@ -203,7 +195,7 @@ def test_another_evaluation_of_a_finished_run_only_evaluates(
 
 def test_an_evaluation_that_is_killed_leaves_the_finished_one(cache: Path, tmp_path: Path) -> None:
     first, directory = run(tmp_path)
-    begun(interrupted(measure, "perplexity", lambda *arguments: "sparse" in arguments[-1]), tmp_path, *OTHER)
+    begun(tmp_path, OTHER, measure, "perplexity", lambda *arguments: "sparse" in arguments[-1])
     assert read_json(directory / "metrics.json")["perplexity"] == first["perplexity"]
     assert is_finished(directory, settings(tmp_path).evaluation_identity)
     assert not is_finished(directory, settings(tmp_path, *OTHER).evaluation_identity)

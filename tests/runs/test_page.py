@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from permllm.cli import call
+from permllm.config import flatten
 from permllm.errors import ConfigError
-from permllm.runs.plots import permutations, plot_masks, points, read_mask
+from permllm.runs.plots import permutations, plot_masks, points
 from permllm.runs.read import collect
 from permllm.runs.report_command import as_run
 from permllm.runs.table import Table
@@ -79,10 +80,10 @@ def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path: Path, caps
     assert call("report", [str(THREE_RUNS), "--to", str(tmp_path / "a.svg"), "--measure", "average acc"]) == 0
     assert "average acc" in (tmp_path / "a.svg").read_text()
     for words, message in (
-        (["--to", "a.txt"], "error: --to a.txt: "),
-        (["--to", "a.png", "--measure", "speed"], "error: --measure speed: valid are gap closed, "),
+        (["--to", "a.txt"], "error: a.txt: "),
+        (["--to", "a.png", "--measure", "speed"], "error: a.png: no row has speed; valid are: gap closed, "),
         (["--to", "a.png", "--paper", "table1"], "error: --paper table1: a.png shows nothing of it"),
-        (["--masks", "a.png"], "error: --masks: none of the runs has its masks.safetensors"),
+        (["--masks", "a.png"], "error: a.png: none of the runs has its masks.safetensors"),
         ([], "error: DIR... and one of --to, --curves and --masks are needed"),
     ):
         assert call("report", [str(tmp_path / "runs"), *words]) == 1
@@ -90,10 +91,9 @@ def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path: Path, caps
 
 
 def test_masks_and_permutations_are_those_of_the_run(tmp_path: Path) -> None:
-    orders, masks = write_tensors(make_run(tmp_path / "a"))
+    orders, _ = write_tensors(make_run(tmp_path / "a"))
     assert list(permutations(tmp_path / "a")) == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 2, 4)]
     assert all((permutations(tmp_path / "a")[name] == orders[name]).all() for name in permutations(tmp_path / "a"))
-    assert (read_mask(tmp_path / "a" / "masks.safetensors", "model.layers.3.mlp.down_proj") == [*masks.values()][3]).all()
     table = table_of(tmp_path)
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
@@ -102,13 +102,10 @@ def test_masks_and_permutations_are_those_of_the_run(tmp_path: Path) -> None:
         plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100])
-def test_tensors_of_garbage_cost_a_picture_and_nothing_else(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tensors_of_garbage_cost_a_picture_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     for name in ("masks", "permutations"):
-        (run / f"{name}.safetensors").write_bytes(content)
+        (run / f"{name}.safetensors").write_bytes(b"\xff" * 100)
     assert call("report", [str(run), "--to", str(tmp_path / "page.html")]) == 0
     assert "permutations.safetensors cannot be read: " in (tmp_path / "page.html").read_text()
     assert call("report", [str(run), "--masks", str(tmp_path / "masks.png")]) == 1
@@ -227,16 +224,9 @@ def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> 
 
 def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
     """Return a run of `wandb.Api` as the logger leaves it."""
-    flat: dict[str, Any] = {"lcp/step": 3, "minutes": 1.0}
-
-    def add(values: dict[str, Any], prefix: str) -> None:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                add(value, f"{prefix}{key}/")
-            else:
-                flat[f"{prefix}{key}"] = "Infinity" if value == float("inf") else value
-
-    add({key: value for key, value in line["metrics"].items() if key != "evaluation"}, "")
+    metrics = {key: value for key, value in line["metrics"].items() if key != "evaluation"}
+    flat = {key: "Infinity" if value == float("inf") else value for key, value in flatten(metrics, "/").items()}
+    flat |= {"lcp/step": 3, "minutes": 1.0}
     config = line["config"] | {"evaluation": {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}, "config_hash": "0"}
     facts = {"id": name, "name": name, "group": "table1-1", "state": "finished", "config": config, "summary_metrics": flat}
     return SimpleNamespace(**facts | changed)

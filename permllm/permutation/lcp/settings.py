@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.errors import ConfigError, check_number
+from permllm.errors import ConfigError, check_positive
 from permllm.permutation.base import Constraint, LearnedPermutation
 from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.training.settings import LearningSettings, StraightThrough
@@ -39,4 +39,4 @@ class LCPSettings(LearningSettings, LearnedPermutation):
                     f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
                 )
         for progress in (0.0, 0.5, 1.0):
-            check_number(f"temperature: at progress={progress}", self.temperature(progress), positive=True)
+            check_positive(f"temperature: at progress={progress}", self.temperature(progress))
