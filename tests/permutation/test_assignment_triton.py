@@ -53,6 +53,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What the kernel makes of all blocks here, by name."""
     softs = {f"{kind} {size}": blocks(kind, size) for kind in KINDS for size in SIZES}
     softs |= {str(value): broken(value) for value in (torch.nan, torch.inf, -torch.inf)}
+    softs["none"] = torch.zeros(0, 8, 8)
     softs["a view"] = blocks("uniform", 8).mT.contiguous().mT
     folder = tmp_path_factory.mktemp("kernel")
     torch.save(softs, folder / "softs.pt")
@@ -73,6 +74,10 @@ def test_it_is_as_good_as_scipy(solved: dict[str, Tensor], kind: str, size: int)
         row, column = linear_sum_assignment(block.numpy(), maximize=True)
         best = float(block.numpy()[row, column].sum())
         assert float(block[perm, torch.arange(size)].sum()) == pytest.approx(best, rel=1e-12)
+
+
+def test_no_blocks_are_no_launch(solved: dict[str, Tensor]) -> None:
+    assert solved["none"].shape == (0, 8)
 
 
 def test_a_view_is_read_as_it_is(solved: dict[str, Tensor]) -> None:
