@@ -60,7 +60,7 @@ def main(
         config, own = settings_of(options.words, settings)
         choose_cache(config.paths.cache_dir)
         device = resolve_device(config.model.device)
-        seed_everything(config.seed)
+        seed_everything(config.seed, config.deterministic)
         computed_with = environment(config.seed, device)
         started = time.perf_counter()
         found = measure(config, own, device)

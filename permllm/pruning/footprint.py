@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from permllm.config import NMPattern, RunConfig
-from permllm.evaluation.lm_eval import task_sizes
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.methods import Methods
+from permllm.pruning.task_sizes import task_sizes
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
