@@ -162,10 +162,10 @@ class Footprint:
             width, assignments = order.segment // m, order.channels // order.segment * m
             seconds += assignments * _ASSIGNMENT * (width / 4736) ** 2.5
             moved += assignments * width**2 * order.repeats * sum(sum(group.rows) for group in order.groups) * _PAIR
-        memory = 4 * self.largest + 4 * (max(order.segment for order in searched) // m) ** 2
         if self.on_a_host:
-            return Stage(memory, moved=moved, seconds=seconds)
-        return Stage(memory, seconds=seconds / min(16 if self.config.plan_on else cores(), len(searched)))
+            return Stage(4 * self.largest, moved=moved, seconds=seconds)
+        places = min(16 if self.config.plan_on else cores(), len(searched))
+        return Stage(4 * self.largest, seconds=seconds / places)
 
     def _learns(self, method: Any, every: int, windows: list[tuple[int, int]], waiting: int, streams: bool) -> Stage:
         """Return a stage that learns parameters, with the least memory: backward recomputes layers where they would keep much.
