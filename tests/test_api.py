@@ -348,7 +348,7 @@ def test_a_model_that_was_pruned_in_part_is_not_saved(
     def broken(*_: object) -> None:
         raise DataError("no second layer")
 
-    monkeypatch.setattr("permllm.api.figures", broken)
+    monkeypatch.setattr("permllm.pruning.stages._figures", broken)
     with pytest.raises(DataError, match="no second layer"):
         permllm.prune(model, tokenizer, texts=[TEXT], permutation="heuristic", **FEW)
     with pytest.raises(ConfigError, match=r"permllm\.prune has pruned"):

@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from permllm.config import NMPattern, RunConfig
-from permllm.evaluation.lm_eval import task_sizes
 from permllm.models.families import channel_groups, decoder_layers
 from permllm.models.head import tokens_at_a_time
 from permllm.models.selection import groups_to_prune
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.methods import Methods
+from permllm.pruning.task_sizes import task_sizes
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -162,10 +162,10 @@ class Footprint:
             width, assignments = order.segment // m, order.channels // order.segment * m
             seconds += assignments * _ASSIGNMENT * (width / 4736) ** 2.5
             moved += assignments * width**2 * order.repeats * sum(sum(group.rows) for group in order.groups) * _PAIR
-        memory = 4 * self.largest + 4 * (max(order.segment for order in searched) // m) ** 2
         if self.on_a_host:
-            return Stage(memory, moved=moved, seconds=seconds)
-        return Stage(memory, seconds=seconds / min(16 if self.config.plan_on else cores(), len(searched)))
+            return Stage(4 * self.largest, moved=moved, seconds=seconds)
+        places = min(16 if self.config.plan_on else cores(), len(searched))
+        return Stage(4 * self.largest, seconds=seconds / places)
 
     def _learns(self, method: Any, every: int, windows: list[tuple[int, int]], waiting: int, streams: bool) -> Stage:
         """Return a stage that learns parameters, with the least memory: backward recomputes layers where they would keep much.

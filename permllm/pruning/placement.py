@@ -51,18 +51,19 @@ def placement_for(footprint: Footprint) -> Placement:
 def would_fit(footprint: Footprint) -> list[str]:
     """Return the settings under which a job would fit that does not, each with what it needs; nothing if the job fits."""
     found: list[str] = []
-    if _first_that_fits(footprint)[0] is None:
-        for word, changed in _changes(footprint.config, footprint.methods):
-            try:
-                methods = methods_of(changed)
-                checked_groups(changed, methods, footprint.model)
-            except ConfigError:  # a rule of this job forbids it
-                continue
-            other = Footprint(changed, footprint.model, methods, footprint.device)
-            if name := _first_that_fits(other)[0]:
-                needs = other.needs(name)
-                sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB of the host"
-                found.append(f"{word} would fit: {sizes}, with model.placement={name}")
+    if _first_that_fits(footprint)[0]:
+        return found
+    for word, changed in _changes(footprint.config, footprint.methods):
+        try:
+            methods = methods_of(changed)
+            checked_groups(changed, methods, footprint.model)
+        except ConfigError:  # a rule of this job forbids it
+            continue
+        other = Footprint(changed, footprint.model, methods, footprint.device)
+        if name := _first_that_fits(other)[0]:
+            needs = other.needs(name)
+            sizes = f"{needs.device / 1e9:.1f} GB, and {needs.host / 1e9:.1f} GB of the host"
+            found.append(f"{word} would fit: {sizes}, with model.placement={name}")
     return found
 
 
