@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
-from permllm.runs.launched import first, share_machine
+from permllm.runs.launched import first, take_gpu
 from permllm.runtime.interruption import CONTINUES, exit_code, scheduler_signals, what_happened
 from permllm.runtime.terminal import Answer, run_tool, silence
 from permllm.runtime.version import __version__
@@ -228,10 +228,7 @@ class Session:
         A failure that a person can mend is one line on stderr, and does not stop the other jobs. Under torchrun all ranks go
         through the jobs together, and rank 0 prints and keeps what becomes of each (`permllm.runtime.parallel`).
         """
-        from permllm.runs import sweep
-
-        if sweep.sweeping():
-            share_machine()  # before anything uses a GPU
+        take_gpu()  # before anything uses one
         import datasets
         import transformers
 

@@ -286,7 +286,6 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     jobs: list[Outcome] = []
     monkeypatch.setattr("permllm.runs.sweep.sweeping", lambda: True)
     monkeypatch.setattr("permllm.runs.sweep.outcome_file", lambda: tmp_path / "outcome.json")
-    monkeypatch.setattr("permllm.cli.share_machine", lambda: None)
     monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.
