@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
-from permllm.runs.launched import first, share_machine
+from permllm.runs.launched import first, take_gpu
 from permllm.runtime.terminal import CONTINUES, Answer, exit_code, run_tool, scheduler_signals, silence, what_happened
 from permllm.runtime.version import __version__
 
@@ -227,10 +227,7 @@ class Session:
         A failure that a person can mend is one line on stderr, and does not stop the other jobs. Under torchrun all ranks go
         through the jobs together, and rank 0 prints and keeps what becomes of each (`permllm.runtime.parallel`).
         """
-        from permllm.runs import sweep
-
-        if sweep.sweeping():
-            share_machine()  # before anything uses a GPU
+        take_gpu()  # before anything uses one
         import datasets
         import transformers
 

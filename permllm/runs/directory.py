@@ -162,7 +162,7 @@ class RunDirectory(Record):
             wait: for another process that is at work on the same run; False raises InUseError.
 
         Raises:
-            ConfigError: the directory belongs to another run. DataError: it cannot be made, or a file is unreadable.
+            ConfigError: the directory belongs to another run. DataError: a file is unreadable.
         """
         made = parallel.rank() == 0 and not self.directory.exists()
         try:
@@ -197,8 +197,6 @@ class RunDirectory(Record):
                 raise InUseError(f"{self.directory} is in use by another process") from error
             log.info("%s: waiting for another process that runs the same", self.directory)
             same.acquire()
-        except OSError as error:
-            raise DataError(f"the run directory {self.directory} cannot be made: {error.strerror}") from error
         with same, whole:
             same.release()  # it is held twice now
             self.directory.mkdir(exist_ok=True)  # the process before may have removed it

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from permllm.errors import DataError, one_line
+from permllm.errors import one_line
 from permllm.runs.environment import command_line
 from permllm.runtime.terminal import what_happened
 
@@ -19,15 +19,8 @@ noted.propagate = False
 
 @contextmanager
 def job_log(file: Path) -> Iterator[None]:
-    """Append to a file what is logged inside, the command, and why the job ended where it did not finish.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    try:
-        handler = logging.FileHandler(file, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{file} cannot be written: {error.strerror}") from error
+    """Append to a file what is logged inside, the command, and why the job ended where it did not finish."""
+    handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk is the record's to tell
     loggers = (logging.getLogger(), noted)
@@ -38,10 +31,8 @@ def job_log(file: Path) -> Iterator[None]:
         yield
         noted.info("finished")
     except BaseException as error:
-        noted.error(
-            "ended: %s",
-            what_happened(error) if isinstance(error, KeyboardInterrupt) else one_line(error) or type(error).__name__,
-        )
+        said = one_line(error) or type(error).__name__
+        noted.error("ended: %s", what_happened(error) if isinstance(error, KeyboardInterrupt) else said)
         raise
     finally:
         for logger in loggers:

@@ -1,4 +1,4 @@
-"""GPUs and cores of the processes that run the jobs of a sweep at once."""
+"""GPUs of the processes that run the jobs of a sweep at once."""
 
 from __future__ import annotations
 
@@ -25,35 +25,25 @@ def first() -> bool:
 
 
 def share_gpus(launcher: Any, device: str) -> None:
-    """Make the locks of the GPUs for joblib's processes. Raises ConfigError where the launcher cannot share what is there."""
+    """Make the locks of the GPUs for joblib's processes. Raises ConfigError where the launcher cannot share what is there.
+
+    The cores are shared by joblib, which gives each process its part of the threads.
+    """
     os.environ.pop(GPUS, None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not launcher["_target_"].endswith(".BasicLauncher"):
         raise ConfigError("torchrun's processes go through the jobs of a sweep together: hydra/launcher=basic")
-    at_once = _at_once(launcher)
-    if not at_once or device not in ("auto", "cuda"):
+    if "joblib" not in launcher["_target_"] or device not in ("auto", "cuda"):
         return
     import torch
+    from joblib import effective_n_jobs  # type: ignore[import-untyped]
 
     if count := torch.cuda.device_count():
-        if at_once > count:
+        if effective_n_jobs(launcher.n_jobs) > count:
             raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU")
         _MADE[:] = [tempfile.TemporaryDirectory(prefix="permllm-gpus-")]
         os.environ[GPUS] = _MADE[0].name
         for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(","):
             Path(_MADE[0].name, name).touch()
-
-
-def share_machine() -> None:
-    """Give a process of joblib a GPU of its own and its share of the cores, before its first job."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if at_once := _at_once(HydraConfig.get().launcher):
-        import torch
-
-        from permllm.runtime.devices import cores
-
-        take_gpu()
-        torch.set_num_threads(max(1, cores() // at_once))
 
 
 def take_gpu() -> None:
@@ -67,13 +57,3 @@ def take_gpu() -> None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = file.name  # CUDA reads it when it is used first
                 return
         time.sleep(1)  # for a process that joblib replaces and that is about to end
-
-
-def _at_once(launcher: Any) -> int:
-    """Return the jobs that joblib runs at once; 0 for another launcher."""
-    if "joblib" not in launcher["_target_"]:
-        return 0
-    from permllm.runtime.devices import cores  # imports torch
-
-    count = int(launcher.get("n_jobs") or 1)
-    return count if count > 0 else max(1, cores() + 1 + count)  # joblib: -1 is all cores, -2 all but one

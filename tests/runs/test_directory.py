@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import threading
 import time
@@ -252,3 +253,36 @@ def test_two_processes_on_one_run_take_turns(tmp_path: Path) -> None:
         thread.join(60)
     assert len(entered) == 2
     assert min(entered) >= left
+
+
+def test_a_job_that_was_killed_anywhere_ends_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continue what `kill -9` leaves before anything that a job moves or removes: one run makes a copy of its folder there."""
+    words = ("pruner=sparsegpt", *LEARNED, "permutation.epochs=2", "calibration.samples=2", "export=gathered")
+    places: list[Path] = []
+
+    def run_in(folder: Path) -> dict[str, Any]:
+        monkeypatch.setenv("PERMLLM_CACHE", str(folder / "cache"))
+        _, directory = run(folder, *words, f"run_dir={folder}/run")
+        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix != ".lock"]
+        return results(directory) | {"files": sorted(files)}
+
+    def copy_before(owner: Any, name: str, patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+
+        def copying(*arguments: Any, **named: Any) -> Any:
+            places.append(tmp_path / str(len(places)))
+            shutil.copytree(tmp_path / "whole", places[-1])
+            return original(*arguments, **named)
+
+        patch.setattr(owner, name, copying)
+
+    (tmp_path / "whole").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+            copy_before(owner, name, patch)
+        expected = run_in(tmp_path / "whole")
+    assert len(places) > 40
+    for place in places:
+        found = run_in(place)
+        assert [key for key in expected if found.get(key) != expected[key]] == []
+        shutil.rmtree(place)

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,19 +116,11 @@ def test_tensors_of_garbage_cost_a_picture_and_nothing_else(tmp_path: Path, caps
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    def missing(what: str) -> None:
-        if os.environ.get("CI"):
-            pytest.fail(what)
-        pytest.skip(what)
-
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing("playwright is not installed: pip install -e '.[browser]'")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        missing(f"no browser among {', '.join(BROWSERS)}")
-    with sync_playwright() as playwright:
+    if executable is None or not find_spec("playwright"):
+        leave = pytest.fail if os.environ.get("CI") else pytest.skip
+        leave("playwright or a Chromium is not installed: pip install -e '.[browser]'")
+    with import_module("playwright.sync_api").sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
         yield started
         started.close()

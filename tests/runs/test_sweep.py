@@ -85,7 +85,7 @@ def joblib(n_jobs: int) -> DictConfig:
 
 def test_each_process_of_joblib_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("permllm.runtime.devices.cores", lambda: 8)
+    monkeypatch.setattr("joblib.effective_n_jobs", lambda n_jobs: n_jobs % 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv(launched.GPUS, "")
     for n_jobs in (3, -1):
