@@ -42,7 +42,6 @@ _NOT_PART_OF_A_RUN = (
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that only a permutation reads, which has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
-_DIGITS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +148,7 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 def digest_of(settings: Mapping[str, Any]) -> str:
     """Return a hexadecimal digest of settings."""
-    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(config=SETTINGS)
@@ -341,8 +340,7 @@ class RunConfig:
         asked = (self.permutation, self.mask, self.reconstruction)
         return max(first, *(windows_learned_from(one.get("samples"), one.get("skip"), first).stop for one in asked)) - first
 
-    # Asked many times, and follows from files that take time to read.
-    @cached_property
+    @cached_property  # files take time to read
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, as records have them, with a digest of each file that they name (`inputs`)."""
         files = {

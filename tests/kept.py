@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from permllm.config import digest_of
+from permllm.runs.files import write_json, write_text
 from tests.conftest import ROOT
 
 EXPERIMENTS = ROOT / "experiments"
@@ -19,21 +20,14 @@ THREE_RUNS = ROOT / "tests" / "three_runs"
 WINDOW = 2048
 
 
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of records."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def as_folder(line: Mapping[str, Any], folder: Path) -> Path:
     """Write the small files of the run directory that a record is of."""
-    (folder / "evaluations").mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(line["config"]))
-    for name in ("metrics", "environment"):
-        if name in line:
-            (folder / f"{name}.json").write_text(json.dumps(line[name]))
+    write_text(folder / "config.yaml", yaml.safe_dump(line["config"]))
+    for name in {"metrics", "environment"} & line.keys():
+        write_json(folder / f"{name}.json", line[name])
     for evaluation in line["evaluations"]:
-        (folder / "evaluations" / f"{evaluation['evaluation_hash']}.json").write_text(json.dumps(evaluation))
-    (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in line.get("history", [])))
+        write_json(folder / "evaluations" / f"{evaluation['evaluation_hash']}.json", evaluation)
+    write_text(folder / "history.jsonl", "".join(json.dumps(entry) + "\n" for entry in line.get("history", [])))
     return folder
 
 

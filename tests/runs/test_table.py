@@ -15,13 +15,13 @@ import pytest
 from permllm.cli import call
 from permllm.errors import ConfigError
 from permllm.runs import frame
-from permllm.runs.files import write_json
+from permllm.runs.files import read_lines, write_json
 from permllm.runs.published import Comparison, published
 from permllm.runs.read import collect
 from permllm.runs.render import cells, print_comparison, print_run, records, render
 from permllm.runs.table import Table
 from tests.conftest import ROOT, run_python
-from tests.kept import THREE_RUNS, as_folder, evaluation, lines_of, make_run, record
+from tests.kept import THREE_RUNS, as_folder, evaluation, make_run, record
 
 PERPLEXITY = "wikitext2 perplexity (window 2048)"
 
@@ -34,9 +34,9 @@ def shown(folder: Path) -> list[list[str]]:
     return list(csv.reader(io.StringIO(render(table_of(folder), "csv"))))
 
 
-def gaps(table: Table, by: str = "permutation") -> dict[str, float]:
-    found = {table.label(row, by): table.means.at[row, "gap closed"] for row in range(len(table.rows))} if table.gaps else {}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+def gaps(table: Table) -> dict[str, float]:
+    found = table.means["gap closed"].dropna() if table.gaps else {}
+    return {table.label(row, "permutation"): value for row, value in found.items()}
 
 
 def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(
@@ -130,10 +130,8 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
 def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", 20.0)
     make_run(tmp_path / "b", float("inf"), block_size=128)
-    printed = {}
-    for format in ("md", "latex", "json"):
-        assert call("results", [str(tmp_path), "--format", format]) == 0
-        printed[format] = capsys.readouterr().out
+    table = table_of(tmp_path)
+    printed = {format: render(table, format) for format in ("md", "latex", "json")}
     assert printed["md"].splitlines()[2].startswith("| dense | 10.00 |")
     assert r"block\_size & wikitext2 perplexity (window 2048)" in printed["latex"]
     assert r"60.00\% & 0.1500" in printed["latex"]
@@ -208,9 +206,8 @@ def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path)
     make_run(tmp_path / "b", 20.0)
     make_run(tmp_path / "c", 20.0, permutation="other", model="another")
     assert "gap closed" not in table_of(tmp_path).measures
-    assert gaps(table_of(tmp_path, "permutation=heuristic")) == pytest.approx(
-        {"heuristic": 0.0, "lcp": math.log(2) / math.log(4)}
-    )
+    found = gaps(table_of(tmp_path, "permutation=heuristic"))
+    assert found == pytest.approx({"heuristic": 0.0, "lcp": math.log(2) / math.log(4)})
     make_run(tmp_path / "d" / "none", 9.9, permutation="none")  # better than the dense model
     make_run(tmp_path / "d" / "lcp", 10.1)
     assert gaps(table_of(tmp_path / "d")) == {}
@@ -303,7 +300,7 @@ def keep(*places: Path, to: Path) -> int:
 
 
 def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for line in lines_of(THREE_RUNS / "records.jsonl"):
+    for line in read_lines(THREE_RUNS / "records.jsonl"):
         as_folder(line, tmp_path / "folders" / line["run"])
     assert keep(tmp_path / "folders", to=tmp_path / "kept" / "records.jsonl") == 0
     capsys.readouterr()
@@ -323,7 +320,7 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
     as_folder(line, tmp_path / "two" / "run")
     assert keep(tmp_path / "one", to=tmp_path / "kept.jsonl") == 0
     assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
-    (kept,) = lines_of(tmp_path / "kept.jsonl")
+    (kept,) = read_lines(tmp_path / "kept.jsonl")
     assert kept["environment"]["command"] == "run.py seed=0"
     assert keep(tmp_path / "one", tmp_path / "two", to=tmp_path / "kept.jsonl") == 1
     assert "2 of the runs have the name run" in capsys.readouterr().err
@@ -336,7 +333,6 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
         ("metrics.schema_version", 2, "schema_version=2: expected 3"),
         ("metrics.status", "running", "not finished (status 'running'); the same command continues it"),
         ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
-        ("metrics.retained_saliency", {}, "not as a run leaves it: "),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
         ("config.model", None, "not as a run leaves it: "),
         ("config.seed", [1], "not as a run leaves it: "),
