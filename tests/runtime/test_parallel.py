@@ -149,7 +149,7 @@ def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_f
 
     stray, busy = record("permutation.margin=1e300", "seed=1"), record("seed=1")
     stray.directory.mkdir(parents=True)
-    stray.path("stray").touch()
+    (stray.directory / "stray").touch()
     with busy.opened():
         command = ("-m", *OVERRIDES, "permutation.margin=1e300,0.05", "seed=1,0,0")
         code, out, err = finished(torchrun(tmp_path, *command))
