@@ -187,15 +187,15 @@ class _Layers:
         for path in group.members:
             dense = linear_at(self.model, path).weight
             perm, scores = order.to(dense.device), saliency(dense, factors[path].to(dense.device))
-            mask = None if self.found.masks is None else self.found.masks[path].to(dense.device)
+            mask, new = None if self.found.masks is None else self.found.masks[path].to(dense.device), None
             if pruner.updates_weights:
                 assert statistics is not None
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
-            else:
-                mask = permuted_nm_mask(scores, perm, pattern) if mask is None else mask
-                new = masked(mask, dense)
+            elif mask is None:
+                mask = permuted_nm_mask(scores, perm, pattern)
             layer.masks[path] = parallel.share(mask).cpu()
             if self.job.methods.change_weights:
+                new = masked(mask, dense) if new is None else new
                 new = reconstruction.linear(PrunedLinear(dense, new, mask, perm, pattern, statistics))
                 layer.weights[path] = parallel.share(new.to(dense.dtype))
             kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)

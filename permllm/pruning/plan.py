@@ -9,7 +9,7 @@ from rich.table import Table
 
 from permllm.models.families import ChannelGroup
 from permllm.pruning.footprint import Footprint
-from permllm.pruning.placement import FITS, placement_for, placements, would_fit
+from permllm.pruning.placement import FITS, placement_for, placements
 from permllm.runtime.speed import speed_of
 from permllm.runtime.terminal import terminal
 
@@ -39,8 +39,6 @@ def print_plan(of: Footprint) -> None:
     console.print(_needs(of))
     where = f"{of.config.plan_on} with 16 cores" if of.config.plan_on else f"{of.device}, as measured now"
     console.print(f"estimates, memory within 15 %, minutes within a factor of two: {where}; model and texts are there already")
-    for line in would_fit(of):
-        console.print(line)
 
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         seed: of all of them.
         deterministic: choose kernels of a GPU that give the same bits each time; attention's backward adds in any order else.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -66,8 +66,7 @@ class Thresholds(NamedTuple):
 def masked_piece(piece: Piece, n: int, m: int, dtype: torch.dtype) -> Tensor:
     """Return the piece times its N:M mask, `(k, C_out)`; saliency and mask are made in the dtype of the saliency factors."""
     w = _places(piece.of(piece.weight_t), m)
-    keep = keep_largest_of(_saliencies(w, piece), n)
-    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
+    return _masked(w, keep_largest_of(_saliencies(w, piece), n), dtype)
 
 
 def softmax_gradients(
@@ -99,9 +98,8 @@ def softmax_gradients(
     products = [of_mask * soft for of_mask, soft in zip(grad_mask, soft_mask, strict=True)]
     mean = sum(products[1:], products[0])
     grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
-    masked = [torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)]
     mask = keep if hard else soft_mask
-    return _join(masked, dtype), _join(s, dtype), _join(grad_s, dtype), _join(grad_mask, dtype), _join(mask, dtype)
+    return _masked(w, keep, dtype), _join(s, dtype), _join(grad_s, dtype), _join(grad_mask, dtype), _join(mask, dtype)
 
 
 def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -> Thresholds:
@@ -117,9 +115,8 @@ def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -
 
     next_d = at(n, d)
     stay = [torch.where(found < n, part - next_d, 0.0).sum(-1) for found, part in zip(ranks, d, strict=True)]
-    masked = [torch.where(found < n, part, 0.0) for found, part in zip(ranks, w, strict=True)]
     return Thresholds(
-        masked=_join(masked, dtype),
+        masked=_masked(w, [found < n for found in ranks], dtype),
         saliency=_join(s, s[0].dtype),
         gradient=_join(d, s[0].dtype),
         last=at(n - 1, s),
@@ -158,6 +155,10 @@ def _places(t: Tensor, m: int) -> list[Tensor]:
 
 def _join(places: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack([place.to(dtype) for place in places], 1).flatten(0, 1)
+
+
+def _masked(w: list[Tensor], keep: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return _join([torch.where(kept, part, 0.0) for kept, part in zip(keep, w, strict=True)], dtype)
 
 
 def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
