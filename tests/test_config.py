@@ -210,7 +210,7 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
         ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", True),
         ("seed=1", False),
         ("permutation.epochs=4", False),
-        # Classes of the package may move; nothing else names a class of somebody else.
+        # Classes of this package may move. A class of another package stays, because no other setting names it.
         ("pruner._target_=permllm.pruning.wanda.Wanda", True),
         ("temperature._target_=permllm.permutation.temperature.Linear", True),
         ("pruner._target_=mine.Wanda", False),

@@ -164,7 +164,7 @@ def windows_for(method: object, calibration: int) -> slice:
 def learning_problem(
     job: Job, group: str, tokens: Tensor, calibration: Tensor, factors: Mapping[str, SaliencyFactors], target: Tensor
 ) -> LearningProblem:
-    """Return the problem of a method that learns from the whole model, whose steps and epochs record and logger are told.
+    """Return the problem of a method that learns from the whole model. Its steps and epochs go to the record and the logger.
 
     Args:
         job: of the method.

@@ -43,7 +43,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Have linears of a half-precision model multiply in float32, where a CPU has no instructions for less.
+    """Make linears of a half-precision model multiply in float32 where a CPU has no instructions for less.
 
     The result is that of products of half-precision numbers that are summed in float32 and rounded once. It comes several
     times sooner than torch's own.

@@ -1,4 +1,4 @@
-"""What a run is planned to take, and what it takes."""
+"""Planned memory of a run beside the memory that it takes."""
 
 from __future__ import annotations
 

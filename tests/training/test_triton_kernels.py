@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 
 
 class Case(NamedTuple):
-    """What a kernel is given: numbers, their format, N:M, block size, rows, saliency."""
+    """Input of a kernel: kind of numbers, dtype, N:M, block size, rows, kind of saliency."""
 
     numbers: str = "random"
     dtype: torch.dtype = torch.float32
@@ -82,7 +82,7 @@ def given(case: Case) -> tuple[Piece, Tensor]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What the kernels make of all cases: masked weight, the same with the exchanges, and the exchanges."""
+    """Return two results of the kernel for masks, the second made with the exchanges, and the exchanges, for each case."""
     folder = tmp_path_factory.mktemp("kernels")
     asked = []
     for case in CASES:
