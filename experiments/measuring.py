@@ -51,9 +51,18 @@ def main(
         draw: draws them into matplotlib's axes.
     """
     description = sys.modules["__main__"].__doc__
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of run.py, and measure.KEY=VALUE")
-    parser.add_argument("--to", type=Path, metavar="FILE.jsonl", help="add the record to this file, with a picture beside it")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="as of run.py, and measure.KEY=VALUE"
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="add the record to this file, with a picture beside it",
+    )
     options = parser.parse_intermixed_args()
 
     def work() -> int:
@@ -69,11 +78,22 @@ def main(
         if options.to is not None:
             digest = digest_of(config.identity | {"measure": asdict(own)})
             name = f"{config.model.name}-{Path(script).parent.name}"
-            metrics = {"schema_version": SCHEMA_VERSION, "status": "finished", "name": name, "config_hash": digest}
+            metrics = {
+                "schema_version": SCHEMA_VERSION,
+                "status": "finished",
+                "name": name,
+                "config_hash": digest,
+            }
             metrics |= {"seconds": {"measure": seconds}, "study": found}
-            line = {"run": f"{name}-{digest}", "config": config.resolved | {"measure": asdict(own)}, "metrics": metrics}
+            line = {
+                "run": f"{name}-{digest}",
+                "config": config.resolved | {"measure": asdict(own)},
+                "metrics": metrics,
+            }
             add_record(options.to, line | {"environment": computed_with})
-            draw_picture(options.to.with_name(f"{name}-{digest}.png"), lambda axes: draw(found, axes))
+            draw_picture(
+                options.to.with_name(f"{name}-{digest}.png"), lambda axes: draw(found, axes)
+            )
         return 0
 
     return run_tool(work)
@@ -82,7 +102,9 @@ def main(
 def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
     """Settings of run.py, and those of a script's own dataclass, out of what was typed. Raises ConfigError."""
     config = read_config(composed([word for word in words if not word.startswith(_OWN)]))
-    own = OmegaConf.from_dotlist([word.removeprefix(_OWN) for word in words if word.startswith(_OWN)])
+    own = OmegaConf.from_dotlist(
+        [word.removeprefix(_OWN) for word in words if word.startswith(_OWN)]
+    )
     try:
         return config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), own))
     except OmegaConfBaseException as error:
@@ -92,7 +114,11 @@ def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
 def add_record(file: Path, line: dict[str, Any]) -> None:
     """Add a line to a file of records, in the place of one of its name. Raises DataError where a line is damaged."""
     try:
-        kept = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        kept = (
+            [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+            if file.exists()
+            else []
+        )
         by_name = {other["run"]: other for other in kept} | {line["run"]: line}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{file} is no file of records: {first_line(error)}") from error

@@ -105,9 +105,13 @@ def prune(
     _check_model(model, tokenizer, texts)
     texts = _checked(texts, model)
     named = texts if isinstance(texts, str) else _OWN_TEXT
-    if isinstance(texts, Tensor) and (unheard := [name for name in settings if name in _OF_DOCUMENTS]):
+    if isinstance(texts, Tensor) and (
+        unheard := [name for name in settings if name in _OF_DOCUMENTS]
+    ):
         raise ConfigError(f"{unheard[0]}: texts are windows of tokens, and are taken as they are")
-    config = _of_model(_composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts)
+    config = _of_model(
+        _composed(pruner, permutation, sparsity, named, settings, searchpath), model, texts
+    )
     methods = methods_of(config)
     groups = checked_groups(config, methods, model)
     _check_pruned_before(model, groups)
@@ -132,7 +136,13 @@ def prune(
     report = {"name": config.name, "config_hash": config.hash} | record.metrics
     report["history"] = record.history
     found = Pruned(pruned.orders, pruned.masks, report)
-    setattr(model, _PRUNED, _InMemory(found, tokenizer, config.resolved, environment(config.seed, device), config.pattern))
+    setattr(
+        model,
+        _PRUNED,
+        _InMemory(
+            found, tokenizer, config.resolved, environment(config.seed, device), config.pattern
+        ),
+    )
     return found
 
 
@@ -173,11 +183,18 @@ def perplexity(
         windows = _checked(texts, model)
         assert isinstance(windows, Tensor)
         if windows.shape[1] != window:
-            raise ConfigError(f"window={window}: texts are windows of {windows.shape[1]} tokens, and are taken as they are")
+            raise ConfigError(
+                f"window={window}: texts are windows of {windows.shape[1]} tokens, and are taken as they are"
+            )
         windows = windows[:limit]
     else:
         assert tokenizer is not None
-        config = PerplexityConfig(texts if isinstance(texts, str) else None, window, limit=limit, batch_tokens=batch_tokens)
+        config = PerplexityConfig(
+            texts if isinstance(texts, str) else None,
+            window,
+            limit=limit,
+            batch_tokens=batch_tokens,
+        )
         windows = perplexity_windows(tokenizer, _to_measure(texts, config), config, bos)
     check_windows("texts", windows, model)
     with _as_loaded(model), half_products(model.dtype, model.device):
@@ -187,7 +204,9 @@ def perplexity(
 def _to_measure(texts: str | Sequence[str], config: PerplexityConfig) -> NamedText:
     if not isinstance(texts, str):
         return NamedText(
-            "texts", _Documents(_documents(texts, "or the name of a text that perplexity is measured on")), kept=False
+            "texts",
+            _Documents(_documents(texts, "or the name of a text that perplexity is measured on")),
+            kept=False,
         )
     if " " in texts:  # a document, which no message is to repeat
         name = textwrap.shorten(texts, 40)
@@ -231,18 +250,24 @@ def save(
     started = time.perf_counter()
     record = getattr(model, _PRUNED, None)
     if not isinstance(record, _InMemory):
-        raise ConfigError("permllm.save writes a model that permllm.prune has pruned, and this one is not")
+        raise ConfigError(
+            "permllm.save writes a model that permllm.prune has pruned, and this one is not"
+        )
     request = Request(form, dtype, shard_gb)
     request.check()
     # It may have been trained in another format since, in a part of it too.
     formats = sorted({parameter.dtype for parameter in model.parameters()}, key=str)
     if len(formats) > 1 and dtype is None:
         names = " and ".join(str(one).removeprefix("torch.") for one in formats)
-        raise ConfigError(f"the model's weights are in {names}: `dtype` says which of them is written")
+        raise ConfigError(
+            f"the model's weights are in {names}: `dtype` says which of them is written"
+        )
     widest = reduce(torch.promote_types, formats)
     of_model = record.config["model"] | {"dtype": str(widest).removeprefix("torch.")}
     record = replace(record, config=record.config | {"model": of_model})
-    return write_checkpoint(record, request, _source(model, record.tokenizer), Path(folder), started)
+    return write_checkpoint(
+        record, request, _source(model, record.tokenizer), Path(folder), started
+    )
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -256,8 +281,12 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
         DataError: it is not whole; the tensor is named.
     """
     if "output_loading_info" in options:
-        raise ConfigError("output_loading_info: permllm.load answers with the model alone, whose weights it has checked")
-    return read_weights(Path(folder), options.pop("dtype", None), torch.device("cpu"), **options).eval()
+        raise ConfigError(
+            "output_loading_info: permllm.load answers with the model alone, whose weights it has checked"
+        )
+    return read_weights(
+        Path(folder), options.pop("dtype", None), torch.device("cpu"), **options
+    ).eval()
 
 
 @dataclass(frozen=True)
@@ -289,11 +318,15 @@ def _check_model(model: object, tokenizer: object, texts: object) -> None:
     """Raise ConfigError where the model is none with a head, or its tokenizer is missing where it is needed."""
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         kind = type(model).__name__
-        raise ConfigError(f"model: expected one that AutoModelForCausalLM gave, with its head, and it is a {kind}")
+        raise ConfigError(
+            f"model: expected one that AutoModelForCausalLM gave, with its head, and it is a {kind}"
+        )
     if tokenizer is None and not isinstance(texts, Tensor):
         raise ConfigError("tokenizer: only texts that are tokens need none")
     if isinstance(tokenizer, str | Path):
-        raise ConfigError(f"tokenizer: expected one that AutoTokenizer gave, and it is a {type(tokenizer).__name__}")
+        raise ConfigError(
+            f"tokenizer: expected one that AutoTokenizer gave, and it is a {type(tokenizer).__name__}"
+        )
     head = model.get_output_embeddings()
     if not is_plain_linear(head):
         raise ConfigError(
@@ -305,22 +338,38 @@ def _check_pruned_before(model: PreTrainedModel, groups: Sequence[ChannelGroup])
     """Raise ConfigError where an earlier call has pruned what this one keeps dense: neither knows of all masks and orders."""
     earlier = getattr(model, _PRUNED, None)
     if isinstance(earlier, _InMemory):
-        left = sorted(earlier.found.masks.keys() - {path for group in groups for path in group.members})
+        left = sorted(
+            earlier.found.masks.keys() - {path for group in groups for path in group.members}
+        )
         if left:
-            raise ConfigError(f"model: an earlier call has pruned {left[0]}, which this one keeps dense: prune a fresh one")
+            raise ConfigError(
+                f"model: an earlier call has pruned {left[0]}, which this one keeps dense: prune a fresh one"
+            )
 
 
-def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str | Sequence[str] | Tensor:
+def _checked(
+    texts: str | Sequence[str] | Tensor, model: PreTrainedModel
+) -> str | Sequence[str] | Tensor:
     """The texts. Raises ConfigError where they, or where the model lies, are nothing that can be calibrated with."""
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(places) > 1 or places == ["meta"]:
-        raise ConfigError(f"model: expected its weights in the memory of one device, and they are on {', '.join(places)}")
+        raise ConfigError(
+            f"model: expected its weights in the memory of one device, and they are on {', '.join(places)}"
+        )
     if isinstance(texts, Tensor):
         if texts.dim() != 2 or texts.dtype != torch.int64 or not texts.numel():
-            raise ConfigError(f"texts: expected int64 tokens (samples, seqlen), and it is {texts.dtype} {tuple(texts.shape)}")
-        known, least, most = next(model.get_input_embeddings().parameters()).shape[0], int(texts.min()), int(texts.max())
+            raise ConfigError(
+                f"texts: expected int64 tokens (samples, seqlen), and it is {texts.dtype} {tuple(texts.shape)}"
+            )
+        known, least, most = (
+            next(model.get_input_embeddings().parameters()).shape[0],
+            int(texts.min()),
+            int(texts.max()),
+        )
         if least < 0 or most >= known:
-            raise ConfigError(f"texts: expected tokens from 0 to {known - 1}, and there are {least} to {most}")
+            raise ConfigError(
+                f"texts: expected tokens from 0 to {known - 1}, and there are {least} to {most}"
+            )
         return texts
     if isinstance(texts, str):
         options = options_of()["calibration"][1]
@@ -335,14 +384,21 @@ def _checked(texts: str | Sequence[str] | Tensor, model: PreTrainedModel) -> str
 
 
 def _documents(texts: object, other: str) -> list[str]:
-    documents = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, Mapping) else []
+    documents = (
+        list(texts) if isinstance(texts, Iterable) and not isinstance(texts, Mapping) else []
+    )
     if not documents or not all(isinstance(document, str) for document in documents):
         raise ConfigError(f"texts: expected at least one document, a str each, tokens, {other}")
     return documents
 
 
 def _composed(
-    pruner: str, permutation: str, sparsity: str, text: str, settings: dict[str, Any], searchpath: Sequence[str]
+    pruner: str,
+    permutation: str,
+    sparsity: str,
+    text: str,
+    settings: dict[str, Any],
+    searchpath: Sequence[str],
 ) -> RunConfig:
     """The settings, as the command line would have composed them."""
     chosen = {"pruner": pruner, "permutation": permutation, "calibration": text, "logger": "none"}
@@ -352,10 +408,14 @@ def _composed(
         if isinstance(value, np.generic):
             value = value.item()
         if key.split(".")[0] in _NOT_HERE and key not in _HERE:
-            raise ConfigError(f"{key}={value}: permllm.prune takes only settings of how to calibrate, permute and prune")
+            raise ConfigError(
+                f"{key}={value}: permllm.prune takes only settings of how to calibrate, permute and prune"
+            )
         group = (conf_directory() / key).is_dir()
         (chosen if group else single)[key] = value
-    before = GlobalHydra.instance().hydra  # of an application of somebody else's, which goes on with it
+    before = (
+        GlobalHydra.instance().hydra
+    )  # of an application of somebody else's, which goes on with it
     GlobalHydra.instance().clear()
     paths = [f"hydra.searchpath=[{','.join(searchpath)}]"] if searchpath else []
     words = [*paths, "model=tiny", *(f"{group}={name}" for group, name in chosen.items())]
@@ -371,7 +431,9 @@ def _composed(
     return read_config(found)
 
 
-def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor) -> RunConfig:
+def _of_model(
+    config: RunConfig, model: PreTrainedModel, texts: str | Sequence[str] | Tensor
+) -> RunConfig:
     """The settings with the model and the text that are given."""
     path = str(model.config._name_or_path or model.config.model_type)
     dtype: Any = str(model.dtype).removeprefix("torch.")
@@ -400,7 +462,10 @@ def _of_model(config: RunConfig, model: PreTrainedModel, texts: str | Sequence[s
 
 
 def _tokens(
-    texts: str | Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: RunConfig, model: PreTrainedModel
+    texts: str | Sequence[str] | Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RunConfig,
+    model: PreTrainedModel,
 ) -> Tensor:
     if isinstance(texts, Tensor):
         found = texts.cpu().clone()  # which may have been made where gradients are off for good
@@ -430,7 +495,9 @@ def _source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
 def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode, no parameter requiring a gradient or having one, and as it was afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    gradients = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
     model.eval().requires_grad_(False)
     for parameter, _, _ in gradients:
         parameter.grad = None  # what learns would add to it
@@ -448,7 +515,9 @@ def _as_loaded(model: PreTrainedModel) -> Iterator[None]:
 def _random_numbers_kept() -> Iterator[None]:
     """Whoever calls draws the random numbers afterwards that he would have drawn, on every device."""
     python, numbers = random.getstate(), np.random.get_state()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()  # a seed is one of all of them
+    gpus = (
+        range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    )  # a seed is one of all of them
     try:
         with torch.random.fork_rng(gpus):
             yield

@@ -25,9 +25,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permllm.errors import SHORT_ERRORS, DataError, InUseError, PermLLMError, everything_wanted, one_line
+from permllm.errors import (
+    SHORT_ERRORS,
+    DataError,
+    InUseError,
+    PermLLMError,
+    everything_wanted,
+    one_line,
+)
 from permllm.runs.launched import first, take_gpu
-from permllm.runtime.terminal import CONTINUES, Answer, exit_code, run_tool, scheduler_signals, silence, what_happened
+from permllm.runtime.terminal import (
+    CONTINUES,
+    Answer,
+    exit_code,
+    run_tool,
+    scheduler_signals,
+    silence,
+    what_happened,
+)
 from permllm.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -35,12 +50,27 @@ if TYPE_CHECKING:
 
 # Each with its line in --help and the module that does its work.
 COMMANDS = {
-    "run": ("prune a model, or sweep over many: its settings are Hydra's (permllm run --help)", "permllm.job"),
-    "results": ("make one table of many runs, or keep them in one file", "permllm.runs.results_command"),
-    "report": ("write a page, or a picture of quality over minutes, of many runs", "permllm.runs.report_command"),
+    "run": (
+        "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",
+        "permllm.job",
+    ),
+    "results": (
+        "make one table of many runs, or keep them in one file",
+        "permllm.runs.results_command",
+    ),
+    "report": (
+        "write a page, or a picture of quality over minutes, of many runs",
+        "permllm.runs.report_command",
+    ),
     "export": ("write the pruned model of a run as a checkpoint", "permllm.export.export_command"),
-    "verify": ("prove that a checkpoint is whole and N:M as it is stored", "permllm.export.verify_command"),
-    "bench": ("measure a checkpoint: prefill, decoding, gathers, loading, sizes", "permllm.export.bench_command"),
+    "verify": (
+        "prove that a checkpoint is whole and N:M as it is stored",
+        "permllm.export.verify_command",
+    ),
+    "bench": (
+        "measure a checkpoint: prefill, decoding, gathers, loading, sizes",
+        "permllm.export.bench_command",
+    ),
 }
 # Packages whose errors are those of a launcher's processes.
 _LAUNCHERS = ("submitit", "joblib", "loky")
@@ -63,7 +93,9 @@ def main(words: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (meaning, _) in COMMANDS.items():
         commands.add_parser(name, help=meaning)
-    parser.parse_args(words or ["--help"])  # ends here: with the help, the version, or what is wrong
+    parser.parse_args(
+        words or ["--help"]
+    )  # ends here: with the help, the version, or what is wrong
     return 2
 
 
@@ -73,7 +105,9 @@ def call(name: str, words: Sequence[str]) -> int:
 
 
 def _answered(name: str, words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"permllm {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"permllm {name}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     module = None if name in _ARGUMENTS else import_module(COMMANDS[name][1])
     parser.description = inspect.getdoc(module or _ARGUMENTS[name])
     (module.arguments if module else _ARGUMENTS[name])(parser)
@@ -97,11 +131,17 @@ def _answered(name: str, words: Sequence[str]) -> int:
 def _export(parser: argparse.ArgumentParser) -> None:
     """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --form folded --to DIR."""
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--to", type=Path, required=True, help="folder to write; must be new or empty"
+    )
     parser.add_argument("--form", choices=("simulate", "folded", "gathered"), default="folded")
     parser.add_argument("--dtype", help="of the weights (default: that of the run)")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)")
-    parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved since the run")
+    parser.add_argument(
+        "--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)"
+    )
+    parser.add_argument(
+        "--dense", type=Path, help="folder of the dense model, if it has moved since the run"
+    )
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -111,10 +151,24 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     others, all numbers are finite, every permutation is one, and every pruned linear is N:M, or dense where an export says so.
     The exit code is 0 where all holds, 1 where not, 2 where the checkpoint cannot be read.
     """
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files")
-    parser.add_argument("--pattern", help="N:M of every linear (default: what an export of ours states, else 2:4)")
-    parser.add_argument("--against", type=Path, metavar="DENSE", help="another checkpoint, whose logits are compared")
-    parser.add_argument("--stock", type=Path, metavar="RUN", help="its run, whose perplexity stock transformers must find")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files"
+    )
+    parser.add_argument(
+        "--pattern", help="N:M of every linear (default: what an export of ours states, else 2:4)"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DENSE",
+        help="another checkpoint, whose logits are compared",
+    )
+    parser.add_argument(
+        "--stock",
+        type=Path,
+        metavar="RUN",
+        help="its run, whose perplexity stock transformers must find",
+    )
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -124,14 +178,25 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     linear of a 2:4 model in half precision runs on them. The output says where no kernel is faster than a dense one.
     """
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
-    parser.add_argument("--against", type=Path, metavar="DENSE", help="checkpoint of the dense model")
+    parser.add_argument(
+        "--against", type=Path, metavar="DENSE", help="checkpoint of the dense model"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
-    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of the products that are timed one by one")
+    parser.add_argument(
+        "--layer-tokens",
+        type=int,
+        default=2048,
+        help="rows of the products that are timed one by one",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: that of the checkpoint",
+    )
 
 
 # Of the commands whose modules take seconds to import.
@@ -163,7 +228,10 @@ def _hydra() -> None:
     if everything_wanted():
         start()
         return
-    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}  # Hydra then raises what it would print
+    os.environ |= {
+        "HYDRA_FULL_ERROR": "1",
+        SHORT_ERRORS: "1",
+    }  # Hydra then raises what it would print
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
@@ -172,13 +240,21 @@ def _hydra() -> None:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
-        raise SystemExit(f"error: {' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}") from error
+        raise SystemExit(
+            f"error: {' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}"
+        ) from error
 
 
 def _with_extra(said: str) -> str:
     """Return why Hydra refuses the command line, with the extra that a launcher or sweeper comes with."""
-    extra = re.search(r"Could not find 'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
-    return f"hydra/{extra[1]}={extra[2]} is not installed: pip install -e '.[sweep]'" if extra else said
+    extra = re.search(
+        r"Could not find 'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said
+    )
+    return (
+        f"hydra/{extra[1]}={extra[2]} is not installed: pip install -e '.[sweep]'"
+        if extra
+        else said
+    )
 
 
 def job(composed: DictConfig) -> float:
@@ -238,7 +314,11 @@ class Session:
         transformers.logging.set_verbosity_error()
         datasets.logging.set_verbosity_error()  # it warns wherever it works without network
         warnings.filterwarnings("ignore", category=FutureWarning)
-        for name in ("httpx", "httpx2", "huggingface_hub"):  # the middle one is what huggingface_hub 2 speaks through
+        for name in (
+            "httpx",
+            "httpx2",
+            "huggingface_hub",
+        ):  # the middle one is what huggingface_hub 2 speaks through
             logging.getLogger(name).setLevel(logging.ERROR)
         parallel.start()
         if not first():
@@ -263,14 +343,18 @@ class Session:
             with parallel.in_step():
                 config = parallel.on_main(lambda: read_config(sweep.place(composed)))
                 check_names(config)
-                skipped = not config.force and is_finished(run_directory(config), config.evaluation_identity)
+                skipped = not config.force and is_finished(
+                    run_directory(config), config.evaluation_identity
+                )
                 result = run(config)
                 value = math.inf if result is None else parallel.share(objective(result[0]))
             if result is not None:
                 self._end("skipped" if skipped else "ran", directory=str(result[1]))
             return value
         except (KeyboardInterrupt, SystemExit) as error:  # the latter is of `in_step`
-            said = "one rank failed alone" if isinstance(error, SystemExit) else what_happened(error)
+            said = (
+                "one rank failed alone" if isinstance(error, SystemExit) else what_happened(error)
+            )
             self._end("failed", f"{said}: the same command continues it")
             raise
         except InUseError as error:  # of a sweep: a single run waits
@@ -304,7 +388,9 @@ class Session:
             if len(finished) > 1 and len(runs := collect(finished).runs) > 1:
                 print_comparison(Table(runs))
             rows = zip(sweep.labels([job.overrides for job in jobs]), jobs, strict=True)
-            print_jobs([(label, job.outcome, job.reason or job.directory or "") for label, job in rows])
+            print_jobs(
+                [(label, job.outcome, job.reason or job.directory or "") for label, job in rows]
+            )
         return int(self._failed or any(job.outcome == "failed" for job in jobs))
 
     def _end(self, outcome: str, reason: str = "", directory: str | None = None) -> None:
@@ -325,7 +411,10 @@ def objective(metrics: dict[str, Any]) -> float:
     """Return the sparse model's perplexity, of several texts the geometric mean, else 1 - mean accuracy, else infinity."""
     from permllm.runs.measures import average_accuracy
 
-    found = [float(values["value"]) for values in metrics.get("perplexity", {}).get("sparse", {}).values()]
+    found = [
+        float(values["value"])
+        for values in metrics.get("perplexity", {}).get("sparse", {}).values()
+    ]
     if found:
         return math.prod(found) ** (1 / len(found))
     _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))

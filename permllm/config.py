@@ -23,7 +23,18 @@ from pydantic.dataclasses import dataclass
 
 from permllm.errors import ConfigError, first_line
 from permllm.runtime.inputs import input_digest, is_task_file, task_digest
-from permllm.runtime.values import SETTINGS, Arguments, ByName, Count, Length, Names, Positive, Texts, Whole, refused
+from permllm.runtime.values import (
+    SETTINGS,
+    Arguments,
+    ByName,
+    Count,
+    Length,
+    Names,
+    Positive,
+    Texts,
+    Whole,
+    refused,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 DTYPES = get_args(Dtype)
@@ -56,7 +67,9 @@ class NMPattern:
         """Read `"N:M"`. Raises ConfigError, which names the setting `key`, when `text` has another form."""
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
         if match is None:
-            raise ConfigError(f"{key}={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)")
+            raise ConfigError(
+                f"{key}={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)"
+            )
         if not 0 < int(match[1]) < int(match[2]):
             raise ConfigError(f"{key}={text}: N:M needs 0 < N < M, such as 2:4, 4:8, 1:4 or 3:4")
         return cls(int(match[1]), int(match[2]))
@@ -68,7 +81,9 @@ class NMPattern:
 def check_divides(pattern: NMPattern, channels: int, where: str) -> None:
     """Raise ConfigError unless M divides `channels`, the number of input channels of `where`."""
     if channels % pattern.m:
-        raise ConfigError(f"{pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}")
+        raise ConfigError(
+            f"{pattern}: M = {pattern.m} does not divide the {channels} input channels of {where}"
+        )
 
 
 def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
@@ -76,7 +91,11 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     flat: dict[str, Any] = {}
     for key, part in values.items():
         name = f"{prefix}{key}"
-        flat |= flatten(part, separator, f"{name}{separator}") if isinstance(part, Mapping) else {name: part}
+        flat |= (
+            flatten(part, separator, f"{name}{separator}")
+            if isinstance(part, Mapping)
+            else {name: part}
+        )
     return flat
 
 
@@ -95,13 +114,23 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     Names of this package's classes are no part of it, because classes may move. `block_size` and `temperature` are those that
     the permutation has; a permutation without them does not read them.
     """
-    identity = {key: value for key, value in resolved.items() if key not in (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION)}
+    identity = {
+        key: value
+        for key, value in resolved.items()
+        if key not in (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION)
+    }
     if "inputs" in identity:
         inputs = identity["inputs"] or {}
-        identity["inputs"] = {key: digest for key, digest in inputs.items() if not key.startswith("evaluation.")}
+        identity["inputs"] = {
+            key: digest for key, digest in inputs.items() if not key.startswith("evaluation.")
+        }
     if isinstance(identity.get("model"), Mapping):
-        identity["model"] = {key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL}
-        if str(identity["model"].get("device")).startswith("cuda:"):  # one GPU gives what another gives
+        identity["model"] = {
+            key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL
+        }
+        if str(identity["model"].get("device")).startswith(
+            "cuda:"
+        ):  # one GPU gives what another gives
             identity["model"]["device"] = "cuda"
     permutation = dict(identity.get("permutation") or {})
     identity |= {key: permutation.pop(key) for key in _OF_A_PERMUTATION if key in permutation}
@@ -114,7 +143,11 @@ def _without_classes(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
-    return {key: _without_classes(part) for key, part in value.items() if not (key == "_target_" and ours)}
+    return {
+        key: _without_classes(part)
+        for key, part in value.items()
+        if not (key == "_target_" and ours)
+    }
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +164,9 @@ def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         text |= {"dataset": None, "file": str(file).rsplit("/", 1)[-1], "digest": digest}
     found = {}
     if file or text.get("dataset") is not None:
-        found["perplexity"] = text | ({"bos": True} if (resolved.get("model") or {}).get("bos") else {})
+        found["perplexity"] = text | (
+            {"bos": True} if (resolved.get("model") or {}).get("bos") else {}
+        )
     tasks = {}
     for name, task in (settings.get("tasks") or {}).items():
         limit = shared.get("limit") if task["limit"] is None else task["limit"]
@@ -175,9 +210,13 @@ class ModelConfig:
         if self.source == "hub" and not self.hub_name:
             raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository of the hub")
         if self.source == "local" and not self.path:
-            raise ConfigError("model=local needs model.path=DIR, a folder that transformers can load")
+            raise ConfigError(
+                "model=local needs model.path=DIR, a folder that transformers can load"
+            )
         if self.placement == "disk" and self.source == "random":
-            raise ConfigError(f"model.placement=disk needs a model with files, and model={self.name} is random: take host")
+            raise ConfigError(
+                f"model.placement=disk needs a model with files, and model={self.name} is random: take host"
+            )
 
 
 @dataclass(config=SETTINGS)
@@ -209,7 +248,13 @@ class PerplexityConfig:
     @property
     def names(self) -> list[str]:
         """Names of the texts of `dataset`."""
-        return self.dataset if isinstance(self.dataset, list) else [] if self.dataset is None else [self.dataset]
+        return (
+            self.dataset
+            if isinstance(self.dataset, list)
+            else []
+            if self.dataset is None
+            else [self.dataset]
+        )
 
 
 @dataclass(config=SETTINGS)
@@ -245,7 +290,9 @@ class EvaluationConfig:
     """Group `evaluation`."""
 
     perplexity: PerplexityConfig
-    tasks: Annotated[dict[str, TaskConfig], BeforeValidator(_tasks)] = dataclasses.field(default_factory=dict)
+    tasks: Annotated[dict[str, TaskConfig], BeforeValidator(_tasks)] = dataclasses.field(
+        default_factory=dict
+    )
     lm_eval: LMEvalConfig = dataclasses.field(default_factory=LMEvalConfig)
 
 
@@ -330,7 +377,10 @@ class RunConfig:
     @property
     def patterns(self) -> list[NMPattern]:
         """Every N:M that is asked for, that of `sparsity` first."""
-        others = {NMPattern.parse(text, f"sparsity_of.{name}"): None for name, text in self.sparsity_of.items()}
+        others = {
+            NMPattern.parse(text, f"sparsity_of.{name}"): None
+            for name, text in self.sparsity_of.items()
+        }
         return list({self.pattern: None} | others)
 
     @property
@@ -338,7 +388,16 @@ class RunConfig:
         """Number of windows of the calibration text, after `calibration.samples`, that a method learns from."""
         first = self.calibration.samples
         asked = (self.permutation, self.mask, self.reconstruction)
-        return max(first, *(windows_learned_from(one.get("samples"), one.get("skip"), first).stop for one in asked)) - first
+        return (
+            max(
+                first,
+                *(
+                    windows_learned_from(one.get("samples"), one.get("skip"), first).stop
+                    for one in asked
+                ),
+            )
+            - first
+        )
 
     @cached_property  # files take time to read
     def resolved(self) -> dict[str, Any]:
@@ -379,10 +438,14 @@ def read_config(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     try:
         settings: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(composed)))  # type: ignore[arg-type]
         budget = settings.get("budget") or {}
-        settings.budget = {key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)}
+        settings.budget = {
+            key: budget[key] for key in budget if not OmegaConf.is_missing(budget, key)
+        }
         given: Any = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}") from error
+        raise ConfigError(
+            f"{error.full_key or 'settings'}: {first_line(ConfigError(error.msg or error))}"
+        ) from error
     try:
         return RunConfig(**given)
     except ValidationError as error:

@@ -46,7 +46,9 @@ def one_line(error: BaseException) -> str:
 
 def printable(name: str) -> str:
     """Return a name from a file of others as it can be shown: in one line, without what steers a terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in name
+    )
 
 
 def everything_wanted() -> bool:

@@ -39,7 +39,12 @@ from permllm.runs.names import ENVIRONMENT, EXPORT, LOG
 from permllm.runs.render import print_run
 from permllm.runtime import parallel
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import SPARING, keep_freed_memory, reset_peak_memory, return_freed_memory
+from permllm.runtime.memory import (
+    SPARING,
+    keep_freed_memory,
+    reset_peak_memory,
+    return_freed_memory,
+)
 from permllm.runtime.precision import compute_dtype, half_products
 from permllm.runtime.seeding import seed_everything
 
@@ -75,7 +80,9 @@ def run(config: RunConfig) -> tuple[dict[str, Any], Path] | None:
     with record.opened(config.force, wait=not sweep.sweeping()):
         if record.finished:
             log.info("%s is finished already; force=true runs it again", record.directory)
-            parallel.on_main(lambda: log_finished(config, record.directory, record.metrics, record.history))
+            parallel.on_main(
+                lambda: log_finished(config, record.directory, record.metrics, record.history)
+            )
         else:
             _unfinished(config, methods, record, device)
         if request is not None:
@@ -92,7 +99,9 @@ def _footprint(config: RunConfig, methods: Methods, device: torch.device) -> Foo
     return Footprint(config, model, methods, device)
 
 
-def _unfinished(config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device) -> None:
+def _unfinished(
+    config: RunConfig, methods: Methods, record: RunDirectory, device: torch.device
+) -> None:
     """Do what is left of a run."""
     check_tasks(config.evaluation)
     footprint = _footprint(config, methods, device)
@@ -102,7 +111,10 @@ def _unfinished(config: RunConfig, methods: Methods, record: RunDirectory, devic
     if device.type == "cpu" and placement == "disk":
         keep_freed_memory(SPARING)
     if not record.pruned:
-        record.metrics |= {"placement": placement, "planned_memory_bytes": footprint.needs(placement).peak}
+        record.metrics |= {
+            "placement": placement,
+            "planned_memory_bytes": footprint.needs(placement).peak,
+        }
     logger = NO_LOGGER
     with ExitStack() as held:
 
@@ -120,7 +132,10 @@ def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> 
     """Raise ConfigError where some ranks would have no sample of their own to learn from."""
     processes = parallel.world_size()
     for group, method in methods.learned.items():
-        counts = {f"{group}.batch_size": method.batch_size, f"{group}.samples": getattr(method, "samples", None)}
+        counts = {
+            f"{group}.batch_size": method.batch_size,
+            f"{group}.samples": getattr(method, "samples", None),
+        }
         for name, value in (counts | {"calibration.samples": config.calibration.samples}).items():
             if value and value < processes and not record.has(group):
                 raise ConfigError(
@@ -140,7 +155,9 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     request = Request(export.form, export.dtype, export.shard_gb)
     request.check()
     if methods.change_weights and not config.save_weights:
-        raise ConfigError(f"export={export.form} needs the changed weights, and save_weights=false does not keep them")
+        raise ConfigError(
+            f"export={export.form} needs the changed weights, and save_weights=false does not keep them"
+        )
     if export.form == "folded" and methods.permutation.constraint == "free":
         raise ConfigError(
             "export=folded cannot fold free permutations into the neighbouring weights: set permutation.constraint=foldable, "
@@ -149,16 +166,26 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     return request
 
 
-def _stages(config: RunConfig, methods: Methods, record: RunDirectory, logger: RunLogger, device: torch.device) -> None:
+def _stages(
+    config: RunConfig,
+    methods: Methods,
+    record: RunDirectory,
+    logger: RunLogger,
+    device: torch.device,
+) -> None:
     seed_everything(config.seed, config.deterministic)
     reset_peak_memory(device)
     if not record.pruned:
-        parallel.on_main(lambda: write_json(record.directory / ENVIRONMENT, environment(config.seed, device)))
+        parallel.on_main(
+            lambda: write_json(record.directory / ENVIRONMENT, environment(config.seed, device))
+        )
     with record.stage("load", device):
         loaded = load_model(config.model, config.seed)
         if record.metrics.setdefault("model", parallel.share(loaded.identity)) != loaded.identity:
             began = record.metrics["model"]
-            raise DataError(f"{record.directory} began with {began}, and the model is now {loaded.identity}")
+            raise DataError(
+                f"{record.directory} began with {began}, and the model is now {loaded.identity}"
+            )
         groups = checked_groups(config, methods, loaded.model)
         _check_amounts(config, loaded, record.pruned)
     products = compute_dtype(config.compute_dtype, loaded.model.dtype, device)
@@ -180,10 +207,14 @@ def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None
     """Raise DataError, before anything is computed, where a text is too short or has tokens that the model does not know."""
     tokenizer, model = loaded.tokenizer, loaded.model
     for named in perplexity_texts(config.evaluation.perplexity):
-        windows = perplexity_windows(tokenizer, named, config.evaluation.perplexity, config.model.bos)
+        windows = perplexity_windows(
+            tokenizer, named, config.evaluation.perplexity, config.model.bos
+        )
         check_windows(f"evaluation.perplexity: {named.name}", windows, model)
     if not pruned:
-        windows = calibration_tokens(tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+        windows = calibration_tokens(
+            tokenizer, config.calibration, config.seed, config.model.bos, config.further
+        )
         check_windows("calibration", windows, model)
 
 
@@ -199,7 +230,9 @@ def _prune(job: Job, record: RunDirectory) -> None:
     def tokens() -> Tensor:
         digest = calibration_text(config.calibration).text.digest(calibration=True)
         record.metrics["texts"] = {"calibration": digest}
-        return calibration_tokens(job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further)
+        return calibration_tokens(
+            job.loaded.tokenizer, config.calibration, config.seed, config.model.bos, config.further
+        )
 
     prune_model(job, tokens)
 

@@ -15,8 +15,19 @@ from permllm.pruning.methods import methods_of
 from permllm.pruning.placement import placements
 from permllm.runs.render import as_text
 
-_METHODS = ["method=wanda", "method=sparsegpt", "permutation=heuristic", "permutation=lcp", "method=order-folded"]
-_METHODS += ["method=masks-lowrank", "method=masks", "method=masks mask.layers_per_stage=4", "reconstruction=distill"]
+_METHODS = [
+    "method=wanda",
+    "method=sparsegpt",
+    "permutation=heuristic",
+    "permutation=lcp",
+    "method=order-folded",
+]
+_METHODS += [
+    "method=masks-lowrank",
+    "method=masks",
+    "method=masks mask.layers_per_stage=4",
+    "reconstruction=distill",
+]
 
 
 def memory(folder: Path, models: str) -> str:
@@ -30,7 +41,13 @@ def memory(folder: Path, models: str) -> str:
             config = read_config(composed([f"model={name}", *words.split()]))
             job = Footprint(config, shapes[name], methods_of(config), torch.device("cuda"))
             row.append(
-                " / ".join(f"{job.needs(place).device / 1e9:.1f}" for place in placements(job) if place in ("device", "host"))
+                " / ".join(
+                    f"{job.needs(place).device / 1e9:.1f}"
+                    for place in placements(job)
+                    if place in ("device", "host")
+                )
             )
         rows.append(row)
-    return as_text(pd.DataFrame(rows, columns=["GB on the device / with the layers on the host", *names]), "md")
+    return as_text(
+        pd.DataFrame(rows, columns=["GB on the device / with the layers on the host", *names]), "md"
+    )

@@ -41,7 +41,11 @@ def random_tensor(name: str, like: Tensor, deviation: float) -> Tensor:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte, in the form that every family's tokenizer class reads."""
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE(
+            {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}, []
+        )
+    )
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -62,16 +66,25 @@ def write_random(folder: Path, model: ModelConfig, shard_gb: float) -> None:
     state = skeleton.state_dict()
     planned = {name: state[name] for name in parameter_names(skeleton)}
     deviation = float(getattr(skeleton.config, "initializer_range", 0.02))
-    write_shards(folder, planned, lambda name: random_tensor(name, planned[name], deviation), int(shard_gb * 1e9))
+    write_shards(
+        folder,
+        planned,
+        lambda name: random_tensor(name, planned[name], deviation),
+        int(shard_gb * 1e9),
+    )
     skeleton.config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
 def main() -> None:
     """Write the checkpoint that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the settings, as for run.py")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of the settings, as for run.py"
+    )
     parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a file, at most")
     options = parser.parse_args()
     config = read_config(composed(options.overrides))

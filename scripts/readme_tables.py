@@ -34,20 +34,49 @@ from permllm.runs.table import GAP, Table
 from permllm.runtime.terminal import run_tool
 from scripts.memory_table import memory
 
-_BLOCK = re.compile(r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<begin><!-- view: (?P<words>[^\n]*) -->\n)(?P<block>.*?)(?P<end><!-- /view -->)", re.DOTALL
+)
 _SHOWN = "perplexity, gap closed, average acc, saliency retained, output error, zeros, seconds"
 _GROUPS = ("pruner", "permutation", "mask", "reconstruction", "temperature")
-_SETTINGS = ("block_size", "compute_dtype", "calibration.samples", "calibration.seqlen", "calibration.statistics")
-_LEFT_OUT = ("block_size", "temperature", "mask_temperature", "compile", "path", "target", "_target_", "uses")
+_SETTINGS = (
+    "block_size",
+    "compute_dtype",
+    "calibration.samples",
+    "calibration.seqlen",
+    "calibration.statistics",
+)
+_LEFT_OUT = (
+    "block_size",
+    "temperature",
+    "mask_temperature",
+    "compile",
+    "path",
+    "target",
+    "_target_",
+    "uses",
+)
 
 
-def table(folder: Path, records: str = RECORDS, baseline: str = "", columns: str = "", measures: str = _SHOWN) -> str:
+def table(
+    folder: Path,
+    records: str = RECORDS,
+    baseline: str = "",
+    columns: str = "",
+    measures: str = _SHOWN,
+) -> str:
     """Return runs as `permllm results` shows them, and what they were measured with."""
     runs = runs_of(folder / records)
     return f"{shown(runs, columns, measures, baseline)}\n{machine(runs)}"
 
 
-def shown(runs: list[Run], columns: str, measures: str, baseline: str = "", paper: Comparison | None = None) -> str:
+def shown(
+    runs: list[Run],
+    columns: str,
+    measures: str,
+    baseline: str = "",
+    paper: Comparison | None = None,
+) -> str:
     """Return runs as `permllm results` shows them."""
     found = Table(runs, baseline)
     found.show(columns, measures)
@@ -60,16 +89,30 @@ def paper(folder: Path, table: str, baseline: str, recipe: str = "", **options: 
     options = {"columns": "pruner,permutation", "measures": _SHOWN} | options
     compared = Comparison(numbers, runs[0].config["model"]["name"])
     gap = "The gap closed is a share of the log-perplexity between the row that closes 0.00% and the dense model."
-    parts = [f"\n    python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick\n"]
-    parts += [shown(runs, **options, baseline=baseline, paper=compared), f"{compared.note} {gap}\n", provenance(runs)]
+    parts = [
+        f"\n    python run.py experiment={table} model=smollm2-135m protocol=offline budget=quick\n"
+    ]
+    parts += [
+        shown(runs, **options, baseline=baseline, paper=compared),
+        f"{compared.note} {gap}\n",
+        provenance(runs),
+    ]
     if recipe:
-        parts += ["The paper's recipe at the same budget:\n", shown(runs_of(folder / recipe), **options)]
+        parts += [
+            "The paper's recipe at the same budget:\n",
+            shown(runs_of(folder / recipe), **options),
+        ]
     frame = pd.DataFrame(numbers)
     keys = ["model", "sparsity", "method", "setting"]
     across = frame.pivot(index=keys, columns="metric", values="value")  # sorted, unlike the paper's
-    across = across.reindex(index=pd.MultiIndex.from_frame(frame[keys].drop_duplicates()), columns=frame["metric"].unique())
+    across = across.reindex(
+        index=pd.MultiIndex.from_frame(frame[keys].drop_duplicates()),
+        columns=frame["metric"].unique(),
+    )
     theirs = across.map(lambda value: "" if pd.isna(value) else f"{value:g}").reset_index()
-    return "\n".join([*parts, f"The paper's {table.replace('table', 'table ')}:\n", as_text(theirs, "md")])
+    return "\n".join(
+        [*parts, f"The paper's {table.replace('table', 'table ')}:\n", as_text(theirs, "md")]
+    )
 
 
 def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) -> str:
@@ -83,8 +126,14 @@ def frontier(folder: Path, columns: str, baseline: str, records: str = RECORDS) 
     rows = [int(row) for row in gaps.index if not found.learned_elsewhere(row)]
     frame = cells(found).iloc[[0, *(row + 1 for row in rows)]]
     place = list(frame).index(GAP)
-    frame.insert(place, "minutes", ["", *(f"{found.frame['minutes'][found.fastest(row)]:.1f}" for row in rows)])
-    frame.insert(place + 1, "peak memory", ["", *(f"{found.memory(row) / 1e9:.2f} GB" for row in rows)])
+    frame.insert(
+        place,
+        "minutes",
+        ["", *(f"{found.frame['minutes'][found.fastest(row)]:.1f}" for row in rows)],
+    )
+    frame.insert(
+        place + 1, "peak memory", ["", *(f"{found.memory(row) / 1e9:.2f} GB" for row in rows)]
+    )
     return f"{as_text(frame, 'md')}\n{machine(runs)}"
 
 
@@ -99,11 +148,14 @@ def placements(folder: Path, records: str = RECORDS) -> str:
     rows = []
     for (model, method, placement), numbers in found.items():
         seconds, device = (
-            min((one[2] for one in of), default=0.0) for of in (numbers, found.get((model, method, "device"), []))
+            min((one[2] for one in of), default=0.0)
+            for of in (numbers, found.get((model, method, "device"), []))
         )
         beside = f"{seconds / device - 1:+.0%}" if device and placement != "device" else ""
         planned, peak = (f"{max(one[number] for one in numbers):.2f} GB" for number in (0, 1))
-        rows.append([model, method, placement, str(len(numbers)), planned, peak, f"{seconds:.0f}", beside])
+        rows.append(
+            [model, method, placement, str(len(numbers)), planned, peak, f"{seconds:.0f}", beside]
+        )
     header = ["model", "method", "placement", "runs", "planned", "peak", "seconds", "beside device"]
     return f"{as_text(pd.DataFrame(rows, columns=header), 'md')}\n{machine(runs)}"
 
@@ -124,14 +176,38 @@ def peers(folder: Path, theirs: str) -> str:
             if peer["text"].startswith(name)
         ]
         (value,) = {value for _, value in found}
-        source = ", ".join(filter(None, (f"{peer['repository']} {peer['commit']}".strip(), peer["note"])))
+        source = ", ".join(
+            filter(None, (f"{peer['repository']} {peer['commit']}".strip(), peer["note"]))
+        )
         difference = round(value / float(peer["perplexity"]) - 1, 3) + 0.0  # no minus before a zero
         kept = ", ".join(f"`{name}`" for name, _ in found if which == "sparse")
         text = f"{peer['text']}, {peer['windows']} windows of {peer['window']}"
-        rows.append([peer["method"], text, source, peer["perplexity"], f"{value:.2f}", f"{difference:+.1%}", kept])
-    header = ["method", "text", "official implementation", "theirs", "ours", "difference", "records"]
+        rows.append(
+            [
+                peer["method"],
+                text,
+                source,
+                peer["perplexity"],
+                f"{value:.2f}",
+                f"{difference:+.1%}",
+                kept,
+            ]
+        )
+    header = [
+        "method",
+        "text",
+        "official implementation",
+        "theirs",
+        "ours",
+        "difference",
+        "records",
+    ]
     return "\n".join(
-        ["\n    python run.py experiment=peers\n", as_text(pd.DataFrame(rows, columns=header), "md"), provenance(runs)]
+        [
+            "\n    python run.py experiment=peers\n",
+            as_text(pd.DataFrame(rows, columns=header), "md"),
+            provenance(runs),
+        ]
     )
 
 
@@ -141,9 +217,15 @@ def ablation(folder: Path, records: str = RECORDS) -> str:
     keys = ["pruner", "permutation", "reconstruction", "settings", "processor"]
     groups = lines.groupby(keys, sort=False)
     found = groups.agg(
-        {"perplexity": partial(_spread, digits=1), "final loss": partial(_spread, digits=3), "records": ", ".join}
+        {
+            "perplexity": partial(_spread, digits=1),
+            "final loss": partial(_spread, digits=3),
+            "records": ", ".join,
+        }
     )
-    found = found.assign(mean=groups["perplexity"].mean(), seconds=groups["seconds"].mean().map("{:.0f}".format)).reset_index()
+    found = found.assign(
+        mean=groups["perplexity"].mean(), seconds=groups["seconds"].mean().map("{:.0f}".format)
+    ).reset_index()
     found[keys[:3]] = "`" + found[keys[:3]] + "`"
     columns = [*keys[:4], "perplexity", "final loss", "seconds", "processor", "records"]
     text = as_text(found.sort_values("mean", ascending=False, kind="stable")[columns], "md")
@@ -152,15 +234,28 @@ def ablation(folder: Path, records: str = RECORDS) -> str:
 
 def _ablated(run: Run) -> dict[str, Any]:
     config, metrics = run.config, run.metrics
-    said = ", ".join(f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run))
+    said = ", ".join(
+        f"{key.removeprefix('permutation.')}={value}" for key, value in _differing(run)
+    )
     order = config["permutation"].get("path", "").rpartition("-")[2]
-    ((sparse, dense),) = zip(metrics["perplexity"]["sparse"].values(), metrics["perplexity"]["dense"].values(), strict=True)
+    ((sparse, dense),) = zip(
+        metrics["perplexity"]["sparse"].values(),
+        metrics["perplexity"]["dense"].values(),
+        strict=True,
+    )
     return {group: config[group]["name"] for group in _GROUPS} | {
         "settings": ", ".join(filter(None, [f"the order of `{order}`" if order else "", said])),
         "perplexity": sparse["value"],
         "dense": dense["value"],
-        "final loss": min((one["measured_loss"] for one in run.history if one["measured_loss"] is not None), default=None),
-        "seconds": sum(value for name, value in metrics["seconds"].items() if not name.startswith(("evaluate", "load"))),
+        "final loss": min(
+            (one["measured_loss"] for one in run.history if one["measured_loss"] is not None),
+            default=None,
+        ),
+        "seconds": sum(
+            value
+            for name, value in metrics["seconds"].items()
+            if not name.startswith(("evaluate", "load"))
+        ),
         "processor": processor(run).replace("(R)", "").replace(" Processor", ""),
         "records": f"`{run.directory.name.rsplit('-', 1)[-1]}`",
     }
@@ -168,8 +263,12 @@ def _ablated(run: Run) -> dict[str, Any]:
 
 def _differing(run: Run) -> Iterator[tuple[str, Any]]:
     """Give what sets a run apart from `python run.py` with its pruner and reconstruction, in bfloat16."""
-    usual = _usual(*(f"{group}={run.config[group]['name']}" for group in ("pruner", "mask", "reconstruction")))
-    for key, value in _flat(run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}).items():
+    usual = _usual(
+        *(f"{group}={run.config[group]['name']}" for group in ("pruner", "mask", "reconstruction"))
+    )
+    for key, value in _flat(
+        run.config | {"compute_dtype": run.metrics.get("compute_dtype", "float32")}
+    ).items():
         group, _, rest = key.partition(".")
         if value != usual.get(key) and (rest != "name" or group in ("temperature", "mask")):
             yield group if rest == "name" else key, value
@@ -186,9 +285,13 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     learned, flat = "epochs" in config["permutation"], flatten(config)
     found = {key: flat.get(key) for key in _SETTINGS if learned or key != "block_size"}
     for group in _GROUPS if learned else _GROUPS[:-1]:
-        found |= {f"{group}.{key}": value for key, value in config[group].items() if key not in _LEFT_OUT}
+        found |= {
+            f"{group}.{key}": value for key, value in config[group].items() if key not in _LEFT_OUT
+        }
     if learned and found["permutation.loss"] is None:
-        found["permutation.loss"] = "kl" if found["permutation.layers_per_stage"] == "all" else "cosine"
+        found["permutation.loss"] = (
+            "kl" if found["permutation.layers_per_stage"] == "all" else "cosine"
+        )
     return found
 
 
@@ -215,7 +318,9 @@ def provenance(runs: list[Run]) -> str:
     return f"{cost}; {cached}. Seed {seeds}; {calibrated}. {machine(runs)}\n"
 
 
-_VIEWS = {view.__name__: view for view in (table, paper, frontier, ablation, placements, peers, memory)}
+_VIEWS = {
+    view.__name__: view for view in (table, paper, frontier, ablation, placements, peers, memory)
+}
 
 
 def with_views(file: Path) -> str:
@@ -226,7 +331,9 @@ def with_views(file: Path) -> str:
         try:
             text = _VIEWS[name](file.parent, **dict(word.partition("=")[::2] for word in words))
         except (ConfigError, DataError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}: view {name}: {error}; views are {', '.join(_VIEWS)}") from error
+            raise ConfigError(
+                f"{file}: view {name}: {error}; views are {', '.join(_VIEWS)}"
+            ) from error
         return f"{match['begin']}{text.rstrip()}\n{match['end']}"
 
     return _BLOCK.sub(anew, file.read_text(encoding="utf-8"))
@@ -238,7 +345,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.md")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(words)
-    stale = {file: text for file in options.files if (text := with_views(file)) != file.read_text(encoding="utf-8")}
+    stale = {
+        file: text
+        for file in options.files
+        if (text := with_views(file)) != file.read_text(encoding="utf-8")
+    }
     for file, text in stale.items():
         if not options.check:
             write_text(file, text)

@@ -31,17 +31,23 @@ _IMPORTED = [
 ]
 
 
-def command(words: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def command(
+    words: list[str], cwd: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS`: a script, or a module after `-m`. Variables that are read at an import are those of now."""
     with TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        with pytest.MonkeyPatch.context() as patch:  # of the server, which starts with the first command
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # of the server, which starts with the first command
             patch.setenv("OMP_NUM_THREADS", "1")  # one thread alone can be forked
             patch.setenv("HF_HUB_OFFLINE", "1")
             process = _server().Process(target=_become, args=(words, cwd, environment, out, err))
             process.start()
         process.join()
-        return subprocess.CompletedProcess(words, process.exitcode or 0, *(file.read_text("utf-8") for file in (out, err)))
+        return subprocess.CompletedProcess(
+            words, process.exitcode or 0, *(file.read_text("utf-8") for file in (out, err))
+        )
 
 
 @cache

@@ -61,7 +61,9 @@ def tiny_config(family: str) -> dict[str, object]:
     return settings | FAMILY_SETTINGS[family]
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None, **architecture: Any) -> PreTrainedModel:
+def tiny_model(
+    family: str, seed: int = 0, dtype: torch.dtype | None = None, **architecture: Any
+) -> PreTrainedModel:
     """A random model of `tiny_config` and what is given of it, in float32 unless it is said, with biases that are not zero."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,7 +71,9 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None, **a
     dtype = dtype or torch.float32
     settings = tiny_config(family) | architecture
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -82,8 +86,12 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None, **a
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Where nothing else is said, whole folders have as many workers as cores, at most 8; files, and what talks, have none."""
     options = config.option
-    together = not options.usepdb and options.capture != "no" and all(map(os.path.isdir, config.args))
-    if getattr(options, "numprocesses", 0) is None and together and not WORKER:  # which has none of its own
+    together = (
+        not options.usepdb and options.capture != "no" and all(map(os.path.isdir, config.args))
+    )
+    if (
+        getattr(options, "numprocesses", 0) is None and together and not WORKER
+    ):  # which has none of its own
         options.numprocesses, options.dist = min(8, len(os.sched_getaffinity(0))), "loadgroup"
 
 
@@ -152,7 +160,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def run_command(*overrides: str, cwd: Path, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *overrides: str, cwd: Path, fresh: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`python run.py OVERRIDES` as a person would type it, with `cwd` as the working directory.
 
     Args:
@@ -169,7 +179,10 @@ def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def run_python(
-    *words: str, cwd: Path | None = None, environment: dict[str, str] | None = None, fresh: bool = False
+    *words: str,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """`python WORDS`: a script, a module after `-m`, or after `-m permllm` the command `permllm`."""
     if words[:2] == ("-m", "permllm"):
@@ -178,5 +191,11 @@ def run_python(
     if not fresh:
         return commands.command(list(words), cwd, environment)
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
     )

@@ -30,7 +30,10 @@ TINY = ("model=tiny", "logger=none")
 
 
 def test_its_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, lines in {"--help": [f"    {name}" for name in COMMANDS], "--version": [f"permllm {__version__}\n"]}.items():
+    for words, lines in {
+        "--help": [f"    {name}" for name in COMMANDS],
+        "--version": [f"permllm {__version__}\n"],
+    }.items():
         with pytest.raises(SystemExit) as stop:
             main([words])
         assert stop.value.code == 0
@@ -39,7 +42,9 @@ def test_its_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_has_a_help_without_what_takes_long_to_import(name: str, tmp_path: Path) -> None:
+def test_each_command_has_a_help_without_what_takes_long_to_import(
+    name: str, tmp_path: Path
+) -> None:
     code = (
         f"import atexit, sys; sys.argv = ['permllm', '{name}', '--help']\n"
         "heavy = ('torch', 'transformers', 'lm_eval', 'wandb', 'accelerate', 'plotly')\n"
@@ -58,7 +63,12 @@ def test_each_command_has_a_help_without_what_takes_long_to_import(name: str, tm
     [("results", [], 1), ("export", ["--to", "new"], 1), ("verify", [], 2), ("bench", [], 1)],
 )
 def test_an_error_is_one_line_and_in_json_too(
-    name: str, words: list[str], code: int, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    words: list[str],
+    code: int,
+    tmp_path: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     typed = [f"{tmp_path}/nothing", *words]
     assert call(name, typed) == code
@@ -72,17 +82,23 @@ def test_an_error_is_one_line_and_in_json_too(
     assert answer.err == plain.err
 
 
-def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_has_no_infinity(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = Answer({"a": [float("inf"), float("nan"), 1.5]}, lambda: None)
     monkeypatch.setattr("permllm.runs.results_command.work", lambda _: answer)
     assert call("results", ["x", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, None, 1.5]}
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [None, None, 1.5]
+    }
 
 
 def test_run_is_run_py(tmp_path: Path) -> None:
     words = ("model=tiny", "plan=true", f"runs_dir={tmp_path}")
     through, script = run_module("permllm", "run", *words), run_python(str(ROOT / "run.py"), *words)
-    plan, other = (done.stdout.partition("GB by stage")[0] for done in (through, script))  # times are measured anew
+    plan, other = (
+        done.stdout.partition("GB by stage")[0] for done in (through, script)
+    )  # times are measured anew
     assert "channel groups" in plan
     assert other == plan
 
@@ -117,7 +133,9 @@ def test_a_command_line_that_is_refused_is_one_line(words: str, named: str, tmp_
 
 
 def test_a_launcher_that_is_not_installed_names_its_extra() -> None:
-    said = cli._with_extra("In 'hydra/config': Could not find 'hydra/launcher/joblib' Available options")
+    said = cli._with_extra(
+        "In 'hydra/config': Could not find 'hydra/launcher/joblib' Available options"
+    )
     assert said == "hydra/launcher=joblib is not installed: pip install -e '.[sweep]'"
 
 
@@ -137,16 +155,27 @@ def test_one_job_leaves_a_record_and_the_second_time_skips(tmp_path: Path) -> No
     assert str(directory.relative_to(tmp_path)) in first.stdout
     assert "builtin perplexity" in first.stdout
     names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
-    expected = {"config.yaml", "metrics.json", "history.jsonl", "permutations.safetensors", "masks.safetensors"}
+    expected = {
+        "config.yaml",
+        "metrics.json",
+        "history.jsonl",
+        "permutations.safetensors",
+        "masks.safetensors",
+    }
     assert names == expected | {"environment.json", "evaluations", "run.log"}
     assert list((tmp_path / "runs").iterdir()) == [directory]  # the default logger, without a key
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}  # nothing else lies about
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs",
+        "cache",
+    }  # nothing else lies about
     written = (directory / "metrics.json").read_text()
     assert "is finished already" in run_command("model=tiny", cwd=tmp_path).stderr
     assert (directory / "metrics.json").read_text() == written
 
 
-def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(tmp_path: Path) -> None:
+def test_a_sweep_runs_each_value_ends_with_one_table_and_survives_a_failing_job(
+    tmp_path: Path,
+) -> None:
     result = run_command("-m", *TINY, "block_size=16,30,32", cwd=tmp_path)
     assert result.returncode == 1
     (error,) = result.stderr.splitlines()
@@ -167,15 +196,27 @@ def test_directories_are_those_that_are_named(tmp_path: Path) -> None:
     several = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=many", cwd=tmp_path)
     assert several.returncode == 0, several.stderr
     assert len(list((tmp_path / "many").glob("tiny-wanda-none-2x4-*/metrics.json"))) == 2
-    named = run_command("-m", *quick, "seed=0,1", "hydra.sweep.dir=named", "hydra.sweep.subdir=${hydra:job.num}", cwd=tmp_path)
+    named = run_command(
+        "-m",
+        *quick,
+        "seed=0,1",
+        "hydra.sweep.dir=named",
+        "hydra.sweep.subdir=${hydra:job.num}",
+        cwd=tmp_path,
+    )
     assert named.returncode == 0, named.stderr
     assert "2 ran" in named.stdout
-    assert sorted(path.parent.name for path in (tmp_path / "named").glob("*/metrics.json")) == ["0", "1"]
+    assert sorted(path.parent.name for path in (tmp_path / "named").glob("*/metrics.json")) == [
+        "0",
+        "1",
+    ]
     assert not (tmp_path / "runs").exists()
 
 
 def test_quickstart_compares_five_ways_in_one_table(tmp_path: Path) -> None:
-    result = run_command("experiment=quickstart", *TINY, "budget.steps=12", "budget.text=12", cwd=tmp_path)
+    result = run_command(
+        "experiment=quickstart", *TINY, "budget.steps=12", "budget.text=12", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     table = result.stdout[result.stdout.index("sparse models") :]
     for name in ("wanda", "wanda-cp", "order-paper", "permllm-wanda", "masks"):
@@ -183,7 +224,13 @@ def test_quickstart_compares_five_ways_in_one_table(tmp_path: Path) -> None:
 
 
 def test_a_run_exports_and_a_finished_one_exports_again_in_another_form(tmp_path: Path) -> None:
-    arguments = [*TINY, "permutation=lcp-paper", "permutation.epochs=2", "pruner=sparsegpt", "permutation.constraint=foldable"]
+    arguments = [
+        *TINY,
+        "permutation=lcp-paper",
+        "permutation.epochs=2",
+        "pruner=sparsegpt",
+        "permutation.constraint=foldable",
+    ]
     first = run_command(*arguments, "export=folded", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     directory = only_run(tmp_path)
@@ -211,22 +258,49 @@ def test_a_free_order_from_a_file_is_gathered_and_not_folded(tmp_path: Path) -> 
     [
         ("sparsity=4:2", "sparsity=4:2"),
         ("sparsity=24", "expected N:M"),
-        ("sparsity=3:7 permutation=none", "does not divide the 32 input channels of model.layers.0.self_attn.qkv_proj"),
+        (
+            "sparsity=3:7 permutation=none",
+            "does not divide the 32 input channels of model.layers.0.self_attn.qkv_proj",
+        ),
         ("block_size=0", "block_size=0: must be at least 1"),
         ("model.device=toaster", "model.device='toaster'"),
         ("model.dtype=int4", "model.dtype='int4': must be 'float32', 'bfloat16'"),
-        ("calibration.dataset=mars plan=true", "calibration.dataset='mars' is not valid; valid are: boolq-passages, "),
+        (
+            "calibration.dataset=mars plan=true",
+            "calibration.dataset='mars' is not valid; valid are: boolq-passages, ",
+        ),
         ("calibration.dataset=base", "calibration.dataset='base' is not valid"),
-        ("calibration.sampling=often", "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'"),
+        (
+            "calibration.sampling=often",
+            "calibration.sampling='often': must be 'disjoint', 'documents' or 'overlapping'",
+        ),
         ("calibration.samples=0", "calibration.samples=0"),
-        ("calibration.samples=100000", "but calibration.samples=100000 of calibration.seqlen=64 need 6400000"),
+        (
+            "calibration.samples=100000",
+            "but calibration.samples=100000 of calibration.seqlen=64 need 6400000",
+        ),
         ("calibration=text", "calibration=text needs calibration.data_files=PATH"),
-        ("evaluation.perplexity.dataset=[builtin,pile] plan=true", "evaluation.perplexity.dataset='pile' is not valid"),
-        ("evaluation.perplexity.dataset=[c4,builtin,c4]", "dataset=['c4', 'builtin', 'c4'] has c4 twice"),
-        ("evaluation.perplexity.dataset=[]", "dataset=[]: expected the name of a text, a list of names"),
-        ("evaluation.perplexity.dataset=[builtin,sciq-support] calibration.dataset=sciq-support", "is not held out from"),
+        (
+            "evaluation.perplexity.dataset=[builtin,pile] plan=true",
+            "evaluation.perplexity.dataset='pile' is not valid",
+        ),
+        (
+            "evaluation.perplexity.dataset=[c4,builtin,c4]",
+            "dataset=['c4', 'builtin', 'c4'] has c4 twice",
+        ),
+        (
+            "evaluation.perplexity.dataset=[]",
+            "dataset=[]: expected the name of a text, a list of names",
+        ),
+        (
+            "evaluation.perplexity.dataset=[builtin,sciq-support] calibration.dataset=sciq-support",
+            "is not held out from",
+        ),
         ("evaluation.tasks=[marsqa]", "lm-eval does not know marsqa"),
-        ("evaluation.tasks={gsm8k:{limit:0}}", "evaluation.tasks.gsm8k.limit=0: must be at least 1"),
+        (
+            "evaluation.tasks={gsm8k:{limit:0}}",
+            "evaluation.tasks.gsm8k.limit=0: must be at least 1",
+        ),
         ("evaluation.tasks={gsm8k:{shots:1}}", "evaluation.tasks.gsm8k.shots is no setting"),
         ("permutation=heuristic export=folded", "set permutation.constraint=foldable"),
         (
@@ -241,19 +315,34 @@ def test_a_free_order_from_a_file_is_gathered_and_not_folded(tmp_path: Path) -> 
         ("export.shard_gb=1", "export.shard_gb=1.0 needs export=folded, gathered or simulate"),
         ("+permutation.nonsense=1", "nonsense"),
         ("permutation.init=zeros", "permutation.init='zeros': must be 'heuristic' or 'random'"),
-        ("permutation=from_file permutation.path=nowhere", "permutation.path=nowhere: no such file"),
+        (
+            "permutation=from_file permutation.path=nowhere",
+            "permutation.path=nowhere: no such file",
+        ),
         ("permutation=from_file", "permutation.path: Missing mandatory value"),
         ("permutation.batch_size=1.5", "permutation.batch_size=1.5: must be a valid integer"),
         ("permutation.margin=nan", "permutation.margin=nan: must be a finite number"),
-        ("permutation.layers_per_stage=block", "layers_per_stage='block': must be 'all' or must be a valid integer"),
-        ("permutation.layers_per_stage=2 permutation.loss=kl", "permutation: loss=kl needs layers_per_stage=all"),
+        (
+            "permutation.layers_per_stage=block",
+            "layers_per_stage='block': must be 'all' or must be a valid integer",
+        ),
+        (
+            "permutation.layers_per_stage=2 permutation.loss=kl",
+            "permutation: loss=kl needs layers_per_stage=all",
+        ),
         ("permutation=none mask=lowrank mask.rank=-1", "mask.rank=-1: must be at least 0"),
-        ("reconstruction=distill model.placement=host", "together, which needs model.placement=device"),
+        (
+            "reconstruction=distill model.placement=host",
+            "together, which needs model.placement=device",
+        ),
         ("model.placement=disk", "model.placement=disk needs a model with files"),
         ("keep_dense=[true]", "keep_dense=[True]: expected indices of layers and names of modules"),
         ("sparsity_of={mlp:1}", "sparsity_of.mlp=1: expected N:M"),
         ("name=a/b", "name='a/b' must not contain a slash"),
-        ("calibration.statistics=sequential", "calibration.statistics=sequential is not valid with permutation=lcp"),
+        (
+            "calibration.statistics=sequential",
+            "calibration.statistics=sequential is not valid with permutation=lcp",
+        ),
         ("temperature.end=0", "temperature.end=0"),
         ("seed=-1", "seed=-1: must be at least 0"),
         ("calibration.data_files=x.txt", "needs calibration=text"),
@@ -289,16 +378,31 @@ def test_an_error_of_ours_is_seen_whole_and_only_a_sweep_goes_on(
     monkeypatch.setattr("permllm.runs.sweep.keep", jobs.append)
     session = Session()
     # A search must not take a failed job for a good one.
-    assert [session.job(composed("model=tiny", "logger=none")) for _ in range(2)] == [math.inf, math.inf]
+    assert [session.job(composed("model=tiny", "logger=none")) for _ in range(2)] == [
+        math.inf,
+        math.inf,
+    ]
     assert session.close() == 1
     assert capsys.readouterr().err.count("Traceback") == 2
-    assert [(job.outcome, job.reason) for job in jobs] == [("failed", "ZeroDivisionError: nothing to divide by")] * 2
+    assert [(job.outcome, job.reason) for job in jobs] == [
+        ("failed", "ZeroDivisionError: nothing to divide by")
+    ] * 2
 
 
 def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["run.py", "+hydra.job.env_set.WANDB_API_KEY=abc", "++env.HF_TOKEN=def", "+my_password=x=y", "permutation=lcp"]
+    words = [
+        "run.py",
+        "+hydra.job.env_set.WANDB_API_KEY=abc",
+        "++env.HF_TOKEN=def",
+        "+my_password=x=y",
+        "permutation=lcp",
+    ]
     words += ["+hydra.job.env_set={WANDB_API_KEY: abc, HOME: /h, 'HF_TOKEN':def}", "+password=a,b"]
-    kept = ["model.architecture.num_key_value_heads=2", "evaluation.lm_eval.add_bos_token=false", "sparsity=2:4"]
+    kept = [
+        "model.architecture.num_key_value_heads=2",
+        "evaluation.lm_eval.add_bos_token=false",
+        "sparsity=2:4",
+    ]
     monkeypatch.setattr(sys, "argv", [*words, *kept])
     command = environment(0, torch.device("cpu"))["command"]
     assert shlex.split(command) == [
@@ -316,12 +420,20 @@ def test_secrets_of_the_command_line_are_not_kept(monkeypatch: pytest.MonkeyPatc
 def test_the_umask_is_kept(tmp_path: Path, cache: Path) -> None:
     before = os.umask(0o077)
     try:
-        job.run(read_config(composed(*TINY, "permutation=none", "calibration.samples=2", f"run_dir={tmp_path}/run")))
+        job.run(
+            read_config(
+                composed(
+                    *TINY, "permutation=none", "calibration.samples=2", f"run_dir={tmp_path}/run"
+                )
+            )
+        )
         export_run(tmp_path / "run", Request("gathered"), tmp_path / "model")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o700
-    for file in (file for file in tmp_path.rglob("*") if file.is_file() and not file.name.startswith(".")):
+    for file in (
+        file for file in tmp_path.rglob("*") if file.is_file() and not file.name.startswith(".")
+    ):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 

@@ -27,7 +27,9 @@ from permllm.sparsity.method import instantiate
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
-OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml") if path.parent.name != "hydra")
+OPTIONS = sorted(
+    path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml") if path.parent.name != "hydra"
+)
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -53,7 +55,11 @@ def config(*overrides: str) -> RunConfig:
 def written_commands() -> list[str]:
     """Every `python run.py ...` in the README, the other documents and the comments of the YAML files."""
     commands = []
-    for file in [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *sorted(CONF.rglob("*.yaml"))]:
+    for file in [
+        *ROOT.glob("*.md"),
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(CONF.rglob("*.yaml")),
+    ]:
         for line in re.findall(r"python run\.py[^`\n#]*", file.read_text(encoding="utf-8")):
             commands.append(line.split(";")[0].split("&&")[0].strip())
     return sorted(set(commands))
@@ -70,7 +76,9 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_every_option_says_what_it_is_and_its_command_composes_and_instantiates(option: Path, tmp_path: Path) -> None:
+def test_every_option_says_what_it_is_and_its_command_composes_and_instantiates(
+    option: Path, tmp_path: Path
+) -> None:
     lines = (CONF / option).read_text(encoding="utf-8").splitlines()
     head = [line for line in lines[:6] if line.startswith("#") and "@package" not in line]
     assert len(head) >= 2
@@ -95,19 +103,35 @@ def defaults_of(kind: type) -> dict[str, Any]:
     return found
 
 
-OF_CLASSES = [(group, option) for group in (*METHODS, "temperature") for option in options_of()[group][1]]
+OF_CLASSES = [
+    (group, option) for group in (*METHODS, "temperature") for option in options_of()[group][1]
+]
 
 
-@pytest.mark.parametrize(("group", "option"), [one for one in OF_CLASSES if one[1] not in ("from_file", "lcp-paper")])
-def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_class(group: str, option: str) -> None:
+@pytest.mark.parametrize(
+    ("group", "option"), [one for one in OF_CLASSES if one[1] not in ("from_file", "lcp-paper")]
+)
+def test_the_yaml_of_a_method_has_all_of_its_settings_with_the_defaults_of_its_class(
+    group: str, option: str
+) -> None:
     settings = dict(getattr(config("model=tiny", f"{group}={option}"), group))
     kind = type(instantiate(group, settings))
-    written = {key: value for key, value in settings.items() if key not in ("name", "_target_", "block_size", "temperature")}
+    written = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("name", "_target_", "block_size", "temperature")
+    }
     assert written == (defaults_of(kind) if is_dataclass(kind) else {})
 
 
 def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> None:
-    written = composed("model=tiny", "calibration=text", "evaluation=held-out", "calibration.data_files=x", "logger=wandb")
+    written = composed(
+        "model=tiny",
+        "calibration=text",
+        "evaluation=held-out",
+        "calibration.data_files=x",
+        "logger=wandb",
+    )
     settings = read_config(written)
     chosen = {"name", "source", "architecture", "dataset", "data_files", "sampling"}
     for group in ("model", "calibration", "logger", "export", "paths"):
@@ -117,7 +141,10 @@ def test_the_yaml_of_the_other_groups_has_the_defaults_of_their_classes() -> Non
         }
     lm_eval = settings.evaluation.lm_eval
     assert vars(lm_eval) == defaults_of(type(lm_eval))
-    assert settings.evaluation.perplexity.batch_tokens == defaults_of(type(settings.evaluation.perplexity))["batch_tokens"]
+    assert (
+        settings.evaluation.perplexity.batch_tokens
+        == defaults_of(type(settings.evaluation.perplexity))["batch_tokens"]
+    )
 
 
 @pytest.mark.parametrize("command", written_commands())
@@ -139,37 +166,72 @@ def test_every_written_command_composes(command: str) -> None:
 
 def test_the_defaults_are_those_of_the_readme() -> None:
     settings = config()
-    names = (settings.model.name, settings.pruner["name"], settings.permutation["name"], settings.temperature["name"])
+    names = (
+        settings.model.name,
+        settings.pruner["name"],
+        settings.permutation["name"],
+        settings.temperature["name"],
+    )
     assert names == ("smollm2-135m", "wanda", "lcp", "linear")
     assert settings.sparsity == "2:4"
     assert settings.block_size == settings.permutation["block_size"] == 64
-    assert settings.calibration.dataset == settings.evaluation.perplexity.dataset == "boolq-passages"
+    assert (
+        settings.calibration.dataset == settings.evaluation.perplexity.dataset == "boolq-passages"
+    )
     assert settings.logger.name == "auto"
 
 
 def test_models_choose_their_texts_and_explicit_choices_win() -> None:
     hub = config("model=qwen2.5-7b")
     assert (hub.calibration.dataset, hub.evaluation.perplexity.dataset) == ("c4", "wikitext2")
-    assert (hub.evaluation.perplexity.seqlen, hub.calibration.samples, hub.calibration.seqlen) == (2048, 128, 1024)
+    assert (hub.evaluation.perplexity.seqlen, hub.calibration.samples, hub.calibration.seqlen) == (
+        2048,
+        128,
+        1024,
+    )
     tiny = config("model=tiny")
     assert (tiny.calibration.dataset, tiny.evaluation.tasks) == ("builtin", {})
     chosen = config("model=tiny", "calibration=c4", "evaluation.tasks=[piqa]")
     assert (chosen.calibration.dataset, list(chosen.evaluation.tasks)) == ("c4", ["piqa"])
-    assert config("model=tiny", "protocol=paper", "calibration=builtin").calibration.dataset == "builtin"
+    assert (
+        config("model=tiny", "protocol=paper", "calibration=builtin").calibration.dataset
+        == "builtin"
+    )
 
 
 def test_a_protocol_is_recipe_texts_and_amounts_and_a_method_or_a_budget_wins() -> None:
     for model in ("tiny", "smollm2-135m", "llama-2-7b"):
-        paper, offline = (config(f"model={model}", f"protocol={name}") for name in ("paper", "offline"))
-        assert (paper.calibration.dataset, paper.evaluation.perplexity.dataset) == ("c4", "wikitext2")
-        assert offline.calibration.dataset == offline.evaluation.perplexity.dataset == "boolq-passages"
-    assert (paper.permutation["name"], paper.permutation["epochs"], paper.calibration.statistics) == ("lcp-paper", 50, "dense")
-    assert (paper.calibration.samples, paper.calibration.seqlen, paper.evaluation.perplexity.limit) == (128, 1024, None)
+        paper, offline = (
+            config(f"model={model}", f"protocol={name}") for name in ("paper", "offline")
+        )
+        assert (paper.calibration.dataset, paper.evaluation.perplexity.dataset) == (
+            "c4",
+            "wikitext2",
+        )
+        assert (
+            offline.calibration.dataset == offline.evaluation.perplexity.dataset == "boolq-passages"
+        )
+    assert (
+        paper.permutation["name"],
+        paper.permutation["epochs"],
+        paper.calibration.statistics,
+    ) == ("lcp-paper", 50, "dense")
+    assert (
+        paper.calibration.samples,
+        paper.calibration.seqlen,
+        paper.evaluation.perplexity.limit,
+    ) == (128, 1024, None)
     assert (offline.permutation["name"], offline.permutation["epochs"]) == ("lcp", 3)
-    assert config("budget=quick", "protocol=paper").permutation.items() >= {"name": "lcp-paper", "epochs": 2}.items()
+    assert (
+        config("budget=quick", "protocol=paper").permutation.items()
+        >= {"name": "lcp-paper", "epochs": 2}.items()
+    )
     for words, statistics in ((["protocol=paper"], "sequential"), ([], "dense")):
         baseline = config(*words, "method=wanda-cp")
-        assert (baseline.permutation["name"], baseline.calibration.statistics) == ("heuristic", statistics)
+        assert (baseline.permutation["name"], baseline.calibration.statistics) == (
+            "heuristic",
+            statistics,
+        )
     for mask in ("score", "refined"):  # which are found with the dense model's
         masks = config("protocol=paper", "permutation=heuristic", f"mask={mask}")
         assert masks.calibration.statistics == "dense"
@@ -186,7 +248,9 @@ def test_a_run_keeps_the_method_that_was_typed_and_is_the_same_run_without_it() 
 
 
 def test_one_gpu_is_as_good_as_another() -> None:
-    one, other, cpu = (config("model=tiny", f"model.device={device}") for device in ("cuda", "cuda:1", "cpu"))
+    one, other, cpu = (
+        config("model=tiny", f"model.device={device}") for device in ("cuda", "cuda:1", "cpu")
+    )
     assert run_directory(other) == run_directory(one) != run_directory(cpu)
 
 
@@ -199,14 +263,19 @@ def test_one_gpu_is_as_good_as_another() -> None:
 )  # fmt: skip
 def test_architectures_have_the_published_number_of_parameters(model: str, billions: float) -> None:
     built = meta_model(config(f"model={model}", "plan=true").model)
-    assert sum(parameter.numel() for parameter in built.parameters()) / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert sum(parameter.numel() for parameter in built.parameters()) / 1e9 == pytest.approx(
+        billions, rel=2e-3
+    )
     assert all(group.channels % 8 == 0 for group in channel_groups(built))
 
 
 @pytest.mark.parametrize(
     ("words", "same"),
     [
-        ("logger=none force=true runs_dir=elsewhere paths.runs_dir=there paths.cache_dir=/scratch", True),
+        (
+            "logger=none force=true runs_dir=elsewhere paths.runs_dir=there paths.cache_dir=/scratch",
+            True,
+        ),
         ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", True),
         ("seed=1", False),
         ("permutation.epochs=4", False),
@@ -230,7 +299,9 @@ def test_what_a_method_does_not_use_is_no_part_of_the_identity(permutation: str)
     learned = permutation.startswith("lcp")
     base = config("model=tiny", f"permutation={permutation}")
     for other in ("block_size=32", "temperature=cosine", "temperature.end=0.2"):
-        assert (config("model=tiny", f"permutation={permutation}", other).hash != base.hash) == learned
+        assert (
+            config("model=tiny", f"permutation={permutation}", other).hash != base.hash
+        ) == learned
     assert ("block_size" in base.identity) == ("temperature" in base.identity) == learned
 
 
@@ -251,7 +322,8 @@ def test_how_a_model_is_evaluated_has_a_digest_of_its_own(tmp_path: Path) -> Non
         (tmp_path / name).write_text(name)
         asked.append([f"evaluation.perplexity.data_files={tmp_path / name}"])
     digests = [
-        digest_of(evaluation) for evaluation in (base, *(config("model=tiny", *one).evaluation_identity for one in asked))
+        digest_of(evaluation)
+        for evaluation in (base, *(config("model=tiny", *one).evaluation_identity for one in asked))
     ]
     assert len(set(digests)) == len(digests)
 
@@ -268,8 +340,12 @@ def test_terms_must_be_accepted_and_change_no_run() -> None:
 
 def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
     tasks = "evaluation.tasks=[rte]"
-    with_bos, without = (config("model=tiny", f"model.bos={bos}", tasks) for bos in ("true", "false"))
-    assert with_bos.evaluation_identity["perplexity"] == without.evaluation_identity["perplexity"] | {"bos": True}
+    with_bos, without = (
+        config("model=tiny", f"model.bos={bos}", tasks) for bos in ("true", "false")
+    )
+    assert with_bos.evaluation_identity["perplexity"] == without.evaluation_identity[
+        "perplexity"
+    ] | {"bos": True}
     how, usual = (one.evaluation_identity["tasks"]["rte"] for one in (with_bos, without))
     assert how == usual | {"add_bos_token": True}
     chosen = config("model=tiny", "model.bos=true", "evaluation.lm_eval.add_bos_token=false")
@@ -280,20 +356,30 @@ def test_bos_before_windows_is_part_of_how_a_model_is_evaluated() -> None:
     ("option", "sampling"),
     [("c4", "documents"), ("pile", "documents"), ("wikitext2", "overlapping")],
 )
-def test_an_option_of_calibration_says_how_the_papers_code_draws_windows(option: str, sampling: str) -> None:
+def test_an_option_of_calibration_says_how_the_papers_code_draws_windows(
+    option: str, sampling: str
+) -> None:
     chosen = config("model=tiny", f"calibration={option}")
     assert chosen.identity["calibration"]["sampling"] == sampling
     # By its name alone a text is drawn from as the chosen option says.
     named = config("model=tiny", f"calibration.dataset={option}")
     assert named.calibration.sampling == "disjoint"
-    assert config("model=tiny", f"calibration={option}", "calibration.sampling=null").calibration.sampling == "disjoint"
+    assert (
+        config(
+            "model=tiny", f"calibration={option}", "calibration.sampling=null"
+        ).calibration.sampling
+        == "disjoint"
+    )
 
 
 def test_held_out_texts_are_an_evaluation_of_the_same_run() -> None:
     held_out, small = (config(f"evaluation={option}") for option in ("held-out", "small"))
     assert held_out.evaluation.perplexity.names == ["boolq-passages", "wikitext2", "sciq-support"]
     assert held_out.hash == small.hash
-    assert [job.evaluation.perplexity.limit for job in (held_out, config("evaluation=held-out", "budget=quick"))] == [32, 32]
+    assert [
+        job.evaluation.perplexity.limit
+        for job in (held_out, config("evaluation=held-out", "budget=quick"))
+    ] == [32, 32]
     alone = config("evaluation=small", "evaluation.perplexity.dataset=[boolq-passages]")
     assert alone.evaluation_identity == small.evaluation_identity
 

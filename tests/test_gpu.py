@@ -17,15 +17,26 @@ from permllm.training.elementwise import Piece
 from permllm.training.kernels import EAGER, ON_GPU
 from tests.test_config import composed
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 DEVICE = torch.device("cuda")
 
 
 def run(directory: Path, *overrides: str) -> list[float]:
     """The loss of each pass of learning."""
-    settings = ("model=tiny", "logger=none", "permutation.compile=true", f"run_dir={directory}", *overrides)
+    settings = (
+        "model=tiny",
+        "logger=none",
+        "permutation.compile=true",
+        f"run_dir={directory}",
+        *overrides,
+    )
     assert job.run(read_config(composed(*settings))) is not None
-    return [json.loads(line)["loss"] for line in (directory / "history.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (directory / "history.jsonl").read_text().splitlines()
+    ]
 
 
 def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -46,8 +57,14 @@ def test_the_tiny_pipeline(cache: Path, tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_blocks_are_solved_where_they_are() -> None:
     generator = torch.Generator().manual_seed(0)
-    near = torch.eye(64)[torch.randperm(64, generator=generator)] + 0.1 * torch.rand(300, 64, 64, generator=generator)
-    for soft in (torch.rand(300, 64, 64, generator=generator), near, torch.rand(9, 24, 24, generator=generator)):
+    near = torch.eye(64)[torch.randperm(64, generator=generator)] + 0.1 * torch.rand(
+        300, 64, 64, generator=generator
+    )
+    for soft in (
+        torch.rand(300, 64, 64, generator=generator),
+        near,
+        torch.rand(9, 24, 24, generator=generator),
+    ):
         (there,), (here,) = harden([soft.to(DEVICE)]), harden([soft])
         there = there.cpu()
         values = [soft.double().gather(1, perm[:, None]).sum((1, 2)) for perm in (there, here)]
@@ -58,13 +75,21 @@ def test_blocks_are_solved_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_in_triton_are_the_eager_ones(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_in_triton_are_the_eager_ones(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
     generator = torch.Generator().manual_seed(0)
     weight_t, grad = (torch.randn(256, 96, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    channels, column = torch.randperm(256, generator=generator).to(DEVICE), torch.rand(1, 256, generator=generator).to(DEVICE)
+    channels, column = (
+        torch.randperm(256, generator=generator).to(DEVICE),
+        torch.rand(1, 256, generator=generator).to(DEVICE),
+    )
     piece = Piece(weight_t, channels, 1, column, None)
     ours, theirs = torch.zeros_like(grad), torch.zeros_like(grad)
-    changes = [form.exchanges(out, piece, grad, 2, 4, 32) for form, out in ((ON_GPU, ours), (EAGER, theirs))]
+    changes = [
+        form.exchanges(out, piece, grad, 2, 4, 32)
+        for form, out in ((ON_GPU, ours), (EAGER, theirs))
+    ]
     torch.testing.assert_close(*changes, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours, theirs)
     ON_GPU.mask(ours.zero_(), piece, 2, 4)

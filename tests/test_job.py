@@ -36,7 +36,9 @@ from tests.test_config import composed
 
 
 def run(tmp_path: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
-    result = job.run(read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides)))
+    result = job.run(
+        read_config(composed("model=tiny", "logger=none", f"runs_dir={tmp_path}/runs", *overrides))
+    )
     assert result is not None
     return result
 
@@ -56,7 +58,9 @@ def test_the_record_has_the_documented_schema_and_rebuilds_the_model(
     assert metrics["sparsity"]["violations"] == 0
     assert metrics["peak_memory_bytes"] > 0
     assert metrics["planned_memory_bytes"] > 0
-    assert {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"} <= set(metrics["seconds"])
+    assert {"load", "evaluate dense", "calibrate", "permute", "prune", "evaluate sparse"} <= set(
+        metrics["seconds"]
+    )
     assert (directory / "weights").is_dir() == (pruner == "sparsegpt")
 
     config = read_config(composed("model=tiny"))
@@ -116,14 +120,26 @@ def test_the_learned_order_serves_another_pruner(cache: Path, tmp_path: Path) ->
     again, _ = run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
     assert again["perplexity"]["sparse"] == learned["perplexity"]["sparse"]
     _, other_directory = run(
-        tmp_path, "pruner=sparsegpt", "permutation=from_file", f"permutation.path={directory}/permutations.safetensors"
+        tmp_path,
+        "pruner=sparsegpt",
+        "permutation=from_file",
+        f"permutation.path={directory}/permutations.safetensors",
     )
-    orders, expected = (load_file(d / "permutations.safetensors") for d in (other_directory, directory))
+    orders, expected = (
+        load_file(d / "permutations.safetensors") for d in (other_directory, directory)
+    )
     assert all(torch.equal(orders[name], expected[name]) for name in expected)
-    save_file({name: order.int() for name, order in expected.items()}, tmp_path / "int32.safetensors")
-    _, of_int32 = run(tmp_path, "permutation=from_file", f"permutation.path={tmp_path}/int32.safetensors")
+    save_file(
+        {name: order.int() for name, order in expected.items()}, tmp_path / "int32.safetensors"
+    )
+    _, of_int32 = run(
+        tmp_path, "permutation=from_file", f"permutation.path={tmp_path}/int32.safetensors"
+    )
     orders = load_file(of_int32 / "permutations.safetensors")
-    assert all(orders[name].dtype == torch.int64 and torch.equal(orders[name], expected[name]) for name in expected)
+    assert all(
+        orders[name].dtype == torch.int64 and torch.equal(orders[name], expected[name])
+        for name in expected
+    )
     with pytest.raises(ConfigError, match="is of 32 channels, not 16"):
         run(
             tmp_path, "permutation=from_file", f"permutation.path={directory}", "model.architecture.hidden_size=16",
@@ -136,7 +152,9 @@ def test_an_order_that_a_run_lacks_is_said_before_anything_is_computed(
 ) -> None:
     _, directory = run(tmp_path, "permutation=heuristic", "keep_dense=[-1]")
     monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match=r"no permutation for model\.layers\.1\.self_attn\.qkv_proj"):
+    with pytest.raises(
+        ConfigError, match=r"no permutation for model\.layers\.1\.self_attn\.qkv_proj"
+    ):
         run(tmp_path, "permutation=from_file", f"permutation.path={directory}")
 
 
@@ -149,7 +167,9 @@ def test_weights_that_were_not_kept_cannot_be_rebuilt(cache: Path, tmp_path: Pat
         apply_record(load_model(config.model, 1).model, "another", directory)
 
 
-def test_dense_results_are_computed_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_results_are_computed_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tmp_path, "permutation=none")
     calls: list[str] = []
     real = measure.perplexity
@@ -173,24 +193,38 @@ def test_other_patterns(cache: Path, tmp_path: Path, sparsity: str) -> None:
 def test_your_own_text(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(BUILTIN.evaluation())
     (tmp_path / "held-out.txt").write_text(BUILTIN.evaluation().upper())
-    settings = ["calibration=text", f"calibration.data_files={tmp_path}/mine.txt", "calibration.samples=4"]
+    settings = [
+        "calibration=text",
+        f"calibration.data_files={tmp_path}/mine.txt",
+        "calibration.samples=4",
+    ]
     settings += ["calibration.seqlen=32", "permutation=none"]
-    metrics, _ = run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/held-out.txt")
+    metrics, _ = run(
+        tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/held-out.txt"
+    )
     assert set(metrics["perplexity"]["sparse"]) == {"held-out"}
     before = read_config(composed("model=tiny", *settings)).hash
     (tmp_path / "copy.txt").write_text(BUILTIN.evaluation())
     for name in ("mine", "copy"):
-        with pytest.raises(ConfigError, match=f"{name}.txt' is the file that calibration reads: nothing of it is held out"):
+        with pytest.raises(
+            ConfigError,
+            match=f"{name}.txt' is the file that calibration reads: nothing of it is held out",
+        ):
             run(tmp_path, *settings, f"evaluation.perplexity.data_files={tmp_path}/{name}.txt")
-    (tmp_path / "mine.txt").write_text(BUILTIN.evaluation().upper())  # another content is another run
+    (tmp_path / "mine.txt").write_text(
+        BUILTIN.evaluation().upper()
+    )  # another content is another run
     assert read_config(composed("model=tiny", *settings)).hash != before
 
 
 @pytest.mark.parametrize(
-    ("group", "words"), [("permutation", ["permutation=lcp"]), ("mask", ["permutation=none", "mask=score"])]
+    ("group", "words"),
+    [("permutation", ["permutation=lcp"]), ("mask", ["permutation=none", "mask=score"])],
 )
 def test_last_layers_that_all_stay_dense_are_refused(group: str, words: list[str]) -> None:
-    config = read_config(composed("model=tiny", *words, f"{group}.last_layers=1", "keep_dense=[-1]"))
+    config = read_config(
+        composed("model=tiny", *words, f"{group}.last_layers=1", "keep_dense=[-1]")
+    )
     with pytest.raises(ConfigError, match=f"{group}.last_layers=1"):
         checked_groups(config, methods_of(config), meta_model(config.model))
 
@@ -217,7 +251,10 @@ def test_an_export_is_made_again_where_it_is_another_one_and_stays_where_that_fa
 def test_no_space_leaves_nothing_that_looks_like_a_result(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("permllm.runs.tensors.save_file", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        "permllm.runs.tensors.save_file",
+        Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")),
+    )
     with pytest.raises(DataError, match="No space left"):
         run(tmp_path, "permutation=none")
     (directory,) = (tmp_path / "runs").iterdir()
@@ -225,7 +262,9 @@ def test_no_space_leaves_nothing_that_looks_like_a_result(
     assert json.loads((directory / "metrics.json").read_text())["status"] == "running"
 
 
-def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_in_the_run_directory_says_what_the_job_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     small = ["permutation=none", "calibration.samples=2", "calibration.seqlen=32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permllm.pruning.stages.prune", Mock(side_effect=Terminated(signal.SIGTERM)))
@@ -233,7 +272,10 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplo
             run(tmp_path, *small)
     _, directory = run(tmp_path, *small)
     lines = [line.split(" ", 3) for line in (directory / "run.log").read_text().splitlines()]
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", f"{day} {time}") for day, time, *_ in lines)
+    assert all(
+        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", f"{day} {time}")
+        for day, time, *_ in lines
+    )
     said = [rest for *_, rest in lines]
     assert sum(line.startswith("command: ") for line in said) == 2
     assert "ended: terminated by SIGTERM" in said
@@ -244,14 +286,27 @@ def test_a_log_in_the_run_directory_says_what_the_job_said(tmp_path: Path, caplo
     assert (directory / "run.log").read_bytes() == before
 
 
-@pytest.mark.parametrize("words", [["permutation=lcp"], ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["permutation=lcp"], ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1"]],
+)
 def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_form(
     words: list[str], cache: Path, tmp_path: Path
 ) -> None:
-    words = ["permutation.constraint=foldable", "keep_dense=[0,v_proj]", "sparsity_of={down_proj: 4:8}", *words]
+    words = [
+        "permutation.constraint=foldable",
+        "keep_dense=[0,v_proj]",
+        "sparsity_of={down_proj: 4:8}",
+        *words,
+    ]
     metrics, directory = run(tmp_path, *words, "export=folded")
-    dense = {f"model.layers.0.{name}_proj" for name in ("mlp.gate", "mlp.up", "mlp.down", *map("self_attn.{}".format, "qkvo"))}
-    told = dict.fromkeys([*dense, "model.layers.1.self_attn.v_proj"], "dense") | {"model.layers.1.mlp.down_proj": "4:8"}
+    dense = {
+        f"model.layers.0.{name}_proj"
+        for name in ("mlp.gate", "mlp.up", "mlp.down", *map("self_attn.{}".format, "qkvo"))
+    }
+    told = dict.fromkeys([*dense, "model.layers.1.self_attn.v_proj"], "dense") | {
+        "model.layers.1.mlp.down_proj": "4:8"
+    }
     assert metrics["sparsity"]["patterns"] == told
     assert metrics["sparsity"]["violations"] == 0
     # Widths 32 and 64, two key-value heads of four: 32 x (32 + 16 + 32) of attention and 3 x 32 x 64 of the MLP are pruned.
@@ -262,8 +317,13 @@ def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_for
             run(tmp_path, *words, *form)
         report = verify(directory / "export")
         assert report.passed, report.problems
-        assert report.dense == sorted(f"{path}.weight" for path, text in told.items() if text == "dense")
-    assert "2:4, 1 linear 4:8, 8 dense, 23.61% zeros" in (directory / "export" / "README.md").read_text()
+        assert report.dense == sorted(
+            f"{path}.weight" for path, text in told.items() if text == "dense"
+        )
+    assert (
+        "2:4, 1 linear 4:8, 8 dense, 23.61% zeros"
+        in (directory / "export" / "README.md").read_text()
+    )
     assert not any("patterns" in name for name in flat_figures(metrics))  # a curve for each linear
     # What was pruned is rebuilt from the record, to be evaluated in another way.
     again, _ = run(tmp_path, *words, "evaluation.perplexity.limit=1")

@@ -39,7 +39,11 @@ def imports_of(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file} imports relatively"
-            names = [f"{node.module}.{name.name}" for name in node.names] if node.module == "permllm" else [str(node.module)]
+            names = (
+                [f"{node.module}.{name.name}" for name in node.names]
+                if node.module == "permllm"
+                else [str(node.module)]
+            )
             yield from names
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -77,5 +81,7 @@ def test_learning_stands_on_its_settings() -> None:
 
 def test_importing_the_package_costs_nothing() -> None:
     code = f"import sys, permllm; print([name for name in {HEAVY!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == "[]\n"

@@ -16,15 +16,25 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_all_kept_records_are_shown_somewhere() -> None:
     for file in (ROOT / "experiments").rglob("*.jsonl"):
-        text = (file.parent / "README.md").read_text(encoding="utf-8") if file.parent.name != "quickstart" else README
-        assert file.name in text or re.search(r"<!-- view: (paper|peers)|The record and its tables", text), file
+        text = (
+            (file.parent / "README.md").read_text(encoding="utf-8")
+            if file.parent.name != "quickstart"
+            else README
+        )
+        assert file.name in text or re.search(
+            r"<!-- view: (paper|peers)|The record and its tables", text
+        ), file
 
 
 def test_the_two_commands_exist_as_written() -> None:
     assert "pip install -e . && python run.py\n" in README
     assert "pip install -e '.[test]' && pytest\n" in README
-    assert "pip install --quiet -e '.[test]'\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert "pip install --quiet -e '.[test]'\n" in (ROOT / ".ci" / "run").read_text(
+        encoding="utf-8"
+    )
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     assert "test" in extras
 
 
@@ -48,7 +58,11 @@ def test_the_two_commands_exist_as_written() -> None:
 )
 def test_every_option_in_the_table_exists(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)
-    named = {name for name in re.findall(r"`([^`]+)`", row) if "=" not in name and not name.startswith(f"{group}.")}
+    named = {
+        name
+        for name in re.findall(r"`([^`]+)`", row)
+        if "=" not in name and not name.startswith(f"{group}.")
+    }
     assert named
     assert [name for name in named if not (ROOT / "conf" / group / f"{name}.yaml").is_file()] == []
 
@@ -67,6 +81,8 @@ def test_commands_for_several_processes_have_a_sample_of_each_batch_for_each() -
     commands = [line for line in README.splitlines() if line.startswith("torchrun ")]
     assert commands
     for command in commands:
-        found = re.match(r"torchrun --nproc-per-node (\d+) run\.py .*permutation\.batch_size=(\d+)", command)
+        found = re.match(
+            r"torchrun --nproc-per-node (\d+) run\.py .*permutation\.batch_size=(\d+)", command
+        )
         assert found, command
         assert int(found[2]) >= int(found[1])

@@ -107,29 +107,49 @@ def changed(package: Path, module: str, line: str) -> None:
     [
         ["permutation=heuristic", "permutation.constraint=foldable", "export=folded"],
         ["permutation=by_total", "export=gathered"],
-        ["permutation.straight_through=hard", "permutation.loss=cosine", "permutation.conventions=paper"],
+        [
+            "permutation.straight_through=hard",
+            "permutation.loss=cosine",
+            "permutation.conventions=paper",
+        ],
         ["permutation.straight_through=soft", "permutation.constraint=foldable", "export=folded"],
     ],
     ids=["heuristic", "by_total", "hard", "soft"],
 )
-def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(words: list[str], package: Path) -> None:
+def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(
+    words: list[str], package: Path
+) -> None:
     chosen = ["pruner=largest", "block_size=8", "compute_dtype=float32", *words]
     if not words[0].startswith("permutation="):
-        chosen += ["permutation.epochs=1", "permutation.learning_rate=0.05", "calibration.samples=6"]
+        chosen += [
+            "permutation.epochs=1",
+            "permutation.learning_rate=0.05",
+            "calibration.samples=6",
+        ]
     metrics, directory = run(*chosen, f"run_dir={package}/run")
     assert sum(metrics["moved_channels"].values()) > 0
     settings = read_config(composed(SEARCH, "model=tiny", *chosen))
     model = load_model(settings.model, 0).model
     windows = calibration_tokens(ByT5Tokenizer(extra_ids=0), settings.calibration, seed=0)
-    factors = calibrate_dense(model, channel_groups(model), windows, instantiate("pruner", settings.pruner), 4).factors
-    orders, masks = load_file(directory / "permutations.safetensors"), load_masks(directory / "masks.safetensors")
+    factors = calibrate_dense(
+        model, channel_groups(model), windows, instantiate("pruner", settings.pruner), 4
+    ).factors
+    orders, masks = (
+        load_file(directory / "permutations.safetensors"),
+        load_masks(directory / "masks.safetensors"),
+    )
     for group in channel_groups(model):
         for path in group.members:
             score = saliency(model.get_submodule(path).weight, factors[path])
             if words[0].endswith("by_total"):
-                total = sum(saliency(model.get_submodule(one).weight, factors[one]).sum(0) for one in group.members)
+                total = sum(
+                    saliency(model.get_submodule(one).weight, factors[one]).sum(0)
+                    for one in group.members
+                )
                 assert torch.equal(orders[group.name], total.argsort(stable=True))
-            assert torch.equal(masks[path], permuted_nm_mask(score, orders[group.name], settings.pattern))
+            assert torch.equal(
+                masks[path], permuted_nm_mask(score, orders[group.name], settings.pattern)
+            )
     if settings.export.form != "none":
         assert verify(directory / "export").passed
 
@@ -138,7 +158,9 @@ def test_masks_are_those_of_a_dense_score_whatever_orders_the_channels(words: li
     ("returned", "reason"),
     [("saliency.sum(0).argsort() * 0", r"torch.int64 \(32,\)"), ("None", "it is NoneType")],
 )
-def test_an_order_that_is_no_permutation_is_refused(returned: str, reason: str, package: Path) -> None:
+def test_an_order_that_is_no_permutation_is_refused(
+    returned: str, reason: str, package: Path
+) -> None:
     changed(package, "permuting.py", returned)
     said = rf"^permutation=by_total: the order of model\.layers\.0\.self_attn\.qkv_proj must be a permutation.*{reason}"
     with pytest.raises(ConfigError, match=said):
@@ -148,12 +170,22 @@ def test_an_order_that_is_no_permutation_is_refused(returned: str, reason: str, 
 @pytest.mark.parametrize(
     ("returned", "error", "reason"),
     [
-        ("SaliencyFactors(1, statistics[Largest].value)", ConfigError, r"\(K, 32\) and \(K, 32\).*they are column \(32,\)"),
+        (
+            "SaliencyFactors(1, statistics[Largest].value)",
+            ConfigError,
+            r"\(K, 32\) and \(K, 32\).*they are column \(32,\)",
+        ),
         ("SaliencyFactors.of_each_weight(weight - 9, 1)", ConfigError, "must not be negative"),
-        ("SaliencyFactors.of_each_weight(weight * float('nan'), 1)", TrainingError, "q_proj is not finite"),
+        (
+            "SaliencyFactors.of_each_weight(weight * float('nan'), 1)",
+            TrainingError,
+            "q_proj is not finite",
+        ),
     ],
 )
-def test_a_saliency_that_is_none_is_refused(returned: str, error: type[Exception], reason: str, package: Path) -> None:
+def test_a_saliency_that_is_none_is_refused(
+    returned: str, error: type[Exception], reason: str, package: Path
+) -> None:
     changed(package, "pruning.py", returned)
     with pytest.raises(error, match=reason):
         run("pruner=largest", "permutation=none", f"run_dir={package}/run")
@@ -168,7 +200,9 @@ def test_a_saliency_that_is_none_is_refused(returned: str, error: type[Exception
         ("power: int", "powers: int", "unexpected keyword argument 'power'"),
     ],
 )
-def test_a_class_that_is_no_pruner_says_why(before: str, after: str, reason: str, package: Path) -> None:
+def test_a_class_that_is_no_pruner_says_why(
+    before: str, after: str, reason: str, package: Path
+) -> None:
     file = package / "strange" / "pruning.py"
     file.write_text(file.read_text().replace(before, after))
     with pytest.raises(ConfigError, match=rf"^pruner.*{reason}"):
@@ -194,7 +228,11 @@ def test_an_option_that_says_it_is_another_one_is_refused(package: Path, tmp_pat
 
 def test_python_finds_options_of_somebody_else(package: Path) -> None:
     loaded = load_model(read_config(composed("model=tiny")).model, 0)
-    settings: dict[str, Any] = {"pruner": "largest", "permutation": "by_total", "searchpath": ["pkg://strange.conf"]}
+    settings: dict[str, Any] = {
+        "pruner": "largest",
+        "permutation": "by_total",
+        "searchpath": ["pkg://strange.conf"],
+    }
     few: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16}
     texts = ["Tyger Tyger, burning bright. " * 20]
     _, _, report = permllm.prune(loaded.model, loaded.tokenizer, texts=texts, **settings, **few)
@@ -205,11 +243,19 @@ def test_python_finds_options_of_somebody_else(package: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("strange.nowhere:FAMILY", "the family stablelm cannot be imported from strange.nowhere:FAMILY: No module named"),
-        ("strange.pruning:Largest", "the family stablelm of strange.pruning:Largest is no permllm.models.families.Family"),
+        (
+            "strange.nowhere:FAMILY",
+            "the family stablelm cannot be imported from strange.nowhere:FAMILY: No module named",
+        ),
+        (
+            "strange.pruning:Largest",
+            "the family stablelm of strange.pruning:Largest is no permllm.models.families.Family",
+        ),
     ],
 )
-def test_an_entry_point_that_gives_no_family_is_one_line(package: Path, entry: str, message: str) -> None:
+def test_an_entry_point_that_gives_no_family_is_one_line(
+    package: Path, entry: str, message: str
+) -> None:
     described = package / "strange-1.0.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")

@@ -15,12 +15,21 @@ def test_the_package_takes_it_from_the_module() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in project["project"]
     assert project["project"]["dynamic"] == ["version"]
-    assert (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8").count(f'"{__version__}"') == 1
+    assert (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8").count(
+        f'"{__version__}"'
+    ) == 1
 
 
 def test_the_citation_has_it() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors", "license", "references"} <= citation.keys()
+    assert {
+        "cff-version",
+        "message",
+        "title",
+        "authors",
+        "license",
+        "references",
+    } <= citation.keys()
     assert citation["version"] == __version__
     (paper,) = citation["references"]
     assert {"type", "title", "authors", "year"} <= paper.keys()
@@ -28,8 +37,14 @@ def test_the_citation_has_it() -> None:
 
 def test_the_changelog_has_a_part_for_it() -> None:
     """In the order of versions, the newest first."""
-    heads = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    heads = re.findall(
+        r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$",
+        (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     versions = [(name, date) for name, date in heads if name != "Unreleased"]
     assert versions[0][0] == __version__
-    assert versions == sorted(versions, key=lambda head: tuple(map(int, head[0].split("."))), reverse=True)
+    assert versions == sorted(
+        versions, key=lambda head: tuple(map(int, head[0].split("."))), reverse=True
+    )
     assert all(date for _, date in versions)

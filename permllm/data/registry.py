@@ -42,7 +42,9 @@ def calibration_text(config: CalibrationConfig) -> NamedText:
     """
     if config.dataset == _FILE:
         if not config.data_files:
-            raise ConfigError("calibration=text needs calibration.data_files=PATH, a txt, json lines or parquet file")
+            raise ConfigError(
+                "calibration=text needs calibration.data_files=PATH, a txt, json lines or parquet file"
+            )
         return _of_file(config.data_files)
     if config.data_files:
         raise ConfigError(f"calibration.data_files={config.data_files!r} needs calibration=text")
@@ -63,7 +65,9 @@ def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
     names = [text.name for text in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{key}={config.names} has {twice} twice: a result goes by its text's name, so name each text once")
+        raise ConfigError(
+            f"{key}={config.names} has {twice} twice: a result goes by its text's name, so name each text once"
+        )
     return found
 
 
@@ -88,12 +92,20 @@ def _of_file(path: str) -> NamedText:
     return NamedText(Path(path).stem, TextFile(path))
 
 
-def _of_module(key: str, name: str, use: Literal["calibrates", "evaluates"], others: tuple[str, ...] = ()) -> NamedText:
+def _of_module(
+    key: str, name: str, use: Literal["calibrates", "evaluates"], others: tuple[str, ...] = ()
+) -> NamedText:
     if "." in name:
         module = name
     else:
-        known = [found.name for found in pkgutil.iter_modules(texts.__path__) if found.name != _NO_TEXT]
-        usable = [one.replace("_", "-") for one in known if getattr(_loaded(key, f"{texts.__name__}.{one}"), use)]
+        known = [
+            found.name for found in pkgutil.iter_modules(texts.__path__) if found.name != _NO_TEXT
+        ]
+        usable = [
+            one.replace("_", "-")
+            for one in known
+            if getattr(_loaded(key, f"{texts.__name__}.{one}"), use)
+        ]
         check_one_of(key, name, (*usable, *others))
         module = f"{texts.__name__}.{name.replace('-', '_')}"
     text = _loaded(key, module)
@@ -111,7 +123,9 @@ def _loaded(key: str, module: str) -> Text:
     except Exception as error:  # a module of someone else's may raise anything
         raise ConfigError(f"{key} cannot be imported: {first_line(error)}") from error
     if not isinstance(text, Text):
-        raise ConfigError(f"{key}: the module needs a TEXT, an object whose class derives from permllm.data.texts.base.Text")
+        raise ConfigError(
+            f"{key}: the module needs a TEXT, an object whose class derives from permllm.data.texts.base.Text"
+        )
     if text.max_windows is not None:
         check_whole(f"{key}: max_windows", text.max_windows, 1)
     return text

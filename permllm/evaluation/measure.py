@@ -18,7 +18,11 @@ from permllm.runtime import parallel
 
 
 def evaluate(
-    loaded: LoadedModel, settings: EvaluationConfig, which: str, evaluation: dict[str, Any], save: Callable[[], None]
+    loaded: LoadedModel,
+    settings: EvaluationConfig,
+    which: str,
+    evaluation: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     """Measure a model; results that the evaluation has already are kept.
 
@@ -47,18 +51,24 @@ def evaluate(
     for name in settings.tasks:
         results, asked = part("tasks", which), Path(name).name
         if task_label(name) not in results:
-            for task, values in _task(loaded, settings, name, evaluation["evaluation"]["tasks"][asked], which).items():
+            for task, values in _task(
+                loaded, settings, name, evaluation["evaluation"]["tasks"][asked], which
+            ).items():
                 if "scores" in values:
                     part("scores", "tasks", which)[task] = values.pop("scores")
                 results[task] = values | {"asked": asked}
             save()
 
 
-def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedText, which: str) -> dict[str, Any]:
+def _perplexity(
+    loaded: LoadedModel, settings: EvaluationConfig, named: NamedText, which: str
+) -> dict[str, Any]:
     windows = perplexity_windows(loaded.tokenizer, named, settings.perplexity, loaded.bos)
 
     def measure() -> dict[str, Any]:
-        return perplexity(loaded.model, windows, settings.perplexity.batch_tokens, f"{which} perplexity")
+        return perplexity(
+            loaded.model, windows, settings.perplexity.batch_tokens, f"{which} perplexity"
+        )
 
     if which != "dense":
         return measure()
@@ -66,9 +76,13 @@ def _perplexity(loaded: LoadedModel, settings: EvaluationConfig, named: NamedTex
     return cached("perplexity", key, measure)
 
 
-def _task(loaded: LoadedModel, settings: EvaluationConfig, name: str, how: dict[str, Any], which: str) -> dict[str, Any]:
+def _task(
+    loaded: LoadedModel, settings: EvaluationConfig, name: str, how: dict[str, Any], which: str
+) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
-        return run_task(loaded.model, loaded.tokenizer, name, settings.tasks[name], settings.lm_eval)
+        return run_task(
+            loaded.model, loaded.tokenizer, name, settings.tasks[name], settings.lm_eval
+        )
 
     if which != "dense":
         return parallel.share(measure())

@@ -25,7 +25,10 @@ from permllm.runtime import parallel
 
 
 def perplexity_windows(
-    tokenizer: PreTrainedTokenizerBase, named: NamedText, config: PerplexityConfig, bos: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    named: NamedText,
+    config: PerplexityConfig,
+    bos: bool = False,
 ) -> Tensor:
     """Tokenise an evaluation text once and cut it into windows; the remainder is dropped.
 
@@ -62,7 +65,9 @@ def _nats(logits: Tensor, targets: Tensor) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label: str = "perplexity") -> dict[str, Any]:
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, batch_tokens: int, label: str = "perplexity"
+) -> dict[str, Any]:
     """Perplexity of `model` on `windows` int64 `(windows, seqlen)`.
 
     The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the seqlen - 1 predicted
@@ -78,19 +83,35 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label
     together, streams = at_a_time == len(mine[0]) * window, placement_of(model).streams
     head = None if together and not streams else Head(model)
     batches = [windows[part].to(device) for part in mine]
-    states_of = _streamed_states(model, torch.cat(batches), len(mine[0]), label) if streams else _states(model, batches)
+    states_of = (
+        _streamed_states(model, torch.cat(batches), len(mine[0]), label)
+        if streams
+        else _states(model, batches)
+    )
     found = torch.zeros(count, dtype=torch.float64)
-    for batch, (part, counted) in zip(tqdm(batches, desc=label, unit="batch", leave=False), portions, strict=True):
+    for batch, (part, counted) in zip(
+        tqdm(batches, desc=label, unit="batch", leave=False), portions, strict=True
+    ):
         nats = []
         if together:
-            logits = model(input_ids=batch, use_cache=False).logits if head is None else head.logits(next(states_of))
-            for sequence, targets in zip(logits, batch, strict=True):  # one at a time: float32 logits are large
+            logits = (
+                model(input_ids=batch, use_cache=False).logits
+                if head is None
+                else head.logits(next(states_of))
+            )
+            for sequence, targets in zip(
+                logits, batch, strict=True
+            ):  # one at a time: float32 logits are large
                 nats.append(_nats(sequence[:-1], targets[1:]))
         else:
             assert head is not None
             for sequence, targets in zip(next(states_of), batch, strict=True):
-                parts = zip(sequence[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True)
-                nats.append(math.fsum(_nats(head.logits(part), following) for part, following in parts))
+                parts = zip(
+                    sequence[:-1].split(at_a_time), targets[1:].split(at_a_time), strict=True
+                )
+                nats.append(
+                    math.fsum(_nats(head.logits(part), following) for part, following in parts)
+                )
         if counted:
             found[part] = torch.tensor(nats, dtype=torch.float64)
     parallel.all_reduce([found])  # each window is zero in all ranks but one
@@ -99,7 +120,12 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_tokens: int, label
         total += nats
     tokens = count * (window - 1)
     mean = total / tokens
-    return {"value": math.exp(mean) if mean < 700 else math.inf, "window": window, "tokens": tokens, "losses": losses}
+    return {
+        "value": math.exp(mean) if mean < 700 else math.inf,
+        "window": window,
+        "tokens": tokens,
+        "losses": losses,
+    }
 
 
 def _states(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -108,7 +134,9 @@ def _states(model: PreTrainedModel, batches: Iterable[Tensor]) -> Iterator[Tenso
         yield model.base_model(input_ids=batch, use_cache=False).last_hidden_state
 
 
-def _streamed_states(model: PreTrainedModel, windows: Tensor, batch_size: int, label: str) -> Iterator[Tensor]:
+def _streamed_states(
+    model: PreTrainedModel, windows: Tensor, batch_size: int, label: str
+) -> Iterator[Tensor]:
     """The same, all windows through one layer and then through the next, so that each layer comes once."""
     stream = LayerStream(model, windows, batch_size)
     stream.to_the_end(label)

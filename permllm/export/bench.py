@@ -37,7 +37,12 @@ from permllm.models.families import channel_groups, decoder_layers, linear_at
 from permllm.runs.environment import hardware, versions
 from permllm.runs.masks import violations
 from permllm.runtime.devices import resolve_device
-from permllm.runtime.memory import keep_freed_memory, peak_memory, reset_peak_memory, return_freed_memory
+from permllm.runtime.memory import (
+    keep_freed_memory,
+    peak_memory,
+    reset_peak_memory,
+    return_freed_memory,
+)
 from permllm.runtime.speed import interleaved
 
 _TWO_OF_FOUR = NMPattern(2, 4)
@@ -70,7 +75,9 @@ def use_sparse_tensor_cores(model: nn.Module, stated: Stated) -> int:
                 raise DataError(f"{path}.weight is not 2:4 in stored order")
             rows, channels = linear.weight.shape
             if rows % 32 == 0 and channels % 64 == 0:
-                linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight.detach()), requires_grad=False)
+                linear.weight = nn.Parameter(
+                    to_sparse_semi_structured(linear.weight.detach()), requires_grad=False
+                )
                 converted += 1
     return converted
 
@@ -90,7 +97,11 @@ def without_gathers(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def speed(
-    variants: dict[str, PreTrainedModel], batch_sizes: Sequence[int], prompt: int, new_tokens: int, repeats: int
+    variants: dict[str, PreTrainedModel],
+    batch_sizes: Sequence[int],
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Prefill and decoding of each variant at each batch size, interleaved.
 
@@ -108,7 +119,9 @@ def speed(
     known = min(200, *map(vocabulary_of, variants.values()))
     rows = []
     for batch in batch_sizes:
-        tokens = torch.randint(known, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+        tokens = torch.randint(
+            known, (batch, prompt), generator=torch.Generator().manual_seed(0)
+        ).to(device)
         works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
         peaks = {}
         for name, model in variants.items():
@@ -120,7 +133,9 @@ def speed(
             peaks[name] = peak_memory(device) - before
             works[name] = (prefill_, _decode(model, tokens, new_tokens))
             if gathered_modules(model):
-                works[f"{name}, gathers left out"] = tuple(_bare(model, work) for work in works[name])  # type: ignore[assignment]
+                works[f"{name}, gathers left out"] = tuple(
+                    _bare(model, work) for work in works[name]
+                )  # type: ignore[assignment]
         prefill = interleaved({name: pair[0] for name, pair in works.items()}, repeats, device)
         decode = interleaved({name: pair[1] for name, pair in works.items()}, repeats, device)
         for name in works:
@@ -139,7 +154,9 @@ def speed(
 
 
 @torch.no_grad()
-def layers(model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def layers(
+    model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, repeats: int
+) -> list[dict[str, Any]]:
     """The first decoder layer, group by group: products dense and sparse, and the gather before them (the paper's table 3).
 
     Args:
@@ -158,12 +175,25 @@ def layers(model: PreTrainedModel, sparse: PreTrainedModel | None, tokens: int, 
             works["sparse_s"] = _products(sparse, group.members, x)
         works["gather_s"] = partial(x.index_select, -1, order)
         found = interleaved(works, repeats, device)
-        row = {name: statistics.median(found[name]) if name in found else None for name in LAYER_COLUMNS}
-        rows.append({"group": group.table.name, "channels": group.channels, "rows": sum(group.rows), "tokens": tokens} | row)
+        row = {
+            name: statistics.median(found[name]) if name in found else None
+            for name in LAYER_COLUMNS
+        }
+        rows.append(
+            {
+                "group": group.table.name,
+                "channels": group.channels,
+                "rows": sum(group.rows),
+                "tokens": tokens,
+            }
+            | row
+        )
     return rows
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, float]:
+def load(
+    folder: Path, device: torch.device, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, float]:
     """A checkpoint on a device, and the seconds of loading.
 
     Raises:
@@ -252,7 +282,9 @@ def measure(
     }
 
 
-def why_dense(device: torch.device, patterns: Collection[NMPattern | None], dtype: torch.dtype) -> str:
+def why_dense(
+    device: torch.device, patterns: Collection[NMPattern | None], dtype: torch.dtype
+) -> str:
     """Why no sparse tensor cores multiply a checkpoint of such patterns and format; nothing where they do."""
     if not sparse_tensor_cores(device):
         return "no sparse tensor cores here: sparse products run as dense ones"
@@ -313,7 +345,11 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    parts = [part for part in (getattr(tensor, name, None) for name in ("packed", "meta")) if isinstance(part, Tensor)]
+    parts = [
+        part
+        for part in (getattr(tensor, name, None) for name in ("packed", "meta"))
+        if isinstance(part, Tensor)
+    ]
     return sum(part.numel() * part.element_size() for part in parts or [tensor])
 
 

@@ -48,7 +48,12 @@ def model_notice(config: dict[str, Any]) -> str | None:
     return f"{notice}. The weights of {config['model']['name']} were changed: they were pruned to {config['sparsity']}."
 
 
-def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dict[str, Any], summary: dict[str, Any]) -> str:
+def model_card(
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    environment: dict[str, Any],
+    summary: dict[str, Any],
+) -> str:
     """Markdown with the metadata block that the hub reads.
 
     Args:
@@ -61,7 +66,9 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     base = {"base_model": " ".join(model["hub_name"].split())} if model["source"] == "hub" else {}
     licence = {"license": model["licence"]} if model.get("licence") else {}
     tags = {"tags": ["sparse", summary["sparsity"], "permllm"]}
-    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"} | licence | base | tags
+    metadata = (
+        {"library_name": "transformers", "pipeline_tag": "text-generation"} | licence | base | tags
+    )
     method = f"{config['pruner']['name']}, channel permutation: {config['permutation']['name']}"
     if config["permutation"].get("constraint", "free") != "free":
         method += f" ({config['permutation']['constraint']})"
@@ -76,7 +83,10 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
     notice = model_notice(config)
     lines += [f"{_text(notice)} The terms: {_text(model['terms'])}", ""] if notice else []
     if summary.get("patterns"):
-        lines += [f"Not every linear of its decoder layers is so: {_text(patterns_text(metrics['sparsity']))}.", ""]
+        lines += [
+            f"Not every linear of its decoder layers is so: {_text(patterns_text(metrics['sparsity']))}.",
+            "",
+        ]
     lines += [_FORMS[summary["form"]], ""]
     if summary["gathers"]:
         lines += [
@@ -100,6 +110,8 @@ def model_card(config: dict[str, Any], metrics: dict[str, Any], environment: dic
         f"- seed: {_text(config['seed'])}",
         f"- run: {_code(metrics['name'] + '-' + metrics['config_hash'])}",
     ]
-    versions = ", ".join(_text(f"{name} {version}") for name, version in environment.get("versions", {}).items())
+    versions = ", ".join(
+        _text(f"{name} {version}") for name, version in environment.get("versions", {}).items()
+    )
     lines += [f"- versions: {versions}"] if versions else []
     return "\n".join(lines) + "\n"

@@ -58,7 +58,11 @@ class Request:
 
 
 def export_run(
-    directory: Path, request: Request, target: Path, dense: Path | None = None, replace: bool = False
+    directory: Path,
+    request: Request,
+    target: Path,
+    dense: Path | None = None,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Write the pruned model of a run.
 
@@ -81,7 +85,9 @@ def export_run(
     if not replace:
         check_free(target)
     record = _Record(directory)
-    model = ModelConfig(**(record.model | ({"source": "local", "path": str(dense)} if dense is not None else {})))
+    model = ModelConfig(
+        **(record.model | ({"source": "local", "path": str(dense)} if dense is not None else {}))
+    )
     if model.source == "hub":
         # The commit that was pruned, whatever the branch holds by now.
         model.revision = hub_commit(record.metrics["model"])
@@ -89,15 +95,26 @@ def export_run(
     # A model that moved can be told from another one only where the run found it in a folder too.
     comparable = dense is None or record.metrics["model"].startswith("local:")
     if comparable and source.identity != record.metrics["model"]:
-        raise DataError(f"{directory} was pruned from {record.metrics['model']}, and this model is {source.identity}")
+        raise DataError(
+            f"{directory} was pruned from {record.metrics['model']}, and this model is {source.identity}"
+        )
     if not comparable:
         began = record.metrics["model"]
-        log.warning("nothing says whether %s is the model that was pruned, %s: only its shape is compared", dense, began)
+        log.warning(
+            "nothing says whether %s is the model that was pruned, %s: only its shape is compared",
+            dense,
+            began,
+        )
     return write_checkpoint(record, request, source, target, started, replace)
 
 
 def write_checkpoint(
-    record: PrunedRecord, request: Request, source: DenseSource, target: Path, started: float, replace: bool = False
+    record: PrunedRecord,
+    request: Request,
+    source: DenseSource,
+    target: Path,
+    started: float,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Write a pruned model.
 
@@ -198,7 +215,9 @@ class _Record:
         self.environment = read_json(environment) if environment.is_file() else {}
         known = {field.name for field in fields(ModelConfig)}
         try:
-            self.model = {name: value for name, value in self.config["model"].items() if name in known}
+            self.model = {
+                name: value for name, value in self.config["model"].items() if name in known
+            }
             self.pattern = NMPattern.parse(self.config["sparsity"])
         except (KeyError, AttributeError) as error:
             raise DataError(f"{directory / CONFIG} holds no settings of a run") from error
@@ -209,7 +228,9 @@ class _Record:
         return Pruned(self._directory, self.metrics)
 
 
-def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float) -> dict[str, Any]:
+def _write(
+    record: PrunedRecord, request: Request, source: DenseSource, folder: Path, started: float
+) -> dict[str, Any]:
     _write_settings("generation_config", source.generation, folder)
     skeleton = source.skeleton
     groups = channel_groups(skeleton)
@@ -223,7 +244,9 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
     planned: dict[str, Tensor] = {}
     for name in parameter_names(skeleton):
         floating = shapes[name].is_floating_point()
-        planned[name] = torch.empty(shapes[name].shape, dtype=dtype if floating else None, device="meta")
+        planned[name] = torch.empty(
+            shapes[name].shape, dtype=dtype if floating else None, device="meta"
+        )
     for path, order in stored.gathers.items():
         planned[f"{path}.input_order"] = torch.empty(order.shape, dtype=torch.int32, device="meta")
 
@@ -251,14 +274,18 @@ def _write(record: PrunedRecord, request: Request, source: DenseSource, folder: 
         "seconds": time.perf_counter() - started,
     }
     write_json(folder / SUMMARY, summary)
-    (folder / "README.md").write_text(model_card(record.config, record.metrics, record.environment, summary), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(record.config, record.metrics, record.environment, summary), encoding="utf-8"
+    )
     notice = model_notice(record.config)
     if notice is not None:
         (folder / "NOTICE").write_text(f"{notice}\n", encoding="utf-8")
     return summary
 
 
-def write_shards(folder: Path, planned: Mapping[str, Tensor], make: Callable[[str], Tensor], largest: int) -> list[str]:
+def write_shards(
+    folder: Path, planned: Mapping[str, Tensor], make: Callable[[str], Tensor], largest: int
+) -> list[str]:
     """Write tensors as `model.safetensors`, or as several files and the index that transformers reads.
 
     Args:
@@ -310,14 +337,18 @@ def _stored(
     if not all_finite(cast):
         if not all_finite(tensor):
             raise DataError(f"{name} holds values that are not finite")
-        raise DataError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype")
+        raise DataError(
+            f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype"
+        )
     # Adding +0.0 turns -0.0, which some sparse kernels break on, into +0.0, and changes nothing else.
     return stored.apply(name, cast + 0.0 if path is not None else cast)
 
 
 def _config(source: DenseSource, stored: StoredOrder, dtype: torch.dtype) -> PreTrainedConfig:
     config = source.skeleton.config
-    vars(config).pop("auto_map", None)  # of remote code, which nothing here runs and no export holds
+    vars(config).pop(
+        "auto_map", None
+    )  # of remote code, which nothing here runs and no export holds
     architecture = type(source.skeleton).__name__
     if stored.gathers:
         config = sparse_config(config, sorted(stored.gathers))

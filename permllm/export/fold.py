@@ -47,7 +47,9 @@ class StoredOrder:
         return tensor
 
 
-def stored_order(form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
+def stored_order(
+    form: str, model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
+) -> StoredOrder:
     """How a pruned model is stored in one of the `FORMS`.
 
     Args:
@@ -72,7 +74,9 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
 
     def put(target: dict[str, Tensor], paths: Iterable[str], order: Tensor) -> None:
         for path in paths:
-            names = (f"{path}.weight", f"{path}.bias") if target is stored.rows else (f"{path}.weight",)
+            names = (
+                (f"{path}.weight", f"{path}.bias") if target is stored.rows else (f"{path}.weight",)
+            )
             target.update({name: order for name in names if name in parameters})
 
     stream = shared.get(RESIDUAL)
@@ -86,9 +90,15 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     if stream is None:  # nothing that reads it was pruned
         return stored
     for index in range(len(decoder_layers(model))):
-        put(stored.rows, [f"{family.layers}.{index}.{path}" for path in family.norms + family.writers], stream)
+        put(
+            stored.rows,
+            [f"{family.layers}.{index}.{path}" for path in family.norms + family.writers],
+            stream,
+        )
     put(stored.rows, [path for path in family.after if path not in family.projections], stream)
-    into, out_of = [path if f"{path}.weight" in parameters else None for path in family.projections] or (None, None)
+    into, out_of = [
+        path if f"{path}.weight" in parameters else None for path in family.projections
+    ] or (None, None)
     tokens, *others = family.embeddings
     put(stored.columns, others, stream)
     if into is None:
@@ -100,7 +110,9 @@ def _folded(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tens
     return stored
 
 
-def _put_producers(stored: StoredOrder, parameters: dict[str, nn.Parameter], group: ChannelGroup, order: Tensor) -> None:
+def _put_producers(
+    stored: StoredOrder, parameters: dict[str, nn.Parameter], group: ChannelGroup, order: Tensor
+) -> None:
     """The rows that a group's producers write as its channels; of a fused one, a part each time."""
     for producer, part in group.table.produced():
         for name in (f"{group.prefix}{producer}.weight", f"{group.prefix}{producer}.bias"):
@@ -109,7 +121,9 @@ def _put_producers(stored: StoredOrder, parameters: dict[str, nn.Parameter], gro
                 stored.rows[name] = stored.rows[name][rows] if name in stored.rows else rows
 
 
-def _gathered(model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]) -> StoredOrder:
+def _gathered(
+    model: nn.Module, groups: list[ChannelGroup], orders: dict[str, Tensor]
+) -> StoredOrder:
     stored = StoredOrder()
     parameters = dict(model.named_parameters())
     for group in (group for group in groups if group.name in orders):

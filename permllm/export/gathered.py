@@ -52,7 +52,11 @@ def sparse_config(dense: PreTrainedConfig, gathers: list[str]) -> PreTrainedConf
         dense: the dense model's.
         gathers: paths of the modules whose input is gathered.
     """
-    settings = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
+    settings = {
+        key: value
+        for key, value in dense.to_dict().items()
+        if key not in ("model_type", "architectures")
+    }
     config = _config_class(dense.model_type)(**settings)
     config.gathers = gathers
     return config
@@ -67,14 +71,28 @@ class _SparseConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         inner = config_dict.get("dense_config")
         if inner is not None:
-            config_dict = {key: value for key, value in config_dict.items() if key not in ("dense_config", *TRIPWIRES)} | inner
+            config_dict = {
+                key: value
+                for key, value in config_dict.items()
+                if key not in ("dense_config", *TRIPWIRES)
+            } | inner
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         inner = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
-        outer = {key: inner.pop(key) for key in ("model_type", "architectures", "transformers_version") if key in inner}
-        written = outer | dict.fromkeys(TRIPWIRES, f"written by {writer()}: {_HINT}") | {"dense_config": inner}
-        Path(json_file_path).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        outer = {
+            key: inner.pop(key)
+            for key in ("model_type", "architectures", "transformers_version")
+            if key in inner
+        }
+        written = (
+            outer
+            | dict.fromkeys(TRIPWIRES, f"written by {writer()}: {_HINT}")
+            | {"dense_config": inner}
+        )
+        Path(json_file_path).write_text(
+            json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 class _SparseModel:
@@ -105,7 +123,11 @@ class _SparseModel:
             if not folder.is_dir():
                 hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
                 patterns = ["*.json", "*.safetensors"]
-                folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub))
+                folder = Path(
+                    snapshot_download(
+                        str(pretrained_model_name_or_path), allow_patterns=patterns, **hub
+                    )
+                )
             check_checkpoint(folder / kwargs.get("subfolder", ""))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -121,10 +143,14 @@ def attach_gather(module: nn.Module, channels: int) -> None:
 
 def gathered_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose input is gathered, by path."""
-    return {path: module for path, module in model.named_modules() if "input_order" in module._buffers}
+    return {
+        path: module for path, module in model.named_modules() if "input_order" in module._buffers
+    }
 
 
-def _gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _gather(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     order: Tensor = module.input_order  # type: ignore[assignment]
     if args:
         return (args[0].index_select(-1, order), *args[1:]), kwargs
@@ -146,7 +172,9 @@ def register() -> None:
     for dense_type in causal_types():
         label = model_type_of(dense_type)
         if label not in CONFIG_MAPPING:
-            AutoConfig.register(label, type("SparseConfigOnDemand", (_OnDemand,), {"dense_type": dense_type}))
+            AutoConfig.register(
+                label, type("SparseConfigOnDemand", (_OnDemand,), {"dense_type": dense_type})
+            )
 
 
 class _OnDemand:
@@ -163,7 +191,10 @@ def __getattr__(name: str) -> Any:
     """A class of `_config_class` that a pickle asks for, of a type that none has been read of yet."""
     found = re.fullmatch(r"Sparse(\w+?)(Config|ForCausalLM)", name)
     kinds = causal_types() if found else ()
-    dense = next((kind for kind in kinds if found and CONFIG_MAPPING[kind].__name__ == f"{found[1]}Config"), None)
+    dense = next(
+        (kind for kind in kinds if found and CONFIG_MAPPING[kind].__name__ == f"{found[1]}Config"),
+        None,
+    )
     if dense is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _config_class(dense)
@@ -181,7 +212,9 @@ def _config_class(dense_type: str) -> Any:
     name = dense_config.__name__.removesuffix("Config")
     config = type(f"Sparse{name}Config", (_SparseConfig, dense_config), defaults)
     model = type(f"Sparse{name}ForCausalLM", (_SparseModel, dense_model), {"config_class": config})
-    globals().update({one.__name__: one for one in (config, model)})  # by these names a pickle finds them
+    globals().update(
+        {one.__name__: one for one in (config, model)}
+    )  # by these names a pickle finds them
     AutoConfig.register(label, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model)
     return config

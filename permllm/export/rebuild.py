@@ -30,9 +30,13 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
     """
     metrics = read_json(directory / METRICS)
     if metrics["model"] != identity:
-        raise DataError(f"{directory} was pruned from {metrics['model']}, and this model is {identity}")
+        raise DataError(
+            f"{directory} was pruned from {metrics['model']}, and this model is {identity}"
+        )
     sparsity = metrics["sparsity"]
-    groups = recorded_groups(channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {}))
+    groups = recorded_groups(
+        channel_groups(model), NMPattern.parse(sparsity["pattern"]), sparsity.get("patterns", {})
+    )
     kept = Pruned(directory, metrics)
     placement = placement_of(model)
     for group in groups:
@@ -44,4 +48,6 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
                     placement.replace(linear, kept.weight(path, dense))
                     placement.lies_in(kept.weight_files[path], {linear: path})
                 else:
-                    placement.replace(linear, masked(kept.mask(path), dense), partial(kept.mask, path))
+                    placement.replace(
+                        linear, masked(kept.mask(path), dense), partial(kept.mask, path)
+                    )

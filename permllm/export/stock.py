@@ -57,19 +57,33 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
     settings = PerplexityConfig(**config["evaluation"]["perplexity"])
     dataset = ", ".join(map(str, settings.names))
     if "perplexity" not in metrics or "." in dataset:  # a record names no module that is then run
-        raise ConfigError(f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})")
+        raise ConfigError(
+            f"--stock {run}: it has no perplexity on a text of this package ({dataset or 'none'})"
+        )
     text = perplexity_texts(settings)[0]
-    windows = perplexity_windows(AutoTokenizer.from_pretrained(checkpoint), text, settings, model.get("bos", False))
+    windows = perplexity_windows(
+        AutoTokenizer.from_pretrained(checkpoint), text, settings, model.get("bos", False)
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "windows.safetensors"
         save_file({"windows": windows.contiguous()}, file)
-        command = [sys.executable, "-c", _CHILD, str(checkpoint.resolve()), str(file), model["dtype"]]
+        command = [
+            sys.executable,
+            "-c",
+            _CHILD,
+            str(checkpoint.resolve()),
+            str(file),
+            model["dtype"],
+        ]
         # Elsewhere, so that what is imported is installed and not beside the caller.
         answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if answer.returncode:
         lines = (answer.stderr.strip() or "no word").splitlines()
         # A form that needs this package says so, before what transformers advises.
-        reason = next((line for line in reversed(lines) if "permllm" in line and "File " not in line), lines[-1])
+        reason = next(
+            (line for line in reversed(lines) if "permllm" in line and "File " not in line),
+            lines[-1],
+        )
         raise DataError(f"{checkpoint} cannot be loaded by stock transformers: {reason.strip()}")
     found = json.loads(answer.stdout.splitlines()[-1])
     of_run = metrics["perplexity"]["sparse"][text.name]["value"]

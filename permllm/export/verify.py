@@ -71,9 +71,13 @@ class LayerReport:
         pattern = NMPattern.parse(self.pattern)
         found = [f"{self.name} holds values that are not finite"] if self.nan else []
         if self.violations is None:
-            found.append(f"{self.name} has {self.shape[1]} inputs, which M = {pattern.m} does not divide")
+            found.append(
+                f"{self.name} has {self.shape[1]} inputs, which M = {pattern.m} does not divide"
+            )
         elif self.violations:
-            found.append(f"{self.name} has {self.violations} groups of {pattern.m} with more than {pattern.n} nonzeros")
+            found.append(
+                f"{self.name} has {self.violations} groups of {pattern.m} with more than {pattern.n} nonzeros"
+            )
         if self.negative_zeros:
             found.append(f"{self.name} holds {self.negative_zeros} zeros as -0.0")
         return found
@@ -125,7 +129,9 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
         raise DataError(f"{folder} has no safetensors files: {files[0].name} cannot be verified")
     places = tensor_places(files)
     summary = _summary(folder)
-    for file in tqdm(files if summary else [], desc="sha256", unit="file", leave=False, disable=None):
+    for file in tqdm(
+        files if summary else [], desc="sha256", unit="file", leave=False, disable=None
+    ):
         if summary and file_sha256(file) != summary["sha256"].get(file.name):
             raise DataError(f"{file} is not what was written (its sha256 differs)")
     stated = Stated(pattern) if pattern else stated_patterns(folder)
@@ -136,15 +142,21 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
     problems += _against_summary(folder, places, skeleton)
     suffixes, expected = _linears(skeleton)
     layers: list[LayerReport] = []
-    for name in tqdm(sorted(places.keys() - odd.keys()), desc="tensors", unit="tensor", leave=False, disable=None):
+    for name in tqdm(
+        sorted(places.keys() - odd.keys()), desc="tensors", unit="tensor", leave=False, disable=None
+    ):
         try:
             layers += _examine(name, places, stated, suffixes)
         except DataError as error:
             problems.append(str(error))
-    dense = [name for name in sorted(places) if name.endswith(".weight") and stated.of(name) is None]
+    dense = [
+        name for name in sorted(places) if name.endswith(".weight") and stated.of(name) is None
+    ]
     if not layers or expected not in (None, len(layers) + len(dense)):
         without = f" beside {len(dense)} that stay dense" if dense else ""
-        problems.append(f"{len(layers)} weights of linears could be examined{without}, of {expected or 'any'}")
+        problems.append(
+            f"{len(layers)} weights of linears could be examined{without}, of {expected or 'any'}"
+        )
     comparable = not problems
     problems += [problem for layer in layers for problem in layer.problems()]
     size = sum(file.stat().st_size for file in files)
@@ -173,7 +185,9 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
             vocabulary = model.config.vocab_size
             tokens = torch.randint(vocabulary, (_SEQUENCES, _LENGTH), generator=generator)
         elif model.config.vocab_size != vocabulary:
-            raise ConfigError(f"{first} and {second} have vocabularies of {vocabulary} and {model.config.vocab_size} tokens")
+            raise ConfigError(
+                f"{first} and {second} have vocabularies of {vocabulary} and {model.config.vocab_size} tokens"
+            )
         with transformers_reads(folder), torch.no_grad():
             logits.append(model(input_ids=tokens).logits.double())
     ours, theirs = logits
@@ -181,7 +195,9 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
         "largest": float((ours - theirs).abs().max()),
         "relative": float((ours - theirs).norm() / theirs.norm()),
         "kl": float(
-            torch.nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
+            torch.nn.functional.kl_div(
+                ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+            )
             .sum(-1)
             .mean()
         ),
@@ -214,7 +230,11 @@ class Stated:
 def stated_patterns(folder: Path) -> Stated:
     """N:M as an export of ours states it; 2:4 where nothing does."""
     summary = _summary(folder)
-    return Stated(NMPattern.parse(summary["sparsity"]), summary.get("patterns", {})) if summary else Stated(NMPattern(2, 4))
+    return (
+        Stated(NMPattern.parse(summary["sparsity"]), summary.get("patterns", {}))
+        if summary
+        else Stated(NMPattern(2, 4))
+    )
 
 
 def _summary(folder: Path) -> ExportSummary | None:
@@ -251,15 +271,25 @@ def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...], int | None]:
         family = family_of(skeleton)
     except ConfigError:
         if any(isinstance(module, Conv1D) for module in skeleton.modules()):
-            raise DataError(f"{type(skeleton).__name__} stores weights as (C_in, C_out): they cannot be verified") from None
+            raise DataError(
+                f"{type(skeleton).__name__} stores weights as (C_in, C_out): they cannot be verified"
+            ) from None
         head = skeleton.get_output_embeddings()
-        linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and module is not head]
+        linears = [
+            name
+            for name, module in skeleton.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        ]
         return tuple(f".{name}.weight" for name in linears), None
     members = [member for group in family.groups for member in group.members]
-    return tuple(f".{member}.weight" for member in members), len(members) * len(decoder_layers(skeleton))
+    return tuple(f".{member}.weight" for member in members), len(members) * len(
+        decoder_layers(skeleton)
+    )
 
 
-def _examine(name: str, places: Places, stated: Stated, suffixes: tuple[str, ...]) -> list[LayerReport]:
+def _examine(
+    name: str, places: Places, stated: Stated, suffixes: tuple[str, ...]
+) -> list[LayerReport]:
     """Look at a tensor; a report where it should be sparse.
 
     Raises:

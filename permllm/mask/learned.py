@@ -41,7 +41,9 @@ class ScoreMask(LearningSettings, LearnedMask):
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
         self.check_last_layers("mask", groups, layers)
 
-    def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
+    def scores(
+        self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
+    ) -> Scores:
         """Return the scores of a linear at the start, from its weight `(C_out, C_in)`; they choose the pruner's mask."""
         return FreeScores(weight, factors)
 
@@ -81,7 +83,9 @@ class ScoreMask(LearningSettings, LearnedMask):
                 course.train(window, learner)
                 found |= learner.best
                 del linears, learner  # before those of the next window, which are as large
-        return PackedMasks((path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members)
+        return PackedMasks(
+            (path, mask_of(group, path).cpu()) for group in problem.groups for path in group.members
+        )
 
 
 @dataclass(kw_only=True, config=SETTINGS)
@@ -92,7 +96,9 @@ class LowRankMask(ScoreMask):
     kind = LowRankScores
 
     @override
-    def scores(self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator) -> Scores:
+    def scores(
+        self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
+    ) -> Scores:
         return LowRankScores(weight, factors, self.rank, generator)
 
     @override
@@ -125,13 +131,17 @@ class MaskLearner(Learner):
         self._placement = placement_of(problem.model)
         self.groups = groups
         self.linears = {
-            path: linear for group in groups for path, linear in zip(group.members, linears[group.name], strict=True)
+            path: linear
+            for group in groups
+            for path, linear in zip(group.members, linears[group.name], strict=True)
         }
         self.earlier = dict(earlier)
         self.learning_rate = learning_rate
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
-        self.scores = nn.ModuleDict({path.replace(".", "/"): linear.scores for path, linear in self.linears.items()})
+        self.scores = nn.ModuleDict(
+            {path.replace(".", "/"): linear.scores for path, linear in self.linears.items()}
+        )
 
     @property
     @override
@@ -140,7 +150,11 @@ class MaskLearner(Learner):
 
     @override
     def masked_weights(self) -> int:
-        return sum(linear.linear.weight.numel() for linear in self.linears.values() if linear.scores.keeps_masked)
+        return sum(
+            linear.linear.weight.numel()
+            for linear in self.linears.values()
+            if linear.scores.keeps_masked
+        )
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
@@ -152,7 +166,9 @@ class MaskLearner(Learner):
         found: dict[str, Tensor] = {}
         for group in self.groups:
             with self._placement.layer(group.layer):
-                found |= {path: packed_mask(self.linears[path].mask().cpu()) for path in group.members}
+                found |= {
+                    path: packed_mask(self.linears[path].mask().cpu()) for path in group.members
+                }
         return found
 
     @override
@@ -162,7 +178,9 @@ class MaskLearner(Learner):
     @override
     def epoch_values(self, moment: Moment) -> dict[str, Any]:
         now = self.present()
-        changed = sum(int(unpacked_mask(now[path] ^ before).sum()) for path, before in self._at_epoch.items())
+        changed = sum(
+            int(unpacked_mask(now[path] ^ before).sum()) for path, before in self._at_epoch.items()
+        )
         return {"mask_flips": changed / sum(8 * len(bits) for bits in now.values())}
 
     @override

@@ -41,7 +41,10 @@ class RefinedMask(FoundMask):
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
         tokens = problem.tokens if problem.calibration is None else problem.calibration
-        stream, masks = LayerStream(problem.model, tokens, problem.calibration_batch_size), PackedMasks()
+        stream, masks = (
+            LayerStream(problem.model, tokens, problem.calibration_batch_size),
+            PackedMasks(),
+        )
         for layer, members in by_layer(problem.model, problem.groups, "refine masks"):
             with collecting(problem.model, members, (Gram,)) as statistics:
                 stream.advance(layer)
@@ -49,17 +52,26 @@ class RefinedMask(FoundMask):
                 pattern, order = problem.pattern_of(group), orders[group.name].to(problem.device)
                 gram = statistics[group.name][Gram].value[order][:, order]
                 weights = [linear_at(problem.model, path).weight for path in group.members]
-                start = [permuted_nm_mask(problem.saliency_of(path), order, pattern) for path in group.members]
+                start = [
+                    permuted_nm_mask(problem.saliency_of(path), order, pattern)
+                    for path in group.members
+                ]
                 # What reads the same channels is refined together: the more rows, the fewer passes.
-                with products_in(gram.dtype, problem.device):  # what is narrower in a model's products would decide wrongly
-                    mask = refined_mask(torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern)
+                with products_in(
+                    gram.dtype, problem.device
+                ):  # what is narrower in a model's products would decide wrongly
+                    mask = refined_mask(
+                        torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern
+                    )
                 parts = mask[:, order.argsort()].cpu().split([len(weight) for weight in weights])
                 masks.update(zip(group.members, parts, strict=True))
         return masks
 
 
 @torch.no_grad()
-def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS) -> Tensor:
+def refined_mask(
+    weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS
+) -> Tensor:
     """Return a mask that takes away no more of any row of the output: no `e H e^T` grows, up to rounding.
 
     Args:
@@ -73,7 +85,9 @@ def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern,
         bool `(C_out, C_in)`.
     """
     m = pattern.m
-    weight_t = weight.t().to(gram.dtype).contiguous()  # groups are M consecutive rows, which vectorise along the others
+    weight_t = (
+        weight.t().to(gram.dtype).contiguous()
+    )  # groups are M consecutive rows, which vectorise along the others
     keep = mask.t().clone(memory_format=torch.contiguous_format)
     away = torch.where(keep, 0.0, weight_t)
     product = gram @ away
@@ -89,7 +103,9 @@ def refined_mask(weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern,
                 group = slice(start, start + m)
                 w, kept = weight_t[group], keep[group]
                 linear = 2 * w * of_block[start - first : start - first + m]
-                leaves = torch.where(kept, squares[group] + linear, torch.inf)  # what the error gains if a kept one goes
+                leaves = torch.where(
+                    kept, squares[group] + linear, torch.inf
+                )  # what the error gains if a kept one goes
                 comes = torch.where(kept, torch.inf, squares[group] - linear)
                 both = (2 * gram[group, group]).unsqueeze(2) * w.unsqueeze(0) * w.unsqueeze(1)
                 gain, pair = (leaves.unsqueeze(1) + comes.unsqueeze(0) - both).flatten(0, 1).min(0)

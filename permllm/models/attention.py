@@ -27,9 +27,18 @@ def attention_in_float32(device: torch.device) -> Iterator[None]:
         return
     narrow = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def wide(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    def wide(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> Any:
         with products_as_they_are(query):
-            return narrow(module, query.float(), key.float(), value.float(), _float32(mask), **options)
+            return narrow(
+                module, query.float(), key.float(), value.float(), _float32(mask), **options
+            )
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = wide
     try:

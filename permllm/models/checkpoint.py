@@ -123,7 +123,9 @@ def weight_files(folder: Path) -> list[Path]:
             if missing:
                 raise DataError(f"{folder} lacks {_listed(missing)}, which its index names")
             return [folder / name for name in names]
-    raise DataError(f"{folder} holds no safetensors files that transformers would read, and no pytorch_model.bin either")
+    raise DataError(
+        f"{folder} holds no safetensors files that transformers would read, and no pytorch_model.bin either"
+    )
 
 
 def indexed_files(index: Path) -> list[str]:
@@ -185,7 +187,9 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
     """
     model, differences = skeleton_of(folder)
     for what, names in differences.each():
-        raise DataError(f"{folder} {what} {_listed(names)}: it is another model than its config says, or a part of one")
+        raise DataError(
+            f"{folder} {what} {_listed(names)}: it is another model than its config says, or a part of one"
+        )
     odd = odd_formats(_formats(folder), model)
     if odd:
         first = next(iter(odd.values()))
@@ -233,7 +237,9 @@ def check_values(what: object, model: nn.Module) -> None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor, not empty, holds neither NaN nor infinities; without the temporaries of `isfinite`."""
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # the bounds of what holds a NaN are NaN
+    return all(
+        bool(bound.isfinite()) for bound in tensor.aminmax()
+    )  # the bounds of what holds a NaN are NaN
 
 
 def parameter_names(model: PreTrainedModel) -> list[str]:
@@ -242,7 +248,9 @@ def parameter_names(model: PreTrainedModel) -> list[str]:
     return [name for name in model.state_dict() if name not in tied]
 
 
-def untied(model: PreTrainedModel, names: Container[str], read: Callable[[str], Tensor]) -> tuple[str, str] | None:
+def untied(
+    model: PreTrainedModel, names: Container[str], read: Callable[[str], Tensor]
+) -> tuple[str, str] | None:
     """A tensor that is another than the one that the config ties it to, such as a head, and that one; None where all are tied.
 
     Args:
@@ -283,7 +291,9 @@ def check_dense(what: str, config: PreTrainedConfig) -> None:
         raise ConfigError(f"{what} is a gathered checkpoint of a pruned model: give the dense one")
 
 
-def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any) -> PreTrainedModel:
+def read_weights(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, **options: Any
+) -> PreTrainedModel:
     """The model of a folder.
 
     Args:
@@ -302,7 +312,9 @@ def read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device, 
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with transformers_reads(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", **onto | options | {"local_files_only": True, "trust_remote_code": False}
+            folder,
+            dtype=dtype or "auto",
+            **onto | options | {"local_files_only": True, "trust_remote_code": False},
         )
     check_values(folder, model)
     return model
@@ -334,7 +346,10 @@ def _formats(folder: Path) -> dict[str, str]:
         with transformers_reads(folder):
             # Nothing but tensors is unpickled, and of these no values.
             tensors = torch.load(file, map_location="meta", weights_only=True)
-            formats |= {name: _FORMATS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
+            formats |= {
+                name: _FORMATS.get(tensor.dtype, str(tensor.dtype))
+                for name, tensor in tensors.items()
+            }
     return formats
 
 

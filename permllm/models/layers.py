@@ -48,7 +48,9 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
     def stand_in(*args: Tensor, **keywords: Any) -> Tensor | tuple[Tensor]:
         states = args[0] if args else keywords.pop("hidden_states")
         if not hidden:
-            hidden.append(states.detach())  # gradient checkpointing has the embedding's output ask for gradients
+            hidden.append(
+                states.detach()
+            )  # gradient checkpointing has the embedding's output ask for gradients
         kwargs.append(keywords)
         return (states,) if tuples else states
 
@@ -62,7 +64,9 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
 def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[None]:
     """Inside, each of these modules computes `forward` when it is called; afterwards what it did before."""
     layers = list(layers)
-    before = [vars(layer).get("forward") for layer in layers]  # what somebody has put there, such as a compiled one
+    before = [
+        vars(layer).get("forward") for layer in layers
+    ]  # what somebody has put there, such as a compiled one
     for layer in layers:
         layer.forward = forward
     try:
@@ -86,7 +90,9 @@ def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
 
 
 @torch.no_grad()
-def last_states(model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> Tensor:
+def last_states(
+    model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
+) -> Tensor:
     """Output of the last decoder layer for `tokens` int64 `(samples, tokens)`, `(samples, tokens, hidden)` on the host.
 
     Args:
@@ -100,7 +106,9 @@ def last_states(model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype
         stream.to_the_end("dense states")
         return stream.states()
     found: Tensor | None = None
-    for indices in tqdm(torch.arange(len(tokens)).split(batch_size), desc="dense states", unit="batch", leave=False):
+    for indices in tqdm(
+        torch.arange(len(tokens)).split(batch_size), desc="dense states", unit="batch", leave=False
+    ):
         inputs = layer_inputs(model, tokens[indices])
         hidden = inputs.hidden
         with products_in(compute_dtype, hidden.device):
@@ -125,14 +133,22 @@ class LayerStream:
         compute_dtype: of matrix products (`permllm.runtime.precision`); None leaves them as they are where the stream is used.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        batch_size: int,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         self._placement = placement_of(model)
         self._layers = decoder_layers(model)
         self._compute_dtype = compute_dtype
         self._device = next(model.parameters()).device
         self._batches = tokens.split(batch_size)
         self._batch_size = batch_size
-        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by batch size: the last batch may be smaller
+        self._kwargs: dict[
+            int, list[dict[str, Any]]
+        ] = {}  # by batch size: the last batch may be smaller
         self._states = torch.empty(0)
         for position, batch in enumerate(self._batches):
             inputs = layer_inputs(model, batch)
@@ -179,4 +195,6 @@ def _room_for(samples: int, batch: Tensor) -> Tensor:
     """Return memory for the states of all samples: where a batch of them is, or on the host where a GPU has no room."""
     size = samples * batch[0].numel() * batch.element_size()
     on_gpu = batch.device.type == "cuda" and size <= _SHARE_OF_FREE * free_memory(batch.device)
-    return torch.empty(samples, *batch.shape[1:], dtype=batch.dtype, device=batch.device if on_gpu else "cpu")
+    return torch.empty(
+        samples, *batch.shape[1:], dtype=batch.dtype, device=batch.device if on_gpu else "cpu"
+    )

@@ -24,7 +24,9 @@ def check_windows(what: str, windows: Tensor, model: PreTrainedModel) -> None:
     """
     known, largest = vocabulary_of(model), int(windows.max())
     if largest >= known:
-        raise DataError(f"{what}: there is a token {largest}, and the model knows {known} from 0 on: is it its tokenizer?")
+        raise DataError(
+            f"{what}: there is a token {largest}, and the model knows {known} from 0 on: is it its tokenizer?"
+        )
     positions, length = getattr(model.config, "max_position_embeddings", None), windows.shape[1]
     if positions is None or length <= positions:
         return

@@ -87,7 +87,10 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         ConfigError: its architecture is not the one that the settings state, its type is unknown, or its tokenizer has no BOS
             for the windows to begin with.
     """
-    device, placement = resolve_device(config.device), "device" if config.placement == "auto" else config.placement
+    device, placement = (
+        resolve_device(config.device),
+        "device" if config.placement == "auto" else config.placement,
+    )
     dtype = getattr(torch, config.dtype)
     folder = dense_folder(config)
     if folder is None:
@@ -203,7 +206,9 @@ def _check_architecture(config: ModelConfig, actual: PreTrainedConfig) -> None:
             )
 
 
-def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _random(
+    config: ModelConfig, seed: int, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         architecture = _architecture(config)
@@ -216,7 +221,9 @@ def _random(config: ModelConfig, seed: int, dtype: torch.dtype) -> tuple[PreTrai
 
 def _local_architecture(folder: Path) -> PreTrainedConfig:
     if not folder.is_dir():
-        raise ConfigError(f"model.path={str(folder)!r} is not a folder: give one that transformers can load")
+        raise ConfigError(
+            f"model.path={str(folder)!r} is not a folder: give one that transformers can load"
+        )
     return read_config(folder)
 
 
@@ -230,9 +237,13 @@ def _from_folder(
     if placement in ("disk", "sharded"):
         model = _mapped(folder, config, dtype, device, placement)
     else:
-        model = read_weights(folder, dtype, device if placement == "device" else torch.device("cpu"))
+        model = read_weights(
+            folder, dtype, device if placement == "device" else torch.device("cpu")
+        )
     with transformers_reads(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         tokenizer("The first words show what no file of it does.")
     return model, tokenizer
 
@@ -244,7 +255,9 @@ def _mapped(
     check_checkpoint(folder)
     files = weight_files(folder)
     if files[0].suffix != ".safetensors":
-        raise ConfigError(f"model.placement={placement} reads safetensors files, and {folder} has {files[0].name}: take host")
+        raise ConfigError(
+            f"model.placement={placement} reads safetensors files, and {folder} has {files[0].name}: take host"
+        )
     with transformers_reads(folder), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     places = tensor_places(files)
@@ -256,12 +269,18 @@ def _mapped(
     wanted, buffers = parameter_names(model), dict(model.named_buffers())
     missing = next((name for name in wanted if name not in places), None)
     if missing is not None:
-        raise ConfigError(f"model.placement={placement}: the files of {folder} have {missing} under another name: take host")
+        raise ConfigError(
+            f"model.placement={placement}: the files of {folder} have {missing} under another name: take host"
+        )
     if other := untied(model, places, read):
         name, source = other
-        raise ConfigError(f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host")
+        raise ConfigError(
+            f"model.placement={placement}: {folder} has another {name} than {source}, which are tied: take host"
+        )
     for name in wanted:
-        if name in buffers or not name.startswith(outside):  # some buffers are no weights, such as an order
+        if name in buffers or not name.startswith(
+            outside
+        ):  # some buffers are no weights, such as an order
             set_module_tensor_to_device(model, name, device, read(name).clone(), own[name].dtype)
     model.tie_weights()
     _outside_to(model, device)
@@ -278,7 +297,9 @@ def _mapped(
     return model
 
 
-def _sharded(model: PreTrainedModel, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]) -> Placement:
+def _sharded(
+    model: PreTrainedModel, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]
+) -> Placement:
     from permllm.models.sharded import Sharded  # seconds, for a single process in vain
 
     return Sharded(model, device, whole)
@@ -295,18 +316,24 @@ def _called(config: ModelConfig) -> str:
     return config.path or config.hub_name or config.name
 
 
-def _check_vocabulary(what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(
+    what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     # Added tokens may lie beyond the model's, which a text without them does not reach.
     own = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     needed, known = max(own, default=-1) + 1, vocabulary_of(model)
     if needed > known:
-        raise DataError(f"{what}: its tokenizer has tokens up to {needed - 1}, and the model knows {known} from 0 on")
+        raise DataError(
+            f"{what}: its tokenizer has tokens up to {needed - 1}, and the model knows {known} from 0 on"
+        )
 
 
 def _digest_of_files(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(
-        file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt")
+        file
+        for file in folder.iterdir()
+        if file.suffix in (".safetensors", ".bin", ".json", ".model", ".txt")
     ):
         with open(file, "rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())

@@ -162,8 +162,17 @@ class Offloaded(Placement):
         for index, layer in enumerate(self._layers):
             for path, parameter in list(layer.named_parameters()):
                 parent, _, name = path.rpartition(".")
-                module, absent = layer.get_submodule(parent), torch.empty_like(parameter, device="meta")
-                stored = Stored(index, module, name, absent, self.source(f"{self._prefix}.{index}.{path}", parameter))
+                module, absent = (
+                    layer.get_submodule(parent),
+                    torch.empty_like(parameter, device="meta"),
+                )
+                stored = Stored(
+                    index,
+                    module,
+                    name,
+                    absent,
+                    self.source(f"{self._prefix}.{index}.{path}", parameter),
+                )
                 stored.put(absent)
                 self._stored[index].append(stored)
                 if name == "weight":
@@ -197,8 +206,14 @@ class Offloaded(Placement):
         self._users[index] = 0
         following = index + (1 if index > self._latest or not index else -1)
         self._latest = index
-        if self._stream is not None and following < len(self._layers) and following not in self._users:
-            if len(self._left) > 1:  # a host that runs ahead of the GPU would ask for new memory, layer after layer
+        if (
+            self._stream is not None
+            and following < len(self._layers)
+            and following not in self._users
+        ):
+            if (
+                len(self._left) > 1
+            ):  # a host that runs ahead of the GPU would ask for new memory, layer after layer
                 self._left[0].synchronize()
             with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
                 self._ahead[following] = self._values(following)
@@ -222,7 +237,9 @@ class Offloaded(Placement):
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._stream)
         for value in ahead:
-            value.record_stream(now)  # or its memory might be used again before the layer is done with it
+            value.record_stream(
+                now
+            )  # or its memory might be used again before the layer is done with it
         return ahead
 
     def _values(self, index: int) -> list[Tensor]:

@@ -29,7 +29,9 @@ def read_json(path: Path, schema: type[Schema]) -> Schema:
     """Read a JSON file by a form. Raises DataError, which names the file and the first field that is not as it must be."""
     value = files.read_json(path)
     try:
-        json.dumps(value, ensure_ascii=False).encode()  # half of a character can be neither printed nor passed on
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # half of a character can be neither printed nor passed on
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {first_line(error)}") from error
     return validated(str(path), value, schema)
@@ -58,7 +60,9 @@ def validated(where: str, value: Any, schema: type[Schema]) -> Schema:
             raise DataError(f"{where}: {field} is missing") from error
         shown = _cut(repr(first["input"]))
         message = first["msg"][:1].lower() + first["msg"][1:]
-        raise DataError(f"{where}: {f'{field}: ' if field else ''}{message}, and it is {shown}") from error
+        raise DataError(
+            f"{where}: {f'{field}: ' if field else ''}{message}, and it is {shown}"
+        ) from error
     return cast(Schema, value)
 
 

@@ -22,11 +22,16 @@ DENSE = "dense"
 
 def groups_to_prune(model: nn.Module, config: RunConfig) -> list[ChannelGroup]:
     """The channel groups of a model that a job prunes, as its settings say; errors as `channel_groups` and `pruned_groups`."""
-    return pruned_groups(channel_groups(model), config.pattern, config.keep_dense, config.sparsity_of)
+    return pruned_groups(
+        channel_groups(model), config.pattern, config.keep_dense, config.sparsity_of
+    )
 
 
 def pruned_groups(
-    groups: list[ChannelGroup], pattern: NMPattern, keep_dense: Iterable[str], sparsity_of: Mapping[str, str]
+    groups: list[ChannelGroup],
+    pattern: NMPattern,
+    keep_dense: Iterable[str],
+    sparsity_of: Mapping[str, str],
 ) -> list[ChannelGroup]:
     """The channel groups that are pruned, with those of their members that are, and their patterns.
 
@@ -47,19 +52,27 @@ def pruned_groups(
     for name, text in sparsity_of.items():
         found = _named("sparsity_of", name, groups) - dense
         if not found:
-            raise ConfigError(f"sparsity_of.{name}={text}: keep_dense={sorted(keep_dense)} keeps all of it dense")
+            raise ConfigError(
+                f"sparsity_of.{name}={text}: keep_dense={sorted(keep_dense)} keeps all of it dense"
+            )
         its = NMPattern.parse(text, f"sparsity_of.{name}")
         for path in sorted(found):
             other, before = chosen.setdefault(path, (name, its))
             if its != before:
-                raise ConfigError(f"sparsity_of: {other} gives {path} {before}, and {name} gives it {text}")
+                raise ConfigError(
+                    f"sparsity_of: {other} gives {path} {before}, and {name} gives it {text}"
+                )
     left = _left(groups, pattern, dense, {path: its for path, (_, its) in chosen.items()})
     if not left:
-        raise ConfigError(f"keep_dense={sorted(keep_dense)} names every linear of the decoder layers: nothing left to prune")
+        raise ConfigError(
+            f"keep_dense={sorted(keep_dense)} names every linear of the decoder layers: nothing left to prune"
+        )
     return left
 
 
-def recorded_groups(groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]) -> list[ChannelGroup]:
+def recorded_groups(
+    groups: list[ChannelGroup], pattern: NMPattern, patterns: Mapping[str, str]
+) -> list[ChannelGroup]:
     """The channel groups that were pruned, as a record or a checkpoint says it.
 
     Args:
@@ -72,7 +85,9 @@ def recorded_groups(groups: list[ChannelGroup], pattern: NMPattern, patterns: Ma
     """
     strange = patterns.keys() - {path for group in groups for path in group.members}
     if strange:
-        raise DataError(f"its patterns name {min(strange)}, which is no linear of the model's decoder layers")
+        raise DataError(
+            f"its patterns name {min(strange)}, which is no linear of the model's decoder layers"
+        )
     dense = {path for path, text in patterns.items() if text == DENSE}
     others = {path: NMPattern.parse(text) for path, text in patterns.items() if text != DENSE}
     try:
@@ -93,10 +108,16 @@ def differing_patterns(groups: list[ChannelGroup], pruned: list[ChannelGroup]) -
     return {path: str(pattern) for path, pattern in found.items() if pattern is not None}
 
 
-def _left(groups: list[ChannelGroup], pattern: NMPattern, dense: set[str], of: dict[str, NMPattern]) -> list[ChannelGroup]:
+def _left(
+    groups: list[ChannelGroup], pattern: NMPattern, dense: set[str], of: dict[str, NMPattern]
+) -> list[ChannelGroup]:
     left = []
     for group in groups:
-        rows = {path: rows for path, rows in zip(group.members, group.rows, strict=True) if path not in dense}
+        rows = {
+            path: rows
+            for path, rows in zip(group.members, group.rows, strict=True)
+            if path not in dense
+        }
         if rows:
             its = _one_pattern({path: of.get(path, pattern) for path in rows})
             own = None if its == pattern else its
@@ -120,12 +141,27 @@ def _named(key: str, name: str, groups: list[ChannelGroup]) -> set[str]:
     if re.fullmatch("-?[0-9]+", name):
         layers = 1 + max(group.layer for group in groups)
         if not -layers <= int(name) < layers:
-            raise ConfigError(f"{key}: the model has no layer {name}; valid are {-layers} to {layers - 1}")
-        return {path for group in groups if group.layer == int(name) % layers for path in group.members}
+            raise ConfigError(
+                f"{key}: the model has no layer {name}; valid are {-layers} to {layers - 1}"
+            )
+        return {
+            path for group in groups if group.layer == int(name) % layers for path in group.members
+        }
     asked = f".{name}."
-    found = {path for group in groups for path in group.members if asked in f".{path}." or asked in f".{group.name}."}
+    found = {
+        path
+        for group in groups
+        for path in group.members
+        if asked in f".{path}." or asked in f".{group.name}."
+    }
     if not found:
-        words = {path.removeprefix(group.prefix) for group in groups for path in (*group.members, group.name)}
+        words = {
+            path.removeprefix(group.prefix)
+            for group in groups
+            for path in (*group.members, group.name)
+        }
         words |= {part for word in words for part in word.split(".")}
-        raise ConfigError(f"{key}: the model has no {name!r} in its decoder layers; there are: {', '.join(sorted(words))}")
+        raise ConfigError(
+            f"{key}: the model has no {name!r} in its decoder layers; there are: {', '.join(sorted(words))}"
+        )
     return found

@@ -34,7 +34,9 @@ class Sharded(Offloaded):
 
     sharded = True
 
-    def __init__(self, model: nn.Module, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, whole: Callable[[str, nn.Parameter], Tensor]
+    ) -> None:
         assert dist.group.WORLD is not None
         self._mesh, self._whole = DeviceMesh.from_group(dist.group.WORLD, device.type), whole
         super().__init__(model, device)
@@ -56,8 +58,12 @@ class Sharded(Offloaded):
 def _part(tensor: Tensor, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype) -> DTensor:
     """Return the rows of a parameter that this rank holds; a vector is whole in each."""
     if tensor.dim() < 2:
-        return DTensor.from_local(tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False)
+        return DTensor.from_local(
+            tensor.to(device, dtype, copy=True), mesh, [Replicate()], run_check=False
+        )
     rows = tensor.chunk(mesh.size())
     mine = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else tensor[:0]
     local = mine.to(device, dtype, copy=True).contiguous()
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=(tensor[0].numel(), 1))
+    return DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=(tensor[0].numel(), 1)
+    )

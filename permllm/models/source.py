@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from permllm.config import ModelConfig
 from permllm.errors import ConfigError
-from permllm.models.checkpoint import check_checkpoint, parameter_names, tensor_places, untied, weight_files
+from permllm.models.checkpoint import (
+    check_checkpoint,
+    parameter_names,
+    tensor_places,
+    untied,
+    weight_files,
+)
 from permllm.models.load import dense_folder, folder_identity, generation_of, load_model, meta_model
 from permllm.runs.tensors import load_tensor
 
@@ -75,8 +81,16 @@ def dense_source(config: ModelConfig, seed: int) -> DenseSource:
         read = _files(folder, skeleton)
         if read is not None:
             copied = partial(_copy_tokenizer, folder)
-            return DenseSource(skeleton, copied, generation_of(skeleton, folder), folder_identity(config, folder), read)
-    loaded = load_model(replace(config, placement="device", device="cpu"), seed)  # whose weights are all there to be read
+            return DenseSource(
+                skeleton,
+                copied,
+                generation_of(skeleton, folder),
+                folder_identity(config, folder),
+                read,
+            )
+    loaded = load_model(
+        replace(config, placement="device", device="cpu"), seed
+    )  # whose weights are all there to be read
     skeleton, state = skeleton_like(loaded.model), loaded.model.state_dict()
     generation = loaded.model.generation_config
     assert generation is not None
@@ -98,14 +112,25 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
         # The config says that the head is the embedding, and transformers took the files' word, or somebody changed one.
         config.tie_word_embeddings = False
         skeleton = _from_config(config, model.dtype)
-    if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
-        raise ConfigError(f"the model is not what its config makes: {strange} is no tensor, so that no checkpoint can hold it")
+    if strange := next(
+        (name for name, value in state.items() if not isinstance(value, Tensor)), None
+    ):
+        raise ConfigError(
+            f"the model is not what its config makes: {strange} is no tensor, so that no checkpoint can hold it"
+        )
     made = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     there = {name: tensor.shape for name, tensor in state.items()}
-    other = next((name for name in sorted(made.keys() | there.keys()) if made.get(name) != there.get(name)), None)
+    other = next(
+        (name for name in sorted(made.keys() | there.keys()) if made.get(name) != there.get(name)),
+        None,
+    )
     if other is not None:
-        sizes = " and ".join(str(tuple(found[other])) if other in found else "none" for found in (there, made))
-        raise ConfigError(f"the model is not what its config makes: {other} is {sizes}, so that no checkpoint can hold it")
+        sizes = " and ".join(
+            str(tuple(found[other])) if other in found else "none" for found in (there, made)
+        )
+        raise ConfigError(
+            f"the model is not what its config makes: {other} is {sizes}, so that no checkpoint can hold it"
+        )
     return skeleton
 
 
@@ -130,7 +155,9 @@ def _files(folder: Path, skeleton: PreTrainedModel) -> TensorReader | None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for file in (file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()):
+    for file in (
+        file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()
+    ):
         place = target / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, place)

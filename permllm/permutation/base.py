@@ -118,9 +118,16 @@ def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
     Raises:
         ConfigError: it is no int64 permutation of the channels: a model in it would not be N:M.
     """
-    if isinstance(order, Tensor) and order.dtype == torch.int64 and order.shape == (channels,) and is_permutation(order):
+    if (
+        isinstance(order, Tensor)
+        and order.dtype == torch.int64
+        and order.shape == (channels,)
+        and is_permutation(order)
+    ):
         return order.cpu()
-    given = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+    given = (
+        f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+    )
     raise ConfigError(
         f"{key}: the order of {group} must be a permutation, int64 ({channels},) with each channel once, and it is {given}"
     )

@@ -74,11 +74,19 @@ class SharedOrder:
             blocks = stacks[0].unflatten(0, (segments, 1, -1))
             return [blocks.expand(-1, self.repeats, -1, -1, -1).flatten(0, 2)]
         each = len(stacks) // segments
-        return [stack for first in range(0, len(stacks), each) for stack in stacks[first : first + each] * self.repeats]
+        return [
+            stack
+            for first in range(0, len(stacks), each)
+            for stack in stacks[first : first + each] * self.repeats
+        ]
 
     def collect(self, saliency: Tensor) -> Tensor:
         """Return the saliency on the shared positions: `(rows, channels * repeats)` to `(rows * repeats, channels)`."""
-        return saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0).reshape(-1, self.channels)
+        return (
+            saliency.unflatten(1, (-1, self.repeats, self.segment))
+            .movedim(2, 0)
+            .reshape(-1, self.channels)
+        )
 
     def shared(self, order: Tensor) -> Tensor | None:
         """Return the shared order behind a group's order, int64 `(channels,)`; None where there is none."""
@@ -90,7 +98,9 @@ class SharedOrder:
         return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
 
     def _starts(self, device: torch.device) -> Tensor:
-        return torch.arange(0, self.channels, self.segment, device=device).repeat_interleave(self.segment)
+        return torch.arange(0, self.channels, self.segment, device=device).repeat_interleave(
+            self.segment
+        )
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
@@ -100,7 +110,9 @@ def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[Sh
         ConfigError: they must fold, and nothing absorbs an order of a group; the message names it.
     """
     if constraint == "free":
-        return [SharedOrder(group.name, group.channels, group.channels, 1, (group,)) for group in groups]
+        return [
+            SharedOrder(group.name, group.channels, group.channels, 1, (group,)) for group in groups
+        ]
     for group in groups:
         if not group.table.folds:
             raise ConfigError(
@@ -126,7 +138,13 @@ def local_order(group: ChannelGroup) -> SharedOrder:
     """Return the orders that the producers of a group can absorb."""
     heads, repeats = group.heads
     channels = group.channels // repeats
-    return SharedOrder(group.name, channels, channels // heads if group.table.by_head else channels, repeats, (group,))
+    return SharedOrder(
+        group.name,
+        channels,
+        channels // heads if group.table.by_head else channels,
+        repeats,
+        (group,),
+    )
 
 
 def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
@@ -154,7 +172,11 @@ def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
 
 def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the orders of all groups by group name, each a tensor of its own, from shared orders by their name."""
-    return {group.name: order.expand(orders[order.name]).clone() for order in shared for group in order.groups}
+    return {
+        group.name: order.expand(orders[order.name]).clone()
+        for order in shared
+        for group in order.groups
+    }
 
 
 def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,9 @@ class FromFile(LocalPermutation):
         path = Path(self.path)
         file = path / PERMUTATIONS if path.is_dir() else path
         if not file.is_file():
-            raise ConfigError(f"permutation.path={self.path}: no such file, or a run without permutations")
+            raise ConfigError(
+                f"permutation.path={self.path}: no such file, or a run without permutations"
+            )
         self._orders = load_orders(file)
 
     @override
@@ -42,7 +44,11 @@ class FromFile(LocalPermutation):
         for group in groups:
             order = self._orders.get(group.name)
             if order is None or len(order) != group.channels:
-                found = "no permutation" if order is None else f"it is of {len(order)} channels, not {group.channels},"
+                found = (
+                    "no permutation"
+                    if order is None
+                    else f"it is of {len(order)} channels, not {group.channels},"
+                )
                 raise ConfigError(
                     f"permutation.path={self.path}: {found} for {group.name}; "
                     "is it from another model, or from a run that kept it dense?"

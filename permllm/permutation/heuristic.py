@@ -68,7 +68,9 @@ class Heuristic(LocalPermutation):
         return expanded(shared, heuristic_orders(shared, problem, "heuristic permutation"))
 
 
-def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label: str) -> dict[str, Tensor]:
+def heuristic_orders(
+    shared: list[SharedOrder], problem: LearningProblem, label: str
+) -> dict[str, Tensor]:
     """Search the heuristic permutation of each segment of shared orders, int64 `(channels,)` on the CPU by their names.
 
     On a GPU several searches of about equal width go on together, and the cores of the host solve their assignments. On a CPU
@@ -81,17 +83,28 @@ def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label:
         label: of the progress bar.
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
-    ahead = sorted(shared if placement_of(problem.model).sharded else mine, key=lambda order: order.channels)
+    ahead = sorted(
+        shared if placement_of(problem.model).sharded else mine, key=lambda order: order.channels
+    )
     together = parallel.share(_searches_at_once(shared, problem.device))
     found = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
-    with ThreadPoolExecutor(together) as pool, tqdm(total=len(ahead), desc=label, unit="permutation") as bar:
+    with (
+        ThreadPoolExecutor(together) as pool,
+        tqdm(total=len(ahead), desc=label, unit="permutation") as bar,
+    ):
         for first in range(0, len(ahead), together):
             orders = ahead[first : first + together]
-            parts = [part for order in orders for part in segments_of(order, problem.saliency_of, problem.pattern)]
+            parts = [
+                part
+                for order in orders
+                for part in segments_of(order, problem.saliency_of, problem.pattern)
+            ]
             perms = iter(_searched(parts, pool.map))
             del parts  # before the saliency of the next ones
             for order in orders:
-                perm = torch.cat([start + next(perms) for start in range(0, order.channels, order.segment)])
+                perm = torch.cat(
+                    [start + next(perms) for start in range(0, order.channels, order.segment)]
+                )
                 if order in mine:
                     found[order.name] = perm
                 bar.update()
@@ -102,11 +115,16 @@ def heuristic_orders(shared: list[SharedOrder], problem: LearningProblem, label:
 def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
     if device.type == "cpu":
         return 1
-    largest = max((4 * group.channels * sum(group.rows) for order in shared for group in order.groups), default=1)
+    largest = max(
+        (4 * group.channels * sum(group.rows) for order in shared for group in order.groups),
+        default=1,
+    )
     return max(1, min(cores(), int(_SHARE_OF_FREE * free_memory(device)) // largest))
 
 
-def segments_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern) -> list[Parts]:
+def segments_of(
+    shared: SharedOrder, saliency_of: Callable[[str], Tensor], pattern: NMPattern
+) -> list[Parts]:
     """Return the saliency of each segment of a shared order.
 
     Args:
@@ -117,7 +135,9 @@ def segments_of(shared: SharedOrder, saliency_of: Callable[[str], Tensor], patte
     """
 
     def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
-        return shared.collect(torch.cat([saliency_of(path) for path in group.members])), group.pattern or pattern
+        return shared.collect(
+            torch.cat([saliency_of(path) for path in group.members])
+        ), group.pattern or pattern
 
     # That of one group fits, and its segments need not make it again.
     held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
@@ -166,18 +186,26 @@ class Search:
     def __init__(self, saliency: Parts) -> None:
         sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
         sizes = [pattern.m for pattern in patterns]
-        self._saliency, self.m, self.perm = saliency, max(sizes), allocate(reduce(Tensor.add, sums), min(sizes))
+        self._saliency, self.m, self.perm = (
+            saliency,
+            max(sizes),
+            allocate(reduce(Tensor.add, sums), min(sizes)),
+        )
 
     def scores(self, position: int) -> Tensor:
         """Return the scores of moving the channels at one of the `m` positions, as `assignment_scores`, on the CPU."""
         places = self.perm.view(-1, self.m)
 
         def scores_of(part: Tensor, pattern: NMPattern) -> Tensor:
-            first = position - position % pattern.m  # of the group of a smaller M that the position is in
+            first = (
+                position - position % pattern.m
+            )  # of the group of a smaller M that the position is in
             inside = places[:, first : first + pattern.m].flatten()
             return assignment_scores(part, inside, position % pattern.m, pattern)
 
-        return reduce(Tensor.add, (scores_of(part, pattern) for part, pattern in self._saliency())).cpu()
+        return reduce(
+            Tensor.add, (scores_of(part, pattern) for part, pattern in self._saliency())
+        ).cpu()
 
     def exchange(self, position: int, sources: Tensor) -> None:
         """Give each group of m the channel that is at a position of its source, int64 `(groups,)`."""
@@ -207,7 +235,9 @@ def allocate(total: Tensor, m: int) -> Tensor:
         int64 `(C_in,)` on the CPU.
     """
     order = total.argsort(descending=True, stable=True).view(m, -1)
-    snake = torch.stack([row if place % 2 == 0 else row.flip(0) for place, row in enumerate(order)], dim=1)
+    snake = torch.stack(
+        [row if place % 2 == 0 else row.flip(0) for place, row in enumerate(order)], dim=1
+    )
     return snake.flatten().cpu()
 
 
@@ -243,7 +273,9 @@ def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
         # max(u, v) = (u + v + |u - v|) / 2, so that it is two sums and a matrix of L1 distances.
         return (left.sum(1)[:, None] + right.sum(1)[None, :] + torch.cdist(left, right, p=1.0)) / 2
     found = torch.zeros(len(left), len(right), dtype=left.dtype)
-    for of_left, of_right in zip(left.split(_ROWS_IN_CACHE, 1), right.split(_ROWS_IN_CACHE, 1), strict=True):
+    for of_left, of_right in zip(
+        left.split(_ROWS_IN_CACHE, 1), right.split(_ROWS_IN_CACHE, 1), strict=True
+    ):
         few, all_ = of_left.contiguous(), of_right.contiguous()
         at_a_time = max(1, _PAIRS_IN_CACHE // all_.numel())
         for some, sums in zip(few.split(at_a_time), found.split(at_a_time), strict=True):

@@ -39,7 +39,10 @@ class ADMM(Reconstruction):
         factors = partial(self._factors, pruned.statistics)
         root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
         dense, start = pruned.dense.float() * root, pruned.weight.float() * root
-        found = masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations) / root
+        found = (
+            masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations)
+            / root
+        )
         return torch.where(pruned.mask, found, 0.0).to(pruned.weight.dtype)
 
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,12 @@ from typing_extensions import override
 from permllm.models.families import decoder_layers
 from permllm.pruning.admm import ADMM
 from permllm.pruning.obs import OBS
-from permllm.pruning.reconstruction import NoReconstruction, PrunedLinear, PrunedNetwork, Reconstruction
+from permllm.pruning.reconstruction import (
+    NoReconstruction,
+    PrunedLinear,
+    PrunedNetwork,
+    Reconstruction,
+)
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
@@ -63,7 +68,9 @@ class Distill(DescentSettings, Reconstruction):
             state = read_checkpoint(problem, DISTILL_CHECKPOINT)
             history = [] if state is None else list(state["history"])
             problem.on_resume(list(history))
-            training = Training(settings, problem, window, learner, "distill", DISTILL_CHECKPOINT, history)
+            training = Training(
+                settings, problem, window, learner, "distill", DISTILL_CHECKPOINT, history
+            )
             if state is not None:
                 training.restore(state)
             del state  # which is as large as the weights
@@ -89,7 +96,9 @@ class KeptWeights:
     def __init__(self, linears: Sequence[nn.Linear], masks: Collection[Tensor]) -> None:
         self.weights: list[Tensor] = [linear.weight for linear in linears]
         places = (mask.flatten().nonzero().flatten().to(torch.int32) for mask in masks)
-        self._places = [place.to(weight.device) for place, weight in zip(places, self.weights, strict=True)]
+        self._places = [
+            place.to(weight.device) for place, weight in zip(places, self.weights, strict=True)
+        ]
         kept = (self._kept(number, weight.detach()) for number, weight in enumerate(self.weights))
         self.values = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in kept]
 
@@ -100,7 +109,9 @@ class KeptWeights:
             for number, weight in enumerate(self.weights):
                 weight.requires_grad_(True)
                 hooks.callback(weight.requires_grad_, False)
-                hooks.enter_context(weight.register_post_accumulate_grad_hook(partial(self._take, number)))
+                hooks.enter_context(
+                    weight.register_post_accumulate_grad_hook(partial(self._take, number))
+                )
             yield
 
     @torch.no_grad()

@@ -20,7 +20,14 @@ from permllm.pruning.methods import Job, learning_problem, windows_for
 from permllm.pruning.reconstruction import PrunedLinear, PrunedNetwork
 from permllm.runs.masks import violations
 from permllm.runs.names import PRUNED_LAYERS, layer_file
-from permllm.runs.tensors import PrunedLayer, load_layer, load_tensor, mask_name, save_layer, weight_name
+from permllm.runs.tensors import (
+    PrunedLayer,
+    load_layer,
+    load_tensor,
+    mask_name,
+    save_layer,
+    weight_name,
+)
 from permllm.runtime import parallel
 from permllm.runtime.precision import products_in
 from permllm.sparsity.calibrate import by_layer, collecting, member_factors
@@ -87,7 +94,9 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
         if target is None:
             chosen, target = slice(0, samples), layers.dense.states()
         del layers  # with states of all samples, which are not needed any more
-        problem = learning_problem(job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target)
+        problem = learning_problem(
+            job, "reconstruction", windows[chosen], windows[:samples], found.factors or {}, target
+        )
         linears = [linear_at(model, path) for path in result.masks]
         with products_in(job.products, job.device):
             reconstruction.network(PrunedNetwork(problem, linears, result.masks.values()))
@@ -129,7 +138,11 @@ class _Layers:
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:
         """Prune a layer that is on the device, or take it from the file of an earlier attempt, and advance the states."""
-        record, name, changes = self.job.record, layer_file(PRUNED_LAYERS, index), self.job.methods.change_weights
+        record, name, changes = (
+            self.job.record,
+            layer_file(PRUNED_LAYERS, index),
+            self.job.methods.change_weights,
+        )
         kept = record.loaded(name, load_layer) if groups else None
         layer = self._new(index, groups) if kept is None else kept
         weights = self._weights(layer)
@@ -158,9 +171,13 @@ class _Layers:
         if not file.is_file():  # rank 0 has written it on another machine
             return
         if layer.weights:
-            self.placement.lies_in(file, {linear_at(self.model, path): weight_name(path) for path in layer.weights})
+            self.placement.lies_in(
+                file, {linear_at(self.model, path): weight_name(path) for path in layer.weights}
+            )
         for path in layer.masks:
-            self.result.masks.set_packed(path, partial(load_tensor, file, mask_name(path)), layer.masks.shape(path))
+            self.result.masks.set_packed(
+                path, partial(load_tensor, file, mask_name(path)), layer.masks.shape(path)
+            )
 
     def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
         """Prune a layer, but for its output errors."""
@@ -173,7 +190,9 @@ class _Layers:
             self._add(group, statistics.get(group.name), layer)
         return layer
 
-    def _add(self, group: ChannelGroup, statistics: InputStatistics | None, layer: PrunedLayer) -> None:
+    def _add(
+        self, group: ChannelGroup, statistics: InputStatistics | None, layer: PrunedLayer
+    ) -> None:
         """Prune a group. Its order, masks, changed weights and figures go into the layer."""
         pruner, reconstruction = self.job.methods.pruner, self.job.methods.reconstruction
         pattern, factors = group.pattern or self.job.config.pattern, self.found.factors
@@ -187,7 +206,10 @@ class _Layers:
         for path in group.members:
             dense = linear_at(self.model, path).weight
             perm, scores = order.to(dense.device), saliency(dense, factors[path].to(dense.device))
-            mask, new = None if self.found.masks is None else self.found.masks[path].to(dense.device), None
+            mask, new = (
+                None if self.found.masks is None else self.found.masks[path].to(dense.device),
+                None,
+            )
             if pruner.updates_weights:
                 assert statistics is not None
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
@@ -196,7 +218,9 @@ class _Layers:
             layer.masks[path] = parallel.share(mask).cpu()
             if self.job.methods.change_weights:
                 new = masked(mask, dense) if new is None else new
-                new = reconstruction.linear(PrunedLinear(dense, new, mask, perm, pattern, statistics))
+                new = reconstruction.linear(
+                    PrunedLinear(dense, new, mask, perm, pattern, statistics)
+                )
                 layer.weights[path] = parallel.share(new.to(dense.dtype))
             kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
         layer.retained[group.name] = kept / max(total, 1e-300)
@@ -207,14 +231,26 @@ class _Layers:
         job = self.job
         with job.record.stage("permute", job.device):
             weights = {path: linear_at(self.model, path).weight for path in group.members}
-            scores = torch.cat([saliency(weight, factors[path].to(weight.device)) for path, weight in weights.items()])
-            order = parallel.share(job.methods.permutation.order(group.name, scores, group.pattern or job.config.pattern))
+            scores = torch.cat(
+                [
+                    saliency(weight, factors[path].to(weight.device))
+                    for path, weight in weights.items()
+                ]
+            )
+            order = parallel.share(
+                job.methods.permutation.order(
+                    group.name, scores, group.pattern or job.config.pattern
+                )
+            )
             return checked_order(job.permutation_key, group.name, group.channels, order)
 
 
 @contextmanager
 def _comparing(
-    model: nn.Module, groups: list[ChannelGroup], weights: dict[str, Tensor], errors: dict[str, float]
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    weights: dict[str, Tensor],
+    errors: dict[str, float],
 ) -> Iterator[None]:
     """Measure the relative squared output error of each group under the new weights, while the dense layer runs."""
     device = next(model.parameters()).device
@@ -223,7 +259,9 @@ def _comparing(
     def compare(name: str, path: str, linear: Any, args: tuple[Tensor], output: Tensor) -> None:
         difference = nn.functional.linear(args[0], linear.weight - weights[path])
         reference = output if linear.bias is None else output - linear.bias
-        sums[name] += torch.stack([part.float().square().sum().double() for part in (difference, reference)])
+        sums[name] += torch.stack(
+            [part.float().square().sum().double() for part in (difference, reference)]
+        )
 
     with ExitStack() as hooks:
         for group in groups:

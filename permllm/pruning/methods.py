@@ -33,7 +33,12 @@ from permllm.training.settings import LearningSettings
 # Groups in the order in which their methods learn, each with a key of the lines of the history that are no earlier group's.
 _LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": "weights_learned"}
 # Base class of the methods of each group.
-METHODS = {"pruner": Pruner, "permutation": Permutation, "mask": Mask, "reconstruction": Reconstruction}
+METHODS = {
+    "pruner": Pruner,
+    "permutation": Permutation,
+    "mask": Mask,
+    "reconstruction": Reconstruction,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,11 @@ class Methods:
     @property
     def learned(self) -> dict[str, Any]:
         """Return the permutation and the mask, those that train, by group in the order in which they do."""
-        return {group: method for group in ("permutation", "mask") if (method := getattr(self, group)).learned}
+        return {
+            group: method
+            for group in ("permutation", "mask")
+            if (method := getattr(self, group)).learned
+        }
 
     @property
     def needs_device(self) -> str | None:
@@ -117,7 +126,9 @@ def methods_of(config: RunConfig) -> Methods:
         settings = getattr(config, group)
         made[group] = instantiate(group, settings)
         if not isinstance(made[group], base):
-            raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {base.__module__}.{base.__name__}")
+            raise ConfigError(
+                f"{group}={settings.get('name')}: expected a subclass of {base.__module__}.{base.__name__}"
+            )
         made[group].validate(config)
     methods = Methods(**made)
     if methods.needs_device and config.model.placement not in ("auto", "device"):
@@ -137,10 +148,14 @@ def check_names(config: RunConfig) -> None:
     for group in METHODS:
         option, name = chosen.get(group), getattr(config, group).get("name")
         if name != option and name in options[group][1]:
-            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option and would name its runs")
+            raise ConfigError(
+                f"{group}={option}: its `name` is {name}, which is another option and would name its runs"
+            )
 
 
-def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) -> list[ChannelGroup]:
+def checked_groups(
+    config: RunConfig, methods: Methods, model: PreTrainedModel
+) -> list[ChannelGroup]:
     """Return the channel groups of a model that are pruned, all layers.
 
     Raises:
@@ -158,11 +173,18 @@ def checked_groups(config: RunConfig, methods: Methods, model: PreTrainedModel) 
 
 def windows_for(method: object, calibration: int) -> slice:
     """Return the windows of the text that a method learns from; the first `calibration` ones are those of the calibration."""
-    return windows_learned_from(getattr(method, "samples", None), getattr(method, "skip", None), calibration)
+    return windows_learned_from(
+        getattr(method, "samples", None), getattr(method, "skip", None), calibration
+    )
 
 
 def learning_problem(
-    job: Job, group: str, tokens: Tensor, calibration: Tensor, factors: Mapping[str, SaliencyFactors], target: Tensor
+    job: Job,
+    group: str,
+    tokens: Tensor,
+    calibration: Tensor,
+    factors: Mapping[str, SaliencyFactors],
+    target: Tensor,
 ) -> LearningProblem:
     """Return the problem of a method that learns from the whole model. Its steps and epochs go to the record and the logger.
 

@@ -20,5 +20,7 @@ class OBS(Reconstruction):
     def linear(self, pruned: PrunedLinear) -> Tensor:
         """Return the corrected weight, from the dense one."""
         assert pruned.statistics is not None
-        weight, _ = SparseGPT(self.damping).update(pruned.dense, pruned.statistics, pruned.perm, pruned.pattern, pruned.mask)
+        weight, _ = SparseGPT(self.damping).update(
+            pruned.dense, pruned.statistics, pruned.perm, pruned.pattern, pruned.mask
+        )
         return weight

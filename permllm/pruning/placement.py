@@ -42,7 +42,9 @@ def placement_for(footprint: Footprint) -> Placement:
     name, reasons = _first_that_fits(footprint)
     if name is None:
         would = "; ".join(would_fit(footprint)) or "no other setting is known to fit"
-        log.warning("no model.placement fits: %s. Trying %s; %s", "; ".join(reasons), allowed[-1], would)
+        log.warning(
+            "no model.placement fits: %s. Trying %s; %s", "; ".join(reasons), allowed[-1], would
+        )
     elif reasons:
         log.info("model.placement=%s, as %s", name, "; ".join(reasons))
     return name or allowed[-1]
@@ -74,14 +76,24 @@ def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConf
     for group, method in methods.learned.items():
         settings = getattr(config, group)
         # The same result first.
-        yield f"{group}.micro_batch_size=1", replace(config, **{group: settings | {"micro_batch_size": 1}})
+        yield (
+            f"{group}.micro_batch_size=1",
+            replace(config, **{group: settings | {"micro_batch_size": 1}}),
+        )
         if getattr(method, "layers_per_stage", None) == "all":
-            yield f"{group}.layers_per_stage=4", replace(config, **{group: settings | {"layers_per_stage": 4}})
+            yield (
+                f"{group}.layers_per_stage=4",
+                replace(config, **{group: settings | {"layers_per_stage": 4}}),
+            )
     if config.mask.get("name") == "score":
         lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
         yield "mask=lowrank", replace(config, mask=lowrank)
     if methods.mask.learned:
-        lcp: dict[str, Any] = {"name": "lcp", "_target_": "permllm.permutation.lcp.lcp.LCP", "constraint": "foldable"}
+        lcp: dict[str, Any] = {
+            "name": "lcp",
+            "_target_": "permllm.permutation.lcp.lcp.LCP",
+            "constraint": "foldable",
+        }
         lcp |= {"block_size": config.block_size, "temperature": config.temperature}
         mask = {"name": "pruner", "_target_": "permllm.mask.base.Mask"}
         yield "method=order-folded", replace(config, permutation=lcp, mask=mask)
@@ -104,9 +116,17 @@ def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]
     reasons: list[str] = []
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
-        on_device, beside = (needs.device + needs.host, 0) if on_a_host else (needs.device, needs.host)
+        on_device, beside = (
+            (needs.device + needs.host, 0) if on_a_host else (needs.device, needs.host)
+        )
         if on_device <= FITS * free and beside <= FITS * host:
             return placement, reasons
-        place, size, has = (str(device), on_device, free) if on_device > FITS * free else ("the host", beside, host)
-        reasons.append(f"{placement} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}")
+        place, size, has = (
+            (str(device), on_device, free)
+            if on_device > FITS * free
+            else ("the host", beside, host)
+        )
+        reasons.append(
+            f"{placement} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}"
+        )
     return None, reasons

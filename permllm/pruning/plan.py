@@ -26,19 +26,31 @@ def print_plan(of: Footprint) -> None:
     for row, layers in Counter(_row(of, group) for group in of.groups).items():
         table.add_row(*row, str(layers))
     console.print(table)
-    zeros = sum(count * (pattern.m - pattern.n) / pattern.m for pattern, count in of.weights.items())
+    zeros = sum(
+        count * (pattern.m - pattern.n) / pattern.m for pattern, count in of.weights.items()
+    )
     share = zeros / sum(group.channels * sum(group.rows) for group in of.every)
     patterns = ", ".join(f"{count} to {pattern}" for pattern, count in of.weights.items())
-    console.print(f"{of.parameters} parameters; pruned are {patterns}: {share:.2%} of the layers' linears become zeros")
+    console.print(
+        f"{of.parameters} parameters; pruned are {patterns}: {share:.2%} of the layers' linears become zeros"
+    )
     for name in plan.stays if plan else []:
-        console.print(f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers")
+        console.print(
+            f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers"
+        )
     for what, learn in {"orders": plan, "masks": of.masks}.items():
         sizes = [stop - first for first, stop in learn.windows] if learn else []
         if sizes:
             console.print(f"{what} learn {max(sizes)} layers at a time, of {sum(sizes)}")
     console.print(_needs(of))
-    where = f"{of.config.plan_on} with 16 cores" if of.config.plan_on else f"{of.device}, as measured now"
-    console.print(f"estimates, memory within 15 %, minutes within a factor of two: {where}; model and texts are there already")
+    where = (
+        f"{of.config.plan_on} with 16 cores"
+        if of.config.plan_on
+        else f"{of.device}, as measured now"
+    )
+    console.print(
+        f"estimates, memory within 15 %, minutes within a factor of two: {where}; model and texts are there already"
+    )
 
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
@@ -56,11 +68,19 @@ def _needs(of: Footprint) -> Table:
     speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     minutes = {name: of.minutes(name, speed) for name in names}
     card = Footprint(of.config, of.model, of.methods, torch.device("cuda"))
-    table = Table("", title="GB by stage and place of the layers' weights (model.placement)", title_justify="left")
+    table = Table(
+        "",
+        title="GB by stage and place of the layers' weights (model.placement)",
+        title_justify="left",
+    )
     for name in (*names, f"minutes, {chosen}"):
         table.add_column(f"{name}, taken here" if name == chosen else name, justify="right")
     for stage in needs[chosen].stages:
-        table.add_row(stage, *(f"{needs[name].stages[stage] / 1e9:.2f}" for name in names), f"{minutes[chosen][stage]:.1f}")
+        table.add_row(
+            stage,
+            *(f"{needs[name].stages[stage] / 1e9:.2f}" for name in names),
+            f"{minutes[chosen][stage]:.1f}",
+        )
     table.add_row("on the host", *(f"{needs[name].host / 1e9:.2f}" for name in names))
     table.add_row("peak", *(f"{needs[name].peak / 1e9:.2f}" for name in names))
     table.add_row("a card of", *(_card(card.needs(name).device) for name in names))
@@ -69,4 +89,6 @@ def _needs(of: Footprint) -> Table:
 
 
 def _card(size: int) -> str:
-    return next((f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS), f"more than {_CARDS[-1]} GB")
+    return next(
+        (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS), f"more than {_CARDS[-1]} GB"
+    )

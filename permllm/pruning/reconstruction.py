@@ -74,7 +74,11 @@ class Reconstruction(Method):
 
     @override
     def needs_device(self) -> str | None:
-        return f"reconstruction: {type(self).__name__} trains all kept weights together" if self.learned else None
+        return (
+            f"reconstruction: {type(self).__name__} trains all kept weights together"
+            if self.learned
+            else None
+        )
 
 
 class NoReconstruction(Reconstruction):

@@ -35,7 +35,12 @@ class SparseGPT(Pruner):
 
     @override
     def update(
-        self, weight: Tensor, statistics: InputStatistics, perm: Tensor, pattern: NMPattern, mask: Tensor | None = None
+        self,
+        weight: Tensor,
+        statistics: InputStatistics,
+        perm: Tensor,
+        pattern: NMPattern,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Prune one layer in permuted column order, correcting the weights that are still to come.
 
@@ -53,9 +58,13 @@ class SparseGPT(Pruner):
         check_divides(pattern, weight.shape[1], "the layer")
         w = weight[:, perm].float()
         # The inverse of the permuted Hessian is the permuted inverse.
-        upper = torch.linalg.cholesky(_inverse_hessian(statistics, self.damping)[perm][:, perm], upper=True)
+        upper = torch.linalg.cholesky(
+            _inverse_hessian(statistics, self.damping)[perm][:, perm], upper=True
+        )
         keep = None if mask is None else mask[:, perm]
-        keep = prune_columns(w, upper, pattern, keep, by_columns if w.device.type == "cpu" else by_groups)
+        keep = prune_columns(
+            w, upper, pattern, keep, by_columns if w.device.type == "cpu" else by_groups
+        )
         inverse_perm = perm.argsort()
         keep = keep[:, inverse_perm]
         updated = w[:, inverse_perm].to(weight.dtype)
@@ -65,7 +74,9 @@ class SparseGPT(Pruner):
 Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tensor]]
 
 
-def prune_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None, prune: Prune) -> Tensor:
+def prune_columns(
+    w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None, prune: Prune
+) -> Tensor:
     """Prune columns in their order; the weights that are still to come take up the errors.
 
     Args:
@@ -82,15 +93,22 @@ def prune_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | N
     found = []
     for start in range(0, w.shape[1], step):
         block, after = slice(start, start + step), slice(start + step, None)
-        errors, kept = prune(w[:, block], upper[block, block], pattern, None if keep is None else keep[:, block])
+        errors, kept = prune(
+            w[:, block], upper[block, block], pattern, None if keep is None else keep[:, block]
+        )
         w[:, after] -= errors @ upper[block, after]
         found.append(kept)
     return torch.cat(found, 1)
 
 
-def by_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def by_columns(
+    w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Prune a block of columns one after the other, as `prune_columns`; return their errors and what is kept."""
-    kept, errors = torch.empty_like(w, dtype=torch.bool) if keep is None else keep, torch.empty_like(w)
+    kept, errors = (
+        torch.empty_like(w, dtype=torch.bool) if keep is None else keep,
+        torch.empty_like(w),
+    )
     for j in range(w.shape[1]):
         if keep is None and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
@@ -102,7 +120,9 @@ def by_columns(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
     return errors, kept
 
 
-def by_groups(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def by_groups(
+    w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Prune the M columns of a group at once, as `by_columns` up to rounding, in a third of a GPU's launches.
 
     Weights are divided by their entries of the diagonal. Then the errors `e` of a row in a group solve
@@ -116,11 +136,15 @@ def by_groups(w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None)
         of_group = scaled[:, group]
         if keep is None:
             order = of_group.abs().argsort(dim=1, descending=True, stable=True)
-            drop = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, order[:, pattern.n :], True)
+            drop = torch.zeros_like(of_group, dtype=torch.bool).scatter_(
+                1, order[:, pattern.n :], True
+            )
         else:
             drop = ~keep[:, group]
         systems, sides = upper[group, group] * drop.unsqueeze(1), (of_group * drop).unsqueeze(1)
-        error = torch.linalg.solve_triangular(systems, sides, upper=True, left=False, unitriangular=True).squeeze(1)
+        error = torch.linalg.solve_triangular(
+            systems, sides, upper=True, left=False, unitriangular=True
+        ).squeeze(1)
         scaled[:, start:].addmm_(error, upper[group, start:], alpha=-1.0)
         errors.append(error)
         dropped.append(drop)
@@ -143,5 +167,7 @@ def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
 def _cholesky(hessian: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(hessian)
     if info.any():
-        raise TrainingError("the Hessian of a linear's inputs is not positive definite: use a larger damping or more text")
+        raise TrainingError(
+            "the Hessian of a linear's inputs is not positive definite: use a larger damping or more text"
+        )
     return factor

@@ -45,7 +45,10 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
     with record.stage("prune", job.device):
         pruned = prune(job, drawn, found)
         if pruned.violations:
-            log.warning("the pruned model is not N:M: %d groups of M hold more than N nonzeros", pruned.violations)
+            log.warning(
+                "the pruned model is not N:M: %d groups of M hold more than N nonzeros",
+                pruned.violations,
+            )
         record.kept(PERMUTATIONS, lambda: pruned.orders, save_tensors, load_orders)
         record.kept(MASKS, lambda: pruned.masks, save_masks, load_masks)
         figures = _figures(job, pruned)
@@ -75,13 +78,19 @@ def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
         job.products,
         norm_tokens,
     )
-    stops = [windows_for(method, calibration.samples).stop for method in job.methods.learned.values()]
+    stops = [
+        windows_for(method, calibration.samples).stop for method in job.methods.learned.values()
+    ]
     further = slice(calibration.samples, max(stops, default=0))
     if further.stop > further.start:
         target = dense.target
-        dense.target = target.new_empty(len(drawn), *target.shape[1:])  # only samples that are asked for are filled
+        dense.target = target.new_empty(
+            len(drawn), *target.shape[1:]
+        )  # only samples that are asked for are filled
         dense.target[: len(target)] = target
-        dense.target[further] = shared_target(job.loaded, drawn[further], calibration.batch_size, job.products)
+        dense.target[further] = shared_target(
+            job.loaded, drawn[further], calibration.batch_size, job.products
+        )
     return dense
 
 
@@ -89,7 +98,9 @@ def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) 
     """Return the problem of a method that learns before the model is pruned."""
     samples = job.config.calibration.samples
     chosen = windows_for(getattr(job.methods, group), samples)
-    return learning_problem(job, group, drawn[chosen], drawn[:samples], dense.factors, dense.target[chosen])
+    return learning_problem(
+        job, group, drawn[chosen], drawn[:samples], dense.factors, dense.target[chosen]
+    )
 
 
 def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
@@ -108,14 +119,21 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
             found = job.methods.permutation.orders(problem)
         if not isinstance(found, Mapping):
             kind = type(found).__name__
-            raise ConfigError(f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}")
-        return {group.name: checked_order(key, group.name, group.channels, found.get(group.name)) for group in job.groups}
+            raise ConfigError(
+                f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}"
+            )
+        return {
+            group.name: checked_order(key, group.name, group.channels, found.get(group.name))
+            for group in job.groups
+        }
 
     with job.record.stage("permute", job.device):
         return job.record.kept(PERMUTATIONS, compute, save_tensors, load_orders)
 
 
-def found_masks(job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+def found_masks(
+    job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]
+) -> Mapping[str, Tensor] | None:
     """Return the masks of all linears; None: the pruner chooses them.
 
     Args:
@@ -159,7 +177,8 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
             "pattern": str(job.config.pattern),
             **({"patterns": patterns} if patterns else {}),
             "fraction": (weights - kept) / weights,
-            "of_model": (weights - kept) / sum(group.channels * sum(group.rows) for group in groups),
+            "of_model": (weights - kept)
+            / sum(group.channels * sum(group.rows) for group in groups),
             "violations": pruned.violations,
             "weights_changed": job.methods.change_weights,
             "weights_kept": job.methods.change_weights and job.config.save_weights,

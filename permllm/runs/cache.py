@@ -63,7 +63,10 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 def _read(file: Path) -> Any:
     """Return what is kept; None: there is nothing, or it is unreadable."""
     try:
-        for kept, load in ((file.with_suffix(".json"), read_json), (file.with_suffix(".safetensors"), load_tensors)):
+        for kept, load in (
+            (file.with_suffix(".json"), read_json),
+            (file.with_suffix(".safetensors"), load_tensors),
+        ):
             if kept.exists():
                 os.utime(kept)
                 return load(kept)
@@ -96,11 +99,17 @@ def choose_cache(folder: str | None) -> None:
 
 def cache_directory() -> Path:
     """Return the folder that was chosen, else `PERMLLM_CACHE`, else `permllm` in the user's cache; made when missing."""
-    path = Path(*_CHOSEN) if _CHOSEN else Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
+    path = (
+        Path(*_CHOSEN)
+        if _CHOSEN
+        else Path(os.environ.get("PERMLLM_CACHE") or user_cache_path("permllm"))
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"the cache directory {path} cannot be made ({error.strerror}); set PERMLLM_CACHE") from error
+        raise DataError(
+            f"the cache directory {path} cannot be made ({error.strerror}); set PERMLLM_CACHE"
+        ) from error
     return path
 
 
@@ -120,6 +129,9 @@ def _trim(folder: Path) -> None:
             over += file.stat().st_size
     for _, size, file in sorted(found)[:-1]:  # the newest is what was just computed
         if over > 0 and size:
-            with suppress(Timeout, FileNotFoundError), FileLock(file.with_suffix(".lock"), timeout=0):
+            with (
+                suppress(Timeout, FileNotFoundError),
+                FileLock(file.with_suffix(".lock"), timeout=0),
+            ):
                 file.unlink()
                 over -= size

@@ -44,7 +44,9 @@ def change(table: Table, row: int, other: int, name: str) -> float | None:
     if table.kinds[name] in ("accuracy", "share"):
         return ours - theirs
     if table.kinds[name] == "perplexity":
-        ours, theirs = (float(np.exp(np.log(table.seeds(one, [name])).mean().iloc[0])) for one in (row, other))
+        ours, theirs = (
+            float(np.exp(np.log(table.seeds(one, [name])).mean().iloc[0])) for one in (row, other)
+        )
     return ours / theirs - 1 if theirs and math.isfinite(theirs) else None
 
 
@@ -57,7 +59,9 @@ def paired(table: Table, row: int, other: int, name: str) -> Paired:
     seeds = [sorted(table.frame["seed"][table.rows[one]]) for one in (row, other)]
     perplexity = name in table.gaps or table.kinds[name] == "perplexity"
     what = "windows" if perplexity else "items"
-    parts = _parts(table, (row, other), name, what) if seeds[0] == seeds[1] else "not the same seeds"
+    parts = (
+        _parts(table, (row, other), name, what) if seeds[0] == seeds[1] else "not the same seeds"
+    )
     if isinstance(parts, str):
         return Paired(change(table, row, other, name), None, parts)
     values = bootstrap(parts, _gap_difference if name in table.gaps else np.subtract)
@@ -77,15 +81,25 @@ def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Nu
         for row in rows:
             asked.append((text, table.rows[row]))
             if name in table.gaps:
-                asked += [(text, table.rows[table.starts[row]]), (f"{DENSE}{text}", table.rows[row])]
-        found = [[value.scores if (value := table.value(run, one)) else {} for run in runs] for one, runs in asked]
+                asked += [
+                    (text, table.rows[table.starts[row]]),
+                    (f"{DENSE}{text}", table.rows[row]),
+                ]
+        found = [
+            [value.scores if (value := table.value(run, one)) else {} for run in runs]
+            for one, runs in asked
+        ]
         if not all(scores for runs in found for scores in runs):
             return f"{what} were not kept"
         for part in found[0][0]:
             kept = [[scores.get(part) for scores in runs] for runs in found]
             if len({scores[0] if scores else None for runs in kept for scores in runs}) > 1:
                 return f"not the same {what}"
-            parts.append(np.array([np.mean([scores[1] for scores in runs if scores], axis=0) for runs in kept]))
+            parts.append(
+                np.array(
+                    [np.mean([scores[1] for scores in runs if scores], axis=0) for runs in kept]
+                )
+            )
     if not all(np.isfinite(part).all() and part.shape[1] > 1 for part in parts):
         return f"{what} are infinite, or a single one"
     return parts
@@ -101,16 +115,28 @@ def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
     from scipy import stats  # a table without intervals need not wait for it
 
     def mean(*drawn: Any, axis: int = -1) -> Any:
-        means = [part[:, columns.astype(int)].mean(axis=-1) for part, columns in zip(parts, drawn, strict=True)]
+        means = [
+            part[:, columns.astype(int)].mean(axis=-1)
+            for part, columns in zip(parts, drawn, strict=True)
+        ]
         return np.mean([of(*part) for part in means], axis=0)
 
     columns = tuple(np.arange(part.shape[1]) for part in parts)
-    options: Any = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": 500}
-    found = stats.bootstrap(columns, mean, rng=np.random.default_rng(0), vectorized=True, **options).confidence_interval
+    options: Any = {
+        "n_resamples": RESAMPLES,
+        "confidence_level": LEVEL,
+        "method": "percentile",
+        "batch": 500,
+    }
+    found = stats.bootstrap(
+        columns, mean, rng=np.random.default_rng(0), vectorized=True, **options
+    ).confidence_interval
     return [float(mean(*columns)), float(found.low), float(found.high)]
 
 
-def _gap_difference(here: Any, start: Any, end: Any, other: Any, its_start: Any, its_end: Any) -> Any:
+def _gap_difference(
+    here: Any, start: Any, end: Any, other: Any, its_start: Any, its_end: Any
+) -> Any:
     return (start - here) / (start - end) - (its_start - other) / (its_start - its_end)
 
 

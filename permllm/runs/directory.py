@@ -66,7 +66,9 @@ class Record:
         self.metrics: dict[str, Any] = {"seconds": {}}
         self.evaluation: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self._inside: float | None = None  # seconds of the stages inside of the one that runs; None: none runs
+        self._inside: float | None = (
+            None  # seconds of the stages inside of the one that runs; None: none runs
+        )
 
     def save(self) -> None:
         """Write the metrics as they are now."""
@@ -79,7 +81,11 @@ class Record:
         """Write a file."""
 
     def kept(
-        self, name: str, compute: Callable[[], Value], save: Callable[[Path, Value], None], load: Callable[[Path], Value]
+        self,
+        name: str,
+        compute: Callable[[], Value],
+        save: Callable[[Path, Value], None],
+        load: Callable[[Path], Value],
     ) -> Value:
         """Read a file if an earlier process finished it, otherwise compute and write it. All ranks have rank 0's value.
 
@@ -113,10 +119,15 @@ class Record:
             yield
         finally:
             took = time.perf_counter() - start
-            seconds = (self.evaluation if name.startswith("evaluate") else self.metrics).setdefault("seconds", {})
+            seconds = (self.evaluation if name.startswith("evaluate") else self.metrics).setdefault(
+                "seconds", {}
+            )
             seconds[name] = seconds.get(name, 0.0) + took - self._inside
             self._inside = None if outer is None else outer + took
-            for key, peak in (("peak_memory_bytes", peak_memory(device)), ("peak_host_memory_bytes", peak_host_memory())):
+            for key, peak in (
+                ("peak_memory_bytes", peak_memory(device)),
+                ("peak_host_memory_bytes", peak_host_memory()),
+            ):
                 self.metrics[key] = max(peak, self.metrics.get(key, 0))
             if outer is None:
                 noted.info("%s: %.1f s", name, seconds[name])
@@ -174,21 +185,33 @@ class RunDirectory(Record):
                     if force:
                         self._remove(*_RESULTS)
                     self._read()
-                    return self.metrics, self.evaluation, self.history, is_finished(self.directory, self._asked)
+                    return (
+                        self.metrics,
+                        self.evaluation,
+                        self.history,
+                        is_finished(self.directory, self._asked),
+                    )
 
-                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(opened)
+                self.metrics, self.evaluation, self.history, self.finished = parallel.on_main(
+                    opened
+                )
                 yield
         except InUseError:
             raise
         except (ConfigError, DataError):
-            if made and not any((self.directory / name).exists() for name in _RESULTS if name != METRICS):
+            if made and not any(
+                (self.directory / name).exists() for name in _RESULTS if name != METRICS
+            ):
                 shutil.rmtree(self.directory, ignore_errors=True)
             raise
 
     @contextmanager
     def _locked(self, wait: bool) -> Iterator[None]:
         """Hold the directory. A process that evaluates the same run in another way waits in any case."""
-        same, whole = FileLock(self.directory / f".lock-{self._digest}"), FileLock(self.directory / ".lock")
+        same, whole = (
+            FileLock(self.directory / f".lock-{self._digest}"),
+            FileLock(self.directory / ".lock"),
+        )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             same.acquire(timeout=0)
@@ -206,17 +229,26 @@ class RunDirectory(Record):
         file = self.directory / CONFIG
         if not file.is_file():
             if any(not entry.name.startswith(".") for entry in self.directory.iterdir()):
-                raise ConfigError(f"run_dir={self.directory} is not empty and holds no {CONFIG}; choose another one")
+                raise ConfigError(
+                    f"run_dir={self.directory} is not empty and holds no {CONFIG}; choose another one"
+                )
             return
         try:
-            present, asked = flatten(identity_of(read_yaml(file))), flatten(identity_of(self.config))
+            present, asked = (
+                flatten(identity_of(read_yaml(file))),
+                flatten(identity_of(self.config)),
+            )
         except DataError:
             if force:
                 return
             raise
-        if differing := sorted(key for key in present.keys() | asked.keys() if present.get(key) != asked.get(key)):
+        if differing := sorted(
+            key for key in present.keys() | asked.keys() if present.get(key) != asked.get(key)
+        ):
             keys = ", ".join(differing[:5])
-            raise ConfigError(f"{file} is of another run (it differs in {keys}); choose another run_dir")
+            raise ConfigError(
+                f"{file} is of another run (it differs in {keys}); choose another run_dir"
+            )
 
     def _read(self) -> None:
         write_text(self.directory / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
@@ -226,12 +258,18 @@ class RunDirectory(Record):
             if self.metrics.get("status") == "finished":
                 self._remove(*_UNFINISHED)  # the process before may have ended between the two
             if self.metrics.get("schema_version") != SCHEMA_VERSION:
-                raise DataError(f"{file}: schema_version is not {SCHEMA_VERSION}; force=true runs it again")
+                raise DataError(
+                    f"{file}: schema_version is not {SCHEMA_VERSION}; force=true runs it again"
+                )
         self.evaluation = {"evaluation": self._asked, "evaluation_hash": self._digest}
         if self._evaluation_file.exists():
             self.evaluation = read_json(self._evaluation_file)
             shown = self.metrics.get("evaluation") == self._asked
-            if self.metrics["status"] == "finished" and self.evaluation.get("finished") and not shown:
+            if (
+                self.metrics["status"] == "finished"
+                and self.evaluation.get("finished")
+                and not shown
+            ):
                 self._show_evaluation()
                 self.save()
         self.history = read_lines(self.directory / HISTORY)
@@ -273,7 +311,11 @@ class RunDirectory(Record):
         self._show_evaluation()
         self.metrics["status"] = "finished"
         digests = self.metrics.get("sha256", {})
-        self.metrics["sha256"] = {name: digest for name, digest in digests.items() if name.split("/")[0] not in _UNFINISHED}
+        self.metrics["sha256"] = {
+            name: digest
+            for name, digest in digests.items()
+            if name.split("/")[0] not in _UNFINISHED
+        }
         self.save()
         if parallel.rank() == 0:
             self._remove(*_UNFINISHED)
@@ -312,7 +354,9 @@ class RunDirectory(Record):
         """Replace the history, and `history.jsonl`, by these lines."""
         super().write_history(lines)
         if parallel.rank() == 0:
-            write_text(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in self.history))
+            write_text(
+                self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in self.history)
+            )
 
     def _remove(self, *names: str) -> None:
         for name in names:
@@ -325,14 +369,20 @@ class RunDirectory(Record):
 
 def run_directory(config: RunConfig) -> Path:
     """Return the directory of a run: `run_dir`, or `runs_dir/name-hash`."""
-    return Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / f"{config.name}-{config.hash}"
+    return (
+        Path(config.run_dir)
+        if config.run_dir
+        else Path(config.runs_dir) / f"{config.name}-{config.hash}"
+    )
 
 
 def check_sha256(directory: Path, name: str, digest: str) -> None:
     """Raise DataError, which names the file, unless a file of a run directory has this sha256."""
     path = directory / name
     if not path.is_file() or file_sha256(path) != digest:
-        reason = "is not what the run wrote (its sha256 differs)" if path.is_file() else "is missing"
+        reason = (
+            "is not what the run wrote (its sha256 differs)" if path.is_file() else "is missing"
+        )
         raise DataError(f"{path} {reason}; force=true runs it again")
 
 

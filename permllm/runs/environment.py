@@ -76,7 +76,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
     Processors of one name may differ in their instructions, and so by a multiple in their speed.
     """
     found: dict[str, Any] = {
-        "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),  # not whose kernel it is
+        "system": " ".join(
+            [platform.system(), platform.machine(), *platform.libc_ver()]
+        ).strip(),  # not whose kernel it is
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_products": multiplies_bfloat16(device),
@@ -89,7 +91,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
         found["processes"] = parallel.world_size()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        found["gpu"] = {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
     return found
 
 
@@ -104,12 +110,17 @@ def git_commit() -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    named = re.search(
+        r"^model name\s*: (.*)$", file.read_text() if file.exists() else "", re.MULTILINE
+    )
     return named[1] if named else platform.processor() or platform.machine()

@@ -37,7 +37,10 @@ def replaced(path: Path) -> Iterator[Path]:
         yield scratch
         scratch.chmod(mode)
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where the disk is full
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch.save raises a RuntimeError where the disk is full
         raise DataError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)
@@ -68,7 +71,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file with a JSON object a line; without a file there are none. Errors as `read_json`."""
     if not path.exists():
         return []
-    return _read(path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list)
+    return _read(
+        path, lambda text: [dict(json.loads(line)) for line in text.splitlines()], "JSON", list
+    )
 
 
 def _read(path: Path, parse: Callable[[str], Any], form: str, kind: type = dict) -> Any:
@@ -101,7 +106,9 @@ def as_listed(folder: Path) -> bool:
     """Return whether a folder holds the files that `write_list` found, unchanged, and no others."""
     try:
         digests = read_json(folder / _LIST)
-        return digests.keys() | {_LIST} == {file.name for file in folder.iterdir()} and matches(folder, digests)
+        return digests.keys() | {_LIST} == {file.name for file in folder.iterdir()} and matches(
+            folder, digests
+        )
     except DataError:
         return False
 

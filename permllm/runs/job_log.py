@@ -32,7 +32,9 @@ def job_log(file: Path) -> Iterator[None]:
         noted.info("finished")
     except BaseException as error:
         said = one_line(error) or type(error).__name__
-        noted.error("ended: %s", what_happened(error) if isinstance(error, KeyboardInterrupt) else said)
+        noted.error(
+            "ended: %s", what_happened(error) if isinstance(error, KeyboardInterrupt) else said
+        )
         raise
     finally:
         for logger in loggers:

@@ -30,8 +30,12 @@ def share_gpus(launcher: Any, device: str) -> None:
     The cores are shared by joblib, which gives each process its part of the threads.
     """
     os.environ.pop(GPUS, None)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not launcher["_target_"].endswith(".BasicLauncher"):
-        raise ConfigError("torchrun's processes go through the jobs of a sweep together: hydra/launcher=basic")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not launcher["_target_"].endswith(
+        ".BasicLauncher"
+    ):
+        raise ConfigError(
+            "torchrun's processes go through the jobs of a sweep together: hydra/launcher=basic"
+        )
     if "joblib" not in launcher["_target_"] or device not in ("auto", "cuda"):
         return
     import torch
@@ -39,10 +43,14 @@ def share_gpus(launcher: Any, device: str) -> None:
 
     if count := torch.cuda.device_count():
         if effective_n_jobs(launcher.n_jobs) > count:
-            raise ConfigError(f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU")
+            raise ConfigError(
+                f"hydra.launcher.n_jobs={launcher.n_jobs}: expected at most {count}, one for each GPU"
+            )
         _MADE[:] = [tempfile.TemporaryDirectory(prefix="permllm-gpus-")]
         os.environ[GPUS] = _MADE[0].name
-        for name in (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(","):
+        for name in (
+            os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        ).split(","):
             Path(_MADE[0].name, name).touch()
 
 
@@ -54,6 +62,8 @@ def take_gpu() -> None:
             with suppress(Timeout):
                 lock.acquire(timeout=0)  # until the process ends
                 _HELD.append(lock)
-                os.environ["CUDA_VISIBLE_DEVICES"] = file.name  # CUDA reads it when it is used first
+                os.environ["CUDA_VISIBLE_DEVICES"] = (
+                    file.name
+                )  # CUDA reads it when it is used first
                 return
         time.sleep(1)  # for a process that joblib replaces and that is about to end

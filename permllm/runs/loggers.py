@@ -31,7 +31,11 @@ _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # of W&B
 _NOT_IN_A_KEY = re.compile(r"[^\w./: -]")  # of MLflow
 # MLflow sends nothing about its use, and a server that is down costs seconds.
-_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 class RunLogger:
@@ -43,7 +47,9 @@ class RunLogger:
 
     def log_epoch(self, values: Mapping[str, Any], number: int) -> None:
         """Log one line of `history.jsonl`; lines count from 1. None was not measured."""
-        self._send("epoch", {key: value for key, value in values.items() if value is not None}, number)
+        self._send(
+            "epoch", {key: value for key, value in values.items() if value is not None}, number
+        )
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Log the final numbers, whose names are joined by slashes."""
@@ -76,9 +82,17 @@ class _WandB(RunLogger):
     def _send(self, kind: str, values: Mapping[str, Any], number: Any) -> None:
         # A resumed run gives a step the row that it had before. W&B drops rows that it has already, with a warning each.
         self._step = number if kind == "lcp" else self._step
-        axis, row = ("lcp/step", 2 * number) if kind == "lcp" else ("lcp/epoch", max(2 * self._step + 1, number))
+        axis, row = (
+            ("lcp/step", 2 * number)
+            if kind == "lcp"
+            else ("lcp/epoch", max(2 * self._step + 1, number))
+        )
         if row >= self._run.starting_step:
-            self._run.log({axis: number} | {f"{kind}/{key}": value for key, value in values.items()}, step=row, commit=True)
+            self._run.log(
+                {axis: number} | {f"{kind}/{key}": value for key, value in values.items()},
+                step=row,
+                commit=True,
+            )
 
 
 class _Tracked(RunLogger):
@@ -92,12 +106,20 @@ class _Tracked(RunLogger):
             self._end(failed)
 
     def _send(self, kind: str, values: Mapping[str, Any], number: int | None) -> None:
-        numbers = {f"{kind}/{key}".lstrip("/"): value for key, value in values.items() if isinstance(value, int | float)}
+        numbers = {
+            f"{kind}/{key}".lstrip("/"): value
+            for key, value in values.items()
+            if isinstance(value, int | float)
+        }
         try:
             if self._tracker is not None:
-                self._tracker.log({_NOT_IN_A_KEY.sub("_", key): value for key, value in numbers.items()}, number)
+                self._tracker.log(
+                    {_NOT_IN_A_KEY.sub("_", key): value for key, value in numbers.items()}, number
+                )
         except Exception as error:  # of a database, a connection, a disk
-            log.warning("the logger fails (%s) and gets nothing more of this run", first_line(error))
+            log.warning(
+                "the logger fails (%s) and gets nothing more of this run", first_line(error)
+            )
             self._tracker = None
 
 
@@ -106,8 +128,17 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
     """Open the logger that the group `logger` selects, and close it at the end, also when the run fails."""
     if config.force:
         (directory / LOGGED).unlink(missing_ok=True)
-    openers = {"auto": _open_wandb, "wandb": _open_wandb, "mlflow": _open_mlflow, "tensorboard": _open_tensorboard}
-    logger = NO_LOGGER if config.logger.name == "none" else openers[config.logger.name](config, directory)
+    openers = {
+        "auto": _open_wandb,
+        "wandb": _open_wandb,
+        "mlflow": _open_mlflow,
+        "tensorboard": _open_tensorboard,
+    }
+    logger = (
+        NO_LOGGER
+        if config.logger.name == "none"
+        else openers[config.logger.name](config, directory)
+    )
     failed = True
     try:
         yield logger
@@ -119,7 +150,9 @@ def open_logger(config: RunConfig, directory: Path) -> Iterator[RunLogger]:
         write_text(directory / LOGGED, "".join(f"{name}\n" for name in names))
 
 
-def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def log_finished(
+    config: RunConfig, directory: Path, metrics: dict[str, Any], history: list[dict[str, Any]]
+) -> None:
     """Log a finished run, without its single steps, where the logger that is asked for does not have it yet."""
     if config.logger.name.replace("auto", "wandb") in _logged(directory):
         return
@@ -128,7 +161,10 @@ def log_finished(config: RunConfig, directory: Path, metrics: dict[str, Any], hi
             logger.log_epoch(values, number)
         logger.summary(flat_figures(metrics))
     if logger is not NO_LOGGER:
-        log.info("%s was finished before: the logger has its epochs and final numbers, and not its single steps", directory)
+        log.info(
+            "%s was finished before: the logger has its epochs and final numbers, and not its single steps",
+            directory,
+        )
 
 
 def _logged(directory: Path) -> list[str]:
@@ -141,13 +177,19 @@ def described(config: RunConfig, directory: Path) -> dict[str, Any]:
     """Return the name of a run in W&B and MLflow, its group, kind of job, tags and settings."""
     words = [word for word in sweep.overrides() if not re.match(_NOT_IN_A_NAME, word)]
     methods = {"pruner": config.pruner, "permutation": config.permutation, "mask": config.mask}
-    tags = {group: str(method.get("name")) for group, method in methods.items() if group != "mask" or "epochs" in method}
+    tags = {
+        group: str(method.get("name"))
+        for group, method in methods.items()
+        if group != "mask" or "epochs" in method
+    }
     return {
         "name": " ".join(words)[:_LONGEST_NAME] or directory.name,
-        "group": (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME] or None,
+        "group": (config.logger.group or os.environ.get(sweep.VARIABLE) or "")[:_LONGEST_NAME]
+        or None,
         "job_type": "learn" if "epochs" in {**config.permutation, **config.mask} else "prune",
         "tags": tags | {"sparsity": config.sparsity, "model": config.model.name},
-        "config": config.identity | {key: config.resolved[key] for key in ("permutation", "evaluation")},
+        "config": config.identity
+        | {key: config.resolved[key] for key in ("permutation", "evaluation")},
         "where": {"run_directory": str(directory), "config_hash": config.hash},
     }
 
@@ -201,7 +243,9 @@ def _open_tensorboard(config: RunConfig, directory: Path) -> RunLogger:
     try:
         tracker.start()
     except ImportError as error:
-        raise ConfigError("logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'") from error
+        raise ConfigError(
+            "logger=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'"
+        ) from error
     tracker.log({"config": f"```\n{described(config, directory)['config']}\n```"})
     return _Tracked(tracker, lambda failed: tracker.finish())
 
@@ -216,17 +260,32 @@ def _open_mlflow(config: RunConfig, directory: Path) -> RunLogger:
         import mlflow
 
         for part in ("mlflow", "alembic"):
-            logging.getLogger(part).setLevel(logging.WARNING)  # the tables that they make are no news
-        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}")
+            logging.getLogger(part).setLevel(
+                logging.WARNING
+            )  # the tables that they make are no news
+        mlflow.set_tracking_uri(
+            os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        )
         PartialState(cpu=True)
         # Nothing is kept in the folder, but without one MLflow makes it where the command runs.
-        tracker = MLflowTracker(config.logger.project, (home / "mlartifacts").as_uri(), tags=tags, run_name=run["name"])
-        with FileLock(home / ".mlflow.db.lock"):  # two jobs of a sweep that make the tables at once break them
+        tracker = MLflowTracker(
+            config.logger.project, (home / "mlartifacts").as_uri(), tags=tags, run_name=run["name"]
+        )
+        with FileLock(
+            home / ".mlflow.db.lock"
+        ):  # two jobs of a sweep that make the tables at once break them
             tracker.start()
-        tracker.store_init_configuration({_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in flatten(run["config"]).items()})
+        tracker.store_init_configuration(
+            {_NOT_IN_A_KEY.sub("_", k): str(v) for k, v in flatten(run["config"]).items()}
+        )
     except ModuleNotFoundError as error:
-        raise ConfigError("logger=mlflow needs mlflow-skinny, sqlalchemy and alembic: pip install -e '.[mlflow]'") from error
+        raise ConfigError(
+            "logger=mlflow needs mlflow-skinny, sqlalchemy and alembic: pip install -e '.[mlflow]'"
+        ) from error
     except Exception as error:  # of a database, a connection, MLflow
-        log.warning("MLflow cannot be reached (%s): this run is in its run directory alone", first_line(error))
+        log.warning(
+            "MLflow cannot be reached (%s): this run is in its run directory alone",
+            first_line(error),
+        )
         return NO_LOGGER
     return _Tracked(tracker, lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"))

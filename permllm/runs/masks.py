@@ -18,7 +18,9 @@ def is_permutation(order: Tensor) -> bool:
     """Return whether a tensor `(C_in,)` of whole numbers holds each number from 0 on once."""
     if order.dim() != 1 or order.is_floating_point():
         return False
-    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
+    return torch.equal(
+        order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)
+    )
 
 
 def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
@@ -30,7 +32,9 @@ def violations(weight: Tensor, perm: Tensor | None, pattern: NMPattern) -> int:
     """
     kept = weight != 0
     groups = (kept if perm is None else kept[:, perm]).unflatten(-1, (-1, pattern.m))
-    counts = torch.zeros(groups.shape[:-1], dtype=torch.int16, device=weight.device)  # as a sum it would take 8 bytes each
+    counts = torch.zeros(
+        groups.shape[:-1], dtype=torch.int16, device=weight.device
+    )  # as a sum it would take 8 bytes each
     for entries in groups.unbind(-1):
         counts += entries
     return int((counts > pattern.n).sum())
@@ -87,7 +91,9 @@ class PackedMasks(UserDict[str, Tensor]):
         """Add the masks of another collection without unpacking them."""
         self.data |= other.data
 
-    def set_packed(self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]) -> None:
+    def set_packed(
+        self, name: str, bits: Tensor | Callable[[], Tensor], shape: Sequence[int]
+    ) -> None:
         """Set a mask that is packed already.
 
         Args:

@@ -57,7 +57,9 @@ class Measure:
     asked_for: bool = False
 
 
-def measured(metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str) -> dict[Key, Measure]:
+def measured(
+    metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], model: str, which: str
+) -> dict[Key, Measure]:
     """Return the measures of a run.
 
     Args:
@@ -70,11 +72,17 @@ def measured(metrics: Mapping[str, Any], evaluations: list[dict[str, Any]], mode
     for evaluation in reversed(evaluations):
         found |= _perplexities(evaluation, model, which) | _tasks(evaluation, which)
     if which == "sparse":
-        found["saliency retained", ()] = Measure(statistics.fmean(metrics["retained_saliency"].values()), "share")
-        found["output error", ()] = Measure(statistics.fmean(metrics["output_error"].values()), "error")
+        found["saliency retained", ()] = Measure(
+            statistics.fmean(metrics["retained_saliency"].values()), "share"
+        )
+        found["output error", ()] = Measure(
+            statistics.fmean(metrics["output_error"].values()), "error"
+        )
         found["zeros", ()] = Measure(float(metrics["sparsity"]["of_model"]), "share")
         # Calibration may be what an earlier job left.
-        seconds = sum(metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate")
+        seconds = sum(
+            metrics["seconds"].get(stage, 0.0) for stage in PRUNING_STAGES if stage != "calibrate"
+        )
         found["seconds", ()] = Measure(seconds, "seconds")
     return found
 
@@ -84,13 +92,18 @@ def _perplexities(evaluation: Mapping[str, Any], model: str, which: str) -> dict
     scores = evaluation.get("scores", {}).get("perplexity", {}).get(which, {})
     found: dict[Key, Measure] = {}
     for text, values in evaluation.get("perplexity", {}).get(which, {}).items():
-        window, digest = values["window"], _short(str(evaluation.get("evaluated_texts", {}).get(text, "")))
+        window, digest = (
+            values["window"],
+            _short(str(evaluation.get("evaluated_texts", {}).get(text, ""))),
+        )
         begins = "with BOS" if how.get("bos") else "without BOS"
         facts = (f"{values['tokens'] // max(1, window - 1)} windows", begins, f"text {digest}")
         nats = [loss / (window - 1) for loss in scores.get(text, [])]
         kept = {text: ((digest, model, window, len(nats)), nats)} if nats else {}
         key = (f"{plain(text)} perplexity (window {window})", facts)
-        found[key] = Measure(float(values["value"]), "perplexity", limited=how.get("limit") is not None, scores=kept)
+        found[key] = Measure(
+            float(values["value"]), "perplexity", limited=how.get("limit") is not None, scores=kept
+        )
     return found
 
 
@@ -103,7 +116,11 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
     for task, values in tasks.items():
         asked, kept, items = how.get(values.get("asked")) or {}, scores.get(task, {}), values["n"]
         of_items = (f"{items} items", f"split {plain(str(values.get('split')))}")
-        facts = (*of_items, f"add_bos_token={asked.get('add_bos_token')}", f"file {str(asked.get('digest', ''))[:8]}")
+        facts = (
+            *of_items,
+            f"add_bos_token={asked.get('add_bos_token')}",
+            f"file {str(asked.get('digest', ''))[:8]}",
+        )
         for metric, value in values["metrics"].items():
             if value is None:
                 continue
@@ -111,18 +128,33 @@ def _tasks(evaluation: Mapping[str, Any], which: str) -> dict[Key, Measure]:
             kind = "accuracy" if metric.partition(",")[0] in _SHARES else "number"
             each = kept.get("metrics", {}).get(metric) if kind == "accuracy" else None
             behind = {task: ((kept["digest"], tuple(kept["items"])), each)} if each else {}
-            error, asked_for = values["stderr"].get(metric), metric != ACC and ACC in values["metrics"]
-            measure = Measure(float(value), kind, error, values["limited"], items, behind, asked_for=asked_for)
+            error, asked_for = (
+                values["stderr"].get(metric),
+                metric != ACC and ACC in values["metrics"],
+            )
+            measure = Measure(
+                float(value), kind, error, values["limited"], items, behind, asked_for=asked_for
+            )
             found[plain(task_label(task, values, metric)), facts] = measure
             parts |= {task: measure} if metric == ACC else {}
     counted, mean, error = average_accuracy(tasks)
     if len(counted) > 1:
         bos = next((task.get("add_bos_token") for task in how.values()), None)
         of = [parts[task] for task in counted]
-        behind = {task: scores for one in of for task, scores in one.scores.items()} if all(one.scores for one in of) else {}
+        behind = (
+            {task: scores for one in of for task, scores in one.scores.items()}
+            if all(one.scores for one in of)
+            else {}
+        )
         items, limited = sum(one.items or 0 for one in of), any(one.limited for one in of)
-        of_all = (f"of {plain(', '.join(sorted(counted)))}", f"{items} items", f"add_bos_token={bos}")
-        found["average acc", of_all] = Measure(mean, "accuracy", error, limited, items, behind, tuple(sorted(counted)))
+        of_all = (
+            f"of {plain(', '.join(sorted(counted)))}",
+            f"{items} items",
+            f"add_bos_token={bos}",
+        )
+        found["average acc", of_all] = Measure(
+            mean, "accuracy", error, limited, items, behind, tuple(sorted(counted))
+        )
     return found
 
 
@@ -131,8 +163,13 @@ def column_names(keys: list[Key]) -> dict[Key, str]:
     facts_of: dict[str, list[tuple[str, ...]]] = {}
     for name, facts in keys:
         facts_of.setdefault(name, []).append(facts)
-    differ = {name: [len({*values}) > 1 for values in zip(*every, strict=True)] for name, every in facts_of.items()}
-    return {(name, facts): ", ".join([name, *compress(facts, differ[name])]) for name, facts in keys}
+    differ = {
+        name: [len({*values}) > 1 for values in zip(*every, strict=True)]
+        for name, every in facts_of.items()
+    }
+    return {
+        (name, facts): ", ".join([name, *compress(facts, differ[name])]) for name, facts in keys
+    }
 
 
 def _short(digest: str) -> str:
@@ -143,7 +180,9 @@ def _short(digest: str) -> str:
 
 def plain(text: str) -> str:
     """Return a text of a record without what would break a line or steer a terminal."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return " ".join(
+        "".join(character if character.isprintable() else " " for character in text).split()
+    )
 
 
 def setting_text(value: Any) -> str:
@@ -163,28 +202,45 @@ def number(value: float, kind: str, error: float | None = None) -> str:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """Return the names of a run's permutation, mask and reconstruction, without mask and reconstruction that do nothing."""
-    names = {group: str((config.get(group) or {}).get("name", usual)) for group, usual in METHODS.items()}
-    return ", ".join(name for group, name in names.items() if group == "permutation" or name != METHODS[group])
+    names = {
+        group: str((config.get(group) or {}).get("name", usual)) for group, usual in METHODS.items()
+    }
+    return ", ".join(
+        name for group, name in names.items() if group == "permutation" or name != METHODS[group]
+    )
 
 
 def patterns_text(sparsity: Mapping[str, Any]) -> str:
     """Return N:M of `sparsity` of `metrics.json`, with the number of linears that have another pattern."""
     others = Counter(sparsity.get("patterns", {}).values())
     dense = others.pop("dense", 0)
-    parts = [f"{count} linear{'s' * (count > 1)} {other}" for other, count in sorted(others.items())]
+    parts = [
+        f"{count} linear{'s' * (count > 1)} {other}" for other, count in sorted(others.items())
+    ]
     parts += [f"{dense} dense"] if dense else []
-    parts += [f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"] if parts else []
+    parts += (
+        [f"{sparsity['of_model']:.2%} zeros over all linears of the decoder layers"]
+        if parts
+        else []
+    )
     return ", ".join([sparsity["pattern"], *parts])
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return every result of a finished run: its name, the dense model's value and the sparse one's, as they are shown."""
-    dense, sparse = (_perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse"))
+    dense, sparse = (
+        _perplexities(metrics, "", which) | _tasks(metrics, which) for which in ("dense", "sparse")
+    )
     rows = []
     for key, measure in (dense | sparse).items():
-        items = f", {'limited to ' if measure.limited else ''}{measure.items} items" if measure.items else ""
+        items = (
+            f", {'limited to ' if measure.limited else ''}{measure.items} items"
+            if measure.items
+            else ""
+        )
         before, after = (
-            number(one[key].value, measure.kind, one[key].stderr) if key in one else "-" for one in (dense, sparse)
+            number(one[key].value, measure.kind, one[key].stderr) if key in one else "-"
+            for one in (dense, sparse)
         )
         rows.append((f"{key[0]}{items}", before, after))
     return rows
@@ -199,14 +255,20 @@ def task_label(task: str, values: Mapping[str, Any], metric: str) -> str:
     return f"{task} {name}{f' {how}' if several else ''}{asked}"
 
 
-def average_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], float, float | None]:
+def average_accuracy(
+    tasks: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[str], float, float | None]:
     """Return the average accuracy of a result.
 
     Returns:
         The tasks that it is over, those with items of their own and an accuracy; their mean; its standard error, the tasks
         being independent, None where that of one is not known. The mean of no task is not a number.
     """
-    counted = [name for name, values in tasks.items() if values["n"] and values["metrics"].get(ACC) is not None]
+    counted = [
+        name
+        for name, values in tasks.items()
+        if values["n"] and values["metrics"].get(ACC) is not None
+    ]
     if not counted:
         return [], math.nan, None
     errors = [tasks[name]["stderr"].get(ACC) for name in counted]
@@ -226,7 +288,11 @@ def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | Non
         perplexity: as in `metrics.json`.
     """
     dense, sparse = perplexity.get("dense", {}), perplexity.get("sparse", {})
-    differences = [math.log(sparse[name]["value"]) - math.log(dense[name]["value"]) for name in dense if name in sparse]
+    differences = [
+        math.log(sparse[name]["value"]) - math.log(dense[name]["value"])
+        for name in dense
+        if name in sparse
+    ]
     return statistics.fmean(differences) if differences else None
 
 
@@ -236,7 +302,11 @@ def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the horizontal axis of a scatter
     plot, `nats_above_dense` the one number of several texts.
     """
-    means = {key: {"mean": statistics.fmean(metrics[key].values())} for key in _BY_GROUP if key in metrics}
+    means = {
+        key: {"mean": statistics.fmean(metrics[key].values())}
+        for key in _BY_GROUP
+        if key in metrics
+    }
     flat = {
         name: value
         for name, value in flatten(metrics | means, "/").items()

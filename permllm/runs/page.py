@@ -56,9 +56,19 @@ show();
 
 def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str:
     """Return the page as text; its policy forbids it to load anything. `paper` as in `cells`."""
-    every = "".join(f"<li>{escape(note)}</li>" for note in (*notes, *table.notes, *([paper.note] if paper else [])) if note)
-    named = [(run, name) for name, members in zip(table.names(), table.rows, strict=True) for run in members]
-    choices = [(run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named]
+    every = "".join(
+        f"<li>{escape(note)}</li>"
+        for note in (*notes, *table.notes, *([paper.note] if paper else []))
+        if note
+    )
+    named = [
+        (run, name)
+        for name, members in zip(table.names(), table.rows, strict=True)
+        for run in members
+    ]
+    choices = [
+        (run, escape(f"{name}, seed {table.runs[run].config['seed']}")) for run, name in named
+    ]
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return _FRAME.format(
         policy=_POLICY,
@@ -76,15 +86,34 @@ def page(table: Table, notes: list[str], paper: Comparison | None = None) -> str
 
 
 def _html(figure: go.Figure, name: str) -> str:
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False}))
+    return str(
+        figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False}
+        )
+    )
 
 
 def _table(frame: pd.DataFrame, words: int) -> str:
     # "56.16% ± 2.00%" is sorted by its first number; what has none comes last.
     number = "function (data, type) { return type === 'sort' ? parseFloat(data.replace(/^(inf|nan|)$/, 'Infinity')) : data; }"
-    numbers = {"targets": [*range(words, frame.shape[1])], "render": itables.JavascriptFunction(number), "type": "num"}
-    options: Any = {"connected": False, "table_id": "table", "paging": False, "showIndex": False, "order": [], "maxBytes": 0}
-    return str(itables.to_html_datatable(frame, columnDefs=[numbers], layout={"topEnd": "search"}, **options))
+    numbers = {
+        "targets": [*range(words, frame.shape[1])],
+        "render": itables.JavascriptFunction(number),
+        "type": "num",
+    }
+    options: Any = {
+        "connected": False,
+        "table_id": "table",
+        "paging": False,
+        "showIndex": False,
+        "order": [],
+        "maxBytes": 0,
+    }
+    return str(
+        itables.to_html_datatable(
+            frame, columnDefs=[numbers], layout={"topEnd": "search"}, **options
+        )
+    )
 
 
 def quality(table: Table) -> go.Figure:
@@ -99,46 +128,83 @@ def quality(table: Table) -> go.Figure:
             for row, one in zip(found.index, found.itertuples(), strict=True)
         ]
         found["method"] = found["method"].map(escape)
-        columns = {"x": "minutes", "y": "value", "error_y": "error", "color": "method", "hover_name": "text"}
+        columns = {
+            "x": "minutes",
+            "y": "value",
+            "error_y": "error",
+            "color": "method",
+            "hover_name": "text",
+        }
         drawn = px.scatter(found, **columns, size="memory", custom_data=["run"])
         drawn.update_traces(hovertemplate="%{hovertext}<extra></extra>")
         front = found[found["front"]].sort_values("minutes")
         line = {"shape": "hv", "dash": "dot", "color": "grey"}
-        drawn.add_scatter(x=front["minutes"], y=front["value"], mode="lines", name="Pareto front", line=line, hoverinfo="skip")
+        drawn.add_scatter(
+            x=front["minutes"],
+            y=front["value"],
+            mode="lines",
+            name="Pareto front",
+            line=line,
+            hoverinfo="skip",
+        )
         figure.add_traces(drawn.update_traces(meta=name, visible=not figure.data).data)
     buttons = []
     for name in dict.fromkeys(trace.meta for trace in figure.data):
         form = ".0%" if table.kinds[name] in ("accuracy", "share") else ""
         dense = f"; dense: {table.shown_dense(name)}" if name in table.dense else ""
-        axis = {"yaxis": {"title": {"text": escape(table.heading(name) + dense)}, "tickformat": form}}
+        axis = {
+            "yaxis": {"title": {"text": escape(table.heading(name) + dense)}, "tickformat": form}
+        }
         visible = {"visible": [trace.meta == name for trace in figure.data]}
         buttons.append({"label": escape(name), "method": "update", "args": [visible, axis]})
     if buttons:
-        figure.update_layout(buttons[0]["args"][1], updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}])
-    return figure.update_layout(xaxis={"title": {"text": MINUTES}, "type": "log"}, height=520, template="plotly_white")
+        figure.update_layout(
+            buttons[0]["args"][1],
+            updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15}],
+        )
+    return figure.update_layout(
+        xaxis={"title": {"text": MINUTES}, "type": "log"}, height=520, template="plotly_white"
+    )
 
 
 def curves(runs: list[Run]) -> go.Figure:
     """Return losses, temperature and flips of every run over epochs; `meta` of a trace is the number of its run."""
-    figure = make_subplots(cols=3, subplot_titles=("loss", "temperature", "channels that changed place"))
+    figure = make_subplots(
+        cols=3, subplot_titles=("loss", "temperature", "channels that changed place")
+    )
     for number, run in enumerate(runs):
         for key, column in (("loss", 1), ("measured_loss", 1), ("temperature", 2), ("flips", 3)):
             values = [entry.get(key) for entry in run.history]
             look = {"name": key, "meta": number, "mode": "lines+markers", "row": 1, "col": column}
             if any(value is not None for value in values):
                 figure.add_scatter(x=[*range(1, len(values) + 1)], y=values, **look)
-    return figure.update_layout(height=320, template="plotly_white").update_xaxes(title_text="epoch", dtick=1)
+    return figure.update_layout(height=320, template="plotly_white").update_xaxes(
+        title_text="epoch", dtick=1
+    )
 
 
 def _details(run: Run, number: int) -> str:
     try:
-        drawn = "".join(_picture(name, order) for name, order in permutations(run.directory).items())
+        drawn = "".join(
+            _picture(name, order) for name, order in permutations(run.directory).items()
+        )
     except DataError as error:
         drawn = escape(str(error))
-    settings = ", ".join(f"{key.removesuffix('.name')}={setting_text(value)}" for key, value in run.identity.items())
+    settings = ", ".join(
+        f"{key.removesuffix('.name')}={setting_text(value)}" for key, value in run.identity.items()
+    )
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in run.metrics["seconds"].items())
-    facts = [str(run.directory), machine([run]) if "hardware" in run.environment else "no environment.json", seconds, settings]
-    hint = "Permutations: position to the right, original position upwards." if drawn else "No permutations are kept here."
+    facts = [
+        str(run.directory),
+        machine([run]) if "hardware" in run.environment else "no environment.json",
+        seconds,
+        settings,
+    ]
+    hint = (
+        "Permutations: position to the right, original position upwards."
+        if drawn
+        else "No permutations are kept here."
+    )
     lines = "".join(f"<p>{escape(fact)}</p>" for fact in [*facts, hint])
     return f'<div class="run" data-run="{number}" hidden>{lines}{drawn}</div>'
 

@@ -22,7 +22,12 @@ MINUTES = "minutes: calibrate + permute + mask + prune"
 # Colours repeat after so many methods, then with another marker.
 _COLOURS, _MARKERS = 10, "osD^v"
 # Beside the axes a legend hides nothing.
-_LEGEND: Any = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+_LEGEND: Any = {
+    "fontsize": "small",
+    "loc": "upper left",
+    "bbox_to_anchor": (1.01, 1.0),
+    "borderaxespad": 0.0,
+}
 
 
 @contextmanager
@@ -54,7 +59,9 @@ def picture(file: Path, dpi: int = 150) -> Iterator[Any]:
 def measures_of(table: Table) -> list[str]:
     """Return the measures that are worth minutes: gaps, perplexities, accuracies; gaps that do not compare stand last."""
     others = [name for name in table.measures if table.kinds[name] in ("perplexity", "accuracy")]
-    gaps = sorted((name for name in table.measures if name in table.gaps), key=lambda name: name != GAP)
+    gaps = sorted(
+        (name for name in table.measures if name in table.gaps), key=lambda name: name != GAP
+    )
     return gaps + others if table.one_start() else others + gaps
 
 
@@ -65,13 +72,20 @@ def points(table: Table, measure: str) -> pd.DataFrame:
         By row: `run`, `name`, `method`, `minutes` of `run`, the fastest one, `value`, `error`, `memory` in bytes, `front`: no
         other row is as good in as few minutes. Rows without the measure are left out, and those of another run's permutation.
     """
-    rows = [row for row in table.means.index if not table.learned_elsewhere(row) and np.isfinite(table.means.at[row, measure])]
+    rows = [
+        row
+        for row in table.means.index
+        if not table.learned_elsewhere(row) and np.isfinite(table.means.at[row, measure])
+    ]
     names, several = table.names(), table.labels["pruner"].nunique() > 1
     runs = [table.fastest(row) for row in rows]
     columns = {
         "run": runs,
         "name": [names[row] for row in rows],
-        "method": [f"{table.label(row, 'pruner')}, " * several + method_of(table.first(row).config) for row in rows],
+        "method": [
+            f"{table.label(row, 'pruner')}, " * several + method_of(table.first(row).config)
+            for row in rows
+        ],
         "minutes": table.frame["minutes"][runs].to_numpy(),
         "value": table.means[measure][rows],
         "error": [table.error(row, measure) or 0.0 for row in rows],
@@ -92,22 +106,45 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
     """
     name, valid = measure or table.main(), measures_of(table)
     if name not in valid:
-        raise ConfigError(f"{file}: no row has {name or 'a perplexity or an accuracy'}; valid are: {', '.join(valid)}")
+        raise ConfigError(
+            f"{file}: no row has {name or 'a perplexity or an accuracy'}; valid are: {', '.join(valid)}"
+        )
     found = points(table, name)
     if found.empty:
         raise ConfigError(f"{file}: no row has {name} and minutes of its own")
     front = found[found["front"]].sort_values("minutes")
     with picture(file, 100) as pyplot:
         _, axis = pyplot.subplots(figsize=(8, 4.8))
-        axis.step(front["minutes"], front["value"], where="post", linestyle=":", color="grey", label="Pareto front")
+        axis.step(
+            front["minutes"],
+            front["value"],
+            where="post",
+            linestyle=":",
+            color="grey",
+            label="Pareto front",
+        )
         sizes = 30 + 150 * found["memory"] / max(1, found["memory"].max())
-        for number, (method, some) in enumerate(found.sort_values("minutes").groupby("method", sort=False)):
+        for number, (method, some) in enumerate(
+            found.sort_values("minutes").groupby("method", sort=False)
+        ):
             marker = _MARKERS[number // _COLOURS % len(_MARKERS)]
-            axis.scatter(some["minutes"], some["value"], sizes[some.index], marker=marker, label=method, alpha=0.8)
+            axis.scatter(
+                some["minutes"],
+                some["value"],
+                sizes[some.index],
+                marker=marker,
+                label=method,
+                alpha=0.8,
+            )
         if name in table.dense and math.isfinite(table.dense[name][0]):
-            axis.axhline(table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense")
+            axis.axhline(
+                table.dense[name][0], linestyle="--", color="grey", linewidth=1, label="dense"
+            )
         axis.margins(x=0.15, y=0.1)
-        logarithmic = {axis.xaxis: found["minutes"].min() > 0, axis.yaxis: table.kinds[name] == "perplexity"}
+        logarithmic = {
+            axis.xaxis: found["minutes"].min() > 0,
+            axis.yaxis: table.kinds[name] == "perplexity",
+        }
         for one in (one for one, is_so in logarithmic.items() if is_so):
             axis.set(**{f"{one.axis_name}scale": "log"})
             one.set_major_locator(pyplot.LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -116,7 +153,10 @@ def plot_cost(table: Table, file: Path, measure: str | None = None) -> None:
         if table.kinds[name] == "share":
             axis.yaxis.set_major_formatter("{x:.0%}")
         shared = [{table.label(row, key) for row in found.index} for key in ("model", "sparsity")]
-        axis.set_title(", ".join(next(iter(values)) for values in shared if len(values) == 1), fontsize="medium")
+        axis.set_title(
+            ", ".join(next(iter(values)) for values in shared if len(values) == 1),
+            fontsize="medium",
+        )
         axis.set(xlabel=f"{MINUTES} (area: peak of memory)", ylabel=table.heading(name))
         axis.grid(alpha=0.3)
         axis.legend(**_LEGEND)
@@ -129,7 +169,11 @@ def plot_curves(table: Table, file: Path) -> None:
         ConfigError: no run has learned, or the picture cannot be written.
     """
     runs = [(name, table.first(row)) for row, name in enumerate(table.names())]
-    learned = [(name, [entry.get("loss", math.nan) for entry in run.history]) for name, run in runs if run.history]
+    learned = [
+        (name, [entry.get("loss", math.nan) for entry in run.history])
+        for name, run in runs
+        if run.history
+    ]
     if not learned:
         raise ConfigError(f"{file}: no run has a history of losses")
     with picture(file) as pyplot:
@@ -163,7 +207,9 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
             layers = by_layer(masks)
             chosen = linear or layers[len(layers) // 2][0]
             if chosen not in masks:
-                raise ConfigError(f"--linear {chosen}: {kept} has no such mask; it has {layers[0][0]}, ...")
+                raise ConfigError(
+                    f"--linear {chosen}: {kept} has no such mask; it has {layers[0][0]}, ..."
+                )
             found.append((title, chosen, masks[chosen].numpy()[:size, :size]))
     if not found:
         raise ConfigError(f"{file}: none of the runs has its {MASKS}")
@@ -175,7 +221,9 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
             axis.imshow(mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
             axis.set_title(title, fontsize="small")
         rows, channels = found[0][2].shape
-        caption = f"{found[0][1]}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept"
+        caption = (
+            f"{found[0][1]}, rows 0 to {rows - 1}, input channels 0 to {channels - 1}, black: kept"
+        )
         figure.suptitle(caption, fontsize="small")
 
 

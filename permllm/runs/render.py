@@ -36,9 +36,13 @@ def as_text(frame: pd.DataFrame, format: str, words: int = 0) -> str:
         return str(frame.to_csv(index=False, lineterminator="\n"))
     if format == "latex":
         columns = "l" * words + "r" * (len(frame.columns) - words)
-        return str(frame.to_latex(index=False, escape=True, column_format=columns)).replace("±", r"$\pm$")
+        return str(frame.to_latex(index=False, escape=True, column_format=columns)).replace(
+            "±", r"$\pm$"
+        )
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
 
 
 def render(table: Table, format: str, paper: Comparison | None = None) -> str:
@@ -66,19 +70,35 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
     main, changes = table.main(), changes_of(table, paper)
     for name in table.measures:
         kind, prefix = table.kinds[name], "" if name == main else f"{name}, "
-        found[table.heading(name)] = [table.shown_dense(name), *(table.shown(row, name) for row in range(len(table.rows)))]
+        found[table.heading(name)] = [
+            table.shown_dense(name),
+            *(table.shown(row, name) for row in range(len(table.rows))),
+        ]
         titles = {"ours": "against the baseline"}
         values = _published(table, paper, name)
         if paper and any(value is not None for value in values):
             every = [paper.dense(name), *values]
-            found[prefix + paper.heading] = ["" if value is None else number(value, kind) for value in every]
+            found[prefix + paper.heading] = [
+                "" if value is None else number(value, kind) for value in every
+            ]
             if paper.same_model:
-                differences = (table.means[name] - pd.Series(values, dtype=float)) * (100 if kind == "accuracy" else 1)
-                found[f"{prefix}difference"] = ["", *differences.map("{:+.2f}".format, na_action="ignore").fillna("")]
+                differences = (table.means[name] - pd.Series(values, dtype=float)) * (
+                    100 if kind == "accuracy" else 1
+                )
+                found[f"{prefix}difference"] = [
+                    "",
+                    *differences.map("{:+.2f}".format, na_action="ignore").fillna(""),
+                ]
             else:
-                titles |= {"paper": "paper, against its baseline", "difference": "difference of the changes"}
+                titles |= {
+                    "paper": "paper, against its baseline",
+                    "difference": "difference of the changes",
+                }
         for key, title in titles.items() if name in changes else ():
-            each = [_change_text(one[key], one["interval"] if key == "ours" else None, kind) for one in changes[name]]
+            each = [
+                _change_text(one[key], one["interval"] if key == "ours" else None, kind)
+                for one in changes[name]
+            ]
             found[f"{prefix}{title}"] = ["", *each]
     frame = pd.DataFrame(found)
     if not table.dense:
@@ -98,13 +118,18 @@ def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[st
     if baseline is None:
         return found
     for name in [name for name in table.measures if name in (table.main(), "average acc")]:
-        values, found[name] = _published(table, None if paper and paper.same_model else paper, name), []
+        values, found[name] = (
+            _published(table, None if paper and paper.same_model else paper, name),
+            [],
+        )
         for row, value in enumerate(values):
             one = dict.fromkeys(("ours", "interval", "paper", "difference"))
             if row != baseline and (ours := change(table, row, baseline, name)) is not None:
                 one |= {"ours": ours, "interval": paired(table, row, baseline, name).interval}
                 if value is not None and (start := values[baseline]) is not None:
-                    theirs = value / start - 1 if table.kinds[name] == "perplexity" else value - start
+                    theirs = (
+                        value / start - 1 if table.kinds[name] == "perplexity" else value - start
+                    )
                     one |= {"paper": theirs, "difference": ours - theirs}
             found[name].append(one)
     return found
@@ -125,20 +150,31 @@ def records(table: Table, paper: Comparison | None = None) -> list[dict[str, Any
                 | {error: table.error(row, name), "limited": table.limited(name)}
                 for name in names
             },
-            "dense": {name: {"mean": mean, "stderr": stderr} for name, (mean, stderr) in table.dense.items()},
+            "dense": {
+                name: {"mean": mean, "stderr": stderr}
+                for name, (mean, stderr) in table.dense.items()
+            },
         }
         if paper:
             values = {name: published[name][row] for name in names}
-            record["paper"] = {"from": paper.heading} | {name: value for name, value in values.items() if value is not None}
+            record["paper"] = {"from": paper.heading} | {
+                name: value for name, value in values.items() if value is not None
+            }
         if table.baseline is not None:
-            record["against_baseline"] = {name: each[row] for name, each in changes.items() if name in names}
+            record["against_baseline"] = {
+                name: each[row] for name, each in changes.items() if name in names
+            }
         found.append(record | {"runs": [str(table.runs[run].directory) for run in members]})
     return found
 
 
 def beside(name: str | None, table: Table) -> Comparison | None:
     """Return the paper's table of this name for some runs; None where no table is asked for."""
-    return Comparison(published(name), *sorted({run.config["model"]["name"] for run in table.runs})) if name else None
+    return (
+        Comparison(published(name), *sorted({run.config["model"]["name"] for run in table.runs}))
+        if name
+        else None
+    )
 
 
 def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
@@ -148,8 +184,13 @@ def compared(found: list[dict[str, Any]], names: list[str], format: str) -> str:
     lines = []
     for line in found:
         kind, ends = line["kind"], [f"{end * 100:+.1f}" for end in line["interval"] or ()]
-        between, difference = " to ".join(ends) + (_unit(kind) if ends else ""), _change_text(line["difference"], None, kind)
-        lines.append([line["measure"], line["first"], line["second"], difference, between, line["over"]])
+        between, difference = (
+            " to ".join(ends) + (_unit(kind) if ends else ""),
+            _change_text(line["difference"], None, kind),
+        )
+        lines.append(
+            [line["measure"], line["first"], line["second"], difference, between, line["over"]]
+        )
     header = ["measure", *names, "difference", "95 % interval", "over"]
     return as_text(pd.DataFrame(lines, columns=header), format, 1)
 
@@ -158,14 +199,29 @@ def machine(runs: Iterable[Run]) -> str:
     """Return what runs were computed with, in a line."""
     runs, found = list(runs), [run.environment for run in runs]
     names = {"python": "Python", "torch": "torch", "transformers": "transformers"}
-    versions = sorted({", ".join(f"{shown} {one['versions'][name]}" for name, shown in names.items()) for one in found})
-    commits = sorted({one["git"]["commit"][:10] + " with changes" * one["git"]["dirty"] for one in found if one.get("git")})
+    versions = sorted(
+        {
+            ", ".join(f"{shown} {one['versions'][name]}" for name, shown in names.items())
+            for one in found
+        }
+    )
+    commits = sorted(
+        {
+            one["git"]["commit"][:10] + " with changes" * one["git"]["dirty"]
+            for one in found
+            if one.get("git")
+        }
+    )
     started = sorted(one["started"][:10] for one in found)
     days = " to ".join(dict.fromkeys((started[0], started[-1])))
     of_code = [f"commit {', '.join(commits)}"] if commits else []
     machines = set()
     for run, hardware in ((run, run.environment["hardware"]) for run in runs):
-        instructions = f" ({hardware['instructions']})" if "instructions" in hardware and "gpu" not in hardware else ""
+        instructions = (
+            f" ({hardware['instructions']})"
+            if "instructions" in hardware and "gpu" not in hardware
+            else ""
+        )
         several = f", {hardware['processes']} processes" if "processes" in hardware else ""
         machines.add(f"{processor(run)}{instructions}, {hardware['threads']} threads{several}")
     return "; ".join([*sorted(machines), *versions, *of_code, days]) + "."
@@ -179,7 +235,10 @@ def processor(run: Run) -> str:
 
 def _published(table: Table, paper: Comparison | None, name: str) -> list[float | None]:
     """Return the paper's number for each row, None where it has none."""
-    firsts = [(table.first(row).config, table.value(members[0], name)) for row, members in enumerate(table.rows)]
+    firsts = [
+        (table.first(row).config, table.value(members[0], name))
+        for row, members in enumerate(table.rows)
+    ]
     return [paper.value(config, name, ours) if paper else None for config, ours in firsts]
 
 
@@ -200,15 +259,27 @@ def print_run(metrics: dict[str, Any], directory: Path) -> None:
     for row in result_rows(metrics):
         table.add_row(*map(escape, row))
     console.print(table if table.row_count else "nothing was measured")
-    sparsity, seconds, placement = metrics["sparsity"], metrics["seconds"], metrics.get("placement", "device")
-    retained = f"{statistics.fmean(metrics['retained_saliency'].values()):.2%} of the saliency retained"
+    sparsity, seconds, placement = (
+        metrics["sparsity"],
+        metrics["seconds"],
+        metrics.get("placement", "device"),
+    )
+    retained = (
+        f"{statistics.fmean(metrics['retained_saliency'].values()):.2%} of the saliency retained"
+    )
     counts = f"{sparsity['fraction']:.2%} zeros, {sparsity['violations']} violations"
     console.print(f"sparsity  {patterns_text(sparsity)} ({counts}, {retained})")
     stages = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     console.print(f"time      {_duration(sum(seconds.values()))} ({stages})")
-    planned = f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)" if "planned_memory_bytes" in metrics else ""
+    planned = (
+        f" ({metrics['planned_memory_bytes'] / 1e9:.2f} GB were planned)"
+        if "planned_memory_bytes" in metrics
+        else ""
+    )
     where = f", model.placement={placement}" if placement != "device" else ""
-    console.print(f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{planned}{where}")
+    console.print(
+        f"memory    {metrics['peak_memory_bytes'] / 1e9:.2f} GB at the peak{planned}{where}"
+    )
     console.print(f"files     {directory}", soft_wrap=True)
 
 
@@ -222,7 +293,11 @@ def print_comparison(table: Table) -> None:
         printed.add_column(escape(label) + seeds, justify="right", overflow="fold")
     for name in table.measures:
         dense = [table.shown_dense(name)] * bool(table.dense)
-        printed.add_row(escape(table.heading(name)), *dense, *(table.shown(row, name) or "-" for row in table.labels.index))
+        printed.add_row(
+            escape(table.heading(name)),
+            *dense,
+            *(table.shown(row, name) or "-" for row in table.labels.index),
+        )
     terminal().print(printed)
 
 
@@ -235,8 +310,18 @@ def print_jobs(jobs: Sequence[tuple[str, str, str]]) -> None:
         table.add_row(*map(escape, job))
     console.print(table)
     counts = Counter(outcome for _, outcome, _ in jobs)
-    console.print(", ".join(f"{counts[outcome]} {outcome}" for outcome in ("ran", "skipped", "failed") if counts[outcome]))
+    console.print(
+        ", ".join(
+            f"{counts[outcome]} {outcome}"
+            for outcome in ("ran", "skipped", "failed")
+            if counts[outcome]
+        )
+    )
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    )

@@ -44,15 +44,37 @@ _WORDS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("na
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("places", nargs="*", type=Path, metavar="DIR", help="runs, folders that hold some, or kept records")
+    parser.add_argument(
+        "places",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="runs, folders that hold some, or kept records",
+    )
     written = parser.add_mutually_exclusive_group()
-    written.add_argument("--to", type=Path, metavar="FILE", help="FILE.html, or FILE.png, .svg, .pdf")
-    written.add_argument("--curves", type=Path, metavar="FILE.png", help="draw the losses of what learned")
-    written.add_argument("--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row")
-    parser.add_argument("--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer")
-    parser.add_argument("--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings")
-    parser.add_argument("--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6")
-    parser.add_argument("--measure", metavar="NAME", help="of the picture, for example 'average acc'; default: the main one")
+    written.add_argument(
+        "--to", type=Path, metavar="FILE", help="FILE.html, or FILE.png, .svg, .pdf"
+    )
+    written.add_argument(
+        "--curves", type=Path, metavar="FILE.png", help="draw the losses of what learned"
+    )
+    written.add_argument(
+        "--masks", type=Path, metavar="FILE.png", help="draw the mask of one linear under every row"
+    )
+    parser.add_argument(
+        "--linear", metavar="PATH", help="whose mask; default: the first one of the middle layer"
+    )
+    parser.add_argument(
+        "--baseline", metavar="NAME=VALUE,...", help="compare with the row that has these settings"
+    )
+    parser.add_argument(
+        "--paper", metavar="TABLE", help="put the paper's numbers beside, for example table6"
+    )
+    parser.add_argument(
+        "--measure",
+        metavar="NAME",
+        help="of the picture, for example 'average acc'; default: the main one",
+    )
     wandb = parser.add_argument_group("runs in W&B")
     wandb.add_argument("--wandb", metavar="PROJECT", help="take them from there")
     wandb.add_argument("--table", help="of the paper, for example table6")
@@ -72,12 +94,21 @@ def work(options: argparse.Namespace) -> Answer:
     file = options.to or options.curves or options.masks
     if options.wandb:
         if options.places or file or not options.table:
-            raise ConfigError("--wandb goes with --table, and without DIR, --to, --curves and --masks")
+            raise ConfigError(
+                "--wandb goes with --table, and without DIR, --to, --curves and --masks"
+            )
         return _of_wandb(options)
     if not options.places or not file:
-        raise ConfigError("DIR... and one of --to, --curves and --masks are needed, or --wandb PROJECT and --table")
+        raise ConfigError(
+            "DIR... and one of --to, --curves and --masks are needed, or --wandb PROJECT and --table"
+        )
     page = file == options.to and file.suffix == ".html"
-    used = {"paper": page, "measure": options.to and not page, "baseline": options.to, "linear": options.masks}
+    used = {
+        "paper": page,
+        "measure": options.to and not page,
+        "baseline": options.to,
+        "linear": options.masks,
+    }
     for option, is_used in used.items():
         if (value := getattr(options, option)) and not is_used:
             raise ConfigError(f"--{option} {value}: {file} shows nothing of it")
@@ -112,11 +143,17 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
 
         api = wandb.Api()
         entity = options.entity or api.default_entity
-        logged = list(api.runs(f"{entity}/{options.wandb}" if entity else options.wandb, order="+created_at"))
-    of_groups = [run for run in logged if any(fnmatchcase(run.group or "", pattern) for pattern in groups)]
+        logged = list(
+            api.runs(f"{entity}/{options.wandb}" if entity else options.wandb, order="+created_at")
+        )
+    of_groups = [
+        run for run in logged if any(fnmatchcase(run.group or "", pattern) for pattern in groups)
+    ]
     if not of_groups:
         there = ", ".join(sorted({run.group for run in logged if run.group})) or "none"
-        raise ConfigError(f"no run is in the group {' or '.join(groups)}; groups are {there}; --group '*' takes all runs")
+        raise ConfigError(
+            f"no run is in the group {' or '.join(groups)}; groups are {there}; --group '*' takes all runs"
+        )
     newest: dict[str, tuple[str, Run]] = {}
     for one in of_groups:
         try:
@@ -126,22 +163,37 @@ def _of_wandb(options: argparse.Namespace) -> Answer:
             continue
         # A run that was done again with force=true counts once, the last time.
         if older := newest.pop(run.key(), None):
-            note([f"{one.name} ({one.id}) has the settings of {older[0]}, which is older and is not counted"])
+            note(
+                [
+                    f"{one.name} ({one.id}) has the settings of {older[0]}, which is older and is not counted"
+                ]
+            )
         newest[run.key()] = (one.id, run)
     if not newest:
         raise ConfigError("no finished run is among them")
     models: dict[str, dict[str, Run]] = {}
     for number, run in newest.values():
         models.setdefault(str(run.config["model"]["name"]), {})[number] = run
-    tables = {model: (Table([*runs.values()]), Comparison(paper, model), [*runs]) for model, runs in sorted(models.items())}
+    tables = {
+        model: (Table([*runs.values()]), Comparison(paper, model), [*runs])
+        for model, runs in sorted(models.items())
+    }
     note([compared.note for _, compared, _ in tables.values() if compared.note])
-    urls = [_published(tables, options.wandb, entity, f"PermLLM, {name}")] if options.publish else []
+    urls = (
+        [_published(tables, options.wandb, entity, f"PermLLM, {name}")] if options.publish else []
+    )
     rows = [row for table, compared, _ in tables.values() for row in records(table, compared)]
-    texts = {model: render(table, options.format, compared) for model, (table, compared, _) in tables.items()}
+    texts = {
+        model: render(table, options.format, compared)
+        for model, (table, compared, _) in tables.items()
+    }
     several = options.format == "md" and len(texts) > 1
     shown = "\n".join(f"## {model}\n\n{text}" if several else text for model, text in texts.items())
     shown = as_json(rows) if options.format == "json" else shown
-    return Answer({"rows": rows, "urls": urls}, lambda: print(shown, *(f"{url}\n" for url in urls), sep="", end=""))
+    return Answer(
+        {"rows": rows, "urls": urls},
+        lambda: print(shown, *(f"{url}\n" for url in urls), sep="", end=""),
+    )
 
 
 @contextmanager
@@ -166,29 +218,60 @@ def as_run(logged: Any) -> Run:
         place[key] = _WORDS.get(value, value) if isinstance(value, str) else value
     for tasks in metrics.get("tasks", {}).values():
         for values in tasks.values():  # what is None is not logged
-            values.update({"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None, "split": None} | values)
-    config = {key: value for key, value in logged.config.items() if key not in _ADDED and not key.startswith("_")}
+            values.update(
+                {"metrics": {}, "stderr": {}, "n": None, "num_fewshot": None, "split": None}
+                | values
+            )
+    config = {
+        key: value
+        for key, value in logged.config.items()
+        if key not in _ADDED and not key.startswith("_")
+    }
     metrics["evaluation"] = evaluation_of(config)
-    return Run(Path(str(logged.config.get("run_directory", logged.id))), config, metrics, copied(metrics))
+    return Run(
+        Path(str(logged.config.get("run_directory", logged.id))), config, metrics, copied(metrics)
+    )
 
 
-def _published(tables: dict[str, tuple[Table, Comparison, list[str]]], project: str, entity: str | None, title: str) -> str:
+def _published(
+    tables: dict[str, tuple[Table, Comparison, list[str]]],
+    project: str,
+    entity: str | None,
+    title: str,
+) -> str:
     """Save a W&B report of the tables, each with the results of its runs over minutes, and return its address."""
     if not entity:
         raise ConfigError("--publish needs --entity: this key has no default one")
     try:
-        wr, expr = import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.expr")
+        wr, expr = (
+            import_module("wandb_workspaces.reports.v2"),
+            import_module("wandb_workspaces.expr"),
+        )
     except ImportError as error:
-        raise ConfigError("--publish needs wandb-workspaces: pip install -e '.[wandb-report]'") from error
+        raise ConfigError(
+            "--publish needs wandb-workspaces: pip install -e '.[wandb-report]'"
+        ) from error
     blocks: list[Any] = []
     for model, (table, compared, ids) in tables.items():
-        texts = dict.fromkeys(text for run in table.runs for text in run.metrics.get("perplexity", {}).get("sparse", {}))
+        texts = dict.fromkeys(
+            text
+            for run in table.runs
+            for text in run.metrics.get("perplexity", {}).get("sparse", {})
+        )
         names = [_NATS] * bool(texts) + [f"perplexity/sparse/{text}/value" for text in texts]
         look = {"x": _MINUTES, "log_x": True, "running_ymin": True}
         panels = [wr.ScatterPlot(title=f"{name} over minutes", y=name, **look) for name in names]
-        runs = wr.Runset(entity=entity, project=project, name=model, filters=[expr.Metric("ID").isin(ids)])
-        blocks += [wr.H2(model), wr.MarkdownBlock(render(table, "md", compared)), wr.P(compared.note)]
+        runs = wr.Runset(
+            entity=entity, project=project, name=model, filters=[expr.Metric("ID").isin(ids)]
+        )
+        blocks += [
+            wr.H2(model),
+            wr.MarkdownBlock(render(table, "md", compared)),
+            wr.P(compared.note),
+        ]
         blocks += [wr.PanelGrid(runsets=[runs], panels=panels)]
     with _asking("the report cannot be saved"):
-        report = wr.Report(project=project, entity=entity, title=title, blocks=blocks, width="fluid")
+        report = wr.Report(
+            project=project, entity=entity, title=title, blocks=blocks, width="fluid"
+        )
         return str(report.save().url)

@@ -24,7 +24,14 @@ from permllm.runs.launched import first, share_gpus
 
 # The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
-_LEFT_OUT = ("force", "logger", "runs_dir", "paths", "hydra.launcher", "hydra/launcher")  # make no other sweep
+_LEFT_OUT = (
+    "force",
+    "logger",
+    "runs_dir",
+    "paths",
+    "hydra.launcher",
+    "hydra/launcher",
+)  # make no other sweep
 STARTED: list[Path] = []  # the folder of the sweep that this process started
 
 
@@ -41,13 +48,19 @@ class Outcome:
 class SweepFolder(Callback):  # type: ignore[misc]
     """Hydra's callback that names and checks the sweep before its first job."""
 
-    def on_multirun_start(self, config: DictConfig, config_name: str | None = None, **_: Any) -> None:
+    def on_multirun_start(
+        self, config: DictConfig, config_name: str | None = None, **_: Any
+    ) -> None:
         """Set the variable that `hydra.sweep.dir` is built from, and list a long sweep's jobs."""
         os.environ[VARIABLE] = sweep_name(config.hydra)
         jobs = _jobs(config.hydra)
         try:
-            if config.runs_dir != config.paths.runs_dir and folder_of(config.hydra) != Path(config.hydra.sweep.dir):
-                raise ConfigError("runs_dir and hydra.sweep.dir are the same setting: give one of them")
+            if config.runs_dir != config.paths.runs_dir and folder_of(config.hydra) != Path(
+                config.hydra.sweep.dir
+            ):
+                raise ConfigError(
+                    "runs_dir and hydra.sweep.dir are the same setting: give one of them"
+                )
             _check_texts(config_name, jobs)
             share_gpus(config.hydra.launcher, config.model.device)
         except ConfigError as error:  # which Hydra would take for a warning
@@ -60,8 +73,14 @@ class SweepFolder(Callback):  # type: ignore[misc]
 
 def sweep_name(hydra: Any) -> str:
     """Return the experiment, or `sweep`, and a digest of the typed words and of what the experiment sweeps."""
-    words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)  # a word may hold ${hydra:job.num}
-    typed = sorted(word for word in [*words["task"], *words["hydra"]] if not word.lstrip("+~").startswith(_LEFT_OUT))
+    words: Any = OmegaConf.to_container(
+        hydra.overrides, resolve=False
+    )  # a word may hold ${hydra:job.num}
+    typed = sorted(
+        word
+        for word in [*words["task"], *words["hydra"]]
+        if not word.lstrip("+~").startswith(_LEFT_OUT)
+    )
     digest = digest_of({"typed": typed, "swept": str(hydra.sweeper.get("params"))})[:8]
     return f"{hydra.runtime.choices.get('experiment') or 'sweep'}-{digest}"
 
@@ -93,7 +112,11 @@ def place(composed: DictConfig) -> DictConfig:
     hydra, given = HydraConfig.get() if HydraConfig.initialized() else None, {}
     if hydra is not None and sweeping():
         given = {} if folder_of(hydra) == Path(hydra.sweep.dir) else {"runs_dir": hydra.sweep.dir}
-        given |= {} if hydra.sweep.subdir == "." else {"run_dir": str(Path(hydra.sweep.dir) / hydra.sweep.subdir)}
+        given |= (
+            {}
+            if hydra.sweep.subdir == "."
+            else {"run_dir": str(Path(hydra.sweep.dir) / hydra.sweep.subdir)}
+        )
     elif hydra is not None and hydra.run.dir != ".":
         if composed.run_dir is not None:
             raise ConfigError("run_dir and hydra.run.dir are the same setting: give one of them")
@@ -130,7 +153,9 @@ def _jobs(hydra: Any) -> list[list[str]]:
         return []
     typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     words = [*(f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()), *typed]
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # a glob asks for the options
+    parser = OverridesParser.create(
+        config_loader=GlobalHydra.instance().config_loader()
+    )  # a glob asks for the options
     return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
 
 
@@ -139,7 +164,11 @@ def _check_texts(config_name: str | None, jobs: list[list[str]]) -> None:
     of_model = {word: job for job in jobs for word in job if word.startswith("model=")}
     texts = {}
     for model, job in of_model.items() if len(of_model) > 1 else ():
-        config = GlobalHydra.instance().config_loader().load_configuration(config_name, job, run_mode=RunMode.RUN)
+        config = (
+            GlobalHydra.instance()
+            .config_loader()
+            .load_configuration(config_name, job, run_mode=RunMode.RUN)
+        )
         parts = (config.calibration, config.evaluation.perplexity)
         texts[model] = " and ".join(str(part.data_files or part.dataset) for part in parts)
     if len(set(texts.values())) > 1:

@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 
 from permllm.errors import ConfigError
-from permllm.runs.measures import METHODS, Measure, column_names, method_of, number, pruning_minutes, setting_text
+from permllm.runs.measures import (
+    METHODS,
+    Measure,
+    column_names,
+    method_of,
+    number,
+    pruning_minutes,
+    setting_text,
+)
 from permllm.runs.read import Run
 
 DENSE = "dense: "
@@ -22,11 +30,35 @@ _STATISTICS = "calibration.statistics"
 # What comes with a method, and need not be equal in the row from which a gap is measured.
 _OF_METHODS = {*METHODS, "temperature", "block_size", _STATISTICS, "inputs.permutation.path"}
 # Settings that others say already: sizes of a model beside its name, paths beside the digests of their files.
-_SPARE = {"inputs", "_target_", "path", "data_files", "architecture", "device", "hub_name", "source", "revision"}
+_SPARE = {
+    "inputs",
+    "_target_",
+    "path",
+    "data_files",
+    "architecture",
+    "device",
+    "hub_name",
+    "source",
+    "revision",
+}
 # Settings that tell two models apart.
-_OF_MODELS = ("model.name", "model.hub_name", "model.revision", "model.architecture", "inputs.model.path")
+_OF_MODELS = (
+    "model.name",
+    "model.hub_name",
+    "model.revision",
+    "model.architecture",
+    "inputs.model.path",
+)
 # Columns that stand first.
-_FIRST: tuple[str, ...] = ("model", "sparsity", "pruner", "permutation", "permutation.constraint", "mask", "reconstruction")
+_FIRST: tuple[str, ...] = (
+    "model",
+    "sparsity",
+    "pruner",
+    "permutation",
+    "permutation.constraint",
+    "mask",
+    "reconstruction",
+)
 _FIRST += ("temperature", "block_size")
 
 
@@ -79,17 +111,28 @@ class Table:
         """Take some runs; `baseline` names a row as `find` takes it, from which the gaps of its model are measured."""
         self.runs, self._values = runs, measures_of(runs)
         self.frame = frame_of(runs, self._values)
-        found = {name: measure for run in self._values for name, measure in run.items() if not name.startswith(DENSE)}
+        found = {
+            name: measure
+            for run in self._values
+            for name, measure in run.items()
+            if not name.startswith(DENSE)
+        }
         self.kinds = {name: measure.kind for name, measure in found.items()}
         self.measures = [name for name, measure in found.items() if not measure.asked_for]
-        texts = pd.DataFrame([{key: setting_text(value) for key, value in run.settings().items()} for run in runs])
+        texts = pd.DataFrame(
+            [{key: setting_text(value) for key, value in run.settings().items()} for run in runs]
+        )
         keys = pd.Series([run.key("seed") for run in runs])
         self.labels = texts.fillna("").assign(method=self.frame["method"])[~keys.duplicated()]
         self.settings = self._varying()
-        self.labels = self.labels.sort_values(self.settings, key=lambda column: column.map(_sort_key))
+        self.labels = self.labels.sort_values(
+            self.settings, key=lambda column: column.map(_sort_key)
+        )
         self.rows = [[*keys.index[keys == keys[run]]] for run in self.labels.index]
         self.labels = self.labels.reset_index(drop=True)
-        self.frame["row"] = pd.Series({run: row for row, members in enumerate(self.rows) for run in members})
+        self.frame["row"] = pd.Series(
+            {run: row for row, members in enumerate(self.rows) for run in members}
+        )
         self._take_method()
         self.baseline = self.find(baseline, "--baseline") if baseline else None
         self.starts, self.gaps = self._starts(), dict[str, list[str]]()
@@ -123,7 +166,11 @@ class Table:
         self.gaps, notes = {GAP: shared} if shared else {}, list[str]()
         if len(closed.columns) > 1:
             self.gaps |= {name.replace(_PERPLEXITY, f" {GAP} (", 1): [name] for name in closed}
-            mean = f"the mean over {', '.join(shared)}" if shared else "no text is in all rows, so that each stands alone"
+            mean = (
+                f"the mean over {', '.join(shared)}"
+                if shared
+                else "no text is in all rows, so that each stands alone"
+            )
             notes.append(f"{GAP}: {mean}")
         for gap, names in self.gaps.items():
             self.frame[gap] = closed[names].mean(axis=1, skipna=False)
@@ -148,12 +195,18 @@ class Table:
         for name, value in wanted.items():
             present = [found for found in self.labels.get(name, pd.Series()).unique() if found]
             if not present:
-                raise ConfigError(f"{option} {text}: {name} is no column; valid are {', '.join(self.settings)}")
+                raise ConfigError(
+                    f"{option} {text}: {name} is no column; valid are {', '.join(self.settings)}"
+                )
             if value not in present:
-                raise ConfigError(f"{option} {text}: no row has {name}={value}; valid are {', '.join(present)}")
+                raise ConfigError(
+                    f"{option} {text}: no row has {name}={value}; valid are {', '.join(present)}"
+                )
             rows = [row for row in rows if self.label(row, name) == value]
         if len(rows) != 1:
-            differ = ", ".join(name for name in self.settings if self.labels.loc[rows, name].nunique() > 1)
+            differ = ", ".join(
+                name for name in self.settings if self.labels.loc[rows, name].nunique() > 1
+            )
             ending = f"; they differ in {differ}: add one" if rows else ""
             raise ConfigError(f"{option} {text}: {len(rows)} rows have these settings{ending}")
         return rows[0]
@@ -187,15 +240,25 @@ class Table:
 
     def shown(self, row: int, name: str) -> str:
         """Return the mean of a measure with its error; empty where the row lacks it."""
-        return number(self.means.at[row, name], self.kinds[name], self.error(row, name)) if self.has(row, name) else ""
+        return (
+            number(self.means.at[row, name], self.kinds[name], self.error(row, name))
+            if self.has(row, name)
+            else ""
+        )
 
     def shown_dense(self, name: str) -> str:
         """Return the value of the dense model that all rows share; empty for none."""
-        return number(self.dense[name][0], self.kinds[name], self.dense[name][1]) if name in self.dense else ""
+        return (
+            number(self.dense[name][0], self.kinds[name], self.dense[name][1])
+            if name in self.dense
+            else ""
+        )
 
     def limited(self, name: str) -> bool:
         """Tell whether some value of an accuracy is of a part of the items."""
-        return self.kinds[name] in ("accuracy", "number") and any(run[name].limited for run in self._values if name in run)
+        return self.kinds[name] in ("accuracy", "number") and any(
+            run[name].limited for run in self._values if name in run
+        )
 
     def heading(self, name: str) -> str:
         """Return a measure's name, with a word where it is of a part of the items."""
@@ -215,15 +278,21 @@ class Table:
         if columns:
             self.settings = _ranked(name for name in self.labels if name in columns.split(","))
             if not self.settings:
-                raise ConfigError(f"--columns {columns}: expected settings, such as {', '.join(self._varying())}")
+                raise ConfigError(
+                    f"--columns {columns}: expected settings, such as {', '.join(self._varying())}"
+                )
         if measures:
             every = [*self.measures, *(name for name in self.kinds if name not in self.measures)]
             chosen: set[str] = set()
             for part in measures.split(", "):
-                named = [part] if part in every else [name for name in self.measures if part in name]
+                named = (
+                    [part] if part in every else [name for name in self.measures if part in name]
+                )
                 chosen |= {*named} or {name for name in every if part in name}
             if not chosen:
-                raise ConfigError(f"--measures {measures}: expected names, or parts of names, of {', '.join(self.kinds)}")
+                raise ConfigError(
+                    f"--measures {measures}: expected names, or parts of names, of {', '.join(self.kinds)}"
+                )
             self.measures = [name for name in every if name in chosen]
 
     def main(self) -> str | None:
@@ -233,17 +302,25 @@ class Table:
         accuracy, otherwise the first accuracy; where rows share nothing, the first perplexity or accuracy.
         """
         perplexities, accuracies = (
-            [name for name in self.measures if self.kinds[name] == kind] for kind in ("perplexity", "accuracy")
+            [name for name in self.measures if self.kinds[name] == kind]
+            for kind in ("perplexity", "accuracy")
         )
         shared = [name for name in self.means if self.means[name].notna().all()]
         if GAP in self.measures and len({*perplexities} & {*shared}) > 1 and self.one_start():
             return GAP
-        every = [*perplexities, *sorted(accuracies, key=lambda name: not name.startswith("average acc"))]
+        every = [
+            *perplexities,
+            *sorted(accuracies, key=lambda name: not name.startswith("average acc")),
+        ]
         return next((name for name in every if name in shared), every[0] if every else None)
 
     def one_start(self) -> bool:
         """Tell whether the gaps of all rows of a model and a pattern are measured from one row."""
-        starts = {(self._model(row), self.label(row, "sparsity"), start) for row, start in self.starts.items() if self.gaps}
+        starts = {
+            (self._model(row), self.label(row, "sparsity"), start)
+            for row, start in self.starts.items()
+            if self.gaps
+        }
         return len(starts) == len({start[:2] for start in starts})
 
     def names(self) -> list[str]:
@@ -258,9 +335,17 @@ class Table:
                     parts += [value] if name == "permutation" or value != METHODS.get(name) else []
                     continue
                 of_group = group in self.labels and name != group
-                alike = self.labels[self.labels[group] == self.label(row, group)] if of_group else self.labels
-                if value and (len(self.settings) <= 3 or value != Counter(alike[name]).most_common(1)[0][0]):
-                    parts.append(f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}")
+                alike = (
+                    self.labels[self.labels[group] == self.label(row, group)]
+                    if of_group
+                    else self.labels
+                )
+                if value and (
+                    len(self.settings) <= 3 or value != Counter(alike[name]).most_common(1)[0][0]
+                ):
+                    parts.append(
+                        f"{'.'.join(name.removeprefix('permutation.').split('.')[-2:])}={value}"
+                    )
             names.append(", ".join(filter(None, parts)) or self.first(row).metrics["name"])
         return names
 
@@ -270,7 +355,9 @@ class Table:
 
     def memory(self, row: int) -> int:
         """Return the largest peak of memory in bytes of the runs whose products have the format of the fastest run."""
-        alike = [run for run in self.rows[row] if self._format(run) == self._format(self.fastest(row))]
+        alike = [
+            run for run in self.rows[row] if self._format(run) == self._format(self.fastest(row))
+        ]
         return max(int(self.runs[run].metrics["peak_memory_bytes"]) for run in alike)
 
     def _format(self, run: int) -> str:
@@ -286,18 +373,26 @@ class Table:
         usual = [name for name in texts if not _is_spare(name)]
         varying = [name for name in usual if texts[name][texts[name] != ""].nunique() > 1]
         # A table always tells which linears have another pattern.
-        varying += [name for name in usual if name.startswith(("keep_dense", "sparsity_of")) and texts[name].nunique() > 1]
+        varying += [
+            name
+            for name in usual
+            if name.startswith(("keep_dense", "sparsity_of")) and texts[name].nunique() > 1
+        ]
         for names in (usual, list(texts)):
             if texts[varying].duplicated().any() or (not varying and len(texts) > 1):
                 for _, alike in texts.groupby(varying or (lambda _: 0)):
-                    varying += [name for name in names if name not in varying and alike[name].nunique() > 1]
+                    varying += [
+                        name for name in names if name not in varying and alike[name].nunique() > 1
+                    ]
         return _ranked(dict.fromkeys(varying)) or ["pruner", "permutation"]
 
     def _take_method(self) -> None:
         """Show the column `method` in place of the settings of methods, where it tells the rows apart."""
         groups = {"pruner", "temperature", "block_size", *METHODS}
         rest = ["method", *(name for name in self.settings if name.split(".")[0] not in groups)]
-        one = (self.frame.groupby("row")["method"].nunique() == 1).all() and (self.frame["method"] != "").all()
+        one = (self.frame.groupby("row")["method"].nunique() == 1).all() and (
+            self.frame["method"] != ""
+        ).all()
         if len(self.rows) > 1 and one and not self.labels[rest].duplicated().any():
             self.settings = rest
 
@@ -319,14 +414,24 @@ class Table:
             if len(formats := sorted({self._format(run) for run in members})) > 1:
                 notes.append(f"{where}: products of the seeds are in {' and '.join(formats)}")
             if len(missing):
-                notes.append(f"{', '.join(missing)}: left out of {where}: some of its {len(some)} seeds lack it")
-        lacking = [name for name in own if self.kinds[name] == "perplexity" and self.means[name].isna().any()]
+                notes.append(
+                    f"{', '.join(missing)}: left out of {where}: some of its {len(some)} seeds lack it"
+                )
+        lacking = [
+            name
+            for name in own
+            if self.kinds[name] == "perplexity" and self.means[name].isna().any()
+        ]
         return notes + ([f"some rows lack {', '.join(lacking)}"] if lacking else [])
 
     def _starts(self) -> dict[int, int]:
         """Return by row the row from which its gap is measured: of several the one of the same statistics."""
         if self.baseline is not None:
-            return {row: self.baseline for row in self.labels.index if self._model(row) == self._model(self.baseline)}
+            return {
+                row: self.baseline
+                for row in self.labels.index
+                if self._model(row) == self._model(self.baseline)
+            }
         found, beside = {}, []
         for run in map(self.first, self.labels.index):
             of_methods = (name for name in run.identity if {name, name.split(".")[0]} & _OF_METHODS)
@@ -334,7 +439,11 @@ class Table:
         for row in self.labels.index:
             like = [other for other in self.labels.index if beside[other] == beside[row]]
             plain = [other for other in like if method_of(self.first(other).config) == "none"]
-            same = [other for other in plain if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)]
+            same = [
+                other
+                for other in plain
+                if self.label(other, _STATISTICS) == self.label(row, _STATISTICS)
+            ]
             if plain:
                 found[row] = row if row in plain else (same or plain)[0]
         return found
@@ -367,7 +476,9 @@ def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd
 
 
 def _ranked(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    return sorted(
+        names, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name)
+    )
 
 
 def _is_spare(name: str) -> bool:

@@ -27,7 +27,9 @@ _SHAPES = "shapes"
 _NUMBERS, _FIGURES = ("retained", "moved", "output_error"), "figures"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as a safetensors file.
 
     Args:
@@ -104,7 +106,9 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
     shapes = {name: list(packed.shape(name)) for name in packed}
-    save_tensors(path, {name: packed.packed(name)[0] for name in packed}, {_SHAPES: json.dumps(shapes)})
+    save_tensors(
+        path, {name: packed.packed(name)[0] for name in packed}, {_SHAPES: json.dumps(shapes)}
+    )
 
 
 def load_masks(path: Path) -> PackedMasks:
@@ -134,7 +138,9 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
         DataError: the file is damaged or something else.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of its archive
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch does not compare the checksums of its archive
             if changed := archive.testzip():
                 raise DataError(f"{changed} was changed")
         return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
@@ -225,7 +231,9 @@ class Pruned:
         self._masks = load_masks(directory / MASKS)
         self.weights_changed: bool = metrics["sparsity"]["weights_changed"]
         if self.weights_changed and not metrics["sparsity"]["weights_kept"]:
-            raise DataError(f"{directory} has no weights: it was run with save_weights=false and cannot be rebuilt")
+            raise DataError(
+                f"{directory} has no weights: it was run with save_weights=false and cannot be rebuilt"
+            )
         files = [directory / name for name in digests if name.startswith(f"{WEIGHTS}/")]
         self.weight_files = {name: file for file in files for name in tensor_formats(file)}
 

@@ -18,18 +18,27 @@ def resolve_device(device: str) -> torch.device:
     own, processes = int(os.environ.get("LOCAL_RANK", "0")), processes_here()
     if device in ("auto", "cuda") and torch.cuda.is_available():
         if own >= torch.cuda.device_count():
-            raise ConfigError(f"{processes} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
+            raise ConfigError(
+                f"{processes} processes need as many GPUs, and this machine has {torch.cuda.device_count()}"
+            )
         return torch.device("cuda", own)
     if device == "auto":
         return torch.device("cpu")
     if device.startswith("cuda:") and processes > 1:
-        raise ConfigError(f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own")
+        raise ConfigError(
+            f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own"
+        )
     try:
         resolved = torch.device(device)
-        assert resolved.type in ("cpu", "cuda")  # others lack values, or float64, which statistics are summed in
+        assert resolved.type in (
+            "cpu",
+            "cuda",
+        )  # others lack values, or float64, which statistics are summed in
         torch.ones(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU") from error
+        raise ConfigError(
+            f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU"
+        ) from error
     return resolved
 
 

@@ -21,7 +21,10 @@ class TaskDefinition(yaml.SafeLoader):
 
 TaskDefinition.add_multi_constructor("!", lambda loader, suffix, node: None)
 TaskDefinition.add_constructor(
-    "!function", lambda loader, node: {"include": f"{str(node.value).rpartition('.')[0]}.py"} if node.value else None
+    "!function",
+    lambda loader, node: (
+        {"include": f"{str(node.value).rpartition('.')[0]}.py"} if node.value else None
+    ),
 )
 
 
@@ -37,7 +40,10 @@ def input_digest(path: Path) -> str | None:
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if path.is_dir():
-        listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())]
+        listing = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+            for file in sorted(path.iterdir())
+        ]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return None
 
@@ -72,7 +78,9 @@ def _add_files(definition: Path, files: dict[Path, None]) -> None:
                     continue
                 matches = sorted(place.parent.glob(place.name)) if "*" in place.name else [place]
                 inside = (sorted(one.rglob("*")) if one.is_dir() else [one] for one in matches)
-                files.update(dict.fromkeys(file for one in inside for file in one if file.is_file()))
+                files.update(
+                    dict.fromkeys(file for one in inside for file in one if file.is_file())
+                )
 
 
 def _named(value: Any, naming: bool = False) -> Iterator[str]:

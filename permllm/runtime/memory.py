@@ -85,9 +85,13 @@ def available_host_memory() -> int:
     """Return the bytes that this process can still take on the host: what the system has free, or its control group allows."""
     available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # without a group, or a limit
-        most, taken = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        most, taken = (
+            int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
+        )
         # Pages of files that were read count as taken, and make room as soon as something else is asked for.
-        of_files = re.findall(r"^(?:in)?active_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.MULTILINE)
+        of_files = re.findall(
+            r"^(?:in)?active_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.MULTILINE
+        )
         available = min(available, most - taken + sum(map(int, of_files)))
     return max(0, available)
 

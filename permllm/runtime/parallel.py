@@ -69,7 +69,9 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
     """
     largest = -(-len(samples) // world_size())
     at_once = at_once or largest
-    found = [(part, len(part)) for part in samples[rank() :: world_size()].split(at_once) if len(part)]
+    found = [
+        (part, len(part)) for part in samples[rank() :: world_size()].split(at_once) if len(part)
+    ]
     return found if len(found) == -(-largest // at_once) else [*found, (samples[:1], 0)]
 
 
@@ -152,5 +154,8 @@ def _compare(failure: Exception | None) -> None:
     if first and failure is not None:
         if everything_wanted():
             traceback.print_exception(failure)
-        print(f"error: rank {rank()}: {one_line(failure) or type(failure).__name__}: {CONTINUES}", file=sys.stderr)
+        print(
+            f"error: rank {rank()}: {one_line(failure) or type(failure).__name__}: {CONTINUES}",
+            file=sys.stderr,
+        )
     raise SystemExit(1)

@@ -29,7 +29,11 @@ def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> t
         weights: dtype of the model. Weights in another format than float32 are multiplied as they are.
         device: where the model is.
     """
-    if weights != torch.float32 or setting == "float32" or (setting == "auto" and not multiplies_bfloat16(device)):
+    if (
+        weights != torch.float32
+        or setting == "float32"
+        or (setting == "auto" and not multiplies_bfloat16(device))
+    ):
         return weights
     return torch.bfloat16
 
@@ -52,7 +56,9 @@ def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
         dtype: of the model's weights.
         device: of the model.
     """
-    needed = device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16(device)))
+    needed = device.type == "cpu" and (
+        dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16(device))
+    )
     return ThroughFloat32() if needed else nullcontext()
 
 
@@ -71,9 +77,18 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
         ThroughFloat32.entered -= 1
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.linear and not kwargs and args[0].dtype == args[1].dtype and args[0].dtype in _HALF:
+        if (
+            func is nn.functional.linear
+            and not kwargs
+            and args[0].dtype == args[1].dtype
+            and args[0].dtype in _HALF
+        ):
             return _LinearThroughFloat32.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 
@@ -107,7 +122,9 @@ def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
-            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(states.dtype)
+            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(
+                states.dtype
+            )
     return output
 
 
@@ -128,7 +145,9 @@ class _LinearThroughFloat32(torch.autograd.Function):
         of_states = of_weight = None
         with products_as_they_are(gradient):
             if ctx.needs_input_grad[0]:
-                of_states = sum(wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)).to(dtype)
+                of_states = sum(
+                    wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)
+                ).to(dtype)
             if ctx.needs_input_grad[1]:
                 of_weight = (tokens.t() @ states.flatten(0, -2).float()).to(dtype)
         return of_states, of_weight, tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None
@@ -149,7 +168,9 @@ def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     """Make matrix products inside in `dtype` where it is narrower than float32; otherwise nothing changes."""
     # Without the cache: it would keep the rounded copy of a weight that an optimizer has changed since.
     narrow = dtype in _HALF
-    return torch.autocast(device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False)
+    return torch.autocast(
+        device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False
+    )
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

@@ -16,7 +16,12 @@ from permllm.runtime.precision import half_products
 # Shorter than this the clock, the first launch and the last wait are a part of what is measured.
 _LEAST_SECONDS = 0.02
 # Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory; the share of a speed that is reached.
-CARDS = {"l4": (121, 30, 300, 24), "l40s": (362, 92, 864, 48), "rtx4090": (165, 83, 1008, 24), "a100": (312, 19.5, 2039, 80)}
+CARDS = {
+    "l4": (121, 30, 300, 24),
+    "l40s": (362, 92, 864, 48),
+    "rtx4090": (165, 83, 1008, 24),
+    "a100": (312, 19.5, 2039, 80),
+}
 CARDS |= {"h100": (989, 67, 3350, 80), "h200": (989, 67, 4800, 141), "b200": (2250, 75, 8000, 180)}
 _SHARE = 0.6
 
@@ -33,14 +38,23 @@ def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dt
     if card:
         half, single, moved, _ = CARDS[card]
         return Speed(
-            {dtype: _SHARE * 1e12 * (half if dtype.itemsize == 2 else single) for dtype in dtypes}, _SHARE * 1e9 * moved
+            {dtype: _SHARE * 1e12 * (half if dtype.itemsize == 2 else single) for dtype in dtypes},
+            _SHARE * 1e9 * moved,
         )
     size = 1024 if device.type == "cpu" else 8192
-    square, copied = partial(torch.ones, size, size, device=device), torch.ones(size, size, device=device)
-    works: dict[Any, Any] = {dtype: partial(nn.functional.linear, *[square(dtype=dtype)] * 2) for dtype in dtypes}
+    square, copied = (
+        partial(torch.ones, size, size, device=device),
+        torch.ones(size, size, device=device),
+    )
+    works: dict[Any, Any] = {
+        dtype: partial(nn.functional.linear, *[square(dtype=dtype)] * 2) for dtype in dtypes
+    }
     with half_products(torch.bfloat16, device):
         times: dict[Any, list[float]] = interleaved(works | {"copy": copied.clone}, 3, device)
-    return Speed({dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes}, 2 * copied.nbytes / min(times["copy"]))
+    return Speed(
+        {dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes},
+        2 * copied.nbytes / min(times["copy"]),
+    )
 
 
 def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
@@ -55,7 +69,9 @@ def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> floa
     return (time.perf_counter() - started) / calls
 
 
-def interleaved(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    works: dict[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """Return the seconds of a call of each, in turns, each measured over enough calls, at most a thousand.
 
     Two turns do not count: the first compiles and allocates, the second says how many calls are enough.
@@ -63,7 +79,10 @@ def interleaved(works: dict[str, Callable[[], Any]], repeats: int, device: torch
     for work in works.values():
         work()
     once = {name: clock(work, device) for name, work in works.items()}
-    calls = {name: math.ceil(min(max(_LEAST_SECONDS / max(seconds, 1e-9), 1), 1000)) for name, seconds in once.items()}
+    calls = {
+        name: math.ceil(min(max(_LEAST_SECONDS / max(seconds, 1e-9), 1), 1000))
+        for name, seconds in once.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():

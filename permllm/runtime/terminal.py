@@ -56,7 +56,9 @@ def run_tool(work: Callable[[], int], failed: int = 1) -> int:
 
 def silence() -> None:
     """Discard further output, because the interpreter writes its buffer at its end and would fail again."""
-    with contextlib.suppress(io.UnsupportedOperation):  # an output that is no file of the system cannot fail
+    with contextlib.suppress(
+        io.UnsupportedOperation
+    ):  # an output that is no file of the system cannot fail
         output = sys.stdout.fileno()
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), output)
@@ -88,7 +90,11 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 def what_happened(error: KeyboardInterrupt) -> str:
     """Return a word for a person."""
-    return f"terminated by {signal.Signals(error.args[0]).name}" if isinstance(error, Terminated) else "interrupted"
+    return (
+        f"terminated by {signal.Signals(error.args[0]).name}"
+        if isinstance(error, Terminated)
+        else "interrupted"
+    )
 
 
 @contextmanager
@@ -96,7 +102,11 @@ def scheduler_signals() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP, but leave the handlers of a launcher and signals that are ignored (nohup)."""
     # Python sets handlers in its main thread alone.
     main = threading.current_thread() is threading.main_thread()
-    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(number) == signal.SIG_DFL]
+    mine = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if main and signal.getsignal(number) == signal.SIG_DFL
+    ]
 
     def end(number: int, _: Any) -> None:
         for other in mine:  # schedulers repeat signals, and the record must be written undisturbed

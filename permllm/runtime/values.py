@@ -32,7 +32,9 @@ def _names(given: Any) -> list[str]:
     names = [] if given is None else given if isinstance(given, list) else [given]
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            raise ValueError(f"expected indices of layers and names of modules, and {name!r} is neither")
+            raise ValueError(
+                f"expected indices of layers and names of modules, and {name!r} is neither"
+            )
     return sorted({str(name) for name in names})
 
 
@@ -87,6 +89,10 @@ def _place(given: Any, loc: Iterable[int | str]) -> list[str]:
 
 
 def _reason(message: str) -> str:
-    for theirs, ours in {"Value error, ": "", "Input should be": "must be", "greater than or equal to": "at least"}.items():
+    for theirs, ours in {
+        "Value error, ": "",
+        "Input should be": "must be",
+        "greater than or equal to": "at least",
+    }.items():
         message = message.replace(theirs, ours)
     return message

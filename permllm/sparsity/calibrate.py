@@ -43,7 +43,12 @@ class Pruner(Method, ABC):
         """Return saliency factors of `weight (C_out, C_in)`, from the statistics that the pruner names."""
 
     def update(
-        self, weight: Tensor, statistics: InputStatistics, perm: Tensor, pattern: NMPattern, mask: Tensor | None = None
+        self,
+        weight: Tensor,
+        statistics: InputStatistics,
+        perm: Tensor,
+        pattern: NMPattern,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the updated weight and its mask (see `SparseGPT.update`). A pruner that updates weights has it."""
         raise NotImplementedError(f"{type(self).__qualname__} updates no weights")
@@ -120,19 +125,27 @@ def shared_calibration(
     @cache  # one pass gives both
     def calibrated() -> DenseCalibration:
         groups = channel_groups(loaded.model)
-        return calibrate_dense(loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_tokens)
+        return calibrate_dense(
+            loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_tokens
+        )
 
     kept = partial(_kept, loaded, tokens, batch_size, compute_dtype)
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
-        factors = unpacked_factors(kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors)))
+        factors = unpacked_factors(
+            kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
+        )
     else:
         # The version of this package is part of the key; that of someone's own pruner is not known.
         factors = calibrated().factors
-    return DenseCalibration(factors, kept("target", {}, lambda: {"target": calibrated().target})["target"])
+    return DenseCalibration(
+        factors, kept("target", {}, lambda: {"target": calibrated().target})["target"]
+    )
 
 
-def shared_target(loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype) -> Tensor:
+def shared_target(
+    loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
+) -> Tensor:
     """Return the output of the dense model's last decoder layer for further tokens, or what an earlier job kept of it.
 
     Args:
@@ -188,7 +201,9 @@ def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors
     """Return the factors that `packed_factors` has packed."""
     paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
     return {
-        path: SaliencyFactors(int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row"))
+        path: SaliencyFactors(
+            int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row")
+        )
         for path in paths
     }
 
@@ -202,17 +217,26 @@ def member_factors(
         ConfigError: the pruner gives something else than factors of this linear.
         TrainingError: they are not finite, as where the states of a float16 model overflow.
     """
-    return {path: _factors_of(pruner, path, linear_at(model, path).weight, statistics) for path in group.members}
+    return {
+        path: _factors_of(pruner, path, linear_at(model, path).weight, statistics)
+        for path in group.members
+    }
 
 
-def _factors_of(pruner: Pruner, path: str, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+def _factors_of(
+    pruner: Pruner, path: str, weight: Tensor, statistics: InputStatistics
+) -> SaliencyFactors:
     factors: object = pruner.factors(weight, statistics)
     name = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
     if not isinstance(factors, SaliencyFactors):
-        raise ConfigError(f"{name}: `factors` must give SaliencyFactors, and gave a {type(factors).__name__}")
+        raise ConfigError(
+            f"{name}: `factors` must give SaliencyFactors, and gave a {type(factors).__name__}"
+        )
     (rows, channels), column, row = weight.shape, factors.column, factors.row
     terms = len(column) if row is not None else 1
-    if tuple(column.shape) not in ((terms, channels), (rows, channels)) or (row is not None and row.shape != (terms, rows)):
+    if tuple(column.shape) not in ((terms, channels), (rows, channels)) or (
+        row is not None and row.shape != (terms, rows)
+    ):
         raise ConfigError(
             f"{name}: the factors of {path}, ({rows}, {channels}), must be (K, {channels}) and (K, {rows}), or a score "
             f"({rows}, {channels}) and None; they are column {tuple(column.shape)}, row {row if row is None else row.shape}"
@@ -227,7 +251,9 @@ def _factors_of(pruner: Pruner, path: str, weight: Tensor, statistics: InputStat
     return factors
 
 
-def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterator[tuple[int, list[ChannelGroup]]]:
+def by_layer(
+    model: nn.Module, groups: list[ChannelGroup], label: str
+) -> Iterator[tuple[int, list[ChannelGroup]]]:
     """Give the groups of each decoder layer, whose weights are there, with a bar of progress; none of a dense layer."""
     placement = placement_of(model)
     for index in tqdm(range(len(decoder_layers(model))), desc=label, unit="layer"):
@@ -237,13 +263,20 @@ def by_layer(model: nn.Module, groups: list[ChannelGroup], label: str) -> Iterat
 
 @contextmanager
 def collecting(
-    model: nn.Module, groups: list[ChannelGroup], kinds: Iterable[type[InputStatistic]], norm_tokens: int = 1
+    model: nn.Module,
+    groups: list[ChannelGroup],
+    kinds: Iterable[type[InputStatistic]],
+    norm_tokens: int = 1,
 ) -> Iterator[dict[str, InputStatistics]]:
     """Sum statistics of what each group reads while the block runs; the first member speaks for all of its group."""
     device = next(model.parameters()).device
-    statistics = {group.name: InputStatistics(group.channels, device, kinds, norm_tokens) for group in groups}
+    statistics = {
+        group.name: InputStatistics(group.channels, device, kinds, norm_tokens) for group in groups
+    }
     with ExitStack() as hooks:
         for group in groups:
             linear, sums = linear_at(model, group.members[0]), statistics[group.name]
-            hooks.enter_context(linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0])))
+            hooks.enter_context(
+                linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
+            )
         yield statistics

@@ -58,7 +58,9 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
         ConfigError: the class is not found, an argument is unknown, or a value is not valid.
     """
     arguments = {
-        name: instantiate(f"{key}.{name}", value) if isinstance(value, Mapping) and "_target_" in value else value
+        name: instantiate(f"{key}.{name}", value)
+        if isinstance(value, Mapping) and "_target_" in value
+        else value
         for name, value in settings.items()
         if name not in ("_target_", "name")
     }

@@ -61,7 +61,10 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
     counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
     # ahead[i] counts the entries that come before entry i in the order "larger first, then lower index". Of each pair
     # i < j exactly one is ahead of the other: start as if every j were ahead of i, then correct.
-    ahead = [torch.full(entries[0].shape, m - 1 - i, dtype=counter, device=entries[0].device) for i in range(m)]
+    ahead = [
+        torch.full(entries[0].shape, m - 1 - i, dtype=counter, device=entries[0].device)
+        for i in range(m)
+    ]
     for i in range(m):
         for j in range(i + 1, m):
             i_first = (entries[i] >= entries[j]).to(counter)

@@ -53,7 +53,9 @@ class SaliencyFactors:
 
     def to(self, device: torch.device | str) -> SaliencyFactors:
         """Return the same factors on `device`."""
-        return SaliencyFactors(self.power, self.column.to(device), None if self.row is None else self.row.to(device))
+        return SaliencyFactors(
+            self.power, self.column.to(device), None if self.row is None else self.row.to(device)
+        )
 
 
 def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:

@@ -99,7 +99,11 @@ class InputStatistics:
     """
 
     def __init__(
-        self, channels: int, device: torch.device | str, kinds: Iterable[type[InputStatistic]] = (), norm_tokens: int = 1
+        self,
+        channels: int,
+        device: torch.device | str,
+        kinds: Iterable[type[InputStatistic]] = (),
+        norm_tokens: int = 1,
     ) -> None:
         self.tokens = 0
         self._held = {kind: kind(channels, device, norm_tokens) for kind in dict.fromkeys(kinds)}

@@ -32,7 +32,9 @@ class Batches:
         device: where batches are wanted.
     """
 
-    def __init__(self, tokens: Tensor, target: Tensor, inputs: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, tokens: Tensor, target: Tensor, inputs: Tensor | None, device: torch.device
+    ) -> None:
         self._sources = (tokens, target, inputs)
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -53,7 +55,9 @@ class Batches:
         now.wait_stream(self._stream)
         for tensor in ahead[1]:
             if tensor is not None:
-                tensor.record_stream(now)  # or its memory might be used again before the step is done with it
+                tensor.record_stream(
+                    now
+                )  # or its memory might be used again before the step is done with it
         return ahead[1]
 
     def _copied(self, indices: Tensor) -> Batch:

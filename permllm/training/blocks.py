@@ -32,7 +32,10 @@ def split_blocks(channels: int, block_size: int, segment: int | None = None) -> 
         return [BlockStack(0, channels // block_size, block_size)]
     stacks = []
     for start in range(0, channels, segment):
-        stacks += [BlockStack(start, count, block_size), BlockStack(start + count * block_size, 1, rest)]
+        stacks += [
+            BlockStack(start, count, block_size),
+            BlockStack(start + count * block_size, 1, rest),
+        ]
     return stacks
 
 

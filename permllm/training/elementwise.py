@@ -99,7 +99,13 @@ def softmax_gradients(
     mean = sum(products[1:], products[0])
     grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
     mask = keep if hard else soft_mask
-    return _masked(w, keep, dtype), _join(s, dtype), _join(grad_s, dtype), _join(grad_mask, dtype), _join(mask, dtype)
+    return (
+        _masked(w, keep, dtype),
+        _join(s, dtype),
+        _join(grad_s, dtype),
+        _join(grad_mask, dtype),
+        _join(mask, dtype),
+    )
 
 
 def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -> Thresholds:
@@ -110,11 +116,16 @@ def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -
     d = _mask_gradients(w, s, piece, grad)
 
     def at(rank: int, places: list[Tensor]) -> Tensor:
-        picked = [torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)]
+        picked = [
+            torch.where(found == rank, part, 0.0) for found, part in zip(ranks, places, strict=True)
+        ]
         return sum(picked[1:], picked[0])
 
     next_d = at(n, d)
-    stay = [torch.where(found < n, part - next_d, 0.0).sum(-1) for found, part in zip(ranks, d, strict=True)]
+    stay = [
+        torch.where(found < n, part - next_d, 0.0).sum(-1)
+        for found, part in zip(ranks, d, strict=True)
+    ]
     return Thresholds(
         masked=_masked(w, [found < n for found in ranks], dtype),
         saliency=_join(s, s[0].dtype),
@@ -127,7 +138,9 @@ def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -
     )
 
 
-def joining(s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], kept: float) -> Tensor:
+def joining(
+    s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], kept: float
+) -> Tensor:
     """Return how the loss changes when a channel takes the place of a random member of a group, `(blocks, B, G)`.
 
     Args:
@@ -163,7 +176,9 @@ def _masked(w: list[Tensor], keep: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
     m = len(w)
-    factors = [SaliencyFactors(piece.power, piece.column[:, place::m], piece.row) for place in range(m)]
+    factors = [
+        SaliencyFactors(piece.power, piece.column[:, place::m], piece.row) for place in range(m)
+    ]
     return [saliency_t(part, of_part) for part, of_part in zip(w, factors, strict=True)]
 
 

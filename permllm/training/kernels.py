@@ -11,7 +11,15 @@ from typing_extensions import override
 
 from permllm.config import NMPattern
 from permllm.runtime.compiling import attempted, compiled
-from permllm.training.elementwise import Piece, Thresholds, joining, masked_piece, softmax_gradients, thresholds, with_own
+from permllm.training.elementwise import (
+    Piece,
+    Thresholds,
+    joining,
+    masked_piece,
+    softmax_gradients,
+    thresholds,
+    with_own,
+)
 
 # Weights times steps from which compiling pays on a CPU: it takes 10 to 20 s and saves some 100 ns a weight and step.
 _COMPILE_FROM = 4e8
@@ -29,17 +37,24 @@ class Kernels:
 
     def __init__(self, compile_: bool = False) -> None:
         self.piece = 1 << 20 if compile_ else 1 << 17
-        self._groups = None if compile_ else 1  # a tensor of all groups exists in a compiler's mind only
+        self._groups = (
+            None if compile_ else 1
+        )  # a tensor of all groups exists in a compiler's mind only
         functions: list[Callable[..., Any]] = [masked_piece, softmax_gradients, thresholds, joining]
         if compile_:
-            functions = [compiled(function, "learning runs without a compiled kernel") for function in functions]
+            functions = [
+                compiled(function, "learning runs without a compiled kernel")
+                for function in functions
+            ]
         self._masked, self._softmax_gradients, self._thresholds, self._joining = functions
 
     def mask(self, out: Tensor, piece: Piece, n: int, m: int) -> None:
         """Write the piece times its N:M mask into its rows of `out (C_in, C_out)`, whose dtype may be another."""
         self._write(out, piece, self._masked(piece, n, m, out.dtype))
 
-    def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int) -> Tensor:
+    def exchanges(
+        self, out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int
+    ) -> Tensor:
         """Do as `mask`, and return how the loss, linear in the mask, changes when channels change groups.
 
         Args:
@@ -53,7 +68,9 @@ class Kernels:
         """
         found: Thresholds = self._thresholds(piece, grad, n, m, out.dtype)
         self._write(out, piece, found.masked)
-        s, d, *groups = (part.view(len(found.saliency) // size, -1, part.shape[-1]) for part in found[1:7])
+        s, d, *groups = (
+            part.view(len(found.saliency) // size, -1, part.shape[-1]) for part in found[1:7]
+        )
         step = self._groups or size // m
         parts = [
             self._joining(s, d, tuple(part[:, first : first + step] for part in groups), n / m)
@@ -62,7 +79,14 @@ class Kernels:
         return with_own(torch.cat(parts, 2), found.stay, m)
 
     def softmax_gradients(
-        self, out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype, hard: bool
+        self,
+        out: Tensor,
+        piece: Piece,
+        grad: Tensor,
+        n: int,
+        m: int,
+        dtype: torch.dtype,
+        hard: bool,
     ) -> tuple[Tensor, ...]:
         """Do as `mask`, and return the other results of `softmax_gradients` in `dtype`."""
         masked, *others = self._softmax_gradients(piece, grad, n, m, dtype, hard)
@@ -83,7 +107,9 @@ class GPUKernels(Kernels):
         super().__init__()
         self.piece = 1 << 25
         self._fast_mask = attempted(_triton_mask, "masks are made without a Triton kernel")
-        self._fast_exchanges = attempted(_triton_exchanges, "exchanges are valued without a Triton kernel")
+        self._fast_exchanges = attempted(
+            _triton_exchanges, "exchanges are valued without a Triton kernel"
+        )
 
     @override
     def mask(self, out: Tensor, piece: Piece, n: int, m: int) -> None:
@@ -91,8 +117,14 @@ class GPUKernels(Kernels):
             super().mask(out, piece, n, m)
 
     @override
-    def exchanges(self, out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int) -> Tensor:
-        fast = None if piece.column.dtype != torch.float32 else self._fast_exchanges(out, piece, grad, n, m, size)
+    def exchanges(
+        self, out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int
+    ) -> Tensor:
+        fast = (
+            None
+            if piece.column.dtype != torch.float32
+            else self._fast_exchanges(out, piece, grad, n, m, size)
+        )
         return super().exchanges(out, piece, grad, n, m, size) if fast is None else fast
 
 
@@ -113,7 +145,9 @@ COMPILED = Kernels(compile_=True)
 ON_GPU = GPUKernels()
 
 
-def chosen_kernels(device: torch.device, compile_: bool | None, work: float, patterns: Iterable[NMPattern]) -> Kernels:
+def chosen_kernels(
+    device: torch.device, compile_: bool | None, work: float, patterns: Iterable[NMPattern]
+) -> Kernels:
     """Return the kernels for a device: on a CPU compiled ones where that is asked for, or soon made up for.
 
     Args:
@@ -125,4 +159,6 @@ def chosen_kernels(device: torch.device, compile_: bool | None, work: float, pat
     if device.type != "cpu":
         return ON_GPU
     wanted = work > _COMPILE_FROM if compile_ is None else compile_
-    return COMPILED if wanted and all(pattern.m <= _COMPILE_UP_TO for pattern in patterns) else EAGER
+    return (
+        COMPILED if wanted and all(pattern.m <= _COMPILE_UP_TO for pattern in patterns) else EAGER
+    )

@@ -55,9 +55,13 @@ class Training:
         self.device = problem.device
         # Fused: no temporaries of the size of all parameters.
         fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=settings.weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(
+            learner.parameters(), weight_decay=settings.weight_decay, fused=fused
+        )
         # In float16 the gradients of a mean over tokens would vanish. A step whose gradients overflow is left out.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16
+        )
         self.count = settings.samples_of(len(problem.tokens))
         self.steps_an_epoch = math.ceil(self.count / settings.batch_size)
         self.steps = settings.steps_for(self.count)
@@ -66,7 +70,9 @@ class Training:
         self.done = 0  # steps
         self.best_loss = math.inf
         self.history = [] if history is None else history
-        self.objective = Objective(settings, problem, window, learner, self.steps, self.optimizer, self.scaler)
+        self.objective = Objective(
+            settings, problem, window, learner, self.steps, self.optimizer, self.scaler
+        )
         self.checkpoint = Checkpoint(problem, file)
         self._losses: list[float] = []  # of the steps of the present epoch
 
@@ -89,7 +95,10 @@ class Training:
                     self._losses.append(loss)
                     self.done += 1
                     told = {"loss": loss} | values
-                    self.problem.on_step(self.window.number * self.steps + moment.step, told | {"seconds": seconds[-1]})
+                    self.problem.on_step(
+                        self.window.number * self.steps + moment.step,
+                        told | {"seconds": seconds[-1]},
+                    )
                     progress.update()
                     progress.set_postfix({key: f"{value:.4f}" for key, value in told.items()})
                     if self.checkpoint.due and after is not None:
@@ -103,7 +112,9 @@ class Training:
             samples = torch.randperm(self.count, generator=generator)
         return samples.split(self.settings.batch_size)[: self.steps - epoch * self.steps_an_epoch]
 
-    def step(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> tuple[float, dict[str, float]]:
+    def step(
+        self, batch: Tensor, moment: Moment, after: Tensor | None = None
+    ) -> tuple[float, dict[str, float]]:
         """One update from the samples at the indices `batch`.
 
         The host waits for the device for what orders learn from, and for the loss when backward is on its way (and where the
@@ -127,10 +138,14 @@ class Training:
         parallel.all_reduce([total])
         counted = self.learner.flips()
         # One transfer for both.
-        value, *flips = torch.stack([total.double(), *([] if counted is None else [counted.double()])]).tolist()
+        value, *flips = torch.stack(
+            [total.double(), *([] if counted is None else [counted.double()])]
+        ).tolist()
         if not math.isfinite(value):
             raise TrainingError(self._failure(moment, self.objective.broken(batch)))
-        learning = (parameter for group in self.learner.parameters() for parameter in group["params"])
+        learning = (
+            parameter for group in self.learner.parameters() for parameter in group["params"]
+        )
         parallel.all_reduce(parameter.grad for parameter in learning if parameter.grad is not None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -150,7 +165,9 @@ class Training:
         if moment.epoch >= self.epochs - self.settings.select_from:
             measured = self.objective.mean(self.count)
             if not math.isfinite(measured):
-                raise TrainingError(self._failure(moment, self.objective.broken(torch.arange(self.count))))
+                raise TrainingError(
+                    self._failure(moment, self.objective.broken(torch.arange(self.count)))
+                )
         # What was not measured is better than nothing, but not than what was.
         if not math.isfinite(self.best_loss) if measured is None else measured < self.best_loss:
             self.learner.keep()
@@ -161,7 +178,8 @@ class Training:
             "epoch": moment.epoch + 1,
             "first_layer": self.window.first,
             "last_layer": self.window.stop - 1,
-            "loss": math.fsum(loss * size for loss, size in zip(self._losses, sizes, strict=True)) / sum(sizes),
+            "loss": math.fsum(loss * size for loss, size in zip(self._losses, sizes, strict=True))
+            / sum(sizes),
             "measured_loss": measured,
         }
         values |= self.learner.epoch_values(moment)
@@ -198,5 +216,9 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.done, self.best_loss, self._losses = state["step"], state["best_loss"], list(state["losses"])
+        self.done, self.best_loss, self._losses = (
+            state["step"],
+            state["best_loss"],
+            list(state["losses"]),
+        )
         log.info("continuing after step %d of %d", self.done, self.steps)

@@ -23,10 +23,14 @@ def chunk_of(device: torch.device, vocabulary: int) -> int:
 
     A GPU reads the whole head for each such part, so that it should be large, and holds four numbers a logit.
     """
-    return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary)))
+    return tokens_at_a_time(
+        vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary))
+    )
 
 
-def loss_named(name: str, model: nn.Module, tokens: int, compile_: bool | None) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_named(
+    name: str, model: nn.Module, tokens: int, compile_: bool | None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
 
     Args:
@@ -65,7 +69,9 @@ def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Ten
 _compiled_divergence = compiled(_divergence, "the divergence is computed without a compiled kernel")
 
 
-def head_divergence(head: Head, output: Tensor, target: Tensor, divergence: _Divergence = _divergence) -> Tensor:
+def head_divergence(
+    head: Head, output: Tensor, target: Tensor, divergence: _Divergence = _divergence
+) -> Tensor:
     """`KL(dense || sparse)` of the next-token distributions, mean over tokens, in float32 or wider.
 
     Args:
@@ -76,7 +82,11 @@ def head_divergence(head: Head, output: Tensor, target: Tensor, divergence: _Div
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
-    chunk = _plain_chunk(head.weight_in(product_dtype(sparse)), divergence) if head.plain else _own_chunk(head)
+    chunk = (
+        _plain_chunk(head.weight_in(product_dtype(sparse)), divergence)
+        if head.plain
+        else _own_chunk(head)
+    )
     return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
@@ -112,7 +122,10 @@ def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
     dtype = weight.dtype
 
     def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        logits, of_dense = product(sparse.to(dtype), weight.t()), product(dense.to(dtype), weight.t())
+        logits, of_dense = (
+            product(sparse.to(dtype), weight.t()),
+            product(dense.to(dtype), weight.t()),
+        )
         total, gradient = divergence(logits, of_dense, with_gradient)
         return total, None if gradient is None else product(gradient, weight)
 

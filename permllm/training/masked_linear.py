@@ -84,7 +84,9 @@ class MaskedLinear(nn.Module):
         self._kernels = kernels
         self._set: tuple[Tensor, Tensor | None, list[Tensor]] | None = None
 
-    def set_order(self, perm: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()) -> None:
+    def set_order(
+        self, perm: Tensor, hard: Tensor | None = None, soft: Sequence[Tensor] = ()
+    ) -> None:
         """Set the order of the next forward, which forgets it.
 
         Args:
@@ -99,7 +101,11 @@ class MaskedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x (..., C_in)`, in the dense model's order, to `(..., C_out)`."""
         if not self._learns_order:
-            learning = [values for values in self.scores.parameters() if values.requires_grad and torch.is_grad_enabled()]
+            learning = [
+                values
+                for values in self.scores.parameters()
+                if values.requires_grad and torch.is_grad_enabled()
+            ]
             return _MaskedProduct.apply(x, self, None, None, *learning)
         if self._set is None:
             raise RuntimeError("set_order must be called before forward")
@@ -133,7 +139,10 @@ class MaskedLinear(nn.Module):
         """
         weight_t, n, m = weight.t(), self.pattern.n, self.pattern.m
         masked_t = torch.empty(weight_t.shape, dtype=grad_masked_t.dtype, device=weight.device)
-        grad_soft = [torch.zeros(one.count, one.size, one.size, dtype=dtype, device=weight.device) for one in self._stacks]
+        grad_soft = [
+            torch.zeros(one.count, one.size, one.size, dtype=dtype, device=weight.device)
+            for one in self._stacks
+        ]
         for number, (index, blocks, positions) in enumerate(self._pieces(weight_t)):
             out, piece = self._piece(masked_t, weight_t, perm, positions)
             if not self._summed(piece, grad_masked_t, number % parallel.world_size()):
@@ -158,11 +167,15 @@ class MaskedLinear(nn.Module):
         grad_masked_t.index_copy_(0, piece.channels, rows)
         return True
 
-    def _block_gradients(self, out: Tensor, piece: Piece, grad_masked_t: Tensor, size: int) -> Tensor:
+    def _block_gradients(
+        self, out: Tensor, piece: Piece, grad_masked_t: Tensor, size: int
+    ) -> Tensor:
         """Return the gradient `(blocks, B, B)` of the permutation of whole blocks of channels, which are masked as well."""
         n, m = self.pattern.n, self.pattern.m
         if self._straight_through == "swap":
-            return self._kernels.exchanges(out, piece, grad_masked_t, n, m, size).repeat_interleave(m, 2)
+            return self._kernels.exchanges(out, piece, grad_masked_t, n, m, size).repeat_interleave(
+                m, 2
+            )
         # The sums of half-precision products over all rows would overflow or vanish in float16.
         dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
         hard = self._straight_through == "hard"
@@ -171,10 +184,14 @@ class MaskedLinear(nn.Module):
         with products_as_they_are(grad_masked_t):
             return (s @ grad_s.mT).baddbmm_(grad_mask, mask.mT)
 
-    def _piece(self, out: Tensor, weight_t: Tensor, perm: Tensor | None, positions: slice) -> tuple[Tensor, Piece]:
+    def _piece(
+        self, out: Tensor, weight_t: Tensor, perm: Tensor | None, positions: slice
+    ) -> tuple[Tensor, Piece]:
         """Return where the masked channels at some positions go, and the piece that they are."""
         if perm is None:
-            return out[positions], Piece(weight_t[positions], None, *self.scores.piece(weight_t, positions))
+            return out[positions], Piece(
+                weight_t[positions], None, *self.scores.piece(weight_t, positions)
+            )
         return out, Piece(weight_t, perm[positions], *self.scores.piece(weight_t, perm[positions]))
 
     def _pieces(self, weight_t: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -184,7 +201,11 @@ class MaskedLinear(nn.Module):
             step = max(1, min(at_once, -(-stack.count // parallel.world_size())))
             for first in range(0, stack.count, step):
                 last = min(first + step, stack.count)
-                yield index, slice(first, last), slice(stack.start + first * stack.size, stack.start + last * stack.size)
+                yield (
+                    index,
+                    slice(first, last),
+                    slice(stack.start + first * stack.size, stack.start + last * stack.size),
+                )
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -192,7 +213,12 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, module: MaskedLinear, perm: Tensor | None, hard: Tensor | None, *learning: Tensor
+        ctx: Any,
+        x: Tensor,
+        module: MaskedLinear,
+        perm: Tensor | None,
+        hard: Tensor | None,
+        *learning: Tensor,
     ) -> Tensor:
         dtype = product_dtype(x)
         flat = _columns_at(x.flatten(0, -2), module.order, dtype)
@@ -215,14 +241,20 @@ class _MaskedProduct(torch.autograd.Function):
         grad_x: Tensor | None = None
         of_learning: list[Tensor] = []
         if x is not None and perm is not None:
-            masked_t, of_learning = module.order_gradients(weight, perm, hard, product(x.t(), grad_y), ctx.learning_dtype)
+            masked_t, of_learning = module.order_gradients(
+                weight, perm, hard, product(x.t(), grad_y), ctx.learning_dtype
+            )
         if ctx.needs_input_grad[0]:
             if masked_t is None:
                 masked_t = module.masked_weight_t(weight, perm, ctx.product_dtype)
-            grad_x = _columns_at(product(grad_y, masked_t.t()), module.inverse, ctx.input_dtype).view(ctx.input_shape)
+            grad_x = _columns_at(
+                product(grad_y, masked_t.t()), module.inverse, ctx.input_dtype
+            ).view(ctx.input_shape)
         del masked_t  # before the gradients of the scores, which may be as large
         if x is not None and perm is None:
-            of_learning = module.scores.gradients(product(x.t(), grad_y), weight.t(), module.pattern.m)
+            of_learning = module.scores.gradients(
+                product(x.t(), grad_y), weight.t(), module.pattern.m
+            )
         return grad_x, None, None, None, *of_learning
 
 
@@ -230,6 +262,8 @@ def _columns_at(states: Tensor, order: Tensor | None, dtype: torch.dtype) -> Ten
     """Return `(tokens, C)`, the columns in an order int64 `(C,)`, in a format."""
     if order is not None:
         # torch gathers columns in half precision five times slower than in float32 on a CPU.
-        widened = states.float() if states.device.type == "cpu" and states.dtype.itemsize < 4 else states
+        widened = (
+            states.float() if states.device.type == "cpu" and states.dtype.itemsize < 4 else states
+        )
         states = widened.index_select(1, order)
     return states.to(dtype)

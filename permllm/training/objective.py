@@ -70,7 +70,9 @@ class Objective:
             after: the next batch, to be fetched while the device works on this one; None where there is none.
         """
         portions = parallel.portions(batch, self.settings.micro_batch_size)
-        following = [] if after is None else parallel.portions(after, self.settings.micro_batch_size)
+        following = (
+            [] if after is None else parallel.portions(after, self.settings.micro_batch_size)
+        )
         total = torch.zeros((), device=self.problem.device)
         for (portion, counted), ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
             loss = self.loss(portion, moment) * (counted / len(batch))
@@ -85,7 +87,9 @@ class Objective:
     def mean(self, count: int) -> float:
         """Return the loss of the first samples with what was learned so far, mean over tokens."""
         total = torch.zeros((), dtype=torch.float64, device=self.problem.device)
-        for batch, counted in parallel.portions(torch.arange(count), self.problem.calibration_batch_size):
+        for batch, counted in parallel.portions(
+            torch.arange(count), self.problem.calibration_batch_size
+        ):
             total += self.loss(batch, None).double() * counted
         parallel.all_reduce([total])
         return float(total) / count
@@ -116,7 +120,9 @@ class Objective:
                 hidden = self._layer(index, hidden, kwargs[index], moment)
         return self._distance(hidden, batch.target)
 
-    def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any], moment: Moment | None) -> Tensor:
+    def _layer(
+        self, index: int, hidden: Tensor, kwargs: dict[str, Any], moment: Moment | None
+    ) -> Tensor:
         """Run one decoder layer as the learner sets it; a layer that is recomputed is set anew in backward."""
         self.learner.set_layer(index, moment if torch.is_grad_enabled() else None)
         with self._placement.layer(index) as layer:
@@ -139,10 +145,16 @@ class Objective:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
             tokens, item = hidden.numel() // hidden.shape[-1], hidden.element_size()
-            kept = tokens * kept_a_token(self.problem.groups, hidden.shape[-1], item, self.learner.gathers) * item
+            kept = (
+                tokens
+                * kept_a_token(self.problem.groups, hidden.shape[-1], item, self.learner.gathers)
+                * item
+            )
             allowed = KEPT_ON_A_HOST
             if hidden.device.type == "cuda":
-                allowed = _SHARE_OF_FREE * (free_memory(hidden.device) - self._not_yet_taken(hidden))
+                allowed = _SHARE_OF_FREE * (
+                    free_memory(hidden.device) - self._not_yet_taken(hidden)
+                )
             self._recomputes = kept * len(self._layers) > allowed
         return self._recomputes
 
@@ -161,7 +173,9 @@ class Objective:
         return size * (1 + moments) + rounded + self.learner.masked_weights() * product.itemsize
 
 
-def kept_a_token(groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False) -> int:
+def kept_a_token(
+    groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False
+) -> int:
     """Return the numbers a token that a decoder layer keeps for backward: 11 vectors of the residual stream, 4 of the MLP.
 
     Args:
@@ -172,7 +186,14 @@ def kept_a_token(groups: Iterable[ChannelGroup], hidden: int, item: int, gathers
             that is within what is said of all; in half precision norms, which compute in float32, take that room.
     """
     groups = list(groups)
-    inner = max((group.channels for group in groups if group.table.producers and not group.table.by_head), default=hidden)
+    inner = max(
+        (group.channels for group in groups if group.table.producers and not group.table.by_head),
+        default=hidden,
+    )
     layers = len({group.layer for group in groups})
-    copies = sum(group.channels * (len(group.members) - 1) for group in groups) // layers if gathers and item < 4 else 0
+    copies = (
+        sum(group.channels * (len(group.members) - 1) for group in groups) // layers
+        if gathers and item < 4
+        else 0
+    )
     return 11 * hidden + 4 * inner + copies

@@ -33,9 +33,15 @@ class Scores(nn.Module):
     def __init__(self, factors: SaliencyFactors) -> None:
         super().__init__()
         # Like the weight: what belongs to a channel in a row, for the channels are gathered.
-        self.factors = replace(factors, column=factors.column.t().contiguous().t()) if factors.dense else factors
+        self.factors = (
+            replace(factors, column=factors.column.t().contiguous().t())
+            if factors.dense
+            else factors
+        )
 
-    def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
+    def piece(
+        self, weight_t: Tensor, channels: Tensor | slice
+    ) -> tuple[int, Tensor, Tensor | None]:
         """Saliency factors of some channels, as the kernels take them (`permllm.training.kernels`).
 
         Args:
@@ -46,7 +52,11 @@ class Scores(nn.Module):
         if isinstance(channels, slice):
             chosen = column[:, channels]
         else:
-            chosen = column.t().index_select(0, channels).t() if self.factors.dense else column.index_select(1, channels)
+            chosen = (
+                column.t().index_select(0, channels).t()
+                if self.factors.dense
+                else column.index_select(1, channels)
+            )
         return self.factors.power, chosen, self.factors.row
 
     def values_t(self, weight_t: Tensor) -> Tensor:
@@ -88,7 +98,9 @@ class FreeScores(Scores):
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
 
     @override
-    def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
+    def piece(
+        self, weight_t: Tensor, channels: Tensor | slice
+    ) -> tuple[int, Tensor, Tensor | None]:
         return 0, self.free.data[channels].t(), None
 
     @override
@@ -105,17 +117,23 @@ class LowRankScores(Scores):
         generator: of its start.
     """
 
-    def __init__(self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, weight: Tensor, factors: SaliencyFactors, rank: int, generator: torch.Generator
+    ) -> None:
         super().__init__(factors)
         rows, channels = weight.shape
         dtype, device = factors.column.dtype, weight.device
         self.channel = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
         self.left = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
-        right = torch.randn(channels, rank, generator=generator, dtype=torch.float32) / math.sqrt(max(1, rank))
+        right = torch.randn(channels, rank, generator=generator, dtype=torch.float32) / math.sqrt(
+            max(1, rank)
+        )
         self.right = nn.Parameter(right.to(device, dtype))
 
     @override
-    def piece(self, weight_t: Tensor, channels: Tensor | slice) -> tuple[int, Tensor, Tensor | None]:
+    def piece(
+        self, weight_t: Tensor, channels: Tensor | slice
+    ) -> tuple[int, Tensor, Tensor | None]:
         power, column, row = super().piece(weight_t, channels)
         scores = log_saliency_t(weight_t[channels], SaliencyFactors(power, column, row))
         scores += self.channel.data[channels].unsqueeze(1)
@@ -131,4 +149,6 @@ class LowRankScores(Scores):
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
     """Logarithm of the saliency of a transposed weight `(C_in, C_out)`, same shape; finite where a weight is zero."""
     found = saliency_t(weight_t, factors)
-    return found.clamp_min(torch.finfo(found.dtype).tiny).log_()  # a dense score may be the saliency itself, and stays
+    return found.clamp_min(
+        torch.finfo(found.dtype).tiny
+    ).log_()  # a dense score may be the saliency itself, and stays

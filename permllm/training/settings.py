@@ -51,12 +51,17 @@ class LearningSettings(DescentSettings):
         if self.loss is None:
             self.loss = "kl" if self.layers_per_stage == "all" else "cosine"
         if self.loss == "kl" and self.layers_per_stage != "all":
-            raise ValueError("loss=kl needs layers_per_stage=all: only the last layer has next-token logits")
+            raise ValueError(
+                "loss=kl needs layers_per_stage=all: only the last layer has next-token logits"
+            )
 
     @classmethod
     def of(cls, descent: DescentSettings, **more: Any) -> LearningSettings:
         """Return the settings of a descent, with others."""
-        return cls(**{field.name: getattr(descent, field.name) for field in fields(DescentSettings)}, **more)
+        return cls(
+            **{field.name: getattr(descent, field.name) for field in fields(DescentSettings)},
+            **more,
+        )
 
     def needs_device(self) -> str | None:
         """Return why learning needs the weights of all layers on the device at once; None if it does not."""
@@ -68,7 +73,9 @@ class LearningSettings(DescentSettings):
         """Raise ConfigError where no channel group of a model lies in the layers that learn."""
         spans = self.spans(layers)
         if not any(first <= one.layer < stop for one in groups for first, stop in spans):
-            raise ConfigError(f"{group}.last_layers={self.last_layers}: keep_dense leaves nothing to learn in them")
+            raise ConfigError(
+                f"{group}.last_layers={self.last_layers}: keep_dense leaves nothing to learn in them"
+            )
 
     def steps_in_all(self, samples: int, layers: int) -> int:
         """Return the number of steps of all stages, for a model of so many decoder layers."""

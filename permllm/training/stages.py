@@ -27,13 +27,17 @@ class Course:
         state: the checkpoint to go on from; None where there is none, and from when a window has gone on from it.
     """
 
-    def __init__(self, settings: LearningSettings, problem: LearningProblem, name: str, file: str) -> None:
+    def __init__(
+        self, settings: LearningSettings, problem: LearningProblem, name: str, file: str
+    ) -> None:
         self.settings = settings
         self.problem = problem
         self.name, self.file = name, file
         self.state = read_checkpoint(problem, file)
         self._begin = 0 if self.state is None else self.state["window"]
-        self._history: list[dict[str, Any]] = [] if self.state is None else list(self.state["history"])
+        self._history: list[dict[str, Any]] = (
+            [] if self.state is None else list(self.state["history"])
+        )
         problem.on_resume(list(self._history))
 
     def windows(self, learns: Callable[[int, int], bool], mask_of: MaskOf) -> Iterator[Window]:
@@ -44,9 +48,13 @@ class Course:
             mask_of: of each linear before a window, when the window comes.
         """
         stream = WindowStream(self.problem)
-        for number, (first, stop) in enumerate(self.settings.spans(len(decoder_layers(self.problem.model)))):
+        for number, (first, stop) in enumerate(
+            self.settings.spans(len(decoder_layers(self.problem.model)))
+        ):
             if number >= self._begin and learns(first, stop):
-                yield Window(number, first, stop, stream.inputs(first, mask_of), stream.target(stop))
+                yield Window(
+                    number, first, stop, stream.inputs(first, mask_of), stream.target(stop)
+                )
 
     def train(self, window: Window, learner: Learner) -> None:
         """Train a learner in a window.
@@ -54,7 +62,9 @@ class Course:
         Raises:
             TrainingError: the loss is not finite; the message names the first layer whose output is not.
         """
-        training = Training(self.settings, self.problem, window, learner, self.name, self.file, self._history)
+        training = Training(
+            self.settings, self.problem, window, learner, self.name, self.file, self._history
+        )
         if self.state is not None:
             training.restore(self.state)
             self.state = None  # which is as large as what learns

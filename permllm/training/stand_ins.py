@@ -47,7 +47,9 @@ def learning_orders(
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
         pattern = problem.pattern_of(group)
-        return MaskedLinear(linear, scores_of(path), pattern, stacks_of[group], straight_through, kernels=kernels)
+        return MaskedLinear(
+            linear, scores_of(path), pattern, stacks_of[group], straight_through, kernels=kernels
+        )
 
     def by_columns(_: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.t().contiguous().t()
@@ -93,7 +95,9 @@ def learning_scores(
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
         order = on(linear.weight.device, group.name)
-        scores = scores_of(ordered(group, linear.weight.data), problem.factors_of(path).permuted(order))
+        scores = scores_of(
+            ordered(group, linear.weight.data), problem.factors_of(path).permuted(order)
+        )
         moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         return MaskedLinear(linear, scores, problem.pattern_of(group), order=moved, kernels=kernels)
 
@@ -101,12 +105,16 @@ def learning_scores(
         yield masked
 
 
-def kernels_for(settings: LearningSettings, problem: LearningProblem, groups: Iterable[ChannelGroup]) -> Kernels:
+def kernels_for(
+    settings: LearningSettings, problem: LearningProblem, groups: Iterable[ChannelGroup]
+) -> Kernels:
     """Return the kernels for the linears of some groups, which learn together."""
     groups = list(groups)
     weights = sum(group.channels * sum(group.rows) for group in groups)
     steps = settings.steps_for(settings.samples_of(len(problem.tokens)))
-    return chosen_kernels(problem.device, settings.compile, weights * steps, map(problem.pattern_of, groups))
+    return chosen_kernels(
+        problem.device, settings.compile, weights * steps, map(problem.pattern_of, groups)
+    )
 
 
 @contextmanager

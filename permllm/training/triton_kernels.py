@@ -41,7 +41,9 @@ def exchanges(out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int
     _launch_mask(out, piece, n, m, {"grad": grad, "limits": limits, "stay": stay})
     changes = empty(blocks, size, groups)
     grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
-    with torch.cuda.device_of(out):  # Triton launches where the process is, not where its tensors are
+    with torch.cuda.device_of(
+        out
+    ):  # Triton launches where the process is, not where its tensors are
         _exchange[grid](
             *_pointers(piece), grad, limits, changes, rows, channels, size, groups, n / m,
             **_saliency_kind(piece), CHANNELS=_CHANNELS, GROUPS=_GROUPS, ROWS=_ROWS, num_warps=_WARPS,
@@ -76,11 +78,28 @@ def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _saliency_kind(piece: Piece) -> dict[str, Any]:
     terms = 0 if piece.row is None else len(piece.row)
-    return {"GATHER": piece.channels is not None, "POWER": piece.power, "TERMS": terms, "DENSE": piece.dense}
+    return {
+        "GATHER": piece.channels is not None,
+        "POWER": piece.power,
+        "TERMS": terms,
+        "DENSE": piece.dense,
+    }
 
 
 @triton.jit
-def _saliency(w, column, row, at, x, there, rows, channels, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr):
+def _saliency(
+    w,
+    column,
+    row,
+    at,
+    x,
+    there,
+    rows,
+    channels,
+    POWER: tl.constexpr,
+    TERMS: tl.constexpr,
+    DENSE: tl.constexpr,
+):
     """Saliency of weights `w (positions, rows)` at positions `at` and rows `x` of the piece, which are `there`."""
     factor = tl.abs(w)
     if POWER == 2:
@@ -93,7 +112,10 @@ def _saliency(w, column, row, at, x, there, rows, channels, POWER: tl.constexpr,
         score = tl.zeros_like(w)
         for term in tl.static_range(TERMS):
             of_channel = tl.load(column + term * channels + at, mask=at < channels, other=0.0)
-            score += of_channel[:, None] * tl.load(row + term * rows + x, mask=x < rows, other=0.0)[None, :]
+            score += (
+                of_channel[:, None]
+                * tl.load(row + term * rows + x, mask=x < rows, other=0.0)[None, :]
+            )
     return score if POWER == 0 else factor * score
 
 

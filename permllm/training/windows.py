@@ -62,7 +62,9 @@ class WindowStream:
         return stream.states()
 
     def _new(self) -> LayerStream:
-        return LayerStream(self.problem.model, self.problem.tokens, self.problem.calibration_batch_size)
+        return LayerStream(
+            self.problem.model, self.problem.tokens, self.problem.calibration_batch_size
+        )
 
     def _prune_layer(self, index: int, mask_of: MaskOf, dense: dict[str, Tensor]) -> None:
         """Mask the linears of a layer, and have their dense weights by path, to be put back."""

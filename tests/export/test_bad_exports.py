@@ -67,12 +67,18 @@ PLAIN: dict[str, tuple[Change, str]] = {
     "a linear is missing": (gone(UP), f"lacks {UP}"),
     "the head is missing": (gone(HEAD), f"lacks {HEAD}"),
     "another shape": (become(UP, lambda weight: weight[:60]), f"another shape .* {UP}"),
-    "a stranger": (lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 4)}), "asks for none, x.weight"),
+    "a stranger": (
+        lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 4)}),
+        "asks for none, x.weight",
+    ),
     "whole numbers": (become(UP, lambda weight: weight.to(torch.int8)), f"{UP} .*I8"),
     "NaN in a linear": (put(UP, NAN, 0), f"{UP} holds values that are not finite"),
     "infinite head": (put(HEAD, INFINITE), f"{HEAD} holds values that are not finite"),
     "fewer layers in the config": (settings(num_hidden_layers=1), r"model\.layers\.1\."),
-    "an unknown quantisation": (settings(quantization_config={"quant_method": "nope"}), "quant_method is not known"),
+    "an unknown quantisation": (
+        settings(quantization_config={"quant_method": "nope"}),
+        "quant_method is not known",
+    ),
     "settings that make NaN": (settings(rms_norm_eps=-1e30), "logits"),
 }
 ORDERS: dict[str, tuple[Change, str]] = {
@@ -84,8 +90,14 @@ ORDERS: dict[str, tuple[Change, str]] = {
         lambda tensors, config: config["dense_config"]["gathers"].remove(GATHERED),
         f"asks for none, {ORDER}",
     ),
-    "a gather twice": (lambda tensors, config: config["dense_config"]["gathers"].append(GATHERED), f"names {GATHERED} twice"),
-    "a gather of nothing": (lambda tensors, config: config["dense_config"]["gathers"].append("x"), "x is no module"),
+    "a gather twice": (
+        lambda tensors, config: config["dense_config"]["gathers"].append(GATHERED),
+        f"names {GATHERED} twice",
+    ),
+    "a gather of nothing": (
+        lambda tensors, config: config["dense_config"]["gathers"].append("x"),
+        "x is no module",
+    ),
     "gathers that are no list": (settings(gathers="x"), "gathers: "),
 }
 CASES = [
@@ -107,9 +119,16 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rewritten(source: Path, folder: Path, change: Change, summary: bool = False) -> Path:
     """An export with something changed, written by another tool; `permllm.json` stays beside it where that is asked for."""
     shutil.copytree(source, folder)
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     change(tensors, config)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(config))
     if not summary:
         (folder / SUMMARY).unlink()
@@ -127,13 +146,22 @@ def verdict(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["folded", "gathered"])
-def test_whole_exports_pass_with_and_without_checksums(kind: str, exports: Path, tmp_path: Path) -> None:
-    ours, theirs = verify(exports / kind), verify(rewritten(exports / kind, tmp_path / "x", lambda *_: None))
+def test_whole_exports_pass_with_and_without_checksums(
+    kind: str, exports: Path, tmp_path: Path
+) -> None:
+    ours, theirs = (
+        verify(exports / kind),
+        verify(rewritten(exports / kind, tmp_path / "x", lambda *_: None)),
+    )
     assert (ours.passed, ours.checksums, ours.problems) == (True, True, [])
     assert (theirs.passed, theirs.checksums, theirs.problems) == (True, False, [])
 
 
-@pytest.mark.parametrize(("kind", "name", "change", "message"), CASES, ids=[f"{kind}: {name}" for kind, name, *_ in CASES])
+@pytest.mark.parametrize(
+    ("kind", "name", "change", "message"),
+    CASES,
+    ids=[f"{kind}: {name}" for kind, name, *_ in CASES],
+)
 def test_what_is_not_whole_neither_passes_nor_loads(
     kind: str, name: str, change: Change, message: str, exports: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +170,9 @@ def test_what_is_not_whole_neither_passes_nor_loads(
     with pytest.raises(PermLLMError, match=message) as refused:
         bench.load(folder, torch.device("cpu"), None)
     assert "\n" not in str(refused.value)
-    if kind != "folded" and name != "settings that make NaN":  # a model of ours, which loads nowhere
+    if (
+        kind != "folded" and name != "settings that make NaN"
+    ):  # a model of ours, which loads nowhere
         with pytest.raises(PermLLMError, match=message):
             AutoModelForCausalLM.from_pretrained(folder)
 
@@ -153,7 +183,9 @@ def test_whole_models_load_in_every_way(exports: Path) -> None:
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert torch.equal(logits(model), expected)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")), expected)
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")), expected
+    )
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.get_submodule(GATHERED).input_order.dtype == torch.int32
@@ -191,7 +223,10 @@ def test_a_checkpoint_without_a_config_proves_nothing(exports: Path, tmp_path: P
 
 
 def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
-    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exports: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -199,7 +234,11 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
         return call("verify", [str(folder)]), capsys.readouterr().out
 
     code, said = command(exports / "folded")
-    assert (code, "contents compared with their sha256" in said, said.splitlines()[-1]) == (0, True, "passed")
+    assert (code, "contents compared with their sha256" in said, said.splitlines()[-1]) == (
+        0,
+        True,
+        "passed",
+    )
     code, said = command(rewritten(exports / "folded", tmp_path / "theirs", lambda *_: None))
     assert (code, "contents not compared" in said, said.splitlines()[-1]) == (0, True, "passed")
     assert call("verify", [str(tmp_path / "theirs"), "--json"]) == 0
@@ -221,14 +260,18 @@ def test_the_command_says_what_is_wrong_and_how_contents_were_compared(
 CONTENTS = ["", "[]", "{", "{}", '{"weight_map": {"x": 1}}', "[" * 9999]
 
 
-@pytest.mark.parametrize("file", ["config.json", SUMMARY, "model.safetensors.index.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", SUMMARY, "model.safetensors.index.json", "generation_config.json"]
+)
 def test_garbage_in_a_json_file_is_one_line(file: str, exports: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exports / "folded", tmp_path / "x")
     if file.endswith("index.json"):
         (folder / "model.safetensors").rename(folder / "other.safetensors")
     for content in CONTENTS:
         (folder / file).write_text(content)
-        valid = file == "generation_config.json" and content.startswith("{") and content.endswith("}")
+        valid = (
+            file == "generation_config.json" and content.startswith("{") and content.endswith("}")
+        )
         refused = pytest.raises(DataError, match=f"^[^\n]*{re.escape(file)}[^\n]*$")
         with nullcontext() if valid else refused:
             verify(folder)
@@ -238,7 +281,9 @@ def test_garbage_in_a_json_file_is_one_line(file: str, exports: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.safetensors"])
-def test_an_index_names_files_of_its_own_folder_alone(name: str, exports: Path, tmp_path: Path) -> None:
+def test_an_index_names_files_of_its_own_folder_alone(
+    name: str, exports: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(exports / "folded", tmp_path / "a" / "x")
     (folder / "model.safetensors").rename(tmp_path / "a" / "x.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: name}}))
@@ -258,7 +303,9 @@ def test_two_files_with_one_tensor_are_refused(exports: Path, tmp_path: Path) ->
 
 
 def test_a_difference_that_is_not_finite_fails(exports: Path, tmp_path: Path) -> None:
-    folder = rewritten(exports / "folded", tmp_path / "x", put(HEAD, 3e38))  # in float64 it would not overflow
+    folder = rewritten(
+        exports / "folded", tmp_path / "x", put(HEAD, 3e38)
+    )  # in float64 it would not overflow
     tensors = load_file(folder / "model.safetensors")
     tensors[HEAD].fill_(3e38)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -323,5 +370,7 @@ def test_a_model_card_holds_names_and_no_markup_of_theirs() -> None:
     assert set(yaml.safe_load(head)) == {"library_name", "pipeline_tag", "base_model", "tags"}
     assert "- command: ``` run.py `x` ``y`` # z ```" in body.splitlines()
     for markup in ("<script", "](http", "`c`", "*p*", "<b>"):
-        assert markup not in body.replace("\\<", "").replace("\\]", "").replace("\\`", "").replace("\\*", "")
+        assert markup not in body.replace("\\<", "").replace("\\]", "").replace("\\`", "").replace(
+            "\\*", ""
+        )
     assert len([line for line in body.splitlines() if line.startswith("#")]) == 1

@@ -12,7 +12,12 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from permllm.cli import call
 from permllm.config import NMPattern
 from permllm.errors import DataError
-from permllm.export.bench import sparse_tensor_cores, use_sparse_tensor_cores, why_dense, without_gathers
+from permllm.export.bench import (
+    sparse_tensor_cores,
+    use_sparse_tensor_cores,
+    why_dense,
+    without_gathers,
+)
 from permllm.export.checkpoint import Request, export_run
 from permllm.export.verify import Stated
 from permllm.models.families import channel_groups, linear_at
@@ -25,22 +30,43 @@ CUDA = torch.device("cuda")
 def test_the_command_line_measures_all_that_a_cpu_can(tmp_path: Path) -> None:
     run = make_run(tmp_path, variant_model("llama"), "free")
     export_run(run, Request("gathered"), tmp_path / "out")
-    small = ["--prompt", "8", "--new-tokens", "2", "--batch-sizes", "1", "2", "--repeats", "1", "--layer-tokens", "16"]
+    small = [
+        "--prompt",
+        "8",
+        "--new-tokens",
+        "2",
+        "--batch-sizes",
+        "1",
+        "2",
+        "--repeats",
+        "1",
+        "--layer-tokens",
+        "16",
+    ]
     words = [str(tmp_path / "out"), "--against", str(tmp_path / "dense"), *small, "--device", "cpu"]
     result = run_module("permllm", "bench", *words, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert "no sparse tensor cores here" in report["note"]
     variants = ["dense", "as stored", "as stored, gathers left out"]
-    assert [(row["variant"], row["batch"]) for row in report["speed"]] == [(name, b) for b in (1, 2) for name in variants]
-    assert all(row["prefill_tokens_a_second"] > 0 and row["decode_tokens_a_second"] > 0 for row in report["speed"])
+    assert [(row["variant"], row["batch"]) for row in report["speed"]] == [
+        (name, b) for b in (1, 2) for name in variants
+    ]
+    assert all(
+        row["prefill_tokens_a_second"] > 0 and row["decode_tokens_a_second"] > 0
+        for row in report["speed"]
+    )
     assert report["gathers"] == 6
-    assert report["file_bytes"]["as stored"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert (
+        report["file_bytes"]["as stored"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    )
     assert [row["channels"] for row in report["layers"]] == [32, 32, 32, 64]
     assert report["layers"][0]["sparse_s"] is None
 
 
-def test_what_is_not_multiplied_by_sparse_tensor_cores_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_multiplied_by_sparse_tensor_cores_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     two, four = NMPattern(2, 4), NMPattern(4, 8)
     assert "no sparse tensor cores here" in why_dense(torch.device("cpu"), {two}, torch.bfloat16)
     monkeypatch.setattr("permllm.export.bench.sparse_tensor_cores", lambda device: True)
@@ -50,7 +76,9 @@ def test_what_is_not_multiplied_by_sparse_tensor_cores_says_why(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--batch-sizes"])
-def test_nothing_cannot_be_measured(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_cannot_be_measured(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("bench", [str(tmp_path), option, "0"]) == 1
     assert capsys.readouterr().err == f"error: {option}=0: expected a whole number of at least 1\n"
 
@@ -66,7 +94,10 @@ def test_gathers_can_be_left_out_for_a_while(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or not sparse_tensor_cores(CUDA), reason="needs sparse tensor cores")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not sparse_tensor_cores(CUDA),
+    reason="needs sparse tensor cores",
+)
 def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     run = make_run(tmp_path, variant_model("llama", **shape), "foldable")
@@ -75,7 +106,12 @@ def test_sparse_tensor_cores_compute_the_same(tmp_path: Path) -> None:
     x = torch.randn(64, 128, device=CUDA, dtype=torch.float16)
     linear = linear_at(model, channel_groups(model)[0].members[0])
     before = linear(x)
-    assert use_sparse_tensor_cores(model, Stated(NMPattern(2, 4), {"model.layers.0.mlp.down_proj": "dense"})) == 13
+    assert (
+        use_sparse_tensor_cores(
+            model, Stated(NMPattern(2, 4), {"model.layers.0.mlp.down_proj": "dense"})
+        )
+        == 13
+    )
     torch.testing.assert_close(linear(x), before, rtol=1e-2, atol=1e-2)
 
 
@@ -87,8 +123,21 @@ def test_a_dense_weight_gets_no_sparse_kernel() -> None:
 def test_a_prompt_longer_than_a_sliding_window_is_measured(tmp_path: Path) -> None:
     tiny_model("gemma3_text").save_pretrained(tmp_path / "sliding")
     ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "sliding")
-    small = ["--prompt", "12", "--new-tokens", "2", "--batch-sizes", "1", "--repeats", "2", "--layer-tokens", "16"]
-    result = run_module("permllm", "bench", str(tmp_path / "sliding"), *small, "--device", "cpu", "--json")
+    small = [
+        "--prompt",
+        "12",
+        "--new-tokens",
+        "2",
+        "--batch-sizes",
+        "1",
+        "--repeats",
+        "2",
+        "--layer-tokens",
+        "16",
+    ]
+    result = run_module(
+        "permllm", "bench", str(tmp_path / "sliding"), *small, "--device", "cpu", "--json"
+    )
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)["speed"]
     assert row["decode_tokens_a_second"] > 0

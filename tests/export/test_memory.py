@@ -28,7 +28,12 @@ print(peak_host_memory() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_an_export_holds_a_file_of_tensors_and_not_the_model(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
     model = variant_model("llama", torch.bfloat16, num_hidden_layers=6, **sizes)
     total = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())

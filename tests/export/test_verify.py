@@ -72,13 +72,23 @@ def test_other_patterns_are_read_from_our_exports_and_can_be_asked_for(tmp_path:
 def foreign(folder: Path, tensors: dict[str, Tensor], config: PreTrainedConfig) -> Path:
     """A checkpoint as another tool writes it: without checksums, and without anything of ours beside it."""
     folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     config.save_pretrained(folder)
     return folder
 
 
 def test_another_tools_checkpoints_of_families_that_we_do_not_know(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    sizes = {
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes))
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
@@ -89,7 +99,9 @@ def test_another_tools_checkpoints_of_families_that_we_do_not_know(tmp_path: Pat
     assert not report.checksums
     assert len(report.layers) == 4
     name = "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
-    tensors[name] = torch.tensor([[1.0, 2, 0, -0.0], [0, float("nan"), 3, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+    tensors[name] = torch.tensor(
+        [[1.0, 2, 0, -0.0], [0, float("nan"), 3, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    )
     report = verify(foreign(tmp_path / "bad", tensors, model.config))
     (layer,) = [layer for layer in report.layers if layer.name == name]
     assert (layer.violations, layer.negative_zeros, layer.nan) == (1, 1, 1)
@@ -121,7 +133,9 @@ def test_what_cannot_be_read(run: Path, tmp_path: Path) -> None:
 
 def test_the_command_line(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    exported = run_module("permllm", "export", str(run), "--form", "folded", "--dtype", "bfloat16", "--to", str(out))
+    exported = run_module(
+        "permllm", "export", str(run), "--form", "folded", "--dtype", "bfloat16", "--to", str(out)
+    )
     assert exported.returncode == 0, exported.stderr
     assert "(folded, bfloat16)" in exported.stdout
     passed = run_module("permllm", "verify", str(out), "--against", str(tmp_path / "dense"))
@@ -134,7 +148,13 @@ def test_the_command_line(run: Path, tmp_path: Path) -> None:
 def test_stock_transformers_finds_the_perplexity_of_the_run(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("model=tiny", "permutation=heuristic", "permutation.constraint=foldable", "export=folded", "logger=none")
+    words = (
+        "model=tiny",
+        "permutation=heuristic",
+        "permutation.constraint=foldable",
+        "export=folded",
+        "logger=none",
+    )
     small = ("calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=3")
     assert job.run(read_config(composed(*words, *small, f"run_dir={tmp_path}/run"))) is not None
     capsys.readouterr()
@@ -148,20 +168,34 @@ def test_stock_transformers_finds_the_perplexity_of_the_run(
     other.save_pretrained(tmp_path / "other")
     for file in checkpoint.glob("tokenizer*"):
         copyfile(file, tmp_path / "other" / file.name)
-    assert call("verify", [str(tmp_path / "other"), "--stock", str(tmp_path / "run"), "--json"]) == 1
+    assert (
+        call("verify", [str(tmp_path / "other"), "--stock", str(tmp_path / "run"), "--json"]) == 1
+    )
     report = json.loads(capsys.readouterr().out)
     assert not report["passed"]
-    assert report["problems"] == [f"stock transformers finds another perplexity than the run {report['stock']['run']}"]
+    assert report["problems"] == [
+        f"stock transformers finds another perplexity than the run {report['stock']['run']}"
+    ]
 
 
 def test_linears_of_an_unknown_family_are_told_by_their_class(tmp_path: Path) -> None:
     """Not its head, and none whose inputs are the rows."""
     config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config)).save_pretrained(tmp_path / "gpt2")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config)).save_pretrained(
+        tmp_path / "gpt2"
+    )
     with pytest.raises(DataError, match=r"GPT2LMHeadModel stores weights as \(C_in, C_out\)"):
         verify(tmp_path / "gpt2")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "vocab_size": 64, "intermediate_size": 64}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).save_pretrained(tmp_path / "rwkv")
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 64,
+        "intermediate_size": 64,
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **sizes)).save_pretrained(
+        tmp_path / "rwkv"
+    )
     names = [layer.name for layer in verify(tmp_path / "rwkv").layers]
     assert len(names) == 2 * 7
     assert not any("head" in name or "embed" in name for name in names)

@@ -20,7 +20,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
-def environment(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+def environment(
+    hub: Hub, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, str]]:
     """Variables for a process whose caches are those of this name, and that knows no token and no other hub."""
     places = tmp_path_factory.mktemp("caches")
 

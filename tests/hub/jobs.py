@@ -50,12 +50,18 @@ class Outcome:
 
 def run_jobs(jobs: list[Job], cwd: Path, **environment: str) -> list[Outcome]:
     """Run jobs one after the other in one new process, with `cwd` as its working directory; it knows no other hub."""
-    ours = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE_", "WANDB_"))}
+    ours = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "HUGGING_FACE_", "WANDB_"))
+    }
     result = subprocess.run(
         [sys.executable, "-m", "tests.hub.jobs"],
         input=json.dumps([asdict(job) for job in jobs]),
         cwd=cwd,
-        env=ours | {"PYTHONPATH": os.pathsep.join((os.environ.get("PYTHONPATH", ""), str(ROOT)))} | environment,
+        env=ours
+        | {"PYTHONPATH": os.pathsep.join((os.environ.get("PYTHONPATH", ""), str(ROOT)))}
+        | environment,
         capture_output=True,
         text=True,
         timeout=600,
@@ -89,7 +95,9 @@ def _run(job: Job) -> Outcome:
     for name in job.environment:
         del os.environ[name]
     lines = errors.getvalue().split("\n")
-    return Outcome(code, output.getvalue(), "\n".join(line for line in lines if not line.startswith("\r")))
+    return Outcome(
+        code, output.getvalue(), "\n".join(line for line in lines if not line.startswith("\r"))
+    )
 
 
 def main() -> None:

@@ -17,7 +17,16 @@ from typing import Any
 import pyarrow
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from permllm.data.texts.builtin import TEXT as BUILTIN
@@ -31,7 +40,13 @@ MODELS = {
     "qwen3": "Qwen/Qwen3-8B",
     "opt": "facebook/opt-125m",
 }
-_ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "opt": "OPT"}
+_ARCHITECTURES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "opt": "OPT",
+}
 _SPACE = "▁"
 
 
@@ -51,12 +66,20 @@ def write_model(folder: Path, family: str, seed: int = 0) -> None:
     """A random model of a family with a tokenizer of its kind."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text("---\nlicense: other\n---\n")
-    settings = tiny_config(family) | {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    settings = tiny_config(family) | {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     settings |= {"max_position_embeddings": 512}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="40KB" if family == "llama" else "5GB")
-    architecture = {"architectures": [f"{_ARCHITECTURES[family]}ForCausalLM"], "torch_dtype": "bfloat16"}
+    architecture = {
+        "architectures": [f"{_ARCHITECTURES[family]}ForCausalLM"],
+        "torch_dtype": "bfloat16",
+    }
     _write_json(folder / "config.json", settings | architecture)
     if family == "llama":
         (folder / "consolidated.safetensors").write_bytes(bytes(50_000))
@@ -75,14 +98,24 @@ def write_model(folder: Path, family: str, seed: int = 0) -> None:
 def llama_tokenizer(folder: Path) -> None:
     """LLaMA 2's kind: sentencepiece's spaces, bytes as a fallback, one BOS before the text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     # Sentencepiece keeps words apart while it learns; without a pre-tokenizer whole sentences would become tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{_SPACE}[^{_SPACE}]*"), "isolated")
-    _train(tokenizer, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False))
+    _train(
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False),
+    )
     saved = json.loads(tokenizer.to_str())
     bos: dict[str, Any] = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     text: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
@@ -122,7 +155,13 @@ def _write_gpt2_tokenizer(folder: Path) -> None:
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(
         folder / "tokenizer_config.json",
-        special | {"errors": "replace", "add_prefix_space": False, "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"},
+        special
+        | {
+            "errors": "replace",
+            "add_prefix_space": False,
+            "add_bos_token": True,
+            "tokenizer_class": "GPT2Tokenizer",
+        },
     )
 
 
@@ -149,7 +188,10 @@ def _byte_bpe(special: list[str]) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     _train(tokenizer, trainer)
     return tokenizer
@@ -167,16 +209,27 @@ def _write_opt_as_on_the_hub(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
-def _write_texts(root: Path, paragraphs: list[str], sentences: list[str], order: random.Random) -> None:
+def _write_texts(
+    root: Path, paragraphs: list[str], sentences: list[str], order: random.Random
+) -> None:
     def document() -> str:
         """Some shorter than a window, most longer, as web pages are."""
-        return "\n".join(order.choice(paragraphs) for _ in range(order.randint(0, 4))) or order.choice(sentences)[:20]
+        return (
+            "\n".join(order.choice(paragraphs) for _ in range(order.randint(0, 4)))
+            or order.choice(sentences)[:20]
+        )
 
     def lines(count: int) -> bytes:
-        rows = ({"text": document(), "timestamp": "2019-04-25T12:57:54Z", "url": f"https://a.org/{i}"} for i in range(count))
+        rows = (
+            {"text": document(), "timestamp": "2019-04-25T12:57:54Z", "url": f"https://a.org/{i}"}
+            for i in range(count)
+        )
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
-    c4 = _dataset(root / "allenai" / "c4", {"en": {split: f"en/c4-{split}.*.json.gz" for split in ("train", "validation")}})
+    c4 = _dataset(
+        root / "allenai" / "c4",
+        {"en": {split: f"en/c4-{split}.*.json.gz" for split in ("train", "validation")}},
+    )
     (c4 / "en").mkdir()
     for file, count in (
         ("c4-train.00000-of-01024", 120),
@@ -188,10 +241,16 @@ def _write_texts(root: Path, paragraphs: list[str], sentences: list[str], order:
 
     name = "wikitext-2-raw-v1"
     splits = ("test", "train", "validation")
-    wikitext = _dataset(root / "Salesforce" / "wikitext", {name: {split: f"{name}/{split}-*" for split in splits}})
+    wikitext = _dataset(
+        root / "Salesforce" / "wikitext", {name: {split: f"{name}/{split}-*" for split in splits}}
+    )
     (wikitext / name).mkdir()
     for split in splits:
-        rows = [row for part in range(12) for row in ("", f" = Part {part} of {split} = \n", f" {order.choice(paragraphs)}\n")]
+        rows = [
+            row
+            for part in range(12)
+            for row in ("", f" = Part {part} of {split} = \n", f" {order.choice(paragraphs)}\n")
+        ]
         _parquet(rows, wikitext / name / f"{split}-00000-of-00001.parquet")
 
     pile = _dataset(root / "mit-han-lab" / "pile-val-backup", {})
@@ -212,7 +271,12 @@ def _write_tasks(root: Path, sentences: list[str], order: random.Random) -> None
         return {"text": [sentence() for _ in labels], "label": list(labels)}
 
     def arc() -> dict[str, Any]:
-        return {"id": "x", "question": f"{sentence()}?", "choices": options("ABCD"), "answerKey": order.choice("ABCD")}
+        return {
+            "id": "x",
+            "question": f"{sentence()}?",
+            "choices": options("ABCD"),
+            "answerKey": order.choice("ABCD"),
+        }
 
     tasks = (
         ("Rowan/hellaswag", "default", "data", lambda: {
@@ -240,7 +304,11 @@ def _write_tasks(root: Path, sentences: list[str], order: random.Random) -> None
     )  # fmt: skip
     splits = ("train", "validation", "test")
     for name in dict.fromkeys(task[0] for task in tasks):
-        configs = {config: {split: f"{under}/{split}-*" for split in splits} for one, config, under, _ in tasks if one == name}
+        configs = {
+            config: {split: f"{under}/{split}-*" for split in splits}
+            for one, config, under, _ in tasks
+            if one == name
+        }
         folder = _dataset(root / name, configs)
         for _, _, under, row in (task for task in tasks if task[0] == name):
             (folder / under).mkdir()
@@ -255,7 +323,9 @@ def _dataset(folder: Path, configs: dict[str, dict[str, str]]) -> Path:
     readme = "---\nlicense: other\n" + ("configs:\n" if configs else "")
     for config, files in configs.items():
         readme += f"- config_name: {config}\n  data_files:\n"
-        readme += "".join(f"  - split: {split}\n    path: {path}\n" for split, path in files.items())
+        readme += "".join(
+            f"  - split: {split}\n    path: {path}\n" for split, path in files.items()
+        )
     (folder / "README.md").write_text(readme + "---\n")
     (folder / ".gitattributes").write_text("*.parquet filter=lfs\n")
     return folder

@@ -56,11 +56,18 @@ class Refused(Exception):
 def _digests(path: Path, size: int, changed: int) -> tuple[str, str]:
     """Git blob id and sha256 of a file; the last two arguments say when it is another one."""
     content = path.read_bytes()
-    return hashlib.sha1(f"blob {size}\0".encode() + content).hexdigest(), hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f"blob {size}\0".encode() + content).hexdigest(), hashlib.sha256(
+        content
+    ).hexdigest()
 
 
 def _directory(path: str) -> dict[str, Any]:
-    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+    return {
+        "type": "directory",
+        "path": path,
+        "size": 0,
+        "oid": hashlib.sha1(path.encode()).hexdigest(),
+    }
 
 
 class Revision:
@@ -69,14 +76,23 @@ class Revision:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, dict[str, Any]] = {}
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _MARKS):
+        for path in sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.name not in _MARKS
+        ):
             status = path.stat()
             blob, sha256 = _digests(path, status.st_size, status.st_mtime_ns)
-            entry = {"type": "file", "path": path.relative_to(folder).as_posix(), "size": status.st_size, "oid": blob}
+            entry = {
+                "type": "file",
+                "path": path.relative_to(folder).as_posix(),
+                "size": status.st_size,
+                "oid": blob,
+            }
             if status.st_size >= _LARGE:
                 entry["lfs"] = {"oid": sha256, "size": status.st_size, "pointerSize": 134}
             self.files[str(entry["path"])] = entry
-        self.commit = hashlib.sha1(json.dumps([folder.name, self.files], sort_keys=True).encode()).hexdigest()
+        self.commit = hashlib.sha1(
+            json.dumps([folder.name, self.files], sort_keys=True).encode()
+        ).hexdigest()
 
     def mark(self, name: str) -> int | None:
         """The number in a file that marks the repository."""
@@ -112,8 +128,13 @@ class Repository:
         if not main.is_dir():
             raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
         self.gated = (main / ".gated").exists()
-        others = {unquote(folder.name.partition("@")[2]): folder for folder in sorted(main.parent.glob(f"{main.name}@*"))}
-        self.branches = {branch: Revision(folder) for branch, folder in {"main": main, **others}.items()}
+        others = {
+            unquote(folder.name.partition("@")[2]): folder
+            for folder in sorted(main.parent.glob(f"{main.name}@*"))
+        }
+        self.branches = {
+            branch: Revision(folder) for branch, folder in {"main": main, **others}.items()
+        }
 
     def revision(self, name: str) -> Revision:
         """A branch by its name or commit."""
@@ -126,7 +147,11 @@ class Repository:
         """Raise Refused where the token may not read files."""
         if self.gated and self.token != GRANTED:
             text = f"Access to {self.kind.rstrip('s')} {self.name} is restricted. You must have access to it"
-            raise Refused(403 if self.token else 401, "GatedRepo", f"{text} and be authenticated to access it.")
+            raise Refused(
+                403 if self.token else 401,
+                "GatedRepo",
+                f"{text} and be authenticated to access it.",
+            )
 
     def info(self, found: Revision) -> dict[str, Any]:
         """What /api/models/ID answers."""
@@ -148,17 +173,29 @@ class Repository:
     def commits(self, found: Revision) -> list[dict[str, Any]]:
         """The newest commit of a branch, and main's, which it is based on."""
         ids = dict.fromkeys((found.commit, self.branches["main"].commit))
-        return [{"id": commit, "authors": [], "date": _DATE, "title": "files", "message": ""} for commit in ids]
+        return [
+            {"id": commit, "authors": [], "date": _DATE, "title": "files", "message": ""}
+            for commit in ids
+        ]
 
     def refs(self) -> dict[str, Any]:
         """What /refs answers."""
-        heads = {name: found.commit for name, found in self.branches.items() if not name.startswith(_PULL)}
-        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in heads.items()]
+        heads = {
+            name: found.commit
+            for name, found in self.branches.items()
+            if not name.startswith(_PULL)
+        }
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+            for name, commit in heads.items()
+        ]
         return {"branches": branches, "converts": [], "tags": [], "pullRequests": []}
 
     def discussions(self) -> dict[str, Any]:
         """The pull requests of the bot that adds safetensors."""
-        numbers = [int(name.removeprefix(_PULL)) for name in self.branches if name.startswith(_PULL)]
+        numbers = [
+            int(name.removeprefix(_PULL)) for name in self.branches if name.startswith(_PULL)
+        ]
         shared = {
             "title": "Adding `safetensors` variant of this model",
             "status": "open",
@@ -167,7 +204,11 @@ class Repository:
             "author": {"name": "SFconvertbot"},
             "repo": {"name": self.name, "type": self.kind.rstrip("s")},
         }
-        return {"count": len(numbers), "start": 0, "discussions": [shared | {"num": number} for number in numbers]}
+        return {
+            "count": len(numbers),
+            "start": 0,
+            "discussions": [shared | {"num": number} for number in numbers],
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -191,10 +232,14 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refusal:
             status, code, message = refusal.args
             headers = {"X-Error-Code": code, "X-Error-Message": message}
-            self._send_value({"error": message}, status, {key: value for key, value in headers.items() if value})
+            self._send_value(
+                {"error": message}, status, {key: value for key, value in headers.items() if value}
+            )
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        self.server.requests.append(Request(self.command, self._status, self.path, self.headers.get("Range")))
+        self.server.requests.append(
+            Request(self.command, self._status, self.path, self.headers.get("Range"))
+        )
 
     def _route(self, path: str, body: str, token: str | None) -> None:
         root = self.server.root
@@ -202,18 +247,28 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(401, "", "Invalid credentials in Authorization header")
         if match := _API.fullmatch(path):
             kind, name, what, revision, under = match.groups()
-            self._send_value(self._of_api(Repository(root, kind, name, token), what, revision, unquote(under or ""), body))
+            self._send_value(
+                self._of_api(
+                    Repository(root, kind, name, token), what, revision, unquote(under or ""), body
+                )
+            )
         elif match := _FILE.fullmatch(path):
             kind = "datasets" if match[1] else "models"
-            self._send_file(Repository(root, kind, match[2], token), unquote(match[3]), unquote(match[4]))
-        elif match := _LARGE_FILE.fullmatch(path):  # whoever has the address may read it, as on the hub
+            self._send_file(
+                Repository(root, kind, match[2], token), unquote(match[3]), unquote(match[4])
+            )
+        elif match := _LARGE_FILE.fullmatch(
+            path
+        ):  # whoever has the address may read it, as on the hub
             found = Repository(root, match[1], match[2], token).revision(match[3])
             entry = found.files[unquote(match[4])]
             self._send_content(found, entry, {"ETag": f'"{entry["lfs"]["oid"]}"'})
         else:
             raise Refused(404, "", f"no such page: {path}")
 
-    def _of_api(self, repository: Repository, what: str | None, revision: str | None, under: str, body: str) -> Any:
+    def _of_api(
+        self, repository: Repository, what: str | None, revision: str | None, under: str, body: str
+    ) -> Any:
         found = repository.revision(unquote(revision or "main"))
         if what in (None, "revision"):
             return repository.info(found)
@@ -224,14 +279,21 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "discussions":
             return repository.discussions()
         if what == "tree":
-            recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in (
+                "true",
+                "1",
+            )
             entries = found.entries(under, recursive)
             if not entries:
                 raise Refused(404, "EntryNotFound", f"{under} does not exist")
             return entries
         paths = (json.loads(body) if body.startswith("{") else parse_qs(body)).get("paths", [])
         folders = {str(parent) for file in found.files for parent in Path(file).parents}
-        return [found.files.get(path) or _directory(path) for path in paths if path in found.files or path in folders]
+        return [
+            found.files.get(path) or _directory(path)
+            for path in paths
+            if path in found.files or path in folders
+        ]
 
     def _send_file(self, repository: Repository, revision: str, path: str) -> None:
         found = repository.revision(revision)
@@ -239,19 +301,31 @@ class _Handler(BaseHTTPRequestHandler):
         entry = found.files.get(path)
         headers = {"X-Repo-Commit": found.commit}
         if entry is None:
-            headers |= {"X-Error-Code": "EntryNotFound", "X-Error-Message": f"{path} does not exist"}
+            headers |= {
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": f"{path} does not exist",
+            }
             self._send_value({"error": "Entry not found"}, 404, headers)
         elif "lfs" in entry:
-            headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(entry["size"])}
+            headers |= {
+                "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"',
+                "X-Linked-Size": str(entry["size"]),
+            }
             # Another host, as on the hub: clients follow redirects to the same one by themselves and would miss these headers.
             where = quote(f"/cdn/{repository.kind}/{repository.name}/{found.commit}/{path}")
-            self._send_value({}, 302, headers | {"Location": f"http://localhost:{self.server.server_port}{where}"})
+            self._send_value(
+                {},
+                302,
+                headers | {"Location": f"http://localhost:{self.server.server_port}{where}"},
+            )
         elif self.headers.get("If-None-Match") == f'"{entry["oid"]}"':
             self._send_value(None, 304, headers)
         else:
             self._send_content(found, entry, headers | {"ETag": f'"{entry["oid"]}"'})
 
-    def _send_content(self, found: Revision, entry: dict[str, Any], headers: dict[str, str]) -> None:
+    def _send_content(
+        self, found: Revision, entry: dict[str, Any], headers: dict[str, str]
+    ) -> None:
         size = int(entry["size"])
         first, last = 0, size - 1
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
@@ -264,7 +338,10 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(416, "", "Range Not Satisfiable")
             headers = headers | {"Content-Range": f"bytes {first}-{last}/{size}"}
         length = last - first + 1
-        self._begin(206 if asked else 200, headers | {"Accept-Ranges": "bytes", "Content-Length": str(length)})
+        self._begin(
+            206 if asked else 200,
+            headers | {"Accept-Ranges": "bytes", "Content-Length": str(length)},
+        )
         if self.command == "HEAD":
             return
         sent = min(length, found.mark(".cut") or length)
@@ -276,9 +353,15 @@ class _Handler(BaseHTTPRequestHandler):
             stream.seek(first)
             self.wfile.write(stream.read(sent))
 
-    def _send_value(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def _send_value(
+        self, value: Any, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         content = json.dumps(value).encode() if value is not None else b""
-        self._begin(status, {"Content-Type": "application/json", "Content-Length": str(len(content))} | (headers or {}))
+        self._begin(
+            status,
+            {"Content-Type": "application/json", "Content-Length": str(len(content))}
+            | (headers or {}),
+        )
         if self.command != "HEAD":
             self.wfile.write(content)
 

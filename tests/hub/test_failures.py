@@ -17,12 +17,24 @@ from tests.hub.server import GRANTED, KNOWN, Hub, Request
 from tests.hub.test_from_the_hub import SMALL
 
 GATED = "meta-llama/Llama-2-7b-hf"
-BROKEN, CUT, MOVING, PLANNED, BARE = "small/broken", "small/cut", "small/moving", "small/planned", "small/bare"
+BROKEN, CUT, MOVING, PLANNED, BARE = (
+    "small/broken",
+    "small/cut",
+    "small/moving",
+    "small/planned",
+    "small/bare",
+)
 
 
 def job(model: str, *more: str, token: str = "", **steps: object) -> Job:
     """A run on WikiText-2 alone."""
-    chosen = ["model=hub", f"model.hub_name={model}", "calibration=wikitext2", *SMALL, "permutation=none"]
+    chosen = [
+        "model=hub",
+        f"model.hub_name={model}",
+        "calibration=wikitext2",
+        *SMALL,
+        "permutation=none",
+    ]
     tasks = "evaluation.tasks=[]"
     return Job([*chosen, tasks, *more], {"HF_TOKEN": token}, **steps)  # type: ignore[arg-type]
 
@@ -43,7 +55,9 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(
+    hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Story:
     """One process, one failure after the other."""
     folder, before = tmp_path_factory.mktemp("failures"), len(hub.requests)
     models = hub.root / "models"
@@ -70,7 +84,11 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
         return {"removed": [str(hub.root / target)]}
 
     rte, boolq, sciq = (f"evaluation.tasks=[{task}]" for task in ("rte", "boolq", "sciq"))
-    model_limit, c4_limit, glue_limit = f"models/{BROKEN}/.limit", "datasets/allenai/c4/.limit", "datasets/nyu-mll/glue/.limit"
+    model_limit, c4_limit, glue_limit = (
+        f"models/{BROKEN}/.limit",
+        "datasets/allenai/c4/.limit",
+        "datasets/nyu-mll/glue/.limit",
+    )
     gates = ("datasets/mit-han-lab/pile-val-backup/.gated", "datasets/aps/super_glue/.gated")
     moved = copied("moved/model.safetensors", f"models/{MOVING}/model.safetensors")
     steps = {
@@ -110,7 +128,10 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
     ("step", "line"),
     [
         ("gated", f"model {GATED} is gated: accept its licence on its hub page, then log in"),
-        ("gated, known", f"model {GATED} is gated: accept its licence on its hub page, then log in"),
+        (
+            "gated, known",
+            f"model {GATED} is gated: accept its licence on its hub page, then log in",
+        ),
         ("missing", "model small/nothing is not on the hub under this name"),
         ("missing, known", "model small/nothing is not on the hub under this name"),
         ("wrong revision", f"model {MOVING} has no branch, tag or commit 'nowhere' on the hub"),
@@ -120,12 +141,24 @@ def story(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
             "wrong architecture",
             "model.architecture.hidden_size=896, but the loaded model has 32; model.architecture=null on the",
         ),
-        ("model breaks", f"model {BROKEN} is not whole in the local hub cache and the hub cannot be reached ("),
-        ("text breaks", "data set allenai/c4 is not whole in the local hub cache and the hub cannot be reached ("),
-        ("text gated", "data set mit-han-lab/pile-val-backup is gated: accept its licence on its hub page"),
+        (
+            "model breaks",
+            f"model {BROKEN} is not whole in the local hub cache and the hub cannot be reached (",
+        ),
+        (
+            "text breaks",
+            "data set allenai/c4 is not whole in the local hub cache and the hub cannot be reached (",
+        ),
+        (
+            "text gated",
+            "data set mit-han-lab/pile-val-backup is gated: accept its licence on its hub page",
+        ),
         ("task gated", "the data of task boolq is gated: accept its licence on its hub page"),
         ("task missing", "the data of task sciq is not on the hub under this name"),
-        ("task breaks", "the data of task rte is not whole in the local hub cache and the hub cannot be reached ("),
+        (
+            "task breaks",
+            "the data of task rte is not whole in the local hub cache and the hub cannot be reached (",
+        ),
     ],
 )
 def test_each_failure_is_one_line_of_its_own(story: Story, step: str, line: str) -> None:
@@ -134,7 +167,9 @@ def test_each_failure_is_one_line_of_its_own(story: Story, step: str, line: str)
     assert outcome.errors.startswith(f"error: {line}")
     assert outcome.errors.count("\n") == 1
     assert ("the same command continues" in outcome.errors) == ("breaks" in step)
-    assert ("has no weights on the hub or in the local cache" in outcome.errors) == (step == "no weights")
+    assert ("has no weights on the hub or in the local cache" in outcome.errors) == (
+        step == "no weights"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,14 +191,20 @@ def test_the_plan_of_a_model_by_its_name_reads_its_config_alone(story: Story) ->
     outcome = story.outcomes["plan"]
     assert outcome.errors == ""
     assert "planned: channel groups of the 2 decoder layers" in outcome.output
-    read = [request.path for request in story.requests if request.method == "GET" and f"/{PLANNED}/resolve" in request.path]
+    read = [
+        request.path
+        for request in story.requests
+        if request.method == "GET" and f"/{PLANNED}/resolve" in request.path
+    ]
     assert [path.rsplit("/", 1)[-1] for path in read] == ["config.json"]
 
 
 def test_downloads_are_resumed_not_begun_again(story: Story) -> None:
     ranges = {
         name: [
-            request.range for request in story.requests if request.method == "GET" and f"/cdn/models/{name}/" in request.path
+            request.range
+            for request in story.requests
+            if request.method == "GET" and f"/cdn/models/{name}/" in request.path
         ]
         for name in (BROKEN, CUT)
     }
@@ -179,12 +220,22 @@ def test_a_model_that_moved_is_another_one(story: Story) -> None:
         rf"error: .* began with (hub:{MOVING}:\w+:bfloat16), and the model is now (hub:{MOVING}:\w+:bfloat16)\n",
         outcome.errors,
     )
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in (story.folder / "runs").glob("moving-*/metrics.json")]
-    began = next(metrics for metrics in found if metrics["status"] == "running" and "model" in metrics)
-    ended = next(metrics for metrics in found if metrics["status"] == "finished" and "tasks" in metrics)
+    found = [
+        json.loads(file.read_text(encoding="utf-8"))
+        for file in (story.folder / "runs").glob("moving-*/metrics.json")
+    ]
+    began = next(
+        metrics for metrics in found if metrics["status"] == "running" and "model" in metrics
+    )
+    ended = next(
+        metrics for metrics in found if metrics["status"] == "finished" and "tasks" in metrics
+    )
     assert began["model"] != ended["model"]
     # Nothing that was kept of the first was taken for the second.
-    assert began["perplexity"]["dense"]["wikitext2"]["value"] != ended["perplexity"]["dense"]["wikitext2"]["value"]
+    assert (
+        began["perplexity"]["dense"]["wikitext2"]["value"]
+        != ended["perplexity"]["dense"]["wikitext2"]["value"]
+    )
 
 
 def test_a_hub_that_is_down_is_said_and_what_is_cached_is_used(

@@ -70,8 +70,14 @@ class Case:
 
     def job(self, *more: str) -> Job:
         """As it is typed."""
-        chosen = ["model=hub", f"model.hub_name={MODELS[self.family]}", f"calibration={self.calibration}"]
-        return Job([*chosen, f"evaluation.perplexity.dataset={self.perplexity}", *SMALL, *self.more, *more])
+        chosen = [
+            "model=hub",
+            f"model.hub_name={MODELS[self.family]}",
+            f"calibration={self.calibration}",
+        ]
+        return Job(
+            [*chosen, f"evaluation.perplexity.dataset={self.perplexity}", *SMALL, *self.more, *more]
+        )
 
 
 CASES = (
@@ -119,7 +125,9 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def first(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def first(
+    hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
     """Every case, then each once more."""
     folder, before = tmp_path_factory.mktemp("first"), len(hub.requests)
     jobs = [case.job() for case in CASES]
@@ -129,7 +137,10 @@ def first(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path_facto
 
 @pytest.fixture(scope="session")
 def offline(
-    hub: Hub, first: Runs, environment: Callable[[str], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+    hub: Hub,
+    first: Runs,
+    environment: Callable[[str], dict[str, str]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
     """Every case with another seed, without network or anything kept but the clients' caches; then what these lack."""
     folder, before = tmp_path_factory.mktemp("offline"), len(hub.requests)
@@ -150,7 +161,9 @@ def source(hub: Hub, place: tuple[str, str]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
 @pytest.mark.parametrize("which", ["first", "offline"])
-def test_each_family_runs_and_records_commits(case: Case, which: str, hub: Hub, request: pytest.FixtureRequest) -> None:
+def test_each_family_runs_and_records_commits(
+    case: Case, which: str, hub: Hub, request: pytest.FixtureRequest
+) -> None:
     runs: Runs = request.getfixturevalue(which)
     outcome = runs.outcomes[CASES.index(case)]
     assert (outcome.code, outcome.errors) == (0, "")
@@ -165,7 +178,9 @@ def test_each_family_runs_and_records_commits(case: Case, which: str, hub: Hub, 
 
 
 @pytest.mark.parametrize("which", ["first", "offline"])
-def test_tasks_come_under_the_names_that_lm_eval_uses(which: str, hub: Hub, request: pytest.FixtureRequest) -> None:
+def test_tasks_come_under_the_names_that_lm_eval_uses(
+    which: str, hub: Hub, request: pytest.FixtureRequest
+) -> None:
     metrics = request.getfixturevalue(which).metrics(CASES[0])
     for of_model in ("dense", "sparse"):
         results = metrics["tasks"][of_model]
@@ -195,13 +210,19 @@ def test_offline_nobody_is_asked_and_what_is_not_there_is_one_line(offline: Runs
 
 
 def test_only_the_files_that_are_read_are_fetched_and_each_once(hub: Hub, first: Runs) -> None:
-    paths = [request.path for request in hub.requests[slice(*first.asked)] if request.method == "GET"]
+    paths = [
+        request.path for request in hub.requests[slice(*first.asked)] if request.method == "GET"
+    ]
     assert not [path for path in paths if "consolidated" in path or "original" in path]
     # No second copy of weights that a bot has converted.
     assert not [path for path in paths if "refs" in path or "discussions" in path]
     weights = [path for path in paths if path.endswith((".safetensors", ".bin"))]
     assert len(weights) == len(set(weights)) == 3 + 1 + 1 + 1 + 1
-    texts = [path for path in paths if "c4-" in path or "wikitext-2-raw-v1/" in path or "val.jsonl" in path]
+    texts = [
+        path
+        for path in paths
+        if "c4-" in path or "wikitext-2-raw-v1/" in path or "val.jsonl" in path
+    ]
     assert len(texts) == len(set(texts)) == 2 + 2 + 1
 
 
@@ -209,9 +230,13 @@ def test_the_export_of_a_hub_model_verifies_and_loads(first: Runs, offline: Runs
     for runs in (first, offline):
         folder = runs.directory(CASES[0]) / "export"
         assert verify(folder, NMPattern(2, 4), None).passed
-        assert "base_model: huggyllama/llama-7b\n" in (folder / "README.md").read_text(encoding="utf-8")
+        assert "base_model: huggyllama/llama-7b\n" in (folder / "README.md").read_text(
+            encoding="utf-8"
+        )
         assert (folder / "tokenizer.json").is_file()
-        assert (folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+        assert (
+            folder / "additional_chat_templates" / "tool_use.jinja"
+        ).read_text() == "{{ tools }}"
         simulated = AutoModelForCausalLM.from_pretrained(runs.directory(CASES[4]) / "export")
         weight = simulated.model.decoder.layers[0].fc1.weight
         assert float((weight == 0).float().mean()) == 0.5
@@ -220,7 +245,9 @@ def test_the_export_of_a_hub_model_verifies_and_loads(first: Runs, offline: Runs
 def test_windows_of_the_pile_are_drawn_as_in_the_released_code(hub: Hub, first: Runs) -> None:
     """From the rows themselves: shuffled by `datasets`, drawn by the module's own generator."""
     name, file = CALIBRATION["pile"]
-    with pyarrow.input_stream(str(hub.root / "datasets" / name / file), compression="zstd") as stream:
+    with pyarrow.input_stream(
+        str(hub.root / "datasets" / name / file), compression="zstd"
+    ) as stream:
         rows = [json.loads(line) for line in stream.read().decode().splitlines()]
     shuffled = Dataset.from_list(rows).shuffle(seed=0)
     tokenizer = AutoTokenizer.from_pretrained(hub.root / "models" / MODELS["qwen2"])
@@ -235,7 +262,9 @@ def test_windows_of_the_pile_are_drawn_as_in_the_released_code(hub: Hub, first: 
         expected.append(tokens[start : start + 48])
     kept = [load_file(file) for file in (hub.root.parent).rglob("results/tokens-*.safetensors")]
     windows = [tokens["tokens"] for tokens in kept]
-    assert any(torch.equal(drawn, torch.tensor(expected)) for drawn in windows if drawn.shape == (4, 48))
+    assert any(
+        torch.equal(drawn, torch.tensor(expected)) for drawn in windows if drawn.shape == (4, 48)
+    )
 
 
 def test_a_record_of_a_commit_that_the_hub_does_not_have_says_so(
@@ -249,11 +278,16 @@ def test_a_record_of_a_commit_that_the_hub_does_not_have_says_so(
     write_json(run / "metrics.json", metrics)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=f"^model {MODELS['mistral']} has no branch, tag or commit '{'0' * 40}' on the hub$"):
+    with pytest.raises(
+        DataError,
+        match=f"^model {MODELS['mistral']} has no branch, tag or commit '{'0' * 40}' on the hub$",
+    ):
         export_run(run, Request("simulate"), tmp_path / "out")
 
 
-def test_as_it_is_typed_no_request_is_told_of(hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
+def test_as_it_is_typed_no_request_is_told_of(
+    hub: Hub, environment: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
     case = Case("qwen3", "wikitext2", "wikitext2", ("evaluation.tasks=[]", "permutation=none"))
     before = len(hub.requests)
     variables = environment("typed") | {"PERMLLM_CACHE": str(tmp_path)}

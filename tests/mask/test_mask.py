@@ -45,7 +45,9 @@ def pruners(learning: LearningProblem, orders: dict[str, Tensor]) -> dict[str, T
     }
 
 
-def check_masks(learning: LearningProblem, orders: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+def check_masks(
+    learning: LearningProblem, orders: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> None:
     for group, path in ((one, path) for one in learning.groups for path in one.members):
         kept = masks[path][:, orders[group.name]].unflatten(1, (-1, PATTERN.m)).sum(2)
         assert bool((kept == PATTERN.n).all())
@@ -55,7 +57,11 @@ def check_masks(learning: LearningProblem, orders: Mapping[str, Tensor], masks: 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutation: str) -> None:
     measured: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_epoch=lambda values: measured.append(values["measured_loss"]))
+    learning = problem(
+        tiny_model("llama"),
+        Wanda(),
+        on_epoch=lambda values: measured.append(values["measured_loss"]),
+    )
     orders = ordered(learning, permutation)
     masks = mask(name, epochs=12, select_from=12).masks(learning, orders)
     check_masks(learning, orders, masks)
@@ -64,7 +70,9 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(name: str, permutat
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_have_it(name: str) -> None:
+def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_have_it(
+    name: str,
+) -> None:
     learning = problem(tiny_model("llama"), Wanda())
     orders = ordered(learning, "heuristic")
     start = pruners(learning, orders)
@@ -93,7 +101,9 @@ def test_an_interrupted_training_continues_to_the_same_result(
         return found
 
     steps: list[int] = []
-    stop_at = [4] if stage == "all" else [4, 11]  # in the middle of an epoch, of the first stage and of the second
+    stop_at = (
+        [4] if stage == "all" else [4, 11]
+    )  # in the middle of an epoch, of the first stage and of the second
 
     def stop(step: int, values: dict[str, float]) -> None:
         steps.append(step)

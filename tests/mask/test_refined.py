@@ -28,7 +28,9 @@ def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
     return (inputs @ torch.where(keep, weight, 0.0).t() - inputs @ weight.t()).square().sum(0)
 
 
-@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(6, 8)])
+@pytest.mark.parametrize(
+    "pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(6, 8)]
+)
 def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPattern) -> None:
     generator = torch.Generator().manual_seed(0)
     # More channels than the products follow at once, and inputs that belong together.
@@ -59,7 +61,9 @@ def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPat
 
 
 @pytest.mark.parametrize("permutation", ["none", "heuristic"])
-def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(permutation: str) -> None:
+def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
+    permutation: str,
+) -> None:
     def found(refined: bool) -> Any:
         model = tiny_model("llama")
         learning = problem(model, Wanda())
@@ -86,7 +90,12 @@ def test_only_the_calibration_samples_are_read() -> None:
 
 
 def test_patterns_of_modules_dense_layers_and_orders_that_fold(cache: Path, tmp_path: Path) -> None:
-    words = ("permutation=heuristic", "permutation.constraint=foldable", "keep_dense=[0]", "sparsity_of={down_proj: 4:8}")
+    words = (
+        "permutation=heuristic",
+        "permutation.constraint=foldable",
+        "keep_dense=[0]",
+        "sparsity_of={down_proj: 4:8}",
+    )
     metrics, directory = run(tmp_path, *words, "mask=refined", "export=folded")
     plain, _ = run(tmp_path, *words)
     assert verify(directory / "export").passed
@@ -107,4 +116,6 @@ def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:
     alone = RefinedMask().masks(learning, orders)
     assert set(alone) == set(group.members)
     assert all(torch.equal(masks[path], alone[path]) for path in alone)
-    assert all(linear_at(learning.model, path).weight.all() for path in masks)  # the model is dense still
+    assert all(
+        linear_at(learning.model, path).weight.all() for path in masks
+    )  # the model is dense still

@@ -28,8 +28,12 @@ def history(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
 
 
-def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(cache: Path, tmp_path: Path) -> None:
-    metrics, directory = run(tmp_path, "permutation=none", "mask=lowrank", *LEARNING, "export=folded")
+def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(
+    cache: Path, tmp_path: Path
+) -> None:
+    metrics, directory = run(
+        tmp_path, "permutation=none", "mask=lowrank", *LEARNING, "export=folded"
+    )
     assert read_json(directory / "metrics.json") == metrics
     assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
     assert metrics["seconds"]["mask"] > 0
@@ -59,7 +63,9 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
         if interrupted == "prune":
             patched.setattr(stages, "prune", fail)
         else:
-            patched.setattr(Training, "run", lambda self: fail() if self.name == "mask" else real(self))
+            patched.setattr(
+                Training, "run", lambda self: fail() if self.name == "mask" else real(self)
+            )
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *overrides)
     monkeypatch.setattr(Training, "run", counted)
@@ -77,16 +83,31 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
 def test_each_method_learns_from_its_own_part_of_the_text(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["mask=score", "reconstruction=distill", *LEARNING, "calibration.samples=8", "compute_dtype=float32"]
-    words += ["permutation.samples=4", "mask.samples=10", "reconstruction.skip=6", "reconstruction.samples=4"]
+    words = [
+        "mask=score",
+        "reconstruction=distill",
+        *LEARNING,
+        "calibration.samples=8",
+        "compute_dtype=float32",
+    ]
+    words += [
+        "permutation.samples=4",
+        "mask.samples=10",
+        "reconstruction.skip=6",
+        "reconstruction.samples=4",
+    ]
     settings = read_config(composed("model=tiny", *words))
     loaded = load_model(settings.model, settings.seed)
-    drawn = calibration_tokens(loaded.tokenizer, settings.calibration, settings.seed, further=settings.further)
+    drawn = calibration_tokens(
+        loaded.tokenizer, settings.calibration, settings.seed, further=settings.further
+    )
     seen: list[torch.Tensor] = []
     computed: list[torch.Tensor] = []
     real, real_target = Training.__init__, stages.shared_target
 
-    def watched(self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any) -> None:
+    def watched(
+        self: Training, settings: Any, problem: LearningProblem, *more: Any, **others: Any
+    ) -> None:
         seen.append(problem.tokens)
         dense = last_states(loaded.model, problem.tokens, 4, torch.float32)
         torch.testing.assert_close(problem.target, dense, rtol=1e-4, atol=1e-5)
@@ -105,6 +126,8 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     assert all(map(torch.equal, seen, (drawn[:4], drawn[:10], drawn[6:10])))
     # Without an amount it is as much as without passing over anything.
     distilled = ("model=tiny", "reconstruction=distill")
-    plain, skipping = (read_config(composed(*distilled, f"reconstruction.skip={skip}")) for skip in (0, 3))
+    plain, skipping = (
+        read_config(composed(*distilled, f"reconstruction.skip={skip}")) for skip in (0, 3)
+    )
     assert skipping.further == 3
     assert plain.hash == read_config(composed(*distilled)).hash != skipping.hash

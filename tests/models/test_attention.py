@@ -30,7 +30,9 @@ def test_attention_that_gradients_go_through_is_not_rounded_on_a_cpu(mask: str) 
     masks = {"none": None, "seen": seen[None, None], "added": added[None, None].bfloat16()}
 
     def attend() -> Tensor:
-        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v.bfloat16(), masks[mask], is_causal=mask == "none")
+        output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, q, k, v.bfloat16(), masks[mask], is_causal=mask == "none"
+        )
         assert isinstance(output, Tensor)
         return output.transpose(1, 2)
 

@@ -44,22 +44,49 @@ def poisoned(name: str, value: float) -> Change:
 BROKEN: dict[str, tuple[Change, str]] = {
     "a linear is missing": (lambda tensors, config: tensors.pop(UP), f"lacks {UP}"),
     "the head is missing": (lambda tensors, config: tensors.pop(HEAD), f"lacks {HEAD}"),
-    "a stranger": (lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 2)}), "asks for none, x.weight"),
-    "another shape": (lambda tensors, config: tensors.update({UP: torch.zeros(60, 32)}), f"another shape .* {UP}"),
+    "a stranger": (
+        lambda tensors, config: tensors.update({"x.weight": torch.zeros(2, 2)}),
+        "asks for none, x.weight",
+    ),
+    "another shape": (
+        lambda tensors, config: tensors.update({UP: torch.zeros(60, 32)}),
+        f"another shape .* {UP}",
+    ),
     "fewer layers": (
         lambda tensors, config: config.update(num_hidden_layers=1),
         r"asks for none, model\.layers\.1\..* 6 more",
     ),
-    "whole numbers": (lambda tensors, config: tensors.update({UP: tensors[UP].to(torch.int8)}), f"{UP} as I8: .*quantised"),
-    "quantised": (lambda tensors, config: config.update(quantization_config={"quant_method": "x"}), "quantization_config"),
+    "whole numbers": (
+        lambda tensors, config: tensors.update({UP: tensors[UP].to(torch.int8)}),
+        f"{UP} as I8: .*quantised",
+    ),
+    "quantised": (
+        lambda tensors, config: config.update(quantization_config={"quant_method": "x"}),
+        "quantization_config",
+    ),
     "NaN in a norm": (poisoned(NORM, float("nan")), f"{NORM} holds values that are not finite"),
     "a size that is text": (lambda tensors, config: config.update(hidden_size="x"), "hidden_size"),
-    "more layers than can be built": (lambda tensors, config: config.update(num_hidden_layers=10**9), "num_hidden_layers"),
+    "more layers than can be built": (
+        lambda tensors, config: config.update(num_hidden_layers=10**9),
+        "num_hidden_layers",
+    ),
     "no dtype": (lambda tensors, config: config.update(dtype="nope"), "nope"),
-    "a norm that is text": (lambda tensors, config: config.update(rms_norm_eps="x"), "transformers cannot load"),
-    "a norm that makes NaN": (lambda tensors, config: config.update(rms_norm_eps=-1e30), "logits are not finite"),
-    "a kernel of the hub": (lambda tensors, config: config.update(attn_implementation="a/b"), "attn_implementation"),
-    "another kernel of the hub": (lambda tensors, config: config.update(_attn_implementation="a/b"), "attn_implementation"),
+    "a norm that is text": (
+        lambda tensors, config: config.update(rms_norm_eps="x"),
+        "transformers cannot load",
+    ),
+    "a norm that makes NaN": (
+        lambda tensors, config: config.update(rms_norm_eps=-1e30),
+        "logits are not finite",
+    ),
+    "a kernel of the hub": (
+        lambda tensors, config: config.update(attn_implementation="a/b"),
+        "attn_implementation",
+    ),
+    "another kernel of the hub": (
+        lambda tensors, config: config.update(_attn_implementation="a/b"),
+        "attn_implementation",
+    ),
     "weights elsewhere": (
         lambda tensors, config: config.update(transformers_weights="../x.safetensors"),
         "transformers_weights",
@@ -102,7 +129,10 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path: Path, name: str) -> No
 
 def test_what_transformers_leaves_aside_is_no_stranger(tmp_path: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
-    assert load_model(checkpoint(tmp_path, lambda tensors, config: tensors.update(old)), seed=0).model is not None
+    assert (
+        load_model(checkpoint(tmp_path, lambda tensors, config: tensors.update(old)), seed=0).model
+        is not None
+    )
 
 
 def test_a_gpu_that_is_too_small_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
@@ -111,15 +141,23 @@ def test_a_gpu_that_is_too_small_is_no_fault_of_the_checkpoint(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a known type", "a type of its own"])
-def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+def test_no_code_of_a_checkpoint_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
     folder, marker = tmp_path / "model", tmp_path / "ran"
-    names = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine", "AutoTokenizer": ["code.Mine", None]}
+    names = {
+        "AutoConfig": "code.Mine",
+        "AutoModelForCausalLM": "code.Mine",
+        "AutoTokenizer": ["code.Mine", None],
+    }
     more = {"auto_map": names} | ({} if known else {"model_type": "mine"})
     config = checkpoint(folder, lambda tensors, config: config.update(more))
     (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Mine: pass\n")
     tokenizer = folder / "tokenizer_config.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"auto_map": names}))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a person in a hurry answers, where they are asked
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: "y"
+    )  # what a person in a hurry answers, where they are asked
     for read in (
         lambda: load_model(config, seed=0),
         lambda: logits_difference(folder, folder),
@@ -159,7 +197,10 @@ def test_pickled_weights_are_read_and_examined_but_never_unpickled(tmp_path: Pat
         "text": (whole | {UP: "x"}, "transformers cannot load"),
         "less": ({name: tensor for name, tensor in whole.items() if name != UP}, f"lacks {UP}"),
         "bytes": (whole | {UP: whole[UP].to(torch.int8)}, f"{UP} as torch.int8: .*quantised"),
-        "nan": (whole | {NORM: torch.full((32,), float("nan"))}, f"{NORM} holds values that are not finite"),
+        "nan": (
+            whole | {NORM: torch.full((32,), float("nan"))},
+            f"{NORM} holds values that are not finite",
+        ),
     }
     for name, (state, message) in broken.items():
         with pytest.raises(DataError, match=message) as refused:
@@ -177,7 +218,10 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path, kind: str) -> No
     folder = tmp_path / "a" / "model"
     config = checkpoint(folder, lambda *_: None)
     (folder / "model.safetensors").rename(tmp_path / "a" / "outside")
-    contents = [json.dumps({"weight_map": {UP: name}}) for name in ("../outside", str(tmp_path / "a" / "outside"), "no")]
+    contents = [
+        json.dumps({"weight_map": {UP: name}})
+        for name in ("../outside", str(tmp_path / "a" / "outside"), "no")
+    ]
     for content in [*contents, "{}", *GARBAGE]:
         (folder / f"{kind}.index.json").write_text(content)
         with pytest.raises(DataError, match="index") as refused:
@@ -185,7 +229,9 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path, kind: str) -> No
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "tokenizer.json"]
+)
 def test_garbage_beside_the_weights_is_one_line(tmp_path: Path, name: str) -> None:
     words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     config = checkpoint(tmp_path, lambda *_: None)
@@ -202,11 +248,18 @@ def test_names_of_an_older_layout_are_no_way_around(tmp_path: Path) -> None:
     tiny_model("opt").save_pretrained(tmp_path)
     ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path)
     # As OPT's files on the hub have them.
-    tensors = {name.removeprefix("model."): value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("model."): value
+        for name, value in load_file(tmp_path / "model.safetensors").items()
+    }
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     assert load_model(local(tmp_path), seed=0).model is not None
     name = "decoder.layers.0.fc1.weight"
-    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {name: tensors[name].to(torch.int8)},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(DataError, match=f"{name} as I8"):
         load_model(local(tmp_path), seed=0)
 
@@ -219,10 +272,15 @@ def test_names_of_an_older_layout_are_no_way_around(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_random_model_that_cannot_work_is_refused_too(sizes: dict[str, Any], message: str) -> None:
+def test_a_random_model_that_cannot_work_is_refused_too(
+    sizes: dict[str, Any], message: str
+) -> None:
     architecture = tiny_config("llama") | sizes
     with pytest.raises(DataError, match=message) as refused:
-        load_model(ModelConfig(name="tiny", source="random", device="cpu", architecture=architecture), seed=0)
+        load_model(
+            ModelConfig(name="tiny", source="random", device="cpu", architecture=architecture),
+            seed=0,
+        )
     assert "\n" not in str(refused.value)
 
 
@@ -235,12 +293,56 @@ def test_a_model_with_nothing_to_prune_is_refused(key: str) -> None:
 
 
 _KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "hidden_act", "dtype"),
-    *("tie_word_embeddings", "attention_bias", "mlp_bias", "pad_token_id", "eos_token_id", "use_cache", "model_type"),
-    *("architectures", "initializer_range", "return_dict", "output_attentions", "output_hidden_states", "num_labels"),
-    *("is_decoder", "attn_implementation", "quantization_config", "layer_types", "sliding_window", "transformers_version"),
-    *("auto_map", "gathers", "dense_config", "sub_configs", "chunk_size_feed_forward", "pretraining_tp"),
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    *(
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_theta",
+        "hidden_act",
+        "dtype",
+    ),
+    *(
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "pad_token_id",
+        "eos_token_id",
+        "use_cache",
+        "model_type",
+    ),
+    *(
+        "architectures",
+        "initializer_range",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "num_labels",
+    ),
+    *(
+        "is_decoder",
+        "attn_implementation",
+        "quantization_config",
+        "layer_types",
+        "sliding_window",
+        "transformers_version",
+    ),
+    *(
+        "auto_map",
+        "gathers",
+        "dense_config",
+        "sub_configs",
+        "chunk_size_feed_forward",
+        "pretraining_tp",
+    ),
 )
 _VALUES = st.one_of(
     st.none(),
@@ -248,7 +350,17 @@ _VALUES = st.one_of(
     st.sampled_from([0, -1, 1, 2, 3, 4, 7, 8, 32, 64, 259, 2**31, 10**30]),
     st.floats(),
     st.sampled_from(["", "x", "../x", "32", "llama", "float16", "float64", "gelu"]),
-    st.sampled_from([[], [1], ["x"], {}, {"type": "x"}, {"rope_type": "linear", "factor": 0.0}, {"rope_type": "yarn"}]),
+    st.sampled_from(
+        [
+            [],
+            [1],
+            ["x"],
+            {},
+            {"type": "x"},
+            {"rope_type": "linear", "factor": 0.0},
+            {"rope_type": "yarn"},
+        ]
+    ),
 )
 
 
@@ -275,7 +387,9 @@ def loads_as_it_is_or_not_at_all(folder: Path, tensors: dict[str, Tensor]) -> No
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(changes=st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=2))
-def test_whatever_a_config_says_a_model_is_what_its_file_holds(whole: Path, changes: dict[str, Any]) -> None:
+def test_whatever_a_config_says_a_model_is_what_its_file_holds(
+    whole: Path, changes: dict[str, Any]
+) -> None:
     file, tensors = whole / "config.json", dict(tiny_model("llama").named_parameters())
     before = file.read_text()
     file.write_text(json.dumps(json.loads(before) | changes))
@@ -288,9 +402,13 @@ def test_whatever_a_config_says_a_model_is_what_its_file_holds(whole: Path, chan
 _ENTRIES = st.fixed_dictionaries(
     {},
     optional={
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "I32", "I8", "F8_E4M3", "BOOL", "x", "", 1, None]),
+        "dtype": st.sampled_from(
+            ["F32", "F16", "BF16", "I32", "I8", "F8_E4M3", "BOOL", "x", "", 1, None]
+        ),
         "shape": st.one_of(st.lists(st.integers(-1, 64), max_size=3), st.just("x"), st.none()),
-        "data_offsets": st.one_of(st.lists(st.integers(-1, 2**40), max_size=3), st.just("x"), st.none()),
+        "data_offsets": st.one_of(
+            st.lists(st.integers(-1, 2**40), max_size=3), st.just("x"), st.none()
+        ),
     },
 )
 
@@ -301,7 +419,9 @@ _ENTRIES = st.fixed_dictionaries(
     entry=st.one_of(_ENTRIES, st.none(), st.just([])),
     other=st.sampled_from([None, UP, "x", "__metadata__"]),
 )
-def test_whatever_a_header_says_a_model_is_what_its_file_holds(whole: Path, name: str, entry: Any, other: str | None) -> None:
+def test_whatever_a_header_says_a_model_is_what_its_file_holds(
+    whole: Path, name: str, entry: Any, other: str | None
+) -> None:
     file = whole / "model.safetensors"
     before, tensors = file.read_bytes(), dict(tiny_model("llama").named_parameters())
     length = int.from_bytes(before[:8], "little")

@@ -30,7 +30,12 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STRANGERS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "smollm3": _TOKENS | {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
-    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+    "granite": {
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+    },
     "phi3": _TOKENS,
     "gpt_neox": {"hidden_act": "gelu"},
     "mpt": {"num_key_value_heads": None, "intermediate_size": None},
@@ -71,11 +76,21 @@ def present(family: Family, config: Any) -> Family:
     ("model_type", "extra"),
     [
         *((family, {}) for family in sorted(FAMILIES)),
-        ("llama", {"num_hidden_layers": 1, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}),
+        (
+            "llama",
+            {
+                "num_hidden_layers": 1,
+                "num_key_value_heads": 1,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+            },
+        ),
         ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     ],
 )
-def test_the_structure_of_a_known_family_is_its_table(model_type: str, extra: dict[str, Any]) -> None:
+def test_the_structure_of_a_known_family_is_its_table(
+    model_type: str, extra: dict[str, Any]
+) -> None:
     settings = tiny_config(model_type) | extra
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     before = torch.get_rng_state()
@@ -105,7 +120,10 @@ def test_the_proof_refuses_a_table_that_lacks_something() -> None:
 
 def test_fused_projections_are_producers_by_their_rows() -> None:
     groups = {group.name: group for group in family_by_structure(config_of("phi3"), "phi3").groups}
-    assert list(groups["mlp.down_proj"].produced()) == [("mlp.gate_up_proj", "first"), ("mlp.gate_up_proj", "last")]
+    assert list(groups["mlp.down_proj"].produced()) == [
+        ("mlp.gate_up_proj", "first"),
+        ("mlp.gate_up_proj", "last"),
+    ]
     assert list(groups["self_attn.o_proj"].produced()) == [("self_attn.qkv_proj", "last")]
     assert groups["self_attn.o_proj"].by_head
     assert all(group.folds for group in groups.values())
@@ -120,13 +138,27 @@ def test_what_cannot_be_proved_does_not_fold() -> None:
 
 @pytest.mark.parametrize("model_type", ["granite", "mpt", "olmo2", "phi3", "smollm3"])
 @pytest.mark.parametrize(
-    ("permutation", "form"), [("heuristic", "folded"), ("lcp", "gathered")], ids=["heuristic-folded", "lcp-gathered"]
+    ("permutation", "form"),
+    [("heuristic", "folded"), ("lcp", "gathered")],
+    ids=["heuristic-folded", "lcp-gathered"],
 )
-def test_pruned_strangers_compute_the_same_in_every_form(model_type: str, permutation: str, form: str, tmp_path: Path) -> None:
+def test_pruned_strangers_compute_the_same_in_every_form(
+    model_type: str, permutation: str, form: str, tmp_path: Path
+) -> None:
     model = model_of(model_type)
-    settings: dict[str, Any] = {"calibration__samples": 4, "calibration__seqlen": 16, "block_size": 8}
-    settings |= {"permutation__epochs": 1} if permutation == "lcp" else {"permutation__constraint": "foldable"}
-    found = permllm.prune(model, ByT5Tokenizer(extra_ids=0), texts=[TEXT], permutation=permutation, **settings)
+    settings: dict[str, Any] = {
+        "calibration__samples": 4,
+        "calibration__seqlen": 16,
+        "block_size": 8,
+    }
+    settings |= (
+        {"permutation__epochs": 1}
+        if permutation == "lcp"
+        else {"permutation__constraint": "foldable"}
+    )
+    found = permllm.prune(
+        model, ByT5Tokenizer(extra_ids=0), texts=[TEXT], permutation=permutation, **settings
+    )
     assert all(not torch.equal(order, torch.arange(len(order))) for order in found.orders.values())
     permllm.save(model, tmp_path / "out", form=form)
     report = verify(tmp_path / "out")
@@ -136,9 +168,13 @@ def test_pruned_strangers_compute_the_same_in_every_form(model_type: str, permut
     assert hasattr(opened.config, "dense_type") == (form == "gathered")
     tokens = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(opened(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            opened(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4
+        )
     for path, mask in found.masks.items():
-        assert not torch.equal(linear_at(opened, path).weight == 0, ~mask)  # the columns are in another order
+        assert not torch.equal(
+            linear_at(opened, path).weight == 0, ~mask
+        )  # the columns are in another order
     assert family_of(opened) == family_of(model)
 
 
@@ -147,10 +183,13 @@ def test_a_group_that_nothing_absorbs_is_gathered_or_stays_as_it_is(tmp_path: Pa
     few = {"calibration__samples": 4, "calibration__seqlen": 16}
     for permutation, form in (("heuristic", "gathered"), ("none", "folded")):
         model = model_of("gpt_neox")
-        permllm.prune(model, ByT5Tokenizer(extra_ids=0), texts=[TEXT], permutation=permutation, **few)
+        permllm.prune(
+            model, ByT5Tokenizer(extra_ids=0), texts=[TEXT], permutation=permutation, **few
+        )
         if form == "gathered":
             with pytest.raises(
-                ConfigError, match=r"of gpt_neox\.layers\.0\.attention\.dense does not fold: no neighbouring weights"
+                ConfigError,
+                match=r"of gpt_neox\.layers\.0\.attention\.dense does not fold: no neighbouring weights",
             ):
                 permllm.save(model, tmp_path / "never", form="folded")
         permllm.save(model, tmp_path / form, form=form)
@@ -160,7 +199,10 @@ def test_a_group_that_nothing_absorbs_is_gathered_or_stays_as_it_is(tmp_path: Pa
 
 
 def architecture(model_type: str, **extra: Any) -> list[str]:
-    words = [f"++model.architecture.{key}={value}" for key, value in (settings_of(model_type) | extra).items()]
+    words = [
+        f"++model.architecture.{key}={value}"
+        for key, value in (settings_of(model_type) | extra).items()
+    ]
     return ["model=tiny", "logger=none", *words]
 
 

@@ -7,7 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from permllm.errors import ConfigError
-from permllm.models.families import FAMILIES, channel_groups, decoder_layers, family_named, linear_at
+from permllm.models.families import (
+    FAMILIES,
+    channel_groups,
+    decoder_layers,
+    family_named,
+    linear_at,
+)
 from permllm.models.layers import LayerStream, layer_inputs, run_layer
 from tests.conftest import tiny_model
 
@@ -32,7 +38,9 @@ def test_members_of_a_group_read_the_same_tensor(family: str) -> None:
     seen: dict[str, torch.Tensor] = {}
     for group in channel_groups(model):
         for path in group.members:
-            linear_at(model, path).register_forward_pre_hook(lambda _, args, path=path: seen.update({path: args[0]}))
+            linear_at(model, path).register_forward_pre_hook(
+                lambda _, args, path=path: seen.update({path: args[0]})
+            )
     model(input_ids=torch.randint(0, 259, (2, 9)))
     for group in channel_groups(model):
         for path in group.members:
@@ -43,7 +51,9 @@ def test_members_of_a_group_read_the_same_tensor(family: str) -> None:
 def test_layer_by_layer_equals_the_model_with_several_sequences(family: str) -> None:
     model = tiny_model(family)
     tokens = torch.randint(0, 259, (5, 11), generator=torch.Generator().manual_seed(0))
-    hidden_states = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+    hidden_states = model(
+        input_ids=tokens, output_hidden_states=True, use_cache=False
+    ).hidden_states
     inputs = layer_inputs(model, tokens)
     torch.testing.assert_close(inputs.hidden, hidden_states[0])
     hidden = inputs.hidden
@@ -65,7 +75,9 @@ def test_a_stream_holds_the_states_of_its_samples_once_in_the_format_of_the_laye
     stream.advance(0)
     assert stream.states() is states
     layer = decoder_layers(model)[1]
-    handle = layer.register_forward_hook(lambda _, __, output: output.double())  # as a model may widen what it adds up
+    handle = layer.register_forward_hook(
+        lambda _, __, output: output.double()
+    )  # as a model may widen what it adds up
     expected = torch.cat([output.clone() for output in stream.forward(1)])
     stream.advance(1)
     handle.remove()
@@ -74,7 +86,10 @@ def test_a_stream_holds_the_states_of_its_samples_once_in_the_format_of_the_laye
 
 
 def test_an_unknown_type_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match="'gpt2' is not known; known are: gemma3_text, llama, mistral, opt, qwen2, qwen3"):
+    with pytest.raises(
+        ConfigError,
+        match="'gpt2' is not known; known are: gemma3_text, llama, mistral, opt, qwen2, qwen3",
+    ):
         family_named("gpt2")
 
 
@@ -82,9 +97,19 @@ def test_llama_weights_in_the_qwen2_class_give_the_same_logits() -> None:
     llama = tiny_model("llama", dtype=torch.float64)
     settings = {
         key: getattr(llama.config, key)
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
     }
-    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=259, tie_word_embeddings=False, **settings)).double().eval()
+    qwen = (
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=259, tie_word_embeddings=False, **settings))
+        .double()
+        .eval()
+    )
     missing, unexpected = qwen.load_state_dict(llama.state_dict(), strict=False)
     assert not unexpected
     assert all(name.endswith("bias") for name in missing)

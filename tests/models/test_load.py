@@ -44,8 +44,15 @@ def test_rotary_frequencies_stay_in_float32(folder: Path) -> None:
     assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
     tokens = torch.randint(0, 259, (1, 200))
     assert torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
-    architecture = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ModelConfig(name="r", source="random", device="cpu", dtype="bfloat16", architecture=architecture)
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = ModelConfig(
+        name="r", source="random", device="cpu", dtype="bfloat16", architecture=architecture
+    )
     random = load_model(config, 0).model
     assert random.dtype == torch.bfloat16
     assert random.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -66,7 +73,9 @@ def test_the_identity_follows_the_weights(folder: Path) -> None:
 
 
 def test_an_architecture_that_is_not_the_stated_one_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"hidden_size=64, but the loaded model has 32; model\.architecture=null"):
+    with pytest.raises(
+        ConfigError, match=r"hidden_size=64, but the loaded model has 32; model\.architecture=null"
+    ):
         load_model(local(folder, architecture={"model_type": "qwen3", "hidden_size": 64}), seed=0)
 
 
@@ -76,16 +85,26 @@ def test_folders_that_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"config\.json cannot be read"):
         load_model(local(tmp_path / "empty"), seed=0)
-    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(
-        tmp_path / "bert"
-    )
-    with pytest.raises(ConfigError, match="'bert' cannot be told: a token's logits depend on the tokens that follow"):
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        ConfigError,
+        match="'bert' cannot be told: a token's logits depend on the tokens that follow",
+    ):
         load_model(local(tmp_path / "bert"), seed=0)
 
 
 def test_random_weights_follow_the_seed() -> None:
-    architecture = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ModelConfig(name="tiny", source="random", device="cpu", architecture=architecture | {"vocab_size": 259})
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = ModelConfig(
+        name="tiny", source="random", device="cpu", architecture=architecture | {"vocab_size": 259}
+    )
     first, again, other = (load_model(config, seed).model.lm_head.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -100,7 +119,9 @@ def test_weights_are_read_onto_the_device_and_not_moved_there(folder: Path) -> N
 
 def test_a_device_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))  # a machine that has it
-    with pytest.raises(ConfigError, match=r"model\.device='mps' cannot be used here; valid are auto, cpu, and cuda"):
+    with pytest.raises(
+        ConfigError, match=r"model\.device='mps' cannot be used here; valid are auto, cpu, and cuda"
+    ):
         resolve_device("mps")
 
 
@@ -117,7 +138,10 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch: pytest.MonkeyPat
     for own in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", own)
         assert resolve_device("auto") == resolve_device("cuda") == torch.device(f"cuda:{own}")
-    with pytest.raises(ConfigError, match=r"model\.device=cuda:1 is one GPU for 2 processes; model\.device=cuda gives each"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.device=cuda:1 is one GPU for 2 processes; model\.device=cuda gives each",
+    ):
         resolve_device("cuda:1")
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")

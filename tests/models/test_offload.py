@@ -40,23 +40,43 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     tiny_model(family, dtype=dtype, **changes).save_pretrained(folder, max_shard_size="20KB")
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = BytePairs(models.BPE(letters, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)  # which every family's class reads
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(
+        folder
+    )  # which every family's class reads
     return folder
 
 
 def settings(folder: Path, placement: str, **more: Any) -> ModelConfig:
-    return ModelConfig(**{"name": "x", "source": "local", "path": str(folder), "device": "cpu", "placement": placement} | more)
+    return ModelConfig(
+        **{
+            "name": "x",
+            "source": "local",
+            "path": str(folder),
+            "device": "cpu",
+            "placement": placement,
+        }
+        | more
+    )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize(("of_files", "dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
-def test_perplexity_is_the_same_to_the_bit(tmp_path: Path, family: str, of_files: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("of_files", "dtype"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")],
+)
+def test_perplexity_is_the_same_to_the_bit(
+    tmp_path: Path, family: str, of_files: str, dtype: str
+) -> None:
     folder = saved(family, tmp_path, getattr(torch, of_files))
     windows = torch.randint(0, 259, (5, 16), generator=torch.Generator().manual_seed(0))
-    models = [load_model(settings(folder, one, dtype=dtype), 0).model for one in ("device", *PLACEMENTS)]
+    models = [
+        load_model(settings(folder, one, dtype=dtype), 0).model for one in ("device", *PLACEMENTS)
+    ]
     found = [perplexity(model, windows, 32) for model in models]
     assert found[0] == found[1] == found[2]
 
@@ -68,12 +88,16 @@ def test_the_models_own_forward_finds_its_layers(checkpoint: Path, placement: st
     model = load_model(settings(checkpoint, placement), 0).model
     with placement_of(model).whole():
         assert torch.equal(model(ids).logits, dense(ids).logits)
-        assert torch.equal(model.generate(ids, max_new_tokens=3), dense.generate(ids, max_new_tokens=3))
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=3), dense.generate(ids, max_new_tokens=3)
+        )
     with pytest.raises(RuntimeError):
         model(ids)
 
 
-def test_orders_and_generation_settings_come_from_the_files(tmp_path: Path, checkpoint: Path) -> None:
+def test_orders_and_generation_settings_come_from_the_files(
+    tmp_path: Path, checkpoint: Path
+) -> None:
     run(checkpoint, tmp_path, "device", *METHODS["heuristic"], "export=gathered")
     gathered = tmp_path / "device" / "export"
     windows = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -85,7 +109,9 @@ def test_orders_and_generation_settings_come_from_the_files(tmp_path: Path, chec
         assert perplexity(models[0], windows, 32) == perplexity(models[1], windows, 32)
         source = dense_source(settings(gathered, "device"), 0)
         generations = [*(model.generation_config for model in models), source.generation]
-        assert [generation.repetition_penalty for generation in generations if generation] == [1.5] * 3
+        assert [generation.repetition_penalty for generation in generations if generation] == [
+            1.5
+        ] * 3
         (gathered / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -93,8 +119,16 @@ def test_a_head_that_is_another_than_the_embedding_it_is_tied_to_is_refused(tmp_
     model = tiny_model("gemma3_text")
     assert model.config.tie_word_embeddings
     saved("gemma3_text", tmp_path)
-    file = next(file for file in tmp_path.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(file))
-    save_file(load_file(file) | {"lm_head.weight": torch.randn(259, model.config.hidden_size)}, file, {"format": "pt"})
+    file = next(
+        file
+        for file in tmp_path.glob("*.safetensors")
+        if "model.embed_tokens.weight" in load_file(file)
+    )
+    save_file(
+        load_file(file) | {"lm_head.weight": torch.randn(259, model.config.hidden_size)},
+        file,
+        {"format": "pt"},
+    )
     (index,) = tmp_path.glob("*.index.json")
     entries = json.loads(index.read_text())
     entries["weight_map"]["lm_head.weight"] = file.name
@@ -105,7 +139,9 @@ def test_a_head_that_is_another_than_the_embedding_it_is_tied_to_is_refused(tmp_
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_weights_are_there_inside_of_their_layer_alone(checkpoint: Path, placement: str) -> None:
-    expected = dict(decoder_layers(load_model(settings(checkpoint, "device"), 0).model)[1].named_parameters())
+    expected = dict(
+        decoder_layers(load_model(settings(checkpoint, "device"), 0).model)[1].named_parameters()
+    )
     model = load_model(settings(checkpoint, placement), 0).model
     (first, second), place = decoder_layers(model), placement_of(model)
     with place.layer(1), place.layer(1):
@@ -133,8 +169,19 @@ METHODS = {
 def run(checkpoint: Path, folder: Path, placement: str, *words: str) -> dict[str, Any]:
     """The record of a run of its own directory for each placement; they share a cache."""
     directory = folder / placement
-    of_model = ["model=local", f"model.path={checkpoint}", "model.architecture=null", "model.device=cpu"]
-    same = ["calibration=builtin", "evaluation=builtin", "logger=none", f"model.placement={placement}", f"run_dir={directory}"]
+    of_model = [
+        "model=local",
+        f"model.path={checkpoint}",
+        "model.architecture=null",
+        "model.device=cpu",
+    ]
+    same = [
+        "calibration=builtin",
+        "evaluation=builtin",
+        "logger=none",
+        f"model.placement={placement}",
+        f"run_dir={directory}",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERMLLM_CACHE", str(folder / "cache"))
         result = job.run(config(*of_model, *same, *words))
@@ -144,12 +191,17 @@ def run(checkpoint: Path, folder: Path, placement: str, *words: str) -> dict[str
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_stage_gives_the_same_model(tmp_path: Path, checkpoint: Path, method: str) -> None:
-    records = {placement: run(checkpoint, tmp_path, placement, *METHODS[method]) for placement in ("device", *PLACEMENTS)}
+    records = {
+        placement: run(checkpoint, tmp_path, placement, *METHODS[method])
+        for placement in ("device", *PLACEMENTS)
+    }
     for placement in PLACEMENTS:
         for key in ("perplexity", "retained_saliency", "output_error", "sparsity", "config_hash"):
             assert records[placement][key] == records["device"][key], (placement, key)
         for file in ("permutations.safetensors", "masks.safetensors"):
-            assert (tmp_path / placement / file).read_bytes() == (tmp_path / "device" / file).read_bytes()
+            assert (tmp_path / placement / file).read_bytes() == (
+                tmp_path / "device" / file
+            ).read_bytes()
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -159,15 +211,21 @@ def test_a_pruned_model_is_made_again_from_its_record_and_exported(
 ) -> None:
     words = ["permutation.constraint=foldable", *METHODS[method]]
     run(checkpoint, tmp_path, placement, *words)
-    again = run(checkpoint, tmp_path, placement, *words, "evaluation.perplexity.limit=3", "export=folded")
-    device = run(checkpoint, tmp_path, "device", *words, "evaluation.perplexity.limit=3", "export=folded")
+    again = run(
+        checkpoint, tmp_path, placement, *words, "evaluation.perplexity.limit=3", "export=folded"
+    )
+    device = run(
+        checkpoint, tmp_path, "device", *words, "evaluation.perplexity.limit=3", "export=folded"
+    )
     assert device["perplexity"] == again["perplexity"]
     of_export = [tmp_path / one / "export" / "model.safetensors" for one in (placement, "device")]
     assert of_export[0].read_bytes() == of_export[1].read_bytes()
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_weight_is_stored_in_another_way_and_replaced(checkpoint: Path, tmp_path: Path, placement: str) -> None:
+def test_a_weight_is_stored_in_another_way_and_replaced(
+    checkpoint: Path, tmp_path: Path, placement: str
+) -> None:
     model = load_model(settings(checkpoint, placement), 0).model
     place, linear = placement_of(model), linear_at(model, "model.layers.1.mlp.down_proj")
 
@@ -220,7 +278,9 @@ def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_compute
     place, seen = placement_of(model), list[str]()
     assert isinstance(place, Offloaded)
     read = place._values
-    monkeypatch.setattr(place, "_values", lambda index: (seen.append(f"read {index}"), read(index))[1])
+    monkeypatch.setattr(
+        place, "_values", lambda index: (seen.append(f"read {index}"), read(index))[1]
+    )
     for name in ("current_stream", "stream", "Event"):  # a GPU's, which are there at once
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(place, "_stream", MagicMock())
@@ -230,7 +290,15 @@ def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_compute
         layer.register_forward_pre_hook(lambda *_, index=index: seen.append(f"compute {index}"))
     for index in range(2):
         stream.advance(index)
-    assert seen == ["read 0", "read 1", "compute 0", "compute 0", "read 2", "compute 1", "compute 1"]
+    assert seen == [
+        "read 0",
+        "read 1",
+        "compute 0",
+        "compute 0",
+        "read 2",
+        "compute 1",
+        "compute 1",
+    ]
     seen.clear()
     for index in (2, 3, 3, 2, 1, 0):
         with place.layer(index):
@@ -242,8 +310,12 @@ def test_the_next_layer_in_the_same_direction_is_fetched_before_this_one_compute
         assert bool((linear.weight == 1).all())
 
 
-@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 4000), Path.unlink], ids=["cut off", "gone"])
-def test_a_file_that_cannot_be_read_any_more_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda file: os.truncate(file, 4000), Path.unlink], ids=["cut off", "gone"]
+)
+def test_a_file_that_cannot_be_read_any_more_is_named(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     folder = saved("llama", tmp_path)
     model = load_model(settings(folder, "disk"), 0).model
     file, _ = tensor_places(weight_files(folder))["model.layers.0.mlp.up_proj.weight"]
@@ -265,5 +337,8 @@ def test_parameters_that_layers_share_are_refused() -> None:
     model = tiny_model("llama")
     first, second = decoder_layers(model)
     second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ConfigError,
+        match=r"layers\.1\.mlp\.up_proj\.weight is model\.layers\.0\.mlp\.up_proj\.weight",
+    ):
         Offloaded(model, torch.device("cpu"))

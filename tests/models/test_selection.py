@@ -32,22 +32,35 @@ def in_layer(index: int, *names: str) -> set[str]:
         (["-1"], in_layer(1)),
         (["layers.1"], in_layer(1)),
         (["mlp"], in_layer(0, *MLP) | in_layer(1, *MLP)),
-        (["down_proj", "model.layers.0.self_attn.v_proj"], in_layer(0, MLP[2], ATTENTION[2]) | in_layer(1, MLP[2])),
+        (
+            ["down_proj", "model.layers.0.self_attn.v_proj"],
+            in_layer(0, MLP[2], ATTENTION[2]) | in_layer(1, MLP[2]),
+        ),
         (["mlp.gate_up_proj"], in_layer(0, *MLP[:2]) | in_layer(1, *MLP[:2])),
     ],
 )
-def test_names_of_layers_modules_and_channel_groups(groups: list[ChannelGroup], names: list[str], dense: set[str]) -> None:
+def test_names_of_layers_modules_and_channel_groups(
+    groups: list[ChannelGroup], names: list[str], dense: set[str]
+) -> None:
     left = pruned_groups(groups, PATTERN, names, {})
-    rows = {path: rows for group in groups for path, rows in zip(group.members, group.rows, strict=True)}
-    found = {path: rows for group in left for path, rows in zip(group.members, group.rows, strict=True)}
+    rows = {
+        path: rows for group in groups for path, rows in zip(group.members, group.rows, strict=True)
+    }
+    found = {
+        path: rows for group in left for path, rows in zip(group.members, group.rows, strict=True)
+    }
     assert found == {path: number for path, number in rows.items() if path not in dense}
     assert {group.pattern for group in left} == {None}
 
 
-def test_patterns_by_name_are_told_of_the_linears_that_differ_and_read_again(groups: list[ChannelGroup]) -> None:
+def test_patterns_by_name_are_told_of_the_linears_that_differ_and_read_again(
+    groups: list[ChannelGroup],
+) -> None:
     left = pruned_groups(groups, PATTERN, ["0", "v_proj"], {"down_proj": "4:8", "o_proj": "2:4"})
     told = differing_patterns(groups, left)
-    expected = dict.fromkeys(in_layer(0) | in_layer(1, "self_attn.v_proj"), DENSE) | {"model.layers.1.mlp.down_proj": "4:8"}
+    expected = dict.fromkeys(in_layer(0) | in_layer(1, "self_attn.v_proj"), DENSE) | {
+        "model.layers.1.mlp.down_proj": "4:8"
+    }
     assert told == expected
     assert recorded_groups(groups, PATTERN, told) == left
     assert recorded_groups(groups, PATTERN, {}) == groups
@@ -57,12 +70,32 @@ def test_patterns_by_name_are_told_of_the_linears_that_differ_and_read_again(gro
     ("keep_dense", "sparsity_of", "message"),
     [
         (["2"], {}, r"keep_dense: the model has no layer 2; valid are -2 to 1"),
-        (["down_pro"], {}, r"keep_dense: the model has no 'down_pro' in its decoder layers; there are: down_proj, .*"),
+        (
+            ["down_pro"],
+            {},
+            r"keep_dense: the model has no 'down_pro' in its decoder layers; there are: down_proj, .*",
+        ),
         ([], {"lm_head": "4:8"}, r"sparsity_of: the model has no 'lm_head' in its decoder layers"),
-        (["mlp", "self_attn"], {}, r"keep_dense=\['mlp', 'self_attn'\] names every linear .*: nothing left to prune"),
-        (["mlp"], {"down_proj": "4:8"}, r"sparsity_of.down_proj=4:8: keep_dense=\['mlp'\] keeps all of it dense"),
-        ([], {"0": "4:8", "down_proj": "1:4"}, r"sparsity_of: 0 gives model.layers.0.mlp.down_proj 4:8, and down_proj .* 1:4"),
-        ([], {"v_proj": "4:8"}, r"sparsity_of: .*q_proj would be 2:4, and .*v_proj, which reads the same channels, 4:8"),
+        (
+            ["mlp", "self_attn"],
+            {},
+            r"keep_dense=\['mlp', 'self_attn'\] names every linear .*: nothing left to prune",
+        ),
+        (
+            ["mlp"],
+            {"down_proj": "4:8"},
+            r"sparsity_of.down_proj=4:8: keep_dense=\['mlp'\] keeps all of it dense",
+        ),
+        (
+            [],
+            {"0": "4:8", "down_proj": "1:4"},
+            r"sparsity_of: 0 gives model.layers.0.mlp.down_proj 4:8, and down_proj .* 1:4",
+        ),
+        (
+            [],
+            {"v_proj": "4:8"},
+            r"sparsity_of: .*q_proj would be 2:4, and .*v_proj, which reads the same channels, 4:8",
+        ),
     ],
 )
 def test_names_that_cannot_be_are_one_line(

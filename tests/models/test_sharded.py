@@ -18,7 +18,12 @@ from tests.runtime.test_parallel import finished, torchrun
 from tests.test_config import composed
 
 # The shares of 13 and of 4 samples differ between three ranks, and two of them have none of the last batch.
-WORDS = ("model.dtype=float64", "calibration=builtin", "evaluation=builtin", "calibration.samples=13")
+WORDS = (
+    "model.dtype=float64",
+    "calibration=builtin",
+    "evaluation=builtin",
+    "calibration.samples=13",
+)
 WORDS += ("budget.epochs=1", "evaluation.perplexity.limit=2")
 LCP = ("permutation=lcp", "permutation.batch_size=4", "permutation.select_from=6")
 FILES = ("permutations.safetensors", "masks.safetensors", "weights/00000.safetensors")
@@ -44,9 +49,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (3, "sharded", [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
         # A rank has no sample of the last batch, and nothing learns in the layer before those that do.
         (2, "sharded", [*LCP, "keep_dense=[0]", "permutation.batch_size=2"]),
-        (2, "sharded", ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1", "mask.batch_size=4"]),
+        (
+            2,
+            "sharded",
+            ["permutation=heuristic", "mask=score", "mask.layers_per_stage=1", "mask.batch_size=4"],
+        ),
         # Weights that change go back to their parts.
-        (2, "sharded", ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"]),
+        (
+            2,
+            "sharded",
+            ["permutation=heuristic", "pruner=sparsegpt", "calibration.statistics=sequential"],
+        ),
         (3, "sharded", [*LCP, "reconstruction=obs", "export=gathered"]),
         # Each streams all layers for itself: from the same files, or from its own memory.
         (2, "disk", [*LCP, "permutation.layers_per_stage=1", "reconstruction=obs"]),
@@ -57,10 +70,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_what_one_process_makes_of_the_model(
     checkpoint: Path, tmp_path: Path, processes: int, placement: str, method: list[str]
 ) -> None:
-    words = ("model=local", f"model.path={checkpoint}", *WORDS, "logger=none", "run_dir=run", *method)
+    words = (
+        "model=local",
+        f"model.path={checkpoint}",
+        *WORDS,
+        "logger=none",
+        "run_dir=run",
+        *method,
+    )
     one = run_command(*words, cwd=tmp_path)
     assert one.returncode == 0, one.stderr
-    code, _, err = finished(torchrun(tmp_path, *words, f"model.placement={placement}", processes=processes))
+    code, _, err = finished(
+        torchrun(tmp_path, *words, f"model.placement={placement}", processes=processes)
+    )
     assert code == 0, err
     single, several = tmp_path / "run", tmp_path / "rank0" / "run"
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (single, several)]
@@ -71,19 +93,33 @@ def test_it_is_what_one_process_makes_of_the_model(
         if (single / file).is_file():
             found = [load_file(run / file) for run in (single, several)]
             assert found[0].keys() == found[1].keys()
-            assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items()), file
+            assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items()), (
+                file
+            )
     assert not list((tmp_path / "rank1").rglob("*.json"))
 
 
 def test_one_process_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = read_config(composed("model=tiny", "logger=none", "permutation=none", "model.placement=sharded"))
-    with pytest.raises(ConfigError, match=r"^model\.placement=sharded needs several processes: torchrun"):
+    config = read_config(
+        composed("model=tiny", "logger=none", "permutation=none", "model.placement=sharded")
+    )
+    with pytest.raises(
+        ConfigError, match=r"^model\.placement=sharded needs several processes: torchrun"
+    ):
         methods_of(config)
     monkeypatch.setattr(parallel, "world_size", lambda: 2)
     methods_of(config)
 
 
 def test_what_trains_all_weights_is_refused() -> None:
-    words = ("model=tiny", "logger=none", "permutation=none", "model.placement=sharded", "reconstruction=distill")
-    with pytest.raises(ConfigError, match=r"^reconstruction: Distill .*, which needs model\.placement=device$"):
+    words = (
+        "model=tiny",
+        "logger=none",
+        "permutation=none",
+        "model.placement=sharded",
+        "reconstruction=distill",
+    )
+    with pytest.raises(
+        ConfigError, match=r"^reconstruction: Distill .*, which needs model\.placement=device$"
+    ):
         methods_of(read_config(composed(*words)))

@@ -38,7 +38,9 @@ def blocks(kind: str, size: int) -> Tensor:
     if kind == "all equal":
         return torch.ones(3, size, size)
     if kind == "of all sizes":
-        return (20 * uniform - 10).exp() * (1 - 2 * torch.randint(0, 2, (3, size, size), generator=generator))
+        return (20 * uniform - 10).exp() * (
+            1 - 2 * torch.randint(0, 2, (3, size, size), generator=generator)
+        )
     return uniform
 
 
@@ -85,7 +87,9 @@ def test_a_view_is_read_as_it_is(solved: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_ends_and_leaves_the_other_blocks(solved: dict[str, Tensor], value: float) -> None:
+def test_what_is_not_finite_ends_and_leaves_the_other_blocks(
+    solved: dict[str, Tensor], value: float
+) -> None:
     perms = solved[str(value)]
     assert torch.equal(perms[[0, 2]], solved["uniform 8"][[0, 2]])
 

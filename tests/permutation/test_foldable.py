@@ -9,7 +9,14 @@ from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import channel_groups
 from permllm.models.selection import pruned_groups
-from permllm.permutation.foldable import RESIDUAL, SharedOrder, check_segments, expanded, foldable, shared_orders
+from permllm.permutation.foldable import (
+    RESIDUAL,
+    SharedOrder,
+    check_segments,
+    expanded,
+    foldable,
+    shared_orders,
+)
 from permllm.permutation.heuristic import heuristic_order, segments_of
 from permllm.pruning.wanda import Wanda
 from permllm.training.blocks import split_blocks
@@ -20,19 +27,29 @@ from tests.pruning.test_layerwise import PATTERN, problem
 def random_order(shared: SharedOrder, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     starts = range(0, shared.channels, shared.segment)
-    return torch.cat([start + torch.randperm(shared.segment, generator=generator) for start in starts])
+    return torch.cat(
+        [start + torch.randperm(shared.segment, generator=generator) for start in starts]
+    )
 
 
 def heads(segments: int, segment: int, repeats: int) -> SharedOrder:
     return SharedOrder("x", segments * segment, segment, repeats, ())
 
 
-@pytest.mark.parametrize(("segments", "segment", "repeats"), [(1, 16, 1), (2, 8, 3), (3, 12, 2), (1, 8, 4)])
-def test_a_group_does_in_every_copy_what_the_shared_order_does(segments: int, segment: int, repeats: int) -> None:
+@pytest.mark.parametrize(
+    ("segments", "segment", "repeats"), [(1, 16, 1), (2, 8, 3), (3, 12, 2), (1, 8, 4)]
+)
+def test_a_group_does_in_every_copy_what_the_shared_order_does(
+    segments: int, segment: int, repeats: int
+) -> None:
     shared = heads(segments, segment, repeats)
     order = random_order(shared)
     local = order.view(segments, segment) - segment * torch.arange(segments)[:, None]
-    copies = [local[head] + (head * repeats + copy) * segment for head in range(segments) for copy in range(repeats)]
+    copies = [
+        local[head] + (head * repeats + copy) * segment
+        for head in range(segments)
+        for copy in range(repeats)
+    ]
     assert torch.equal(shared.expand(order), torch.cat(copies))
     found = shared.shared(shared.expand(order))
     assert found is not None
@@ -47,22 +64,33 @@ def test_an_order_that_no_shared_one_gives_is_not_shared(other: int) -> None:
     assert shared.shared(order) is None
 
 
-@pytest.mark.parametrize(("block_size", "sizes"), [(4, [4] * 6), (8, [8] * 3), (64, [8] * 3), (12, [8] * 3)])
-def test_blocks_restart_at_each_segment_and_are_cut_to_it(block_size: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("block_size", "sizes"), [(4, [4] * 6), (8, [8] * 3), (64, [8] * 3), (12, [8] * 3)]
+)
+def test_blocks_restart_at_each_segment_and_are_cut_to_it(
+    block_size: int, sizes: list[int]
+) -> None:
     stacks = split_blocks(24, block_size, segment=8)
     assert [size for stack in stacks for size in [stack.size] * stack.count] == sizes
 
 
 @pytest.mark.parametrize("block_size", [4, 8, 12])
-def test_blocks_of_a_group_are_those_of_the_shared_order_and_gradients_add_up(block_size: int) -> None:
+def test_blocks_of_a_group_are_those_of_the_shared_order_and_gradients_add_up(
+    block_size: int,
+) -> None:
     shared = heads(2, 12, 3)
     stacks = shared.stacks(block_size)
     soft = [torch.rand(stack.count, stack.size, stack.size, requires_grad=True) for stack in stacks]
     group = shared.expand_blocks(soft)
     group_stacks = shared.stacks(block_size, shared.repeats)
-    assert [tuple(matrix.shape) for matrix in group] == [(stack.count, stack.size, stack.size) for stack in group_stacks]
+    assert [tuple(matrix.shape) for matrix in group] == [
+        (stack.count, stack.size, stack.size) for stack in group_stacks
+    ]
     # Each copy of a head has the blocks of the shared one.
-    whole, mine = (torch.block_diag(*(block for stack in stacks for block in stack)) for stacks in (group, soft))
+    whole, mine = (
+        torch.block_diag(*(block for stack in stacks for block in stack))
+        for stacks in (group, soft)
+    )
     copies = [mine[head : head + 12, head : head + 12] for head in (0, 12) for _ in range(3)]
     assert torch.equal(whole, torch.block_diag(*copies))
     sum(matrix.sum() for matrix in group).backward()
@@ -85,10 +113,15 @@ def test_foldable_orders_of_each_family(family: str) -> None:
     groups = channel_groups(model)
     shared = shared_orders(groups, "foldable")
     assert [order.name for order in shared].count(RESIDUAL) == 1
-    assert sorted(group.name for order in shared for group in order.groups) == sorted(group.name for group in groups)
+    assert sorted(group.name for order in shared for group in order.groups) == sorted(
+        group.name for group in groups
+    )
     orders = {order.name: random_order(order, seed) for seed, order in enumerate(shared)}
     whole = expanded(shared, orders)
-    assert all(torch.equal(whole[group.name].sort().values, torch.arange(group.channels)) for group in groups)
+    assert all(
+        torch.equal(whole[group.name].sort().values, torch.arange(group.channels))
+        for group in groups
+    )
     found = foldable(groups, whole)
     assert all(torch.equal(found[name], order) for name, order in orders.items())
     first = next(group for group in groups if group.layer == 1 and not group.table.producers)
@@ -98,18 +131,30 @@ def test_foldable_orders_of_each_family(family: str) -> None:
 
 def test_m_divides_the_heads_and_where_groups_share_an_order_the_other_m() -> None:
     groups = channel_groups(tiny_model("llama"))
-    mixed = pruned_groups(groups, NMPattern(2, 4), ["0.self_attn.o_proj"], {"self_attn.qkv_proj": "4:8", "down_proj": "1:2"})
+    mixed = pruned_groups(
+        groups,
+        NMPattern(2, 4),
+        ["0.self_attn.o_proj"],
+        {"self_attn.qkv_proj": "4:8", "down_proj": "1:2"},
+    )
     (residual, *others) = shared_orders(mixed, "foldable")
     check_segments([residual, *others], NMPattern(2, 4))
-    with pytest.raises(ConfigError, match=r"heads of .*0.self_attn.o_proj have 8 channels, which M = 16"):
+    with pytest.raises(
+        ConfigError, match=r"heads of .*0.self_attn.o_proj have 8 channels, which M = 16"
+    ):
         check_segments(shared_orders(groups, "foldable"), NMPattern(2, 16))
-    with pytest.raises(ConfigError, match=r"mlp.gate_up_proj is 2:3, and others .* have groups of 8: one M must divide"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mlp.gate_up_proj is 2:3, and others .* have groups of 8: one M must divide",
+    ):
         check_segments([residual], NMPattern(2, 3))
 
 
 def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
     learning = problem(tiny_model("llama", dtype=torch.float64), Wanda())
-    (residual,) = [order for order in shared_orders(learning.groups, "foldable") if order.name == RESIDUAL]
+    (residual,) = [
+        order for order in shared_orders(learning.groups, "foldable") if order.name == RESIDUAL
+    ]
     asked: list[str] = []
 
     def saliency_of(path: str) -> torch.Tensor:
@@ -125,9 +170,17 @@ def test_the_streamed_heuristic_finds_the_order_of_all_rows_at_once() -> None:
 
 def test_the_heuristic_stays_inside_heads_and_counts_all_their_copies() -> None:
     groups = channel_groups(tiny_model("llama"))
-    shared = next(order for order in shared_orders(groups, "foldable") if order.name.endswith("0.self_attn.o_proj"))
+    shared = next(
+        order
+        for order in shared_orders(groups, "foldable")
+        if order.name.endswith("0.self_attn.o_proj")
+    )
     assert (shared.channels, shared.segment, shared.repeats) == (16, 8, 2)
     scores = torch.rand(20, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for head, segment in enumerate(segments_of(shared, lambda path: scores, PATTERN)):
-        rows = torch.cat([scores[:, (head * 2 + copy) * 8 : (head * 2 + copy + 1) * 8] for copy in range(2)])
-        assert torch.equal(heuristic_order(segment), heuristic_order(lambda rows=rows: [(rows, PATTERN)]))
+        rows = torch.cat(
+            [scores[:, (head * 2 + copy) * 8 : (head * 2 + copy + 1) * 8] for copy in range(2)]
+        )
+        assert torch.equal(
+            heuristic_order(segment), heuristic_order(lambda rows=rows: [(rows, PATTERN)])
+        )

@@ -33,20 +33,27 @@ def retained(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> float:
 
 
 def random_saliency(rows: int, channels: int, seed: int) -> Tensor:
-    return torch.rand(rows, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).pow(3)
+    return torch.rand(
+        rows, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).pow(3)
 
 
 PATTERNS = ["2:4", "1:4", "3:4", "4:8", "2:8", "6:8", "8:16"]
 
 
-@pytest.mark.parametrize("patterns", [*([text] for text in PATTERNS), ["2:4", "4:8"], ["8:16", "1:4"]], ids=" and ".join)
+@pytest.mark.parametrize(
+    "patterns", [*([text] for text in PATTERNS), ["2:4", "4:8"], ["8:16", "1:4"]], ids=" and ".join
+)
 @pytest.mark.parametrize("seed", range(2))
 def test_each_assignment_step_is_the_best_of_all_and_never_lowers(
     patterns: list[str], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("permllm.permutation.heuristic._ROWS_AT_A_TIME", 4)  # of six
     groups, m = 4, max(NMPattern.parse(text).m for text in patterns)
-    parts = [(random_saliency(6, groups * m, seed + part), NMPattern.parse(text)) for part, text in enumerate(patterns)]
+    parts = [
+        (random_saliency(6, groups * m, seed + part), NMPattern.parse(text))
+        for part, text in enumerate(patterns)
+    ]
 
     def of_all(order: Tensor) -> float:
         return sum(retained(saliency, order, pattern) for saliency, pattern in parts)
@@ -72,9 +79,14 @@ def test_an_assignment_is_the_best_of_all(seed: int, dtype: torch.dtype) -> None
     if seed % 2:  # as those of channels that no group gains by
         scores[:3] = scores[:1]
     source = assigned(scores)
-    best = max(sum(float(scores[a, b]) for b, a in enumerate(order)) for order in itertools.permutations(range(6)))
+    best = max(
+        sum(float(scores[a, b]) for b, a in enumerate(order))
+        for order in itertools.permutations(range(6))
+    )
     assert sorted(source.tolist()) == list(range(6))
-    assert sum(float(scores[a, b]) for b, a in enumerate(source.tolist())) == pytest.approx(best, rel=1e-12)
+    assert sum(float(scores[a, b]) for b, a in enumerate(source.tolist())) == pytest.approx(
+        best, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("free", "together"), [(1 << 30, 3), (70_000, 2), (0, 1)])
@@ -82,10 +94,15 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
     free: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("permllm.permutation.heuristic.cores", lambda: 3)
-    monkeypatch.setattr("permllm.permutation.heuristic.free_memory", lambda _: free)  # a search takes 16,384 bytes
+    monkeypatch.setattr(
+        "permllm.permutation.heuristic.free_memory", lambda _: free
+    )  # a search takes 16,384 bytes
     learning = problem(tiny_model("llama"), Wanda())
     shared = shared_orders(learning.groups, "free")
-    expected = {order.name: heuristic_order(segments_of(order, learning.saliency_of, PATTERN)[0]) for order in shared}
+    expected = {
+        order.name: heuristic_order(segments_of(order, learning.saliency_of, PATTERN)[0])
+        for order in shared
+    }
     calls, met, threads = itertools.count(), threading.Barrier(together, timeout=20), set()
 
     def meeting(scores: Tensor) -> Tensor:
@@ -96,7 +113,10 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
 
     monkeypatch.setattr("permllm.permutation.heuristic.assigned", meeting)
     on_a_gpu: Any = SimpleNamespace(
-        model=learning.model, pattern=PATTERN, device=torch.device("cuda"), saliency_of=learning.saliency_of
+        model=learning.model,
+        pattern=PATTERN,
+        device=torch.device("cuda"),
+        saliency_of=learning.saliency_of,
     )
     found = heuristic_orders(shared, on_a_gpu, "order")
     assert all(torch.equal(order, found[name]) for name, order in expected.items())
@@ -105,11 +125,20 @@ def test_searches_solve_assignments_side_by_side_as_free_memory_allows(
 
 def test_sums_of_larger_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permllm.permutation.heuristic._ROWS_IN_CACHE", 7)
-    monkeypatch.setattr("permllm.permutation.heuristic._PAIRS_IN_CACHE", 60)  # three of five at a time
+    monkeypatch.setattr(
+        "permllm.permutation.heuristic._PAIRS_IN_CACHE", 60
+    )  # three of five at a time
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.rand(count, 30, dtype=torch.float64, generator=generator) for count in (5, 3))
-    expected = [[sum(max(u, v) for u, v in zip(a, b, strict=True)) for b in right.tolist()] for a in left.tolist()]
-    torch.testing.assert_close(sums_of_larger(left, right), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    left, right = (
+        torch.rand(count, 30, dtype=torch.float64, generator=generator) for count in (5, 3)
+    )
+    expected = [
+        [sum(max(u, v) for u, v in zip(a, b, strict=True)) for b in right.tolist()]
+        for a in left.tolist()
+    ]
+    torch.testing.assert_close(
+        sums_of_larger(left, right), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 def test_channels_are_dealt_in_a_snake() -> None:
@@ -119,8 +148,13 @@ def test_channels_are_dealt_in_a_snake() -> None:
 
 @pytest.mark.parametrize("patterns", [["2:4"], ["2:4", "4:8"]], ids=" and ".join)
 @pytest.mark.parametrize("seed", range(3))
-def test_an_order_retains_more_of_each_pattern_than_the_identity(patterns: list[str], seed: int) -> None:
-    parts = [(random_saliency(20, 64, seed + part), NMPattern.parse(text)) for part, text in enumerate(patterns)]
+def test_an_order_retains_more_of_each_pattern_than_the_identity(
+    patterns: list[str], seed: int
+) -> None:
+    parts = [
+        (random_saliency(20, 64, seed + part), NMPattern.parse(text))
+        for part, text in enumerate(patterns)
+    ]
     perm = heuristic_order(lambda: parts)
     assert sorted(perm.tolist()) == list(range(64))
     for saliency, pattern in parts:

@@ -63,13 +63,23 @@ def output_loss(orders: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
 def begin(settings: LCP, learning: LearningProblem) -> dict[str, BlockLogits]:
     """Return the logits at the start of learning from the channels as they are."""
     shared = shared_orders(learning.groups, settings.constraint)
-    return settings.start_logits(learning, shared, {order.name: torch.arange(order.channels) for order in shared})
+    return settings.start_logits(
+        learning, shared, {order.name: torch.arange(order.channels) for order in shared}
+    )
 
 
-def leave_gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, BlockLogits]) -> None:
+def leave_gradients(
+    settings: LCP, learning: LearningProblem, blocks: dict[str, BlockLogits]
+) -> None:
     """Leave the gradients of a step over all samples at the logits."""
-    shared, window = shared_orders(learning.groups, settings.constraint), Window(0, 0, 2, None, learning.target)
-    start, moment = {order.name: torch.arange(order.channels) for order in shared}, Moment(0, 1, 0, 1)
+    shared, window = (
+        shared_orders(learning.groups, settings.constraint),
+        Window(0, 0, 2, None, learning.target),
+    )
+    start, moment = (
+        {order.name: torch.arange(order.channels) for order in shared},
+        Moment(0, 1, 0, 1),
+    )
     with settings.masked(learning, shared, window, EAGER) as linears:
         learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
         training = Training(settings, learning, window, learner, "lcp", "checkpoint")
@@ -79,7 +89,9 @@ def leave_gradients(settings: LCP, learning: LearningProblem, blocks: dict[str, 
 
 def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(Training, "run", lambda self: seen.append(self.optimizer.defaults["weight_decay"]))
+    monkeypatch.setattr(
+        Training, "run", lambda self: seen.append(self.optimizer.defaults["weight_decay"])
+    )
     learned(weight_decay=0.1)
     assert seen == [0.1]
 
@@ -87,7 +99,11 @@ def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"init": init, "straight_through": way} for init in ("random", "heuristic") for way in ("swap", "hard", "soft")),
+        *(
+            {"init": init, "straight_through": way}
+            for init in ("random", "heuristic")
+            for way in ("swap", "hard", "soft")
+        ),
         {"init": "random", "constraint": "foldable"},
     ],
     ids=lambda settings: "-".join(settings.values()),
@@ -97,12 +113,16 @@ def test_learning_lowers_the_loss_of_the_really_pruned_model(settings: dict[str,
     settings = settings | {"batch_size": 3, "block_size": 16 if "constraint" in settings else 32}
     orders = learned(told, **settings, epochs=16, learning_rate=0.02, select_from=16)
     # The order that is returned is the one that was measured to be the best, not merely the last.
-    assert output_loss(orders) == pytest.approx(min(values["measured_loss"] for values in told), rel=1e-4)
+    assert output_loss(orders) == pytest.approx(
+        min(values["measured_loss"] for values in told), rel=1e-4
+    )
     start = learned(**settings, learning_rate=1e-9, margin=1.0, epochs=1)
     assert output_loss(orders) < 0.9 * output_loss(start)
     if "constraint" in settings:  # the order of the whole model is learned too
         groups = channel_groups(tiny_model("llama"))
-        assert not torch.equal(foldable(groups, orders)[RESIDUAL], foldable(groups, start)[RESIDUAL])
+        assert not torch.equal(
+            foldable(groups, orders)[RESIDUAL], foldable(groups, start)[RESIDUAL]
+        )
 
 
 def test_the_divergence_learns_too() -> None:
@@ -116,8 +136,12 @@ def test_the_divergence_learns_too() -> None:
 
 def test_the_loss_of_a_step_is_the_loss_of_the_really_pruned_model() -> None:
     steps: list[float] = []
-    learning = problem(tiny_model("llama"), Wanda(), on_step=lambda _, values: steps.append(values["loss"]))
-    orders = lcp(margin=5.0, epochs=1, batch_size=6).orders(learning)  # one step, whose order is the start's
+    learning = problem(
+        tiny_model("llama"), Wanda(), on_step=lambda _, values: steps.append(values["loss"])
+    )
+    orders = lcp(margin=5.0, epochs=1, batch_size=6).orders(
+        learning
+    )  # one step, whose order is the start's
     assert steps == [pytest.approx(output_loss(orders), rel=1e-4)]
 
 
@@ -132,7 +156,9 @@ def test_the_loss_of_an_epoch_is_a_mean_over_its_samples() -> None:
     )
     lcp(init="random", learning_rate=0.05, batch_size=5, epochs=2).orders(learning)
     assert len(steps) == 4  # of five samples and of one
-    assert epochs == pytest.approx([(5 * large + small) / 6 for large, small in (steps[:2], steps[2:])], rel=1e-12)
+    assert epochs == pytest.approx(
+        [(5 * large + small) / 6 for large, small in (steps[:2], steps[2:])], rel=1e-12
+    )
     assert epochs != pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-6)
 
 
@@ -148,7 +174,9 @@ def test_seeds_give_equal_results_and_other_seeds_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("portion", "portions"), [(1, [1] * 12), (3, [3, 1, 2] * 2), (4, [4, 2] * 2), (5, [4, 2] * 2)], ids=str
+    ("portion", "portions"),
+    [(1, [1] * 12), (3, [3, 1, 2] * 2), (4, [4, 2] * 2), (5, [4, 2] * 2)],
+    ids=str,
 )
 def test_a_step_in_portions_is_the_undivided_step(portion: int, portions: list[int]) -> None:
     def seen(micro_batch_size: int | None) -> tuple[dict[str, Tensor], list[float], list[int]]:
@@ -177,8 +205,15 @@ def test_a_step_in_portions_is_the_undivided_step(portion: int, portions: list[i
 
 
 @pytest.mark.parametrize(("stage", "stop_after"), [("all", 2), (1, 1), (1, 3)])
-def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path, stage: str | int, stop_after: int) -> None:
-    settings = {"layers_per_stage": stage, "init": "random", "epochs": 4 if stage == "all" else 2, "learning_rate": 0.05}
+def test_an_interrupted_training_continues_to_the_same_result(
+    tmp_path: Path, stage: str | int, stop_after: int
+) -> None:
+    settings = {
+        "layers_per_stage": stage,
+        "init": "random",
+        "epochs": 4 if stage == "all" else 2,
+        "learning_rate": 0.05,
+    }
     whole, epochs = learned(**settings), []
 
     def stop(values: dict[str, float]) -> None:
@@ -187,18 +222,29 @@ def test_an_interrupted_training_continues_to_the_same_result(tmp_path: Path, st
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
-    continued = lcp(**settings).orders(problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop))
+        lcp(**settings).orders(
+            problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop)
+        )
+    continued = lcp(**settings).orders(
+        problem(tiny_model("llama"), Wanda(), directory=tmp_path, on_epoch=stop)
+    )
     assert len(epochs) == 4
     assert same(whole, continued)
 
 
 def test_stages_learn_in_turn_on_what_the_pruned_layers_before_give() -> None:
     told: list[dict[str, Any]] = []
-    settings: dict[str, Any] = {"layers_per_stage": 1, "init": "random", "learning_rate": 0.05, "block_size": 32}
+    settings: dict[str, Any] = {
+        "layers_per_stage": 1,
+        "init": "random",
+        "learning_rate": 0.05,
+        "block_size": 32,
+    }
     orders = learned(told, **settings, epochs=10, select_from=10)
     assert [values["first_layer"] for values in told] == [0] * 10 + [1] * 10
-    first, last = (min(values["measured_loss"] for values in part) for part in (told[:10], told[10:]))
+    first, last = (
+        min(values["measured_loss"] for values in part) for part in (told[:10], told[10:])
+    )
     # The last stage's measured loss is that of the whole model, really pruned.
     assert output_loss(orders) == pytest.approx(last, rel=1e-4)
     # The first stage's is that of the model with only its first layer pruned, after that layer.
@@ -221,7 +267,9 @@ def test_a_layer_is_dense_again_when_its_stage_is_stopped(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(LayerStream, "advance", stopped)
     with pytest.raises(Interrupt):
-        WindowStream(learning).inputs(1, lambda group, path: torch.zeros_like(linear_at(model, path).weight, dtype=torch.bool))
+        WindowStream(learning).inputs(
+            1, lambda group, path: torch.zeros_like(linear_at(model, path).weight, dtype=torch.bool)
+        )
     assert same(model.state_dict(), before)
 
 
@@ -248,7 +296,12 @@ def test_only_the_last_layers_learn_and_the_others_get_the_heuristic() -> None:
 
 
 def test_checkpointing_activations_changes_nothing() -> None:
-    assert same(*(learned(activation_checkpointing=recomputes, init="random") for recomputes in (True, False)))
+    assert same(
+        *(
+            learned(activation_checkpointing=recomputes, init="random")
+            for recomputes in (True, False)
+        )
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_best(
@@ -257,7 +310,9 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
     model = tiny_model("llama")
     updates: list[int] = []
     update = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: updates.append(passes[-1]) or update(self))
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: updates.append(passes[-1]) or update(self)
+    )
     passes = [1]
 
     def break_layer(values: dict[str, float]) -> None:
@@ -265,21 +320,32 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
         if values["epoch"] == 2:
             decoder_layers(model)[1].input_layernorm.weight.data[0] = float("nan")
 
-    with pytest.raises(TrainingError, match=r"epoch 3: .*decoder layer 1 .*best_so_far\.safetensors") as caught:
+    with pytest.raises(
+        TrainingError, match=r"epoch 3: .*decoder layer 1 .*best_so_far\.safetensors"
+    ) as caught:
         lcp(epochs=5).orders(problem(model, Wanda(), directory=tmp_path, on_epoch=break_layer))
-    assert set(updates) == {1, 2}  # the loss is read after backward, and still before the logits change
-    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in channel_groups(model)}
+    assert set(updates) == {
+        1,
+        2,
+    }  # the loss is read after backward, and still before the logits change
+    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {
+        group.name for group in channel_groups(model)
+    }
     assert str(tmp_path) in str(caught.value)
     assert isinstance(linear_at(model, "model.layers.0.self_attn.q_proj"), torch.nn.Linear)
 
 
-def test_a_measured_loss_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_loss_that_is_not_finite_stops_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Objective, "mean", lambda self, count: float("nan"))
     learning = problem(tiny_model("llama"), Wanda(), directory=tmp_path)
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
         lcp(epochs=1, last_layers=1).orders(learning)
     # Also the groups that do not learn are in the file, so that it serves as permutation.path.
-    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {group.name for group in learning.groups}
+    assert set(load_file(tmp_path / "best_so_far.safetensors")) == {
+        group.name for group in learning.groups
+    }
 
 
 def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,22 +357,31 @@ def test_logits_that_are_not_finite_name_their_group(monkeypatch: pytest.MonkeyP
         return logits
 
     monkeypatch.setattr(LCP, "start_logits", broken)
-    with pytest.raises(TrainingError, match=r"epoch 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not"):
+    with pytest.raises(
+        TrainingError,
+        match=r"epoch 1: the soft permutation of model\.layers\.1\.mlp\.down_proj is not",
+    ):
         learned()
 
 
 def test_bfloat16_weights_learn_with_float32_logits() -> None:
     moving, still = (lcp(init="random", learning_rate=rate) for rate in (0.1, 1e-12))
     learning = problem(tiny_model("llama", dtype=torch.bfloat16), Wanda())
-    assert {stack.dtype for block in begin(moving, learning).values() for stack in block.logits} == {torch.float32}
+    assert {
+        stack.dtype for block in begin(moving, learning).values() for stack in block.logits
+    } == {torch.float32}
     assert not same(moving.orders(learning), still.orders(learning))
 
 
 def test_schedules() -> None:
     progress = [0.0, 0.25, 0.5, 1.0]
     assert [Linear(1.0, 0.1)(p) for p in progress] == pytest.approx([1.0, 0.775, 0.55, 0.1])
-    assert [Cosine(1.0, 0.0001)(p) for p in progress] == pytest.approx([1.0, 0.8536, 0.50005, 0.0001], abs=1e-4)
-    assert [Exponential(1.0, 0.01)(p) for p in progress] == pytest.approx([1.0, 0.3162, 0.1, 0.01], abs=1e-4)
+    assert [Cosine(1.0, 0.0001)(p) for p in progress] == pytest.approx(
+        [1.0, 0.8536, 0.50005, 0.0001], abs=1e-4
+    )
+    assert [Exponential(1.0, 0.01)(p) for p in progress] == pytest.approx(
+        [1.0, 0.3162, 0.1, 0.01], abs=1e-4
+    )
     assert [Constant(0.3)(p) for p in progress] == [0.3] * 4
 
 
@@ -324,14 +399,20 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
         found[constraint] = {name: block.logits[0].grad for name, block in blocks.items()}
     free, tied = found["free"], found["foldable"]
     readers = [name for name in free if name.endswith(("qkv_proj", "gate_up_proj"))]
-    torch.testing.assert_close(tied[RESIDUAL], sum(free[name] for name in readers), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        tied[RESIDUAL], sum(free[name] for name in readers), rtol=1e-9, atol=1e-12
+    )
     down = "model.layers.1.mlp.down_proj"
     torch.testing.assert_close(tied[down], free[down], rtol=1e-9, atol=1e-12)
 
 
-def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_learn_together() -> None:
+def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_learn_together() -> (
+    None
+):
     learning = problem(tiny_model("llama"), Wanda())
-    settings = lcp(constraint="foldable", block_size=16, layers_per_stage=1, epochs=3, learning_rate=0.1)
+    settings = lcp(
+        constraint="foldable", block_size=16, layers_per_stage=1, epochs=3, learning_rate=0.1
+    )
     moved = foldable(learning.groups, settings.orders(learning))
     start = foldable(learning.groups, Heuristic("foldable").orders(learning))
     assert torch.equal(moved[RESIDUAL], start[RESIDUAL])
@@ -339,7 +420,8 @@ def test_an_order_of_the_whole_model_stays_where_it_starts_unless_all_layers_lea
 
 
 @pytest.mark.parametrize(
-    ("loss", "straight_through"), [("cosine", "swap"), ("kl", "swap"), ("kl", "hard"), ("cosine", "soft")]
+    ("loss", "straight_through"),
+    [("cosine", "swap"), ("kl", "swap"), ("kl", "hard"), ("cosine", "soft")],
 )
 def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_through: str) -> None:
     samples = torch.randint(0, 259, (64, 64), generator=torch.Generator().manual_seed(0))
@@ -351,10 +433,20 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
         model.get_input_embeddings().weight.data.mul_(3000.0)
         groups = channel_groups(model)
         dense = calibrate_dense(model, groups, samples, Wanda(), batch_size=16)
-        learning = LearningProblem(model, groups, samples, dense.factors, dense.target, PATTERN, seed=0)
+        learning = LearningProblem(
+            model, groups, samples, dense.factors, dense.target, PATTERN, seed=0
+        )
         blocks = begin(settings, learning)
         with products_in(dtype, torch.device("cpu")):
             leave_gradients(settings, learning, blocks)
-        found.append(torch.cat([stack.grad.double().flatten() for block in blocks.values() for stack in block.logits]))
+        found.append(
+            torch.cat(
+                [
+                    stack.grad.double().flatten()
+                    for block in blocks.values()
+                    for stack in block.logits
+                ]
+            )
+        )
     # The softmax of a group, which the others go through, is steep in differences that float16 rounds.
     assert torch.cosine_similarity(*found, dim=0) > (0.99 if straight_through == "swap" else 0.98)

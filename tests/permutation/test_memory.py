@@ -14,7 +14,16 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY, SAMPLES, LENGTH, BATCH, BLOCK = 8, 384, 1056, 512, 2, 128, 2, 64
+LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY, SAMPLES, LENGTH, BATCH, BLOCK = (
+    8,
+    384,
+    1056,
+    512,
+    2,
+    128,
+    2,
+    64,
+)
 
 CHILD = f"""
 import sys, torch
@@ -47,7 +56,11 @@ print(peak_host_memory() - before)
 def test_learning_stays_within_its_memory(layers: str | int) -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     command = [sys.executable, "-c", CHILD, str(layers)]
-    growth = int(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout)
+    growth = int(
+        subprocess.run(
+            command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+    )
 
     layer = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
     depth = LAYERS if layers == "all" else int(layers)
@@ -61,4 +74,6 @@ def test_learning_stays_within_its_memory(layers: str | int) -> None:
     bound = 4 * (weights + 4 * logits + 6 * layer + depth * states + internals + calibration)
     assert growth <= bound, f"{growth / 1e6:.0f} MB, allowed are {bound / 1e6:.0f} MB"
     # The bound is tight enough to notice masks or saliencies that are kept: they alone would be as large as the weights.
-    assert bound - growth < 4 * depth * layer, "the bound would not notice what it is there to notice"
+    assert bound - growth < 4 * depth * layer, (
+        "the bound would not notice what it is there to notice"
+    )

@@ -79,7 +79,9 @@ def clamped(logits: Tensor) -> Tensor:
     return logits
 
 
-def dense_permutation(logits: list[Tensor], scale: Tensor, temperature: float, iterations: int, order: Tensor) -> Tensor:
+def dense_permutation(
+    logits: list[Tensor], scale: Tensor, temperature: float, iterations: int, order: Tensor
+) -> Tensor:
     """P, `(C_in, C_in)`: hard values, soft gradients.
 
     Of several best assignments, as logits at the bound make them, the values are those of `order`.
@@ -105,7 +107,9 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
     if pruner == "wanda":
         saliency = magnitude * norm
     else:
-        saliency = (magnitude / magnitude.sum(0, keepdim=True) + magnitude / magnitude.sum(1, keepdim=True)) * norm.sqrt()
+        saliency = (
+            magnitude / magnitude.sum(0, keepdim=True) + magnitude / magnitude.sum(1, keepdim=True)
+        ) * norm.sqrt()
     groups = (saliency @ p).unflatten(1, (-1, 4))
     kept = torch.zeros_like(groups).scatter_(2, groups.topk(2, dim=2).indices, 1.0)
     return straight_through(kept.flatten(1) @ p.T, groups.softmax(2).flatten(1) @ p.T)
@@ -113,9 +117,21 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("pruner", ["wanda", "ria"])
 @pytest.mark.parametrize("iterations", [0, 5])
-def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, pruner: str, iterations: int) -> None:
-    overrides = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.epochs={PASSES}", f"block_size={BLOCK}"]
-    settings = config("model=tiny", f"pruner={pruner}", "permutation=lcp-paper", *overrides, "permutation.batch_size=3")
+def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
+    cache: Path, pruner: str, iterations: int
+) -> None:
+    overrides = [
+        f"permutation.sinkhorn_iterations={iterations}",
+        f"permutation.epochs={PASSES}",
+        f"block_size={BLOCK}",
+    ]
+    settings = config(
+        "model=tiny",
+        f"pruner={pruner}",
+        "permutation=lcp-paper",
+        *overrides,
+        "permutation.batch_size=3",
+    )
     method: LCP = instantiate("permutation", settings.permutation)
     model = tiny_model("llama", dtype=torch.float64)
     problem = learning(model, settings)
@@ -124,13 +140,17 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
     blocks = method.start_logits(problem, shared, start)
     for block in blocks.values():
         assert block.scale is not None
-        block.scale.data.mul_(1.5)  # as after some steps: a third of the logits has reached the bound
+        block.scale.data.mul_(
+            1.5
+        )  # as after some steps: a third of the logits has reached the bound
     reference: Any = copy.deepcopy(blocks)
     window = Window(0, 0, 2, None, problem.target)
     with method.masked(problem, shared, window, EAGER) as linears:
         learner = OrderLearner(method, problem, shared, window, start, blocks, linears)
         training = Training(method, problem, window, learner, "lcp", "checkpoint")
-        moment = Moment(3, training.steps, 1, training.epochs)  # two steps an epoch: in the second of four
+        moment = Moment(
+            3, training.steps, 1, training.epochs
+        )  # two steps an epoch: in the second of four
         temperature = learner.temperature(moment)
         loss, _ = training.step(BATCH, moment)
 
@@ -139,12 +159,18 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(cache: Path, prun
     for group in problem.groups:
         order = learner.present[group.name]
         theirs = reference[group.name]
-        p = dense_permutation(list(theirs.logits), theirs.scale, 1.0 + (0.1 - 1.0) * 1 / PASSES, iterations, order)
+        p = dense_permutation(
+            list(theirs.logits), theirs.scale, 1.0 + (0.1 - 1.0) * 1 / PASSES, iterations, order
+        )
         for path in group.members:
             linear = linear_at(model, path)
             weight = linear.weight * dense_mask(linear.weight, norm[path], pruner, p)
-            linear.forward = lambda x, weight=weight, linear=linear: nn.functional.linear(x, weight, linear.bias)
-    expected = (1 - nn.functional.cosine_similarity(last_output(model, tokens()[BATCH]), target, dim=-1)).mean()
+            linear.forward = lambda x, weight=weight, linear=linear: nn.functional.linear(
+                x, weight, linear.bias
+            )
+    expected = (
+        1 - nn.functional.cosine_similarity(last_output(model, tokens()[BATCH]), target, dim=-1)
+    ).mean()
     expected.backward()
 
     assert temperature == 0.775
@@ -165,4 +191,6 @@ def test_norms_have_the_released_scale(cache: Path) -> None:
     chosen = (config("model=tiny", f"permutation.conventions={name}") for name in ("ours", "paper"))
     ours, paper = (learning(tiny_model("llama"), settings).factors for settings in chosen)
     for path, factors in ours.items():
-        torch.testing.assert_close(paper[path].column, factors.column * tokens().shape[1] ** 0.5, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            paper[path].column, factors.column * tokens().shape[1] ** 0.5, rtol=1e-5, atol=0
+        )

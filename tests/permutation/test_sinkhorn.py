@@ -19,14 +19,29 @@ from tests.permutation.differentiable import sinkhorn
 
 
 def logits(blocks: int = 3, size: int = 8, scale: float = 1.0) -> Tensor:
-    return torch.randn(blocks, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale
+    return (
+        torch.randn(
+            blocks, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        * scale
+    )
 
 
 @pytest.mark.parametrize(
     ("halves", "temperature", "scale"),
-    [(0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 1.0), (10, 1.0, 1.0), (0, 0.1, 1.0), (10, 0.1, 1.0), (10, 0.1, 30.0)],
+    [
+        (0, 1.0, 1.0),
+        (1, 1.0, 1.0),
+        (2, 1.0, 1.0),
+        (10, 1.0, 1.0),
+        (0, 0.1, 1.0),
+        (10, 0.1, 1.0),
+        (10, 0.1, 30.0),
+    ],
 )
-def test_values_and_gradients_equal_the_plain_formula(halves: int, temperature: float, scale: float) -> None:
+def test_values_and_gradients_equal_the_plain_formula(
+    halves: int, temperature: float, scale: float
+) -> None:
     reference = logits(scale=scale).requires_grad_()
     weight = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     soft, potentials = normalize(logits(scale=scale), temperature, halves)
@@ -38,18 +53,29 @@ def test_values_and_gradients_equal_the_plain_formula(halves: int, temperature: 
     torch.testing.assert_close(found, reference.grad, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])  # the sharp ones are settled without an assignment
+@pytest.mark.parametrize(
+    "sharpness", [0.1, 1.0, 10.0]
+)  # the sharp ones are settled without an assignment
 def test_hard_permutation_is_the_best_of_all(sharpness: float) -> None:
     soft = sinkhorn(logits(blocks=6, size=5, scale=sharpness), 1.0, 5)
     for block, perm in zip(soft, harden([soft])[0], strict=True):
         assert sorted(perm.tolist()) == list(range(5))
-        scores = {p: sum(float(block[p[j], j]) for j in range(5)) for p in itertools.permutations(range(5))}
-        assert sum(float(block[perm[j], j]) for j in range(5)) == pytest.approx(max(scores.values()), abs=1e-12)
+        scores = {
+            p: sum(float(block[p[j], j]) for j in range(5))
+            for p in itertools.permutations(range(5))
+        }
+        assert sum(float(block[perm[j], j]) for j in range(5)) == pytest.approx(
+            max(scores.values()), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_ranks_solve_a_share_of_the_blocks_each_and_have_all(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    softs = [sinkhorn(logits(blocks, size, 0.1), 1.0, 5) for blocks, size in ((9, 8), (1, 4), (12, 16))]
+def test_ranks_solve_a_share_of_the_blocks_each_and_have_all(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    softs = [
+        sinkhorn(logits(blocks, size, 0.1), 1.0, 5) for blocks, size in ((9, 8), (1, 4), (12, 16))
+    ]
     expected, solve, solved = harden(softs), assignment.linear_sum_assignment, [0] * ranks
     total = [torch.zeros_like(perm) for perm in expected]
 
@@ -81,17 +107,25 @@ def test_ranks_solve_a_share_of_the_blocks_each_and_have_all(ranks: int, monkeyp
 
 
 @pytest.mark.parametrize("scale", [None, 1.5])
-def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_each_alone(scale: float | None) -> None:
+def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_each_alone(
+    scale: float | None,
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def order(*counts: int) -> BlockLogits:
-        stacks = [BlockStack(8 * sum(counts[:number]), count, 8) for number, count in enumerate(counts)]
-        values = [torch.rand(count, 8, 8, dtype=torch.float64, generator=generator) for count in counts]
+        stacks = [
+            BlockStack(8 * sum(counts[:number]), count, 8) for number, count in enumerate(counts)
+        ]
+        values = [
+            torch.rand(count, 8, 8, dtype=torch.float64, generator=generator) for count in counts
+        ]
         return BlockLogits(torch.arange(8 * sum(counts)), stacks, values, scale)
 
     orders = {"a": order(2), "b": order(1, 3)}
     batch = SoftBatch(orders, [("a", 0), ("b", 0), ("b", 1)], 0.5, 6)
-    weights = [torch.randn(count, 8, 8, dtype=torch.float64, generator=generator) for count in (2, 1, 3)]
+    weights = [
+        torch.randn(count, 8, 8, dtype=torch.float64, generator=generator) for count in (2, 1, 3)
+    ]
     apart = copy.deepcopy(orders)
     softs = [sinkhorn(stack, 0.5, 3) for order in apart.values() for stack in order.effective()]
     for (_, found), soft in zip(batch.parts(batch.soft), softs, strict=True):

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 from permllm.config import read_config
-from permllm.data.windows import calibration_tokens, document_windows, joined_windows, overlapping_windows
+from permllm.data.windows import (
+    calibration_tokens,
+    document_windows,
+    joined_windows,
+    overlapping_windows,
+)
 from permllm.models.families import channel_groups, linear_at
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill, KeptWeights, WeightLearner
@@ -39,7 +44,9 @@ STEPS, RATE = 7, 0.05
 def test_kept_weights_learn_as_adam_says() -> None:
     """Down `sum(weight^4 + weight)` of two linears."""
     torch.manual_seed(0)
-    linears = [nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)]
+    linears = [
+        nn.Linear(8, rows, bias=False, dtype=torch.float64).requires_grad_(False) for rows in (3, 5)
+    ]
     masks = [torch.rand(rows, 8) < 0.5 for rows in (3, 5)]
     for linear, mask in zip(linears, masks, strict=True):
         linear.weight.mul_(10 * mask)
@@ -51,8 +58,12 @@ def test_kept_weights_learn_as_adam_says() -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
         with kept_weights.gradients():
-            torch.stack([linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears]).sum().backward()
-        assert all(linear.weight.grad is None and not linear.weight.requires_grad for linear in linears)
+            torch.stack(
+                [linear.weight.pow(4).sum() + linear.weight.sum() for linear in linears]
+            ).sum().backward()
+        assert all(
+            linear.weight.grad is None and not linear.weight.requires_grad for linear in linears
+        )
         optimizer.step()
         scheduler.step()
         learner.begin(Moment(step, STEPS, 0, 1))
@@ -79,17 +90,31 @@ def test_statistics_of_the_last_layer_are_gone_while_the_network_learns() -> Non
         def network(self, network: Any) -> None:
             alive.extend(one for one in gc.get_objects() if type(one) is Gram)
 
-    pruned_with(tiny_model("llama"), Watching(epochs=1, batch_size=2, start="admm", samples=10), windows=tokens(10))
+    pruned_with(
+        tiny_model("llama"),
+        Watching(epochs=1, batch_size=2, start="admm", samples=10),
+        windows=tokens(10),
+    )
     assert not alive
 
 
 def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
     model = tiny_model("llama")
-    reconstruction = Distill(**{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "samples": 10} | settings)
-    record = Record() if directory is None else RunDirectory(directory, read_config(composed("model=tiny")))
+    reconstruction = Distill(
+        **{"epochs": 2, "batch_size": 2, "learning_rate": 0.003, "samples": 10} | settings
+    )
+    record = (
+        Record()
+        if directory is None
+        else RunDirectory(directory, read_config(composed("model=tiny")))
+    )
     record.metrics["status"] = "running"
     pruned_with(model, reconstruction, windows=tokens(10), record=record)
-    return {path: linear_at(model, path).weight for group in channel_groups(model) for path in group.members}
+    return {
+        path: linear_at(model, path).weight
+        for group in channel_groups(model)
+        for path in group.members
+    }
 
 
 @pytest.mark.parametrize("step", [2, 8])
@@ -134,11 +159,24 @@ def test_it_starts_from_what_another_reconstruction_makes(start: str, like: type
 
 
 def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> None:
-    words = ("model=tiny", "calibration.samples=4", "calibration.seqlen=16", "reconstruction=distill")
+    words = (
+        "model=tiny",
+        "calibration.samples=4",
+        "calibration.seqlen=16",
+        "reconstruction=distill",
+    )
     asked = config(*words, "reconstruction.samples=7")
-    assert config(*words, "reconstruction.samples=2").further == config(*words).further == 0 != asked.further
+    assert (
+        config(*words, "reconstruction.samples=2").further
+        == config(*words).further
+        == 0
+        != asked.further
+    )
     assert config(*words, "reconstruction.samples=null").hash == config(*words).hash != asked.hash
-    assert calibration_tokens(TOKENIZER, asked.calibration, 0, further=asked.further).shape == (7, 16)
+    assert calibration_tokens(TOKENIZER, asked.calibration, 0, further=asked.further).shape == (
+        7,
+        16,
+    )
     documents = ["".join(chr(97 + n % 26) + str(n) for n in range(1000))]
     for draw in (joined_windows, document_windows, overlapping_windows):
         more = draw(TOKENIZER, documents, 8, 40, seed=0, further=6)
@@ -149,7 +187,9 @@ def test_further_windows_follow_those_of_the_calibration_and_overlap_none() -> N
     assert min(abs(a - b) for number, a in enumerate(found) for b in found[:number]) >= 40
 
 
-def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[int] = []
     real = objective.recomputed
     monkeypatch.setattr(objective, "recomputed", lambda *given: (calls.append(1), real(*given))[1])
@@ -161,7 +201,9 @@ def test_layers_that_would_keep_much_are_recomputed_to_the_same_weights(monkeypa
     assert calls
 
 
-def test_steps_go_through_the_samples_as_often_as_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_go_through_the_samples_as_often_as_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole, counted = distilled(None), distilled(None, epochs=1, steps=10)
     assert all(torch.equal(weight, counted[path]) for path, weight in whole.items())
     seen: list[Tensor] = []
@@ -190,9 +232,13 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     settings = LearningSettings(loss="kl", select_from=0, batch_size=2)
     with kept.gradients(), products_in(products, torch.device("cpu")):
         window = Window(0, 0, 2, None, target)
-        loop = training.Training(settings, learning, window, WeightLearner(kept, 1e-3), "distill", "file")
+        loop = training.Training(
+            settings, learning, window, WeightLearner(kept, 1e-3), "distill", "file"
+        )
         values = sum(int(mask.sum()) for mask in masks)
         rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
-        assert loop.objective._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments
+        assert (
+            loop.objective._not_yet_taken(target) == 4 * 3 * values + rounded
+        )  # gradients and two moments
         loop.step(torch.arange(2), Moment(0, 4, 0, 1))
         assert loop.objective._not_yet_taken(target) == 4 * values + rounded

@@ -20,7 +20,9 @@ from tests.conftest import ROOT, run_command, run_python
 from tests.test_config import config
 
 
-def test_auto_takes_the_first_placement_that_fits(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_the_first_placement_that_fits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     of = planned("model=qwen2.5-7b", device="cuda")
     for on_device, on_host, chosen, said in (
@@ -37,7 +39,9 @@ def test_auto_takes_the_first_placement_that_fits(monkeypatch: pytest.MonkeyPatc
         assert bool(caplog.text) == bool(said)
 
 
-def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_what_needs_the_device_there_and_a_random_model_out_of_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(places, "available_host_memory", lambda: 0)
     for words, expected in ((("reconstruction=distill",), "device"), ((), "host")):
         assert placement_for(planned("model=tiny", *words)) == expected
@@ -51,7 +55,11 @@ def planned(*words: str, device: str = "cpu") -> Footprint:
 
 def test_processes_share_the_activations_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def learns(size: int) -> int:
-        return planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda").needs("device").stages["learn"]
+        return (
+            planned("model=llama-2-7b", f"permutation.batch_size={size}", device="cuda")
+            .needs("device")
+            .stages["learn"]
+        )
 
     alone, one = learns(8), learns(1)
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
@@ -72,7 +80,12 @@ WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 8}
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide") / "model"
     overrides = [f"model.architecture.{key}={value}" for key, value in WIDE.items()]
-    assert run_python("scripts/random_checkpoint.py", str(folder), "model=tiny", *overrides, cwd=ROOT).returncode == 0
+    assert (
+        run_python(
+            "scripts/random_checkpoint.py", str(folder), "model=tiny", *overrides, cwd=ROOT
+        ).returncode
+        == 0
+    )
     return folder
 
 
@@ -87,10 +100,28 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["none", "lcp", "score", "sparsegpt"],
 )
-def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str, method: list[str]) -> None:
-    words = ["model=local", f"model.path={wide}", "model.dtype=float32", f"model.placement={placement}", "calibration=builtin"]
-    words += ["calibration.samples=4", "calibration.seqlen=64", "evaluation.perplexity.limit=1", "logger=none", *method]
-    words += ["evaluation.perplexity.dataset=builtin", "evaluation.perplexity.seqlen=64", "evaluation.tasks=[]"]
+def test_the_plan_says_what_is_taken(
+    tmp_path: Path, wide: Path, placement: str, method: list[str]
+) -> None:
+    words = [
+        "model=local",
+        f"model.path={wide}",
+        "model.dtype=float32",
+        f"model.placement={placement}",
+        "calibration=builtin",
+    ]
+    words += [
+        "calibration.samples=4",
+        "calibration.seqlen=64",
+        "evaluation.perplexity.limit=1",
+        "logger=none",
+        *method,
+    ]
+    words += [
+        "evaluation.perplexity.dataset=builtin",
+        "evaluation.perplexity.seqlen=64",
+        "evaluation.tasks=[]",
+    ]
     done = run_command(*words, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("runs/*/metrics.json")
@@ -98,8 +129,12 @@ def test_the_plan_says_what_is_taken(tmp_path: Path, wide: Path, placement: str,
     planned, peak = metrics["planned_memory_bytes"], metrics["peak_memory_bytes"]
     assert planned == pytest.approx(peak, rel=0.15)
     assert f"{peak / 1e9:.2f} GB at the peak ({planned / 1e9:.2f} GB were planned)" in done.stdout
-    if method == ["permutation=none"]:  # the command says what the record does, but for what Python took until then
+    if method == [
+        "permutation=none"
+    ]:  # the command says what the record does, but for what Python took until then
         plan = run_command(*words, "plan=true", "force=true", cwd=tmp_path, fresh=True)
         assert plan.returncode == 0, plan.stderr
         (row,) = [line for line in plan.stdout.splitlines() if line.startswith("│ peak")]
-        assert float(row.split("│")[2 + ("device", "host", "disk").index(placement)]) == pytest.approx(planned / 1e9, rel=0.05)
+        assert float(
+            row.split("│")[2 + ("device", "host", "disk").index(placement)]
+        ) == pytest.approx(planned / 1e9, rel=0.05)

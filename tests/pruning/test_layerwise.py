@@ -35,7 +35,12 @@ from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
 from tests.test_config import composed
 
-PRUNERS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "sparsegpt": SparseGPT}
+PRUNERS: dict[str, Any] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "ria": RIA,
+    "sparsegpt": SparseGPT,
+}
 PATTERN = NMPattern(2, 4)
 
 
@@ -48,10 +53,14 @@ def lcp(**settings: Any) -> LCP:
     return LCP(**defaults | {"temperature": Linear(), **settings})
 
 
-def problem(model: torch.nn.Module, pruner: Pruner, pattern: NMPattern = PATTERN, **extra: Any) -> LearningProblem:
+def problem(
+    model: torch.nn.Module, pruner: Pruner, pattern: NMPattern = PATTERN, **extra: Any
+) -> LearningProblem:
     groups = channel_groups(model)
     dense = calibrate_dense(model, groups, tokens(), pruner, batch_size=4)
-    return LearningProblem(model, groups, tokens(), dense.factors, dense.target, pattern, seed=0, **extra)
+    return LearningProblem(
+        model, groups, tokens(), dense.factors, dense.target, pattern, seed=0, **extra
+    )
 
 
 @functools.cache
@@ -59,12 +68,19 @@ def _settings() -> RunConfig:
     return read_config(composed("model=tiny", "calibration.samples=6", "calibration.batch_size=4"))
 
 
-def pruned(model: Any, pruner: Pruner, found: Found = Found(), permutation: Any = Identity(), **more: Any) -> PrunedModel:  # noqa: B008
+def pruned(
+    model: Any, pruner: Pruner, found: Found = Found(), permutation: Any = Identity(), **more: Any
+) -> PrunedModel:  # noqa: B008
     """Prune a model; `more` are `groups`, `windows`, `pattern`, `seed`, `reconstruction`, `products` and `record`."""
-    config = dataclasses.replace(_settings(), sparsity=str(more.get("pattern", PATTERN)), seed=more.get("seed", 0))
+    config = dataclasses.replace(
+        _settings(), sparsity=str(more.get("pattern", PATTERN)), seed=more.get("seed", 0)
+    )
     reconstruction = more.get("reconstruction") or NoReconstruction()
     methods = Methods(pruner, permutation, Mask(), reconstruction)
-    groups, products = more.get("groups") or channel_groups(model), more.get("products") or model.dtype
+    groups, products = (
+        more.get("groups") or channel_groups(model),
+        more.get("products") or model.dtype,
+    )
     loaded: Any = LoadedModel(model, None, "")  # type: ignore[arg-type]
     job = Job(config, methods, more.get("record") or Record(), NO_LOGGER, loaded, groups, products)
     return prune(job, more.get("windows", tokens()), found)
@@ -97,10 +113,14 @@ def test_every_combination_is_weight_times_mask_and_n_m_in_permuted_order(
             assert not torch.signbit(weight[~mask]).any()
             assert not weight[~mask].any()
             if pruner_name != "sparsegpt":
-                assert torch.equal(weight, torch.where(mask, linear_at(dense_model, path).weight, 0.0))
+                assert torch.equal(
+                    weight, torch.where(mask, linear_at(dense_model, path).weight, 0.0)
+                )
     # Nothing outside the pruned linears has moved.
     changed = {f"{path}.weight" for group in groups for path in group.members}
-    for (name, parameter), (_, before) in zip(model.named_parameters(), dense_model.named_parameters(), strict=True):
+    for (name, parameter), (_, before) in zip(
+        model.named_parameters(), dense_model.named_parameters(), strict=True
+    ):
         assert name in changed or torch.equal(parameter, before)
     assert all(0 < value <= 1 for value in result.retained.values())
     assert all(value > 0 for value in result.output_error.values())
@@ -113,14 +133,19 @@ def test_output_error_is_the_relative_squared_error_on_the_dense_inputs() -> Non
     captured: dict[str, Tensor] = {}
     for group in groups:
         for path in group.members:
-            linear_at(dense_model, path).register_forward_pre_hook(lambda _, args, path=path: captured.update({path: args[0]}))
+            linear_at(dense_model, path).register_forward_pre_hook(
+                lambda _, args, path=path: captured.update({path: args[0]})
+            )
     dense_model(input_ids=tokens())
     result = pruned(model, Wanda(), permutation=Heuristic())
     for group in groups:
         error = norm = 0.0
         for path in group.members:
             x = captured[path].flatten(0, -2).double()
-            dense, sparse = linear_at(dense_model, path).weight.double(), linear_at(model, path).weight.double()
+            dense, sparse = (
+                linear_at(dense_model, path).weight.double(),
+                linear_at(model, path).weight.double(),
+            )
             error += float((x @ (dense - sparse).T).square().sum())
             norm += float((x @ dense.T).square().sum())
         assert result.output_error[group.name] == pytest.approx(error / norm, rel=1e-4)
@@ -142,7 +167,9 @@ def test_sequential_statistics_come_from_the_pruned_layers_before() -> None:
     by_hand = calibrate_dense(fresh, groups, tokens(), Wanda(), 4).factors[path]
     assert not torch.allclose(by_hand.column, dense_factors[path].column)
     weight = linear_at(fresh, path).weight
-    assert torch.equal(result.masks[path], permuted_nm_mask(saliency(weight, by_hand), torch.arange(32), PATTERN))
+    assert torch.equal(
+        result.masks[path], permuted_nm_mask(saliency(weight, by_hand), torch.arange(32), PATTERN)
+    )
 
 
 def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -> None:
@@ -151,9 +178,16 @@ def test_streams_multiply_in_the_format_that_is_asked_for_and_updates_do_not() -
     results = {}
     for dtype in (None, torch.bfloat16):
         dense = calibrate_dense(model, channel_groups(model), tokens(), SparseGPT(), 4, dtype)
-        assert pruned(copy.deepcopy(model), SparseGPT(), Found(dense.factors), products=dtype).violations == 0
+        assert (
+            pruned(
+                copy.deepcopy(model), SparseGPT(), Found(dense.factors), products=dtype
+            ).violations
+            == 0
+        )
         results[dtype] = dense.factors
         last = "model.layers.1.mlp.down_proj"
-        torch.testing.assert_close(dense.factors[last].column, rounded[last].column, rtol=0.2, atol=0)
+        torch.testing.assert_close(
+            dense.factors[last].column, rounded[last].column, rtol=0.2, atol=0
+        )
     assert not torch.equal(results[None][last].column, results[torch.bfloat16][last].column)
     assert torch.equal(results[None][last].column, rounded[last].column)

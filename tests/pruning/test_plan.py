@@ -39,7 +39,13 @@ def minutes(*words: str, place: str = "device") -> dict[str, float]:
 def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path: Path) -> None:
     result = run_command("model=qwen2.5-7b", "plan=true", "plan_on=h100", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for said in ("3584", "18944", "7615616512", "device, taken here", "orders learn 28 layers at a time, of 28"):
+    for said in (
+        "3584",
+        "18944",
+        "7615616512",
+        "device, taken here",
+        "orders learn 28 layers at a time, of 28",
+    ):
         assert said in result.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -48,10 +54,18 @@ def test_the_plan_needs_neither_weights_nor_network_and_writes_nothing(tmp_path:
     ("words", "said", "unsaid"),
     [
         (["model=tiny"], "host", "disk"),  # a random model has no files
-        (["model=qwen2.5-7b", "permutation.layers_per_stage=8"], "orders learn 8 layers at a time, of 28", "residual"),
+        (
+            ["model=qwen2.5-7b", "permutation.layers_per_stage=8"],
+            "orders learn 8 layers at a time, of 28",
+            "residual",
+        ),
         (["model=qwen2.5-7b", "permutation.constraint=foldable"], "residual_stream", "stays where"),
         (
-            ["model=qwen2.5-7b", "permutation.constraint=foldable", "permutation.layers_per_stage=8"],
+            [
+                "model=qwen2.5-7b",
+                "permutation.constraint=foldable",
+                "permutation.layers_per_stage=8",
+            ],
             "residual_stream stays where it starts",
             "learn 28",
         ),
@@ -69,7 +83,9 @@ def test_the_plan_says_what_learns_together(
 def test_a_card_is_for_a_plan_alone() -> None:
     with pytest.raises(ConfigError, match="plan_on=h100"):
         config("model=tiny", "plan_on=h100")
-    assert all(config("model=tiny", "plan=true", f"plan_on={card}").plan_on == card for card in CARDS)
+    assert all(
+        config("model=tiny", "plan=true", f"plan_on={card}").plan_on == card for card in CARDS
+    )
 
 
 def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
@@ -83,7 +99,10 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
 
     # Scores, gradients and two moments in float32, and a masked weight that waits; what two layers keep of a batch, with a
     # copy of what they read for two of q, k and v and for one of gate and up.
-    learned, activations = (4 * 4 + 2) * 2 * a_layer, 4 * 1024 * ((11 + 3) * hidden + 4 * inner) * 2 * 2
+    learned, activations = (
+        (4 * 4 + 2) * 2 * a_layer,
+        4 * 1024 * ((11 + 3) * hidden + 4 * inner) * 2 * 2,
+    )
     held = beside_weights("learn masks", "mask=score", "mask.layers_per_stage=2")
     assert held == pytest.approx(learned + activations + a_group, abs=2e7)
     # The Gram matrix of the widest input and its copies; weights, masks and what they take away of the widest group.
@@ -98,7 +117,11 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
     # Logits of eight sequences of the longest task, and their logarithms.
     assert beside_weights("tasks", "permutation=none") == 8 * 280 * 152064 * 2 * 2
     # Logits of a batch, and those of a window in float32 with their logarithms.
-    words = ("evaluation.perplexity.batch_tokens=2048", "evaluation.perplexity.seqlen=1024", "model.dtype=bfloat16")
+    words = (
+        "evaluation.perplexity.batch_tokens=2048",
+        "evaluation.perplexity.seqlen=1024",
+        "model.dtype=bfloat16",
+    )
     stages = planned("model=tiny", "permutation=none", *words).needs("device").stages
     assert stages["perplexity"] - stages["weights"] == (2048 * 2 + 1024 * 8) * 259
 
@@ -113,32 +136,49 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
         (["model=llama-2-7b", "pruner=sparsegpt", "permutation=none"], "prune", 2.0),
     ],
 )
-def test_minutes_are_within_a_factor_of_two_of_a_detailed_estimate(words: list[str], stage: str, expected: float) -> None:
+def test_minutes_are_within_a_factor_of_two_of_a_detailed_estimate(
+    words: list[str], stage: str, expected: float
+) -> None:
     assert expected / 2 < minutes(*words)[stage] < expected * 2
 
 
 def test_layers_that_come_in_each_batch_of_tasks_take_the_time_of_their_way() -> None:
-    assert minutes("model=qwen2.5-7b", place="host")["tasks"] > 10 * minutes("model=qwen2.5-7b")["tasks"]
+    assert (
+        minutes("model=qwen2.5-7b", place="host")["tasks"]
+        > 10 * minutes("model=qwen2.5-7b")["tasks"]
+    )
 
 
-def test_settings_that_would_fit_are_named_with_what_they_need(caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_that_would_fit_are_named_with_what_they_need(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     card = ("plan=true", "plan_on=rtx4090")
     of = planned("model=qwen2.5-7b", "method=folded-masks", *card)
     named = [line.partition(" would fit")[0] for line in would_fit(of)]
     assert named == ["mask=lowrank", "method=order-folded"]
     placement_for(of)
     assert "mask=lowrank would fit: 19." in caplog.text
-    stages = planned("model=qwen2.5-7b", "permutation=none", "mask=score", "plan=true", "plan_on=a100")
+    stages = planned(
+        "model=qwen2.5-7b", "permutation=none", "mask=score", "plan=true", "plan_on=a100"
+    )
     assert would_fit(stages)[0].startswith("mask.layers_per_stage=4 would fit: ")
     assert would_fit(planned("model=qwen2.5-7b", *card)) == []
     given = planned("model=llama-2-13b", "model.placement=device", *card)
-    assert [line.partition(" would fit")[0] for line in would_fit(given)] == ["model.placement=auto"]
+    assert [line.partition(" would fit")[0] for line in would_fit(given)] == [
+        "model.placement=auto"
+    ]
 
 
 def test_commands_of_the_readme_fit_the_cards_that_they_name() -> None:
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if " GB GPU" in line and "run.py" in line]
+    lines = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if " GB GPU" in line and "run.py" in line
+    ]
     assert len(lines) == 3
     for line in lines:
-        command, _, comment = line.replace("model=hub model.hub_name=OWNER/NAME", "model=qwen2.5-7b").partition("#")
+        command, _, comment = line.replace(
+            "model=hub model.hub_name=OWNER/NAME", "model=qwen2.5-7b"
+        ).partition("#")
         needed = planned(*command.split("run.py ")[1].split()).needs("device").device
         assert needed <= FITS * 1e9 * int(comment.partition(" GB GPU")[0].rpartition(" ")[2])

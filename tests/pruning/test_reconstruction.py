@@ -25,10 +25,14 @@ from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import problem, pruned, tokens
 
 
-def reconstructed(reconstruction: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
+def reconstructed(
+    reconstruction: Any, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, PrunedModel, Tensor]:
     model = tiny_model("llama", dtype=dtype)
     learning = problem(model, Wanda())
-    result = pruned(model, Wanda(), Found(learning.factors), Heuristic(), reconstruction=reconstruction)
+    result = pruned(
+        model, Wanda(), Found(learning.factors), Heuristic(), reconstruction=reconstruction
+    )
     return model, result, learning.target
 
 
@@ -45,10 +49,15 @@ def output_error(model: torch.nn.Module, target: Tensor) -> float:
         (OBS(), torch.float32),
         (ADMM(), torch.float32),
         (Distill(epochs=20, learning_rate=0.003), torch.float32),
-        (Distill(epochs=20, learning_rate=0.003), torch.bfloat16),  # steps are too small for the format
+        (
+            Distill(epochs=20, learning_rate=0.003),
+            torch.bfloat16,
+        ),  # steps are too small for the format
     ],
 )
-def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruction: Any, dtype: torch.dtype) -> None:
+def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(
+    reconstruction: Any, dtype: torch.dtype
+) -> None:
     plain, before, target = reconstructed(None, dtype)
     mended, after, _ = reconstructed(reconstruction, dtype)
     assert after.violations == 0
@@ -65,7 +74,9 @@ def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(reconstruc
 def correlated() -> tuple[Tensor, PrunedLinear]:
     """Inputs `(400, 64)` of which neighbours in a random order share half of their signal, and a linear pruned for them."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 64, generator=generator) + torch.randn(400, 32, generator=generator).repeat_interleave(2, 1)
+    x = torch.randn(400, 64, generator=generator) + torch.randn(
+        400, 32, generator=generator
+    ).repeat_interleave(2, 1)
     x = x[:, torch.randperm(64, generator=generator)] * torch.logspace(-1, 1, 64)
     weight = torch.randn(6, 64, generator=generator)
     statistics = InputStatistics(64, "cpu", (Gram,))
@@ -84,7 +95,9 @@ def least_squares(x: Tensor, linear: PrunedLinear) -> Tensor:
     """The kept weights of least error, row by row."""
     best = torch.zeros_like(linear.dense, dtype=torch.float64)
     for row, kept in enumerate(linear.mask):
-        best[row, kept] = torch.linalg.lstsq(x[:, kept], x @ linear.dense[row].double(), driver="gelsd").solution
+        best[row, kept] = torch.linalg.lstsq(
+            x[:, kept], x @ linear.dense[row].double(), driver="gelsd"
+        ).solution
     return best
 
 
@@ -108,7 +121,10 @@ def test_admm_ends_at_the_least_squares_of_each_row() -> None:
     least = squared_error(x, linear, best)
     assert (squared_error(x, linear, found) <= 1.01 * least).all()
     # A dozen iterations are nearly there, and no row is worse than before.
-    errors = [squared_error(x, linear, ADMM(iterations=number, damping=1e-9).linear(linear)) for number in (1, 12)]
+    errors = [
+        squared_error(x, linear, ADMM(iterations=number, damping=1e-9).linear(linear))
+        for number in (1, 12)
+    ]
     assert errors[1].sum() <= 1.05 * least.sum()
     assert all((error <= squared_error(x, linear, linear.weight)).all() for error in errors)
     assert errors[1].sum() < squared_error(x, linear, OBS(damping=1e-6).linear(linear)).sum()

@@ -43,11 +43,19 @@ def attempt(
     pruner: Any = SparseGPT() if method == "sparsegpt" else Wanda()
     reconstruction = OBS() if method == "obs" else None
     factors = (
-        calibrate_dense(model, channel_groups(model), tokens(), pruner, batch_size=4).factors if method == "dense" else None
+        calibrate_dense(model, channel_groups(model), tokens(), pruner, batch_size=4).factors
+        if method == "dense"
+        else None
     )
-    record = Record() if directory is None else RunDirectory(directory, read_config(composed("model=tiny")))
+    record = (
+        Record()
+        if directory is None
+        else RunDirectory(directory, read_config(composed("model=tiny")))
+    )
     record.metrics["status"] = "running"
-    return model, pruned(model, pruner, Found(factors), orders, reconstruction=reconstruction, record=record)
+    return model, pruned(
+        model, pruner, Found(factors), orders, reconstruction=reconstruction, record=record
+    )
 
 
 class Orders(LocalPermutation):
@@ -64,7 +72,9 @@ class Orders(LocalPermutation):
         return Heuristic().order(name, saliency, pattern)
 
 
-def check_equal(left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn.Module, PrunedModel]) -> None:
+def check_equal(
+    left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn.Module, PrunedModel]
+) -> None:
     expected = right[0].state_dict()
     for index, layer in enumerate(decoder_layers(left[0])):
         with placement_of(left[0]).layer(index):
@@ -74,7 +84,11 @@ def check_equal(left: tuple[torch.nn.Module, PrunedModel], right: tuple[torch.nn
     assert one.orders.keys() == other.orders.keys()
     assert all(torch.equal(order, other.orders[name]) for name, order in one.orders.items())
     assert all(torch.equal(one.masks[path], other.masks[path]) for path in other.masks)
-    assert (one.retained, one.moved, one.output_error) == (other.retained, other.moved, other.output_error)
+    assert (one.retained, one.moved, one.output_error) == (
+        other.retained,
+        other.moved,
+        other.output_error,
+    )
     assert one.violations == other.violations == 0
 
 
@@ -83,7 +97,10 @@ def test_a_layer_that_was_done_is_not_done_again(method: str, tmp_path: Path) ->
     whole = attempt(None, method, Orders())
     with pytest.raises(Stopped):
         attempt(tmp_path, method, Orders(stop=2))
-    assert [file.name for file in sorted((tmp_path / PRUNED_LAYERS).iterdir())] == ["00000.safetensors", "00001.safetensors"]
+    assert [file.name for file in sorted((tmp_path / PRUNED_LAYERS).iterdir())] == [
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
     second = Orders()
     check_equal(attempt(tmp_path, method, second), whole)
     assert second.asked
@@ -115,5 +132,8 @@ def test_what_was_found_for_a_model_that_is_read_from_disk_is_read_from_there(
     check_equal((model, result), whole)
     for index in (1, 3):  # of the attempt before, and of this one
         (tmp_path / PRUNED_LAYERS / f"{index:05d}.safetensors").unlink()
-        with pytest.raises(DataError, match=rf"{index:05d}\.safetensors"), placement_of(model).layer(index):
+        with (
+            pytest.raises(DataError, match=rf"{index:05d}\.safetensors"),
+            placement_of(model).layer(index),
+        ):
             pass

@@ -21,7 +21,9 @@ PATTERN = NMPattern(2, 4)
 def problem(channels: int = 32, rows: int = 16) -> tuple[Tensor, Tensor, InputStatistics]:
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(channels, channels, generator=generator) / channels**0.5
-    inputs = torch.randn(200, channels, generator=generator) @ mix + 0.1 * torch.randn(200, channels, generator=generator)
+    inputs = torch.randn(200, channels, generator=generator) @ mix + 0.1 * torch.randn(
+        200, channels, generator=generator
+    )
     statistics = InputStatistics(channels, "cpu", (Gram,))
     statistics.update(inputs)
     return torch.randn(rows, channels, generator=generator), inputs, statistics
@@ -33,13 +35,17 @@ def hessian_of(inputs: Tensor) -> Tensor:
     return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
 
 
-def reference_update(w: Tensor, hessian: Tensor, pattern: NMPattern, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def reference_update(
+    w: Tensor, hessian: Tensor, pattern: NMPattern, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Optimal brain surgeon, one column after the other, by eliminating from the inverse Hessian (float64)."""
     w, kept = w.double().clone(), torch.zeros_like(w, dtype=torch.bool) if keep is None else keep
     inverses = [torch.linalg.inv(hessian[j:, j:])[0] for j in range(len(hessian))]
     for j, inverse in enumerate(inverses):
         if keep is None and j % pattern.m == 0:
-            score = torch.stack([w[:, j + place].square() / inverses[j + place][0] for place in range(pattern.m)], 1)
+            score = torch.stack(
+                [w[:, j + place].square() / inverses[j + place][0] for place in range(pattern.m)], 1
+            )
             kept[:, j : j + pattern.m] = nm_mask(score, pattern)
         error = torch.where(kept[:, j], 0.0, w[:, j] / inverse[0])
         w[:, j:] -= error[:, None] * inverse
@@ -49,12 +55,16 @@ def reference_update(w: Tensor, hessian: Tensor, pattern: NMPattern, keep: Tenso
 @pytest.mark.parametrize("prune", [by_columns, by_groups])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "20:40"])
 @pytest.mark.parametrize("given", [False, True])
-def test_columns_are_pruned_as_by_elimination_from_the_inverse_hessian(prune: Any, pattern: str, given: bool) -> None:
+def test_columns_are_pruned_as_by_elimination_from_the_inverse_hessian(
+    prune: Any, pattern: str, given: bool
+) -> None:
     weight, inputs, _ = problem(280, rows=5)  # more than two of the blocks taken at a time
     nm, w, hessian = NMPattern.parse(pattern), weight.double(), hessian_of(inputs)
     keep = nm_mask(weight.abs(), nm) if given else None
     expected, mask = reference_update(w, hessian, nm, keep)
-    found = prune_columns(w, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), nm, keep, prune)
+    found = prune_columns(
+        w, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), nm, keep, prune
+    )
     assert torch.equal(found, mask)
     torch.testing.assert_close(w * found, expected, rtol=1e-9, atol=1e-9)
 
@@ -66,7 +76,9 @@ def test_update_beats_no_update_on_the_layers_output_and_keeps_n_m_in_permuted_o
     reference = inputs @ weight.T
     error = (inputs @ updated.T - reference).square().sum()
     assert error < (inputs @ (weight * mask).T - reference).square().sum()
-    one_shot = permuted_nm_mask(saliency(weight, SparseGPT().factors(weight, statistics)), perm, PATTERN)
+    one_shot = permuted_nm_mask(
+        saliency(weight, SparseGPT().factors(weight, statistics)), perm, PATTERN
+    )
     assert error < (inputs @ (weight * one_shot).T - reference).square().sum()
     assert violations(updated, perm, PATTERN) == 0
     assert torch.equal(mask[:, perm].unflatten(1, (-1, 4)).sum(-1), torch.full((16, 8), 2))
@@ -79,7 +91,9 @@ def test_columns_are_visited_in_the_permuted_order() -> None:
     permuted_statistics = InputStatistics(32, "cpu", (Gram,))
     permuted_statistics.update(inputs[:, perm])
     updated, mask = SparseGPT().update(weight, statistics, perm, PATTERN)
-    expected, expected_mask = SparseGPT().update(weight[:, perm], permuted_statistics, torch.arange(32), PATTERN)
+    expected, expected_mask = SparseGPT().update(
+        weight[:, perm], permuted_statistics, torch.arange(32), PATTERN
+    )
     assert torch.equal(mask[:, perm], expected_mask)
     torch.testing.assert_close(updated[:, perm], expected, rtol=1e-4, atol=1e-4)
 

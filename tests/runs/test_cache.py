@@ -45,17 +45,26 @@ def refuse() -> dict[str, torch.Tensor]:
 
 
 def test_processes_at_the_same_time_compute_once(cache: Path, tmp_path: Path) -> None:
-    running = [subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path / "count")]) for _ in range(3)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path / "count")]) for _ in range(3)
+    ]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "x"
 
 
 def test_values_and_tensors_come_back_as_they_were(cache: Path) -> None:
-    tensors = {"a": torch.randn(3, dtype=torch.float64), "b": torch.tensor([1, 2]), "c": torch.randn(2, 2).bfloat16()}
+    tensors = {
+        "a": torch.randn(3, dtype=torch.float64),
+        "b": torch.tensor([1, 2]),
+        "c": torch.randn(2, 2).bfloat16(),
+    }
     cached("kind", {"a": 1}, lambda: tensors)
     found = cached("kind", {"a": 1}, refuse)
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+    assert all(
+        torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype
+        for name in tensors
+    )
     cached("kind", {"a": 2}, lambda: {"x": [1, None]})
     assert cached("kind", {"a": 2}, refuse) == {"x": [1, None]}
     for kind, key in (("kind", {"a": 3}), ("other", {"a": 1})):
@@ -79,7 +88,9 @@ def test_an_unreadable_result_is_computed_again_and_a_full_disk_costs_none(
     assert cached("kind", {"a": 2}, lambda: {"x": 1}) == {"x": 1}
 
 
-def test_the_results_that_were_not_used_for_longest_go_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_results_that_were_not_used_for_longest_go_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def computed(number: int) -> bool:
         calls = []
         cached("kind", {"a": number}, lambda: calls.append(1) or {"x": torch.zeros(25_000)})
@@ -99,11 +110,17 @@ def test_the_results_that_were_not_used_for_longest_go_first(cache: Path, monkey
         computed(9)
 
 
-def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = LoadedModel(tiny_model("llama"), TOKENIZER, "tiny")
 
-    def share(pruner: Pruner, tokens: torch.Tensor = TOKENS, norm_tokens: int = 1) -> DenseCalibration:
-        return shared_calibration(loaded, tokens, pruner, {"name": type(pruner).__name__}, 2, torch.float32, norm_tokens)
+    def share(
+        pruner: Pruner, tokens: torch.Tensor = TOKENS, norm_tokens: int = 1
+    ) -> DenseCalibration:
+        return shared_calibration(
+            loaded, tokens, pruner, {"name": type(pruner).__name__}, 2, torch.float32, norm_tokens
+        )
 
     first = {pruner: share(pruner) for pruner in (Wanda(), RIA())}
     assert len(list((cache / "results").glob("target-*.safetensors"))) == 1
@@ -117,7 +134,9 @@ def test_the_dense_pass_is_shared_by_jobs_and_its_target_by_pruners(cache: Path,
             found = again.factors[path]
             assert found.power == factors.power
             assert torch.equal(found.column, factors.column)
-            assert (found.row is None and factors.row is None) or torch.equal(found.row, factors.row)
+            assert (found.row is None and factors.row is None) or torch.equal(
+                found.row, factors.row
+            )
     for changed in ((SparseGPT(),), (Wanda(), TOKENS.flip(0)), (Wanda(), TOKENS, TOKENS.shape[1])):
         with pytest.raises(AssertionError, match="computed again"):
             share(*changed)

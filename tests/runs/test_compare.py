@@ -27,11 +27,19 @@ def drawn(seed: int, shift: float = 0.0) -> tuple[Numbers, dict[str, Numbers]]:
     """Return nats of windows, and scores of items by task."""
     generator = np.random.default_rng(seed)
     nats = np.abs(generator.normal(3.0 + shift, 0.4, 60))
-    return nats, {task: generator.integers(0, 2, items) * 1.0 for task, items in zip(TASKS, (90, 100), strict=True)}
+    return nats, {
+        task: generator.integers(0, 2, items) * 1.0
+        for task, items in zip(TASKS, (90, 100), strict=True)
+    }
 
 
 def scored(folder: Path, nats: Numbers, tasks: dict[str, Numbers], **settings: Any) -> Path:
-    return make_run(folder, 0.0, evaluation({"wikitext2": {"dense": nats / 2, "sparse": nats}}, tasks), **settings)
+    return make_run(
+        folder,
+        0.0,
+        evaluation({"wikitext2": {"dense": nats / 2, "sparse": nats}}, tasks),
+        **settings,
+    )
 
 
 def rows_of(folder: Path) -> tuple[Table, int, int]:
@@ -42,7 +50,10 @@ def rows_of(folder: Path) -> tuple[Table, int, int]:
 def percentile_interval(difference: Numbers) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean of paired differences, by a loop."""
     generator = np.random.default_rng(5)
-    means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(10_000)]
+    means = [
+        difference[generator.integers(len(difference), size=len(difference))].mean()
+        for _ in range(10_000)
+    ]
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
@@ -57,7 +68,9 @@ def two(tmp_path: Path) -> tuple[Path, Any, Any]:
 def test_an_interval_is_a_paired_bootstraps(two: Any) -> None:
     folder, ours, theirs = two
     table = rows_of(folder)
-    samples = {PERPLEXITY: ours[0] - theirs[0]} | {f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS}
+    samples = {PERPLEXITY: ours[0] - theirs[0]} | {
+        f"{task} acc": ours[1][task] - theirs[1][task] for task in TASKS
+    }
     for name, difference in samples.items():
         found = paired(*table, name)
         assert found.interval
@@ -125,13 +138,22 @@ def test_the_mean_gap_has_the_interval_of_windows_drawn_within_each_text(tmp_pat
     rows = {table.label(row, "permutation"): row for row in range(3)}
 
     def drawn_gap(name: str, text: str, of: NDArray[np.int64]) -> float:
-        here, start = (np.mean([nats[text]["sparse"][of].mean() for nats in made[row]]) for row in (name, "none"))
+        here, start = (
+            np.mean([nats[text]["sparse"][of].mean() for nats in made[row]])
+            for row in (name, "none")
+        )
         return float((start - here) / (start - made["none"][0][text]["dense"][of].mean()))
 
     def mean_gap(generator: np.random.Generator | None) -> tuple[float, float]:
         """Return the gap, and its difference from the heuristic's; of all windows without a generator."""
-        windows = {t: np.arange(n) if generator is None else generator.integers(n, size=n) for t, n in SIZES.items()}
-        one, other = (float(np.mean([drawn_gap(row, t, of) for t, of in windows.items()])) for row in ("lcp", "heuristic"))
+        windows = {
+            t: np.arange(n) if generator is None else generator.integers(n, size=n)
+            for t, n in SIZES.items()
+        }
+        one, other = (
+            float(np.mean([drawn_gap(row, t, of) for t, of in windows.items()]))
+            for row in ("lcp", "heuristic")
+        )
         return one, one - other
 
     gap, difference = mean_gap(None)
@@ -160,7 +182,10 @@ def test_what_is_not_the_same_has_no_interval(
 ) -> None:
     nats, tasks = drawn(0)
     scored(tmp_path / "lcp", nats, tasks)
-    settings: dict[str, Any] = {"another seed": {"seed": 1}, "another tokenizer": {"model": "another"}}.get(changed, {})
+    settings: dict[str, Any] = {
+        "another seed": {"seed": 1},
+        "another tokenizer": {"model": "another"},
+    }.get(changed, {})
     other = scored(tmp_path / "none", nats + 0.1, tasks, permutation="none", **settings)
     if changed == "nothing kept":
         (file,) = (other / "evaluations").glob("*.json")
@@ -170,14 +195,21 @@ def test_what_is_not_the_same_has_no_interval(
     assert "% [" not in capsys.readouterr().out
 
 
-def test_the_command_compares_two_rows_and_all_with_a_baseline(two: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares_two_rows_and_all_with_a_baseline(
+    two: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, ours, theirs = two
     words = [str(folder), "--compare", "permutation=lcp", "permutation=none"]
     assert call("results", words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| measure | permutation=lcp | permutation=none | difference | 95 % interval | over |"
+    assert (
+        lines[0]
+        == "| measure | permutation=lcp | permutation=none | difference | 95 % interval | over |"
+    )
     expected = math.expm1(ours[0].mean() - theirs[0].mean())
-    cells = next(line for line in lines if line.startswith(f"| {PERPLEXITY}")).strip("| ").split(" | ")
+    cells = (
+        next(line for line in lines if line.startswith(f"| {PERPLEXITY}")).strip("| ").split(" | ")
+    )
     assert cells[3] == f"{expected * 100:+.1f}%"
     low, high = (float(word.rstrip("%")) for word in cells[4].split(" to "))
     assert low < expected * 100 < high

@@ -33,8 +33,20 @@ SMALL = (
     "calibration.batch_size=4",
     "evaluation.perplexity.limit=2",
 )
-LEARNED = ("permutation=lcp", "permutation.epochs=3", "permutation.batch_size=2", "permutation.compile=false")
-EVERYTHING = (*LEARNED, "mask=score", "mask.epochs=2", "reconstruction=distill", "reconstruction.epochs=2", "export=gathered")
+LEARNED = (
+    "permutation=lcp",
+    "permutation.epochs=3",
+    "permutation.batch_size=2",
+    "permutation.compile=false",
+)
+EVERYTHING = (
+    *LEARNED,
+    "mask=score",
+    "mask.epochs=2",
+    "reconstruction=distill",
+    "reconstruction.epochs=2",
+    "export=gathered",
+)
 OTHER = ("evaluation.perplexity.seqlen=32", "evaluation.perplexity.limit=3")
 
 
@@ -48,7 +60,13 @@ def run(folder: Path, *words: str) -> tuple[dict[str, Any], Path]:
     return result
 
 
-def begun(folder: Path, words: Sequence[str], owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> Path:
+def begun(
+    folder: Path,
+    words: Sequence[str],
+    owner: Any,
+    name: str,
+    when: Callable[..., bool] = lambda *_: True,
+) -> Path:
     """Return the directory of a run that was interrupted where a function is called."""
     original = getattr(owner, name)
 
@@ -65,22 +83,41 @@ def begun(folder: Path, words: Sequence[str], owner: Any, name: str, when: Calla
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    return [line | {"step_seconds": 0, "peak_memory_bytes": 0} for line in read_lines(directory / "history.jsonl")]
+    return [
+        line | {"step_seconds": 0, "peak_memory_bytes": 0}
+        for line in read_lines(directory / "history.jsonl")
+    ]
 
 
 def results(directory: Path) -> dict[str, Any]:
     """All that must not depend on where a run was stopped."""
     metrics = read_json(directory / "metrics.json")
-    found = {key: metrics[key] for key in ("perplexity", "sparsity", "retained_saliency", "output_error", "status", "sha256")}
+    found = {
+        key: metrics[key]
+        for key in (
+            "perplexity",
+            "sparsity",
+            "retained_saliency",
+            "output_error",
+            "status",
+            "sha256",
+        )
+    }
     for file in directory.rglob("*.safetensors"):
-        found[str(file.relative_to(directory))] = {name: value.tolist() for name, value in load_file(file).items()}
+        found[str(file.relative_to(directory))] = {
+            name: value.tolist() for name, value in load_file(file).items()
+        }
     return found | {"history": history(directory)}
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "when"),
     [
-        (methods._Epochs, "add", lambda _, values: values["epoch"] == 2 and "temperature" in values),
+        (
+            methods._Epochs,
+            "add",
+            lambda _, values: values["epoch"] == 2 and "temperature" in values,
+        ),
         (methods._Epochs, "add", lambda _, values: "mask_flips" in values),
         (methods._Epochs, "add", lambda _, values: "weights_learned" in values),
         (stages, "prune", lambda *_: True),
@@ -96,7 +133,11 @@ def test_a_run_continues_after_its_last_file(
     assert run(tmp_path, *EVERYTHING)[1] == directory
     found, expected = results(directory), results(whole)
     assert [key for key in expected if found.get(key) != expected[key]] == []
-    assert not [file.name for file in directory.iterdir() if file.suffix == ".pt" or file.name == "pruned_layers"]
+    assert not [
+        file.name
+        for file in directory.iterdir()
+        if file.suffix == ".pt" or file.name == "pruned_layers"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +146,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("whole"), *EVERYTHING)[1]
 
 
-def test_finished_stages_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_stages_are_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("permutation=heuristic", "mask=score", "mask.epochs=1")
     begun(tmp_path, words, stages, "prune")
     learned = begun(tmp_path / "lcp", LEARNED, methods._Epochs, "add")
@@ -119,7 +162,11 @@ def test_finished_stages_are_not_computed_again(tmp_path: Path, monkeypatch: pyt
 def damages(directory: Path) -> list[tuple[Path, bytes]]:
     """Each file of a run, truncated, garbled and emptied."""
     found = []
-    for file in sorted(file for file in directory.rglob("*") if file.is_file() and not file.name.startswith(".lock")):
+    for file in sorted(
+        file
+        for file in directory.rglob("*")
+        if file.is_file() and not file.name.startswith(".lock")
+    ):
         content = file.read_bytes()
         middle = len(content) // 2
         garbled = content[:middle] + b"\x80\xff\x00" + content[middle + 3 :]
@@ -127,13 +174,18 @@ def damages(directory: Path) -> list[tuple[Path, bytes]]:
     return found
 
 
-def test_a_damaged_file_of_a_finished_run_gives_the_same_result_or_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_finished_run_gives_the_same_result_or_is_named(
+    whole: Path, tmp_path: Path
+) -> None:
     before, refused = results(whole), set()
     directory = tmp_path / "run"
     for file, content in damages(whole):
         kept = file.read_bytes()
         file.write_bytes(content)
-        for form in ("gathered", "simulate"):  # the run has the former; the latter reads all tensors
+        for form in (
+            "gathered",
+            "simulate",
+        ):  # the run has the former; the latter reads all tensors
             shutil.copytree(whole, directory)
             outcome = attempt(tmp_path, *EVERYTHING[:-1], f"export={form}", f"run_dir={directory}")
             if isinstance(outcome, PermLLMError):
@@ -143,10 +195,19 @@ def test_a_damaged_file_of_a_finished_run_gives_the_same_result_or_is_named(whol
             else:
                 assert outcome["perplexity"] == before["perplexity"]
                 exported = load_file(directory / "export" / "model.safetensors")
-                assert form == "simulate" or exported.keys() == before["export/model.safetensors"].keys()
+                assert (
+                    form == "simulate"
+                    or exported.keys() == before["export/model.safetensors"].keys()
+                )
             shutil.rmtree(directory)
         file.write_bytes(kept)
-    assert {"metrics.json", "config.yaml", "masks.safetensors", "permutations.safetensors", "00000.safetensors"} <= refused
+    assert {
+        "metrics.json",
+        "config.yaml",
+        "masks.safetensors",
+        "permutations.safetensors",
+        "00000.safetensors",
+    } <= refused
     again, _ = run(tmp_path, *EVERYTHING, f"run_dir={whole}", "force=true")
     assert again["perplexity"] == before["perplexity"]
 
@@ -158,7 +219,9 @@ def attempt(folder: Path, *words: str) -> dict[str, Any] | PermLLMError:
         return error
 
 
-def test_a_damaged_checkpoint_is_learned_anew(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_learned_anew(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = begun(tmp_path, EVERYTHING, methods._Epochs, "add")
     content = bytearray((directory / "lcp_checkpoint.pt").read_bytes())
     content[2000] ^= 4
@@ -223,8 +286,12 @@ def test_a_directory_of_another_run_is_refused(cache: Path, tmp_path: Path) -> N
     assert (tmp_path / "mine" / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("words", [("calibration.samples=90000",), ("evaluation.perplexity.seqlen=900000",)])
-def test_a_job_that_ends_by_its_settings_leaves_no_directory(cache: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "words", [("calibration.samples=90000",), ("evaluation.perplexity.seqlen=900000",)]
+)
+def test_a_job_that_ends_by_its_settings_leaves_no_directory(
+    cache: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
     with pytest.raises((ConfigError, DataError)):
         run(tmp_path / "runs", *words)
     assert not list((tmp_path / "runs").glob("tiny*"))
@@ -255,15 +322,25 @@ def test_two_processes_on_one_run_take_turns(tmp_path: Path) -> None:
     assert min(entered) >= left
 
 
-def test_a_job_that_was_killed_anywhere_ends_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_was_killed_anywhere_ends_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Continue what `kill -9` leaves before anything that a job moves or removes: one run makes a copy of its folder there."""
-    words = ("pruner=sparsegpt", *LEARNED, "permutation.epochs=2", "calibration.samples=2", "export=gathered")
+    words = (
+        "pruner=sparsegpt",
+        *LEARNED,
+        "permutation.epochs=2",
+        "calibration.samples=2",
+        "export=gathered",
+    )
     places: list[Path] = []
 
     def run_in(folder: Path) -> dict[str, Any]:
         monkeypatch.setenv("PERMLLM_CACHE", str(folder / "cache"))
         _, directory = run(folder, *words, f"run_dir={folder}/run")
-        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix != ".lock"]
+        files = [
+            str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix != ".lock"
+        ]
         return results(directory) | {"files": sorted(files)}
 
     def copy_before(owner: Any, name: str, patch: pytest.MonkeyPatch) -> None:
@@ -278,7 +355,12 @@ def test_a_job_that_was_killed_anywhere_ends_with_the_same_result(tmp_path: Path
 
     (tmp_path / "whole").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        for owner, name in (
+            (os, "replace"),
+            (Path, "rename"),
+            (Path, "unlink"),
+            (shutil, "rmtree"),
+        ):
             copy_before(owner, name, patch)
         expected = run_in(tmp_path / "whole")
     assert len(places) > 40

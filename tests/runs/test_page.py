@@ -34,7 +34,9 @@ PERPLEXITY = "wikitext2 perplexity (window 2048)"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ERRANDS = ("background-networking", "component-update", "sync")
 # No window, no sandbox (containers have none), and none of the browser's own errands.
-ARGUMENTS = [f"--{word}" for word in ("no-sandbox", "disable-gpu", *(f"disable-{name}" for name in ERRANDS))]
+ARGUMENTS = [
+    f"--{word}" for word in ("no-sandbox", "disable-gpu", *(f"disable-{name}" for name in ERRANDS))
+]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -42,27 +44,49 @@ def table_of(*folders: Path) -> Table:
     return Table(collect(folders).runs)
 
 
-def write_tensors(folder: Path, layers: int = 5, rows: int = 24, channels: int = 32) -> tuple[dict[str, Any], dict[str, Any]]:
+def write_tensors(
+    folder: Path, layers: int = 5, rows: int = 24, channels: int = 32
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write permutations and masks into a run directory; return both by name."""
     generator = np.random.default_rng(0)
-    orders = {f"model.layers.{layer}.mlp.down_proj": generator.permutation(channels) for layer in range(layers)}
+    orders = {
+        f"model.layers.{layer}.mlp.down_proj": generator.permutation(channels)
+        for layer in range(layers)
+    }
     masks = {name: generator.random((rows, channels)) < 0.5 for name in orders}
     save_file(orders, folder / "permutations.safetensors")
     shapes = json.dumps({name: [rows, channels] for name in masks})
-    save_file({name: np.packbits(mask) for name, mask in masks.items()}, folder / "masks.safetensors", {"shapes": shapes})
+    save_file(
+        {name: np.packbits(mask) for name, mask in masks.items()},
+        folder / "masks.safetensors",
+        {"shapes": shapes},
+    )
     return orders, masks
 
 
 def test_rows_are_named_by_what_is_unusual_in_them() -> None:
     names = table_of(ROOT / "experiments" / "lcp_ablation").names()
-    assert {"wanda, lcp", "wanda, none", "wanda, lcp, constraint=foldable, block_size=192"} <= set(names)
+    assert {"wanda, lcp", "wanda, none", "wanda, lcp, constraint=foldable, block_size=192"} <= set(
+        names
+    )
     assert table_of(THREE_RUNS).names() == ["none", "heuristic", "lcp"]
 
 
 def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     for seed in range(2):
-        seconds = {"load": 7.0, "permute": 570.0 + 120 * seed, "prune": 30.0, "evaluate sparse": 999.0}
-        make_run(tmp_path / f"lcp{seed}", 20.0 + 2 * seed, seed=seed, seconds=seconds, peak_memory_bytes=4 * (seed + 1))
+        seconds = {
+            "load": 7.0,
+            "permute": 570.0 + 120 * seed,
+            "prune": 30.0,
+            "evaluate sparse": 999.0,
+        }
+        make_run(
+            tmp_path / f"lcp{seed}",
+            20.0 + 2 * seed,
+            seed=seed,
+            seconds=seconds,
+            peak_memory_bytes=4 * (seed + 1),
+        )
     make_run(tmp_path / "none", 40.0, permutation="none", seconds={"permute": 5.0})
     make_run(tmp_path / "slow", 50.0, permutation="heuristic", seconds={"permute": 50.0})
     make_run(tmp_path / "from_file", 20.0, permutation="from_file")
@@ -75,18 +99,31 @@ def test_a_point_is_a_row_and_nothing_beats_the_front(tmp_path: Path) -> None:
     assert found["front"].to_dict() == {"none": True, "heuristic": False, "lcp": True}
 
 
-def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_are_written_in_the_format_of_their_suffix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "runs" / "a", 20.0)
     make_run(tmp_path / "runs" / "b", 30.0, permutation="none")
     for option in ("--to", "--curves"):
         assert call("report", [str(tmp_path / "runs"), option, str(tmp_path / "a.png")]) == 0
         assert Image.open(tmp_path / "a.png").format == "PNG"
-    assert call("report", [str(THREE_RUNS), "--to", str(tmp_path / "a.svg"), "--measure", "average acc"]) == 0
+    assert (
+        call(
+            "report", [str(THREE_RUNS), "--to", str(tmp_path / "a.svg"), "--measure", "average acc"]
+        )
+        == 0
+    )
     assert "average acc" in (tmp_path / "a.svg").read_text()
     for words, message in (
         (["--to", "a.txt"], "error: a.txt: "),
-        (["--to", "a.png", "--measure", "speed"], "error: a.png: no row has speed; valid are: gap closed, "),
-        (["--to", "a.png", "--paper", "table1"], "error: --paper table1: a.png shows nothing of it"),
+        (
+            ["--to", "a.png", "--measure", "speed"],
+            "error: a.png: no row has speed; valid are: gap closed, ",
+        ),
+        (
+            ["--to", "a.png", "--paper", "table1"],
+            "error: --paper table1: a.png shows nothing of it",
+        ),
         (["--masks", "a.png"], "error: a.png: none of the runs has its masks.safetensors"),
         ([], "error: DIR... and one of --to, --curves and --masks are needed"),
     ):
@@ -96,8 +133,13 @@ def test_pictures_are_written_in_the_format_of_their_suffix(tmp_path: Path, caps
 
 def test_masks_and_permutations_are_those_of_the_run(tmp_path: Path) -> None:
     orders, _ = write_tensors(make_run(tmp_path / "a"))
-    assert list(permutations(tmp_path / "a")) == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 2, 4)]
-    assert all((permutations(tmp_path / "a")[name] == orders[name]).all() for name in permutations(tmp_path / "a"))
+    assert list(permutations(tmp_path / "a")) == [
+        f"model.layers.{layer}.mlp.down_proj" for layer in (0, 2, 4)
+    ]
+    assert all(
+        (permutations(tmp_path / "a")[name] == orders[name]).all()
+        for name in permutations(tmp_path / "a")
+    )
     table = table_of(tmp_path)
     plot_masks(table, tmp_path / "masks.svg")
     caption = "model.layers.2.mlp.down_proj, rows 0 to 23, input channels 0 to 31, black: kept"
@@ -106,7 +148,9 @@ def test_masks_and_permutations_are_those_of_the_run(tmp_path: Path) -> None:
         plot_masks(table, tmp_path / "masks.png", "model.layers.7.mlp.down_proj")
 
 
-def test_tensors_of_garbage_cost_a_picture_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensors_of_garbage_cost_a_picture_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "run")
     for name in ("masks", "permutations"):
         (run / f"{name}.safetensors").write_bytes(b"\xff" * 100)
@@ -152,11 +196,27 @@ def column(page: Any, name: str) -> list[str]:
 
 
 def test_the_table_sorts_by_number_and_filters(browser: Any, tmp_path: Path) -> None:
-    for size, perplexity in enumerate((102.0, 42.0, 104.0, 48.0, 72.0, 74.0, 78.0, 44.0, 108.0, float("inf")), 10):
-        make_run(tmp_path / "runs" / str(size), perplexity, block_size=size)  # with fewer rows there is no search
+    for size, perplexity in enumerate(
+        (102.0, 42.0, 104.0, 48.0, 72.0, 74.0, 78.0, 44.0, 108.0, float("inf")), 10
+    ):
+        make_run(
+            tmp_path / "runs" / str(size), perplexity, block_size=size
+        )  # with fewer rows there is no search
     with opened(browser, tmp_path / "runs") as page:
         header = page.locator("#table thead th").filter(has_text=PERPLEXITY).get_by_role("button")
-        up = ["10.00", "42.00", "44.00", "48.00", "72.00", "74.00", "78.00", "102.00", "104.00", "108.00", "inf"]
+        up = [
+            "10.00",
+            "42.00",
+            "44.00",
+            "48.00",
+            "72.00",
+            "74.00",
+            "78.00",
+            "102.00",
+            "104.00",
+            "108.00",
+            "inf",
+        ]
         for direction, expected in (("ascending", up), ("descending", up[::-1])):
             header.click()
             page.locator(f"th[aria-sort={direction}]").wait_for()
@@ -187,7 +247,9 @@ def test_a_point_says_what_it_is_and_shows_its_run(browser: Any, tmp_path: Path)
         for chosen, count in ((0, 3), (1, 0)):
             page.locator("#run").select_option(str(chosen))
             assert page.locator(".run:visible img").count() == count
-            assert page.locator("#curves .scatterlayer .trace").count() == 2  # loss and temperature of the chosen run
+            assert (
+                page.locator("#curves .scatterlayer .trace").count() == 2
+            )  # loss and temperature of the chosen run
         figure = "(one) => one._fullData.filter((trace) => trace.visible === true).map(({ x, y }) => [[...x], [...y]])"
         page.locator("#quality .updatemenu-header").click()
         page.locator("#quality .updatemenu-dropdown-button").filter(has_text="average acc").click()
@@ -197,7 +259,9 @@ def test_a_point_says_what_it_is_and_shows_its_run(browser: Any, tmp_path: Path)
 
 def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> None:
     for number, loss in enumerate(("kl", EVIL)):
-        as_folder(record(20.0 + number, loss=loss, **{EVIL: number}), tmp_path / "runs" / str(number))
+        as_folder(
+            record(20.0 + number, loss=loss, **{EVIL: number}), tmp_path / "runs" / str(number)
+        )
     with opened(browser, tmp_path / "runs") as page:
         assert " ".join(EVIL.split()) in [" ".join(text.split()) for text in column(page, "loss")]
         assert page.locator("img").count() == 0
@@ -207,10 +271,23 @@ def test_a_run_named_like_a_script_is_harmless(browser: Any, tmp_path: Path) -> 
 def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
     """Return a run of `wandb.Api` as the logger leaves it."""
     metrics = {key: value for key, value in line["metrics"].items() if key != "evaluation"}
-    flat = {key: "Infinity" if value == float("inf") else value for key, value in flatten(metrics, "/").items()}
+    flat = {
+        key: "Infinity" if value == float("inf") else value
+        for key, value in flatten(metrics, "/").items()
+    }
     flat |= {"lcp/step": 3, "minutes": 1.0}
-    config = line["config"] | {"evaluation": {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}}, "config_hash": "0"}
-    facts = {"id": name, "name": name, "group": "table1-1", "state": "finished", "config": config, "summary_metrics": flat}
+    config = line["config"] | {
+        "evaluation": {"perplexity": {"dataset": "wikitext2", "seqlen": 2048}},
+        "config_hash": "0",
+    }
+    facts = {
+        "id": name,
+        "name": name,
+        "group": "table1-1",
+        "state": "finished",
+        "config": config,
+        "summary_metrics": flat,
+    }
     return SimpleNamespace(**facts | changed)
 
 
@@ -218,25 +295,41 @@ def logged(line: dict[str, Any], name: str, **changed: Any) -> SimpleNamespace:
 def api(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """Return the runs that W&B has."""
     runs: list[SimpleNamespace] = []
-    monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(default_entity="me", runs=lambda path, order: runs))
+    monkeypatch.setattr(
+        "wandb.Api", lambda: SimpleNamespace(default_entity="me", runs=lambda path, order: runs)
+    )
     return runs
 
 
-def test_a_table_of_wandb_is_that_of_the_runs(api: list[SimpleNamespace], capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [*read_lines(THREE_RUNS / "records.jsonl")[:1], record(12.0, model="llama-2-7b"), record(30.0, model="llama-2-7b")]
+def test_a_table_of_wandb_is_that_of_the_runs(
+    api: list[SimpleNamespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        *read_lines(THREE_RUNS / "records.jsonl")[:1],
+        record(12.0, model="llama-2-7b"),
+        record(30.0, model="llama-2-7b"),
+    ]
     lines += [record(float("inf"), model="llama-2-7b", permutation="none")]
     api += [logged(line, f"run{number}") for number, line in enumerate(lines)]
-    api += [logged(record(seed=3), "crashed", state="crashed"), logged(record(seed=4), "elsewhere", group="other")]
+    api += [
+        logged(record(seed=3), "crashed", state="crashed"),
+        logged(record(seed=4), "elsewhere", group="other"),
+    ]
     assert call("report", ["--wandb", "permllm", "--table", "table1", "--json"]) == 0
     printed = capsys.readouterr()
-    found = {tuple(row["settings"].values()): row["measures"] for row in json.loads(printed.out)["rows"]}
+    found = {
+        tuple(row["settings"].values()): row["measures"] for row in json.loads(printed.out)["rows"]
+    }
     assert "note: skipped crashed (crashed): not finished (crashed)" in printed.err
     assert "run2 (run2) has the settings of run1, which is older and is not counted" in printed.err
     assert [found[name,][PERPLEXITY]["mean"] for name in ("none", "lcp")] == [None, 30.0]
     assert any("boolq-passages perplexity (window 256)" in measures for measures in found.values())
     assert call("report", ["--wandb", "permllm", "--table", "table9"]) == 1
     assert call("report", ["--wandb", "permllm", "--table", "table2"]) == 1
-    assert "no run is in the group table2 or table2-*; groups are other, table1-1" in capsys.readouterr().err
+    assert (
+        "no run is in the group table2 or table2-*; groups are other, table1-1"
+        in capsys.readouterr().err
+    )
 
 
 def test_publishing_saves_a_report_with_the_table_and_results_over_minutes(
@@ -247,13 +340,17 @@ def test_publishing_saves_a_report_with_the_table_and_results_over_minutes(
     saved = []
     url = "https://wandb.ai/me/permllm/reports/1"
     monkeypatch.setattr(
-        "wandb_workspaces.reports.v2.Report.save", lambda report: saved.append(report) or SimpleNamespace(url=url)
+        "wandb_workspaces.reports.v2.Report.save",
+        lambda report: saved.append(report) or SimpleNamespace(url=url),
     )
     assert call("report", ["--wandb", "permllm", "--table", "table1", "--publish"]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith(f"{url}\n")
     (report,) = saved
     assert report.blocks[1].text in printed
-    assert [panel.y for panel in report.blocks[3].panels] == ["nats_above_dense", "perplexity/sparse/wikitext2/value"]
+    assert [panel.y for panel in report.blocks[3].panels] == [
+        "nats_above_dense",
+        "perplexity/sparse/wikitext2/value",
+    ]
     assert re.search("run0", str(report.blocks[3].runsets[0].filters))
     assert as_run(api[0]).metrics["perplexity"]["sparse"]["wikitext2"]["value"] == 12.0

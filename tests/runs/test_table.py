@@ -46,8 +46,19 @@ def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(
         make_run(tmp_path / f"a{seed}", value, seed=seed)
     make_run(tmp_path / "b", 30.0, block_size=128)
     header, *lines = shown(tmp_path)
-    assert header == ["block_size", "seeds", PERPLEXITY, "saliency retained", "output error", "seconds"]
-    assert [line[:3] for line in lines] == [["dense", "", "10.00"], ["64", "3", "22.00 ± 2.00"], ["128", "1", "30.00"]]
+    assert header == [
+        "block_size",
+        "seeds",
+        PERPLEXITY,
+        "saliency retained",
+        "output error",
+        "seconds",
+    ]
+    assert [line[:3] for line in lines] == [
+        ["dense", "", "10.00"],
+        ["64", "3", "22.00 ± 2.00"],
+        ["128", "1", "30.00"],
+    ]
     assert lines[2][3:] == ["60.00%", "0.1500", "5"]
     print_comparison(table_of(tmp_path))
     printed = capsys.readouterr().out
@@ -57,7 +68,12 @@ def test_columns_are_what_varies_and_seeds_become_mean_and_deviation(
 
 def test_runs_that_differ_where_no_column_looks_are_not_averaged(tmp_path: Path) -> None:
     for revision, value in (("a", 20.0), ("b", 30.0)):
-        make_run(tmp_path / revision, value, model="mine", inputs={"calibration.data_files": revision * 20})
+        make_run(
+            tmp_path / revision,
+            value,
+            model="mine",
+            inputs={"calibration.data_files": revision * 20},
+        )
     found = [row[:2] for row in shown(tmp_path)]
     assert found[0] == ["calibration.data_files (digest)", PERPLEXITY]
     assert found[1:] == [["dense", "10.00"], ["aaaaaaaa", "20.00"], ["bbbbbbbb", "30.00"]]
@@ -68,15 +84,22 @@ def test_the_share_of_zeros_stands_where_patterns_differ(tmp_path: Path) -> None
     line = record(15.0, keep_dense=["0"])
     line["metrics"]["sparsity"]["of_model"] = 0.4375
     as_folder(line, tmp_path / "c")
-    assert cells(table_of(tmp_path)).iloc[1:].set_index("keep_dense")["zeros"].to_dict() == {"": "50.00%", "0": "43.75%"}
+    assert cells(table_of(tmp_path)).iloc[1:].set_index("keep_dense")["zeros"].to_dict() == {
+        "": "50.00%",
+        "0": "43.75%",
+    }
 
 
-def test_a_method_that_was_typed_stands_for_its_settings_where_it_tells_rows_apart(tmp_path: Path) -> None:
+def test_a_method_that_was_typed_stands_for_its_settings_where_it_tells_rows_apart(
+    tmp_path: Path,
+) -> None:
     make_run(tmp_path / "a", 40.0, permutation="none", method="wanda")
     make_run(tmp_path / "b", 20.0, method="masks", mask={"name": "score", "steps": 10})
     assert shown(tmp_path)[0][:2] == ["method", PERPLEXITY]
     table = table_of(tmp_path)
-    assert table.find("method=wanda", "--baseline") == table.find("permutation=none,mask=pruner", "--baseline")
+    assert table.find("method=wanda", "--baseline") == table.find(
+        "permutation=none,mask=pruner", "--baseline"
+    )
     make_run(tmp_path / "c", 19.0, method="masks", mask={"name": "score", "steps": 20})
     assert "method" not in shown(tmp_path)[0]
     table.show("permutation", "perplexity, acc_norm")
@@ -115,7 +138,11 @@ def test_a_baseline_is_named_by_its_settings(tmp_path: Path) -> None:
     make_run(tmp_path / "none", 40.0, permutation="none")
     make_run(tmp_path / "lcp", 20.0)
     found = cells(table_of(tmp_path, "permutation=none"))
-    assert found.set_index("permutation")["against the baseline"].to_dict() == {"dense": "", "none": "", "lcp": "-50.0%"}
+    assert found.set_index("permutation")["against the baseline"].to_dict() == {
+        "dense": "",
+        "none": "",
+        "lcp": "-50.0%",
+    }
     make_run(tmp_path / "ria", 20.0, pruner={"name": "ria"})
     for text, message in {
         "block=3": "block is no column; valid are pruner, permutation",
@@ -137,17 +164,28 @@ def test_formats_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert r"60.00\% & 0.1500" in printed["latex"]
     found = json.loads(printed["json"])
     assert [one["measures"][PERPLEXITY]["mean"] for one in found] == [20.0, None]
-    assert (found[0]["settings"], found[0]["seeds"], found[0]["runs"]) == ({"block_size": "64"}, [0], [str(tmp_path / "a")])
+    assert (found[0]["settings"], found[0]["seeds"], found[0]["runs"]) == (
+        {"block_size": "64"},
+        [0],
+        [str(tmp_path / "a")],
+    )
     assert found[0]["dense"][PERPLEXITY]["mean"] == 10.0
     assert call("results", [str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
 
 
-def test_infinite_perplexities_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infinite_perplexities_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for seed in range(2):
         for permutation in ("lcp", "none"):
-            make_run(tmp_path / f"{permutation}{seed}", float("inf"), seed=seed, permutation=permutation)
-    for words in (["--baseline", "permutation=none"], ["--compare", "permutation=none", "permutation=lcp"]):
+            make_run(
+                tmp_path / f"{permutation}{seed}", float("inf"), seed=seed, permutation=permutation
+            )
+    for words in (
+        ["--baseline", "permutation=none"],
+        ["--compare", "permutation=none", "permutation=lcp"],
+    ):
         assert call("results", [str(tmp_path), *words]) == 0
         assert "inf ± nan" in capsys.readouterr().out
     assert call("report", [str(tmp_path), "--to", str(tmp_path / "page.html")]) == 0
@@ -158,11 +196,16 @@ def test_runs_are_a_frame(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         make_run(tmp_path / f"a{seed}", value, seed=seed)
     make_run(tmp_path / "b", 30.0, permutation="none")
     runs = frame(tmp_path)
-    assert runs.groupby("permutation")[PERPLEXITY].agg(["mean", "std"]).loc["lcp"].tolist() == [22.0, 2.0]
+    assert runs.groupby("permutation")[PERPLEXITY].agg(["mean", "std"]).loc["lcp"].tolist() == [
+        22.0,
+        2.0,
+    ]
     assert set(runs[f"dense: {PERPLEXITY}"]) == {10.0}
     assert runs[["seed", "minutes"]].iloc[0].tolist() == [0, 5 / 60]
     make_run(tmp_path / "c" / "d", status="running")
-    with pytest.raises(ConfigError, match=r"no finished run is among them; skipped .*: not finished"):
+    with pytest.raises(
+        ConfigError, match=r"no finished run is among them; skipped .*: not finished"
+    ):
         frame(tmp_path / "c")
     assert len(frame(tmp_path)) == 4
     assert "not finished" in caplog.text
@@ -180,23 +223,45 @@ def test_the_gap_is_that_between_the_unpermuted_model_and_the_dense_one(tmp_path
     assert table.means.at[row, "gap closed"] == pytest.approx((start - here) / whole)
     # Each seed has its own distance from the unpermuted model.
     own = [math.log(40 / 20) / whole, math.log(50 / 24) / whole]
-    assert table.deviations.at[row, "gap closed"] == pytest.approx(abs(own[0] - own[1]) / math.sqrt(2))
+    assert table.deviations.at[row, "gap closed"] == pytest.approx(
+        abs(own[0] - own[1]) / math.sqrt(2)
+    )
     mask = table.find("mask=score", "--baseline")
     assert table.means.at[mask, "gap closed"] == pytest.approx((start - math.log(15)) / whole)
     assert table.measures[:2] == [PERPLEXITY, "gap closed"]
 
 
-def test_a_baseline_is_of_the_same_settings_and_the_same_statistics_where_there_is_one(tmp_path: Path) -> None:
+def test_a_baseline_is_of_the_same_settings_and_the_same_statistics_where_there_is_one(
+    tmp_path: Path,
+) -> None:
     for statistics, start in (("sequential", 40.0), ("dense", 80.0)):
         calibration = {"dataset": "c4", "statistics": statistics}
-        make_run(tmp_path / f"none {statistics}", start, permutation="none", calibration=calibration)
-        make_run(tmp_path / f"heuristic {statistics}", 20.0, permutation="heuristic", calibration=calibration)
+        make_run(
+            tmp_path / f"none {statistics}", start, permutation="none", calibration=calibration
+        )
+        make_run(
+            tmp_path / f"heuristic {statistics}",
+            20.0,
+            permutation="heuristic",
+            calibration=calibration,
+        )
     make_run(tmp_path / "kept", 12.0, keep_dense=["0"])
     make_run(tmp_path / "another text", 12.0, inputs={"calibration.data_files": "digest"})
     table = table_of(tmp_path)
-    found = {table.runs[runs[0]].directory.name: table.means.at[row, "gap closed"] for row, runs in enumerate(table.rows)}
-    expected = {"heuristic sequential": math.log(2) / math.log(4), "heuristic dense": math.log(4) / math.log(8)}
-    expected |= {"none sequential": 0.0, "none dense": 0.0, "kept": math.nan, "another text": math.nan}
+    found = {
+        table.runs[runs[0]].directory.name: table.means.at[row, "gap closed"]
+        for row, runs in enumerate(table.rows)
+    }
+    expected = {
+        "heuristic sequential": math.log(2) / math.log(4),
+        "heuristic dense": math.log(4) / math.log(8),
+    }
+    expected |= {
+        "none sequential": 0.0,
+        "none dense": 0.0,
+        "kept": math.nan,
+        "another text": math.nan,
+    }
     assert found == pytest.approx(expected, nan_ok=True)
     assert not table.one_start()
 
@@ -216,7 +281,10 @@ def test_with_a_baseline_all_gaps_of_its_model_are_from_that_row(tmp_path: Path)
 def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -> None:
     both = {"none": (40.0, 80.0), "lcp": (20.0, 20.0)}
     for name, (first, second) in both.items():
-        texts = {"wikitext2": {"dense": 10.0, "sparse": first}, "c4": {"dense": 10.0, "sparse": second}}
+        texts = {
+            "wikitext2": {"dense": 10.0, "sparse": first},
+            "c4": {"dense": 10.0, "sparse": second},
+        }
         make_run(tmp_path / name, 0.0, evaluation(texts), permutation=name)
     table = table_of(tmp_path)
     alone = [math.log(2) / math.log(4), math.log(4) / math.log(8)]
@@ -224,7 +292,9 @@ def test_the_gap_is_the_mean_over_the_texts_that_all_rows_have(tmp_path: Path) -
     assert table.main() == "gap closed"
     names = [f"{text} gap closed (window 2048)" for text in ("wikitext2", "c4")]
     assert table.measures[:5] == [PERPLEXITY, "c4 perplexity (window 2048)", "gap closed", *names]
-    assert table.means.loc[table.find("permutation=lcp", ""), names].tolist() == pytest.approx(alone)
+    assert table.means.loc[table.find("permutation=lcp", ""), names].tolist() == pytest.approx(
+        alone
+    )
     assert table.notes == [f"gap closed: the mean over {PERPLEXITY}, c4 perplexity (window 2048)"]
     make_run(tmp_path / "heuristic", 20.0, permutation="heuristic")
     table = table_of(tmp_path)
@@ -240,11 +310,15 @@ def test_every_published_number_is_found_by_its_table() -> None:
         published("table9")
 
 
-def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_papers_numbers_stand_beside_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "a", 9.5, model="llama-2-7b")
     make_run(tmp_path / "b", 9.9, model="llama-2-7b", block_size=32)
     expected = {row.setting: row.value for row in published("6") if row.metric == "wikitext2_ppl"}
-    for _, row in cells(table_of(tmp_path), Comparison(published("table6"), "llama-2-7b")).iloc[1:].iterrows():
+    for _, row in (
+        cells(table_of(tmp_path), Comparison(published("table6"), "llama-2-7b")).iloc[1:].iterrows()
+    ):
         theirs = expected[f"block_size={row['block_size']}"]
         assert row["paper, llama-2-7b"] == f"{theirs:.2f}"
         assert row["difference"] == f"{float(row[PERPLEXITY]) - theirs:+.2f}"
@@ -255,10 +329,15 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path, capsys: pytest.Cap
 def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 50.0, block_size=32)
     make_run(tmp_path / "b", 40.0, block_size=64)
-    table, paper = table_of(tmp_path, "block_size=32"), Comparison(published("table6"), "smollm2-135m")
+    table, paper = (
+        table_of(tmp_path, "block_size=32"),
+        Comparison(published("table6"), "smollm2-135m"),
+    )
     assert "llama-2-7b" in paper.note
     row = cells(table, paper).iloc[2]
-    theirs = {entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"}
+    theirs = {
+        entry.setting: entry.value for entry in published("6") if entry.metric == "wikitext2_ppl"
+    }
     change = theirs["block_size=64"] / theirs["block_size=32"] - 1
     assert row["against the baseline"] == "-20.0%"
     assert row["paper, against its baseline"] == f"{change * 100:+.1f}%"
@@ -270,8 +349,15 @@ def test_of_another_model_the_changes_stand_beside_each_other(tmp_path: Path) ->
 
 def test_several_models_of_the_paper_have_its_numbers_each_and_another_model_only_alone() -> None:
     paper = Comparison(published("table1"), "llama-2-7b", "opt-6.7b")
-    for row in (row for row in published("1") if row.method == "wanda" and row.model in ("llama-2-7b", "opt-6.7b")):
-        assert paper.value(record(permutation="none", model=row.model)["config"], PERPLEXITY) == row.value
+    for row in (
+        row
+        for row in published("1")
+        if row.method == "wanda" and row.model in ("llama-2-7b", "opt-6.7b")
+    ):
+        assert (
+            paper.value(record(permutation="none", model=row.model)["config"], PERPLEXITY)
+            == row.value
+        )
     with pytest.raises(ConfigError, match="not smollm2-135m; give runs of one model"):
         Comparison(published("table1"), "llama-2-7b", "smollm2-135m")
 
@@ -289,23 +375,36 @@ def test_a_run_that_the_paper_does_not_have_gets_no_number_of_it() -> None:
     ]
     paper = Comparison(published("table1"), "llama-2-7b")
     ours = record(model="llama-2-7b")["config"]
-    expected = next(row.value for row in published("1") if (row.model, row.method) == ("llama-2-7b", "permllm-wanda"))
+    expected = next(
+        row.value
+        for row in published("1")
+        if (row.model, row.method) == ("llama-2-7b", "permllm-wanda")
+    )
     assert paper.value(ours, PERPLEXITY) == expected
     assert paper.value(ours, "wikitext2 perplexity (window 256)") is None
-    assert [changed for changed in changes if paper.value(ours | changed, PERPLEXITY) is not None] == []
+    assert [
+        changed for changed in changes if paper.value(ours | changed, PERPLEXITY) is not None
+    ] == []
 
 
 def keep(*places: Path, to: Path) -> int:
     return call("results", [*map(str, places), "--jsonl", str(to)])
 
 
-def test_kept_records_are_read_like_the_folders_that_they_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kept_records_are_read_like_the_folders_that_they_are_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for line in read_lines(THREE_RUNS / "records.jsonl"):
         as_folder(line, tmp_path / "folders" / line["run"])
     assert keep(tmp_path / "folders", to=tmp_path / "kept" / "records.jsonl") == 0
     capsys.readouterr()
     tables = set()
-    for place in (tmp_path / "folders", tmp_path / "kept", tmp_path / "kept" / "records.jsonl", tmp_path):
+    for place in (
+        tmp_path / "folders",
+        tmp_path / "kept",
+        tmp_path / "kept" / "records.jsonl",
+        tmp_path,
+    ):
         assert call("results", [str(place)]) == 0
         tables.add(capsys.readouterr().out)
     assert len(tables) == 1
@@ -331,7 +430,11 @@ def test_kept_records_name_no_folder_of_the_machine_and_each_run_once(
     ("name", "change", "said"),
     [
         ("metrics.schema_version", 2, "schema_version=2: expected 3"),
-        ("metrics.status", "running", "not finished (status 'running'); the same command continues it"),
+        (
+            "metrics.status",
+            "running",
+            "not finished (status 'running'); the same command continues it",
+        ),
         ("metrics.sparsity", {}, "not as a run leaves it: 'of_model' is missing"),
         ("metrics.output_error", {"a": "x"}, "not as a run leaves it: "),
         ("config.model", None, "not as a run leaves it: "),
@@ -347,16 +450,25 @@ def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(
     folders, kept = tmp_path / "folders", tmp_path / "kept.jsonl"
     as_folder(record(), folders / "good")
     as_folder(line, folders / "bad")
-    kept.write_text("".join(json.dumps(one) + "\n" for one in (record() | {"run": "good"}, line | {"run": "bad"})))
+    kept.write_text(
+        "".join(
+            json.dumps(one) + "\n" for one in (record() | {"run": "good"}, line | {"run": "bad"})
+        )
+    )
     for place in (folders, kept):
         assert call("results", [str(place), "--format", "json"]) == 0
         printed = capsys.readouterr()
-        assert [Path(run).name for row in json.loads(printed.out) for run in row["runs"]] == ["good"]
+        assert [Path(run).name for row in json.loads(printed.out) for run in row["runs"]] == [
+            "good"
+        ]
         assert printed.err.startswith(f"note: skipped {place / 'bad'}: {said}")
         assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "config.yaml", "environment.json", "evaluations/0.json", "history.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.json", "config.yaml", "environment.json", "evaluations/0.json", "history.jsonl"],
+)
 @pytest.mark.parametrize("content", [b"{", b"\x00\xff", b"7", b"[" * 100_000])
 def test_a_file_of_garbage_takes_no_other_run_with_it(
     name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -370,8 +482,13 @@ def test_a_file_of_garbage_takes_no_other_run_with_it(
     assert f"{tmp_path / 'bad'}" in note
 
 
-def test_a_place_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for place, message in ((tmp_path / "none", "is not a directory, nor a file of records"), (tmp_path, "no runs below")):
+def test_a_place_without_runs_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, message in (
+        (tmp_path / "none", "is not a directory, nor a file of records"),
+        (tmp_path, "no runs below"),
+    ):
         assert call("results", [str(place)]) == 1
         assert message in capsys.readouterr().err
     for name in ("a", "b"):
@@ -380,11 +497,20 @@ def test_a_place_without_runs_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "b has the same settings as" in capsys.readouterr().err
 
 
-def test_the_runs_of_a_sweep_are_those_of_its_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_runs_of_a_sweep_are_those_of_its_jobs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "runs" / "a")
-    ran, failed, gone = {"directory": str(run)}, {"reason": "out of memory"}, {"directory": str(tmp_path / "gone")}
+    ran, failed, gone = (
+        {"directory": str(run)},
+        {"reason": "out of memory"},
+        {"directory": str(tmp_path / "gone")},
+    )
     for number, job in enumerate((ran, failed, gone)):
-        write_json(tmp_path / f"sweep/jobs/{number:04d}.json", job | {"overrides": [f"seed={number}"], "outcome": "x"})
+        write_json(
+            tmp_path / f"sweep/jobs/{number:04d}.json",
+            job | {"overrides": [f"seed={number}"], "outcome": "x"},
+        )
     assert call("results", [str(tmp_path / "sweep")]) == 0
     said = capsys.readouterr().err
     assert "skipped a job: seed=1: out of memory" in said
@@ -393,7 +519,10 @@ def test_the_runs_of_a_sweep_are_those_of_its_jobs(tmp_path: Path, capsys: pytes
 
 def test_seeds_are_averaged_over_what_all_of_them_have(tmp_path: Path) -> None:
     for seed in range(3):
-        texts, tasks = {"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}}, None if seed == 1 else {"rte": 0.5}
+        texts, tasks = (
+            {"wikitext2": {"dense": 10.0, "sparse": 20.0 + seed}},
+            None if seed == 1 else {"rte": 0.5},
+        )
         make_run(tmp_path / str(seed), 0.0, evaluation(texts, tasks), seed=seed)
     table = table_of(tmp_path)
     assert cells(table)[PERPLEXITY].tolist()[-1] == "21.00 ± 1.00"

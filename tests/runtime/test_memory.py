@@ -39,12 +39,16 @@ def test_what_a_stage_has_freed_is_given_back_before_the_next() -> None:
     assert left < 50 << 20
 
 
-def test_a_control_group_bounds_what_the_host_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_control_group_bounds_what_the_host_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     whole = memory.available_host_memory()
     monkeypatch.setattr(memory, "_GROUP", tmp_path)
     (tmp_path / "memory.current").write_text("41000\n")
     # Pages of files that were read count as taken, and go as soon as something else is asked for.
-    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 30000\nactive_file 10000\nfile 5\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 900\ninactive_file 30000\nactive_file 10000\nfile 5\n"
+    )
     for limit, expected in (("max", pytest.approx(whole, rel=0.5)), ("51000", 50_000)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert memory.available_host_memory() == expected

@@ -58,15 +58,28 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def torchrun(cwd: Path, *overrides: str, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
+def torchrun(
+    cwd: Path, *overrides: str, processes: int = 2, **environment: str
+) -> subprocess.Popen[str]:
     """Start ranks that share no folder: theirs are `rank0`, `rank1` and so on in `cwd`."""
     script = cwd / "apart.py"
     script.write_text(APART)
     for rank in range(processes):
         (cwd / f"rank{rank}" / "pid").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(script),
+    ]
     # On the CPU, which they can share, also on a machine with a GPU.
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    } | environment
     return subprocess.Popen(
         [*command, *overrides],
         cwd=cwd,
@@ -131,18 +144,33 @@ def test_a_rank_that_ends_in_the_middle_of_learning_ends_all_and_the_same_comman
     # An error that one rank alone meets.
     code, _, err = finished(torchrun(tmp_path, *command, CHECKPOINTS_THAT_FIT="2"), seconds=60)
     assert code != 0
-    assert err.count(f"error: rank 0: no space left to write lcp_checkpoint.pt: {CONTINUES}") == err.count("error: ") == 1
+    assert (
+        err.count(f"error: rank 0: no space left to write lcp_checkpoint.pt: {CONTINUES}")
+        == err.count("error: ")
+        == 1
+    )
     assert done < len(history(run)) < 20
     code, out, err = finished(torchrun(tmp_path, *command))
     assert code == 0, err
     # One of them says it. The state is written before the line of the history.
-    assert sum("continuing after step" in line for line in err.splitlines()) == out.count("files ") == 1
-    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == ["pid"]  # rank 0 alone writes
-    orders = [load_file(folder / "run" / "permutations.safetensors") for folder in (alone, tmp_path / "rank0")]
+    assert (
+        sum("continuing after step" in line for line in err.splitlines())
+        == out.count("files ")
+        == 1
+    )
+    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == [
+        "pid"
+    ]  # rank 0 alone writes
+    orders = [
+        load_file(folder / "run" / "permutations.safetensors")
+        for folder in (alone, tmp_path / "rank0")
+    ]
     assert all(torch.equal(orders[0][name], orders[1][name]) for name in orders[0])
 
 
-def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_for_both(tmp_path: Path, alone: Path) -> None:
+def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_for_both(
+    tmp_path: Path, alone: Path
+) -> None:
     def record(*overrides: str) -> RunDirectory:
         config = read_config(composed(*OVERRIDES, *overrides))
         return RunDirectory(tmp_path / "rank0" / run_directory(config), config)
@@ -172,7 +200,14 @@ def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_f
 
 
 def test_ranks_share_the_batches_that_weights_learn_from(tmp_path: Path) -> None:
-    words = ("model=tiny", "model.dtype=float64", "logger=none", "permutation=none", "reconstruction=distill", "run_dir=run")
+    words = (
+        "model=tiny",
+        "model.dtype=float64",
+        "logger=none",
+        "permutation=none",
+        "reconstruction=distill",
+        "run_dir=run",
+    )
     words += ("calibration.samples=5", "reconstruction.batch_size=3")
     one = run_command(*words, cwd=tmp_path)
     assert one.returncode == 0, one.stderr
@@ -195,8 +230,13 @@ def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
         found.append(parallel.portions(torch.arange(count), at_once))
     assert len({len(of_rank) for of_rank in found}) == 1
     portions = [portion for of_rank in found for portion in of_rank]
-    assert all(counted in (0, len(part)) and 0 < len(part) <= (at_once or count) for part, counted in portions)
-    assert sorted(int(index) for part, counted in portions if counted for index in part) == list(range(count))
+    assert all(
+        counted in (0, len(part)) and 0 < len(part) <= (at_once or count)
+        for part, counted in portions
+    )
+    assert sorted(int(index) for part, counted in portions if counted for index in part) == list(
+        range(count)
+    )
 
 
 def test_a_batch_that_leaves_processes_without_samples_is_refused(
@@ -206,16 +246,27 @@ def test_a_batch_that_leaves_processes_without_samples_is_refused(
     monkeypatch.setattr(parallel, "share", lambda value: value)
     for setting in ("permutation.batch_size=4", "calibration.samples=4"):
         config = read_config(
-            composed("model=tiny", "logger=none", "permutation.batch_size=8", f"runs_dir={tmp_path}", setting)
+            composed(
+                "model=tiny",
+                "logger=none",
+                "permutation.batch_size=8",
+                f"runs_dir={tmp_path}",
+                setting,
+            )
         )
         name = setting.split("=", maxsplit=1)[0]
-        with pytest.raises(ConfigError, match=rf"{setting} leaves .* of 8 processes without .*: the smallest is {name}=8"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"{setting} leaves .* of 8 processes without .*: the smallest is {name}=8",
+        ):
             job.run(config)
     assert not list(tmp_path.rglob("metrics.json"))
     assert not cache.exists()
 
 
-def test_a_launcher_that_starts_processes_of_its_own_is_refused_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_starts_processes_of_its_own_is_refused_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="hydra/launcher=basic"):
         share_gpus({"_target_": "hydra_plugins.hydra_joblib_launcher.JoblibLauncher"}, "auto")

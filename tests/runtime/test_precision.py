@@ -13,7 +13,13 @@ from permllm.config import NMPattern
 from permllm.models.head import Head
 from permllm.permutation.lcp.logits import BlockLogits
 from permllm.runtime import precision
-from permllm.runtime.precision import ThroughFloat32, compute_dtype, half_products, products_in, recomputed
+from permllm.runtime.precision import (
+    ThroughFloat32,
+    compute_dtype,
+    half_products,
+    products_in,
+    recomputed,
+)
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
 from permllm.training.blocks import split_blocks
@@ -39,13 +45,19 @@ CPU = torch.device("cpu")
     ],
 )
 def test_only_float32_is_rounded(
-    setting: str, native: bool, weights: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    setting: str,
+    native: bool,
+    weights: torch.dtype,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: native)
     assert compute_dtype(setting, weights, CPU) == expected
 
 
-def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weights_as_they_are() -> None:
+def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weights_as_they_are() -> (
+    None
+):
     torch.manual_seed(0)
     linear = nn.Linear(32, 24).requires_grad_(False)
     # Weights that bfloat16 cannot tell apart: rounded first, the mask would be another.
@@ -75,7 +87,9 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
         if dtype == torch.bfloat16:
             # Rounded to 8 bits, once as a product and once with the bias.
             exact = x.bfloat16().double() @ weight.T + linear.bias.double()
-            torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7 * float(exact.abs().max()))
+            torch.testing.assert_close(
+                y.double(), exact, rtol=2**-7, atol=2**-7 * float(exact.abs().max())
+            )
             exact = grad.bfloat16().double() @ weight
             torch.testing.assert_close(inputs.grad.double(), exact, rtol=2**-8, atol=1e-6)
     assert torch.cosine_similarity(grads[torch.bfloat16], grads[torch.float32], dim=0) > 0.999
@@ -111,7 +125,9 @@ def test_the_divergence_is_taken_in_float32_of_rounded_products() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("piece", [1, 50, 1 << 24])
-def test_half_precision_through_float32_rounds_once(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_through_float32_rounds_once(
+    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "_PIECE", piece)
     torch.manual_seed(0)
     linear = nn.Linear(24, 10).to(dtype)
@@ -128,7 +144,12 @@ def test_half_precision_through_float32_rounds_once(dtype: torch.dtype, piece: i
         "bias": wide_g.sum((0, 1)),
     }
     assert x.grad is not None
-    found = {"output": y.detach(), "x": x.grad, "weight": linear.weight.grad, "bias": linear.bias.grad}
+    found = {
+        "output": y.detach(),
+        "x": x.grad,
+        "weight": linear.weight.grad,
+        "bias": linear.bias.grad,
+    }
     for name, value in expected.items():
         actual = found[name]
         assert actual is not None
@@ -151,15 +172,25 @@ class Formats(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rounds", [torch.float32, torch.bfloat16])  # the latter is autocast, as around calibration
-def test_no_product_of_a_half_precision_model_is_made_in_half_precision(rounds: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "rounds", [torch.float32, torch.bfloat16]
+)  # the latter is autocast, as around calibration
+def test_no_product_of_a_half_precision_model_is_made_in_half_precision(
+    rounds: torch.dtype,
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(32, 24).bfloat16()
     logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    module = MaskedLinear(linear, Scores(SaliencyFactors(1, torch.ones(1, 32))), NMPattern(2, 4), logits.stacks)
+    module = MaskedLinear(
+        linear, Scores(SaliencyFactors(1, torch.ones(1, 32))), NMPattern(2, 4), logits.stacks
+    )
     x = torch.randn(5, 32).bfloat16().requires_grad_()
     with ThroughFloat32(), products_in(rounds, CPU), Formats() as formats:
-        module.set_order(logits.base, torch.arange(16).repeat(2), [sinkhorn(stack, 1.0, 5) for stack in logits.effective()])
+        module.set_order(
+            logits.base,
+            torch.arange(16).repeat(2),
+            [sinkhorn(stack, 1.0, 5) for stack in logits.effective()],
+        )
         y, plain = module(x), linear(x)
         (y + plain).sum().backward()
         model = tiny_model("llama", dtype=torch.bfloat16)
@@ -194,7 +225,9 @@ def test_what_is_recomputed_in_backward_goes_through_float32_again() -> None:
     assert ThroughFloat32.entered == 0
 
 
-def test_products_go_through_float32_where_a_cpu_cannot_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_go_through_float32_where_a_cpu_cannot_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for native, dtype, expected in (
         (True, torch.bfloat16, False),
         (False, torch.bfloat16, True),

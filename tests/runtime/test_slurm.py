@@ -28,14 +28,18 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
     ]
     if missing or os.geteuid():
-        text = f"needs root, and Debian's slurm-wlm and munge: without {', '.join(missing) or 'root'}"
+        text = (
+            f"needs root, and Debian's slurm-wlm and munge: without {', '.join(missing) or 'root'}"
+        )
         if os.environ.get("CI"):
             pytest.fail(text)
         pytest.skip(text)
     folder = tmp_path_factory.mktemp("slurm")
     script = str(Path(__file__).with_name("slurm_here.sh"))
     try:
-        said = subprocess.run([script, "start", str(folder)], check=True, capture_output=True, text=True, timeout=60).stdout
+        said = subprocess.run(
+            [script, "start", str(folder)], check=True, capture_output=True, text=True, timeout=60
+        ).stdout
         name, _, value = said.split()[1].partition("=")
         yield os.environ | {name: value, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finally:
@@ -43,7 +47,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def started(slurm: dict[str, str], cwd: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(words, cwd=cwd, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, cwd=cwd, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -65,13 +71,33 @@ def waited(what: str, found: Callable[[], object], process: subprocess.Popen[str
     pytest.fail(f"{what} never came")
 
 
-def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
     # Steps of a model of two narrow layers, enough of them to be met in the middle.
-    command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation=lcp", "permutation.epochs=400", "seed=0,1"]
-    command += ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=30"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        *TINY,
+        "permutation=lcp",
+        "permutation.epochs=400",
+        "seed=0,1",
+    ]
+    command += [
+        "hydra/launcher=submitit_slurm",
+        "hydra.launcher.cpus_per_task=1",
+        "hydra.launcher.timeout_min=30",
+    ]
     sweep = started(slurm, tmp_path, *command)
     waited("a checkpoint", lambda: len(list(tmp_path.glob("runs/*/lcp*.pt"))) == 2, sweep)
-    jobs = subprocess.run(["squeue", "--noheader", "--format=%i"], env=slurm, check=True, capture_output=True, text=True)
+    jobs = subprocess.run(
+        ["squeue", "--noheader", "--format=%i"],
+        env=slurm,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     first = sorted(jobs.stdout.split())[0]
     subprocess.run(["scontrol", "requeue", first], env=slurm, check=True)
     assert "2 ran" in ended(sweep)
@@ -84,8 +110,18 @@ def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
     assert [job.outcome for job in kept(folder)] == ["skipped", "skipped"]
 
 
-def test_torchrun_in_a_step_of_srun_starts_ranks_that_learn_together(slurm: dict[str, str], tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "run.py")]
+def test_torchrun_in_a_step_of_srun_starts_ranks_that_learn_together(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "run.py"),
+    ]
     command = [*torchrun, *TINY, "permutation=lcp", "permutation.batch_size=2"]
     ended(started(slurm, tmp_path, "srun", "--ntasks=1", "--cpus-per-task=2", *command))
     (record,) = tmp_path.glob("runs/*/environment.json")

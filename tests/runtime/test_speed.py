@@ -8,7 +8,9 @@ import torch
 from permllm.runtime import speed
 
 
-def test_measurements_take_turns_with_calls_enough_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_take_turns_with_calls_enough_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seconds = {"short": 0.004, "long": 5.0}
     turns: list[tuple[str, int]] = []
     now = ""

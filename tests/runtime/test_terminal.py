@@ -21,7 +21,13 @@ from permllm.runtime.terminal import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
 
-QUICK = ("model=tiny", "logger=none", "calibration.samples=4", "calibration.seqlen=16", "evaluation.perplexity.limit=1")
+QUICK = (
+    "model=tiny",
+    "logger=none",
+    "calibration.samples=4",
+    "calibration.seqlen=16",
+    "evaluation.perplexity.limit=1",
+)
 
 
 @pytest.fixture
@@ -61,8 +67,14 @@ def test_handlers_of_others_stay_and_so_does_what_is_ignored(handlers: None) -> 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {"PERMLLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and would be there too
+    environment |= {
+        "PERMLLM_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background it is ignored, and would be there too
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words],
         cwd=folder,
@@ -77,14 +89,19 @@ def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: P
     sweep = ("-m", "permutation.epochs=1,100000", *QUICK, "permutation.compile=false")
     process = started(tmp_path, *sweep)
     give_up = time.monotonic() + 200
-    while not any(len(file.read_text().splitlines()) > 1 for file in tmp_path.rglob("history.jsonl")):
+    while not any(
+        len(file.read_text().splitlines()) > 1 for file in tmp_path.rglob("history.jsonl")
+    ):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < give_up
         time.sleep(0.05)
     process.terminate()
     out, error = process.communicate(timeout=100)
     assert process.returncode == 143, error
-    assert error.splitlines()[-1] == "terminated by SIGTERM: the same command continues where it stopped"
+    assert (
+        error.splitlines()[-1]
+        == "terminated by SIGTERM: the same command continues where it stopped"
+    )
     assert "Traceback" not in error
     # The table of the sweep, and what became of its jobs.
     assert "terminated by SIGTERM: the same command continues it" in " ".join(out.split())
@@ -139,7 +156,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "ran"), [(["-m", *QUICK, "permutation=none", "seed=0,1"], (0, 141), 2), (["--help"], (141,), 0)]
+    ("words", "code", "ran"),
+    [(["-m", *QUICK, "permutation=none", "seed=0,1"], (0, 141), 2), (["--help"], (141,), 0)],
 )
 def test_a_job_goes_on_where_nobody_reads_and_a_help_is_quiet(
     words: list[str], code: tuple[int, ...], ran: int, tmp_path: Path

@@ -13,7 +13,12 @@ from tests.conftest import ROOT, run_python
 
 
 def written(folder: Path, *words: str) -> Path:
-    assert run_python("scripts/random_checkpoint.py", str(folder), "model=tiny", *words, cwd=ROOT).returncode == 0
+    assert (
+        run_python(
+            "scripts/random_checkpoint.py", str(folder), "model=tiny", *words, cwd=ROOT
+        ).returncode
+        == 0
+    )
     return folder
 
 
@@ -31,7 +36,9 @@ def test_a_random_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
-def test_its_tokenizer_has_a_token_for_each_byte_whatever_class_reads_it(tmp_path: Path, family: str) -> None:
+def test_its_tokenizer_has_a_token_for_each_byte_whatever_class_reads_it(
+    tmp_path: Path, family: str
+) -> None:
     folder = written(tmp_path / "model", f"model.architecture.model_type={family}")
     ids = AutoTokenizer.from_pretrained(folder)("The ß", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6
@@ -43,7 +50,9 @@ def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
     shards = written(tmp_path / "shards", "--shard-gb", "0.00005")
     assert len(list(shards.glob("*.safetensors"))) > 1
     assert indexed_files(shards / "model.safetensors.index.json")
-    one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, shards))
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, shards)
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
-def test_the_tables_of_documents_are_those_of_the_records(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_of_documents_are_those_of_the_records(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["--check", *map(str, DOCUMENTS)]) == 0, capsys.readouterr()
 
 
@@ -23,10 +25,15 @@ def test_the_tables_of_documents_are_those_of_the_records(capsys: pytest.Capture
         ("tabel", "view tabel: 'tabel'; views are table, paper, "),
         ("table colums=x", "got an unexpected keyword argument 'colums'"),
         ("table records=none.jsonl", "none.jsonl is not a directory, nor a file of records"),
-        (f"table records={ROOT}/experiments/table6/records.jsonl baseline=block_size=7", "no row has block_size=7"),
+        (
+            f"table records={ROOT}/experiments/table6/records.jsonl baseline=block_size=7",
+            "no row has block_size=7",
+        ),
     ],
 )
-def test_a_table_that_cannot_be_made_names_the_document(words: str, message: str, tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_made_names_the_document(
+    words: str, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "README.md"
     file.write_text(f"Before.\n\n<!-- view: {words} -->\nold\n<!-- /view -->\n\nAfter.\n")
     with pytest.raises(ConfigError) as raised:

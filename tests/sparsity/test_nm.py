@@ -25,7 +25,9 @@ def brute_force(row: list[float], n: int, m: int) -> list[bool]:
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_mask_equals_sorting_each_group_with_ties_to_the_lowest_index(n: int, m: int) -> None:
     generator = torch.Generator().manual_seed(n * 100 + m)
-    saliency = torch.randint(0, 4, (16, 4 * m), generator=generator).double()  # few values: many ties
+    saliency = torch.randint(
+        0, 4, (16, 4 * m), generator=generator
+    ).double()  # few values: many ties
     mask = nm_mask(saliency, NMPattern(n, m))
     assert mask.tolist() == [brute_force(row, n, m) for row in saliency.tolist()]
 
@@ -57,11 +59,16 @@ def test_other_patterns_are_refused(text: object) -> None:
 
 def test_packed_masks_are_those_that_were_given_in_an_eighth_of_their_bytes() -> None:
     generator = torch.Generator().manual_seed(0)
-    given = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in (("a", (3, 5)), ("b", (16, 8)))}
+    given = {
+        name: torch.rand(shape, generator=generator) < 0.5
+        for name, shape in (("a", (3, 5)), ("b", (16, 8)))
+    }
     masks = PackedMasks(given)
     assert list(masks) == ["a", "b"]
     assert all(torch.equal(masks[name], mask) for name, mask in given.items())
     assert [masks.packed(name)[0].numel() for name in given] == [2, 16]
     masks["a"] = ~given["a"]
     del masks["b"]
-    assert [(name, mask.tolist()) for name, mask in masks.items()] == [("a", (~given["a"]).tolist())]
+    assert [(name, mask.tolist()) for name, mask in masks.items()] == [
+        ("a", (~given["a"]).tolist())
+    ]

@@ -41,15 +41,23 @@ def statistics(inputs: Tensor) -> InputStatistics:
 
 def norms(inputs: Tensor) -> list[float]:
     rows = inputs.flatten(0, 1).double()
-    return [math.sqrt(sum(float(value) ** 2 for value in rows[:, j]) / TOKENS) for j in range(CHANNELS)]
+    return [
+        math.sqrt(sum(float(value) ** 2 for value in rows[:, j]) / TOKENS) for j in range(CHANNELS)
+    ]
 
 
 def table(formula: Callable[[int, int], float]) -> Tensor:
-    return torch.tensor([[formula(i, j) for j in range(CHANNELS)] for i in range(ROWS)], dtype=torch.float64)
+    return torch.tensor(
+        [[formula(i, j) for j in range(CHANNELS)] for i in range(ROWS)], dtype=torch.float64
+    )
 
 
-@pytest.mark.parametrize("pruner", [Magnitude(), Wanda(), RIA(0.5), RIA(0.0), RIA(1.0), SparseGPT(0.01)])
-def test_a_pruners_saliency_is_its_formula(weight: Tensor, inputs: Tensor, statistics: InputStatistics, pruner: Any) -> None:
+@pytest.mark.parametrize(
+    "pruner", [Magnitude(), Wanda(), RIA(0.5), RIA(0.0), RIA(1.0), SparseGPT(0.01)]
+)
+def test_a_pruners_saliency_is_its_formula(
+    weight: Tensor, inputs: Tensor, statistics: InputStatistics, pruner: Any
+) -> None:
     w, norm, rows = weight.double().abs(), norms(inputs), inputs.flatten(0, 1).double()
     hessian = rows.T @ rows / TOKENS
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(CHANNELS, dtype=torch.float64)
@@ -62,16 +70,22 @@ def test_a_pruners_saliency_is_its_formula(weight: Tensor, inputs: Tensor, stati
         if isinstance(pruner, Wanda):
             return of_weight * norm[j]
         if isinstance(pruner, RIA):
-            return (of_weight / float(w[:, j].sum()) + of_weight / float(w[i].sum())) * norm[j] ** pruner.exponent
+            return (of_weight / float(w[:, j].sum()) + of_weight / float(w[i].sum())) * norm[
+                j
+            ] ** pruner.exponent
         return of_weight**2 / float(inverse[j, j])
 
     found = saliency(weight, pruner.factors(weight, statistics)).double()
-    rounding = 0.0 if isinstance(pruner, Magnitude) else 1e-4 if isinstance(pruner, SparseGPT) else 1e-5
+    rounding = (
+        0.0 if isinstance(pruner, Magnitude) else 1e-4 if isinstance(pruner, SparseGPT) else 1e-5
+    )
     torch.testing.assert_close(found, table(formula), rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("empty", ["row", "column"])
-def test_ria_of_a_weight_that_has_lost_a_row_or_a_column(weight: Tensor, inputs: Tensor, empty: str) -> None:
+def test_ria_of_a_weight_that_has_lost_a_row_or_a_column(
+    weight: Tensor, inputs: Tensor, empty: str
+) -> None:
     (weight[2] if empty == "row" else weight[:, 3]).zero_()
     norm, w = [400 * value for value in norms(inputs)], weight.double().abs()
     many = InputStatistics(CHANNELS, "cpu", (Norm,))
@@ -80,7 +94,9 @@ def test_ria_of_a_weight_that_has_lost_a_row_or_a_column(weight: Tensor, inputs:
     def share(value: Tensor, total: Tensor) -> float:
         return float(value) / float(total) if float(total) else 0.0
 
-    expected = table(lambda i, j: (share(w[i, j], w[:, j].sum()) + share(w[i, j], w[i].sum())) * norm[j] ** 0.5)
+    expected = table(
+        lambda i, j: (share(w[i, j], w[:, j].sum()) + share(w[i, j], w[i].sum())) * norm[j] ** 0.5
+    )
     found = saliency(weight, RIA(0.5).factors(weight, many)).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
@@ -94,11 +110,19 @@ def test_the_norm_of_the_released_code_divides_by_samples(inputs: Tensor, flatte
     torch.testing.assert_close(sums[Norm].value.double(), expected, rtol=1e-6, atol=0)
 
 
-def test_factors_can_be_permuted_scaled_and_transposed(weight: Tensor, statistics: InputStatistics) -> None:
+def test_factors_can_be_permuted_scaled_and_transposed(
+    weight: Tensor, statistics: InputStatistics
+) -> None:
     perm = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(2))
     score = torch.rand(ROWS, CHANNELS, generator=torch.Generator().manual_seed(3))
     dense = [SaliencyFactors.of_each_weight(score, power) for power in (1, 2)]
-    for factors in (*(pruner.factors(weight, statistics) for pruner in (Magnitude(), Wanda(), RIA(), SparseGPT())), *dense):
+    for factors in (
+        *(
+            pruner.factors(weight, statistics)
+            for pruner in (Magnitude(), Wanda(), RIA(), SparseGPT())
+        ),
+        *dense,
+    ):
         full = saliency(weight, factors)
         torch.testing.assert_close(saliency(weight[:, perm], factors.permuted(perm)), full[:, perm])
         torch.testing.assert_close(saliency_t(weight.t(), factors), full.t())

@@ -25,17 +25,29 @@ HIDDEN, INNER = 96, 256  # in the proportion of LLaMA's
 def saved_bytes(learns: str, dtype: torch.dtype, layers: int, length: int) -> int:
     """Of all tensors that a step of four samples saves."""
     model = tiny_model(
-        "llama", dtype=dtype, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_key_value_heads=4
+        "llama",
+        dtype=dtype,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_key_value_heads=4,
     )
     groups, pattern = channel_groups(model), NMPattern(2, 4)
     tokens = torch.randint(0, 259, (4, length), generator=torch.Generator().manual_seed(0))
     dense = calibrate_dense(model, groups, tokens, Wanda(), batch_size=4)
     learning = LearningProblem(model, groups, tokens, dense.factors, dense.target, pattern, seed=0)
     orders = {
-        group.name: Heuristic().order(group.name, torch.cat([learning.saliency_of(path) for path in group.members]), pattern)
+        group.name: Heuristic().order(
+            group.name, torch.cat([learning.saliency_of(path) for path in group.members]), pattern
+        )
         for group in groups
     }
-    settings: dict[str, Any] = {"steps": 1, "select_from": 0, "activation_checkpointing": False, "compile": False}
+    settings: dict[str, Any] = {
+        "steps": 1,
+        "select_from": 0,
+        "activation_checkpointing": False,
+        "compile": False,
+    }
     found: dict[int, int] = {}
     held: list[Tensor] = []
 
@@ -54,12 +66,24 @@ def saved_bytes(learns: str, dtype: torch.dtype, layers: int, length: int) -> in
 
 @pytest.mark.parametrize(
     ("learns", "dtype"),
-    [("orders", torch.float32), ("masks", torch.float32), ("orders", torch.bfloat16), ("masks", torch.bfloat16)],
+    [
+        ("orders", torch.float32),
+        ("masks", torch.float32),
+        ("orders", torch.bfloat16),
+        ("masks", torch.bfloat16),
+    ],
 )
 def test_a_layer_keeps_what_is_estimated(learns: str, dtype: torch.dtype) -> None:
     # What grows with layers and tokens: neither weights nor what learns, nor the loss.
-    of_tokens = [saved_bytes(learns, dtype, layers, 64) - saved_bytes(learns, dtype, layers, 32) for layers in (2, 3)]
+    of_tokens = [
+        saved_bytes(learns, dtype, layers, 64) - saved_bytes(learns, dtype, layers, 32)
+        for layers in (2, 3)
+    ]
     saved = (of_tokens[1] - of_tokens[0]) / (4 * 32)
-    groups = channel_groups(tiny_model("llama", hidden_size=HIDDEN, intermediate_size=INNER, num_key_value_heads=4))
-    estimated = kept_a_token(groups, HIDDEN, dtype.itemsize, gathers=learns == "masks") * dtype.itemsize
+    groups = channel_groups(
+        tiny_model("llama", hidden_size=HIDDEN, intermediate_size=INNER, num_key_value_heads=4)
+    )
+    estimated = (
+        kept_a_token(groups, HIDDEN, dtype.itemsize, gathers=learns == "masks") * dtype.itemsize
+    )
     assert 0.8 * estimated <= saved <= 1.05 * estimated

@@ -35,15 +35,21 @@ def tied(n: int, m: int, power: int, with_row: bool) -> tuple[Piece, Tensor]:
     channels = torch.randperm(4 * m, generator=generator)[: 3 * m]
     column = torch.randint(1, 3, (2 if with_row else 1, 3 * m), generator=generator).float()
     row = torch.randint(1, 3, (2, 20), generator=generator).float() if with_row else None
-    return Piece(weight_t, channels, power, column, row), torch.randn(4 * m, 20, generator=generator)
+    return Piece(weight_t, channels, power, column, row), torch.randn(
+        4 * m, 20, generator=generator
+    )
 
 
-def check_mask_and_gradients(kernels: Kernels, piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -> None:
+def check_mask_and_gradients(
+    kernels: Kernels, piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype
+) -> None:
     weight = piece.of(piece.weight_t)
     score = saliency(weight.t(), SaliencyFactors(piece.power, piece.column, piece.row))
     expected = torch.zeros_like(grad, dtype=dtype)
     assert piece.channels is not None
-    expected[piece.channels] = torch.where(nm_mask(score, NMPattern(n, m)).t(), weight, 0.0).to(dtype)
+    expected[piece.channels] = torch.where(nm_mask(score, NMPattern(n, m)).t(), weight, 0.0).to(
+        dtype
+    )
     for hard in (True, False):
         outs = [torch.zeros_like(expected) for _ in range(3)]
         kernels.mask(outs[0], piece, n, m)
@@ -70,17 +76,23 @@ def test_a_piece_is_written_under_its_mask(n: int, m: int) -> None:
         pytest.param(4, 8, 1, True, torch.float32, marks=slow),
     ],
 )
-def test_compiled_kernels_are_the_eager_ones(n: int, m: int, power: int, with_row: bool, dtype: torch.dtype) -> None:
+def test_compiled_kernels_are_the_eager_ones(
+    n: int, m: int, power: int, with_row: bool, dtype: torch.dtype
+) -> None:
     check_mask_and_gradients(COMPILED, *tied(n, m, power, with_row), n, m, dtype)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("dense", [False, True])
-def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(n: int, m: int, dense: bool) -> None:
+def test_changes_are_those_of_a_loss_that_is_linear_in_the_mask(
+    n: int, m: int, dense: bool
+) -> None:
     check_changes(EAGER, torch.float64, n, m, dense)
 
 
-@pytest.mark.parametrize(("m", "dense"), [(4, False), (4, True), pytest.param(8, False, marks=slow)])
+@pytest.mark.parametrize(
+    ("m", "dense"), [(4, False), (4, True), pytest.param(8, False, marks=slow)]
+)
 def test_compiled_changes_are_those_too(m: int, dense: bool) -> None:
     check_changes(COMPILED, torch.float32, m // 2, m, dense)
 
@@ -98,7 +110,9 @@ def check_changes(kernels: Kernels, dtype: torch.dtype, n: int, m: int, dense: b
     found = kernels.exchanges(masked, piece, grad, n, m, size)
     score, slope = (weight_t.abs() * column.t())[order].double(), (weight_t * grad)[order].double()
     groups = torch.arange(size * blocks).view(-1, m).tolist()
-    assert torch.equal(masked[order], torch.where(nm_mask(score.t(), NMPattern(n, m)).t(), weight_t[order], 0.0))
+    assert torch.equal(
+        masked[order], torch.where(nm_mask(score.t(), NMPattern(n, m)).t(), weight_t[order], 0.0)
+    )
 
     def loss(members: list[int]) -> float:
         """Of one group of any size that keeps its n largest entries in each row."""
@@ -115,7 +129,9 @@ def check_changes(kernels: Kernels, dtype: torch.dtype, n: int, m: int, dense: b
                 else:
                     without = [[p for p in group if p != leaving] for leaving in group]
                     expected = sum(loss([*rest, position]) - loss(rest) for rest in without) / m
-                assert float(found[block, channel, index]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+                assert float(found[block, channel, index]) == pytest.approx(
+                    expected, rel=1e-4, abs=1e-4
+                )
 
 
 def test_without_a_driver_a_gpu_has_the_eager_functions(caplog: pytest.LogCaptureFixture) -> None:
@@ -146,4 +162,7 @@ def test_without_a_driver_a_gpu_has_the_eager_functions(caplog: pytest.LogCaptur
 def test_a_cpu_compiles_what_is_soon_made_up_for(
     device: str, asked: bool | None, work: float, m: int, expected: Kernels
 ) -> None:
-    assert chosen_kernels(torch.device(device), asked, work, [NMPattern(2, 4), NMPattern(m // 2, m)]) is expected
+    assert (
+        chosen_kernels(torch.device(device), asked, work, [NMPattern(2, 4), NMPattern(m // 2, m)])
+        is expected
+    )

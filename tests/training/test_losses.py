@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from permllm.models.families import _LLAMA, FAMILIES, Family, GroupTable, after_layers, decoder_layers
+from permllm.models.families import (
+    _LLAMA,
+    FAMILIES,
+    Family,
+    GroupTable,
+    after_layers,
+    decoder_layers,
+)
 from permllm.models.head import Head, tokens_at_a_time
 from permllm.training import losses
 from permllm.training.losses import cosine_loss, head_divergence
@@ -32,13 +39,19 @@ def test_the_heads_weight_is_rounded_once() -> None:
 
 def test_cosine_loss_against_its_formula() -> None:
     a, b = pair()
-    total = sum(1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm())) for i in range(2) for j in range(3))
+    total = sum(
+        1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm()))
+        for i in range(2)
+        for j in range(3)
+    )
     assert float(cosine_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
     assert float(cosine_loss(a, a)) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_head_divergence_and_its_gradient_against_the_plain_formula(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_divergence_and_its_gradient_against_the_plain_formula(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 14 tokens: three chunks and a rest
     model = tiny_model("llama", dtype=torch.float64)
     hidden = model.config.hidden_size
@@ -56,7 +69,9 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(compiled: bo
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
-    assert float(head_divergence(Head(model), target, target, form)) == pytest.approx(0.0, abs=1e-12)
+    assert float(head_divergence(Head(model), target, target, form)) == pytest.approx(
+        0.0, abs=1e-12
+    )
 
 
 def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
@@ -72,7 +87,8 @@ def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokens", "compiled"), [(None, 9, False), (None, 11, True), (True, 9, True), (False, 11, False)]
+    ("asked", "tokens", "compiled"),
+    [(None, 9, False), (None, 11, True), (True, 9, True), (False, 11, False)],
 )
 def test_the_divergence_is_compiled_where_that_is_made_up_for(
     asked: bool | None, tokens: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
@@ -87,13 +103,17 @@ def test_the_divergence_is_compiled_where_that_is_made_up_for(
 
 @pytest.mark.parametrize("vocabulary", [49_152, 151_936, 262_144])
 def test_a_large_vocabulary_has_the_logits_of_fewer_tokens_at_a_time(vocabulary: int) -> None:
-    assert tokens_at_a_time(vocabulary, 5000) == {262_144: 256}.get(vocabulary, 5000)  # as it always was
+    assert tokens_at_a_time(vocabulary, 5000) == {262_144: 256}.get(
+        vocabulary, 5000
+    )  # as it always was
     assert tokens_at_a_time(vocabulary, 128) == 128
     assert tokens_at_a_time(10**9, 128) == 1
 
 
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(32_000, 1024), (152_064, 220), (262_144, 128)])
-def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows(vocabulary: int, tokens: int) -> None:
+def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows(
+    vocabulary: int, tokens: int
+) -> None:
     assert losses.chunk_of(torch.device("cuda"), vocabulary) == tokens
     assert losses.chunk_of(torch.device("cpu"), vocabulary) == 128
 
@@ -125,7 +145,14 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_PHI = Family("model.layers", (GroupTable("mlp.fc1", ("mlp.fc1",), "mlp"),), ("model.final_layernorm",), (), (), ())
+_PHI = Family(
+    "model.layers",
+    (GroupTable("mlp.fc1", ("mlp.fc1",), "mlp"),),
+    ("model.final_layernorm",),
+    (),
+    (),
+    (),
+)
 # Families that the project does not prune, for what their heads do beside the product.
 HEADS: dict[str, tuple[Family, dict[str, Any]]] = {
     "gemma2": (_LLAMA, {"final_logit_softcapping": 3.0}),
@@ -140,7 +167,9 @@ def model_of(model_type: str, settings: dict[str, Any], monkeypatch: pytest.Monk
     monkeypatch.setitem(FAMILIES, model_type, family)
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **(_SIZES | own | settings))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
+    )
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3)
     return model
@@ -161,7 +190,9 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     p = model(input_ids=tokens).logits.log_softmax(-1)
     handle.remove()
     target = seen[0]
-    output = (target + torch.randn(target.shape, dtype=torch.float64, generator=generator)).requires_grad_()
+    output = (
+        target + torch.randn(target.shape, dtype=torch.float64, generator=generator)
+    ).requires_grad_()
     reference = output.detach().clone().requires_grad_()
     # The model from its tokens to its logits, its last layer answering with the other output.
     handle = decoder_layers(model)[-1].register_forward_hook(
@@ -179,20 +210,28 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
     with torch.no_grad():
-        assert float(head_divergence(head, output, target)) == pytest.approx(float(expected.detach()), rel=1e-10)
-        torch.testing.assert_close(model(input_ids=tokens).logits.log_softmax(-1), p)  # the model is as it was
+        assert float(head_divergence(head, output, target)) == pytest.approx(
+            float(expected.detach()), rel=1e-10
+        )
+        torch.testing.assert_close(
+            model(input_ids=tokens).logits.log_softmax(-1), p
+        )  # the model is as it was
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_that_are_a_product_are_found_out_without_a_random_number(family: str, dtype: torch.dtype) -> None:
+def test_heads_that_are_a_product_are_found_out_without_a_random_number(
+    family: str, dtype: torch.dtype
+) -> None:
     model = tiny_model(family, dtype=dtype)
     before = torch.get_rng_state()
     assert Head(model).plain
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("model_type", "neutral"), [("gemma2", None), ("cohere", 1.0), ("granite", 1.0)])
+@pytest.mark.parametrize(
+    ("model_type", "neutral"), [("gemma2", None), ("cohere", 1.0), ("granite", 1.0)]
+)
 def test_a_setting_that_does_nothing_leaves_a_head_plain(
     model_type: str, neutral: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

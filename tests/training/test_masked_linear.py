@@ -46,7 +46,9 @@ def dense_output(
     permuted = saliency @ p
     groups = permuted.unflatten(1, (-1, pattern.m))
     soft_mask = groups.softmax(-1).flatten(1)
-    kept = torch.zeros_like(groups).scatter_(2, groups.topk(pattern.n, dim=2).indices, 1.0).flatten(1)
+    kept = (
+        torch.zeros_like(groups).scatter_(2, groups.topk(pattern.n, dim=2).indices, 1.0).flatten(1)
+    )
     if variant == "hard":  # noqa: SIM108 (two formulas, side by side)
         mask = straight_through(kept, soft_mask) @ p.T
     else:
@@ -72,7 +74,9 @@ def test_output_and_gradients_equal_the_dense_formula(
     factors = SaliencyFactors(
         power,
         torch.rand(terms, channels, generator=generator, dtype=torch.float64) + 0.5,
-        torch.rand(terms, rows, generator=generator, dtype=torch.float64) + 0.5 if form == "two terms" else None,
+        torch.rand(terms, rows, generator=generator, dtype=torch.float64) + 0.5
+        if form == "two terms"
+        else None,
     )
     assert factors.dense == (form == "dense")
     base = torch.randperm(channels, generator=generator)
@@ -83,7 +87,9 @@ def test_output_and_gradients_equal_the_dense_formula(
     x = torch.randn(3, 7, channels, generator=generator, dtype=torch.float64)
     grad = torch.randn(3, 7, rows, generator=generator, dtype=torch.float64)
 
-    logits = BlockLogits(base, split_blocks(channels, block_size), [stack.clone() for stack in start])
+    logits = BlockLogits(
+        base, split_blocks(channels, block_size), [stack.clone() for stack in start]
+    )
     module = MaskedLinear(linear, Scores(factors), NMPattern(n, m), logits.stacks, variant)
     soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in harden(soft)])
@@ -98,10 +104,19 @@ def test_output_and_gradients_equal_the_dense_formula(
     soft_matrix = dense_permutation(base, [sinkhorn(stack, 0.7, 3) for stack in reference])
     hard_matrix = torch.zeros(channels, channels, dtype=torch.float64)
     hard_matrix[perm, torch.arange(channels)] = 1.0
-    factor = factors.column if factors.row is None else factors.row.T @ factors.column  # of one term: for all rows
+    factor = (
+        factors.column if factors.row is None else factors.row.T @ factors.column
+    )  # of one term: for all rows
     saliency = linear.weight.abs() ** power * factor
     expected = dense_output(
-        reference_x, linear.weight, linear.bias, saliency, soft_matrix, hard_matrix, NMPattern(n, m), variant
+        reference_x,
+        linear.weight,
+        linear.bias,
+        saliency,
+        soft_matrix,
+        hard_matrix,
+        NMPattern(n, m),
+        variant,
     )
     expected.backward(grad)
 
@@ -115,7 +130,9 @@ def test_output_and_gradients_equal_the_dense_formula(
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group(dense: bool) -> None:
+def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group(
+    dense: bool,
+) -> None:
     """Against the definition: a linear loss after each exchange, and Sinkhorn by itself."""
     rows, channels, size, pattern = 5, 24, 16, NMPattern(2, 4)  # a block of 16 and one of 8
     generator = torch.Generator().manual_seed(0)
@@ -129,8 +146,12 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
     x = torch.randn(9, channels, generator=generator, dtype=torch.float64)
     grad = torch.randn(9, rows, generator=generator, dtype=torch.float64)
     logits = BlockLogits(base, split_blocks(channels, size), [stack.clone() for stack in start])
-    factor = torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
-    module = MaskedLinear(linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap")
+    factor = (
+        torch.rand(rows if dense else 1, channels, generator=generator, dtype=torch.float64) + 0.5
+    )
+    module = MaskedLinear(
+        linear, Scores(SaliencyFactors(1, factor)), pattern, logits.stacks, "swap"
+    )
     soft = [sinkhorn(stack, 0.7, 3) for stack in logits.effective()]
     hard = torch.cat([perm.flatten() for perm in harden(soft)])
     order = logits.order(hard)
@@ -159,11 +180,15 @@ def test_the_gradient_of_an_exchange_reaches_the_logits_of_its_channel_and_group
                 expected[0, source, position] = change
         reference = start[index].clone().requires_grad_()
         (sinkhorn(reference, 0.7, 3) * expected).sum().backward()
-        torch.testing.assert_close(logits.logits[index].grad, reference.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            logits.logits[index].grad, reference.grad, rtol=1e-10, atol=1e-12
+        )
 
 
 def test_the_scale_of_the_paper_start_is_learned_and_clamped_with_a_gradient_that_passes() -> None:
-    logits = BlockLogits(torch.arange(8), split_blocks(8, 8), [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0)
+    logits = BlockLogits(
+        torch.arange(8), split_blocks(8, 8), [torch.full((1, 8, 8), 0.3) + torch.eye(8)], scale=2.0
+    )
     soft = [sinkhorn(stack, 1.0, 2) for stack in logits.effective()]
     expected = sinkhorn((torch.full((1, 8, 8), 0.3) + torch.eye(8)).mul(2).clamp(-1, 1), 1.0, 2)
     torch.testing.assert_close(soft[0], expected)
@@ -177,12 +202,18 @@ def test_the_scale_of_the_paper_start_is_learned_and_clamped_with_a_gradient_tha
     torch.testing.assert_close(logits.scale.grad, scale.grad)
     torch.testing.assert_close(logits.logits[0].grad, start.grad)
     assert start.grad is not None
-    assert start.grad[:, torch.arange(8), torch.arange(8)].abs().min() > 0  # of the logits at the bound
+    assert (
+        start.grad[:, torch.arange(8), torch.arange(8)].abs().min() > 0
+    )  # of the logits at the bound
 
 
 @pytest.mark.parametrize(
     ("channels", "size", "expected"),
     [(576, 64, [(0, 9, 64)]), (576, 128, [(0, 4, 128), (512, 1, 64)]), (32, 64, [(0, 1, 32)])],
 )
-def test_blocks_cover_the_channels(channels: int, size: int, expected: list[tuple[int, int, int]]) -> None:
-    assert [(stack.start, stack.count, stack.size) for stack in split_blocks(channels, size)] == expected
+def test_blocks_cover_the_channels(
+    channels: int, size: int, expected: list[tuple[int, int, int]]
+) -> None:
+    assert [
+        (stack.start, stack.count, stack.size) for stack in split_blocks(channels, size)
+    ] == expected

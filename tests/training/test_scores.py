@@ -24,9 +24,17 @@ def given(form: str = "one term", seed: int = 0) -> tuple[nn.Linear, SaliencyFac
     linear.weight[1, 3] = 0.0
     terms = {"one term": 1, "two terms": 2, "dense": ROWS, "dense, without the weight": ROWS}[form]
     column = torch.rand(terms, CHANNELS, generator=generator, dtype=torch.float64) + 0.5
-    row = torch.rand(2, ROWS, generator=generator, dtype=torch.float64) + 0.5 if form == "two terms" else None
+    row = (
+        torch.rand(2, ROWS, generator=generator, dtype=torch.float64) + 0.5
+        if form == "two terms"
+        else None
+    )
     power = 0 if form == "dense, without the weight" else 1
-    return linear, SaliencyFactors(power, column, row), torch.randperm(CHANNELS, generator=generator)
+    return (
+        linear,
+        SaliencyFactors(power, column, row),
+        torch.randperm(CHANNELS, generator=generator),
+    )
 
 
 def made(kind: str, linear: nn.Linear, factors: SaliencyFactors) -> Scores:
@@ -43,8 +51,12 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     scores = made(kind, linear, factors)
     for _ in range(2):  # in each step anew
         values = scores.values_t(linear.weight.t()).t()
-        torch.testing.assert_close(values.exp(), expected.clamp_min(torch.finfo(torch.float64).tiny), rtol=1e-11, atol=0)
-        assert torch.equal(permuted_nm_mask(values, order, PATTERN), permuted_nm_mask(expected, order, PATTERN))
+        torch.testing.assert_close(
+            values.exp(), expected.clamp_min(torch.finfo(torch.float64).tiny), rtol=1e-11, atol=0
+        )
+        assert torch.equal(
+            permuted_nm_mask(values, order, PATTERN), permuted_nm_mask(expected, order, PATTERN)
+        )
     assert torch.equal(saliency(linear.weight, factors), expected)
 
 
@@ -69,7 +81,11 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
         y = module(inputs)
         y.backward(grad.to(y.dtype))
     x, grad = x.bfloat16().double(), grad.bfloat16().double()
-    masked = (linear.weight * permuted_nm_mask(saliency(linear.weight, narrow), order, PATTERN)).bfloat16().double()
+    masked = (
+        (linear.weight * permuted_nm_mask(saliency(linear.weight, narrow), order, PATTERN))
+        .bfloat16()
+        .double()
+    )
     groups = (x.T @ grad * linear.weight.T.double())[order].unflatten(0, (-1, PATTERN.m))
     exact = {
         "output": (y, x @ masked.T + linear.bias.double()),
@@ -79,7 +95,9 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
     for name, (found, expected) in exact.items():
         assert found is not None
         largest = float(expected.abs().max())
-        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7 * largest, msg=name)
+        torch.testing.assert_close(
+            found.double(), expected, rtol=2**-7, atol=2**-7 * largest, msg=name
+        )
     assert y.dtype == torch.bfloat16
     assert inputs.grad is not None
     assert inputs.grad.dtype == torch.float32
@@ -92,7 +110,9 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> N
     scores = made(kind, linear, factors)
     generator = torch.Generator().manual_seed(1)
     for parameter in scores.parameters():  # away from the start
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.3 * torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        )
     x = torch.randn(5, CHANNELS, generator=generator, dtype=torch.float64)
     grad = torch.randn(5, ROWS, generator=generator, dtype=torch.float64)
     ours_x = x.clone().requires_grad_()
@@ -109,7 +129,9 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> N
     for name, parameter in scores.named_parameters():
         found = getattr(moved, name).grad
         parameter.grad = found if name == "left" else found[order.argsort()]
-    assert torch.equal(ordered.mask(), permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN))
+    assert torch.equal(
+        ordered.mask(), permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN)
+    )
 
     base = saliency(linear.weight, factors).clamp_min(torch.finfo(torch.float64).tiny).log()
     leaves = [parameter.detach().clone().requires_grad_() for parameter in scores.parameters()]

@@ -34,7 +34,11 @@ class Case(NamedTuple):
 
 
 NUMBERS = ("random", "tied", "huge", "denormal")
-CASES = [Case(numbers, dtype) for numbers in NUMBERS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+CASES = [
+    Case(numbers, dtype)
+    for numbers in NUMBERS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
 CASES += [
     Case(n=1, size=20, rows=33),  # a tile of channels, of groups and of rows that is not full
     Case(n=3, m=6, size=24),
@@ -70,14 +74,22 @@ def given(case: Case) -> tuple[Piece, Tensor]:
         "denormal": weight * 2.0 ** (-20 if case.dtype == torch.float16 else -120),
     }[case.numbers].to(case.dtype)
     grad = torch.randn(weight.shape, generator=generator).to(case.dtype)
-    chosen = None if case.form == "dense" else torch.randperm(len(weight), generator=generator)[:channels]
+    chosen = (
+        None
+        if case.form == "dense"
+        else torch.randperm(len(weight), generator=generator)[:channels]
+    )
     factors = torch.randint(1, 3, (2, rows), generator=generator).float()
     row = factors if case.form == "two terms" else None
     terms = {"vector": 1, "two terms": 2, "dense": rows}[case.form]
     column = torch.randint(1, 4, (channels, terms), generator=generator).float().t()
-    if case.numbers == "denormal":  # saliencies are; the interpreter has no bfloat16 weights that are
+    if (
+        case.numbers == "denormal"
+    ):  # saliencies are; the interpreter has no bfloat16 weights that are
         column = column * 2.0**-10
-    return Piece(weight if chosen is not None else weight[:channels], chosen, case.power, column, row), grad
+    return Piece(
+        weight if chosen is not None else weight[:channels], chosen, case.power, column, row
+    ), grad
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +109,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_they_are_the_eager_functions(found: list[tuple[Tensor, Tensor, Tensor]], case: Case) -> None:
+def test_they_are_the_eager_functions(
+    found: list[tuple[Tensor, Tensor, Tensor]], case: Case
+) -> None:
     masked, again, changes = found[CASES.index(case)]
     piece, grad = given(case)
     grad = grad[: len(piece.weight_t)]
@@ -107,7 +121,9 @@ def test_they_are_the_eager_functions(found: list[tuple[Tensor, Tensor, Tensor]]
     assert torch.equal(again, expected)
     assert of_exchanges.isfinite().all()
     scale = float(of_exchanges.abs().max())
-    torch.testing.assert_close(changes / scale, (of_exchanges / scale).to(changes.dtype), rtol=0, atol=4e-6)
+    torch.testing.assert_close(
+        changes / scale, (of_exchanges / scale).to(changes.dtype), rtol=0, atol=4e-6
+    )
 
 
 MODELS = {"LLaMA-2-7B": (4096, 11008), "Qwen2.5-7B": (3584, 18944), "Llama-3.1-8B": (4096, 14336)}
@@ -121,17 +137,34 @@ WEIGHTS = {"fp32": "bf16", "bf16": "bf16", "fp16": "fp16"}  # and the products w
     + [("bf16", 4, 2, False), ("bf16", 4, 0, True), ("bf16", 8, 0, False), ("bf16", 16, 0, False)],
 )
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-def test_gpus_keep_a_tile_in_registers(architecture: int, weights: str, m: int, terms: int, dense: bool) -> None:
+def test_gpus_keep_a_tile_in_registers(
+    architecture: int, weights: str, m: int, terms: int, dense: bool
+) -> None:
     """All widths of the models are divisible by 16, which is what the code depends on."""
     assert all(width % 16 == 0 for sizes in MODELS.values() for width in sizes)
     module = importlib.import_module("permllm.training.triton_kernels")
-    pointers = {"weight": weights, "out": WEIGHTS[weights], "grad": WEIGHTS[weights], "source": "i64"}
+    pointers = {
+        "weight": weights,
+        "out": WEIGHTS[weights],
+        "grad": WEIGHTS[weights],
+        "source": "i64",
+    }
     names = ("weight", "source", "column", "row", "grad", "limits", "stay", "out", "changes")
     types = {name: f"*{pointers.get(name, 'fp32')}" for name in names}
     types |= dict.fromkeys(("rows", "channels", "size", "groups"), "i32:16") | {"share": "fp32"}
-    kind: dict[str, Any] = {"GATHER": True, "POWER": 0 if dense else 1, "TERMS": terms, "DENSE": dense}
+    kind: dict[str, Any] = {
+        "GATHER": True,
+        "POWER": 0 if dense else 1,
+        "TERMS": terms,
+        "DENSE": dense,
+    }
     tile = {"N": m // 2, "M": m, "LANES": m, "ROWS": module._rows_of(m)}
     for limits in (False, True):
-        assert spilled_bytes(module._mask, types, kind | tile | {"THRESHOLDS": limits}, architecture, 1) <= 64
+        assert (
+            spilled_bytes(
+                module._mask, types, kind | tile | {"THRESHOLDS": limits}, architecture, 1
+            )
+            <= 64
+        )
     tile = {"CHANNELS": module._CHANNELS, "GROUPS": module._GROUPS, "ROWS": module._ROWS}
     assert spilled_bytes(module._exchange, types, kind | tile, architecture, module._WARPS) <= 64

@@ -91,7 +91,10 @@ class HubText(Text):
     max_windows: int | None = None
 
     def __post_init__(self) -> None:
-        self.calibrates, self.evaluates = self.calibration_file is not None, self.evaluation_file is not None
+        self.calibrates, self.evaluates = (
+            self.calibration_file is not None,
+            self.evaluation_file is not None,
+        )
 
     def calibration(self, seed: int) -> Sequence[str]:
         """The rows."""
@@ -117,7 +120,9 @@ class HubText(Text):
     def _file(self, calibration: bool) -> HubFile:
         file = self.calibration_file if calibration else self.evaluation_file
         if file is None:
-            raise ConfigError(f"data set {self.repository} has no text to {'calibrate' if calibration else 'evaluate'} on")
+            raise ConfigError(
+                f"data set {self.repository} has no text to {'calibrate' if calibration else 'evaluate'} on"
+            )
         return hub_file(self.repository, file)
 
 

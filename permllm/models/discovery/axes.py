@@ -73,9 +73,13 @@ class Axes:
         key_value, each = heads
         if channels % (key_value * each):
             return Reads(mixed=True)
-        numbers = torch.arange(channels // each).view(key_value, 1, -1).expand(-1, each, -1).flatten()
+        numbers = (
+            torch.arange(channels // each).view(key_value, 1, -1).expand(-1, each, -1).flatten()
+        )
         found = Reads()
-        for source, rows in zip(self.written, _only_channels(values, numbers, list(self.written.values())), strict=True):
+        for source, rows in zip(
+            self.written, _only_channels(values, numbers, list(self.written.values())), strict=True
+        ):
             expected = torch.arange(channels // each)
             starts = [
                 start
@@ -108,10 +112,14 @@ def _only_channels(values: Tensor, numbers: Tensor, sources: list[Tensor]) -> li
         answers = []
         for value in (0, 1):
             chosen = weights * ((numbers >> digit) & 1 == value)
-            grads = torch.autograd.grad(values, sources, chosen, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                values, sources, chosen, retain_graph=True, allow_unused=True
+            )
             answers.append(
                 [
-                    torch.zeros(source.shape[-1], dtype=torch.bool) if grad is None else (grad != 0).flatten(0, -2).any(0)
+                    torch.zeros(source.shape[-1], dtype=torch.bool)
+                    if grad is None
+                    else (grad != 0).flatten(0, -2).any(0)
                     for source, grad in zip(sources, grads, strict=True)
                 ]
             )
@@ -146,16 +154,24 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
     def leaf(path: str, values: Tensor) -> Tensor:
         axes.written[path] = values.detach().requires_grad_()
         # A leaf cannot be changed in place, nor can what a linear gives while orders or masks are learned.
-        return axes.written[path] if isinstance(axes.modules[path], nn.Linear) else axes.written[path].clone()
+        return (
+            axes.written[path]
+            if isinstance(axes.modules[path], nn.Linear)
+            else axes.written[path].clone()
+        )
 
     def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
             given = [value for value in (*args, *kwargs.values()) if _is_floating(value)]
             if not _is_floating(output):
                 return None
             if isinstance(module, nn.Embedding):
                 return leaf(path_of(name, module), output)
-            if len(given) != 1 or (not isinstance(module, nn.Linear) and given[0].shape != output.shape):
+            if len(given) != 1 or (
+                not isinstance(module, nn.Linear) and given[0].shape != output.shape
+            ):
                 return None
             path = path_of(name, module)
             if isinstance(module, nn.Linear) and calls[name] > 1:
@@ -195,7 +211,9 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
     except RuntimeError as error:
         if "in-place" not in str(error):
             raise
-        raise Refused(model_type, "what a linear gives is changed in place, which nothing can learn through") from error
+        raise Refused(
+            model_type, "what a linear gives is changed in place, which nothing can learn through"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,14 @@ from permllm.models.discovery.axes import Axes, trace
 from permllm.models.discovery.proof import Proof
 from permllm.models.discovery.readings import Readers, layers_path, readings, split
 from permllm.models.discovery.small import Refused, check_kind, logits, small_model, tokens
-from permllm.models.families import Family, GroupTable, Part, after_layers, key_value_heads, remember
+from permllm.models.families import (
+    Family,
+    GroupTable,
+    Part,
+    after_layers,
+    key_value_heads,
+    remember,
+)
 from permllm.models.head import Head, head_path
 from permllm.models.layers import layer_inputs, run_layer
 
@@ -38,7 +45,11 @@ def family_by_structure(config: PreTrainedConfig, model_type: str) -> Family:
         check_kind(config, model_type)
         try:
             # Whoever asks may be building a model without values, or may have switched gradients off.
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.device("cpu"),
+                torch.inference_mode(False),
+            ):
                 _FOUND[key] = _found(small_model(config, model_type), model_type)
         except (PermLLMError, MemoryError):
             raise
@@ -61,18 +72,31 @@ def _found(model: PreTrainedModel, model_type: str) -> Family:
     groups: list[GroupTable] = []
     for each, table in zip(readers, tables, strict=True):
         one_by_one = len(each.members) > 1 and not proof.gathers(table)
-        groups += [_table(axes, stream, layers, alone, heads) for alone in split(each)] if one_by_one else [table]
-    reads_stream = [group for group in groups if stream.holds_read(f"{layers}.0.{group.members[0]}")]
+        groups += (
+            [_table(axes, stream, layers, alone, heads) for alone in split(each)]
+            if one_by_one
+            else [table]
+        )
+    reads_stream = [
+        group for group in groups if stream.holds_read(f"{layers}.0.{group.members[0]}")
+    ]
     folds = bool(reads_stream) and proof.stream_folds(reads_stream)
     written = Counter(producer for group in groups for producer in group.produced())
     proved = [
         folds
         if group in reads_stream
         # What two groups read cannot follow the orders of both.
-        else bool(group.producers) and all(written[each] == 1 for each in group.produced()) and proof.folds(group)
+        else bool(group.producers)
+        and all(written[each] == 1 for each in group.produced())
+        and proof.folds(group)
         for group in groups
     ]
-    family = replace(family, groups=tuple(each if one else _stuck(each) for each, one in zip(groups, proved, strict=True)))
+    family = replace(
+        family,
+        groups=tuple(
+            each if one else _stuck(each) for each, one in zip(groups, proved, strict=True)
+        ),
+    )
     _check_layer_by_layer(model, whole, family, model_type)
     return family
 
@@ -114,7 +138,9 @@ class _Stream:
             self._parent[first] = second
 
 
-def _table(axes: Axes, stream: _Stream, layers: str, readers: Readers, heads: tuple[int, int]) -> GroupTable:
+def _table(
+    axes: Axes, stream: _Stream, layers: str, readers: Readers, heads: tuple[int, int]
+) -> GroupTable:
     """The row of a group, with the producers that the cuts show."""
     prefix = f"{layers}.0."
     table = GroupTable(readers.name, readers.members, readers.reader)
@@ -124,21 +150,33 @@ def _table(axes: Axes, stream: _Stream, layers: str, readers: Readers, heads: tu
     channels = axes.read[path].shape[-1]
     producers = _producers(axes, path, channels)
     by_head = producers is None
-    if producers is None:  # something stands between that is not elementwise: attention, if it keeps to its heads
+    if (
+        producers is None
+    ):  # something stands between that is not elementwise: attention, if it keeps to its heads
         found = axes.reads(path, heads)
         channels //= heads[1]
         producers = found.slices
     rows: list[tuple[str, Part]] = []
     for source, start in producers:
         part = _part(start, channels, axes.written[source].shape[-1])
-        if part is None or not source.startswith(prefix) or "#" in source or isinstance(axes.modules[source], nn.Embedding):
+        if (
+            part is None
+            or not source.startswith(prefix)
+            or "#" in source
+            or isinstance(axes.modules[source], nn.Embedding)
+        ):
             return table
         rows.append((source.removeprefix(prefix), part))
     if not rows:
         return table
     parts = tuple(part for _, part in rows)
     whole = all(part == "whole" for part in parts)
-    return replace(table, producers=tuple(name for name, _ in rows), parts=() if whole else parts, by_head=by_head)
+    return replace(
+        table,
+        producers=tuple(name for name, _ in rows),
+        parts=() if whole else parts,
+        by_head=by_head,
+    )
 
 
 def _stuck(group: GroupTable) -> GroupTable:
@@ -159,7 +197,11 @@ def _producers(axes: Axes, path: str, channels: int) -> list[tuple[str, int]] | 
         if not axes.keeps_channels(source):
             producers.append((source, start))
             continue
-        before = None if start or axes.written[source].shape[-1] != channels else _producers(axes, source, channels)
+        before = (
+            None
+            if start or axes.written[source].shape[-1] != channels
+            else _producers(axes, source, channels)
+        )
         if before is None:
             return None
         producers += before + ([(source, 0)] if _has_weight(axes.modules[source], channels) else [])
@@ -178,7 +220,9 @@ def _part(start: int, channels: int, rows: int) -> Part | None:
     return "first" if not start else "last" if start + channels == rows else None
 
 
-def _family(model: PreTrainedModel, axes: Axes, stream: _Stream, layers: str, tables: list[GroupTable]) -> Family:
+def _family(
+    model: PreTrainedModel, axes: Axes, stream: _Stream, layers: str, tables: list[GroupTable]
+) -> Family:
     prefix = f"{layers}.0."
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = head_path(model), names[id(model.get_input_embeddings())]
@@ -196,15 +240,23 @@ def _family(model: PreTrainedModel, axes: Axes, stream: _Stream, layers: str, ta
         norms=tuple(
             path.removeprefix(prefix)
             for path in inner
-            if path not in linears and stream.holds_written(path) and list(axes.modules[path].parameters())
+            if path not in linears
+            and stream.holds_written(path)
+            and list(axes.modules[path].parameters())
         ),
-        writers=tuple(path.removeprefix(prefix) for path in inner if path in linears and stream.holds_written(path)),
+        writers=tuple(
+            path.removeprefix(prefix)
+            for path in inner
+            if path in linears and stream.holds_written(path)
+        ),
         embeddings=(
             embedding,
             *(
                 path
                 for path in before
-                if path != embedding and isinstance(axes.modules[path], nn.Embedding) and stream.holds_written(path)
+                if path != embedding
+                and isinstance(axes.modules[path], nn.Embedding)
+                and stream.holds_written(path)
             ),
         ),
         projections=(into, out_of) if into and out_of else (),
@@ -216,14 +268,19 @@ def _check_causal(model: PreTrainedModel, whole: Tensor, model_type: str) -> Non
     other = tokens()
     other[:, -1] = (other[:, -1] - 2) % 100 + 3
     if not _equal(whole[:, :-1], logits(model, other)[:, :-1]):
-        raise Refused(model_type, "a token's logits depend on the tokens that follow: it is no causal language model")
+        raise Refused(
+            model_type,
+            "a token's logits depend on the tokens that follow: it is no causal language model",
+        )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def _check_layer_by_layer(model: PreTrainedModel, whole: Tensor, family: Family, model_type: str) -> None:
+def _check_layer_by_layer(
+    model: PreTrainedModel, whole: Tensor, family: Family, model_type: str
+) -> None:
     """That the layers, run one at a time, what follows them, and the head give the logits."""
     remember(model, family)
     layers = list(model.get_submodule(family.layers).children())

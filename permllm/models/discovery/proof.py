@@ -27,7 +27,9 @@ class Proof:
         heads: key-value heads and query heads for each.
     """
 
-    def __init__(self, model: PreTrainedModel, whole: Tensor, family: Family, heads: tuple[int, int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, whole: Tensor, family: Family, heads: tuple[int, int]
+    ) -> None:
         self._model, self._family, self._heads = model, family, heads
         self._parameters = dict(model.named_parameters())
         self._depth = len(list(model.get_submodule(family.layers).children()))
@@ -41,7 +43,9 @@ class Proof:
             def hook(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> object:
                 if args:
                     return (args[0].index_select(-1, order), *args[1:]), kwargs
-                return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, order)}
+                return args, kwargs | {
+                    "hidden_states": kwargs["hidden_states"].index_select(-1, order)
+                }
 
             return hook
 
@@ -53,7 +57,9 @@ class Proof:
                     permute(-1, [prefix + member for member in group.members], order)
                     if gathered:
                         reader = self._model.get_submodule(prefix + group.reader)
-                        handles.append(reader.register_forward_pre_hook(gather(order), with_kwargs=True))
+                        handles.append(
+                            reader.register_forward_pre_hook(gather(order), with_kwargs=True)
+                        )
                 try:
                     return logits(self._model)
                 finally:
@@ -72,7 +78,9 @@ class Proof:
                     channels = self._channels(prefix + group.members[0]) // each
                     width = channels // key_value
                     parts = [self._random(width) + head * width for head in range(key_value)]
-                    local = [part - head * width for head, part in enumerate(parts) for _ in range(each)]
+                    local = [
+                        part - head * width for head, part in enumerate(parts) for _ in range(each)
+                    ]
                     order = torch.cat([part + head * width for head, part in enumerate(local)])
                     permute(-1, [prefix + member for member in group.members], order)
                     for producer, part in group.produced() if folded else ():
@@ -91,11 +99,15 @@ class Proof:
             with self._permuting() as permute:
                 order = self._random(self._channels(f"{family.layers}.0.{groups[0].members[0]}"))
                 for prefix in self._prefixes():
-                    permute(-1, [prefix + member for group in groups for member in group.members], order)
+                    permute(
+                        -1, [prefix + member for group in groups for member in group.members], order
+                    )
                     if folded:
                         permute(0, [prefix + path for path in family.norms + family.writers], order)
                 if folded:
-                    permute(0, [path for path in family.after if path not in family.projections], order)
+                    permute(
+                        0, [path for path in family.after if path not in family.projections], order
+                    )
                     tokens, *others = family.embeddings
                     permute(-1, [*others, out_of or head], order)
                     if into is None:
@@ -131,7 +143,9 @@ class Proof:
             for path in paths:
                 for kind in ("weight", "bias") if dim == 0 else ("weight",):
                     parameter = self._parameters.get(f"{path}.{kind}")
-                    if parameter is None:  # also a weight that is another's: the head's, where it is the embedding's
+                    if (
+                        parameter is None
+                    ):  # also a weight that is another's: the head's, where it is the embedding's
                         continue
                     before.setdefault(id(parameter), (parameter, parameter.data))
                     index = produced_rows(parameter.shape[dim], part, order)

@@ -56,17 +56,35 @@ def layers_path(model: PreTrainedModel, model_type: str) -> str:
     Raises:
         Refused: there is none, or there are several.
     """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    found = [name for name in outermost if any(isinstance(each, nn.Linear) for each in model.get_submodule(name).modules())]
+    found = [
+        name
+        for name in outermost
+        if any(isinstance(each, nn.Linear) for each in model.get_submodule(name).modules())
+    ]
     if not found:
         weights = sorted(
-            {type(each).__name__ for name in outermost for each in model.get_submodule(name).modules() if _matrices(each)}
+            {
+                type(each).__name__
+                for name in outermost
+                for each in model.get_submodule(name).modules()
+                if _matrices(each)
+            }
         )
         instead = f"; they hold {', '.join(weights)}" if weights else ""
-        raise Refused(model_type, f"{type(model).__name__} has no list of layers with nn.Linear modules in them{instead}")
+        raise Refused(
+            model_type,
+            f"{type(model).__name__} has no list of layers with nn.Linear modules in them{instead}",
+        )
     if len(found) > 1:
-        raise Refused(model_type, f"{type(model).__name__} has several lists of layers: {', '.join(found)}")
+        raise Refused(
+            model_type, f"{type(model).__name__} has several lists of layers: {', '.join(found)}"
+        )
     return found[0]
 
 
@@ -97,7 +115,10 @@ def readings(model: PreTrainedModel, layers: str, model_type: str) -> list[Reade
         if silent:
             raise Refused(model_type, f"a forward does not call {layers}.{index}.{min(silent)}")
         if readers != found[0]:
-            raise Refused(model_type, f"{layers}.{index} has other linears than {layers}.0, or they read other tensors")
+            raise Refused(
+                model_type,
+                f"{layers}.{index} has other linears than {layers}.0, or they read other tensors",
+            )
     return found[0]
 
 
@@ -108,7 +129,10 @@ def split(readers: Readers) -> list[Readers]:
 
 def _common(sequences: list[Any]) -> list[Any]:
     """What all of them begin with."""
-    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))]
+    return [
+        column[0]
+        for column in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
+    ]
 
 
 def _recorder(name: str, calls: _Calls) -> Any:
@@ -117,7 +141,12 @@ def _recorder(name: str, calls: _Calls) -> Any:
         values = args[0] if args else kwargs.get("hidden_states")
         if isinstance(values, Tensor) and values.is_floating_point() and values.dim() > 1:
             storage = values.untyped_storage().data_ptr()
-            calls.keys[name] = (storage, int(values.storage_offset()), values.shape[-1], values.stride(-1))
+            calls.keys[name] = (
+                storage,
+                int(values.storage_offset()),
+                values.shape[-1],
+                values.stride(-1),
+            )
             calls.kept.append(values)
             calls.order.append(name)
 
@@ -148,9 +177,14 @@ def _check_weights(layer: nn.Module, layers: str, model_type: str) -> None:
         if not isinstance(module, nn.Linear):
             for kind in _matrices(module):
                 what = ".".join(part for part in (layers, "N", name, kind) if part)
-                raise Refused(model_type, f"its layers hold {what} of {type(module).__name__}, which is no nn.Linear")
+                raise Refused(
+                    model_type,
+                    f"its layers hold {what} of {type(module).__name__}, which is no nn.Linear",
+                )
 
 
 def _matrices(module: nn.Module) -> list[str]:
     """Names of a module's own weights of two dimensions or more."""
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    return [
+        name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1
+    ]

@@ -85,7 +85,9 @@ def small_model(config: PreTrainedConfig, model_type: str) -> PreTrainedModel:
     for hidden in (_HIDDEN, None):
         try:
             settings = small_config(config, model_type, hidden)
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float64, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=torch.float64, attn_implementation="eager"
+            )
             model.eval().requires_grad_(False)
             _randomise(model)
             logits(model)
@@ -96,7 +98,9 @@ def small_model(config: PreTrainedConfig, model_type: str) -> PreTrainedModel:
         else:
             return model
     assert failure is not None
-    raise Refused(model_type, f"transformers cannot run a small model of its config: {first_line(failure)}") from failure
+    raise Refused(
+        model_type, f"transformers cannot run a small model of its config: {first_line(failure)}"
+    ) from failure
 
 
 def small_config(config: PreTrainedConfig, model_type: str, hidden: int | None) -> PreTrainedConfig:
@@ -109,12 +113,18 @@ def small_config(config: PreTrainedConfig, model_type: str, hidden: int | None) 
     """
     small = copy.deepcopy(config)
     if small.model_type != model_type:
-        inner = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+        inner = {
+            key: value
+            for key, value in config.to_dict().items()
+            if key not in ("model_type", "architectures")
+        }
         for key in ("gathers", "dense_type"):
             inner.pop(key, None)
         small = CONFIG_MAPPING[model_type](**inner)
     small.quantization_config = None
-    for key in [key for key in vars(small) if key.endswith("_token_id")]:  # within the vocabulary, and no token of the text
+    for key in [
+        key for key in vars(small) if key.endswith("_token_id")
+    ]:  # within the vocabulary, and no token of the text
         value = getattr(small, key)
         if value is not None:
             setattr(small, key, [0] if isinstance(value, list) else 0)
@@ -149,7 +159,9 @@ def small_config(config: PreTrainedConfig, model_type: str, hidden: int | None) 
 
 def tokens() -> Tensor:
     """Tokens for the small model, int64 `(2, 12)`."""
-    return torch.randint(3, _VOCABULARY, (_BATCH, _TOKENS), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        3, _VOCABULARY, (_BATCH, _TOKENS), generator=torch.Generator().manual_seed(1)
+    )
 
 
 @torch.no_grad()
@@ -188,7 +200,9 @@ def _plain_rope(parameters: Any) -> None:
 def _randomise(model: nn.Module) -> None:
     """Products keep the size of what they read; norms and biases are far from the ones and zeros that hide a permutation."""
     generator = torch.Generator().manual_seed(0)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.is_floating_point() or not tensor.dim():
             continue

@@ -55,7 +55,9 @@ def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
     if device.type == "cuda":
         solved = _on_gpu(softs) if max(soft.shape[1] for soft in softs) <= _LARGEST else None
         if solved is None:  # all at once: each transfer is waited for
-            parts = to_host(torch.cat([soft.flatten() for soft in softs])).split([soft.numel() for soft in softs])
+            parts = to_host(torch.cat([soft.flatten() for soft in softs])).split(
+                [soft.numel() for soft in softs]
+            )
             softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
     _check_finite(softs)
     return solved or [to_device(perm, device) for perm in _on_host(softs)]
@@ -88,10 +90,14 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
         blocks = channel_left.nonzero().flatten()
         scores = soft[blocks].numpy()
         costs = scores.max(2, keepdims=True) - scores.astype(np.float64)
-        costs -= costs.min(1, keepdims=True)  # the same optimum, which the solver finds a quarter sooner
+        costs -= costs.min(
+            1, keepdims=True
+        )  # the same optimum, which the solver finds a quarter sooner
         unsolved += zip(costs, (perm[block].numpy() for block in blocks), strict=True)
     threads = max(1, min(torch.get_num_threads(), len(unsolved) // _BLOCKS_A_THREAD))
-    with ThreadPoolExecutor(threads) as pool:  # SciPy lets go of the interpreter, so that threads run side by side
+    with ThreadPoolExecutor(
+        threads
+    ) as pool:  # SciPy lets go of the interpreter, so that threads run side by side
         list(pool.map(_assign, [unsolved[first::threads] for first in range(threads)]))
     return perms
 

@@ -30,7 +30,9 @@ def assign(soft: Tensor) -> Tensor:
     perms = torch.empty(count, size, dtype=torch.int64, device=soft.device)
     lanes = triton.next_power_of_2(size)
     if count:  # a rank may have no block
-        with torch.cuda.device_of(soft):  # Triton launches where the process is, not where its tensors are
+        with torch.cuda.device_of(
+            soft
+        ):  # Triton launches where the process is, not where its tensors are
             _assign[(count,)](soft, perms, size, lanes, num_warps=max(1, min(8, lanes // 64)))
     return perms
 
@@ -70,7 +72,9 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
             at, at_row, at_dual = none, row + none + 1, of_start
             steps = none + 1
             while (at_row >= 0) & (steps < size):
-                entries = tl.load(soft + at_row * size + column, mask=inside, other=0.0).to(tl.float64)
+                entries = tl.load(soft + at_row * size + column, mask=inside, other=0.0).to(
+                    tl.float64
+                )
                 found = -entries - at_dual - of_column
                 nearer = (reached == 0) & (found < distance)
                 distance = tl.where(nearer, found, distance)
@@ -90,8 +94,12 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
             back = none + 1
             while (at >= 0) & (back < size):
                 earlier = tl.sum(tl.where(column == at, before, 0))
-                earlier_row = tl.where(earlier < 0, row, tl.sum(tl.where(column == earlier, has, 0)))
-                earlier_dual = tl.where(earlier < 0, of_start, tl.sum(tl.where(column == earlier, of_row, 0.0)))
+                earlier_row = tl.where(
+                    earlier < 0, row, tl.sum(tl.where(column == earlier, has, 0))
+                )
+                earlier_dual = tl.where(
+                    earlier < 0, of_start, tl.sum(tl.where(column == earlier, of_row, 0.0))
+                )
                 has = tl.where(column == at, earlier_row, has)
                 of_row = tl.where(column == at, earlier_dual, of_row)
                 at = earlier

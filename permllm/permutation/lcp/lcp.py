@@ -18,7 +18,13 @@ from permllm.config import RunConfig
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers
 from permllm.permutation.base import LearningPlan
-from permllm.permutation.foldable import SharedOrder, check_segments, expanded, orders_within, shared_orders
+from permllm.permutation.foldable import (
+    SharedOrder,
+    check_segments,
+    expanded,
+    orders_within,
+    shared_orders,
+)
 from permllm.permutation.heuristic import heuristic_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
@@ -63,7 +69,9 @@ class LCP(LCPSettings):
             elif order.repeats > 1:
                 sharing = f", shared as {order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"
             blocks = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
-            columns |= {group.name: (blocks, f"{count_logits(stacks)}{sharing}") for group in order.groups}
+            columns |= {
+                group.name: (blocks, f"{count_logits(stacks)}{sharing}") for group in order.groups
+            }
         logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
         return LearningPlan(spans, columns, logits, stays)
@@ -75,7 +83,9 @@ class LCP(LCPSettings):
         if course.state is not None:
             orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
         else:
-            orders = self.start_orders(problem, shared, self.spans(len(decoder_layers(problem.model)))[0][0])
+            orders = self.start_orders(
+                problem, shared, self.spans(len(decoder_layers(problem.model)))[0][0]
+            )
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -83,10 +93,14 @@ class LCP(LCPSettings):
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
-        for window in course.windows(lambda first, stop: bool(orders_within(shared, first, stop)), mask_of):
+        for window in course.windows(
+            lambda first, stop: bool(orders_within(shared, first, stop)), mask_of
+        ):
             learning = orders_within(shared, window.first, window.stop)
             logits = self.start_logits(problem, learning, orders)
-            kernels = kernels_for(self, problem, [group for order in learning for group in order.groups])
+            kernels = kernels_for(
+                self, problem, [group for order in learning for group in order.groups]
+            )
             with self.masked(problem, shared, window, kernels) as linears:
                 learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
                 course.train(window, learner)
@@ -102,17 +116,30 @@ class LCP(LCPSettings):
         def scores_of(path: str) -> Scores:
             factors = problem.factors_of(path)
             if self.conventions == "ours":
-                factors = factors.scaled(1.0 / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny))
+                factors = factors.scaled(
+                    1.0
+                    / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny)
+                )
             return Scores(factors)
 
-        places = ((group, order.stacks(self.block_size, order.repeats)) for order, group in members(shared, window))
+        places = (
+            (group, order.stacks(self.block_size, order.repeats))
+            for order, group in members(shared, window)
+        )
         return learning_orders(problem, places, scores_of, self.straight_through, kernels)
 
-    def start_orders(self, problem: LearningProblem, shared: list[SharedOrder], first: int) -> dict[str, Tensor]:
+    def start_orders(
+        self, problem: LearningProblem, shared: list[SharedOrder], first: int
+    ) -> dict[str, Tensor]:
         """Return the orders at the start, which layers before `first` keep; int64 on the CPU by shared order."""
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
-        found = heuristic_orders([order for order in shared if order not in drawn], problem, "start permutation")
-        return {order.name: torch.arange(order.channels) if order in drawn else found[order.name] for order in shared}
+        found = heuristic_orders(
+            [order for order in shared if order not in drawn], problem, "start permutation"
+        )
+        return {
+            order.name: torch.arange(order.channels) if order in drawn else found[order.name]
+            for order in shared
+        }
 
     def start_logits(
         self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
@@ -125,11 +152,15 @@ class LCP(LCPSettings):
         for order in learning:
             stacks, start = order.stacks(self.block_size), []
             for stack in stacks:
-                uniform = torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
+                uniform = (
+                    torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
+                )
                 if near:
                     start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
                     start.append(uniform / math.sqrt(self.block_size))
             scale = None if near else math.sqrt(self.block_size)
-            logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(problem.device, dtype)
+            logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(
+                problem.device, dtype
+            )
         return logits

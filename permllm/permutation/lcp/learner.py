@@ -23,7 +23,9 @@ from permllm.training.masked_linear import MaskedLinear
 from permllm.training.problem import LearningProblem
 
 
-def members(shared: Iterable[SharedOrder], layers: Container[int]) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
+def members(
+    shared: Iterable[SharedOrder], layers: Container[int]
+) -> Iterator[tuple[SharedOrder, ChannelGroup]]:
     """Give the channel groups of some layers, each with the order that it uses."""
     for order in shared:
         for group in order.groups:
@@ -63,10 +65,17 @@ class OrderLearner(Learner):
         self.shared = shared
         self.blocks = logits
         self.linears = linears
-        self.logits = nn.ModuleDict({name.replace(".", "/"): block for name, block in logits.items()})
+        self.logits = nn.ModuleDict(
+            {name.replace(".", "/"): block for name, block in logits.items()}
+        )
         self.channels = sum(len(block.base) for block in logits.values())
-        self.present = {order.name: orders[order.name].to(problem.device) for order, _ in members(shared, window)}
-        self.best = {name: order.cpu() for name, order in orders.items()}  # those outside of the window too
+        self.present = {
+            order.name: orders[order.name].to(problem.device)
+            for order, _ in members(shared, window)
+        }
+        self.best = {
+            name: order.cpu() for name, order in orders.items()
+        }  # those outside of the window too
         self._hard: dict[str, Tensor] = {}
         self._softs: dict[str, list[Tensor]] = {}
         self._batches: list[SoftBatch] = []
@@ -79,7 +88,9 @@ class OrderLearner(Learner):
     def temperature(self, moment: Moment) -> float:
         """Return the temperature of the soft permutations."""
         by_epoch = self.settings.conventions == "paper"
-        progress = moment.epoch / moment.epochs if by_epoch else moment.step / max(1, moment.steps - 1)
+        progress = (
+            moment.epoch / moment.epochs if by_epoch else moment.step / max(1, moment.steps - 1)
+        )
         return self.settings.temperature(progress)
 
     @override
@@ -92,7 +103,11 @@ class OrderLearner(Learner):
         try:
             hards = harden([batch.soft for batch in self._batches])
         except ValueError as error:
-            parts = ((name, part) for batch in self._batches for (name, _), part in batch.parts(batch.soft))
+            parts = (
+                (name, part)
+                for batch in self._batches
+                for (name, _), part in batch.parts(batch.soft)
+            )
             broken = next(name for name, part in parts if not bool(part.isfinite().all()))
             raise ValueError(f"the soft permutation of {broken} is not finite") from error
         found, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
@@ -104,7 +119,9 @@ class OrderLearner(Learner):
             stacks = [(name, number) for number in range(len(block.logits))]
             self._softs[name] = [softs[stack] for stack in stacks]
             self._hard[name] = torch.cat([found[stack] for stack in stacks])
-        self.present = self.present | {name: block.order(self._hard[name]) for name, block in self.blocks.items()}
+        self.present = self.present | {
+            name: block.order(self._hard[name]) for name, block in self.blocks.items()
+        }
 
     @override
     def collect(self) -> None:
@@ -116,7 +133,10 @@ class OrderLearner(Learner):
         for order, group in members(self.shared, (index,)):
             perm, hard, soft = order.expand(self.present[order.name]), None, list[Tensor]()
             if moment is not None and order.name in self.blocks:
-                hard, soft = order.expand_rows(self._hard[order.name]), order.expand_blocks(self._softs[order.name])
+                hard, soft = (
+                    order.expand_rows(self._hard[order.name]),
+                    order.expand_blocks(self._softs[order.name]),
+                )
             for linear in self.linears[group.name]:
                 linear.set_order(perm, hard, soft)
 
@@ -157,8 +177,12 @@ class OrderLearner(Learner):
     def restore(self, state: dict[str, Any]) -> None:
         self.best = {name: order.cpu() for name, order in state["best"].items()}
         self.logits.load_state_dict(state["logits"])
-        self.present = {name: order.to(self.problem.device) for name, order in state["present"].items()}
-        self._at_epoch = {name: order.to(self.problem.device) for name, order in state["at_epoch"].items()}
+        self.present = {
+            name: order.to(self.problem.device) for name, order in state["present"].items()
+        }
+        self._at_epoch = {
+            name: order.to(self.problem.device) for name, order in state["at_epoch"].items()
+        }
 
 
 def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> Tensor:

@@ -39,18 +39,33 @@ class BlockLogits(nn.Module):
     base: Tensor
     first: Tensor
 
-    def __init__(self, base: Tensor, stacks: list[BlockStack], logits: list[Tensor], scale: float | None = None) -> None:
+    def __init__(
+        self,
+        base: Tensor,
+        stacks: list[BlockStack],
+        logits: list[Tensor],
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("base", base.clone())  # its own: loading a state writes into it
         self.stacks = stacks
-        starts = [stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size) for stack in self.stacks]
+        starts = [
+            stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size)
+            for stack in self.stacks
+        ]
         self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
-        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
+        self.scale = (
+            None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
+        )
 
     def effective(self) -> list[Tensor]:
         """Return the logits in use, a stack each."""
-        return list(self.logits) if self.scale is None else [_Clamped.apply(stack * self.scale) for stack in self.logits]
+        return (
+            list(self.logits)
+            if self.scale is None
+            else [_Clamped.apply(stack * self.scale) for stack in self.logits]
+        )
 
     def order(self, hard: Tensor) -> Tensor:
         """Return the channel at each position, int64 `(C_in,)`; `hard` `(C_in,)` is the row of its block's matrix there."""
@@ -75,7 +90,11 @@ class SoftBatch:
     """
 
     def __init__(
-        self, orders: Mapping[str, BlockLogits], stacks: list[tuple[str, int]], temperature: float, halves: int
+        self,
+        orders: Mapping[str, BlockLogits],
+        stacks: list[tuple[str, int]],
+        temperature: float,
+        halves: int,
     ) -> None:
         self.stacks = stacks
         self._orders, self._temperature = orders, temperature
@@ -91,16 +110,24 @@ class SoftBatch:
 
     def backward(self) -> None:
         """Send the gradients of the stand-ins on to the logits."""
-        logits, grads = self._logits(), [stand_in.grad for stand_in in self.stand_ins if stand_in.grad is not None]
+        logits, grads = (
+            self._logits(),
+            [stand_in.grad for stand_in in self.stand_ins if stand_in.grad is not None],
+        )
         found = logit_gradient(_joined(logits), self._temperature, self._potentials, _joined(grads))
         torch.autograd.backward(logits, found.split(self._counts))
 
     def _logits(self) -> list[Tensor]:
-        of = {name: self._orders[name].effective() for name in dict.fromkeys(name for name, _ in self.stacks)}
+        of = {
+            name: self._orders[name].effective()
+            for name in dict.fromkeys(name for name, _ in self.stacks)
+        }
         return [of[name][number] for name, number in self.stacks]
 
 
-def soft_batches(orders: Mapping[str, BlockLogits], temperature: float, halves: int) -> list[SoftBatch]:
+def soft_batches(
+    orders: Mapping[str, BlockLogits], temperature: float, halves: int
+) -> list[SoftBatch]:
     """Make the soft permutations of several orders.
 
     On a GPU, where each operator is a launch, all blocks of a size are one batch. On a CPU a single stack stays in the cache.

@@ -32,7 +32,9 @@ def normalize(logits: Tensor, temperature: float, halves: int) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def logit_gradient(logits: Tensor, temperature: float, potentials: list[Tensor], grad_soft: Tensor) -> Tensor:
+def logit_gradient(
+    logits: Tensor, temperature: float, potentials: list[Tensor], grad_soft: Tensor
+) -> Tensor:
     """Return the gradient of the logits from that of the soft permutation, `(blocks, B, B)`.
 
     The matrices are rebuilt going backwards.
