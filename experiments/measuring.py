@@ -1,6 +1,7 @@
 """Read the settings of a measure.py, and print, keep and draw what it measures.
 
-python experiments/table3/measure.py model=llama-2-7b measure.repeats=5 --to experiments/table3/records.jsonl
+python experiments/table3/measure.py model=llama-2-7b measure.repeats=5 --to
+experiments/table3/records.jsonl
 """
 
 from __future__ import annotations
@@ -100,7 +101,10 @@ def main(
 
 
 def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
-    """Settings of run.py, and those of a script's own dataclass, out of what was typed. Raises ConfigError."""
+    """Settings of run.py, and those of a script's own dataclass, out of what was typed.
+
+    Raises ConfigError.
+    """
     config = read_config(composed([word for word in words if not word.startswith(_OWN)]))
     own = OmegaConf.from_dotlist(
         [word.removeprefix(_OWN) for word in words if word.startswith(_OWN)]
@@ -112,7 +116,10 @@ def settings_of(words: list[str], settings: type) -> tuple[RunConfig, Any]:
 
 
 def add_record(file: Path, line: dict[str, Any]) -> None:
-    """Add a line to a file of records, in the place of one of its name. Raises DataError where a line is damaged."""
+    """Add a line to a file of records, in the place of one of its name.
+
+    Raises DataError where a line is damaged.
+    """
     try:
         kept = (
             [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]

@@ -1,8 +1,8 @@
 """PermLLM: learnable channel permutation for N:M sparse large language models (arXiv 2510.10136).
 
-`permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes it, and `permllm.load` opens
-a checkpoint that was written. `import permllm.export` lets transformers load gathered ones by itself. Importing
-`permllm` alone costs nothing.
+`permllm.prune` prunes a model in memory, `permllm.perplexity` measures it, `permllm.save` writes
+it, and `permllm.load` opens a checkpoint that was written. `import permllm.export` lets
+transformers load gathered ones by itself. Importing `permllm` alone costs nothing.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ _PRUNED = "_permllm_pruned"
 _OWN_TEXT = "text"
 # What says how windows are made of documents.
 _OF_DOCUMENTS = {f"calibration__{name}" for name in ("samples", "seqlen", "sampling", "data_files")}
-# Groups and settings that say what the command is given here as a model and texts, or what it does beyond pruning them.
+# Groups and settings that say what the command is given here as a model and texts, or what it does
+# beyond pruning them.
 _NOT_HERE = {"model", "evaluation", "export", "logger", "paths", "protocol", "method", "experiment"}
 _NOT_HERE |= {"name", "runs_dir", "run_dir", "force", "plan", "save_weights"}
 # But what says how the texts are read.
@@ -61,9 +62,11 @@ class Pruned(NamedTuple):
 
     Attributes:
         orders: int64 `(C_in,)` by channel group: the order in which `weight[:, order]` is N:M.
-        masks: bool `(C_out, C_in)` by the path of a linear, original channel order, on the CPU; True is kept.
-        report: plain values, named as in `metrics.json`: sparsity and violations, saliency retained and output error by
-            channel group, seconds of each stage, peak memory, and `history`, a line for each epoch of learning.
+        masks: bool `(C_out, C_in)` by the path of a linear, original channel order, on the CPU;
+            True is kept.
+        report: plain values, named as in `metrics.json`: sparsity and violations, saliency retained
+            and output error by channel group, seconds of each stage, peak memory, and `history`, a
+            line for each epoch of learning.
     """
 
     orders: dict[str, Tensor]
@@ -85,20 +88,23 @@ def prune(
     """Prune a model in place, as `permllm run` does.
 
     Args:
-        model: a decoder with its head, on one device, with its weights in memory. Its linears hold `weight * mask` afterwards
-            (or the updated weight), in the original channel order.
+        model: a decoder with its head, on one device, with its weights in memory. Its linears hold
+            `weight * mask` afterwards (or the updated weight), in the original channel order.
         tokenizer: its tokenizer; None where `texts` are tokens and no checkpoint is to hold one.
-        texts: to calibrate on: documents, the name of an option of the group `calibration` (`"c4"`), or windows of tokens,
-            int64 `(samples, seqlen)`.
+        texts: to calibrate on: documents, the name of an option of the group `calibration`
+            (`"c4"`), or windows of tokens, int64 `(samples, seqlen)`.
         pruner: an option of that group.
         permutation: an option of that group.
         sparsity: N:M.
-        searchpath: where options of other packages lie, as in `hydra.searchpath`: `["pkg://mypackage.conf"]`.
-        settings: any other, as the command line has it, with two underscores for a dot: `permutation__epochs=2`,
-            `calibration__seqlen=512`, `block_size=128`, `reconstruction="obs"`, `seed=1`; `model__bos=True` for Gemma.
+        searchpath: where options of other packages lie, as in `hydra.searchpath`:
+            `["pkg://mypackage.conf"]`.
+        settings: any other, as the command line has it, with two underscores for a dot:
+            `permutation__epochs=2`, `calibration__seqlen=512`, `block_size=128`,
+            `reconstruction="obs"`, `seed=1`; `model__bos=True` for Gemma.
 
     Raises:
-        ConfigError: a setting is unknown or has a value that cannot work; the model is of no known family.
+        ConfigError: a setting is unknown or has a value that cannot work; the model is of no known
+            family.
         DataError: the text cannot be had or is too short.
         TrainingError: learning cannot go on.
     """
@@ -161,16 +167,18 @@ def perplexity(
     Args:
         model: a decoder with its head.
         tokenizer: its tokenizer; None where `texts` are tokens.
-        texts: documents, which are joined by a blank line, the name of a text that perplexity is measured on (`"wikitext2"`),
-            or windows of tokens, int64 `(windows, window)`.
-        window: tokens in each; what is left over is dropped. None is 2,048, or that of `texts` that are tokens.
+        texts: documents, which are joined by a blank line, the name of a text that perplexity is
+            measured on (`"wikitext2"`), or windows of tokens, int64 `(windows, window)`.
+        window: tokens in each; what is left over is dropped. None is 2,048, or that of `texts` that
+            are tokens.
         limit: windows at most; None is all.
         bos: the tokenizer's BOS is the first token of each, as Gemma needs it.
         batch_tokens: tokens a forward.
 
     Raises:
-        ConfigError: there is no such text, or no model; it is none that can be pruned. DataError: the text cannot be had, is
-            shorter than a window, or has tokens that the model does not know.
+        ConfigError: there is no such text, or no model; it is none that can be pruned. DataError:
+            the text cannot be had, is shorter than a window, or has tokens that the model does not
+            know.
     """
     _check_model(model, tokenizer, texts)
     if window is None:
@@ -236,8 +244,9 @@ def save(
     Args:
         model: whose weights are written as they are now, zeros where the masks say so.
         folder: must not hold anything yet. It appears when it is complete.
-        form: `folded` (stock transformers, N:M as it is stored; needs `permutation__constraint="foldable"`), `gathered` (any
-            order; `permllm.load` opens it) or `simulate` (the original order).
+        form: `folded` (stock transformers, N:M as it is stored; needs
+            `permutation__constraint="foldable"`), `gathered` (any order; `permllm.load` opens it)
+            or `simulate` (the original order).
         dtype: of the weights; None is the model's.
         shard_gb: largest size of a file, in 10^9 bytes.
 
@@ -245,7 +254,8 @@ def save(
         The summary that is written beside the model: form, pattern, size in bytes, seconds.
 
     Raises:
-        ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not empty.
+        ConfigError: `prune` has not pruned this model, its orders do not fold, the folder is not
+            empty.
     """
     started = time.perf_counter()
     record = getattr(model, _PRUNED, None)
@@ -350,7 +360,10 @@ def _check_pruned_before(model: PreTrainedModel, groups: Sequence[ChannelGroup])
 def _checked(
     texts: str | Sequence[str] | Tensor, model: PreTrainedModel
 ) -> str | Sequence[str] | Tensor:
-    """The texts. Raises ConfigError where they, or where the model lies, are nothing that can be calibrated with."""
+    """The texts.
+
+    Raises ConfigError where they, or where the model lies, are nothing that can be calibrated with.
+    """
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(places) > 1 or places == ["meta"]:
         raise ConfigError(

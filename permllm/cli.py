@@ -1,7 +1,7 @@
 """The command `permllm`. The command `run` is Hydra's; each other one is a module that is imported when it is asked for.
 
-A module has `work(options) -> Answer`, and `arguments(parser)` where it is quickly imported. Errors, exit codes and `--json`
-are of this file alone:
+A module has `work(options) -> Answer`, and `arguments(parser)` where it is quickly imported.
+Errors, exit codes and `--json` are of this file alone:
 
 - 0: done; 1: an error that a person can mend, as one line on stderr, or an answer that is no;
 - 2: the command line is wrong, or `permllm verify` cannot read the checkpoint;
@@ -147,9 +147,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     """Prove that a checkpoint is N:M sparse as it is stored, and whole.
 
-    The checkpoint is any that transformers can load from safetensors files. The files hold the tensors of the config and no
-    others, all numbers are finite, every permutation is one, and every pruned linear is N:M, or dense where an export says so.
-    The exit code is 0 where all holds, 1 where not, 2 where the checkpoint cannot be read.
+    The checkpoint is any that transformers can load from safetensors files. The files hold the
+    tensors of the config and no others, all numbers are finite, every permutation is one, and every
+    pruned linear is N:M, or dense where an export says so. The exit code is 0 where all holds, 1
+    where not, 2 where the checkpoint cannot be read.
     """
     parser.add_argument(
         "folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files"
@@ -174,8 +175,9 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     """Measure prefill and decoding of a checkpoint, the cost of its gathers, loading, sizes.
 
-    With --against DENSE the dense model is measured beside it, interleaved. On a GPU with sparse tensor cores every pruned
-    linear of a 2:4 model in half precision runs on them. The output says where no kernel is faster than a dense one.
+    With --against DENSE the dense model is measured beside it, interleaved. On a GPU with sparse
+    tensor cores every pruned linear of a 2:4 model in half precision runs on them. The output says
+    where no kernel is faster than a dense one.
     """
     parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
     parser.add_argument(
@@ -284,13 +286,16 @@ class Session:
         except KeyboardInterrupt as error:
             code, said = exit_code(error), f"{what_happened(error)}: "
         except SystemExit as stop:
-            if stop.code:  # Hydra refuses the command line, or a launcher gives up although some jobs have finished
+            # Hydra refuses the command line, or a launcher gives up although some jobs have
+            # finished
+            if stop.code:
                 self.close()
             raise
         except Exception as error:
             if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
                 raise
-            # A launcher's process was killed, or ran out of its time. Only the last lines of its message may say why.
+            # A launcher's process was killed, or ran out of its time. Only the last lines of its
+            # message may say why.
             code, said = 1, f"error: {type(error).__name__}: {str(error).strip()}\n"
         if first():
             print(f"{said}{CONTINUES}", file=sys.stderr)
@@ -300,8 +305,9 @@ class Session:
     def job(self, composed: DictConfig) -> float:
         """Run one job and return what a search minimises (`objective`); infinite for a job that failed.
 
-        A failure that a person can mend is one line on stderr, and does not stop the other jobs. Under torchrun all ranks go
-        through the jobs together, and rank 0 prints and keeps what becomes of each (`permllm.runtime.parallel`).
+        A failure that a person can mend is one line on stderr, and does not stop the other jobs.
+        Under torchrun all ranks go through the jobs together, and rank 0 prints and keeps what
+        becomes of each (`permllm.runtime.parallel`).
         """
         take_gpu()  # before anything uses one
         import datasets
@@ -369,7 +375,8 @@ class Session:
             if first():
                 if not sweep.sweeping():
                     raise
-                traceback.print_exc()  # an error of ours must be seen whole, and not take the other jobs with it
+                # an error of ours must be seen whole, and not take the other jobs with it
+                traceback.print_exc()
             self._end("failed", f"{type(error).__name__}: {one_line(error)}")
         return math.inf
 

@@ -1,7 +1,9 @@
 """Settings of a run, typed: those at the top, of model, calibration, evaluation, export and logger; and the hash of a run.
 
-`conf/config.yaml` explains each setting and has its default. The groups `pruner`, `permutation`, `temperature`, `mask` and
-`reconstruction` stay mappings: each names a class (`_target_`) whose typed arguments are the other keys.
+`conf/config.yaml` explains each setting and has its default. The groups `pruner`, `permutation`,
+`temperature`, `mask` and
+`reconstruction` stay mappings: each names a class (`_target_`) whose typed arguments are the other
+keys.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ _NOT_PART_OF_A_RUN = (
     *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
     *("protocol", "budget", "method", "deterministic"),
 )
-# Settings of the model that say where it is from or where its weights wait; its digest says which model it is.
+# Settings of the model that say where it is from or where its weights wait; its digest says which
+# model it is.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that only a permutation reads, which has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
@@ -64,7 +67,10 @@ class NMPattern:
 
     @classmethod
     def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
-        """Read `"N:M"`. Raises ConfigError, which names the setting `key`, when `text` has another form."""
+        """Read `"N:M"`.
+
+        Raises ConfigError, which names the setting `key`, when `text` has another form.
+        """
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(
@@ -111,8 +117,8 @@ def finite(value: Any) -> Any:
 def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of resolved settings that makes a pruned model.
 
-    Names of this package's classes are no part of it, because classes may move. `block_size` and `temperature` are those that
-    the permutation has; a permutation without them does not read them.
+    Names of this package's classes are no part of it, because classes may move. `block_size` and
+    `temperature` are those that the permutation has; a permutation without them does not read them.
     """
     identity = {
         key: value
@@ -139,7 +145,10 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_classes(value: Any) -> Any:
-    """Remove `_target_` where it names a class of this package. Another package's class stays: nothing else names it."""
+    """Remove `_target_` where it names a class of this package.
+
+    Another package's class stays: nothing else names it.
+    """
     if not isinstance(value, Mapping):
         return value
     ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
@@ -153,7 +162,8 @@ def _without_classes(value: Any) -> Any:
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of resolved settings that says how a model is evaluated: `perplexity` and `tasks`, if asked for.
 
-    Sizes of batches are no part of it. A file stands there by its name, which names the result, and its digest.
+    Sizes of batches are no part of it. A file stands there by its name, which names the result, and
+    its digest.
     """
     settings, inputs = resolved.get("evaluation") or {}, resolved.get("inputs") or {}
     text, shared = dict(settings.get("perplexity") or {}), settings.get("lm_eval") or {}

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-# Set where Hydra is made to raise what it would print: `HYDRA_FULL_ERROR` is then not what a person has set.
+# Set where Hydra is made to raise what it would print: `HYDRA_FULL_ERROR` is then not what a person
+# has set.
 SHORT_ERRORS = "PERMLLM_SHORT_ERRORS"
 
 

@@ -144,7 +144,10 @@ def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> 
 
 
 def export_request(config: RunConfig, methods: Methods) -> Request | None:
-    """Return the export that is asked for; None for nothing. Raises ConfigError where it cannot be had from this run."""
+    """Return the export that is asked for; None for nothing.
+
+    Raises ConfigError where it cannot be had from this run.
+    """
     export = config.export
     if export.form == "none":
         usual = asdict(ExportConfig())
@@ -224,7 +227,10 @@ def _evaluate(job: Job, record: RunDirectory, which: str) -> None:
 
 
 def _prune(job: Job, record: RunDirectory) -> None:
-    """Calibrate, permute, prune. The model is sparse afterwards, and the record holds permutations, masks and weights."""
+    """Calibrate, permute, prune.
+
+    The model is sparse afterwards, and the record holds permutations, masks and weights.
+    """
     config = job.config
 
     def tokens() -> Tensor:

@@ -1,10 +1,10 @@
 """Write a checkpoint of an architecture with random weights, tensor by tensor, so that it takes the memory of one.
 
-    python scripts/random_checkpoint.py FOLDER model=llama-2-13b model.dtype=bfloat16
-    python scripts/random_checkpoint.py FOLDER model=qwen2.5-7b model.architecture.num_hidden_layers=4
+    python scripts/random_checkpoint.py FOLDER model=llama-2-13b model.dtype=bfloat16 python
+    scripts/random_checkpoint.py FOLDER model=qwen2.5-7b model.architecture.num_hidden_layers=4
 
-For what a model of that size costs, not for what it is worth. `model=local model.path=FOLDER` takes it like any other; its
-tokenizer is one of bytes.
+For what a model of that size costs, not for what it is worth. `model=local model.path=FOLDER` takes
+it like any other; its tokenizer is one of bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Make the tables of documents anew: python scripts/readme_tables.py [--check] README.md experiments/*/README.md.
 
-A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!-- /view -->`, files are named
-from the document's folder. With --check nothing is written, and 1 is returned where a document is stale.
+A table stands between `<!-- view: table records=records.jsonl columns=block_size -->` and `<!--
+/view -->`, files are named from the document's folder. With --check nothing is written, and 1 is
+returned where a document is stale.
 """
 
 from __future__ import annotations
@@ -324,7 +325,10 @@ _VIEWS = {
 
 
 def with_views(file: Path) -> str:
-    """Return a document with each of its tables made anew. Raises ConfigError, which names the document."""
+    """Return a document with each of its tables made anew.
+
+    Raises ConfigError, which names the document.
+    """
 
     def anew(match: re.Match[str]) -> str:
         name, *words = shlex.split(match["words"])

@@ -34,7 +34,10 @@ _IMPORTED = [
 def command(
     words: list[str], cwd: Path, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS`: a script, or a module after `-m`. Variables that are read at an import are those of now."""
+    """Run `python WORDS`: a script, or a module after `-m`.
+
+    Variables that are read at an import are those of now.
+    """
     with TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
         with (

@@ -166,7 +166,8 @@ def run_command(
     """`python run.py OVERRIDES` as a person would type it, with `cwd` as the working directory.
 
     Args:
-        fresh: in an interpreter of its own, for what is read where something is imported; else in a fork (`tests.commands`).
+        fresh: in an interpreter of its own, for what is read where something is imported; else in a
+            fork (`tests.commands`).
     """
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     variables |= {"PERMLLM_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"} | environment

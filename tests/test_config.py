@@ -33,7 +33,10 @@ OPTIONS = sorted(
 
 
 def composed(*overrides: str) -> DictConfig:
-    """What Hydra makes of a command line. Folders of a test are put in afterwards: to compose takes longer than a tiny job."""
+    """What Hydra makes of a command line.
+
+    Folders of a test are put in afterwards: to compose takes longer than a tiny job.
+    """
     folders = [word for word in overrides if word.startswith(("run_dir=/", "runs_dir=/"))]
     made = copy.deepcopy(_composed(*(word for word in overrides if word not in folders)))
     for word in folders:
@@ -279,7 +282,8 @@ def test_architectures_have_the_published_number_of_parameters(model: str, billi
         ("evaluation.tasks=[piqa] evaluation.perplexity.seqlen=32", True),
         ("seed=1", False),
         ("permutation.epochs=4", False),
-        # Classes of this package may move. A class of another package stays, because no other setting names it.
+        # Classes of this package may move. A class of another package stays, because no other
+        # setting names it.
         ("pruner._target_=permllm.pruning.wanda.Wanda", True),
         ("temperature._target_=permllm.permutation.temperature.Linear", True),
         ("pruner._target_=mine.Wanda", False),

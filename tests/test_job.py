@@ -309,7 +309,8 @@ def test_a_model_is_pruned_in_part_to_several_patterns_and_exported_in_every_for
     }
     assert metrics["sparsity"]["patterns"] == told
     assert metrics["sparsity"]["violations"] == 0
-    # Widths 32 and 64, two key-value heads of four: 32 x (32 + 16 + 32) of attention and 3 x 32 x 64 of the MLP are pruned.
+    # Widths 32 and 64, two key-value heads of four: 32 x (32 + 16 + 32) of attention and 3 x 32 x
+    # 64 of the MLP are pruned.
     assert metrics["sparsity"]["of_model"] == (2560 + 6144) / 2 / (2 * (3072 + 6144))
     assert len(load_masks(directory / "masks.safetensors")) == 6
     for form in ([], ["export=gathered"]):

@@ -11,7 +11,8 @@ from pathlib import Path
 import permllm
 
 PACKAGE = Path(permllm.__file__).parent
-# A room is a package, or a file directly in `permllm/`. What CONTRIBUTING.md says of them follows this order.
+# A room is a package, or a file directly in `permllm/`. What CONTRIBUTING.md says of them follows
+# this order.
 ROOMS = (
     "errors",
     "runtime",

@@ -19,7 +19,8 @@ def spilled_bytes(
 
     Args:
         kernel: a Triton function.
-        types: of the arguments that are not constants, such as `*bf16`; `i32:16` is divisible by 16, as every pointer is.
+        types: of the arguments that are not constants, such as `*bf16`; `i32:16` is divisible by
+            16, as every pointer is.
         constants: by argument.
         architecture: compute capability, as in 90.
         warps: of a program.

@@ -1,6 +1,7 @@
 """Is more retained saliency less loss? Many orders of one layer's channels, the saliency and the output error of each.
 
-PermLLM, figure 1: the order that keeps the most saliency is not the one with the smallest error of the output.
+PermLLM, figure 1: the order that keeps the most saliency is not the one with the smallest error of
+the output.
 
     python experiments/figure1/measure.py model=smollm2-135m
 """
@@ -53,9 +54,11 @@ class Settings:
 
     Attributes:
         layer: index of the decoder layer; None is the middle one.
-        group: name of the channel group in it, as `plan=true` lists them; None is the last one, the MLP's output.
+        group: name of the channel group in it, as `plan=true` lists them; None is the last one, the
+            MLP's output.
         random: random orders, and as many of the heuristic's with some channels shuffled.
-        swaps: random swaps tried in each search, for more saliency and, from both starts, for less error.
+        swaps: random swaps tried in each search, for more saliency and, from both starts, for less
+            error.
         trace: orders kept along the way of the swaps.
     """
 
@@ -108,8 +111,9 @@ def swaps(
 ) -> list[Tensor]:
     """Try random swaps of two channels, and keep those that improve the order.
 
-    A swap changes the masks of two groups alone, so that its effect on either measure needs these columns only: with D what is
-    removed and `A = D G`, a change E of the columns S changes `tr(D G D^T)` by `2 <E, A_S> + <E G_SS, E>`.
+    A swap changes the masks of two groups alone, so that its effect on either measure needs these
+    columns only: with D what is removed and `A = D G`, a change E of the columns S changes `tr(D G
+    D^T)` by `2 <E, A_S> + <E G_SS, E>`.
 
     Args:
         layer: the layer.
@@ -162,7 +166,10 @@ def swaps(
 
 
 def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
-    """Both measures of every order. Raises ConfigError when the layer or the group does not exist."""
+    """Both measures of every order.
+
+    Raises ConfigError when the layer or the group does not exist.
+    """
     loaded = load_model(config.model, config.seed)
     group = _group(groups_to_prune(loaded.model, config), own)
     pattern = group.pattern or config.pattern

@@ -60,9 +60,10 @@ class Settings:
     Attributes:
         tokens: of a step, each a multiple of 128.
         block_sizes: B of LCP.
-        repeats: of each measurement after one to warm up, in turns with the others; medians are given.
-        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a loop over its groups; 0 is
-            none.
+        repeats: of each measurement after one to warm up, in turns with the others; medians are
+            given.
+        heuristic_channels: of a matrix whose scores of one position the heuristic makes, beside a
+            loop over its groups; 0 is none.
     """
 
     tokens: list[int] = field(default_factory=lambda: [512, 2048])
@@ -292,9 +293,10 @@ def _row(
 ) -> dict[str, Any]:
     """One row: all variants in turn, `repeats` times after one warm-up.
 
-    In seconds: `plain_s`, forward and backward with gradients for all weights; `lcp_s`, a step of LCP on the same layer:
-    Sinkhorn, assignment, forward, backward, AdamW on the logits; `checkpoint_s`, that with the layer recomputed in backward;
-    `dense_s`, that with C x C permutation matrices, as the paper describes; `harden_s`, the part of `lcp_s` that makes
+    In seconds: `plain_s`, forward and backward with gradients for all weights; `lcp_s`, a step of
+    LCP on the same layer: Sinkhorn, assignment, forward, backward, AdamW on the logits;
+    `checkpoint_s`, that with the layer recomputed in backward; `dense_s`, that with C x C
+    permutation matrices, as the paper describes; `harden_s`, the part of `lcp_s` that makes
     permutations hard.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -323,7 +325,8 @@ def _row(
     orders = {order.name: torch.arange(order.channels) for order in shared}
     window = Window(0, 0, 1, None, problem.target)
     moment = Moment(1, 2, 0, 1)
-    # Both learn on from step to step, as a run does: an order that never changes would be assigned sooner.
+    # Both learn on from step to step, as a run does: an order that never changes would be assigned
+    # sooner.
     logits = {
         name: LCP(**settings).start_logits(problem, shared, orders)
         for name in ("lcp", "checkpoint")

@@ -31,7 +31,8 @@ from permllm.runtime.speed import interleaved
 from permllm.sparsity.nm import nm_mask
 
 _PATTERN = NMPattern(2, 4)
-# The paper's rows, by the places of their channel groups in a layer: attention input and output, MLP input and output.
+# The paper's rows, by the places of their channel groups in a layer: attention input and output,
+# MLP input and output.
 _ROWS = {"qkvo_proj": (0, 1), "up_gate_proj": (2,), "down_proj": (3,)}
 
 

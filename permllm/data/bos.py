@@ -8,7 +8,10 @@ from permllm.errors import ConfigError
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, bos: bool) -> int | None:
-    """The token that windows begin with; None for none. Raises ConfigError where the tokenizer has no such token."""
+    """The token that windows begin with; None for none.
+
+    Raises ConfigError where the tokenizer has no such token.
+    """
     if not bos:
         return None
     if tokenizer.bos_token_id is None:

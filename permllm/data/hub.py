@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 
 from permllm.errors import DataError, first_line
 
-# A connection that fails raises the errors of the HTTP library that huggingface_hub speaks through, httpx or httpx2 by its
-# version. They are no OSError; the hub's own errors derive from their base.
+# A connection that fails raises the errors of the HTTP library that huggingface_hub speaks through,
+# httpx or httpx2 by its version. They are no OSError; the hub's own errors derive from their base.
 _HTTP_ERROR: type[Exception] = next(
     base for base in HfHubHTTPError.__bases__ if base is not OSError
 )
@@ -66,11 +66,12 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     Args:
         model: `OWNER/NAME`.
         revision: branch, tag or commit; None is the default branch.
-        patterns: of the files, in its top folder unless they name another; those that match none are not downloaded.
+        patterns: of the files, in its top folder unless they name another; those that match none
+            are not downloaded.
 
     Returns:
-        The folder in the local cache, whose name is the commit. Where the hub is out of reach or not to be asked it is what
-        the cache holds of that revision, which can lack files.
+        The folder in the local cache, whose name is the commit. Where the hub is out of reach or
+        not to be asked it is what the cache holds of that revision, which can lack files.
 
     Raises:
         DataError: they cannot be had.
@@ -90,8 +91,9 @@ def hub_snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
 def hub_file(repository: str, file: str) -> HubFile:
     """Download a file of a data set by its name: the default branch as it was when this process first asked.
 
-    `datasets` finds what it has cached only where it is asked for in the same words, and not at all by a file's name when the
-    hub is out of reach; a file by its name is found whatever else was asked for.
+    `datasets` finds what it has cached only where it is asked for in the same words, and not at all
+    by a file's name when the hub is out of reach; a file by its name is found whatever else was
+    asked for.
 
     Raises:
         DataError: it cannot be had.

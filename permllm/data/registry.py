@@ -55,7 +55,8 @@ def perplexity_texts(config: PerplexityConfig) -> list[NamedText]:
     """What perplexity is measured on; nothing where it is not.
 
     Raises:
-        ConfigError: a name is no text's or another one's too, or its text is not to be evaluated on.
+        ConfigError: a name is no text's or another one's too, or its text is not to be evaluated
+            on.
         DataError: a file's ending is none that can be read.
     """
     if config.data_files:

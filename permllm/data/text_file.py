@@ -66,7 +66,8 @@ def read_text_file(path: str) -> list[str]:
     """Documents of a file: a txt file is one document; json lines and parquet have one a row, in the column `text`.
 
     Raises:
-        DataError: the file is missing, of another kind, unreadable, or has no text, or a row's text is no string.
+        DataError: the file is missing, of another kind, unreadable, or has no text, or a row's text
+            is no string.
     """
     if not os.path.isfile(path):
         raise DataError(

@@ -35,14 +35,16 @@ def calibration_tokens(
         tokenizer: of the model.
         config: the settings of the group.
         seed: of the windows.
-        bos: whether the first token of each is the tokenizer's BOS, and no other special token is added.
+        bos: whether the first token of each is the tokenizer's BOS, and no other special token is
+            added.
         further: windows drawn after the `calibration.samples`, which are the same without them.
 
     Returns:
         int64 `(samples + further, length)` on the CPU.
 
     Raises:
-        ConfigError: the settings name no text, or the tokenizer has no BOS. DataError: there is not enough text.
+        ConfigError: the settings name no text, or the tokenizer has no BOS. DataError: there is not
+            enough text.
     """
     named = calibration_text(config)
 

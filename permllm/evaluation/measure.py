@@ -29,8 +29,10 @@ def evaluate(
     Args:
         loaded: the model; its identity is the dense one's.
         settings: what to measure.
-        which: `dense`, whose results follow from the identity and are shared between jobs, or `sparse`.
-        evaluation: `evaluation`, how it is made; `perplexity`, `tasks`, `evaluated_texts` and `scores` are added to.
+        which: `dense`, whose results follow from the identity and are shared between jobs, or
+            `sparse`.
+        evaluation: `evaluation`, how it is made; `perplexity`, `tasks`, `evaluated_texts` and
+            `scores` are added to.
         save: keeps the evaluation, between one measure and the next.
     """
 

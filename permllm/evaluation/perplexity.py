@@ -36,13 +36,15 @@ def perplexity_windows(
         tokenizer: of the model.
         named: the text.
         config: of its windows.
-        bos: whether the first token of each is the tokenizer's BOS, so that all of the text's own are predicted.
+        bos: whether the first token of each is the tokenizer's BOS, so that all of the text's own
+            are predicted.
 
     Returns:
         int64 `(windows, seqlen)` on the CPU.
 
     Raises:
-        ConfigError: the tokenizer has no BOS. DataError: the text cannot be had, or is shorter than one window.
+        ConfigError: the tokenizer has no BOS. DataError: the text cannot be had, or is shorter than
+            one window.
     """
     first = bos_of(tokenizer, bos)
     tokens = all_tokens(tokenizer, named, bos)
@@ -70,11 +72,13 @@ def perplexity(
 ) -> dict[str, Any]:
     """Perplexity of `model` on `windows` int64 `(windows, seqlen)`.
 
-    The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of the seqlen - 1 predicted
-    tokens of every window)`. Of a large vocabulary the logits exist for some tokens at a time.
+    The logarithms are taken in float32 and summed in float64. `exp(mean negative log-likelihood of
+    the seqlen - 1 predicted tokens of every window)`. Of a large vocabulary the logits exist for
+    some tokens at a time.
 
     Returns:
-        `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over its predicted tokens).
+        `value`, `window` (tokens), `tokens` (predicted ones), `losses` (nats of each window, over
+        its predicted tokens).
     """
     count, window = windows.shape
     portions = parallel.portions(torch.arange(count), max(1, batch_tokens // window))

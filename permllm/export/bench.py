@@ -1,8 +1,8 @@
 """What a checkpoint costs: prefill and decoding, its gathers, loading, sizes.
 
-With `--against DENSE` the dense model is measured beside it, interleaved. On a GPU with sparse tensor cores every pruned
-linear of a 2:4 model in half precision runs on them; elsewhere a sparse matrix product has no faster kernel than a dense one,
-which the output says.
+With `--against DENSE` the dense model is measured beside it, interleaved. On a GPU with sparse
+tensor cores every pruned linear of a 2:4 model in half precision runs on them; elsewhere a sparse
+matrix product has no faster kernel than a dense one, which the output says.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def speed(
         repeats: of each measurement; medians are given.
 
     Returns:
-        A row a variant and batch size; `prefill_bytes` is what the first prefill takes beside the weights.
+        A row a variant and batch size; `prefill_bytes` is what the first prefill takes beside the
+        weights.
     """
     device = next(iter(variants.values())).device
     known = min(200, *map(vocabulary_of, variants.values()))

@@ -77,7 +77,8 @@ def export_run(
         The summary that is also written beside the model: form, pattern, size in bytes, seconds.
 
     Raises:
-        ConfigError: the request cannot be met: the directory is no run, the orders do not fold, the target is not empty.
+        ConfigError: the request cannot be met: the directory is no run, the orders do not fold, the
+            target is not empty.
         DataError: the dense model is not the one that was pruned, or the record is incomplete.
     """
     request.check()
@@ -121,7 +122,8 @@ def write_checkpoint(
     Args:
         record: what is known of it.
         request: form and dtype.
-        source: the model that was pruned; of its pruned linears, `record` makes the weights from what it gives.
+        source: the model that was pruned; of its pruned linears, `record` makes the weights from
+            what it gives.
         target: as in `export_run`.
         started: `time.perf_counter()` when it began.
         replace: as in `export_run`.
@@ -340,7 +342,8 @@ def _stored(
         raise DataError(
             f"{name} does not fit into {str(dtype).removeprefix('torch.')}: export it in another dtype"
         )
-    # Adding +0.0 turns -0.0, which some sparse kernels break on, into +0.0, and changes nothing else.
+    # Adding +0.0 turns -0.0, which some sparse kernels break on, into +0.0, and changes nothing
+    # else.
     return stored.apply(name, cast + 0.0 if path is not None else cast)
 
 

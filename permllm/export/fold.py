@@ -1,12 +1,15 @@
 """In which order the tensors of an exported model are stored: what is permuted, and where a gather stays.
 
-A channel order is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M. What gives it its inputs
-must then give them in that order:
+A channel order is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M.
+What gives it its inputs must then give them in that order:
 
-- `folded`: the order goes into the rows of the weights before (and their biases, the norms and embeddings of the residual
-  stream). The model computes the same function with the same code as the dense one.
-- `gathered`: what a neighbour can absorb by itself goes there; before everything else the activations are gathered.
-- `simulate`: nothing is permuted. The model is N:M only in the order that the run found, as the papers evaluate it.
+- `folded`: the order goes into the rows of the weights before (and their biases, the norms and
+  embeddings of the residual stream). The model computes the same function with the same code as the
+  dense one.
+- `gathered`: what a neighbour can absorb by itself goes there; before everything else the
+  activations are gathered.
+- `simulate`: nothing is permuted. The model is N:M only in the order that the run found, as the
+  papers evaluate it.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ def stored_order(
         form: `simulate`, `folded` or `gathered`.
         model: of a known family; may be on the meta device.
         groups: its channel groups, all layers, whether they are pruned or not.
-        orders: int64 `(C_in,)` by group, of those that are pruned. All that reads permuted channels reads them so.
+        orders: int64 `(C_in,)` by group, of those that are pruned. All that reads permuted channels
+            reads them so.
 
     Raises:
         ConfigError: the orders do not fold (`folded`).

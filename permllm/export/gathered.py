@@ -1,8 +1,9 @@
 """The classes with which transformers loads gathered checkpoints. `import permllm.export` registers them.
 
-Such a checkpoint must never load as a plain model with wrong logits. Its config.json therefore carries a
-model type of its own and, where a plain config has its width, a text that says what to import; the dense model's config
-lies inside, under `dense_config`. A plain class refuses the text, `AutoModelForCausalLM` the type, and both errors quote them.
+Such a checkpoint must never load as a plain model with wrong logits. Its config.json therefore
+carries a model type of its own and, where a plain config has its width, a text that says what to
+import; the dense model's config lies inside, under `dense_config`. A plain class refuses the text,
+`AutoModelForCausalLM` the type, and both errors quote them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 def model_type_of(dense_type: str) -> str:
     """Model type of a gathered model of a family; transformers quotes it when it does not know it.
 
-    The same in all versions but for the hint, so that any of them knows the checkpoints of those before.
+    The same in all versions but for the hint, so that any of them knows the checkpoints of those
+    before.
     """
     return f"{dense_type}, N:M sparse, written by PermLLM (arXiv 2510.10136): {_HINT}"
 
@@ -113,10 +115,12 @@ class _SparseModel:
         """As in transformers.
 
         Raises:
-            DataError: the files lack a tensor, hold one too many or of another shape or kind, are not as they were written, or
-                hold values that are not finite or orders that are no permutations; the tensor is named.
+            DataError: the files lack a tensor, hold one too many or of another shape or kind, are
+                not as they were written, or hold values that are not finite or orders that are no
+                permutations; the tensor is named.
         """
-        # Without values nothing is computed: what the files lack is then in the report that the caller can ask for.
+        # Without values nothing is computed: what the files lack is then in the report that the
+        # caller can ask for.
         without_values = kwargs.get("device_map") == META
         if pretrained_model_name_or_path is not None and not without_values:
             folder = Path(pretrained_model_name_or_path)

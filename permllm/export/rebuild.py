@@ -26,7 +26,8 @@ def apply_record(model: nn.Module, identity: str, directory: Path) -> None:
         directory: of a run that has pruned its model.
 
     Raises:
-        DataError: the run is of another model, a file is damaged, or changed weights were not kept (`save_weights=false`).
+        DataError: the run is of another model, a file is damaged, or changed weights were not kept
+            (`save_weights=false`).
     """
     metrics = read_json(directory / METRICS)
     if metrics["model"] != identity:

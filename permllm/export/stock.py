@@ -45,12 +45,12 @@ def stock_perplexity(checkpoint: Path, run: Path) -> dict[str, Any]:
         run: directory of the finished run that it was exported from, with a perplexity.
 
     Returns:
-        `run`, `text`, `window` (tokens), `dtype`, `class`, `perplexity_of_the_run`, `perplexity_stock`,
-        `relative_difference`.
+        `run`, `text`, `window` (tokens), `dtype`, `class`, `perplexity_of_the_run`,
+        `perplexity_stock`, `relative_difference`.
 
     Raises:
-        ConfigError: the run has no perplexity on a text of this package. DataError: a file is not as it should be, or
-            transformers cannot load the checkpoint by itself.
+        ConfigError: the run has no perplexity on a text of this package. DataError: a file is not
+            as it should be, or transformers cannot load the checkpoint by itself.
     """
     config = read_yaml(run / CONFIG)
     model, metrics = config["model"], read_json(run / METRICS)

@@ -1,9 +1,10 @@
 """Proof that a checkpoint is N:M sparse as it is stored, and whole.
 
-Any folder that transformers can load from safetensors files, ours or not, one tensor at a time: the files
-hold what the config asks for and nothing else, floating-point numbers, all finite, every order a permutation, every linear
-N:M as an export of ours says of it, or dense where it says that. With `--against DENSE` also the difference of the logits from
-another model's: of a folded model from its `simulate` form none, from the dense model what pruning costs.
+Any folder that transformers can load from safetensors files, ours or not, one tensor at a time: the
+files hold what the config asks for and nothing else, floating-point numbers, all finite, every
+order a permutation, every linear N:M as an export of ours says of it, or dense where it says that.
+With `--against DENSE` also the difference of the logits from another model's: of a folded model
+from its `simulate` form none, from the dense model what pruning costs.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class LayerReport:
         name: of the tensor.
         shape: `(C_out, C_in)`.
         zeros: share of zeros.
-        violations: groups of M with more than N nonzeros, in stored order; None where M does not divide C_in.
+        violations: groups of M with more than N nonzeros, in stored order; None where M does not
+            divide C_in.
         negative_zeros: entries that are -0.0.
         nan: entries that are not finite.
         pattern: N:M that it should be.
@@ -120,7 +122,8 @@ def verify(folder: Path, pattern: NMPattern | None = None, against: Path | None 
         against: another checkpoint, whose logits are compared.
 
     Raises:
-        DataError: the config or the files are missing, truncated, corrupt, or not what they should be.
+        DataError: the config or the files are missing, truncated, corrupt, or not what they should
+            be.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
@@ -172,8 +175,9 @@ def logits_difference(first: Path, second: Path) -> dict[str, float]:
     """How much the logits of two checkpoints differ on random tokens, in float32.
 
     Returns:
-        `largest` and `relative`, the norm of the difference over that of the second's; `kl`, nats a token, from the second's
-        distribution to the first's; `agreement`, share of tokens with the same most likely successor.
+        `largest` and `relative`, the norm of the difference over that of the second's; `kl`, nats a
+        token, from the second's distribution to the first's; `agreement`, share of tokens with the
+        same most likely successor.
     """
     generator = torch.Generator().manual_seed(0)
     tokens: Tensor | None = None
@@ -265,7 +269,8 @@ def _linears(skeleton: PreTrainedModel) -> tuple[tuple[str, ...], int | None]:
     """How the names of the weights end that should be sparse, and how many there are; None of a family that we do not know.
 
     Raises:
-        DataError: it stores weights with inputs along the rows, where N:M would be looked for along the wrong axis.
+        DataError: it stores weights with inputs along the rows, where N:M would be looked for along
+            the wrong axis.
     """
     try:
         family = family_of(skeleton)

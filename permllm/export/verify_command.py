@@ -19,7 +19,8 @@ from permllm.export.verify import Report, verify
 from permllm.runtime.terminal import Answer, terminal
 
 _SHOWN = 20
-# How far, of it, the perplexity of stock transformers may be from the run's: products may be summed in another order.
+# How far, of it, the perplexity of stock transformers may be from the run's: products may be summed
+# in another order.
 _NEAR = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
 

@@ -18,7 +18,8 @@ class Mask(Method):
     """Base of all methods; as it is, `mask=pruner`: nothing learns.
 
     Attributes:
-        local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all found before (`FoundMask`).
+        local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all
+            found before (`FoundMask`).
     """
 
     local: bool = True
@@ -28,7 +29,8 @@ class FoundMask(Mask, ABC):
     """Base of the methods that find the masks of all linears together; each rank of torchrun calls it.
 
     Attributes:
-        statistics: of what the linears read, that it sums over the calibration text (`permllm.sparsity`).
+        statistics: of what the linears read, that it sums over the calibration text
+            (`permllm.sparsity`).
     """
 
     local = False
@@ -50,7 +52,8 @@ class MaskPlan:
     """Plan of a learned mask, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer and the one after the last of what learns together, one after the other.
+        windows: first decoder layer and the one after the last of what learns together, one after
+            the other.
         parameters: that masks are chosen by and learn, by decoder layer.
         keeps_masked: masked weights wait for backward.
     """

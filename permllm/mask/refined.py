@@ -1,10 +1,11 @@
 """Masks of a lower output error: exchanges within the groups of the pruner's masks, by the Gram matrix of the inputs.
 
-What a mask takes away of a row of a weight, `e`, adds `e H e^T` to the squared error of its output, with `H = X^T X`. Wanda's
-saliency ranks by the diagonal of `H` alone. Here a kept and a pruned weight of a group change places where the whole error
-falls, group after group, given the masks of all the others: coordinate descent, whose end, after more sweeps than pay, is
-where no exchange within a group gains anything. Exchanges by their true error are SparseSwaps' (arXiv 2512.10922); there one
-pair of a row is exchanged a step.
+What a mask takes away of a row of a weight, `e`, adds `e H e^T` to the squared error of its output,
+with `H = X^T X`. Wanda's saliency ranks by the diagonal of `H` alone. Here a kept and a pruned
+weight of a group change places where the whole error falls, group after group, given the masks of
+all the others: coordinate descent, whose end, after more sweeps than pay, is where no exchange
+within a group gains anything. Exchanges by their true error are SparseSwaps' (arXiv 2512.10922);
+there one pair of a row is exchanged a step.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram
 from permllm.training.problem import LearningProblem
 
-# Channels whose products with H are brought up to date group by group; those of all others follow once for so many.
+# Channels whose products with H are brought up to date group by group; those of all others follow
+# once for so many.
 _BLOCK = 64
 # Sweeps over the groups of a linear: most of what there is to gain comes in the first ones.
 _SWEEPS = 3
 
 
 class RefinedMask(FoundMask):
-    """The pruner's masks, refined on what the linears read in the dense model. Nothing learns, no weight changes."""
+    """The pruner's masks, refined on what the linears read in the dense model.
+
+    Nothing learns, no weight changes.
+    """
 
     statistics = (Gram,)
 

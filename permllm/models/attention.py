@@ -17,7 +17,8 @@ from permllm.runtime.precision import products_as_they_are
 def attention_in_float32(device: torch.device) -> Iterator[None]:
     """Attention inside that gradients go through on a CPU is made in float32, whatever autocast makes products in.
 
-    Torch's backward of it takes three times as long in bfloat16 for windows of 128 tokens, and no less for long ones.
+    Torch's backward of it takes three times as long in bfloat16 for windows of 128 tokens, and no
+    less for long ones.
 
     Args:
         device: where the model is.

@@ -1,7 +1,8 @@
 """A checkpoint as transformers loads it, refused where weights would be anything but what its files hold.
 
-transformers gives a tensor that is missing, or has another shape, random values, casts whole numbers and 8-bit formats to what
-was asked for without their scales, and says so in a report alone: a pruned model of it looks like any other.
+transformers gives a tensor that is missing, or has another shape, random values, casts whole
+numbers and 8-bit formats to what was asked for without their scales, and says so in a report alone:
+a pruned model of it looks like any other.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from permllm.errors import ConfigError, DataError, PermLLMError, printable
 from permllm.models.schema import ModelSettings, Object, TensorIndex, read_json, validated
 from permllm.runs.tensors import check_order, tensor_formats
 
-# Kinds of weights, an index of several files and the single file, in the order in which transformers looks for them.
+# Kinds of weights, an index of several files and the single file, in the order in which
+# transformers looks for them.
 WEIGHTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 # Where a gathered model keeps the order of a module's input.
 ORDER = ".input_order"
-# What every transformers config checks to be a number, under the name that it has in most families and in OPT's feed-forward;
-# a gathered model has a text there.
+# What every transformers config checks to be a number, under the name that it has in most families
+# and in OPT's feed-forward; a gathered model has a text there.
 TRIPWIRES = ("hidden_size", "vocab_size", "num_hidden_layers")
 # For `device_map`: the model without values.
 META = {"": "meta"}
@@ -44,7 +46,8 @@ _FORMATS = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# What safetensors calls the formats whose numbers are the weights themselves, and those of an order.
+# What safetensors calls the formats whose numbers are the weights themselves, and those of an
+# order.
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _WHOLE = ("I64", "I32")
 _BYTES = ("U8", "BOOL")
@@ -152,7 +155,8 @@ def skeleton_of(folder: Path) -> tuple[PreTrainedModel, Differences]:
     """The model of a folder on the meta device, and in what its files differ from it; no weights are read.
 
     Raises:
-        DataError: its config or its files cannot be read, or it is quantised in a way that is not known.
+        DataError: its config or its files cannot be read, or it is quantised in a way that is not
+            known.
     """
     settings = _settings(folder)
     weight_files(folder)
@@ -183,7 +187,8 @@ def check_checkpoint(folder: Path) -> PreTrainedModel:
         The model on the meta device.
 
     Raises:
-        DataError: a tensor is missing, in the way, of another shape, or no floating-point number, or a file is corrupt.
+        DataError: a tensor is missing, in the way, of another shape, or no floating-point number,
+            or a file is corrupt.
     """
     model, differences = skeleton_of(folder)
     for what, names in differences.each():
@@ -308,7 +313,8 @@ def read_weights(
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     check_checkpoint(folder)
-    # With a map each tensor goes from the file to the GPU, without the whole model in host memory, once for each process.
+    # With a map each tensor goes from the file to the GPU, without the whole model in host memory,
+    # once for each process.
     onto: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     with transformers_reads(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,8 @@
 """What a model family is: where its decoder layers are, which linears of a layer share a channel order, and what absorbs it.
 
-A family is a short table, keyed by `config.model_type`. To add one, add a table; an installed package adds its own by an entry
-point (CONTRIBUTING.md, "A model family"). A type without a table has what its structure shows (`permllm.models.discovery`).
+A family is a short table, keyed by `config.model_type`. To add one, add a table; an installed
+package adds its own by an entry point (CONTRIBUTING.md, "A model family"). A type without a table
+has what its structure shows (`permllm.models.discovery`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Of a package's families, by model type.
 _ENTRY_POINTS = "permllm.families"
-# Which rows of a producer are channels of a group: where projections are fused, the first or the last ones.
+# Which rows of a producer are channels of a group: where projections are fused, the first or the
+# last ones.
 Part = Literal["whole", "first", "last"]
 
 
@@ -34,13 +36,16 @@ class GroupTable:
     """One row of a family's table: paths relative to a decoder layer.
 
     Attributes:
-        name: key of the group; the module's own path when it has one member, a joint name when it has several.
+        name: key of the group; the module's own path when it has one member, a joint name when it
+            has several.
         members: the linears that read the same activations and therefore share one permutation.
-        reader: the module whose input these activations are, as its first argument or as `hidden_states`.
-        producers: the linears whose outputs, row by row, are the channels, with only elementwise work or attention between,
-            and a norm over the channels that stands there; empty where the channels are those of the residual stream.
-        by_head: attention stands between, so that a channel must stay in its head, and query heads that share a key-value
-            head must be permuted alike.
+        reader: the module whose input these activations are, as its first argument or as
+            `hidden_states`.
+        producers: the linears whose outputs, row by row, are the channels, with only elementwise
+            work or attention between, and a norm over the channels that stands there; empty where
+            the channels are those of the residual stream.
+        by_head: attention stands between, so that a channel must stay in its head, and query heads
+            that share a key-value head must be permuted alike.
         parts: of each producer, which rows are the channels; all of them where nothing is said.
         folds: whether the producers, or all that touches the residual stream, absorb an order.
     """
@@ -69,10 +74,10 @@ class Family:
         after: paths of what follows the last decoder layer, before the head; a model may lack some.
         norms: of each decoder layer, along the residual stream.
         writers: linears of each decoder layer whose outputs are added to the residual stream.
-        embeddings: paths of the embeddings whose columns are the residual stream. Those of the tokens, and the head, are only
-            while no projection stands between (`projections`).
-        projections: paths of the linears from the embeddings into the stream and from the stream to the head, which a model
-            may lack.
+        embeddings: paths of the embeddings whose columns are the residual stream. Those of the
+            tokens, and the head, are only while no projection stands between (`projections`).
+        projections: paths of the linears from the embeddings into the stream and from the stream to
+            the head, which a model may lack.
         tuples: whether a decoder layer returns a tuple, the states first.
     """
 
@@ -97,7 +102,8 @@ class ChannelGroup:
         channels: C_in.
         rows: C_out of each member.
         table: the row of the family's table that it comes from.
-        heads: key-value heads, and query heads for each of them, where a channel belongs to a head; else (1, 1).
+        heads: key-value heads, and query heads for each of them, where a channel belongs to a head;
+            else (1, 1).
         pattern: N:M of the members, where it is not that of the job (`permllm.models.selection`).
     """
 
@@ -224,7 +230,8 @@ def family_named(model_type: str) -> Family:
     """The family of a model type.
 
     Raises:
-        ConfigError: it is none of the known types, which the message lists, or the entry point of a package gives no family.
+        ConfigError: it is none of the known types, which the message lists, or the entry point of a
+            package gives no family.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -292,7 +299,8 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     """All channel groups of a model, layer by layer; works on the meta device.
 
     Raises:
-        ConfigError: the model type is unknown, a module of the family's table is missing or not linear, or there is nothing
+        ConfigError: the model type is unknown, a module of the family's table is missing or not
+            linear, or there is nothing
             to prune: no layer, or a linear without inputs or outputs.
     """
     family = family_of(model)
@@ -357,7 +365,10 @@ def produced_rows(rows: int, part: Part, order: Tensor) -> Tensor:
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear at a module path. Raises ConfigError when it is missing, or computes otherwise than an `nn.Linear`."""
+    """The linear at a module path.
+
+    Raises ConfigError when it is missing, or computes otherwise than an `nn.Linear`.
+    """
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
@@ -383,8 +394,8 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a weight that is a parameter of its own, and does nothing else but add a bias.
 
-    A parametrised one computes its weight, and an adapted one may have a forward that somebody has given it, other than by a
-    hook of accelerate.
+    A parametrised one computes its weight, and an adapted one may have a forward that somebody has
+    given it, other than by a hook of accelerate.
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return (

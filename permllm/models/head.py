@@ -1,7 +1,8 @@
 """Logits of the last hidden states, by the model's own forward.
 
-Most heads are a product with a matrix. Some add a bias, scale the logits or cap them (Phi, Cohere, Granite, Gemma 2), each
-family in its own `forward` by a setting of its own name. So the forward is asked: a head that gives the product is plain.
+Most heads are a product with a matrix. Some add a bias, scale the logits or cap them (Phi, Cohere,
+Granite, Gemma 2), each family in its own `forward` by a setting of its own name. So the forward is
+asked: a head that gives the product is plain.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from permllm.models.layers import replaced_forwards
 _ROWS, _STATES = 64, 8
 # Largest logits of the comparison: where any cap shows, and where none of them does yet.
 _SIZES = (1e-2, 1.0, 1e4)
-# Vocabulary up to which the logits of all tokens exist together, and how many logits of a larger one do: with fewer, a weight
-# would be read for too few products.
+# Vocabulary up to which the logits of all tokens exist together, and how many logits of a larger
+# one do: with fewer, a weight would be read for too few products.
 _VOCABULARY, _LOGITS = 160_000, 1 << 26
 
 
@@ -48,7 +49,8 @@ class Head:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._module: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        # The module that holds the layers, norms what they give, and is all that the forward asks before the head.
+        # The module that holds the layers, norms what they give, and is all that the forward asks
+        # before the head.
         self._body = model.get_submodule(family_of(model).layers.rpartition(".")[0])
         self.weight: Tensor = self._module.weight  # type: ignore[assignment]
         self._rounded = self.weight.detach()
@@ -89,7 +91,8 @@ class Head:
         )
         if self.logits(zero).any():  # a bias
             return False
-        # A part of the vocabulary in float64, so that no rounding, of the weights' format or of products, hides a difference.
+        # A part of the vocabulary in float64, so that no rounding, of the weights' format or of
+        # products, hides a difference.
         name = head_path(self._model)
         part = {
             f"{name}.{key}": value[:_ROWS].double()

@@ -1,7 +1,8 @@
 """Run the decoder layers of a model one at a time, with the keyword arguments that the model itself would pass.
 
-transformers gives each layer its masks and rotary embeddings from outside, and families differ in what they pass. Instead of
-rebuilding these, the layers are replaced for one forward by stand-ins that record what they are given and return their input.
+transformers gives each layer its masks and rotary embeddings from outside, and families differ in
+what they pass. Instead of rebuilding these, the layers are replaced for one forward by stand-ins
+that record what they are given and return their input.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from permllm.models.offload import placement_of
 from permllm.runtime.memory import free_memory
 from permllm.runtime.precision import products_in
 
-# Of the free memory of a GPU, the share that the states of a stream may take: pruning has two, beside what a layer takes.
+# Of the free memory of a GPU, the share that the states of a stream may take: pruning has two,
+# beside what a layer takes.
 _SHARE_OF_FREE = 1 / 8
 
 
@@ -55,7 +57,8 @@ def layer_inputs(model: nn.Module, tokens: Tensor) -> LayerInputs:
         return (states,) if tuples else states
 
     with replaced_forwards(layers, stand_in):
-        # The base model, without the head: its logits over the vocabulary would dwarf the embedding's cost.
+        # The base model, without the head: its logits over the vocabulary would dwarf the
+        # embedding's cost.
         model.base_model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)  # type: ignore[operator]
     return LayerInputs(hidden[0], kwargs)
 
@@ -81,8 +84,8 @@ def replaced_forwards(layers: Iterable[nn.Module], forward: Any) -> Iterator[Non
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Output `(batch, tokens, hidden)` of one decoder layer.
 
-    Layers return a bare tensor in current transformers and a tuple in older ones; indexing the bare tensor would silently
-    keep one sequence of the batch.
+    Layers return a bare tensor in current transformers and a tuple in older ones; indexing the bare
+    tensor would silently keep one sequence of the batch.
     """
     with attention_in_float32(hidden.device):
         output = layer(hidden, **kwargs)
@@ -124,13 +127,15 @@ def last_states(
 class LayerStream:
     """Hidden states of many samples, advanced through the decoder one layer at a time.
 
-    The states between two layers wait on the host, from where a batch at a time visits the device, or on a GPU that has room.
+    The states between two layers wait on the host, from where a batch at a time visits the device,
+    or on a GPU that has room.
 
     Args:
         model: of a known family; its embedding is run here.
         tokens: int64 `(samples, tokens)`, all of one length.
         batch_size: samples a forward.
-        compute_dtype: of matrix products (`permllm.runtime.precision`); None leaves them as they are where the stream is used.
+        compute_dtype: of matrix products (`permllm.runtime.precision`); None leaves them as they
+            are where the stream is used.
     """
 
     def __init__(

@@ -62,8 +62,8 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode, no parameter requires a gradient.
         tokenizer: its tokenizer.
-        identity: string that changes when the weights do; keys caches of dense results. Empty for a model that somebody else
-            has loaded, of which nothing is kept.
+        identity: string that changes when the weights do; keys caches of dense results. Empty for a
+            model that somebody else has loaded, of which nothing is kept.
         bos: whether its windows of tokens begin with BOS.
     """
 
@@ -80,12 +80,13 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
         config: the model's settings.
         seed: of the random weights of `source=random`; not used otherwise.
 
-    With `placement=auto`, which is chosen by who knows what will be done with the model, its weights are on the device.
+    With `placement=auto`, which is chosen by who knows what will be done with the model, its
+    weights are on the device.
 
     Raises:
         DataError: the model cannot be had (licence, token, name, network, wheel).
-        ConfigError: its architecture is not the one that the settings state, its type is unknown, or its tokenizer has no BOS
-            for the windows to begin with.
+        ConfigError: its architecture is not the one that the settings state, its type is unknown,
+            or its tokenizer has no BOS for the windows to begin with.
     """
     device, placement = (
         resolve_device(config.device),
@@ -101,11 +102,13 @@ def load_model(config: ModelConfig, seed: int) -> LoadedModel:
     _check_architecture(config, model.config)
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
-        # The files hold a head of its own where the config ties it: whoever ties weights again, as lm-eval does, asks here.
+        # The files hold a head of its own where the config ties it: whoever ties weights again, as
+        # lm-eval does, asks here.
         model.config.tie_word_embeddings = False
     model.eval().requires_grad_(False)
     if placement == "device":
-        # Only the device: a cast of the whole module would round the rotary frequencies too, which stay in float32.
+        # Only the device: a cast of the whole module would round the rotary frequencies too, which
+        # stay in float32.
         nn.Module.to(model, device=device)
     elif placement == "host":
         place(model, Offloaded(model, device))
@@ -125,8 +128,8 @@ def meta_model(config: ModelConfig, folder: Path | None = None) -> PreTrainedMod
 
     Args:
         config: the model's settings.
-        folder: that holds the model (`dense_folder`); None looks for one only where the settings name it, and asks the hub
-            only where they do not state the architecture.
+        folder: that holds the model (`dense_folder`); None looks for one only where the settings
+            name it, and asks the hub only where they do not state the architecture.
 
     Raises:
         ConfigError: its type is unknown. DataError: its config cannot be had.
@@ -146,7 +149,8 @@ def dense_folder(config: ModelConfig) -> Path | None:
 
     Raises:
         DataError: the model cannot be had.
-        ConfigError: a model of the hub has not the architecture that the settings state, or its type is unknown.
+        ConfigError: a model of the hub has not the architecture that the settings state, or its
+            type is unknown.
     """
     if config.source == "wheel":
         return wheel_model_folder(config)

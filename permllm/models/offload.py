@@ -2,13 +2,17 @@
 
 - `device`: all of them are on it all the time.
 - `host`: they wait in host memory, pinned for a GPU.
-- `disk`: they are read from the checkpoint's safetensors files; only the layer at work is in memory.
-- `sharded`: each of several processes holds a part of every layer on its device (`permllm.models.sharded`).
+- `disk`: they are read from the checkpoint's safetensors files; only the layer at work is in
+  memory.
+- `sharded`: each of several processes holds a part of every layer on its device
+  (`permllm.models.sharded`).
 
-Whoever computes with a layer, or reads or replaces its weights, does so inside of `placement_of(model).layer(index)`. The
-embedding, the final norm and the head are always on the device.
+Whoever computes with a layer, or reads or replaces its weights, does so inside of
+`placement_of(model).layer(index)`. The embedding, the final norm and the head are always on the
+device.
 
-A layer that leaves takes nothing along: a graph that backward will go through keeps the weights that it was made with.
+A layer that leaves takes nothing along: a graph that backward will go through keeps the weights
+that it was made with.
 """
 
 from __future__ import annotations
@@ -54,8 +58,9 @@ class Placement:
         model: of a known family. It is not kept, so that it may go while it is placed.
 
     Attributes:
-        streams: a layer's weights are on the device only inside of `layer`, and are copies of those that wait. A graph that
-            backward will go through would hold the copies of all its layers.
+        streams: a layer's weights are on the device only inside of `layer`, and are copies of those
+            that wait. A graph that backward will go through would hold the copies of all its
+            layers.
         reads_files: the weights are read from files each time.
         sharded: all ranks hold a part of each layer, and enter layers at the same points.
     """
@@ -68,7 +73,10 @@ class Placement:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Yield a decoder layer, whose weights are on the device inside. Raises DataError where they cannot be read."""
+        """Yield a decoder layer, whose weights are on the device inside.
+
+        Raises DataError where they cannot be read.
+        """
         yield self._layers[index]
 
     def layer_of(self, path: str) -> AbstractContextManager[nn.Module]:
@@ -81,7 +89,8 @@ class Placement:
         Args:
             linear: of a layer that is there.
             weight: `(C_out, C_in)`.
-            mask: returns bool `(C_out, C_in)`, where the new weight is the present one under this mask.
+            mask: returns bool `(C_out, C_in)`, where the new weight is the present one under this
+                mask.
         """
         linear.weight.data.copy_(weight)
 
@@ -136,7 +145,8 @@ class Stored:
 class Offloaded(Placement):
     """The layers' weights wait in host memory, pinned for a GPU, and come to the device when their layer is entered.
 
-    A GPU fetches the next layer in the same direction meanwhile. The layer that was left last stays until another is entered.
+    A GPU fetches the next layer in the same direction meanwhile. The layer that was left last stays
+    until another is entered.
 
     Args:
         model: of a known family; outside of the layers it is on the device.
@@ -291,8 +301,8 @@ class Offloaded(Placement):
 class OnDisk(Offloaded):
     """The layers' weights are in the safetensors files of a checkpoint, which are never written to.
 
-    A masked weight is read from its file and masked each time. One that is changed otherwise waits on the host until a file
-    of its own has it.
+    A masked weight is read from its file and masked each time. One that is changed otherwise waits
+    on the host until a file of its own has it.
 
     Args:
         model, device: as in `Offloaded`.

@@ -26,7 +26,10 @@ FileName = Annotated[str, Field(pattern=r"^[^/\\\\\x00]+$")]
 
 
 def read_json(path: Path, schema: type[Schema]) -> Schema:
-    """Read a JSON file by a form. Raises DataError, which names the file and the first field that is not as it must be."""
+    """Read a JSON file by a form.
+
+    Raises DataError, which names the file and the first field that is not as it must be.
+    """
     value = files.read_json(path)
     try:
         json.dumps(

@@ -1,6 +1,7 @@
 """Which linears a job prunes, and to which N:M: the channel groups of a model as `keep_dense` and `sparsity_of` leave them.
 
-A name of these settings is a decoder layer by its index (`0`, `-1`), or consecutive words of the path of a linear or of its
+A name of these settings is a decoder layer by its index (`0`, `-1`), or consecutive words of the
+path of a linear or of its
 channel group: `down_proj`, `self_attn.o_proj`, `mlp`, `mlp.gate_up_proj`, `model.layers.3`.
 """
 
@@ -42,8 +43,9 @@ def pruned_groups(
         sparsity_of: N:M by name.
 
     Raises:
-        ConfigError: a name fits nothing, or nothing that is pruned; nothing is left to prune; two names give a linear two
-            patterns; linears that read the same channels would have different ones.
+        ConfigError: a name fits nothing, or nothing that is pruned; nothing is left to prune; two
+            names give a linear two patterns; linears that read the same channels would have
+            different ones.
     """
     dense: set[str] = set()
     for name in keep_dense:
@@ -81,7 +83,8 @@ def recorded_groups(
         patterns: as `differing_patterns`.
 
     Raises:
-        DataError: a linear is none of the model's, or those that read the same channels have different patterns.
+        DataError: a linear is none of the model's, or those that read the same channels have
+            different patterns.
     """
     strange = patterns.keys() - {path for group in groups for path in group.members}
     if strange:

@@ -19,14 +19,16 @@ from permllm.models.offload import Offloaded, Read
 class Sharded(Offloaded):
     """Each rank holds a part of the rows of the layers' weights, on its device; a layer is put together when it comes.
 
-    The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the storage of a layer that a graph
-    still reads in backward, where layers that come and go by `layer` need no other rule than references have.
+    The parts are DTensors, as FSDP2 has them. Its own hooks are not used: they would free the
+    storage of a layer that a graph still reads in backward, where layers that come and go by
+    `layer` need no other rule than references have.
 
     All ranks construct it, ask for layers at the same points, and replace the same weights.
 
     Args:
         model, device: as in `Offloaded`.
-        whole: returns a parameter of a layer, from its name in the model and what the model has; each rank keeps its part.
+        whole: returns a parameter of a layer, from its name in the model and what the model has;
+            each rank keeps its part.
 
     Raises:
         DataError: this rank's part has values that are not finite.

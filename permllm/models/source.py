@@ -69,8 +69,8 @@ class DenseSource:
 def dense_source(config: ModelConfig, seed: int) -> DenseSource:
     """Open the dense model that the settings name.
 
-    A checkpoint whose safetensors files hold the tensors under the names of the model's own state dict is read tensor by
-    tensor; any other (and a random model) is loaded as a whole.
+    A checkpoint whose safetensors files hold the tensors under the names of the model's own state
+    dict is read tensor by tensor; any other (and a random model) is loaded as a whole.
 
     Raises:
         DataError: it cannot be had, or its files hold another model than its config says.
@@ -109,7 +109,8 @@ def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
     vars(config).pop("quantization_config", None)
     skeleton = _from_config(config, model.dtype)
     if untied(skeleton, state, state.__getitem__):
-        # The config says that the head is the embedding, and transformers took the files' word, or somebody changed one.
+        # The config says that the head is the embedding, and transformers took the files' word, or
+        # somebody changed one.
         config.tie_word_embeddings = False
         skeleton = _from_config(config, model.dtype)
     if strange := next(

@@ -24,8 +24,10 @@ class Permutation(Method, ABC):
     """Base of all methods, which order the channel groups of the whole dense model.
 
     Attributes:
-        local: `order` gives the order of one channel group from its saliency alone, also where that is not the dense model's.
-        constraint: that its orders keep (see `permllm.permutation.foldable`); None where that is not known before.
+        local: `order` gives the order of one channel group from its saliency alone, also where that
+            is not the dense model's.
+        constraint: that its orders keep (see `permllm.permutation.foldable`); None where that is
+            not known before.
     """
 
     local: bool = False
@@ -94,8 +96,10 @@ class LearningPlan:
     """Plan of a learned permutation, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer and the one after the last of what learns together, one after the other.
-        columns: by channel group, how its channels are cut and how many parameters its order has, for a person.
+        windows: first decoder layer and the one after the last of what learns together, one after
+            the other.
+        columns: by channel group, how its channels are cut and how many parameters its order has,
+            for a person.
         logits: parameters that learn.
         stays: names of the orders that do not learn.
     """

@@ -1,11 +1,13 @@
 """Orders that channel groups share, and orders that fold into a model's weights.
 
-Learning and searching work on *shared orders*: a vector of positions, cut into segments that no channel leaves, from which one
-or several channel groups take theirs. A free permutation is the trivial case, one order and one segment for each group. What
-folds into the neighbouring weights for free (`constraint=foldable`) is:
+Learning and searching work on *shared orders*: a vector of positions, cut into segments that no
+channel leaves, from which one or several channel groups take theirs. A free permutation is the
+trivial case, one order and one segment for each group. What folds into the neighbouring weights for
+free (`constraint=foldable`) is:
 
 - where linears produce the channels one by one (an MLP's inner width): any order;
-- where attention stands between: an order inside each head, the same for all query heads of one key-value head;
+- where attention stands between: an order inside each head, the same for all query heads of one
+  key-value head;
 - the residual stream: one order for all groups of all layers that read it.
 """
 
@@ -29,8 +31,9 @@ RESIDUAL = "residual_stream"
 class SharedOrder:
     """One order and the channel groups that use it.
 
-    A group's channels are the segments of the order, each `repeats` times in a row: with `repeats` 2 and the segments a and b,
-    a a b b. Its order does in every copy what the shared order does in the segment.
+    A group's channels are the segments of the order, each `repeats` times in a row: with `repeats`
+    2 and the segments a and b, a a b b. Its order does in every copy what the shared order does in
+    the segment.
 
     Attributes:
         name: of the group, or `residual_stream`.

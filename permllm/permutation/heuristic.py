@@ -1,9 +1,10 @@
 """RIA's heuristic channel permutation (Zhang et al. 2024, "Plug-and-Play", section 4.2): allocate, then assign.
 
-Channels are sorted by their total saliency and dealt in a snake over the groups' M positions. Then, one position after the
-other, the channels at that position are exchanged among the groups by a linear sum assignment that maximises the retained
-saliency. The score of putting channel a into group b is `sum_r max(t[r, b], x[r, a])` plus a constant of the group, with t
-the N-th largest entry of the group's other M - 1 channels in row r.
+Channels are sorted by their total saliency and dealt in a snake over the groups' M positions. Then,
+one position after the other, the channels at that position are exchanged among the groups by a
+linear sum assignment that maximises the retained saliency. The score of putting channel a into
+group b is `sum_r max(t[r, b], x[r, a])` plus a constant of the group, with t the N-th largest entry
+of the group's other M - 1 channels in row r.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ from permllm.training.problem import LearningProblem
 
 # Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
-# Of the free memory of a GPU, the share that the saliencies of searches that go on together may take.
+# Of the free memory of a GPU, the share that the saliencies of searches that go on together may
+# take.
 _SHARE_OF_FREE = 0.5
 # On a CPU over so many, and for so many pairs of a row and a group, as stay in its cache.
 _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
-# Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a shared order may not fit into
-# memory. Of different M one divides the other: the groups of the smaller lie inside those of the larger.
+# Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a
+# shared order may not fit into memory. Of different M one divides the other: the groups of the
+# smaller lie inside those of the larger.
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
 
 
@@ -73,9 +76,10 @@ def heuristic_orders(
 ) -> dict[str, Tensor]:
     """Search the heuristic permutation of each segment of shared orders, int64 `(channels,)` on the CPU by their names.
 
-    On a GPU several searches of about equal width go on together, and the cores of the host solve their assignments. On a CPU
-    one search comes after the other, since its scores take all threads. Each rank searches every n-th order, but all of them
-    where layers are sharded, because all ranks enter a layer at the same point.
+    On a GPU several searches of about equal width go on together, and the cores of the host solve
+    their assignments. On a CPU one search comes after the other, since its scores take all threads.
+    Each rank searches every n-th order, but all of them where layers are sharded, because all ranks
+    enter a layer at the same point.
 
     Args:
         shared: the orders; the rows of all groups of one count.
@@ -129,8 +133,8 @@ def segments_of(
 
     Args:
         shared: the order.
-        saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the order it is asked for one
-            group at a time, several times.
+        saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the
+            order it is asked for one group at a time, several times.
         pattern: N:M of the groups that have none of their own.
     """
 
@@ -153,7 +157,8 @@ def heuristic_order(saliency: Parts) -> Tensor:
     """Search for an order that retains more saliency than the identity; return the identity where there is none.
 
     Args:
-        saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the order; M divides C_in.
+        saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the
+            order; M divides C_in.
 
     Returns:
         int64 `(C_in,)` on the CPU.
@@ -251,8 +256,9 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
         pattern: N:M.
 
     Returns:
-        `(groups, groups)`, entry (a, b): retained saliency of group b when its channel at `position` is replaced by that of
-        group a, less a constant of b (the N - 1 largest of the other entries).
+        `(groups, groups)`, entry (a, b): retained saliency of group b when its channel at
+        `position` is replaced by that of group a, less a constant of b (the N - 1 largest of the
+        other entries).
     """
     places = perm.to(saliency.device).view(-1, pattern.m)
     moving = places[:, position]
@@ -287,14 +293,16 @@ def assigned(scores: Tensor) -> Tensor:
     """Return the assignment of the largest score.
 
     Args:
-        scores: `(groups, groups)` on the CPU, entry (a, b) that of the channel of group a in group b.
+        scores: `(groups, groups)` on the CPU, entry (a, b) that of the channel of group a in group
+            b.
 
     Returns:
         int64 `(groups,)`: the group whose channel each gets.
     """
     costs = scores.max().item() - scores.double().numpy()
-    # The solver looks for a path from each row. With groups as rows, less the least of each group and then of each channel, it
-    # takes a third to a fifth of the time: 21 seconds instead of 101 for the four positions of a width of 11,008.
+    # The solver looks for a path from each row. With groups as rows, less the least of each group
+    # and then of each channel, it takes a third to a fifth of the time: 21 seconds instead of 101
+    # for the four positions of a width of 11,008.
     costs -= costs.min(0)
     costs -= costs.min(1, keepdims=True)
     _, source = linear_sum_assignment(np.ascontiguousarray(costs.T))

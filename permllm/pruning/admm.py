@@ -13,9 +13,11 @@ from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
 from permllm.runtime.values import SETTINGS, Count, Positive
 from permllm.sparsity.statistics import Gram, InputStatistics
 
-# Penalty of ADMM for a Hessian whose diagonal is 1, best for a few iterations with conjugate gradients after them.
+# Penalty of ADMM for a Hessian whose diagonal is 1, best for a few iterations with conjugate
+# gradients after them.
 _PENALTY = 0.3
-# ADMM takes one product an iteration and falls fast at first; conjugate gradients take two and reach the end.
+# ADMM takes one product an iteration and falls fast at first; conjugate gradients take two and
+# reach the end.
 _ADMM_ITERATIONS = 4
 # Share of the error: conjugate gradients that gain less in an iteration stop.
 _LEAST_GAIN = 1e-3
@@ -25,8 +27,9 @@ _LEAST_GAIN = 1e-3
 class ADMM(Reconstruction):
     """`min ||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`, all rows together, from `H = X^T X`.
 
-    Channels are scaled so that the diagonal of H is 1, and `(H + penalty I)^-1` serves ADMM and preconditions the conjugate
-    gradients. The error never ends above that of the pruned weights it begins with.
+    Channels are scaled so that the diagonal of H is 1, and `(H + penalty I)^-1` serves ADMM and
+    preconditions the conjugate gradients. The error never ends above that of the pruned weights it
+    begins with.
     """
 
     iterations: Count = 12
@@ -78,7 +81,8 @@ def masked_least_squares(
     worse = _error(start - dense, before - target) <= _error(found - dense, after - target)
     found, product = torch.where(worse, start, found), torch.where(worse, before, after)
     error = _error(found - dense, product - target).sum()
-    # Preconditioned conjugate gradients, each row with step lengths of its own; none of them makes its error larger.
+    # Preconditioned conjugate gradients, each row with step lengths of its own; none of them makes
+    # its error larger.
     residual = (target - product) * mask
     conditioned = (residual @ inverse) * mask
     direction, slope = conditioned, (residual * conditioned).sum(1, keepdim=True)

@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from permllm.errors import ConfigError, first_line
 
-# Hydra 1.4 has one set of defaults alone, and asks which classes settings may name: any, because the person who starts the job
-# has typed or written them.
+# Hydra 1.4 has one set of defaults alone, and asks which classes settings may name: any, because
+# the person who starts the job has typed or written them.
 _ANY_CLASS: Any = getattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 HYDRA_DEFAULTS: dict[str, Any] = {} if _ANY_CLASS else {"version_base": "1.3"}
 HYDRA_MAIN = HYDRA_DEFAULTS | ({"execution_whitelist": _ANY_CLASS} if _ANY_CLASS else {})

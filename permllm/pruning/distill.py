@@ -58,7 +58,10 @@ class Distill(DescentSettings, Reconstruction):
         return self._before.linear(pruned)
 
     def network(self, pruned: PrunedNetwork) -> None:
-        """Train the linears in place, from the latest checkpoint. Raises TrainingError when the loss is not finite."""
+        """Train the linears in place, from the latest checkpoint.
+
+        Raises TrainingError when the loss is not finite.
+        """
         problem = pruned.problem
         settings = LearningSettings.of(self, loss=self.loss, select_from=0)
         kept = KeptWeights(pruned.linears, pruned.masks)
@@ -80,12 +83,12 @@ class Distill(DescentSettings, Reconstruction):
 class KeptWeights:
     """Values under the masks, `(kept,)` for each linear, and their gradients, which arrive in backward.
 
-    Of float32 weights, half of them kept, these and Adam's two moments are 10 bytes a weight, with their places. The gradient
-    of one linear at a time is whole.
+    Of float32 weights, half of them kept, these and Adam's two moments are 10 bytes a weight, with
+    their places. The gradient of one linear at a time is whole.
 
     Args:
-        linears: whose weights are trained. Half-precision weights are trained as float32 copies, or small steps would be
-            rounded away.
+        linears: whose weights are trained. Half-precision weights are trained as float32 copies, or
+            small steps would be rounded away.
         masks: bool `(C_out, C_in)` for each of them.
 
     Attributes:

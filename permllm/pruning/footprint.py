@@ -1,7 +1,7 @@
 """Estimates of a job's memory and minutes by stage and placement, from its settings and the model's shapes.
 
-Memory sums the tensors that exist together, to within 15 %. Minutes are operations and bytes over a share of a device's speed,
-to within a factor of two.
+Memory sums the tensors that exist together, to within 15 %. Minutes are operations and bytes over a
+share of a device's speed, to within a factor of two.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from permllm.sparsity.statistics import Gram
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 
-# Bytes a second by which layers come, a checkpoint is loaded, and the host packs and writes what was pruned.
+# Bytes a second by which layers come, a checkpoint is loaded, and the host packs and writes what
+# was pruned.
 _COMES, _LOADED, _WRITTEN = {"host": 2e10, "sharded": 2e10, "disk": 2e9}, 5e8, 1e9
-# Seconds of a start or of compiling, of a batch of tasks beside its products, of an assignment of 4,736 groups on one core.
+# Seconds of a start or of compiling, of a batch of tasks beside its products, of an assignment of
+# 4,736 groups on one core.
 _START, _BATCH, _ASSIGNMENT = 20.0, 0.01, 16.0
-# Bytes that move in a search for a pair of a row and a group; in a step for a number kept for backward, a logit over the
-# vocabulary, a weight whose mask follows an order, its exchange gradients, a weight whose mask learns; for a parameter of an
-# order, and any other parameter.
+# Bytes that move in a search for a pair of a row and a group; in a step for a number kept for
+# backward, a logit over the vocabulary, a weight whose mask follows an order, its exchange
+# gradients, a weight whose mask learns; for a parameter of an order, and any other parameter.
 _PAIR, _KEPT, _WORD, _ORDERED, _EXCHANGED, _MASKED, _LOGIT, _PARAMETER = (
     12,
     4,
@@ -110,7 +112,8 @@ class Footprint:
     def needs(self, placement: str) -> Needs:
         """Return the memory with the weights in a placement."""
         weights, streams = self.parameters * self.item, self.streams(placement)
-        if streams:  # the present layer and the next; a GPU may still compute with one that the host has left
+        # the present layer and the next; a GPU may still compute with one that the host has left
+        if streams:
             at_once = 2 if self.on_a_host or placement == "sharded" else 3
             weights += (min(self.layers, at_once) * self.a_layer - self.all_layers) * self.item
         if placement == "sharded":
@@ -171,7 +174,8 @@ class Footprint:
             found["learn weights"] = self._learns(
                 reconstruction, kept, [(0, self.layers)], waiting, streams
             )
-        # The new weights of a layer beside the old ones, and their saliency, while outputs are compared.
+        # The new weights of a layer beside the old ones, and their saliency, while outputs are
+        # compared.
         memory, gram = self._statistics(pruner, reconstruction)
         memory += self.a_layer * self.item + 8 * self.largest
         products = 2 + 4 * getattr(reconstruction, "iterations", 0)
@@ -197,7 +201,10 @@ class Footprint:
         return forward + sum(kind.memory(max(channels)) for kind in kinds), gram
 
     def _search(self, permutation: Any) -> Stage:
-        """Return the search for orders. Cores share the assignments of a GPU's scores, which hide behind them."""
+        """Return the search for orders.
+
+        Cores share the assignments of a GPU's scores, which hide behind them.
+        """
         m, seconds, moved = self.config.pattern.m, 0.0, 0.0
         searched = shared_orders(self.groups, permutation.constraint)
         for order in searched:
@@ -220,7 +227,8 @@ class Footprint:
     ) -> Stage:
         """Return a stage that learns parameters, with the least memory: backward recomputes layers where they would keep much.
 
-        Bytes that are `waiting` wait for backward beside activations, for each parameter that learns at the same time.
+        Bytes that are `waiting` wait for backward beside activations, for each parameter that
+        learns at the same time.
         """
         learning, depth = (
             sum(stop - first for first, stop in windows),
@@ -272,7 +280,8 @@ class Footprint:
         texts, batch = self.config.evaluation.perplexity, self.config.evaluation.lm_eval.batch_size
         a_token = 4.0 * (self.all_layers + self.hidden * self.vocabulary)
         half, single = (a_token, 0.0) if self.item == 2 else (0.0, a_token)
-        # Logits of a batch, and those of a window in float32: as logarithms, and before it where that is another format.
+        # Logits of a batch, and those of a window in float32: as logarithms, and before it where
+        # that is another format.
         of_batch = (
             tokens_at_a_time(self.vocabulary, max(texts.batch_tokens, texts.seqlen)) * self.item
         )

@@ -40,8 +40,8 @@ from permllm.sparsity.statistics import InputStatistics
 class PrunedModel(PrunedLayer):
     """Result of pruning all layers, whose weights are changed in place, so that `weights` stays empty.
 
-    The error of a group is `||X (W - W')^T||^2 / ||X W^T||^2`, X the inputs in the dense model, W' before the whole network is
-    reconstructed.
+    The error of a group is `||X (W - W')^T||^2 / ||X W^T||^2`, X the inputs in the dense model, W'
+    before the whole network is reconstructed.
 
     Attributes:
         violations: groups of M in permuted order with more than N nonzeros, over all layers.
@@ -61,10 +61,12 @@ class Found:
     """Results of the stages before pruning.
 
     Attributes:
-        factors: saliency factors of every linear, from the dense model; None takes them from the inputs that the pruned layers
-            before give.
-        orders: int64 `(C_in,)` by group; None asks the permutation for that of a group when it is pruned.
-        masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose them.
+        factors: saliency factors of every linear, from the dense model; None takes them from the
+            inputs that the pruned layers before give.
+        orders: int64 `(C_in,)` by group; None asks the permutation for that of a group when it is
+            pruned.
+        masks: bool `(C_out, C_in)` of every linear, N:M in the orders; None has the pruner choose
+            them.
     """
 
     factors: Mapping[str, SaliencyFactors] | None = None
@@ -76,9 +78,11 @@ def prune(job: Job, windows: Tensor, found: Found) -> PrunedModel:
     """Prune the decoder layers of a job's dense model in place, one after the other.
 
     Args:
-        job: its linears hold `weight * mask` afterwards, or the updated weight, zeros as +0.0; the rest stays dense.
-            Its record keeps each layer that is pruned, so that a run that was stopped continues after it.
-        windows: int64 `(samples, length)`, those of the calibration first, then those that the reconstruction asks for.
+        job: its linears hold `weight * mask` afterwards, or the updated weight, zeros as +0.0; the
+            rest stays dense. Its record keeps each layer that is pruned, so that a run that was
+            stopped continues after it.
+        windows: int64 `(samples, length)`, those of the calibration first, then those that the
+            reconstruction asks for.
         found: by the stages before.
     """
     model, config, reconstruction = job.loaded.model, job.config, job.methods.reconstruction

@@ -30,7 +30,8 @@ from permllm.sparsity.saliency import SaliencyFactors
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
-# Groups in the order in which their methods learn, each with a key of the lines of the history that are no earlier group's.
+# Groups in the order in which their methods learn, each with a key of the lines of the history that
+# are no earlier group's.
 _LINES = {"permutation": "loss", "mask": "mask_flips", "reconstruction": "weights_learned"}
 # Base class of the methods of each group.
 METHODS = {
@@ -119,7 +120,8 @@ def methods_of(config: RunConfig) -> Methods:
     """Make the methods that the settings name.
 
     Raises:
-        ConfigError: one cannot be made, or a rule between its settings and those of the run is broken.
+        ConfigError: one cannot be made, or a rule between its settings and those of the run is
+            broken.
     """
     made = {}
     for group, base in METHODS.items():
@@ -159,8 +161,8 @@ def checked_groups(
     """Return the channel groups of a model that are pruned, all layers.
 
     Raises:
-        ConfigError: the model is pruned already, M does not divide what must hold whole groups of M, or a method cannot work
-            on the model.
+        ConfigError: the model is pruned already, M does not divide what must hold whole groups of
+            M, or a method cannot work on the model.
     """
     check_dense(config.model.path or config.model.name, model.config)
     groups = groups_to_prune(model, config)

@@ -19,7 +19,8 @@ from permllm.runtime.speed import CARDS
 
 log = logging.getLogger(__name__)
 
-# The share of the memory that a job may be estimated to take, because estimates are right to within 15 %.
+# The share of the memory that a job may be estimated to take, because estimates are right to within
+# 15 %.
 FITS = 0.85
 
 
@@ -36,7 +37,8 @@ def placements(footprint: Footprint) -> list[Placement]:
 def placement_for(footprint: Footprint) -> Placement:
     """Return the placement of a job's weights: that of the settings, or the first that fits here.
 
-    Where none fits, the one that needs least is tried, because needs are estimates. A warning names settings that would fit.
+    Where none fits, the one that needs least is tried, because needs are estimates. A warning names
+    settings that would fit.
     """
     allowed = _allowed(footprint)
     name, reasons = _first_that_fits(footprint)

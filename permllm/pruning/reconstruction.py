@@ -24,8 +24,8 @@ class PrunedLinear:
         mask: bool, same shape, original channel order.
         perm: int64 `(C_in,)`.
         pattern: N:M, which the mask obeys in permuted order.
-        statistics: those that the reconstruction names, of the inputs that the pruned layers before give; None where no
-            weight changes.
+        statistics: those that the reconstruction names, of the inputs that the pruned layers before
+            give; None where no weight changes.
     """
 
     dense: Tensor
@@ -41,8 +41,9 @@ class PrunedNetwork:
     """The model when all of its layers are pruned.
 
     Attributes:
-        problem: the model with its pruned weights, and windows with the dense model's output: those that `samples` and `skip`
-            of the reconstruction ask for, or all of the calibration where they are its first ones.
+        problem: the model with its pruned weights, and windows with the dense model's output: those
+            that `samples` and `skip` of the reconstruction ask for, or all of the calibration where
+            they are its first ones.
         linears: its pruned linears.
         masks: bool `(C_out, C_in)` for each of them, on the host, made when it is asked for.
     """
@@ -56,8 +57,9 @@ class Reconstruction(Method):
     """Base of the reconstructions, which change kept weights: linear by linear, and then in the whole model.
 
     Attributes:
-        learned: it has `network`, which trains the kept weights of all layers together, in all ranks together. It has
-            `batch_size`, samples a step, and may have `loss`, as `permllm.training.losses` names them.
+        learned: it has `network`, which trains the kept weights of all layers together, in all
+            ranks together. It has `batch_size`, samples a step, and may have `loss`, as
+            `permllm.training.losses` names them.
         changes_weights: false only where it does nothing.
         statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
     """

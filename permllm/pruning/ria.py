@@ -1,4 +1,7 @@
-"""RIA, relative importance and activations (Zhang et al. 2024, "Plug-and-Play", equations 3 and 4)."""
+"""RIA, relative importance and activations (Zhang et al.
+
+2024, "Plug-and-Play", equations 3 and 4).
+"""
 
 from __future__ import annotations
 

@@ -49,11 +49,13 @@ class SparseGPT(Pruner):
             statistics: of the layer's inputs, with the Gram matrix.
             perm: int64 `(C_in,)`; columns are visited in this order and N:M holds in it.
             pattern: N:M.
-            mask: bool `(C_out, C_in)`, original order, to keep these weights; None chooses the mask group by group from the
-                weights as corrected so far, by `w^2 / U_jj^2` with U the upper Cholesky factor of `H^-1`.
+            mask: bool `(C_out, C_in)`, original order, to keep these weights; None chooses the mask
+                group by group from the weights as corrected so far, by `w^2 / U_jj^2` with U the
+                upper Cholesky factor of `H^-1`.
 
         Returns:
-            The updated weight (dtype of `weight`, zeros are +0.0) and its mask, both in original order.
+            The updated weight (dtype of `weight`, zeros are +0.0) and its mask, both in original
+            order.
         """
         check_divides(pattern, weight.shape[1], "the layer")
         w = weight[:, perm].float()
@@ -80,7 +82,8 @@ def prune_columns(
     """Prune columns in their order; the weights that are still to come take up the errors.
 
     Args:
-        w: `(C_out, C_in)`, pruned in place; kept weights are right afterwards, the others as good as zero.
+        w: `(C_out, C_in)`, pruned in place; kept weights are right afterwards, the others as good
+            as zero.
         upper: `(C_in, C_in)`, the upper Cholesky factor of the inverse Hessian.
         pattern: N:M.
         keep: bool `(C_out, C_in)`; None chooses it.
@@ -125,8 +128,9 @@ def by_groups(
 ) -> tuple[Tensor, Tensor]:
     """Prune the M columns of a group at once, as `by_columns` up to rounding, in a third of a GPU's launches.
 
-    Weights are divided by their entries of the diagonal. Then the errors `e` of a row in a group solve
-    `e_j + sum_{i < j} e_i upper_ij = w_j` where j is pruned, and `e_j = 0` where it is kept: a triangular system for each row.
+    Weights are divided by their entries of the diagonal. Then the errors `e` of a row in a group
+    solve `e_j + sum_{i < j} e_i upper_ij = w_j` where j is pruned, and `e_j = 0` where it is kept:
+    a triangular system for each row.
     """
     scale = upper.diagonal()
     upper, scaled = upper / scale, w / scale

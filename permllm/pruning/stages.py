@@ -28,8 +28,8 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
 
     Args:
         job: what is pruned, by which methods.
-        read_tokens: gives the calibration windows and `config.further` ones after them, int64 `(samples, seqlen)`; its time
-            counts as calibration.
+        read_tokens: gives the calibration windows and `config.further` ones after them, int64
+            `(samples, seqlen)`; its time counts as calibration.
     """
     config, record = job.config, job.record
     found = Found()
@@ -61,7 +61,8 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
 def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
     """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result.
 
-    The targets are those of the calibration samples, and of the further samples that orders and masks learn from.
+    The targets are those of the calibration samples, and of the further samples that orders and
+    masks learn from.
 
     Args:
         job: of the dense model.

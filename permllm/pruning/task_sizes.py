@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from permllm.config import EvaluationConfig
 
-# Items of a task, sequences of an item, their mean and largest length in tokens; a guess for a task that is not listed.
+# Items of a task, sequences of an item, their mean and largest length in tokens; a guess for a task
+# that is not listed.
 _SIZES = {
     "hellaswag": (10042, 4, 80, 155),
     "arc_easy": (2376, 4, 33, 110),

@@ -1,7 +1,7 @@
 """Results that several jobs need: computed once, and kept in the cache directory.
 
-A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the folder costs time, nothing
-else. PERMLLM_CACHE_GB bounds its size.
+A lock for each result lets jobs that run at the same time wait for the first of them. Deleting the
+folder costs time, nothing else. PERMLLM_CACHE_GB bounds its size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def cached(kind: str, key: Mapping[str, Any], compute: Callable[[], Values]) -> 
 
     Args:
         kind: name of the kind of result.
-        key: plain values that determine the result, beside the versions of this package and its libraries.
+        key: plain values that determine the result, beside the versions of this package and its
+            libraries.
         compute: gives tensors by name, on the CPU, or plain values by name.
     """
     software = {"versions": versions(), "commit": git_commit()}

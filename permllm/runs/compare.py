@@ -22,10 +22,11 @@ class Paired:
     """The difference of two rows in one measure.
 
     Attributes:
-        value: first row less second row; of a perplexity as a share of the second row's value. Without an interval it is
-            `change`.
+        value: first row less second row; of a perplexity as a share of the second row's value.
+            Without an interval it is `change`.
         interval: ends of the interval that holds 95 % of the resampled differences; None for none.
-        over: windows or items that were resampled, and seeds, in words, or the reason why there is no interval.
+        over: windows or items that were resampled, and seeds, in words, or the reason why there is
+            no interval.
     """
 
     value: float | None
@@ -53,8 +54,9 @@ def change(table: Table, row: int, other: int, name: str) -> float | None:
 def paired(table: Table, row: int, other: int, name: str) -> Paired:
     """Return the difference of two rows with its interval, or the reason why it has no interval.
 
-    Windows or items are resampled with replacement, those of each text or task on their own, each with the scores of both rows
-    averaged over their seeds. For a gap the windows have the scores of the unpermuted and the dense model too.
+    Windows or items are resampled with replacement, those of each text or task on their own, each
+    with the scores of both rows averaged over their seeds. For a gap the windows have the scores of
+    the unpermuted and the dense model too.
     """
     seeds = [sorted(table.frame["seed"][table.rows[one]]) for one in (row, other)]
     perplexity = name in table.gaps or table.kinds[name] == "perplexity"
@@ -77,7 +79,9 @@ def _parts(table: Table, rows: tuple[int, int], name: str, what: str) -> list[Nu
     """Return the scores that `bootstrap` takes, or the reason why there are none."""
     parts: list[Numbers] = []
     for text in table.gaps.get(name, [name]):
-        asked = []  # a measure of some runs: of each row, of a gap then also of its unpermuted and its dense model
+        # a measure of some runs: of each row, of a gap then also of its unpermuted and its dense
+        # model
+        asked = []
         for row in rows:
             asked.append((text, table.rows[row]))
             if name in table.gaps:
@@ -109,8 +113,10 @@ def bootstrap(parts: Sequence[Numbers], of: Callable[..., Any]) -> list[float]:
     """Return a statistic and the ends of its percentile interval, the same at every call.
 
     Args:
-        parts: float64 `(numbers, windows)` of each text or task; the columns of each part are resampled on their own.
-        of: gives the statistic from as many means over the windows as a part has rows; its mean over the parts counts.
+        parts: float64 `(numbers, windows)` of each text or task; the columns of each part are
+            resampled on their own.
+        of: gives the statistic from as many means over the windows as a part has rows; its mean
+            over the parts counts.
     """
     from scipy import stats  # a table without intervals need not wait for it
 
@@ -144,8 +150,8 @@ def comparison(table: Table, first: int, second: int) -> list[dict[str, Any]]:
     """Return two rows in each perplexity, gap and accuracy that both have, as plain values.
 
     Returns:
-        For each its name, both values, the difference, the 95 % `interval` or None, and `over`: windows or items that were
-        resampled, or the reason why there is no interval.
+        For each its name, both values, the difference, the 95 % `interval` or None, and `over`:
+        windows or items that were resampled, or the reason why there is no interval.
     """
     found = []
     for name in table.measures:

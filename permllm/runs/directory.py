@@ -51,12 +51,14 @@ _RESULTS = (METRICS, EVALUATIONS, HISTORY, PERMUTATIONS, MASKS, WEIGHTS, EXPORT,
 class Record:
     """Metrics, history and files of a job. This one keeps them in memory, `RunDirectory` on disk.
 
-    All ranks call its methods: rank 0 alone reads and writes files, and the others have what it read.
+    All ranks call its methods: rank 0 alone reads and writes files, and the others have what it
+    read.
 
     Attributes:
         directory: of the files; None: no file is kept.
         metrics: content of `metrics.json`.
-        evaluation: results of the evaluation that is asked for: `perplexity`, `tasks`, `scores`, `seconds`.
+        evaluation: results of the evaluation that is asked for: `perplexity`, `tasks`, `scores`,
+            `seconds`.
         history: an entry for each epoch of learning.
     """
 
@@ -109,7 +111,8 @@ class Record:
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
         """Time a stage, note the peak of the memory, and save the metrics, also when the stage is interrupted.
 
-        The seconds of a stage inside of another one count for the inner one alone. The outer one saves.
+        The seconds of a stage inside of another one count for the inner one alone. The outer one
+        saves.
         """
         outer, self._inside = self._inside, 0.0
         if outer is None:
@@ -166,7 +169,8 @@ class RunDirectory(Record):
     def opened(self, force: bool = False, wait: bool = True) -> Iterator[None]:
         """Hold the directory, and read what an earlier process left.
 
-        A run that ends by its settings or its text before it has any result leaves no directory behind.
+        A run that ends by its settings or its text before it has any result leaves no directory
+        behind.
 
         Args:
             force: remove earlier results first.
@@ -207,7 +211,10 @@ class RunDirectory(Record):
 
     @contextmanager
     def _locked(self, wait: bool) -> Iterator[None]:
-        """Hold the directory. A process that evaluates the same run in another way waits in any case."""
+        """Hold the directory.
+
+        A process that evaluates the same run in another way waits in any case.
+        """
         same, whole = (
             FileLock(self.directory / f".lock-{self._digest}"),
             FileLock(self.directory / ".lock"),
@@ -287,7 +294,8 @@ class RunDirectory(Record):
     def save(self) -> None:
         """Write the evaluation and `metrics.json`.
 
-        A finished run that is evaluated in another way shows the earlier evaluation until the new one is finished.
+        A finished run that is evaluated in another way shows the earlier evaluation until the new
+        one is finished.
         """
         if self.evaluation.keys() & {"perplexity", "tasks"} and parallel.rank() == 0:
             write_json(self._evaluation_file, self.evaluation)

@@ -35,7 +35,8 @@ _PACKAGES = (
 )
 
 _NAME = r"(?:key|token|secret|password|passwd|credentials?)"
-# The value of a key that sounds like a secret: of the whole word, or inside of braces. A switch such as add_bos_token is none.
+# The value of a key that sounds like a secret: of the whole word, or inside of braces. A switch
+# such as add_bos_token is none.
 _VALUE = r"(?!(?:true|false|null)(?:[,}\s]|$))"
 _SECRETS = (
     re.compile(rf"^([^={{]*{_NAME}=){_VALUE}.+$", re.IGNORECASE | re.DOTALL),

@@ -25,7 +25,8 @@ def replaced(path: Path) -> Iterator[Path]:
     One process writes a target at a time: locks are the caller's.
 
     Raises:
-        DataError: the file cannot be written, for example because the disk is full. The target stays as it was.
+        DataError: the file cannot be written, for example because the disk is full. The target
+            stays as it was.
     """
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is no file and cannot be replaced by one")
@@ -58,7 +59,10 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises DataError, which names the file, where it cannot be read or holds something else."""
+    """Read a JSON object.
+
+    Raises DataError, which names the file, where it cannot be read or holds something else.
+    """
     return _read(path, json.loads, "JSON")  # type: ignore[no-any-return]
 
 
@@ -68,7 +72,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a JSON object a line; without a file there are none. Errors as `read_json`."""
+    """Read a file with a JSON object a line; without a file there are none.
+
+    Errors as `read_json`.
+    """
     if not path.exists():
         return []
     return _read(
@@ -114,5 +121,8 @@ def as_listed(folder: Path) -> bool:
 
 
 def matches(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Return whether each of these files of a folder has this sha256. Raises DataError where one cannot be read."""
+    """Return whether each of these files of a folder has this sha256.
+
+    Raises DataError where one cannot be read.
+    """
     return all(file_sha256(folder / name) == digest for name, digest in digests.items())

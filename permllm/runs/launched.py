@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from permllm.errors import ConfigError
 
-# A folder with a lock for each GPU, named as in CUDA_VISIBLE_DEVICES, for the processes of hydra/launcher=joblib.
+# A folder with a lock for each GPU, named as in CUDA_VISIBLE_DEVICES, for the processes of
+# hydra/launcher=joblib.
 GPUS = "PERMLLM_GPUS"
 _MADE: list[tempfile.TemporaryDirectory[str]] = []  # that folder
 _HELD: list[FileLock] = []  # the lock of this process's GPU

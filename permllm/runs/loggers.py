@@ -24,7 +24,8 @@ from permllm.runs.measures import flat_figures
 
 log = logging.getLogger(__name__)
 
-# In the run directory: the id of its W&B run, and the loggers that have its final numbers, a line each.
+# In the run directory: the id of its W&B run, and the loggers that have its final numbers, a line
+# each.
 WANDB_ID, LOGGED = ".wandb-id", ".logged"
 # Typed words that name the sweep, or say nothing about the result.
 _NOT_IN_A_NAME = r"[+~]*(experiment|logger|runs_dir|run_dir|force)\b"
@@ -80,7 +81,8 @@ class _WandB(RunLogger):
         self._run.finish(exit_code=int(failed))
 
     def _send(self, kind: str, values: Mapping[str, Any], number: Any) -> None:
-        # A resumed run gives a step the row that it had before. W&B drops rows that it has already, with a warning each.
+        # A resumed run gives a step the row that it had before. W&B drops rows that it has already,
+        # with a warning each.
         self._step = number if kind == "lcp" else self._step
         axis, row = (
             ("lcp/step", 2 * number)
@@ -205,10 +207,12 @@ def _open_wandb(config: RunConfig, directory: Path) -> RunLogger:
         mode = "offline"
     if config.logger.name == "auto" and mode in (None, "disabled"):
         return NO_LOGGER
-    # All jobs of a sweep write below one folder, so that one `wandb sync` or `wandb leet` finds them.
+    # All jobs of a sweep write below one folder, so that one `wandb sync` or `wandb leet` finds
+    # them.
     home = Path(config.paths.wandb_dir or os.environ.get("WANDB_DIR") or config.runs_dir)
     home.mkdir(parents=True, exist_ok=True)
-    # Offline, each attempt leaves a folder with this id; `wandb sync` sends them as one run, in the order of time.
+    # Offline, each attempt leaves a folder with this id; `wandb sync` sends them as one run, in the
+    # order of time.
     told = described(config, directory)
     run: dict[str, Any] = {
         **{key: told[key] for key in ("name", "group", "job_type")},

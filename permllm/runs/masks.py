@@ -98,7 +98,8 @@ class PackedMasks(UserDict[str, Tensor]):
 
         Args:
             name: of the mask.
-            bits: as `packed_mask` gives them, or a function that reads them each time that the mask is asked for.
+            bits: as `packed_mask` gives them, or a function that reads them each time that the mask
+                is asked for.
             shape: of the mask.
         """
         self.data[name] = bits, torch.Size(shape)

@@ -13,9 +13,11 @@ from typing import Any
 
 from permllm.config import flatten
 
-# A measure's name, and facts of how it was measured: the column's name has those in which measures of one name differ.
+# A measure's name, and facts of how it was measured: the column's name has those in which measures
+# of one name differ.
 Key = tuple[str, tuple[str, ...]]
-# Equal where two runs were asked the same windows of a text, or items of a task; and nats a token of each, or their scores.
+# Equal where two runs were asked the same windows of a text, or items of a task; and nats a token
+# of each, or their scores.
 Scores = tuple[tuple[Any, ...], list[float]]
 
 # Metrics with a value for each channel group, of which a logger has the mean.
@@ -38,7 +40,8 @@ class Measure:
 
     Attributes:
         value: the number.
-        kind: `perplexity`, `accuracy`, `share`, `error`, `seconds`, or `number` (another metric of lm-eval).
+        kind: `perplexity`, `accuracy`, `share`, `error`, `seconds`, or `number` (another metric of
+            lm-eval).
         stderr: standard error of an accuracy.
         limited: only a part of the windows or items was asked.
         items: number of items that an accuracy is over.
@@ -261,8 +264,9 @@ def average_accuracy(
     """Return the average accuracy of a result.
 
     Returns:
-        The tasks that it is over, those with items of their own and an accuracy; their mean; its standard error, the tasks
-        being independent, None where that of one is not known. The mean of no task is not a number.
+        The tasks that it is over, those with items of their own and an accuracy; their mean; its
+        standard error, the tasks being independent, None where that of one is not known. The mean
+        of no task is not a number.
     """
     counted = [
         name
@@ -299,8 +303,8 @@ def nats_above_dense(perplexity: Mapping[str, Mapping[str, Any]]) -> float | Non
 def flat_figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a run as one level, keys joined by slashes.
 
-    A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the horizontal axis of a scatter
-    plot, `nats_above_dense` the one number of several texts.
+    A channel group's values are summarised by their mean. `minutes` (`pruning_minutes`) is the
+    horizontal axis of a scatter plot, `nats_above_dense` the one number of several texts.
     """
     means = {
         key: {"mean": statistics.fmean(metrics[key].values())}

@@ -35,7 +35,8 @@ def picture(file: Path, dpi: int = 150) -> Iterator[Any]:
     """Give matplotlib's pyplot without a screen, and write the figure that was drawn with it.
 
     Raises:
-        ConfigError: matplotlib is missing, the file cannot be written, or its suffix is no format of a picture.
+        ConfigError: matplotlib is missing, the file cannot be written, or its suffix is no format
+            of a picture.
     """
     try:
         import matplotlib
@@ -69,8 +70,9 @@ def points(table: Table, measure: str) -> pd.DataFrame:
     """Return the points of the picture of quality over minutes.
 
     Returns:
-        By row: `run`, `name`, `method`, `minutes` of `run`, the fastest one, `value`, `error`, `memory` in bytes, `front`: no
-        other row is as good in as few minutes. Rows without the measure are left out, and those of another run's permutation.
+        By row: `run`, `name`, `method`, `minutes` of `run`, the fastest one, `value`, `error`,
+        `memory` in bytes, `front`: no other row is as good in as few minutes. Rows without the
+        measure are left out, and those of another run's permutation.
     """
     rows = [
         row
@@ -191,7 +193,8 @@ def plot_masks(table: Table, file: Path, linear: str | None = None, size: int = 
     Args:
         table: of runs whose directories hold their masks.
         file: picture; its suffix chooses the format.
-        linear: module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the middle layer.
+        linear: module path, such as `model.layers.0.mlp.down_proj`; None: the first one of the
+            middle layer.
         size: rows and columns of the corner.
 
     Raises:

@@ -16,7 +16,8 @@ from permllm.runs.measures import Measure, method_of
 _FILE = Path(__file__).parent / "published.csv"
 # Model of the paper to take where a table does not have ours.
 _STAND_IN = "llama-2-7b"
-# Settings that the paper's tables vary, where ours have them, and the paper's value where a table does not vary them.
+# Settings that the paper's tables vary, where ours have them, and the paper's value where a table
+# does not vary them.
 _SETTINGS: dict[str, tuple[str, Any]] = {
     "sinkhorn_iterations": ("permutation.sinkhorn_iterations", 5),
     "calibration": ("calibration.dataset", "c4"),
@@ -26,7 +27,10 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
 
 
 def published(table: str) -> list[Any]:
-    """Return the numbers of one table, `table6` or `6`, by the columns of the file. Raises ConfigError for no such table."""
+    """Return the numbers of one table, `table6` or `6`, by the columns of the file.
+
+    Raises ConfigError for no such table.
+    """
     rows = pd.read_csv(_FILE, dtype={"table": str}, keep_default_na=False)
     found = rows[rows["table"] == table.removeprefix("table")]
     if found.empty:
@@ -40,8 +44,9 @@ class Comparison:
 
     Args:
         rows: of one table of the paper.
-        models: ours. A single one may be a model that the table does not have: the numbers are those of another model then, as
-            `note` says, and any perplexity of ours stands beside the paper's perplexity on WikiText-2.
+        models: ours. A single one may be a model that the table does not have: the numbers are
+            those of another model then, as `note` says, and any perplexity of ours stands beside
+            the paper's perplexity on WikiText-2.
 
     Raises:
         ConfigError: the table does not have one of several models.

@@ -61,7 +61,10 @@ class Run:
     dense: dict[Key, Measure] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take the measures. Raises DataError, which begins with the directory, where the record lacks what tables need."""
+        """Take the measures.
+
+        Raises DataError, which begins with the directory, where the record lacks what tables need.
+        """
         config, metrics = self.config, self.metrics
         with _checked(self.directory):
             if (version := metrics["schema_version"]) != SCHEMA_VERSION:
@@ -124,8 +127,8 @@ class Collection:
 def collect(places: Iterable[Path], apart: bool = False) -> Collection:
     """Return every finished run below some folders and in files of kept records, in the order of their paths.
 
-    Below the folder of a sweep those are the runs of its jobs. A file named `records.jsonl` is found below a folder; a file
-    of another name is read where it is given.
+    Below the folder of a sweep those are the runs of its jobs. A file named `records.jsonl` is
+    found below a folder; a file of another name is read where it is given.
 
     Args:
         places: folders and files.
@@ -234,10 +237,12 @@ def _of_line(file: Path, text: bytes) -> Run:
 def keep_runs(places: Iterable[Path], file: Path) -> list[str]:
     """Write the runs in some places to a file, a line each, without paths of the machine; return their names.
 
-    The file, which is replaced, has what tables and documents are made from, without weights, permutations and masks.
+    The file, which is replaced, has what tables and documents are made from, without weights,
+    permutations and masks.
 
     Raises:
-        ConfigError: the file has another suffix, a run cannot be kept, two have one name, or there is none.
+        ConfigError: the file has another suffix, a run cannot be kept, two have one name, or there
+            is none.
     """
     found = collect(places, apart=True)
     # An absolute path has a name also where the place is ".".

@@ -61,7 +61,8 @@ def cells(table: Table, paper: Comparison | None = None) -> pd.DataFrame:
     """Return the cells of a table as they are shown, the dense model's row first, where all rows share it.
 
     Args:
-        table: of the runs; with a baseline the others' changes in the main measure and the average accuracy are shown.
+        table: of the runs; with a baseline the others' changes in the main measure and the average
+            accuracy are shown.
         paper: puts the published numbers beside ours.
     """
     found: dict[str, list[str]] = {name: ["", *table.labels[name]] for name in table.settings}
@@ -111,8 +112,9 @@ def changes_of(table: Table, paper: Comparison | None) -> dict[str, list[dict[st
     """Return each row's changes from the baseline in the main measure and the average accuracy, as shares.
 
     Returns:
-        By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the two, where the paper's numbers
-        are of another model, so that only changes can be compared. None where there is none.
+        By measure, for each row: `ours` and its `interval`; `paper` and the `difference` of the
+        two, where the paper's numbers are of another model, so that only changes can be compared.
+        None where there is none.
     """
     baseline, found = table.baseline, dict[str, list[dict[str, Any]]]()
     if baseline is None:

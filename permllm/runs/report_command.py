@@ -7,12 +7,13 @@ permllm report runs --masks masks.png --linear model.layers.0.mlp.down_proj
 permllm report --wandb permllm --table table6
 permllm report --wandb permllm --table table7 --group 'table7-*' --group 'table1-*' --publish
 
-The page holds quality over minutes, the table with sort and filter, and of each run its settings, learning curves and
-permutations; it needs no network. The picture has a point a row and the Pareto front; its suffix, .png, .svg or .pdf, chooses
-the format. The option --curves draws the losses of what learned, --masks the mask of one linear under every row.
+The page holds quality over minutes, the table with sort and filter, and of each run its settings,
+learning curves and permutations; it needs no network. The picture has a point a row and the Pareto
+front; its suffix, .png, .svg or .pdf, chooses the format. The option --curves draws the losses of
+what learned, --masks the mask of one linear under every row.
 
-The table from W&B has the paper's numbers beside, and each model has one of its own. --publish makes a W&B report of it, with
-quality over minutes; it needs `pip install -e '.[wandb-report]'`.
+The table from W&B has the paper's numbers beside, and each model has one of its own. --publish
+makes a W&B report of it, with quality over minutes; it needs `pip install -e '.[wandb-report]'`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from permllm.runs.results_command import found_in, note
 from permllm.runs.table import Table
 from permllm.runtime.terminal import Answer
 
-# The logger adds these to the settings, and names that are not in `metrics.json` to the final values.
+# The logger adds these to the settings, and names that are not in `metrics.json` to the final
+# values.
 _ADDED = ("run_directory", "config_hash")
 _NATS, _MINUTES = "nats_above_dense", "minutes"
 # W&B writes as words what JSON has not.
@@ -206,7 +208,10 @@ def _asking(failure: str) -> Iterator[None]:
 
 
 def as_run(logged: Any) -> Run:
-    """Return a run of `wandb.Api` as tables take them. Raises DataError where it is not finished or not of this framework."""
+    """Return a run of `wandb.Api` as tables take them.
+
+    Raises DataError where it is not finished or not of this framework.
+    """
     if logged.state != "finished":
         raise DataError(f"not finished ({logged.state})")
     metrics: dict[str, Any] = {}

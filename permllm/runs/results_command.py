@@ -3,7 +3,8 @@
 permllm results runs --baseline permutation=none
 permllm results runs/sweeps/table6-1a2b3c4d --jsonl experiments/table6/records.jsonl
 
-The option --jsonl keeps the runs in one file instead, a line each, which is read like their folders.
+The option --jsonl keeps the runs in one file instead, a line each, which is read like their
+folders.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from permllm.errors import ConfigError, DataError
 from permllm.runs.files import read_json, write_json
 from permllm.runs.launched import first, share_gpus
 
-# The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds hydra.sweep.dir with it.
+# The sweep's name. Launchers hand it on to their processes, and conf/config.yaml builds
+# hydra.sweep.dir with it.
 VARIABLE = "PERMLLM_SWEEP"
 _LEFT_OUT = (
     "force",

@@ -29,7 +29,8 @@ _PERPLEXITY = " perplexity ("
 _STATISTICS = "calibration.statistics"
 # What comes with a method, and need not be equal in the row from which a gap is measured.
 _OF_METHODS = {*METHODS, "temperature", "block_size", _STATISTICS, "inputs.permutation.path"}
-# Settings that others say already: sizes of a model beside its name, paths beside the digests of their files.
+# Settings that others say already: sizes of a model beside its name, paths beside the digests of
+# their files.
 _SPARE = {
     "inputs",
     "_target_",
@@ -269,8 +270,8 @@ class Table:
 
         Args:
             columns: names of settings, with commas; None: those that vary.
-            measures: with ", " between them, each the name of a measure or a part of the names of several; None: all but those
-                that are shown only where they are asked for.
+            measures: with ", " between them, each the name of a measure or a part of the names of
+                several; None: all but those that are shown only where they are asked for.
 
         Raises:
             ConfigError: there is no such setting or measure.
@@ -298,8 +299,9 @@ class Table:
     def main(self) -> str | None:
         """Return the measure that rows are compared by.
 
-        The perplexity that all rows have; of several their mean gap, if all gaps have one start. Otherwise the average
-        accuracy, otherwise the first accuracy; where rows share nothing, the first perplexity or accuracy.
+        The perplexity that all rows have; of several their mean gap, if all gaps have one start.
+        Otherwise the average accuracy, otherwise the first accuracy; where rows share nothing, the
+        first perplexity or accuracy.
         """
         perplexities, accuracies = (
             [name for name in self.measures if self.kinds[name] == kind]
@@ -456,8 +458,9 @@ class Table:
 def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd.DataFrame:
     """Return the share of the log-perplexity between the unpermuted and the dense model that each run of a row closes.
 
-    The mean over seeds is `(ln p_start - ln p_here) / (ln p_start - ln p_end)` of the means of the logarithms. A run is
-    measured from the unpermuted model of its seed, if there is one of each seed.
+    The mean over seeds is `(ln p_start - ln p_here) / (ln p_start - ln p_end)` of the means of the
+    logarithms. A run is measured from the unpermuted model of its seed, if there is one of each
+    seed.
 
     Args:
         here: perplexities of the row, by seed and text.
@@ -465,7 +468,8 @@ def gap_closed(here: pd.DataFrame, start: pd.DataFrame, end: pd.DataFrame) -> pd
         end: perplexities of the dense model, by seed and text.
 
     Returns:
-        By seed and text; not a number where a perplexity is not finite or the unpermuted model is as good as the dense one.
+        By seed and text; not a number where a perplexity is not finite or the unpermuted model is
+        as good as the dense one.
     """
     here, start, end = np.log(here), np.log(start), np.log(end)
     whole = start.mean(skipna=False) - end.mean(skipna=False)

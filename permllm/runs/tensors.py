@@ -45,13 +45,17 @@ def save_tensors(
             held[name] = held[name].clone()  # safetensors refuses tensors that share memory
         storages.add(storage.data_ptr())
     with replaced(path) as scratch:
-        # One text alone: safetensors writes several in any order, and the same run must give the same bits.
+        # One text alone: safetensors writes several in any order, and the same run must give the
+        # same bits.
         save_file(held, scratch, dict(metadata or {"format": "pt"}))
 
 
 @contextmanager
 def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """Open a safetensors file. Raises DataError, which names the file, where it, or something in it, cannot be read."""
+    """Open a safetensors file.
+
+    Raises DataError, which names the file, where it, or something in it, cannot be read.
+    """
     try:
         with safe_open(path, framework=framework) as file:
             yield file
@@ -100,8 +104,8 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     """Write masks with one bit a weight.
 
     Args:
-        path: of a safetensors file. Each tensor is uint8, the mask in row-major order, eight weights a byte, the first in the
-            highest bit. The shapes stand in the metadata.
+        path: of a safetensors file. Each tensor is uint8, the mask in row-major order, eight
+            weights a byte, the first in the highest bit. The shapes stand in the metadata.
         masks: bool `(C_out, C_in)` by linear, original channel order, True = kept.
     """
     packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
@@ -157,7 +161,8 @@ class PrunedLayer:
     Attributes:
         orders: int64 `(C_in,)` by group.
         masks: bool `(C_out, C_in)` by linear, original channel order.
-        weights: `(C_out, C_in)` by linear, if they differ from the dense ones under the masks; else empty.
+        weights: `(C_out, C_in)` by linear, if they differ from the dense ones under the masks; else
+            empty.
         retained: share of the saliency retained, by group.
         moved: share of the channels that moved, by group.
         output_error: by group.

@@ -47,7 +47,8 @@ def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
 
     @cache
     def made() -> Callable[..., T]:
-        # Without duck shapes: equal sizes in the first call need not be equal in the next one, which would compile once more.
+        # Without duck shapes: equal sizes in the first call need not be equal in the next one,
+        # which would compile once more.
         options = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         found: Callable[..., T] = options(torch.compile(function, dynamic=True))
         return found

@@ -51,8 +51,8 @@ def input_digest(path: Path) -> str | None:
 def task_digest(definition: Path) -> str | None:
     """Return the sha256 of a task's YAML file and of all files that it names; None if there is no such file.
 
-    It may name definitions that it includes, modules of its functions, and data: files, patterns and folders, beside the
-    definition or in the working directory.
+    It may name definitions that it includes, modules of its functions, and data: files, patterns
+    and folders, beside the definition or in the working directory.
     """
     files: dict[Path, None] = {}
     _add_files(definition, files)

@@ -14,9 +14,11 @@ import psutil
 import torch
 from torch import Tensor
 
-# Settings of mallopt(3): the size from which on memory is mapped, and free memory above the heap that is not returned.
+# Settings of mallopt(3): the size from which on memory is mapped, and free memory above the heap
+# that is not returned.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Bytes of a tensor whose memory is kept: tensors of many sizes leave gaps behind that no other one fits in.
+# Bytes of a tensor whose memory is kept: tensors of many sizes leave gaps behind that no other one
+# fits in.
 USUAL, SPARING = 32 << 20, 1 << 20
 # The folder where a control group says what a container may take, and has taken.
 _GROUP = Path("/sys/fs/cgroup")
@@ -25,11 +27,12 @@ _GROUP = Path("/sys/fs/cgroup")
 def keep_freed_memory(largest: int = USUAL) -> None:
     """Let the GNU C library keep memory that is freed for the next tensor, instead of returning it to the system.
 
-    Otherwise each temporary tensor is mapped and filled with zeros anew, a quarter of a step's time on a CPU. Nothing happens
-    where the environment has settings of its own (`MALLOC_...`).
+    Otherwise each temporary tensor is mapped and filled with zeros anew, a quarter of a step's time
+    on a CPU. Nothing happens where the environment has settings of its own (`MALLOC_...`).
 
     Args:
-        largest: bytes of a tensor whose memory is kept: `USUAL`, or `SPARING` where little memory is to be taken.
+        largest: bytes of a tensor whose memory is kept: `USUAL`, or `SPARING` where little memory
+            is to be taken.
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         _gnu("mallopt", _M_MMAP_THRESHOLD, largest)
@@ -88,7 +91,8 @@ def available_host_memory() -> int:
         most, taken = (
             int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
-        # Pages of files that were read count as taken, and make room as soon as something else is asked for.
+        # Pages of files that were read count as taken, and make room as soon as something else is
+        # asked for.
         of_files = re.findall(
             r"^(?:in)?active_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.MULTILINE
         )
@@ -97,7 +101,10 @@ def available_host_memory() -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device. The host does not wait for a GPU, which reads pinned memory."""
+    """Copy a host tensor to a device.
+
+    The host does not wait for a GPU, which reads pinned memory.
+    """
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

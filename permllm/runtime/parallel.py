@@ -1,7 +1,8 @@
 """Several processes under torchrun: every rank runs the same job, and rank 0 alone writes files, logs and prints.
 
-What rank 0 has found holds in all ranks (`share`, `on_main`). An error that all ranks meet alike fails the job. A rank that
-fails alone ends the command (`in_step`), and torchrun ends all ranks when one of them has died.
+What rank 0 has found holds in all ranks (`share`, `on_main`). An error that all ranks meet alike
+fails the job. A rank that fails alone ends the command (`in_step`), and torchrun ends all ranks
+when one of them has died.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from permllm.runtime.terminal import CONTINUES
 
 Value = TypeVar("Value")
 
-# Seconds that ranks wait while rank 0 waits for another run or writes an export, and within which all meet the same error.
+# Seconds that ranks wait while rank 0 waits for another run or writes an export, and within which
+# all meet the same error.
 _PATIENCE, _SAME_ERROR = 86400.0, 30.0
 # Numbers of the jobs and of the exchanges, equal in all ranks that are in step.
 _JOBS, _EXCHANGES = count(), count()
@@ -41,8 +43,8 @@ def start() -> None:
 def stop() -> None:
     """Leave the process group, when all work is done."""
     if dist.is_initialized():
-        # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7 holds while it waits
-        # for that thread to end: so the thread gets the time before.
+        # A thread of gloo gives the last tensors back under the interpreter's lock, which torch 2.7
+        # holds while it waits for that thread to end: so the thread gets the time before.
         time.sleep(0.5)
         dist.destroy_process_group()
 
@@ -65,7 +67,8 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
         at_once: samples of a portion at most; None puts all of a rank into one.
 
     Returns:
-        Each portion and how many of its samples count: all, or none where the batch has no more for this rank.
+        Each portion and how many of its samples count: all, or none where the batch has no more for
+        this rank.
     """
     largest = -(-len(samples) // world_size())
     at_once = at_once or largest
@@ -92,7 +95,8 @@ def share(value: Value) -> Value:
     """Return rank 0's value in all ranks.
 
     Args:
-        value: a tensor, of the same shape in all ranks, which stays on its device; or what can be pickled.
+        value: a tensor, of the same shape in all ranks, which stays on its device; or what can be
+            pickled.
     """
     if world_size() == 1:
         return value
@@ -125,7 +129,8 @@ def in_step() -> Iterator[None]:
     """Leave a job as all other ranks do: finished, or with the same error after the same exchanges.
 
     Raises:
-        SystemExit: another rank does not. The first rank that failed has said why, and torchrun ends all ranks.
+        SystemExit: another rank does not. The first rank that failed has said why, and torchrun
+            ends all ranks.
     """
     failure: Exception | None = None
     try:

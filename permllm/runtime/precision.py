@@ -1,8 +1,9 @@
 """The number format of the model's matrix products up to the evaluation: mixed precision by `torch.autocast`.
 
-Weights, logits, optimizer, norms, softmax and loss keep their own format; only what multiplies matrices is rounded. On a CPU
-that multiplies bfloat16 natively the products take a quarter of the time of float32. On one that does not, products of a
-half-precision model go through float32 (`half_products`).
+Weights, logits, optimizer, norms, softmax and loss keep their own format; only what multiplies
+matrices is rounded. On a CPU that multiplies bfloat16 natively the products take a quarter of the
+time of float32. On one that does not, products of a half-precision model go through float32
+(`half_products`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> t
     """Return the format of products.
 
     Args:
-        setting: `auto` rounds float32 to bfloat16 where the device multiplies it natively, `bfloat16` does so anywhere,
-            `float32` nowhere.
-        weights: dtype of the model. Weights in another format than float32 are multiplied as they are.
+        setting: `auto` rounds float32 to bfloat16 where the device multiplies it natively,
+            `bfloat16` does so anywhere, `float32` nowhere.
+        weights: dtype of the model. Weights in another format than float32 are multiplied as they
+            are.
         device: where the model is.
     """
     if (
@@ -49,8 +51,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Make linears of a half-precision model multiply in float32 where a CPU has no instructions for less.
 
-    The result is that of products of half-precision numbers that are summed in float32 and rounded once. It comes several
-    times sooner than torch's own.
+    The result is that of products of half-precision numbers that are summed in float32 and rounded
+    once. It comes several times sooner than torch's own.
 
     Args:
         dtype: of the model's weights.
@@ -166,7 +168,8 @@ def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
     """Make matrix products inside in `dtype` where it is narrower than float32; otherwise nothing changes."""
-    # Without the cache: it would keep the rounded copy of a weight that an optimizer has changed since.
+    # Without the cache: it would keep the rounded copy of a weight that an optimizer has changed
+    # since.
     narrow = dtype in _HALF
     return torch.autocast(
         device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False

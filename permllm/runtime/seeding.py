@@ -14,7 +14,8 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
     Args:
         seed: of all of them.
-        deterministic: choose kernels of a GPU that give the same bits each time; attention's backward adds in any order else.
+        deterministic: choose kernels of a GPU that give the same bits each time; attention's
+            backward adds in any order else.
     """
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:

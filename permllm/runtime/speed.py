@@ -15,7 +15,8 @@ from permllm.runtime.precision import half_products
 
 # Shorter than this the clock, the first launch and the last wait are a part of what is measured.
 _LEAST_SECONDS = 0.02
-# Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory; the share of a speed that is reached.
+# Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory; the share of
+# a speed that is reached.
 CARDS = {
     "l4": (121, 30, 300, 24),
     "l40s": (362, 92, 864, 48),
@@ -74,7 +75,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return the seconds of a call of each, in turns, each measured over enough calls, at most a thousand.
 
-    Two turns do not count: the first compiles and allocates, the second says how many calls are enough.
+    Two turns do not count: the first compiles and allocates, the second says how many calls are
+    enough.
     """
     for work in works.values():
         work()

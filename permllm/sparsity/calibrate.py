@@ -31,8 +31,8 @@ class Pruner(Method, ABC):
 
     Attributes:
         statistics: classes of statistics that it asks of the calibration text (`permllm.sparsity`).
-        updates_weights: `update` chooses the mask and corrects the kept weights; otherwise masks are the N:M mask of the
-            saliency.
+        updates_weights: `update` chooses the mask and corrects the kept weights; otherwise masks
+            are the N:M mask of the saliency.
     """
 
     statistics: Statistics = ()
@@ -50,7 +50,10 @@ class Pruner(Method, ABC):
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the updated weight and its mask (see `SparseGPT.update`). A pruner that updates weights has it."""
+        """Return the updated weight and its mask (see `SparseGPT.update`).
+
+        A pruner that updates weights has it.
+        """
         raise NotImplementedError(f"{type(self).__qualname__} updates no weights")
 
 
@@ -60,7 +63,8 @@ class DenseCalibration:
 
     Attributes:
         factors: saliency factors of every linear, by module path, on the CPU.
-        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host, which learning matches.
+        target: output of the last decoder layer, `(samples, tokens, hidden)` on the host, which
+            learning matches.
     """
 
     factors: dict[str, SaliencyFactors]
@@ -109,8 +113,9 @@ def shared_calibration(
 ) -> DenseCalibration:
     """Return the result of `calibrate_dense`, or what an earlier job kept of it.
 
-    The target follows from model and text alone, so that jobs with another pruner do not keep it a second time. The saliency
-    of a pruner that is not of this package is not kept, nor is anything of a model without an identity.
+    The target follows from model and text alone, so that jobs with another pruner do not keep it a
+    second time. The saliency of a pruner that is not of this package is not kept, nor is anything
+    of a model without an identity.
 
     Args:
         loaded: the dense model.

@@ -18,7 +18,8 @@ class Method:
 
     Attributes:
         learned: it trains.
-        found_dense: group of a method that finds its result with the dense model's statistics and keeps them; None for others.
+        found_dense: group of a method that finds its result with the dense model's statistics and
+            keeps them; None for others.
     """
 
     learned: bool = False
@@ -52,7 +53,8 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
 
     Args:
         key: the group, which begins the name of a setting in messages.
-        settings: `_target_` and the arguments, which may name objects in turn; `name` labels the option and is no argument.
+        settings: `_target_` and the arguments, which may name objects in turn; `name` labels the
+            option and is no argument.
 
     Raises:
         ConfigError: the class is not found, an argument is unknown, or a value is not valid.

@@ -1,8 +1,9 @@
 """Pure mathematics of N:M masks.
 
-A mask is bool, True = kept. Groups are M consecutive entries along one dimension; each keeps its N largest entries. Equal
-entries are ordered by position, the lowest index first, so that a mask is a function of the saliency alone: 4-bit weights
-tie often (in 15 % of the groups of four, the second and third magnitudes are equal).
+A mask is bool, True = kept. Groups are M consecutive entries along one dimension; each keeps its N
+largest entries. Equal entries are ordered by position, the lowest index first, so that a mask is a
+function of the saliency alone: 4-bit weights tie often (in 15 % of the groups of four, the second
+and third magnitudes are equal).
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
     if m > COMPARE_UP_TO:
         order = torch.stack(list(entries)).argsort(dim=0, descending=True, stable=True)
         return list(order.argsort(0))
-    # Bytes are fastest as they stand; compiled code cannot vectorise them, but keeps counts in registers.
+    # Bytes are fastest as they stand; compiled code cannot vectorise them, but keeps counts in
+    # registers.
     counter = torch.int32 if torch.compiler.is_compiling() else torch.int8
-    # ahead[i] counts the entries that come before entry i in the order "larger first, then lower index". Of each pair
-    # i < j exactly one is ahead of the other: start as if every j were ahead of i, then correct.
+    # ahead[i] counts the entries that come before entry i in the order "larger first, then lower
+    # index". Of each pair i < j exactly one is ahead of the other: start as if every j were ahead
+    # of i, then correct.
     ahead = [
         torch.full(entries[0].shape, m - 1 - i, dtype=counter, device=entries[0].device)
         for i in range(m)

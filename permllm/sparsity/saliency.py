@@ -4,9 +4,9 @@ The saliency of a weight is `|w|^power` times a small sum of (column vector x ro
 
     S[i, j] = |W[i, j]|^power * sum_k row[k, i] * column[k, j]
 
-Magnitude, Wanda and SparseGPT need one term with row = 1, RIA needs two. LCP never stores a saliency: it permutes the
-column vectors with the channels and recomputes. A saliency that is no such sum is a dense score, which has a
-factor for each weight and as many bytes as float32 weights:
+Magnitude, Wanda and SparseGPT need one term with row = 1, RIA needs two. LCP never stores a
+saliency: it permutes the column vectors with the channels and recomputes. A saliency that is no
+such sum is a dense score, which has a factor for each weight and as many bytes as float32 weights:
 
     S[i, j] = |W[i, j]|^power * score[i, j]
 """
@@ -26,7 +26,8 @@ class SaliencyFactors:
     Attributes:
         power: exponent of `|W|`: 1, 2, or 0 where a dense score is the saliency itself.
         column: `(K, C_in)`, float32 or float64, nonnegative; a dense score is `(C_out, C_in)`.
-        row: `(K, C_out)`, like `column`; None stands for ones (and K = 1), or belongs to a dense score.
+        row: `(K, C_out)`, like `column`; None stands for ones (and K = 1), or belongs to a dense
+            score.
     """
 
     power: int
@@ -66,7 +67,8 @@ def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
 def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
     """Return the saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors, same shape.
 
-    The transposed layout is the one that learning uses: a channel is a row there, so a permutation is a gather of rows.
+    The transposed layout is the one that learning uses: a channel is a row there, so a permutation
+    is a gather of rows.
     """
     if factors.power == 0:
         return factors.column.t()
@@ -75,7 +77,8 @@ def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
         magnitude = magnitude.square_()
     if factors.row is None:
         return magnitude.mul_(factors.column.t())
-    # No product of matrices: inside of `products_in` that would be rounded, and the mask another than the pruner's.
+    # No product of matrices: inside of `products_in` that would be rounded, and the mask another
+    # than the pruner's.
     score = factors.column[0].unsqueeze(1) * factors.row[0]
     for column, row in zip(factors.column[1:], factors.row[1:], strict=True):
         score.addcmul_(column.unsqueeze(1), row)

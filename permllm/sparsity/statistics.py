@@ -91,8 +91,9 @@ class InputStatistics:
         channels: C_in.
         device: where the sums live.
         kinds: the classes.
-        norm_tokens: tokens that count as one in a norm: 1, or the length of a sample for the scale of the released code of
-            Wanda, RIA and PermLLM, `sqrt(sum of squares over all tokens / number of samples)`.
+        norm_tokens: tokens that count as one in a norm: 1, or the length of a sample for the scale
+            of the released code of Wanda, RIA and PermLLM, `sqrt(sum of squares over all tokens /
+            number of samples)`.
 
     Attributes:
         tokens: that were added.

@@ -16,7 +16,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens: int64 `(samples, length)`.
         target: dense output of the window's last layer, `(samples, length, hidden)`.
-        inputs: of the window's first layer, like `target`; None where they are the embeddings of the tokens.
+        inputs: of the window's first layer, like `target`; None where they are the embeddings of
+            the tokens.
     """
 
     tokens: Tensor

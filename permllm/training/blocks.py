@@ -17,7 +17,8 @@ class BlockStack:
 def split_blocks(channels: int, block_size: int, segment: int | None = None) -> list[BlockStack]:
     """Blocks of `block_size` positions; what is left at the end of each segment becomes one smaller block.
 
-    With M dividing all three numbers, M also divides the smaller block, so no group of M crosses a block.
+    With M dividing all three numbers, M also divides the smaller block, so no group of M crosses a
+    block.
 
     Args:
         channels: C.

@@ -13,7 +13,8 @@ from permllm.training.problem import LearningProblem
 
 log = logging.getLogger(__name__)
 
-# Seconds between checkpoints within an epoch, and how many times as long as writing one takes learning goes on.
+# Seconds between checkpoints within an epoch, and how many times as long as writing one takes
+# learning goes on.
 _EVERY, _TIMES_WRITING = 120.0, 50.0
 
 

@@ -1,7 +1,7 @@
 """Elementwise work of a masked linear on a piece of its channels: saliency, N:M mask, gradients of a channel order.
 
-The functions work on the M places of all groups as M tensors, which meet only at the end: a compiler makes one pass over
-memory of that.
+The functions work on the M places of all groups as M tensors, which meet only at the end: a
+compiler makes one pass over memory of that.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ class Thresholds(NamedTuple):
     Attributes:
         masked: the piece times its mask, `(k, C_out)`.
         saliency, gradient: of the piece, and of its mask entries, kept or not, `(k, C_out)`.
-        last, next: saliency of the smallest kept entry, and of the largest that is not kept, `(g, C_out)`.
+        last, next: saliency of the smallest kept entry, and of the largest that is not kept, `(g,
+        C_out)`.
         last_gradient, next_gradient: gradients of the mask at these entries, `(g, C_out)`.
-        stay: change of the loss if a channel stays in its group instead of being taken away, `(k,)`.
+        stay: change of the loss if a channel stays in its group instead of being taken away,
+            `(k,)`.
     """
 
     masked: Tensor
@@ -82,8 +84,8 @@ def softmax_gradients(
         hard: return the hard mask, otherwise the softmax of each group.
 
     Returns:
-        Each `(k, C_out)`: the piece times its mask; its saliency; the gradient of the saliency; the gradient of the mask; the
-        mask, hard or soft.
+        Each `(k, C_out)`: the piece times its mask; its saliency; the gradient of the saliency; the
+        gradient of the mask; the mask, hard or soft.
     """
     w = _places(piece.of(piece.weight_t), m)
     s = _saliencies(w, piece)
@@ -109,7 +111,10 @@ def softmax_gradients(
 
 
 def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -> Thresholds:
-    """Return the thresholds of a piece; `grad` as in `softmax_gradients`. Only the masked weight is in `dtype`."""
+    """Return the thresholds of a piece; `grad` as in `softmax_gradients`.
+
+    Only the masked weight is in `dtype`.
+    """
     w = _places(piece.of(piece.weight_t), m)
     s = _saliencies(w, piece)
     ranks = ranks_of(s)
@@ -145,8 +150,10 @@ def joining(
 
     Args:
         s, d: saliency and gradient of the mask of each channel, `(blocks, B, C_out)`.
-        groups: last, next, last_gradient and next_gradient of G groups of the same block, each `(blocks, G, C_out)`.
-        kept: share of a group that is kept, N / M, in which the place taken was that of a kept entry.
+        groups: last, next, last_gradient and next_gradient of G groups of the same block, each
+            `(blocks, G, C_out)`.
+        kept: share of a group that is kept, N / M, in which the place taken was that of a kept
+            entry.
     """
     last, next_, last_d, next_d = (part.unsqueeze(1) for part in groups)
     s, d = s.unsqueeze(2), d.unsqueeze(2)

@@ -21,9 +21,11 @@ from permllm.training.elementwise import (
     with_own,
 )
 
-# Weights times steps from which compiling pays on a CPU: it takes 10 to 20 s and saves some 100 ns a weight and step.
+# Weights times steps from which compiling pays on a CPU: it takes 10 to 20 s and saves some 100 ns
+# a weight and step.
 _COMPILE_FROM = 4e8
-# With more channels in a group a CPU runs out of registers, and compiled code is slower than eager code.
+# With more channels in a group a CPU runs out of registers, and compiled code is slower than eager
+# code.
 _COMPILE_UP_TO = 8
 
 
@@ -31,8 +33,8 @@ class Kernels:
     """Functions of `permllm.training.elementwise` as a masked linear calls them: eagerly, or compiled for a CPU.
 
     Attributes:
-        piece: number of weights to pass at a time: the temporaries of a dozen passes should stay in a core's cache, and a GPU
-            needs enough to hide its launches.
+        piece: number of weights to pass at a time: the temporaries of a dozen passes should stay in
+            a core's cache, and a GPU needs enough to hide its launches.
     """
 
     def __init__(self, compile_: bool = False) -> None:
@@ -63,8 +65,9 @@ class Kernels:
             size: B, channels of a block.
 
         Returns:
-            `(k / B, B, B / M)`: for each channel of a block and each group of the block the change if the channel took the
-            place of a random member, and for its own group the change if it stayed instead of being taken away.
+            `(k / B, B, B / M)`: for each channel of a block and each group of the block the change
+            if the channel took the place of a random member, and for its own group the change if it
+            stayed instead of being taken away.
         """
         found: Thresholds = self._thresholds(piece, grad, n, m, out.dtype)
         self._write(out, piece, found.masked)

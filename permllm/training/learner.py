@@ -18,8 +18,8 @@ class Window:
         number: from 0, over all windows.
         first: index of its first decoder layer.
         stop: index after its last.
-        inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on the host; None where they are
-            the embeddings.
+        inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on
+            the host; None where they are the embeddings.
         target: dense output of the last layer, like `inputs`.
     """
 

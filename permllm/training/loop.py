@@ -29,7 +29,8 @@ class Training:
 
     Args:
         settings: of the descent.
-        problem: the model, whose linears in the window are masked linears now or hold the weights that learn, and the samples.
+        problem: the model, whose linears in the window are masked linears now or hold the weights
+            that learn, and the samples.
         window: the layers.
         learner: what learns.
         name: of the method, for a person.
@@ -58,7 +59,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             learner.parameters(), weight_decay=settings.weight_decay, fused=fused
         )
-        # In float16 the gradients of a mean over tokens would vanish. A step whose gradients overflow is left out.
+        # In float16 the gradients of a mean over tokens would vanish. A step whose gradients
+        # overflow is left out.
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16
         )
@@ -117,14 +119,15 @@ class Training:
     ) -> tuple[float, dict[str, float]]:
         """One update from the samples at the indices `batch`.
 
-        The host waits for the device for what orders learn from, and for the loss when backward is on its way (and where the
-        model itself looks at its mask).
-        Each rank computes its portions of the batch, and all make the same update.
+        The host waits for the device for what orders learn from, and for the loss when backward is
+        on its way (and where the model itself looks at its mask). Each rank computes its portions
+        of the batch, and all make the same update.
 
         Args:
             batch: int64 `(samples,)`.
             moment: of the step.
-            after: the next batch, to be fetched while the device works on this one; None where there is none.
+            after: the next batch, to be fetched while the device works on this one; None where
+                there is none.
 
         Returns:
             The loss before the update, and what the learner tells of the step.

@@ -12,7 +12,8 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import compiled
 from permllm.runtime.precision import product, product_dtype
 
-# Logits of all steps from which compiling is made up for: it takes some 10 s and saves 12 ns each on one core.
+# Logits of all steps from which compiling is made up for: it takes some 10 s and saves 12 ns each
+# on one core.
 _COMPILE_FROM = 1e9
 # Logits that exist at a time on a GPU, where that is more than 128 tokens and less than 1024.
 _LOGITS = 1 << 25
@@ -21,7 +22,8 @@ _LOGITS = 1 << 25
 def chunk_of(device: torch.device, vocabulary: int) -> int:
     """Tokens whose logits over the vocabulary exist at a time, at most.
 
-    A GPU reads the whole head for each such part, so that it should be large, and holds four numbers a logit.
+    A GPU reads the whole head for each such part, so that it should be large, and holds four
+    numbers a logit.
     """
     return tokens_at_a_time(
         vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary))
@@ -37,7 +39,8 @@ def loss_named(
         name: `cosine`, or `kl`, which needs the outputs of the last layer.
         model: whose final norm and head `kl` goes through.
         tokens: it will be taken of, in all.
-        compile_: whether the elementwise work of `kl` is compiled; None where it is soon made up for.
+        compile_: whether the elementwise work of `kl` is compiled; None where it is soon made up
+            for.
     """
     if name == "kl":
         head = Head(model)
@@ -53,8 +56,9 @@ def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
 
 
-# The divergence of some tokens from their logits, `sparse` and `dense (tokens, vocabulary)`, a sum, and its gradient in their
-# format, if that is asked for. It is not divided by the tokens: in float16 that of a mean would vanish.
+# The divergence of some tokens from their logits, `sparse` and `dense (tokens, vocabulary)`, a sum,
+# and its gradient in their format, if that is asked for. It is not divided by the tokens: in
+# float16 that of a mean would vanish.
 _Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 

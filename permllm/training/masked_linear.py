@@ -1,31 +1,36 @@
 """The linear layer that learning differentiates through: an N:M mask whose channel order or whose scores learn.
 
-Masks are made in the transposed layout `(C_in, C_out)`: a channel is a contiguous row, a permutation is a gather of rows, a
-group of M is M consecutive rows. Neither saliency nor mask is kept for backward. Both are recomputed, a piece at a time.
+Masks are made in the transposed layout `(C_in, C_out)`: a channel is a contiguous row, a
+permutation is a gather of rows, a group of M is M consecutive rows. Neither saliency nor mask is
+kept for backward. Both are recomputed, a piece at a time.
 
-**The order learns.** The masked weight goes back to the original channel order, so that the activations are never permuted.
-With `S' = S P` the permuted saliency, `M'` the mask in permuted order and the weight that multiplies the input
-`W * (M' P^T)`, the gradient of the permutation has two terms, both products of B x B blocks:
+**The order learns.** The masked weight goes back to the original channel order, so that the
+activations are never permuted. With `S' = S P` the permuted saliency, `M'` the mask in permuted
+order and the weight that multiplies the input `W * (M' P^T)`, the gradient of the permutation has
+two terms, both products of B x B blocks:
 
     dP = S^T dS' + dM^T M'        dM = dW * W        dS' = softmax backward of dM P
 
-`M'` in the second term is the hard mask when the straight-through step stands before `P^T`, and the group softmax when it
-stands after it (as in the paper's released code): `straight_through` is `hard` or `soft`.
+`M'` in the second term is the hard mask when the straight-through step stands before `P^T`, and the
+group softmax when it stands after it (as in the paper's released code): `straight_through` is
+`hard` or `soft`.
 
-Both linearise the choice of the mask. With `straight_through=swap` the choice is made instead: the gradient at (channel c, any
-position of group b) is the change of the loss, linear in the mask, if c took the place of a random member of b. In the rows
-where c is among the N largest of b then, its own mask entry `dM` comes in and that of the entry it displaces goes out:
+Both linearise the choice of the mask. With `straight_through=swap` the choice is made instead: the
+gradient at (channel c, any position of group b) is the change of the loss, linear in the mask, if c
+took the place of a random member of b. In the rows where c is among the N largest of b then, its
+own mask entry `dM` comes in and that of the entry it displaces goes out:
 
-    dP[c, b] = E_p sum_r [S[r, c] > t[r, b - p]] (dM[r, c] - dM[r, at t])        t[r, b - p] the N-th largest without member p
+    dP[c, b] = E_p sum_r [S[r, c] > t[r, b - p]] (dM[r, c] - dM[r, at t])        t[r, b - p] the
+    N-th largest without member p
 
-and for c's own group it is the same with c itself as the member whose place is taken. No softmax, so its temperature is not
-used. The comparisons are R C B / M.
+and for c's own group it is the same with c itself as the member whose place is taken. No softmax,
+so its temperature is not used. The comparisons are R C B / M.
 
-**The scores learn** in a fixed order. The weight and its scores are stored in that order, and the inputs are permuted instead,
-because they are small.
+**The scores learn** in a fixed order. The weight and its scores are stored in that order, and the
+inputs are permuted instead, because they are small.
 
-All products are made in one format: that of the weights, or autocast's inside of `permllm.runtime.precision.products_in`.
-Saliencies and masks come from the weights as they are.
+All products are made in one format: that of the weights, or autocast's inside of
+`permllm.runtime.precision.products_in`. Saliencies and masks come from the weights as they are.
 """
 
 from __future__ import annotations
@@ -51,13 +56,15 @@ class MaskedLinear(nn.Module):
     """Stand-in for a frozen `nn.Linear` while the channel order or the scores of its mask learn.
 
     Args:
-        linear: the layer; its weight `(C_out, C_in)` gets no gradient. It is fastest when `weight.t()` is contiguous, because
-            channels are gathered.
+        linear: the layer; its weight `(C_out, C_in)` gets no gradient. It is fastest when
+            `weight.t()` is contiguous, because channels are gathered.
         scores: what the mask is chosen by; their parameters learn where they require gradients.
         pattern: N:M.
-        stacks: blocks of an order that learns, which `set_order` gives before each forward; None: no order learns.
+        stacks: blocks of an order that learns, which `set_order` gives before each forward; None:
+            no order learns.
         straight_through: gradient of an order, see above.
-        order: int64 `(C_in,)`, the fixed order that weight and scores are stored in (`weight[:, order]` of the dense model);
+        order: int64 `(C_in,)`, the fixed order that weight and scores are stored in (`weight[:,
+            order]` of the dense model);
             None: the dense model's.
         kernels: of the elementwise work.
     """
@@ -91,10 +98,11 @@ class MaskedLinear(nn.Module):
 
         Args:
             perm: int64 `(C_in,)`, the channel at each permuted position.
-            hard: int64 `(C_in,)`, the same relative to its block: which row of the block's soft matrix sits there; may be
-                missing where `soft` is empty.
-            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft permutations, of which forward needs
-                only the way back to the logits; empty where no gradient of the order is wanted.
+            hard: int64 `(C_in,)`, the same relative to its block: which row of the block's soft
+                matrix sits there; may be missing where `soft` is empty.
+            soft: one `(blocks, B, B)` for each stack of blocks, the differentiable soft
+                permutations, of which forward needs only the way back to the logits; empty where no
+                gradient of the order is wanted.
         """
         self._set = (perm, hard, list(soft))
 
@@ -134,7 +142,8 @@ class MaskedLinear(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return `(W * mask)^T`, `(C_in, C_out)`, and the gradient of each stack of soft permutations, `(blocks, B, B)`.
 
-        Several processes each make the gradients of some blocks, from the sum of `grad_masked_t` over all processes, and zeros
+        Several processes each make the gradients of some blocks, from the sum of `grad_masked_t`
+        over all processes, and zeros
         for the others: the sum over the processes is the gradient.
         """
         weight_t, n, m = weight.t(), self.pattern.n, self.pattern.m

@@ -21,7 +21,8 @@ from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
-# What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory others use too.
+# What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory
+# others use too.
 _SHARE_OF_FREE, KEPT_ON_A_HOST = 0.8, 4e9
 
 
@@ -30,7 +31,8 @@ class Objective:
 
     Args:
         settings: of the descent.
-        problem: the model, whose linears in the window are masked linears now or hold the weights that learn, and the samples.
+        problem: the model, whose linears in the window are masked linears now or hold the weights
+            that learn, and the samples.
         window: the layers.
         learner: what learns.
         steps: of the whole training.
@@ -67,7 +69,8 @@ class Objective:
         Args:
             batch: int64 `(samples,)`.
             moment: of the step.
-            after: the next batch, to be fetched while the device works on this one; None where there is none.
+            after: the next batch, to be fetched while the device works on this one; None where
+                there is none.
         """
         portions = parallel.portions(batch, self.settings.micro_batch_size)
         following = (
@@ -182,8 +185,9 @@ def kept_a_token(
         groups: channel groups of the model.
         hidden: width of the residual stream.
         item: bytes of one of them.
-        gathers: each linear keeps its inputs in an order of its own, which otherwise are one tensor for a group. In float32
-            that is within what is said of all; in half precision norms, which compute in float32, take that room.
+        gathers: each linear keeps its inputs in an order of its own, which otherwise are one tensor
+            for a group. In float32 that is within what is said of all; in half precision norms,
+            which compute in float32, take that room.
     """
     groups = list(groups)
     inner = max(

@@ -29,12 +29,13 @@ class LearningProblem:
         pattern: N:M of the groups that have none of their own.
         seed: of the initial logits and the order of samples.
         calibration_batch_size: samples a forward where nothing is learned.
-        calibration: int64 `(samples, length)`, what the factors are of; None where that is the tokens.
+        calibration: int64 `(samples, length)`, what the factors are of; None where that is the
+            tokens.
         directory: where the checkpoint goes; None keeps none.
         on_step: called after each step with loss, temperature, flips and seconds.
         on_epoch: called after each epoch with the same and the memory.
-        on_resume: called before learning, with what `on_epoch` was given for each epoch that is done; with nothing where
-            there is no checkpoint, or none that can be continued.
+        on_resume: called before learning, with what `on_epoch` was given for each epoch that is
+            done; with nothing where there is no checkpoint, or none that can be continued.
     """
 
     model: nn.Module

@@ -1,8 +1,9 @@
 """Scores of the weights: each group of M keeps the N largest.
 
-The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would gain if the weight came
-in, or loses while it stays. It is linear in the mask, as `straight_through=swap` is for orders. What a group keeps follows
-from the differences between its scores alone, so that the mean of its gradients says nothing and is taken away.
+The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would
+gain if the weight came in, or loses while it stays. It is linear in the mask, as
+`straight_through=swap` is for orders. What a group keeps follows from the differences between its
+scores alone, so that the mean of its gradients says nothing and is taken away.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ class Scores(nn.Module):
     """The saliency of the pruner, as it is.
 
     Args:
-        factors: of the saliency of a linear, in the order that its weight is stored in, on its device.
+        factors: of the saliency of a linear, in the order that its weight is stored in, on its
+            device.
 
     Attributes:
-        keeps_masked: a masked weight that forward has made may wait for backward: it is little beside the scores.
+        keeps_masked: a masked weight that forward has made may wait for backward: it is little
+            beside the scores.
     """
 
     keeps_masked = False
@@ -71,7 +74,8 @@ class Scores(nn.Module):
             m: channels of a group.
         """
         dtype = self.factors.column.dtype
-        # A copy is multiplied in place: on a CPU another tensor of the size costs several times the product.
+        # A copy is multiplied in place: on a CPU another tensor of the size costs several times the
+        # product.
         of_scores = grad * weight_t if grad.dtype == dtype else grad.to(dtype).mul_(weight_t)
         groups = of_scores.unflatten(0, (-1, m))
         groups -= groups.mean(1, keepdim=True)
@@ -94,7 +98,8 @@ class FreeScores(Scores):
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
         super().__init__(factors)
-        # A channel in a row, whatever the weight is like: channels are gathered, and processes add up what is contiguous.
+        # A channel in a row, whatever the weight is like: channels are gathered, and processes add
+        # up what is contiguous.
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
 
     @override

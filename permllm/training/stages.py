@@ -24,7 +24,8 @@ class Course:
         file: of the checkpoint in the problem's directory.
 
     Attributes:
-        state: the checkpoint to go on from; None where there is none, and from when a window has gone on from it.
+        state: the checkpoint to go on from; None where there is none, and from when a window has
+            gone on from it.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Course:
         """Train a learner in a window.
 
         Raises:
-            TrainingError: the loss is not finite; the message names the first layer whose output is not.
+            TrainingError: the loss is not finite; the message names the first layer whose output is
+                not.
         """
         training = Training(
             self.settings, self.problem, window, learner, self.name, self.file, self._history

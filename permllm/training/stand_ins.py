@@ -32,7 +32,8 @@ def learning_orders(
 ) -> StandIns:
     """Put a masked linear in the place of every linear of some groups, whose orders learn, and the linears back at the end.
 
-    The weights are stored column by column meanwhile, which makes a permutation of channels a gather of rows.
+    The weights are stored column by column meanwhile, which makes a permutation of channels a
+    gather of rows.
 
     Args:
         problem: whose model.
@@ -75,8 +76,8 @@ def learning_scores(
         problem: whose model.
         groups: whose linears.
         orders: int64 `(C_in,)` by group.
-        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` of a linear and its saliency factors, both in the
-            order.
+        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` of a linear and its
+            saliency factors, both in the order.
         kernels: as in `MaskedLinear`.
 
     Yields:

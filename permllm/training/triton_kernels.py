@@ -1,6 +1,7 @@
 """Two Triton kernels of a masked linear on a GPU: masked weights with the thresholds of each group, and exchange gradients.
 
-Saliencies are made in float32 and ranked by comparisons in registers; of equal entries the lowest channel wins.
+Saliencies are made in float32 and ranked by comparisons in registers; of equal entries the lowest
+channel wins.
 """
 
 # Triton's language is Python's syntax, not its types.

@@ -20,7 +20,8 @@ MaskOf: TypeAlias = Callable[[ChannelGroup, str], Tensor]
 class WindowStream:
     """Inputs and targets of the windows: two streams of hidden states, through the dense and through the pruned layers.
 
-    Where all layers learn together neither is needed: the inputs are the embeddings, and the target is known.
+    Where all layers learn together neither is needed: the inputs are the embeddings, and the target
+    is known.
     """
 
     def __init__(self, problem: LearningProblem) -> None:

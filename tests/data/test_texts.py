@@ -123,8 +123,14 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "e.txt").write_text("")
     (tmp_path / "f.pdf").write_text("x")
     (tmp_path / "g.jsonl").write_text('{"text": "x"}\n{broken')
-    for name, message in (("d.parquet", "no column `text`"), ("e.txt", "holds no text"), ("f.pdf", "ending '.pdf'"),
-                          ("g.jsonl", "cannot be read: line 2, column 2"), ("h.txt", "does not exist")):  # fmt: skip
+    for name, message in (
+        ("d.parquet", "no column `text`"),
+        ("e.txt", "holds no text"),
+        ("f.pdf", "ending '.pdf'"),
+        # fmt: skip
+        ("g.jsonl", "cannot be read: line 2, column 2"),
+        ("h.txt", "does not exist"),
+    ):
         with pytest.raises(DataError, match=message):
             read_text_file(str(tmp_path / name))
 

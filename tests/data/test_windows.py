@@ -124,7 +124,8 @@ def test_bos_takes_the_first_place_of_each_window(sampling: str) -> None:
     windows = windows_of(tokenizer, documents, config, seed=0, bos=True)
     assert windows.shape == (4, 16)
     assert (windows[:, 0] == tokenizer.unk_token_id).all()
-    # Bytes alone, three tokens above their values: the end of a text has no token of its own either.
+    # Bytes alone, three tokens above their values: the end of a text has no token of its own
+    # either.
     own = {bytes(token - 3 for token in window[1:].tolist()).decode() for window in windows}
     joined = {
         "disjoint": ("\n\n".join(documents), "\n\n".join(documents[::-1])),

@@ -64,7 +64,8 @@ def test_swaps_only_ever_improve_what_they_are_for(by_error: bool) -> None:
     assert len(found) == 20
     assert all(sorted(perm.tolist()) == list(range(32)) for perm in found)
     values = [layer.error(perm) if by_error else -layer.retained(perm) for perm in [start, *found]]
-    # Each gain was told from a few columns; measured whole, the values must fall as they were said to.
+    # Each gain was told from a few columns; measured whole, the values must fall as they were said
+    # to.
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
     assert values[-1] < values[0] - 0.005
     # Of any number of tries, the last order is what all of them have led to.

@@ -1,6 +1,7 @@
 """Exported checkpoints, ours and as other tools write them: what `verify` must not pass, and what must never load.
 
-Every case is made from an export that is whole; files are written anew, without our checksums, unless the case is about these.
+Every case is made from an export that is whole; files are written anew, without our checksums,
+unless the case is about these.
 """
 
 from __future__ import annotations

@@ -185,7 +185,8 @@ def test_folded_models_are_stock_and_compute_the_same(
         for p in g.members
     )
 
-    # In float64 the stock norms compute in float32; with norms in float64 nothing but rounding is left.
+    # In float64 the stock norms compute in float32; with norms in float64 nothing but rounding is
+    # left.
     double = {"dtype": torch.float64}
     folded64, pruned64 = (
         load(tmp_path / "out", **double),
@@ -218,7 +219,8 @@ def test_gathered_models_keep_any_order(name: str, tmp_path: Path) -> None:
     pruned = reference(variant_model(name), run)
     gathered = load(tmp_path / "out")
     assert relative(logits(gathered), logits(pruned)) < 1e-5
-    # Two readers of the residual stream and the attention output of each layer; the MLP's inner order folds.
+    # Two readers of the residual stream and the attention output of each layer; the MLP's inner
+    # order folds.
     assert summary["gathers"] == 3 * len(decoder_layers(pruned))
     for group in channel_groups(gathered):
         for path in group.members:
@@ -353,7 +355,8 @@ def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
     assert "2:4" in card
     for written in (card, (tmp_path / "out" / "config.json").read_text()):
         assert permllm.__version__ in written
-        # Whoever had the name on a package index would have the machines of everyone who follows the advice.
+        # Whoever had the name on a package index would have the machines of everyone who follows
+        # the advice.
         assert "install permllm" not in written
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"

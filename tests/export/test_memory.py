@@ -41,5 +41,6 @@ def test_an_export_holds_a_file_of_tensors_and_not_the_model(tmp_path: Path) -> 
     shard = 4 * largest
     command = [sys.executable, "-c", CHILD, str(run), str(tmp_path / "out"), str(shard / 1e9)]
     growth = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    # A file is held twice while safetensors writes it; beside it some tensors and what was read of the masks.
+    # A file is held twice while safetensors writes it; beside it some tensors and what was read of
+    # the masks.
     assert 0 < growth < 2 * shard + 8 * largest < total

@@ -14,7 +14,8 @@ from permllm.export.verify import verify
 from permllm.runs.files import read_json, write_json
 from tests.export.test_checkpoint import load, logits, make_run, reference, relative, variant_model
 
-# A layer, a member of a group, and a group of the residual stream stay dense; a group has another M.
+# A layer, a member of a group, and a group of the residual stream stay dense; a group has another
+# M.
 PARTS = {
     "llama-biases": (
         ("layers.1.mlp", "v_proj", "layers.0.mlp.gate_up_proj"),

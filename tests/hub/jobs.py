@@ -1,6 +1,7 @@
 """Several jobs in one process, for tests that need the hub's clients to be imported anew: HF_ENDPOINT is read at import.
 
-`python -m tests.hub.jobs` reads a list of `Job` as JSON from stdin and writes a list of `Outcome`, the last line of stdout.
+`python -m tests.hub.jobs` reads a list of `Job` as JSON from stdin and writes a list of `Outcome`,
+the last line of stdout.
 """
 
 from __future__ import annotations

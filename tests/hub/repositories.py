@@ -1,8 +1,9 @@
 """A small folder of repositories for the hub on loopback: real names, layouts, schemas and READMEs, random tiny models.
 
-All text is the package's own. What matters to the clients is as on the hub: OPT has weights as .bin alone, its safetensors in
-the bot's pull request, and no tokenizer.json; LLaMA comes in shards, with the maker's own files beside; C4 has more files than
-are read; the Pile is compressed with zstandard; the READMEs of data sets say what their files are.
+All text is the package's own. What matters to the clients is as on the hub: OPT has weights as .bin
+alone, its safetensors in the bot's pull request, and no tokenizer.json; LLaMA comes in shards, with
+the maker's own files beside; C4 has more files than are read; the Pile is compressed with
+zstandard; the READMEs of data sets say what their files are.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def llama_tokenizer(folder: Path) -> None:
         ]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    # Sentencepiece keeps words apart while it learns; without a pre-tokenizer whole sentences would become tokens.
+    # Sentencepiece keeps words apart while it learns; without a pre-tokenizer whole sentences would
+    # become tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{_SPACE}[^{_SPACE}]*"), "isolated")
     _train(
         tokenizer,

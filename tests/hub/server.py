@@ -1,18 +1,20 @@
 """A hub on loopback, spoken to by huggingface_hub, transformers, datasets and lm-eval as they are installed.
 
-It serves a folder of repositories, read anew at each request, so that a test changes the hub by changing files:
+It serves a folder of repositories, read anew at each request, so that a test changes the hub by
+changing files:
 
-    models/OWNER/NAME/...            the files of the branch main
-    models/OWNER/NAME@BRANCH/...     another branch or tag; a slash in it is written %2F
-    datasets/OWNER/NAME/...          the same for data sets
-    .../NAME/.gated                  gated: all see what it holds, the token hf_granted reads it
-    .../NAME/.cut                    a number: every body ends after so many bytes, the next request may ask for the rest
-    .../NAME/.limit                  a number: no body goes beyond this place of a file, the connection breaks there
+    models/OWNER/NAME/...            the files of the branch main models/OWNER/NAME@BRANCH/...
+    another branch or tag; a slash in it is written %2F datasets/OWNER/NAME/...          the same
+    for data sets .../NAME/.gated                  gated: all see what it holds, the token
+    hf_granted reads it .../NAME/.cut                    a number: every body ends after so many
+    bytes, the next request may ask for the rest .../NAME/.limit                  a number: no body
+    goes beyond this place of a file, the connection breaks there
 
-As on the hub, a commit is 40 hex digits (here of the branch's content), large files are redirected to another host (302,
-X-Linked-Etag, X-Linked-Size) and small ones served (ETag), and failures carry X-Error-Code: RepoNotFound (401 without a token,
-404 with one), GatedRepo (401 without, 403 with one that was not granted), RevisionNotFound, EntryNotFound. The tokens are
-hf_granted and hf_known; any other is refused (401) everywhere. Commits of history are not kept, Xet is not spoken, nothing can
+As on the hub, a commit is 40 hex digits (here of the branch's content), large files are redirected
+to another host (302, X-Linked-Etag, X-Linked-Size) and small ones served (ETag), and failures carry
+X-Error-Code: RepoNotFound (401 without a token, 404 with one), GatedRepo (401 without, 403 with one
+that was not granted), RevisionNotFound, EntryNotFound. The tokens are hf_granted and hf_known; any
+other is refused (401) everywhere. Commits of history are not kept, Xet is not spoken, nothing can
 be uploaded.
 """
 
@@ -311,7 +313,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"',
                 "X-Linked-Size": str(entry["size"]),
             }
-            # Another host, as on the hub: clients follow redirects to the same one by themselves and would miss these headers.
+            # Another host, as on the hub: clients follow redirects to the same one by themselves
+            # and would miss these headers.
             where = quote(f"/cdn/{repository.kind}/{repository.name}/{found.commit}/{path}")
             self._send_value(
                 {},

@@ -24,8 +24,8 @@ from tests.conftest import ROOT, tiny_config
 from tests.test_config import composed
 
 TEXT = (ROOT / "permllm" / "data" / "texts" / "builtin.txt").read_text(encoding="utf-8")
-# What differs from LLaMA, by family: norms after instead of before, layers without positions, scales, fused projections; MPT's
-# layers give tuples, and its config has other names.
+# What differs from LLaMA, by family: norms after instead of before, layers without positions,
+# scales, fused projections; MPT's layers give tuples, and its config has other names.
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STRANGERS: dict[str, dict[str, Any]] = {
     "olmo2": {},
@@ -130,7 +130,8 @@ def test_fused_projections_are_producers_by_their_rows() -> None:
 
 
 def test_what_cannot_be_proved_does_not_fold() -> None:
-    # Queries, keys and values of a head stand together: the rows of the values are neither the first nor the last.
+    # Queries, keys and values of a head stand together: the rows of the values are neither the
+    # first nor the last.
     groups = family_by_structure(config_of("gpt_neox"), "gpt_neox").groups
     assert {group.name for group in groups if not group.folds} == {"attention.dense"}
     assert not any(group.producers or group.by_head for group in groups if not group.folds)

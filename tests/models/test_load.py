@@ -111,7 +111,8 @@ def test_random_weights_follow_the_seed() -> None:
 
 
 def test_weights_are_read_onto_the_device_and_not_moved_there(folder: Path) -> None:
-    # A device that every machine has, and that is not the host's memory; what is there has no values to check.
+    # A device that every machine has, and that is not the host's memory; what is there has no
+    # values to check.
     model = checkpoint.read_weights(folder, torch.bfloat16, torch.device("meta"))
     assert model.device == torch.device("meta")
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32

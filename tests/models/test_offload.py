@@ -102,7 +102,8 @@ def test_orders_and_generation_settings_come_from_the_files(
     gathered = tmp_path / "device" / "export"
     windows = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
     config = json.loads((gathered / "config.json").read_text())
-    # Without a file of their own they may stand in the config, whose class drops them when it is read.
+    # Without a file of their own they may stand in the config, whose class drops them when it is
+    # read.
     for file, settings_of in (("generation_config.json", {}), ("config.json", config)):
         (gathered / file).write_text(json.dumps(settings_of | {"repetition_penalty": 1.5}))
         models = [load_model(settings(gathered, one), 0).model for one in ("device", "disk")]

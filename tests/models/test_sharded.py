@@ -17,7 +17,8 @@ from tests.conftest import ROOT, run_command, run_python
 from tests.runtime.test_parallel import finished, torchrun
 from tests.test_config import composed
 
-# The shares of 13 and of 4 samples differ between three ranks, and two of them have none of the last batch.
+# The shares of 13 and of 4 samples differ between three ranks, and two of them have none of the
+# last batch.
 WORDS = (
     "model.dtype=float64",
     "calibration=builtin",
@@ -45,9 +46,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("processes", "placement", "method"),
     [
-        # Windows of one layer, of which each knows the layers before; portions that one rank has none of.
+        # Windows of one layer, of which each knows the layers before; portions that one rank has
+        # none of.
         (3, "sharded", [*LCP, "permutation.layers_per_stage=1", "permutation.micro_batch_size=1"]),
-        # A rank has no sample of the last batch, and nothing learns in the layer before those that do.
+        # A rank has no sample of the last batch, and nothing learns in the layer before those that
+        # do.
         (2, "sharded", [*LCP, "keep_dense=[0]", "permutation.batch_size=2"]),
         (
             2,

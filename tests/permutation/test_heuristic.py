@@ -162,7 +162,8 @@ def test_an_order_retains_more_of_each_pattern_than_the_identity(
 
 
 def test_the_identity_is_returned_when_nothing_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each group holds the two large entries of its row already: nothing can be gained, and a tie goes to the identity.
+    # Each group holds the two large entries of its row already: nothing can be gained, and a tie
+    # goes to the identity.
     saliency = torch.tensor([[9.0, 9, 0, 0, 9, 9, 0, 0]])
     assert torch.equal(heuristic_order(lambda: [(saliency, NMPattern(2, 4))]), torch.arange(8))
     worse = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])

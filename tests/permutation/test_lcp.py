@@ -392,7 +392,8 @@ def test_the_gradient_of_a_shared_order_is_the_sum_over_its_groups() -> None:
         learning = problem(tiny_model("llama", dtype=torch.float64), Wanda())
         blocks = begin(settings, learning)
         for block in blocks.values():
-            # The same logits everywhere: then every group has the same soft and hard permutations, shared or not.
+            # The same logits everywhere: then every group has the same soft and hard permutations,
+            # shared or not.
             for stack in block.logits:
                 stack.data.copy_(torch.eye(stack.shape[1]) + 0.1 * torch.arange(stack.shape[1]))
         leave_gradients(settings, learning, blocks)
@@ -429,7 +430,8 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
     found = []
     for dtype in (torch.float32, torch.float16):
         model = tiny_model("llama", dtype=torch.float16).to(dtype)
-        # As large as states of trained models are: the gradient of a mean over these tokens is nothing in float16.
+        # As large as states of trained models are: the gradient of a mean over these tokens is
+        # nothing in float16.
         model.get_input_embeddings().weight.data.mul_(3000.0)
         groups = channel_groups(model)
         dense = calibrate_dense(model, groups, samples, Wanda(), batch_size=16)
@@ -448,5 +450,6 @@ def test_the_gradients_of_a_float16_model_do_not_vanish(loss: str, straight_thro
                 ]
             )
         )
-    # The softmax of a group, which the others go through, is steep in differences that float16 rounds.
+    # The softmax of a group, which the others go through, is steep in differences that float16
+    # rounds.
     assert torch.cosine_similarity(*found, dim=0) > (0.99 if straight_through == "swap" else 0.98)

@@ -1,7 +1,7 @@
 """Peak memory of learning over a whole model and stage by stage, against the bound that design allows.
 
-It is measured in a process of its own, in which tensors go back to the system when they are freed: what is held at a time
-counts, not what the C library keeps in reserve.
+It is measured in a process of its own, in which tensors go back to the system when they are freed:
+what is held at a time counts, not what the C library keeps in reserve.
 """
 
 from __future__ import annotations
@@ -67,13 +67,16 @@ def test_learning_stays_within_its_memory(layers: str | int) -> None:
     weights = LAYERS * layer + VOCABULARY * HIDDEN
     logits = depth * BLOCK * (3 * HIDDEN + INTERMEDIATE)
     states = BATCH * LENGTH * HIDDEN
-    # What one layer keeps for its own backward: norms, queries, keys, values, attention, and the gated product.
+    # What one layer keeps for its own backward: norms, queries, keys, values, attention, and the
+    # gated product.
     internals = BATCH * LENGTH * (16 * HIDDEN + 6 * INTERMEDIATE)
-    # Calibration inputs and targets; of a stage those of the stage, and the dense and the pruned stream they come from.
+    # Calibration inputs and targets; of a stage those of the stage, and the dense and the pruned
+    # stream they come from.
     calibration = SAMPLES * LENGTH * HIDDEN * (2 if layers == "all" else 4)
     bound = 4 * (weights + 4 * logits + 6 * layer + depth * states + internals + calibration)
     assert growth <= bound, f"{growth / 1e6:.0f} MB, allowed are {bound / 1e6:.0f} MB"
-    # The bound is tight enough to notice masks or saliencies that are kept: they alone would be as large as the weights.
+    # The bound is tight enough to notice masks or saliencies that are kept: they alone would be as
+    # large as the weights.
     assert bound - growth < 4 * depth * layer, (
         "the bound would not notice what it is there to notice"
     )

@@ -25,7 +25,8 @@ from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import PRUNERS, lcp, pruned, tokens
 
 PATTERN = NMPattern(6, 8)
-# In the second layer one member alone is pruned of what reads the residual stream, and in the first one group.
+# In the second layer one member alone is pruned of what reads the residual stream, and in the first
+# one group.
 KEEP_DENSE = ("layers.0.self_attn", "v_proj", "layers.1.mlp.up_proj", "k_proj")
 SPARSITY_OF = {
     "layers.0.mlp.down_proj": "8:16",

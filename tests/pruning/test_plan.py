@@ -97,19 +97,22 @@ def test_the_memory_of_a_step_is_that_of_its_tensors() -> None:
         stages = planned("model=qwen2.5-7b", *words).needs("device").stages
         return stages[stage] - stages["weights"]
 
-    # Scores, gradients and two moments in float32, and a masked weight that waits; what two layers keep of a batch, with a
-    # copy of what they read for two of q, k and v and for one of gate and up.
+    # Scores, gradients and two moments in float32, and a masked weight that waits; what two layers
+    # keep of a batch, with a copy of what they read for two of q, k and v and for one of gate and
+    # up.
     learned, activations = (
         (4 * 4 + 2) * 2 * a_layer,
         4 * 1024 * ((11 + 3) * hidden + 4 * inner) * 2 * 2,
     )
     held = beside_weights("learn masks", "mask=score", "mask.layers_per_stage=2")
     assert held == pytest.approx(learned + activations + a_group, abs=2e7)
-    # The Gram matrix of the widest input and its copies; weights, masks and what they take away of the widest group.
+    # The Gram matrix of the widest input and its copies; weights, masks and what they take away of
+    # the widest group.
     words = ("permutation=none", "mask=refined")
     refined = beside_weights("refine masks", *words) - beside_weights("calibrate", *words)
     assert refined == pytest.approx(5 * 4 * inner**2 + 6 * 4 * hidden * 2 * inner, abs=2e7)
-    # Values, gradients and two moments in float32, and places; of all layers the states alone, as they are recomputed.
+    # Values, gradients and two moments in float32, and places; of all layers the states alone, as
+    # they are recomputed.
     states = 4 * 1024 * (hidden * layers + 8 * hidden + 4 * 2 * inner) * 2
     head = 4 * 4 * chunk_of(torch.device("cuda"), 152064) * 152064  # four numbers a logit
     held = beside_weights("learn weights", "reconstruction=distill", "permutation=none")

@@ -109,7 +109,8 @@ def test_obs_lowers_the_output_error_of_a_linear_towards_the_least_squares_optim
 
     corrected = OBS(damping=1e-6).linear(linear)
     assert not corrected[~linear.mask].any()
-    # SparseGPT corrects each pruned weight with the columns after it alone, so it cannot reach the optimum.
+    # SparseGPT corrects each pruned weight with the columns after it alone, so it cannot reach the
+    # optimum.
     assert error(least_squares(x, linear)) <= error(corrected) < error(linear.weight)
 
 

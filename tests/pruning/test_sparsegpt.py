@@ -105,7 +105,8 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     statistics.update(inputs)
     updated, mask = SparseGPT().update(weight, statistics, torch.arange(32), PATTERN)
     assert updated.isfinite().all()
-    # All that is known of such a channel is lambda, which follows the scale of the inputs: so do no masks.
+    # All that is known of such a channel is lambda, which follows the scale of the inputs: so do no
+    # masks.
     column = SparseGPT().factors(weight, statistics).column[0]
     diagonal = inputs.double().square().mean(0)
     assert float(column[3]) == pytest.approx(0.01 * float(diagonal.mean()), rel=1e-4)

@@ -34,7 +34,8 @@ OVERRIDES = (
     "permutation.learning_rate=0.05",
     "permutation.select_from=6",
 )
-# A rank cannot see the files of another one: its working directory and its cache are its own, as on a machine of its own.
+# A rank cannot see the files of another one: its working directory and its cache are its own, as on
+# a machine of its own.
 APART = f"""
 import os, pathlib, runpy, sys
 from permllm.errors import DataError

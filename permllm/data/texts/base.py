@@ -25,7 +25,8 @@ class Text:
     Attributes:
         calibrates: whether it has the former.
         evaluates: whether it has the latter.
-        one_use: whether both are the same documents, so that a run that calibrates on them must not be measured on them.
+        one_use: whether both are the same documents, so that a run that calibrates on them must not
+            be measured on them.
         max_windows: of the latter, how many windows are measured at most; None is all.
     """
 
@@ -59,7 +60,8 @@ class Text:
         The sha256 of what is read. A text that takes long to read says by what else it is known.
 
         Args:
-            calibration: of the documents to calibrate on, else of the text that perplexity is measured on.
+            calibration: of the documents to calibrate on, else of the text that perplexity is
+                measured on.
 
         Raises:
             ConfigError: it has none. DataError: it cannot be had.
@@ -160,7 +162,8 @@ class WheelText(Text):
 
 
 def _json_lines(path: str) -> Iterator[dict[str, str]]:
-    # Zstandard, which the Pile is compressed with, is no part of Python's library or of what `datasets` requires.
+    # Zstandard, which the Pile is compressed with, is no part of Python's library or of what
+    # `datasets` requires.
     with pyarrow.input_stream(path, compression="detect") as stream:
         for line in io.BufferedReader(stream):
             yield {COLUMN: json.loads(line)[COLUMN]}

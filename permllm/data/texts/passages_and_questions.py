@@ -1,6 +1,7 @@
 """The calibration half of BoolQ's passages, and as much of MMLU's questions on 27 subjects: to calibrate on.
 
-Twice the text of the passages alone, and of more kinds. Who measures MMLU afterwards measures what was calibrated on.
+Twice the text of the passages alone, and of more kinds. Who measures MMLU afterwards measures what
+was calibrated on.
 """
 
 from __future__ import annotations

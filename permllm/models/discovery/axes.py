@@ -1,9 +1,9 @@
 """Which channels are whose: what a module reads, traced back to the rows of the modules that wrote it.
 
-In one forward every module without children becomes a cut: what it gives goes on as a leaf of the autograd graph, so that the
-gradient of what a module reads reaches the modules right before it and no further. A channel that depends on one row alone,
-the row of its own number, is that row with elementwise work between; where it depends on many, a norm or attention stands
-between.
+In one forward every module without children becomes a cut: what it gives goes on as a leaf of the
+autograd graph, so that the gradient of what a module reads reaches the modules right before it and
+no further. A channel that depends on one row alone, the row of its own number, is that row with
+elementwise work between; where it depends on many, a norm or attention stands between.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Reads:
     """What the channels that a module reads depend on.
 
     Attributes:
-        slices: modules and the row of theirs from which on each row is one channel, in the order of the channels.
+        slices: modules and the row of theirs from which on each row is one channel, in the order of
+            the channels.
         mixed: whether any of them depends on more than that.
     """
 
@@ -40,8 +41,9 @@ class Axes:
     """The cuts of a forward.
 
     Attributes:
-        written: what each module gave, as a leaf `(..., rows)`, by path; a module that is called again has `#2` behind it. The
-            first layer's is its own input, and the second one's is what the last of them gives.
+        written: what each module gave, as a leaf `(..., rows)`, by path; a module that is called
+            again has `#2` behind it. The first layer's is its own input, and the second one's is
+            what the last of them gives.
         read: what each module was given, `(..., channels)`, with the graph behind it.
         modules: the modules of the paths.
         called: paths in the order of the calls.
@@ -63,8 +65,8 @@ class Axes:
 
         Args:
             path: of the module.
-            heads: key-value heads and query heads for each; the channels of the query heads of one key-value head are then
-                expected to be the same rows.
+            heads: key-value heads and query heads for each; the channels of the query heads of one
+                key-value head are then expected to be the same rows.
         """
         values = self.read[path]
         if not values.requires_grad:
@@ -97,8 +99,8 @@ class Axes:
 def _only_channels(values: Tensor, numbers: Tensor, sources: list[Tensor]) -> list[Tensor]:
     """For each row of each source the number of the only channels that depend on it, or that there is none, or several.
 
-    The gradient of channels that have a binary digit of their number in common is not zero where one of them depends on a row;
-    so a row of one number answers to one value of each digit.
+    The gradient of channels that have a binary digit of their number in common is not zero where
+    one of them depends on a row; so a row of one number answers to one value of each digit.
 
     Args:
         values: `(..., C)`, with a graph.
@@ -153,7 +155,8 @@ def trace(model: PreTrainedModel, layers: str, model_type: str) -> Axes:
 
     def leaf(path: str, values: Tensor) -> Tensor:
         axes.written[path] = values.detach().requires_grad_()
-        # A leaf cannot be changed in place, nor can what a linear gives while orders or masks are learned.
+        # A leaf cannot be changed in place, nor can what a linear gives while orders or masks are
+        # learned.
         return (
             axes.written[path]
             if isinstance(axes.modules[path], nn.Linear)

@@ -37,14 +37,15 @@ def family_by_structure(config: PreTrainedConfig, model_type: str) -> Family:
         model_type: of the dense model.
 
     Raises:
-        ConfigError: the model is no decoder of attention and dense linears, or its structure cannot be told; the message
-            says why.
+        ConfigError: the model is no decoder of attention and dense linears, or its structure cannot
+            be told; the message says why.
     """
     key = json.dumps([model_type, config.to_dict()], sort_keys=True, default=str)
     if key not in _FOUND:
         check_kind(config, model_type)
         try:
-            # Whoever asks may be building a model without values, or may have switched gradients off.
+            # Whoever asks may be building a model without values, or may have switched gradients
+            # off.
             with (
                 torch.random.fork_rng(devices=[]),
                 torch.device("cpu"),
@@ -104,8 +105,9 @@ def _found(model: PreTrainedModel, model_type: str) -> Family:
 class _Stream:
     """The residual stream: what is joined to the first layer's input by elementwise work, norms and sums alone.
 
-    Each module has what it reads and what it writes, which are one for a module that keeps channels; a module that reads the
-    rows of another, all of them and in their order, is joined to it.
+    Each module has what it reads and what it writes, which are one for a module that keeps
+    channels; a module that reads the rows of another, all of them and in their order, is joined to
+    it.
     """
 
     def __init__(self, axes: Axes, layers: str) -> None:

@@ -13,7 +13,8 @@ from permllm.models.discovery.small import logits
 from permllm.models.families import Family, GroupTable, Part, produced_rows
 from permllm.models.head import head_path
 
-# What folding leaves of the change that permuting the columns alone makes; norms that compute in float32 leave a 1e-5.
+# What folding leaves of the change that permuting the columns alone makes; norms that compute in
+# float32 leave a 1e-5.
 _UNDONE = 1e-3
 
 
@@ -23,7 +24,8 @@ class Proof:
     Args:
         model: the small model; it is as it was after each method.
         whole: its logits.
-        family: what is known of it; `writers`, `norms`, `after` and `embeddings` are what is proved of the residual stream.
+        family: what is known of it; `writers`, `norms`, `after` and `embeddings` are what is proved
+            of the residual stream.
         heads: key-value heads and query heads for each.
     """
 

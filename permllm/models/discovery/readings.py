@@ -21,7 +21,8 @@ class Readers:
 
     Attributes:
         members: in the order in which they are called.
-        reader: the outermost module that is given the same tensor and holds all of them; a linear that is alone is its own.
+        reader: the outermost module that is given the same tensor and holds all of them; a linear
+            that is alone is its own.
     """
 
     members: tuple[str, ...]
@@ -92,7 +93,8 @@ def readings(model: PreTrainedModel, layers: str, model_type: str) -> list[Reade
     """The linears of the first layer by what they read, in the order of the calls; every other layer must have the same.
 
     Raises:
-        Refused: a layer holds weights that are in no `nn.Linear`, leaves a linear uncalled, or is unlike the first one.
+        Refused: a layer holds weights that are in no `nn.Linear`, leaves a linear uncalled, or is
+            unlike the first one.
     """
     every = list(model.get_submodule(layers).children())
     for layer in every:

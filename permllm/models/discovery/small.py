@@ -1,6 +1,7 @@
 """A small random model of the class and settings of a large one, in float64 on the host: its structure is the large one's.
 
-Widths shrink, each to a size of its own where the class lets them; layers, biases, norms, kinds of attention and ties stay.
+Widths shrink, each to a size of its own where the class lets them; layers, biases, norms, kinds of
+attention and ties stay.
 """
 
 from __future__ import annotations

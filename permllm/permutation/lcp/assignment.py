@@ -28,12 +28,12 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
     Each rank solves every n-th block.
 
     Args:
-        softs: blocks of several sizes, `(blocks, B, B)` each, finite, on one device, the same in all ranks; row = source
-            channel, column = target position.
+        softs: blocks of several sizes, `(blocks, B, B)` each, finite, on one device, the same in
+            all ranks; row = source channel, column = target position.
 
     Returns:
-        int64 `(blocks, B)` each, where the soft ones are, the same in all ranks; entry j of a block is the source channel at
-        position j (`P[perm[j], j] = 1`).
+        int64 `(blocks, B)` each, where the soft ones are, the same in all ranks; entry j of a block
+        is the source channel at position j (`P[perm[j], j] = 1`).
 
     Raises:
         ValueError: an entry is not finite.
@@ -80,8 +80,9 @@ _on_gpu = attempted(_assigned_on_gpu, "the host solves the assignments, as the G
 def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
     """Solve finite blocks on the host.
 
-    The largest entry of every column bounds the objective from above. Where these entries already form a permutation, they are
-    the optimum, and at low temperatures most blocks are of that kind. The solver has the others.
+    The largest entry of every column bounds the objective from above. Where these entries already
+    form a permutation, they are the optimum, and at low temperatures most blocks are of that kind.
+    The solver has the others.
     """
     perms = [soft.argmax(1) for soft in softs]
     unsolved: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []

@@ -1,8 +1,8 @@
 """The linear sum assignment of many blocks at once on a GPU: one Triton program a block.
 
-Shortest augmenting paths with dual variables, as Jonker and Volgenant have it (Computing 38, 1987), in float64: exact,
-whatever the numbers. It begins with the largest entry of every column; where these are a permutation already, as at low
-temperatures in most blocks, nothing is left to do.
+Shortest augmenting paths with dual variables, as Jonker and Volgenant have it (Computing 38, 1987),
+in float64: exact, whatever the numbers. It begins with the largest entry of every column; where
+these are a permutation already, as at low temperatures in most blocks, nothing is left to do.
 """
 
 # Triton's language is Python's syntax, not its types.
@@ -20,7 +20,8 @@ def assign(soft: Tensor) -> Tensor:
     """The permutation of each block that maximises `<P, soft>`.
 
     Args:
-        soft: `(blocks, B, B)` on a GPU; row = source channel, column = target position. What is not finite gives anything.
+        soft: `(blocks, B, B)` on a GPU; row = source channel, column = target position. What is not
+            finite gives anything.
 
     Returns:
         int64 `(blocks, B)`, entry j of a block the source channel at position j.
@@ -45,7 +46,8 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
     inside = column < size
     none = tl.full((), -1, tl.int32)
 
-    # Costs are the negative of what is maximised. Dual variables of columns: the least cost; of rows: zero.
+    # Costs are the negative of what is maximised. Dual variables of columns: the least cost; of
+    # rows: zero.
     largest = tl.full((LANES,), float("-inf"), tl.float64)
     best = tl.full((LANES,), 0, tl.int32)
     for row in range(size):
@@ -54,7 +56,8 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
         largest = tl.where(better, entries, largest)
         best = tl.where(better, row, best)
     of_column = tl.where(inside, -largest, 0.0)
-    # The row that a column has, and that row's dual variable: the first column that wants a row has it.
+    # The row that a column has, and that row's dual variable: the first column that wants a row has
+    # it.
     has = tl.full((LANES,), -1, tl.int32)
     of_row = tl.zeros((LANES,), tl.float64)
     for row in range(size):
@@ -63,8 +66,8 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
 
     for row in range(size):
         if tl.sum((has == row).to(tl.int32)) == 0:
-            # Dijkstra from a row without a column to the nearest column without a row. `size` steps are enough; what is
-            # not finite might take more.
+            # Dijkstra from a row without a column to the nearest column without a row. `size` steps
+            # are enough; what is not finite might take more.
             reached = tl.zeros((LANES,), tl.int32)
             distance = tl.full((LANES,), float("inf"), tl.float64)
             before = tl.full((LANES,), -1, tl.int32)

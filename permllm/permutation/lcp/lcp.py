@@ -1,7 +1,8 @@
 """Learnable channel permutation (PermLLM, section 4): the settings, the start, and the windows of layers in turn.
 
-All logits of a window of decoder layers learn together, end to end, against the dense model's output of the window's last
-layer. The weights stay as they are. Forward uses hard permutations and hard masks; backward goes through the soft ones.
+All logits of a window of decoder layers learn together, end to end, against the dense model's
+output of the window's last layer. The weights stay as they are. Forward uses hard permutations and
+hard masks; backward goes through the soft ones.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class OrderLearner(Learner):
     @torch.no_grad()
     def begin(self, moment: Moment) -> None:
         self._before = self.present
-        # The paper's released code begins with a softmax of rows: a first iteration does the same, where there is one.
+        # The paper's released code begins with a softmax of rows: a first iteration does the same,
+        # where there is one.
         halves = 2 * self.settings.sinkhorn_iterations or int(self.settings.conventions == "paper")
         self._batches = soft_batches(self.blocks, self.temperature(moment), halves)
         try:

@@ -28,12 +28,14 @@ class BlockLogits(nn.Module):
     """Learnable logits of one order, on top of a fixed base order.
 
     Args:
-        base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds channel `base[b B + p]`.
+        base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds
+            channel `base[b B + p]`.
         stacks: how the positions split into blocks (`split_blocks`).
-        logits: one float32 `(blocks, B, B)` for each stack; row = channel of the block in base order, column = target position
-            in the block.
-        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)`, whose gradient passes as
-            if nothing were clamped (the paper's released code); otherwise they are used as they are.
+        logits: one float32 `(blocks, B, B)` for each stack; row = channel of the block in base
+            order, column = target position in the block.
+        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)`,
+            whose gradient passes as if nothing were clamped (the paper's released code); otherwise
+            they are used as they are.
     """
 
     base: Tensor
@@ -75,8 +77,9 @@ class BlockLogits(nn.Module):
 class SoftBatch:
     """Soft permutations of one size, made together, and the way of their gradients back to the logits.
 
-    A straight-through step uses the hard permutations in forward and never reads the values of the soft ones: what stands in
-    for them are zeros of their shape, without memory of their own, which gather gradients.
+    A straight-through step uses the hard permutations in forward and never reads the values of the
+    soft ones: what stands in for them are zeros of their shape, without memory of their own, which
+    gather gradients.
 
     Args:
         orders: all that there are, by name.
@@ -86,7 +89,8 @@ class SoftBatch:
     Attributes:
         stacks: as given.
         stand_ins: `(blocks, B, B)` for each of them, leaves.
-        soft: `(blocks, B, B)` of all of them one after the other, not differentiable; may be deleted.
+        soft: `(blocks, B, B)` of all of them one after the other, not differentiable; may be
+            deleted.
     """
 
     def __init__(
@@ -130,7 +134,8 @@ def soft_batches(
 ) -> list[SoftBatch]:
     """Make the soft permutations of several orders.
 
-    On a GPU, where each operator is a launch, all blocks of a size are one batch. On a CPU a single stack stays in the cache.
+    On a GPU, where each operator is a launch, all blocks of a size are one batch. On a CPU a single
+    stack stays in the cache.
     """
     batches: dict[object, list[tuple[str, int]]] = {}
     for name, order in orders.items():
