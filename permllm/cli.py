@@ -1,7 +1,7 @@
-"""The command `permllm`. The command `run` is Hydra's; each other one is a module that is imported when it is asked for.
+"""Command `permllm`. Hydra reads `run`; every other command is a module that is imported on demand.
 
-A module has `work(options) -> Answer`, and `arguments(parser)` where it is quickly imported.
-Errors, exit codes and `--json` are of this file alone:
+A module has `work(options) -> Answer`, and `arguments(parser)` where it is quickly imported. This
+file alone turns errors into exit codes and answers into JSON:
 
 - 0: done; 1: an error that a person can mend, as one line on stderr, or an answer that is no;
 - 2: the command line is wrong, or `permllm verify` cannot read the checkpoint;
@@ -50,27 +50,12 @@ if TYPE_CHECKING:
 
 # Each with its line in --help and the module that does its work.
 COMMANDS = {
-    "run": (
-        "prune a model, or sweep over many: its settings are Hydra's (permllm run --help)",
-        "permllm.job",
-    ),
-    "results": (
-        "make one table of many runs, or keep them in one file",
-        "permllm.runs.results_command",
-    ),
-    "report": (
-        "write a page, or a picture of quality over minutes, of many runs",
-        "permllm.runs.report_command",
-    ),
-    "export": ("write the pruned model of a run as a checkpoint", "permllm.export.export_command"),
-    "verify": (
-        "prove that a checkpoint is whole and N:M as it is stored",
-        "permllm.export.verify_command",
-    ),
-    "bench": (
-        "measure a checkpoint: prefill, decoding, gathers, loading, sizes",
-        "permllm.export.bench_command",
-    ),
+    "run": ("prune a model, or sweep over many (permllm run --help)", "permllm.job"),
+    "results": ("make one table of many runs, or one file", "permllm.runs.results_command"),
+    "report": ("write a page or a picture of many runs", "permllm.runs.report_command"),
+    "export": ("write a run's pruned model as a checkpoint", "permllm.export.export_command"),
+    "verify": ("prove that a checkpoint is whole and N:M", "permllm.export.verify_command"),
+    "bench": ("measure the speed and size of a checkpoint", "permllm.export.bench_command"),
 }
 # Packages whose errors are those of a launcher's processes.
 _LAUNCHERS = ("submitit", "joblib", "loky")
@@ -87,20 +72,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="permllm",
         description="Learnable channel permutation for N:M sparse large language models.",
-        epilog="permllm COMMAND --help describes one. All but run take --json: the answer as JSON on stdout.",
+        epilog="permllm COMMAND --help describes one. All but run take --json.",
     )
     parser.add_argument("--version", action="version", version=f"permllm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (meaning, _) in COMMANDS.items():
         commands.add_parser(name, help=meaning)
-    parser.parse_args(
-        words or ["--help"]
-    )  # ends here: with the help, the version, or what is wrong
+    parser.parse_args(words or ["--help"])  # exits: help, version, or what is wrong
     return 2
 
 
 def call(name: str, words: Sequence[str]) -> int:
-    """Run one of `COMMANDS`, but `run`, with the words that were typed after it, and return its exit code."""
+    """Run a command other than `run` with its words and return its exit code."""
     return run_tool(lambda: _answered(name, words), failed=2 if name == "verify" else 1)
 
 
@@ -129,19 +112,16 @@ def _answered(name: str, words: Sequence[str]) -> int:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    """Write the pruned model of a run as a checkpoint: permllm export runs/RUN --form folded --to DIR."""
+    """Write the pruned model of a run as a checkpoint.
+
+    permllm export runs/RUN --form folded --to DIR
+    """
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument(
-        "--to", type=Path, required=True, help="folder to write; must be new or empty"
-    )
+    parser.add_argument("--to", type=Path, required=True, help="folder, new or empty")
     parser.add_argument("--form", choices=("simulate", "folded", "gathered"), default="folded")
     parser.add_argument("--dtype", help="of the weights (default: that of the run)")
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, help="largest file, 10^9 bytes (default: 5)"
-    )
-    parser.add_argument(
-        "--dense", type=Path, help="folder of the dense model, if it has moved since the run"
-    )
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (5)")
+    parser.add_argument("--dense", type=Path, help="folder of the dense model, if it has moved")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -152,23 +132,13 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     pruned linear is N:M, or dense where an export says so. The exit code is 0 where all holds, 1
     where not, 2 where the checkpoint cannot be read.
     """
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint")
+    parser.add_argument("--pattern", help="N:M of every linear (default: the export's, else 2:4)")
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="checkpoint: config.json and safetensors files"
+        "--against", type=Path, metavar="DENSE", help="checkpoint to compare logits with"
     )
     parser.add_argument(
-        "--pattern", help="N:M of every linear (default: what an export of ours states, else 2:4)"
-    )
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="DENSE",
-        help="another checkpoint, whose logits are compared",
-    )
-    parser.add_argument(
-        "--stock",
-        type=Path,
-        metavar="RUN",
-        help="its run, whose perplexity stock transformers must find",
+        "--stock", type=Path, metavar="RUN", help="run whose perplexity must be found"
     )
 
 
@@ -186,18 +156,11 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded one by one")
-    parser.add_argument(
-        "--layer-tokens",
-        type=int,
-        default=2048,
-        help="rows of the products that are timed one by one",
-    )
+    parser.add_argument("--layer-tokens", type=int, default=2048, help="rows of a timed product")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: that of the checkpoint",
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's"
     )
 
 
@@ -230,10 +193,8 @@ def _hydra() -> None:
     if everything_wanted():
         start()
         return
-    os.environ |= {
-        "HYDRA_FULL_ERROR": "1",
-        SHORT_ERRORS: "1",
-    }  # Hydra then raises what it would print
+    # Hydra then raises what it would print.
+    os.environ |= {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "1"}
     try:
         start()
     except (HydraException, OmegaConfBaseException) as error:
@@ -242,21 +203,16 @@ def _hydra() -> None:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not str(frame.f_globals.get("__name__")).startswith("hydra."):
             raise
-        raise SystemExit(
-            f"error: {' '.join(word for word in sys.argv[1:] if 'null' in word)}: {error}"
-        ) from error
+        words = " ".join(word for word in sys.argv[1:] if "null" in word)
+        raise SystemExit(f"error: {words}: {error}") from error
 
 
 def _with_extra(said: str) -> str:
-    """Return why Hydra refuses the command line, with the extra that a launcher or sweeper comes with."""
-    extra = re.search(
-        r"Could not find 'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said
-    )
-    return (
-        f"hydra/{extra[1]}={extra[2]} is not installed: pip install -e '.[sweep]'"
-        if extra
-        else said
-    )
+    """Return Hydra's refusal, or the extra that a missing launcher or sweeper comes with."""
+    missing = re.search(r"'hydra/(launcher|sweeper)/(joblib|submitit_\w+|optuna)'", said)
+    if missing is None or "Could not find" not in said:
+        return said
+    return f"hydra/{missing[1]}={missing[2]} is not installed: pip install -e '.[sweep]'"
 
 
 def job(composed: DictConfig) -> float:
@@ -265,13 +221,13 @@ def job(composed: DictConfig) -> float:
 
 
 class Session:
-    """The jobs of one command: one, or those of a sweep, which a launcher may run in other processes."""
+    """Jobs of one command: a single one, or those of a sweep, perhaps in a launcher's processes."""
 
     def __init__(self) -> None:
         self._failed = False
 
     def of(self, main: Callable[[], Any]) -> int:
-        """Run what Hydra made of the command line, print the table of a sweep, and return the exit code."""
+        """Run Hydra's main function, print the table of a sweep, and return the exit code."""
         try:
             with scheduler_signals():
                 main()
@@ -286,16 +242,13 @@ class Session:
         except KeyboardInterrupt as error:
             code, said = exit_code(error), f"{what_happened(error)}: "
         except SystemExit as stop:
-            # Hydra refuses the command line, or a launcher gives up although some jobs have
-            # finished
-            if stop.code:
+            if stop.code:  # a launcher gives up although some jobs may have finished
                 self.close()
             raise
         except Exception as error:
             if everything_wanted() or type(error).__module__.partition(".")[0] not in _LAUNCHERS:
                 raise
-            # A launcher's process was killed, or ran out of its time. Only the last lines of its
-            # message may say why.
+            # A launcher's process was killed or ran out of time: the last lines may say why.
             code, said = 1, f"error: {type(error).__name__}: {str(error).strip()}\n"
         if first():
             print(f"{said}{CONTINUES}", file=sys.stderr)
@@ -303,11 +256,10 @@ class Session:
         return code
 
     def job(self, composed: DictConfig) -> float:
-        """Run one job and return what a search minimises (`objective`); infinite for a job that failed.
+        """Run one job and return its `objective`, which is infinite for a job that failed.
 
-        A failure that a person can mend is one line on stderr, and does not stop the other jobs.
-        Under torchrun all ranks go through the jobs together, and rank 0 prints and keeps what
-        becomes of each (`permllm.runtime.parallel`).
+        An error that a person can mend is one line on stderr and does not stop the other jobs.
+        Under torchrun all ranks run each job together; rank 0 prints and keeps its outcome.
         """
         take_gpu()  # before anything uses one
         import datasets
@@ -320,11 +272,7 @@ class Session:
         transformers.logging.set_verbosity_error()
         datasets.logging.set_verbosity_error()  # it warns wherever it works without network
         warnings.filterwarnings("ignore", category=FutureWarning)
-        for name in (
-            "httpx",
-            "httpx2",
-            "huggingface_hub",
-        ):  # the middle one is what huggingface_hub 2 speaks through
+        for name in ("httpx", "httpx2", "huggingface_hub"):  # huggingface_hub 2 speaks by httpx2
             logging.getLogger(name).setLevel(logging.ERROR)
         parallel.start()
         if not first():
@@ -358,9 +306,9 @@ class Session:
                 self._end("skipped" if skipped else "ran", directory=str(result[1]))
             return value
         except (KeyboardInterrupt, SystemExit) as error:  # the latter is of `in_step`
-            said = (
-                "one rank failed alone" if isinstance(error, SystemExit) else what_happened(error)
-            )
+            said = "one rank failed alone"
+            if isinstance(error, KeyboardInterrupt):
+                said = what_happened(error)
             self._end("failed", f"{said}: the same command continues it")
             raise
         except InUseError as error:  # of a sweep: a single run waits
@@ -375,7 +323,7 @@ class Session:
             if first():
                 if not sweep.sweeping():
                     raise
-                # an error of ours must be seen whole, and not take the other jobs with it
+                # A defect must be seen whole, and the other jobs go on.
                 traceback.print_exc()
             self._end("failed", f"{type(error).__name__}: {one_line(error)}")
         return math.inf
@@ -415,13 +363,14 @@ class Session:
 
 
 def objective(metrics: dict[str, Any]) -> float:
-    """Return the sparse model's perplexity, of several texts the geometric mean, else 1 - mean accuracy, else infinity."""
+    """Return the sparse model's perplexity, which a search minimises.
+
+    Several texts: their geometric mean. No text: 1 - mean accuracy. No task either: infinity.
+    """
     from permllm.runs.measures import average_accuracy
 
-    found = [
-        float(values["value"])
-        for values in metrics.get("perplexity", {}).get("sparse", {}).values()
-    ]
+    texts = metrics.get("perplexity", {}).get("sparse", {})
+    found = [float(values["value"]) for values in texts.values()]
     if found:
         return math.prod(found) ** (1 / len(found))
     _, accuracy, _ = average_accuracy(metrics.get("tasks", {}).get("sparse", {}))

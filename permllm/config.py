@@ -1,9 +1,8 @@
-"""Settings of a run, typed: those at the top, of model, calibration, evaluation, export and logger; and the hash of a run.
+"""Typed settings of a run and its hash.
 
 `conf/config.yaml` explains each setting and has its default. The groups `pruner`, `permutation`,
-`temperature`, `mask` and
-`reconstruction` stay mappings: each names a class (`_target_`) whose typed arguments are the other
-keys.
+`temperature`, `mask` and `reconstruction` stay mappings: each names a class (`_target_`), and its
+other keys are the typed arguments of that class.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -51,8 +50,7 @@ _NOT_PART_OF_A_RUN = (
     *("force", "plan", "plan_on", "logger", "runs_dir", "run_dir", "export", "evaluation", "paths"),
     *("protocol", "budget", "method", "deterministic"),
 )
-# Settings of the model that say where it is from or where its weights wait; its digest says which
-# model it is.
+# Settings of the model beside its digest: where it is from, where its weights wait.
 _NOT_OF_THE_MODEL = ("accept_terms", "terms", "licence", "notice", "placement")
 # Settings at the top that only a permutation reads, which has a copy of them.
 _OF_A_PERMUTATION = ("block_size", "temperature")
@@ -67,15 +65,10 @@ class NMPattern:
 
     @classmethod
     def parse(cls, text: object, key: str = "sparsity") -> NMPattern:
-        """Read `"N:M"`.
-
-        Raises ConfigError, which names the setting `key`, when `text` has another form.
-        """
+        """Read `"N:M"`. Raises ConfigError, which names the setting `key`, for another form."""
         match = re.fullmatch(r"([0-9]+):([0-9]+)", text) if isinstance(text, str) else None
         if match is None:
-            raise ConfigError(
-                f"{key}={text!r}: expected N:M as a string, such as '2:4' (in YAML, with the quotes)"
-            )
+            raise ConfigError(f"{key}={text!r}: expected N:M as a string, such as '2:4'")
         if not 0 < int(match[1]) < int(match[2]):
             raise ConfigError(f"{key}={text}: N:M needs 0 < N < M, such as 2:4, 4:8, 1:4 or 3:4")
         return cls(int(match[1]), int(match[2]))
@@ -97,11 +90,10 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     flat: dict[str, Any] = {}
     for key, part in values.items():
         name = f"{prefix}{key}"
-        flat |= (
-            flatten(part, separator, f"{name}{separator}")
-            if isinstance(part, Mapping)
-            else {name: part}
-        )
+        if isinstance(part, Mapping):
+            flat |= flatten(part, separator, f"{name}{separator}")
+        else:
+            flat[name] = part
     return flat
 
 
@@ -120,28 +112,24 @@ def identity_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     Names of this package's classes are no part of it, because classes may move. `block_size` and
     `temperature` are those that the permutation has; a permutation without them does not read them.
     """
-    identity = {
-        key: value
-        for key, value in resolved.items()
-        if key not in (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION)
-    }
+    identity = _without(resolved, (*_NOT_PART_OF_A_RUN, *_OF_A_PERMUTATION))
     if "inputs" in identity:
         inputs = identity["inputs"] or {}
-        identity["inputs"] = {
-            key: digest for key, digest in inputs.items() if not key.startswith("evaluation.")
-        }
+        identity["inputs"] = _without(
+            inputs, [key for key in inputs if key.startswith("evaluation.")]
+        )
     if isinstance(identity.get("model"), Mapping):
-        identity["model"] = {
-            key: value for key, value in identity["model"].items() if key not in _NOT_OF_THE_MODEL
-        }
-        if str(identity["model"].get("device")).startswith(
-            "cuda:"
-        ):  # one GPU gives what another gives
+        identity["model"] = _without(identity["model"], _NOT_OF_THE_MODEL)
+        if str(identity["model"].get("device")).startswith("cuda:"):  # any GPU gives the same
             identity["model"]["device"] = "cuda"
     permutation = dict(identity.get("permutation") or {})
     identity |= {key: permutation.pop(key) for key in _OF_A_PERMUTATION if key in permutation}
     identity["permutation"] = permutation
     return _without_classes(identity)
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def _without_classes(value: Any) -> Any:
@@ -152,18 +140,14 @@ def _without_classes(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     ours = str(value.get("_target_", "")).startswith(f"{__name__.partition('.')[0]}.")
-    return {
-        key: _without_classes(part)
-        for key, part in value.items()
-        if not (key == "_target_" and ours)
-    }
+    kept = _without(value, ["_target_"] if ours else [])
+    return {key: _without_classes(part) for key, part in kept.items()}
 
 
 def evaluation_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of resolved settings that says how a model is evaluated: `perplexity` and `tasks`, if asked for.
+    """Return how a model is evaluated: `perplexity` and `tasks`, as far as they are asked for.
 
-    Sizes of batches are no part of it. A file stands there by its name, which names the result, and
-    its digest.
+    Sizes of batches are left out. The name and digest of a file stand for its path.
     """
     settings, inputs = resolved.get("evaluation") or {}, resolved.get("inputs") or {}
     text, shared = dict(settings.get("perplexity") or {}), settings.get("lm_eval") or {}
@@ -220,12 +204,10 @@ class ModelConfig:
         if self.source == "hub" and not self.hub_name:
             raise ConfigError("model=hub needs model.hub_name=OWNER/NAME, a repository of the hub")
         if self.source == "local" and not self.path:
-            raise ConfigError(
-                "model=local needs model.path=DIR, a folder that transformers can load"
-            )
+            raise ConfigError("model=local needs model.path=DIR, a folder with a checkpoint")
         if self.placement == "disk" and self.source == "random":
             raise ConfigError(
-                f"model.placement=disk needs a model with files, and model={self.name} is random: take host"
+                f"model.placement=disk: model={self.name} is random and has no files; take host"
             )
 
 
@@ -258,13 +240,9 @@ class PerplexityConfig:
     @property
     def names(self) -> list[str]:
         """Names of the texts of `dataset`."""
-        return (
-            self.dataset
-            if isinstance(self.dataset, list)
-            else []
-            if self.dataset is None
-            else [self.dataset]
-        )
+        if self.dataset is None:
+            return []
+        return self.dataset if isinstance(self.dataset, list) else [self.dataset]
 
 
 @dataclass(config=SETTINGS)
@@ -375,8 +353,8 @@ class RunConfig:
             raise ConfigError(f"name={self.name!r} must not contain a slash: it names a directory")
         if self.model.terms and not self.model.accept_terms and not self.plan:
             raise ConfigError(
-                f"model={self.model.name} comes under terms that you must accept: read {self.model.terms}, and type "
-                "model.accept_terms=true where you do"
+                f"model={self.model.name} comes under terms that you must accept: read "
+                f"{self.model.terms}, and type model.accept_terms=true where you do"
             )
 
     @property
@@ -387,31 +365,21 @@ class RunConfig:
     @property
     def patterns(self) -> list[NMPattern]:
         """Every N:M that is asked for, that of `sparsity` first."""
-        others = {
-            NMPattern.parse(text, f"sparsity_of.{name}"): None
-            for name, text in self.sparsity_of.items()
-        }
-        return list({self.pattern: None} | others)
+        others = self.sparsity_of.items()
+        parsed = [NMPattern.parse(text, f"sparsity_of.{name}") for name, text in others]
+        return list(dict.fromkeys([self.pattern, *parsed]))
 
     @property
     def further(self) -> int:
-        """Number of windows of the calibration text, after `calibration.samples`, that a method learns from."""
-        first = self.calibration.samples
-        asked = (self.permutation, self.mask, self.reconstruction)
-        return (
-            max(
-                first,
-                *(
-                    windows_learned_from(one.get("samples"), one.get("skip"), first).stop
-                    for one in asked
-                ),
-            )
-            - first
-        )
+        """Number of windows after the first `calibration.samples` that methods learn from."""
+        first = last = self.calibration.samples
+        for one in (self.permutation, self.mask, self.reconstruction):
+            last = max(last, windows_learned_from(one.get("samples"), one.get("skip"), first).stop)
+        return last - first
 
     @cached_property  # files take time to read
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values, as records have them, with a digest of each file that they name (`inputs`)."""
+        """All settings as plain values, with a digest of each file that they name (`inputs`)."""
         files = {
             "calibration.data_files": self.calibration.data_files,
             "evaluation.perplexity.data_files": self.evaluation.perplexity.data_files,

@@ -1,12 +1,11 @@
-"""The errors that a person can cause and mend: each is one line that names what was wrong, the value, and what is valid."""
+"""Errors that a person can mend. Each is one line: the key or file, its value, what is valid."""
 
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-# Set where Hydra is made to raise what it would print: `HYDRA_FULL_ERROR` is then not what a person
-# has set.
+# Set beside `HYDRA_FULL_ERROR` by this package, so that Hydra raises what it would print.
 SHORT_ERRORS = "PERMLLM_SHORT_ERRORS"
 
 
@@ -39,17 +38,16 @@ def one_line(error: BaseException) -> str:
     """Return an error as it is shown to a person."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which takes long to import
         return (
-            "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or reconstruction's) computes a "
-            "step sample by sample, with the same result; model.placement=host brings layers singly; plan=true says what fits"
+            "the GPU's memory is not enough: permutation.micro_batch_size=1 (or the mask's, or "
+            "reconstruction's) computes a step sample by sample, with the same result; "
+            "model.placement=host brings layers singly; plan=true says what fits"
         )
     return " ".join(str(error).split())
 
 
 def printable(name: str) -> str:
-    """Return a name from a file of others as it can be shown: in one line, without what steers a terminal."""
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in name
-    )
+    """Return a name from a stranger's file without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def everything_wanted() -> bool:

@@ -139,7 +139,7 @@ def _check_shares(config: RunConfig, methods: Methods, record: RunDirectory) -> 
         for name, value in (counts | {"calibration.samples": config.calibration.samples}).items():
             if value and value < processes and not record.has(group):
                 raise ConfigError(
-                    f"{name}={value} leaves some of {processes} processes without a sample: the smallest is {name}={processes}"
+                    f"{name}={value}: {processes} processes need at least {name}={processes}"
                 )
 
 
@@ -158,13 +158,11 @@ def export_request(config: RunConfig, methods: Methods) -> Request | None:
     request = Request(export.form, export.dtype, export.shard_gb)
     request.check()
     if methods.change_weights and not config.save_weights:
-        raise ConfigError(
-            f"export={export.form} needs the changed weights, and save_weights=false does not keep them"
-        )
+        raise ConfigError(f"export={export.form} needs save_weights=true: weights are changed")
     if export.form == "folded" and methods.permutation.constraint == "free":
         raise ConfigError(
-            "export=folded cannot fold free permutations into the neighbouring weights: set permutation.constraint=foldable, "
-            "or export=gathered, which keeps any permutation"
+            "export=folded cannot fold free permutations: set permutation.constraint=foldable, or "
+            "export=gathered, which keeps any permutation"
         )
     return request
 
@@ -207,7 +205,7 @@ def _stages(
 
 
 def _check_amounts(config: RunConfig, loaded: LoadedModel, pruned: bool) -> None:
-    """Raise DataError, before anything is computed, where a text is too short or has tokens that the model does not know."""
+    """Raise DataError where a text is too short or has tokens that the model does not know."""
     tokenizer, model = loaded.tokenizer, loaded.model
     for named in perplexity_texts(config.evaluation.perplexity):
         windows = perplexity_windows(
