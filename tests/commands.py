@@ -1,4 +1,4 @@
-"""Commands as a person types them, each in a fork of a process that has imported what they need: imports cost seconds each."""
+"""Commands as typed, each in a fork of a process that has imported what takes seconds to import."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def command(
     """
     with TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        with (
-            pytest.MonkeyPatch.context() as patch
-        ):  # of the server, which starts with the first command
+        with pytest.MonkeyPatch.context() as patch:  # the server starts with the first command
             patch.setenv("OMP_NUM_THREADS", "1")  # one thread alone can be forked
             patch.setenv("HF_HUB_OFFLINE", "1")
             process = _server().Process(target=_become, args=(words, cwd, environment, out, err))

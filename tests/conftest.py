@@ -48,14 +48,8 @@ FAMILY_SETTINGS: dict[str, dict[str, object]] = {
 
 def tiny_config(family: str) -> dict[str, object]:
     """Architecture of a two-layer model with 32 and 64 channels."""
-    settings: dict[str, object] = {
-        "model_type": family,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 259,
-        "tie_word_embeddings": False,
-    }
+    settings: dict[str, object] = {"model_type": family, "hidden_size": 32, "vocab_size": 259}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": False}
     if family != "opt":
         settings["intermediate_size"] = 64
     return settings | FAMILY_SETTINGS[family]
@@ -64,7 +58,7 @@ def tiny_config(family: str) -> dict[str, object]:
 def tiny_model(
     family: str, seed: int = 0, dtype: torch.dtype | None = None, **architecture: Any
 ) -> PreTrainedModel:
-    """A random model of `tiny_config` and what is given of it, in float32 unless it is said, with biases that are not zero."""
+    """A random model of `tiny_config`, float32 unless said, with biases that are not zero."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,20 +78,17 @@ def tiny_model(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Where nothing else is said, whole folders have as many workers as cores, at most 8; files, and what talks, have none."""
+    """Give whole folders as many workers as cores, at most 8; files and what talks none."""
     options = config.option
-    together = (
-        not options.usepdb and options.capture != "no" and all(map(os.path.isdir, config.args))
-    )
-    if (
-        getattr(options, "numprocesses", 0) is None and together and not WORKER
-    ):  # which has none of its own
+    quiet = not options.usepdb and options.capture != "no"
+    undecided = getattr(options, "numprocesses", 0) is None and not WORKER
+    if undecided and quiet and all(map(os.path.isdir, config.args)):
         options.numprocesses, options.dist = min(8, len(os.sched_getaffinity(0))), "loadgroup"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
-    """Workers get a file at a time where it, or its folder, makes something once for several tests, and else a test."""
+    """Hand out a file at a time where its tests share something, else a test at a time."""
     if config.option.dist != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -111,7 +102,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
 @functools.cache
 def together(file: str) -> str | None:
-    """What the tests of a file share a worker for: their folder, the file, or the downloads; None where they share nothing."""
+    """Return what the tests of a file share a worker for; None where they share nothing."""
     path = ROOT / file
     folder, text = path.with_name("conftest.py"), path.read_text(encoding="utf-8")
     if 'usefixtures("downloads")' in text:
@@ -130,7 +121,7 @@ def _resolvers() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _fresh_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache directory of this session alone, but for what is downloaded: kept results would hide what the code now does."""
+    """A cache of this session alone, but for downloads: kept results would hide a change."""
     from permllm.runs.cache import cache_directory
 
     downloads, private = cache_directory(), tmp_path_factory.mktemp("cache")
@@ -185,7 +176,7 @@ def run_python(
     environment: dict[str, str] | None = None,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """`python WORDS`: a script, a module after `-m`, or after `-m permllm` the command `permllm`."""
+    """`python WORDS`: a script, a module after `-m`, or `permllm` after `-m permllm`."""
     if words[:2] == ("-m", "permllm"):
         words = (str(COMMAND), *words[2:])
     cwd, environment = cwd or Path.cwd(), environment or dict(os.environ)

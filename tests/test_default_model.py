@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -49,8 +48,9 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(
     settings = {
         key: getattr(llama.config, key)
         for key in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "max_position_embeddings",
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+            "num_attention_heads", "num_key_value_heads", "rope_parameters", "tie_word_embeddings",
+            "max_position_embeddings",
         )
     }  # fmt: skip
     qwen = Qwen2ForCausalLM(Qwen2Config(**settings)).eval().requires_grad_(False)
@@ -65,12 +65,8 @@ def test_smollm2_in_the_qwen2_class_gives_the_same_logits_and_the_same_masks(
     torch.testing.assert_close(
         qwen(input_ids=tokens).logits, llama(input_ids=tokens).logits, rtol=1e-4, atol=1e-3
     )
-    masks: list[dict[str, Any]] = []
-    for model in (
-        qwen,
-        load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0).model,
-    ):
-        masks.append(pruned(model, Wanda(), windows=tokens).masks)
+    other = load_model(ModelConfig(name="smollm2-135m", source="wheel", device="cpu"), seed=0)
+    masks = [pruned(one, Wanda(), windows=tokens).masks for one in (qwen, other.model)]
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(masks[0][path], masks[1][path]) for path in masks[0])
 
@@ -104,12 +100,11 @@ def test_tasks_out_of_the_wheel(task: str, norm: bool) -> None:
 def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_default_steps(
     tmp_path: Path,
 ) -> None:
-    """Two passes over half of the samples: what is asserted is the order of the three, which lie far apart (README)."""
+    """Two epochs over half of the samples: the three lie far apart (README)."""
+    words = ("permutation=none,heuristic,lcp", "budget=quick", "budget.samples=64")
     result = run_command(
         "-m",
-        "permutation=none,heuristic,lcp",
-        "budget=quick",
-        "budget.samples=64",
+        *words,
         "evaluation.tasks=[]",
         "logger=none",
         cwd=tmp_path,
@@ -120,9 +115,8 @@ def test_learned_order_beats_the_heuristic_which_beats_none_at_a_third_of_the_de
     assert result.returncode == 0, result.stderr[-2000:]
     values = {}
     for run in collect([tmp_path / "runs"]).runs:
-        values[run.config["permutation"]["name"]] = run.metrics["perplexity"]["sparse"][
-            "boolq-passages"
-        ]["value"]
+        texts = run.metrics["perplexity"]["sparse"]
+        values[run.config["permutation"]["name"]] = texts["boolq-passages"]["value"]
         assert run.metrics["sparsity"]["violations"] == 0
         assert run.metrics["sparsity"]["fraction"] == 0.5
     assert values["lcp"] < values["heuristic"] < values["none"], values

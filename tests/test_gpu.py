@@ -1,4 +1,4 @@
-"""On a machine with a GPU: the tiny pipeline there, and Triton's kernels; 2:4: `tests/export/test_bench.py`."""
+"""On a machine with a GPU: the tiny pipeline and the Triton kernels."""
 
 from __future__ import annotations
 

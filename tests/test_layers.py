@@ -1,4 +1,4 @@
-"""The rooms of the package in their order: each imports only from those before it, inside of functions too."""
+"""Rooms of the package in their order: each imports only from those before it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,10 @@ from pathlib import Path
 import permllm
 
 PACKAGE = Path(permllm.__file__).parent
-# A room is a package, or a file directly in `permllm/`. What CONTRIBUTING.md says of them follows
-# this order.
+# A room is a package, or a file directly in `permllm/`. CONTRIBUTING.md follows this order.
 ROOMS = (
-    "errors",
-    "runtime",
-    "config",
-    "runs",
-    "data",
-    "models",
-    "sparsity",
-    "training",
-    "permutation",
-    "mask",
-    "pruning",
-    "evaluation",
-    "export",
-    "job",
-    "api",
-    "cli",
-    "__init__",
+    *("errors", "runtime", "config", "runs", "data", "models", "sparsity", "training"),
+    *("permutation", "mask", "pruning", "evaluation", "export", "job", "api", "cli", "__init__"),
 )
 # Loaded by `import permllm`, they would cost seconds.
 HEAVY = ("torch", "transformers", "numpy", "pandas", "hydra", "omegaconf", "pydantic")

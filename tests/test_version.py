@@ -22,14 +22,8 @@ def test_the_package_takes_it_from_the_module() -> None:
 
 def test_the_citation_has_it() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {
-        "cff-version",
-        "message",
-        "title",
-        "authors",
-        "license",
-        "references",
-    } <= citation.keys()
+    needed = {"cff-version", "message", "title", "authors", "license", "references"}
+    assert needed <= citation.keys()
     assert citation["version"] == __version__
     (paper,) = citation["references"]
     assert {"type", "title", "authors", "year"} <= paper.keys()

@@ -1,4 +1,4 @@
-"""The wheel holds all that a job needs: it is built, put into an empty folder, and prunes from another one."""
+"""The wheel holds all that a job needs: built, put into an empty folder, run from another one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,15 @@ from permllm.runs.directory import is_finished
 from tests.conftest import ROOT, run_python
 
 
+def _pip(command: str, *words: str) -> None:
+    words = (sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *words)
+    subprocess.run(words, check=True, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        str(ROOT),
-        "--wheel-dir",
-        str(folder),
-    ]
-    subprocess.run(command, check=True, timeout=300)
+    _pip("wheel", str(ROOT), "--wheel-dir", str(folder))
     (built,) = folder.glob("permllm-*.whl")
     return built
 
@@ -36,18 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(folder),
-        str(wheel),
-    ]
-    subprocess.run(command, check=True, timeout=300)
+    _pip("install", "--target", str(folder), str(wheel))
     return folder
 
 

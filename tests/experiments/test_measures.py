@@ -1,4 +1,4 @@
-"""The measure.py of some experiments: formulas of their own, the search by swaps, and what the commands keep."""
+"""The measure.py of experiments: their formulas, the search by swaps, what the commands keep."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ PATTERN = NMPattern(2, 4)
 
 def layer_and_inputs() -> tuple[Layer, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(50, 32, generator=generator, dtype=torch.float64)
-        * torch.rand(32, generator=generator).double()
-    )
+    x = torch.randn(50, 32, generator=generator, dtype=torch.float64)
+    x = x * torch.rand(32, generator=generator).double()
     weight = torch.randn(24, 32, generator=generator, dtype=torch.float64)
     saliency = weight.abs() * x.square().mean(0).sqrt()
     return Layer(weight, saliency, x.t() @ x, PATTERN), x
@@ -48,10 +46,9 @@ def test_both_measures_are_those_of_the_activations() -> None:
     layer, x = layer_and_inputs()
     perm = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     pruned = pruned_by_hand(layer.weight, layer.saliency, perm)
-    expected = (x @ (layer.weight - pruned).t()).square().sum() / (
-        x @ layer.weight.t()
-    ).square().sum()
-    assert layer.error(perm) == pytest.approx(float(expected), rel=1e-12)
+    lost, dense = x @ (layer.weight - pruned).t(), x @ layer.weight.t()
+    expected = float(lost.square().sum() / dense.square().sum())
+    assert layer.error(perm) == pytest.approx(expected, rel=1e-12)
     kept = (layer.saliency * (pruned != 0)).sum() / layer.saliency.sum()
     assert layer.retained(perm) == pytest.approx(float(kept), rel=1e-12)
 
@@ -64,14 +61,12 @@ def test_swaps_only_ever_improve_what_they_are_for(by_error: bool) -> None:
     assert len(found) == 20
     assert all(sorted(perm.tolist()) == list(range(32)) for perm in found)
     values = [layer.error(perm) if by_error else -layer.retained(perm) for perm in [start, *found]]
-    # Each gain was told from a few columns; measured whole, the values must fall as they were said
-    # to.
+    # Each gain was computed from a few columns; the whole values must fall as well.
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
     assert values[-1] < values[0] - 0.005
     # Of any number of tries, the last order is what all of them have led to.
-    last, whole = (
-        swaps(layer, start, 50, kept, by_error, torch.Generator().manual_seed(0)) for kept in (3, 1)
-    )
+    seeds = (torch.Generator().manual_seed(0) for _ in range(2))
+    last, whole = (swaps(layer, start, 50, kept, by_error, next(seeds)) for kept in (3, 1))
     assert torch.equal(last[-1], whole[0])
 
 
@@ -87,9 +82,8 @@ def measured(experiment: str, folder: Path, *words: str) -> tuple[dict[str, Any]
 
 
 def test_figure_1_keeps_a_record_and_a_picture(tmp_path: Path) -> None:
-    found, shown = measured(
-        "figure1", tmp_path, "model=tiny", "measure.random=5", "measure.swaps=40", "measure.trace=4"
-    )
+    few = ("measure.random=5", "measure.swaps=40", "measure.trace=4")
+    found, shown = measured("figure1", tmp_path, "model=tiny", *few)
     assert "| heuristic |" in shown
     assert len(found["points"]) == 2 + 5 + 5 + 4 + 4 + 4
     by_name = {point["order"]: point for point in found["points"]}
@@ -97,9 +91,8 @@ def test_figure_1_keeps_a_record_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_table_3_needs_no_weights(tmp_path: Path) -> None:
-    found, _ = measured(
-        "table3", tmp_path, "measure.tokens=16", "measure.repeats=2", "model=opt-125m"
-    )
+    few = ("measure.tokens=16", "measure.repeats=2")
+    found, _ = measured("table3", tmp_path, *few, "model=opt-125m")
     assert [row["row"] for row in found["products"]] == ["qkvo_proj", "up_gate_proj", "down_proj"]
     assert found["products"][0]["shapes"] == [[768, 768]] * 4
     assert [row["channels"] for row in found["permutations"]] == [768, 3072]
@@ -107,20 +100,12 @@ def test_table_3_needs_no_weights(tmp_path: Path) -> None:
 
 
 def test_a_step_of_lcp_is_timed_beside_plain_training_and_dense_matrices(tmp_path: Path) -> None:
-    small = [
-        "measure.tokens=[128]",
-        "measure.block_sizes=[16]",
-        "measure.repeats=1",
-        "measure.heuristic_channels=64",
-    ]
+    small = ["measure.tokens=[128]", "measure.block_sizes=[16]", "measure.repeats=1"]
+    small += ["measure.heuristic_channels=64"]
     found, shown = measured("lcp_speed", tmp_path, "model=tiny", "compute_dtype=float32", *small)
     (row,) = found["rows"]
-    assert (row["shape"], row["tokens"], row["block_size"], row["compute_dtype"]) == (
-        "tiny",
-        128,
-        16,
-        "float32",
-    )
+    asked = (row["shape"], row["tokens"], row["block_size"], row["compute_dtype"])
+    assert asked == ("tiny", 128, 16, "float32")
     assert row["lcp_over_plain"] == row["lcp_s"] / row["plain_s"]
     # The loop over groups is a formula of its own.
     assert found["heuristic"]["relative_difference"] < 1e-5
@@ -131,10 +116,8 @@ def test_a_record_is_added_to_others(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     for name, seconds in (("b", 1), ("a", 2), ("b", 3)):
         add_record(file, {"run": name, "config": {}, "metrics": {"seconds": seconds}})
-    assert [(line["run"], line["metrics"]["seconds"]) for line in read_lines(file)] == [
-        ("a", 2),
-        ("b", 3),
-    ]
+    kept = [(line["run"], line["metrics"]["seconds"]) for line in read_lines(file)]
+    assert kept == [("a", 2), ("b", 3)]
 
 
 @pytest.mark.parametrize(
