@@ -1,4 +1,4 @@
-"""`python run.py` prunes the default model, as `permllm run` does; `python run.py --help` lists the groups."""
+"""Command `python run.py`, the same as `permllm run`; `--help` lists the groups."""
 
 import sys
 

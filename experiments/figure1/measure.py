@@ -1,4 +1,4 @@
-"""Is more retained saliency less loss? Many orders of one layer's channels, the saliency and the output error of each.
+"""Retained saliency and output error of many channel orders of one layer (figure 1).
 
 PermLLM, figure 1: the order that keeps the most saliency is not the one with the smallest error of
 the output.
@@ -90,7 +90,7 @@ class Layer:
     pattern: NMPattern
 
     def removed(self, perm: Tensor) -> Tensor:
-        """The weights that the mask of an order takes away, zero elsewhere, in original channel order."""
+        """Return the weights that an order's mask prunes, zero elsewhere, in channel order."""
         return self.weight * ~permuted_nm_mask(self.saliency, perm, self.pattern)
 
     def retained(self, perm: Tensor) -> float:
@@ -203,7 +203,8 @@ def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str,
         for kind, perm in _orders(layer, own, config.seed)
     ]
     return {
-        "what": "orders of one channel group: share of saliency retained, squared output error over the squared output",
+        "what": "orders of one channel group: share of saliency retained, "
+        "squared output error over the squared output",
         "model": loaded.identity,
         "text": calibration_text(config.calibration).text.digest(calibration=True),
         "group": group.name,
@@ -257,7 +258,7 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """The orders that stand out: none, the heuristic, the one with the most saliency, the one with the smallest error."""
+    """Return none, the heuristic, the order with the most saliency and that with the least error."""
     points = results["points"]
     most = max(points, key=lambda point: point["retained_saliency"])
     least = min(points, key=lambda point: point["output_error"])

@@ -1,4 +1,4 @@
-"""Time of a step of LCP against plain training and against dense permutation matrices, on one random decoder layer.
+"""Time of an LCP step beside plain training and dense permutation matrices on a random layer.
 
     python experiments/lcp_speed/measure.py compute_dtype=float32
 
@@ -76,7 +76,7 @@ class Settings:
             check_whole("measure.tokens", tokens, SEQUENCE)
             if tokens % SEQUENCE:
                 raise ConfigError(
-                    f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, the tokens of a sequence"
+                    f"measure.tokens={tokens} is not a multiple of {SEQUENCE}, a sequence"
                 )
         for size in self.block_sizes:
             check_whole("measure.block_sizes", size, 4)
@@ -120,8 +120,9 @@ def lines(results: dict[str, Any]) -> list[str]:
         row = results["heuristic"]
         lines += [
             "",
-            f"Heuristic scores of one position, {row['rows']} x {row['channels']}: {row['ours_s']:.2f} s; the loop over "
-            f"groups {row['loop_s']:.0f} s ({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
+            f"Heuristic scores of one position, {row['rows']} x {row['channels']}: "
+            f"{row['ours_s']:.2f} s; the loop over groups {row['loop_s']:.0f} s "
+            f"({row['loop_groups_timed']} of {row['loop_groups_scaled_to']} groups timed, "
             f"scaled), {row['loop_over_ours']:.0f} times as long; largest relative difference "
             f"{row['relative_difference']:.0e}.",
         ]
@@ -181,7 +182,7 @@ class _PlainStep:
 
 
 class DensePermutedLinear(nn.Module):
-    """A frozen linear under dense permutation matrices: `x (W * M)^T`, `M = top-N(S P) P^T`, soft in backward."""
+    """Frozen linear with dense permutation matrices: `x (W * M)^T`, `M = top-N(S P) P^T`."""
 
     def __init__(self, linear: nn.Linear, factors: SaliencyFactors) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ class DensePermutedLinear(nn.Module):
 
 
 class _DenseStep:
-    """The paper's way, from its description: one dense C x C matrix a group, one assignment call a block."""
+    """Learner as the paper describes it: a dense C x C matrix a group, an assignment a block."""
 
     def __init__(self, problem: LearningProblem, block_size: int) -> None:
         self.problem = problem
@@ -382,7 +383,7 @@ def _row(
 
 
 def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
-    """Six matrices of C x C a group and eight of the layer's size a linear, in float32, against the memory there is."""
+    """Tell if six C x C matrices a group and eight of each linear's size fit into memory."""
     needed = sum(
         6 * 4 * group.channels**2 + 8 * 4 * group.channels * sum(group.rows) for group in groups
     )
@@ -392,7 +393,7 @@ def _dense_fits(groups: list[ChannelGroup], device: torch.device) -> bool:
 
 
 def _heuristic(channels: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Our score matrix of one position against the per-group loop of RIA's description, timed on some groups and scaled."""
+    """Time our scores of one position beside a loop over groups, some groups timed and scaled."""
     scores = (
         torch.rand(channels, channels, generator=torch.Generator().manual_seed(0)).pow(3).to(device)
     )

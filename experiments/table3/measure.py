@@ -55,7 +55,7 @@ class Settings:
 
 @torch.no_grad()
 def measure(config: RunConfig, own: Settings, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of everything, with random weights and activations of the model's shapes and dtype."""
+    """Return milliseconds with random weights and activations of the model's shapes and dtype."""
     model = meta_model(config.model)
     dtype = getattr(torch, config.model.dtype)
     groups = [group for group in channel_groups(model) if group.layer == 0]
