@@ -258,7 +258,7 @@ def _orders(layer: Layer, own: Settings, seed: int) -> list[tuple[str, Tensor]]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return none, the heuristic, the order with the most saliency and that with the least error."""
+    """Return none, the heuristic, the order of most saliency and the order of least error."""
     points = results["points"]
     most = max(points, key=lambda point: point["retained_saliency"])
     least = min(points, key=lambda point: point["output_error"])
