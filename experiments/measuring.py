@@ -27,8 +27,7 @@ from permllm.runs.environment import environment
 from permllm.runs.files import write_text
 from permllm.runs.names import SCHEMA_VERSION
 from permllm.runs.plots import picture
-from permllm.runtime.devices import resolve_device
-from permllm.runtime.seeding import seed_everything
+from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.terminal import run_tool
 
 # Begins the names of a script's own settings.

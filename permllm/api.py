@@ -40,9 +40,9 @@ from permllm.pruning.stages import prune_model
 from permllm.runs.directory import Record
 from permllm.runs.environment import environment
 from permllm.runs.loggers import NO_LOGGER
+from permllm.runtime.devices import seed_everything
 from permllm.runtime.memory import keep_freed_memory, reset_peak_memory
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.runtime.seeding import seed_everything
 
 # Of a model that `prune` has pruned: what `save` needs.
 _PRUNED = "_permllm_pruned"

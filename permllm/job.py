@@ -38,7 +38,7 @@ from permllm.runs.measures import flat_figures
 from permllm.runs.names import ENVIRONMENT, EXPORT, LOG
 from permllm.runs.render import print_run
 from permllm.runtime import parallel
-from permllm.runtime.devices import resolve_device
+from permllm.runtime.devices import resolve_device, seed_everything
 from permllm.runtime.memory import (
     SPARING,
     keep_freed_memory,
@@ -46,7 +46,6 @@ from permllm.runtime.memory import (
     return_freed_memory,
 )
 from permllm.runtime.precision import compute_dtype, half_products
-from permllm.runtime.seeding import seed_everything
 
 log = logging.getLogger(__name__)
 

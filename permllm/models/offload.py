@@ -7,12 +7,9 @@
 - `sharded`: each of several processes holds a part of every layer on its device
   (`permllm.models.sharded`).
 
-Whoever computes with a layer, or reads or replaces its weights, does so inside of
+Code that computes with a layer, or reads or replaces its weights, does so inside of
 `placement_of(model).layer(index)`. The embedding, the final norm and the head are always on the
-device.
-
-A layer that leaves takes nothing along: a graph that backward will go through keeps the weights
-that it was made with.
+device. A graph that backward will go through keeps the weights that it was made with.
 """
 
 from __future__ import annotations
@@ -108,7 +105,7 @@ class Placement:
 
     def restore(self, linear: nn.Linear, change: Change) -> None:
         """Store a weight as it was before the latest `rearrange`, which `change` undoes."""
-        linear.weight.data = change(linear.weight.data)
+        self.rearrange(linear, change)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -143,7 +140,7 @@ class Stored:
 
 
 class Offloaded(Placement):
-    """The layers' weights wait in host memory, pinned for a GPU, and come to the device when their layer is entered.
+    """The layers' weights wait in host memory, pinned for a GPU, until their layer is entered.
 
     A GPU fetches the next layer in the same direction meanwhile. The layer that was left last stays
     until another is entered.
@@ -172,24 +169,16 @@ class Offloaded(Placement):
         for index, layer in enumerate(self._layers):
             for path, parameter in list(layer.named_parameters()):
                 parent, _, name = path.rpartition(".")
-                module, absent = (
-                    layer.get_submodule(parent),
-                    torch.empty_like(parameter, device="meta"),
-                )
-                stored = Stored(
-                    index,
-                    module,
-                    name,
-                    absent,
-                    self.source(f"{self._prefix}.{index}.{path}", parameter),
-                )
+                module, absent = layer.get_submodule(parent), parameter.to("meta")
+                read = self.source(f"{self._prefix}.{index}.{path}", parameter)
+                stored = Stored(index, module, name, absent, read)
                 stored.put(absent)
                 self._stored[index].append(stored)
                 if name == "weight":
                     self._of_linear[module] = stored
 
     def source(self, name: str, parameter: nn.Parameter) -> Read:
-        """Return how a decoder layer's parameter is read, from its name in the model and what the model has."""
+        """Return how a parameter is read, from its name in the model and what the model has."""
         return self.keep(parameter.data)
 
     def keep(self, value: Tensor) -> Read:
@@ -216,17 +205,13 @@ class Offloaded(Placement):
         self._users[index] = 0
         following = index + (1 if index > self._latest or not index else -1)
         self._latest = index
-        if (
-            self._stream is not None
-            and following < len(self._layers)
-            and following not in self._users
-        ):
-            if (
-                len(self._left) > 1
-            ):  # a host that runs ahead of the GPU would ask for new memory, layer after layer
-                self._left[0].synchronize()
-            with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
-                self._ahead[following] = self._values(following)
+        if self._stream is None or following == len(self._layers) or following in self._users:
+            return
+        # A host that runs ahead of the GPU would ask for new memory, layer after layer.
+        if len(self._left) > 1:
+            self._left[0].synchronize()
+        with suppress(torch.OutOfMemoryError), torch.cuda.stream(self._stream):
+            self._ahead[following] = self._values(following)
 
     def _leave(self) -> None:
         """Let go of the layers that nobody uses."""
@@ -239,7 +224,7 @@ class Offloaded(Placement):
                 self._left[-1].record(torch.cuda.current_stream(self.device))
 
     def _arrived(self, index: int) -> list[Tensor]:
-        """Return the parameters of a layer on the device: those that were fetched, else they are read now."""
+        """Return the parameters of a layer on the device, as they were fetched or read now."""
         ahead = self._ahead.pop(index, None)
         self._ahead.clear()
         if ahead is None or self._stream is None:
@@ -247,9 +232,7 @@ class Offloaded(Placement):
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self._stream)
         for value in ahead:
-            value.record_stream(
-                now
-            )  # or its memory might be used again before the layer is done with it
+            value.record_stream(now)  # or the next fetch might use its memory too early
         return ahead
 
     def _values(self, index: int) -> list[Tensor]:
@@ -334,13 +317,14 @@ class OnDisk(Offloaded):
 
 
 def _check_untied(model: nn.Module, prefix: str) -> None:
-    """Raise ConfigError where a parameter of a layer is one of something else too: who changes it would change it there."""
+    """Raise ConfigError where a layer shares a parameter: a change would change it there too."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = names.setdefault(id(parameter), name)
         if other != name and any(one.startswith(f"{prefix}.") for one in (name, other)):
             raise ConfigError(
-                f"{name} is {other} as well: a model that ties parameters of layers needs model.placement=device"
+                f"{name} is {other} as well: a model that ties parameters of layers needs "
+                "model.placement=device"
             )
 
 

@@ -1,4 +1,4 @@
-"""Least squares of the kept weights: ADMM, then conjugate gradients, as ALPS does once its mask stays (arXiv 2406.07831)."""
+"""Least squares of kept weights: ADMM, then conjugate gradients, as ALPS (arXiv 2406.07831)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LEAST_GAIN = 1e-3
 
 @dataclass(frozen=True, config=SETTINGS)
 class ADMM(Reconstruction):
-    """`min ||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`, all rows together, from `H = X^T X`.
+    """`min ||X (W - W')^T||^2 + lambda ||W - W'||^2` over the kept weights `W'`, all rows together.
 
-    Channels are scaled so that the diagonal of H is 1, and `(H + penalty I)^-1` serves ADMM and
-    preconditions the conjugate gradients. The error never ends above that of the pruned weights it
-    begins with.
+    Channels are scaled so that the diagonal of `H = X^T X` is 1, and `(H + penalty I)^-1` serves
+    ADMM and preconditions the conjugate gradients. The error never ends above that of the pruned
+    weights it begins with.
     """
 
     iterations: Count = 12
@@ -42,14 +42,12 @@ class ADMM(Reconstruction):
         factors = partial(self._factors, pruned.statistics)
         root, hessian, inverse = pruned.statistics.derived(f"ADMM, damping {self.damping}", factors)
         dense, start = pruned.dense.float() * root, pruned.weight.float() * root
-        found = (
-            masked_least_squares(dense, start, pruned.mask, hessian, inverse, self.iterations)
-            / root
-        )
-        return torch.where(pruned.mask, found, 0.0).to(pruned.weight.dtype)
+        mask = pruned.mask
+        found = masked_least_squares(dense, start, mask, hessian, inverse, self.iterations) / root
+        return torch.where(mask, found, 0.0).to(pruned.weight.dtype)
 
     def _factors(self, statistics: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the root of the damped Hessian's diagonal, the Hessian scaled by it, and ADMM's inverse."""
+        """Return the root of the damped diagonal, the Hessian scaled by it, and ADMM's inverse."""
         hessian = statistics[Gram].value / max(statistics.tokens, 1)
         diagonal = hessian.diagonal().clone()
         mean = diagonal.mean()
@@ -64,7 +62,7 @@ class ADMM(Reconstruction):
 def masked_least_squares(
     dense: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, inverse: Tensor, iterations: int
 ) -> Tensor:
-    """Return the `w` under the mask that makes each row of `(w - dense) hessian (w - dense)^T` small.
+    """Return the `w` under the mask whose rows of `(w - dense) hessian (w - dense)^T` are small.
 
     Args:
         dense: float `(C_out, C_in)`.
@@ -102,7 +100,7 @@ def masked_least_squares(
 
 
 def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tensor:
-    """Return the weights after a few iterations: a ridge solution, its projection onto the mask, and the scaled dual."""
+    """Return the weights after a few iterations of ridge solution, projection and scaled dual."""
     kept, dual = start, torch.zeros_like(start)
     for _ in range(_ADMM_ITERATIONS):
         free = (target + _PENALTY * (kept - dual)) @ inverse
@@ -112,7 +110,7 @@ def _admm(target: Tensor, start: Tensor, mask: Tensor, inverse: Tensor) -> Tenso
 
 
 def _error(difference: Tensor, product: Tensor) -> Tensor:
-    """Return the error of each row, from its difference to the dense one and the Hessian's product with that."""
+    """Return the error of each row from its difference and the Hessian's product with that."""
     return (difference * product).sum(1, keepdim=True)
 
 

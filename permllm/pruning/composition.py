@@ -43,19 +43,19 @@ def register_resolvers() -> None:
     register("either", _either, replace=True)
     register("nm", lambda pattern: str(pattern).replace(":", "x"), replace=True)
     register("last", lambda path: str(path).rsplit("/", 1)[-1], replace=True)
-    register(
-        "times",
-        lambda count, factor: None if count is None else round(count * factor),
-        replace=True,
-    )
+    register("times", _times, replace=True)
 
 
 def _either(value: Any, case: Any, a: Any, b: Any) -> Any:
     return a if value in (case if isinstance(case, list) else [case]) else b
 
 
+def _times(count: float | None, factor: float) -> int | None:
+    return None if count is None else round(count * factor)
+
+
 def options_of() -> dict[str, tuple[str | None, list[str]]]:
-    """Return the groups in the order in which they are composed, each with its default option and all options."""
+    """Return the groups as they are composed, each with its default option and all options."""
     conf = conf_directory()
     found = {}
     for entry in yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))["defaults"]:
@@ -80,7 +80,7 @@ def composed(words: Sequence[str]) -> DictConfig:
 
 
 def refusal(error: Exception) -> str:
-    """Return what Hydra or OmegaConf says of a command line, in one line and without the search path."""
+    """Return an error of Hydra or OmegaConf in one line, without the search path."""
     said = [str(error).partition("Config search path:")[0].strip()]
     if (override := getattr(error, "override", None)) and override not in said[0]:
         said.insert(0, override)

@@ -1,4 +1,4 @@
-"""Estimates of a job's memory and minutes by stage and placement, from its settings and the model's shapes.
+"""Estimates of a job's memory and minutes by stage and placement, from settings and shapes.
 
 Memory sums the tensors that exist together, to within 15 %. Minutes are operations and bytes over a
 share of a device's speed, to within a factor of two.
@@ -7,6 +7,7 @@ share of a device's speed, to within a factor of two.
 from __future__ import annotations
 
 from collections import Counter
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from permllm.models.selection import groups_to_prune
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.methods import Methods
-from permllm.pruning.task_sizes import task_sizes
 from permllm.runtime import parallel
 from permllm.runtime.devices import cores
 from permllm.runtime.memory import host_memory
@@ -29,29 +29,35 @@ from permllm.sparsity.statistics import Gram
 from permllm.training.losses import chunk_of
 from permllm.training.objective import KEPT_ON_A_HOST, kept_a_token
 
-# Bytes a second by which layers come, a checkpoint is loaded, and the host packs and writes what
-# was pruned.
+# Bytes a second: layers that come to the device, a checkpoint that is loaded, results that the host
+# packs and writes.
 _COMES, _LOADED, _WRITTEN = {"host": 2e10, "sharded": 2e10, "disk": 2e9}, 5e8, 1e9
-# Seconds of a start or of compiling, of a batch of tasks beside its products, of an assignment of
-# 4,736 groups on one core.
+# Seconds: a start or compiling, a batch of tasks beside its products, an assignment of 4,736 groups
+# on one core.
 _START, _BATCH, _ASSIGNMENT = 20.0, 0.01, 16.0
-# Bytes that move in a search for a pair of a row and a group; in a step for a number kept for
-# backward, a logit over the vocabulary, a weight whose mask follows an order, its exchange
-# gradients, a weight whose mask learns; for a parameter of an order, and any other parameter.
-_PAIR, _KEPT, _WORD, _ORDERED, _EXCHANGED, _MASKED, _LOGIT, _PARAMETER = (
-    12,
-    4,
-    128,
-    15,
-    30,
-    20,
-    1000,
-    28,
-)
+# Bytes that move in a search, for a pair of a row and a group.
+_PAIR = 12
+# Bytes that move in a step: for a number kept for backward, a logit over the vocabulary, a weight
+# whose mask follows an order, its exchange gradients, a weight whose mask learns.
+_KEPT, _WORD, _ORDERED, _EXCHANGED, _MASKED = 4, 128, 15, 30, 20
+# The same for a parameter of an order, and for any other parameter.
+_LOGIT, _PARAMETER = 1000, 28
+# Items of a task of lm-eval, sequences of an item, their mean and largest length in tokens; a guess
+# for any other task.
+_TASKS = {
+    "hellaswag": (10042, 4, 80, 155),
+    "arc_easy": (2376, 4, 33, 110),
+    "arc_challenge": (1172, 4, 38, 135),
+    "openbookqa": (500, 4, 16, 66),
+    "rte": (277, 2, 81, 280),
+    "piqa": (1838, 2, 37, 245),
+    "sciq": (1000, 4, 108, 572),
+}
+_ANY_TASK = (2000, 3, 150, 1024)
 
 
 class Stage(NamedTuple):
-    """A stage of a job."""
+    """Estimate of a stage of a job."""
 
     memory: int  # bytes beside the weights
     products: float = 0  # operations in the format of products
@@ -71,39 +77,42 @@ class Needs(NamedTuple):
 
 
 class Footprint:
-    """Sizes of a job, whose model is on the meta device and which `device` computes."""
+    """Sizes of a job on a device.
+
+    Args:
+        config: settings of the job.
+        model: on the meta device.
+        methods: of the settings.
+        device: where the job computes.
+    """
 
     def __init__(
         self, config: RunConfig, model: PreTrainedModel, methods: Methods, device: torch.device
     ) -> None:
         self.config, self.model, self.methods, self.device = config, model, methods, device
         self.on_a_host, self.ranks = device.type == "cpu", parallel.world_size()
-        of_layers = [
-            sum(value.numel() for value in layer.parameters()) for layer in decoder_layers(model)
-        ]
-        self.layers, self.a_layer, self.all_layers = len(of_layers), max(of_layers), sum(of_layers)
+        layers = decoder_layers(model)
+        of_layers = [sum(value.numel() for value in layer.parameters()) for layer in layers]
+        self.layers, self.a_layer, self.all_layers = len(layers), max(of_layers), sum(of_layers)
         self.parameters = sum(value.numel() for value in model.parameters())
         self.hidden, self.vocabulary = model.config.hidden_size, model.config.vocab_size
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.item = self.dtype.itemsize
+        self.products = compute_dtype(config.compute_dtype, self.dtype, device)
         self.every, self.groups = channel_groups(model), groups_to_prune(model, config)
         self.widest = max(sum(group.rows) for group in self.every)
         self.largest = max(group.channels * sum(group.rows) for group in self.every)
         self.weights: Counter[NMPattern] = Counter()
         for group in self.groups:
             self.weights[group.pattern or config.pattern] += group.channels * sum(group.rows)
-        self.pruned, self.text = (
-            self.weights.total(),
-            config.calibration.samples * config.calibration.seqlen,
-        )
+        self.pruned = self.weights.total()
         permutation, mask = methods.permutation, methods.mask
         self.orders = permutation.plan(self.groups, self.layers) if permutation.learned else None
         self.masks = mask.plan(self.groups, self.layers) if mask.learned else None
-        self.products = compute_dtype(config.compute_dtype, self.dtype, device)
+        self.text = config.calibration.samples * config.calibration.seqlen
         texts = config.evaluation.perplexity
-        self.measured = (
-            texts.limit * texts.seqlen if texts.limit else 300_000
-        )  # tokens; WikiText-2's test has as many
+        # Tokens; WikiText-2's test has as many.
+        self.measured = texts.limit * texts.seqlen if texts.limit else 300_000
 
     def streams(self, placement: str) -> bool:
         """Tell whether layers come to the device one at a time."""
@@ -112,7 +121,7 @@ class Footprint:
     def needs(self, placement: str) -> Needs:
         """Return the memory with the weights in a placement."""
         weights, streams = self.parameters * self.item, self.streams(placement)
-        # the present layer and the next; a GPU may still compute with one that the host has left
+        # The present layer and the next; a GPU may still compute with one that the host has left.
         if streams:
             at_once = 2 if self.on_a_host or placement == "sharded" else 3
             weights += (min(self.layers, at_once) * self.a_layer - self.all_layers) * self.item
@@ -120,33 +129,29 @@ class Footprint:
             weights += self.all_layers * self.item // self.ranks
         stages = {name: weights + stage.memory for name, stage in self._stages(streams).items()}
         device, host = max(stages.values()), self._beside(placement, streams)
-        return Needs(
-            stages, device, host, device + host + host_memory() if self.on_a_host else device
-        )
+        peak = device + host + host_memory() if self.on_a_host else device
+        return Needs(stages, device, host, peak)
 
     def minutes(self, placement: str, speed: Speed) -> dict[str, float]:
         """Return the minutes of each stage with the weights in a placement."""
         streams, found = self.streams(placement), {}
         for name, stage in self._stages(streams).items():
-            seconds = (
-                stage.products / speed.rates[self.products]
-                + stage.single / speed.rates[torch.float32]
-            )
-            seconds += stage.moved / speed.moved + stage.seconds
-            coming = (
-                stage.passes * self.all_layers * self.item / _COMES[placement] if streams else 0.0
-            )
-            found[name] = max(seconds, coming) / 60
+            seconds = stage.seconds + stage.moved / speed.moved
+            seconds += stage.products / speed.rates[self.products]
+            seconds += stage.single / speed.rates[torch.float32]
+            if streams:
+                coming = stage.passes * self.all_layers * self.item / _COMES[placement]
+                seconds = max(seconds, coming)
+            found[name] = seconds / 60
         return found
 
     def _stages(self, streams: bool) -> dict[str, Stage]:
         """Return the stages of the job, in their order."""
-        pruner, reconstruction = self.methods.pruner, self.methods.reconstruction
-        permutation, mask = self.methods.permutation, self.methods.mask
-        dense, changes = self.config.calibration.statistics == "dense", self.methods.change_weights
-        forward, found = 2 * self.all_layers * self.text, dict[str, Stage]()
-        found["weights"] = Stage(0, seconds=_START + self.parameters * self.item / _LOADED)
-        memory, gram = self._statistics(pruner)
+        methods, dense = self.methods, self.config.calibration.statistics == "dense"
+        permutation, mask = methods.permutation, methods.mask
+        reconstruction, forward = methods.reconstruction, 2 * self.all_layers * self.text
+        found = {"weights": Stage(0, seconds=_START + self.parameters * self.item / _LOADED)}
+        memory, gram = self._statistics(methods.pruner)
         calibrates = dense or not permutation.local
         found["calibrate"] = Stage(memory, calibrates * forward, calibrates * gram, seconds=_START)
         if isinstance(permutation, Heuristic) or getattr(permutation, "init", None) == "heuristic":
@@ -154,69 +159,57 @@ class Footprint:
         if getattr(mask, "statistics", ()):
             memory, gram = self._statistics(mask)
             found["refine masks"] = Stage(memory + 6 * 4 * self.largest, forward, 4 * gram)
-        if (
-            self.orders and self.orders.windows
-        ):  # the gradients of soft permutations wait for backward
-            found["learn"] = self._learns(
-                permutation, self.orders.logits, self.orders.windows, 4, streams
-            )
+        if self.orders and self.orders.windows:
+            # The gradients of soft permutations wait for backward.
+            logits, windows = self.orders.logits, self.orders.windows
+            found["learn"] = self._learns(permutation, logits, windows, 4, streams)
         if self.masks and self.masks.windows:
-            parameters = max(self.masks.parameters.values()) * sum(
-                stop - first for first, stop in self.masks.windows
-            )
-            waiting = self.products.itemsize if self.masks.keeps_masked else 0
-            found["learn masks"] = self._learns(
-                mask, parameters, self.masks.windows, waiting, streams
-            )
-        if reconstruction.learned:  # places, and float32 weights rounded for products
+            windows, waiting = self.masks.windows, self.masks.keeps_masked * self.products.itemsize
+            scores = max(self.masks.parameters.values()) * sum(map(_size, windows))
+            found["learn masks"] = self._learns(mask, scores, windows, waiting, streams)
+        if reconstruction.learned:
+            # Places, and float32 weights rounded for products.
             kept = sum(count * pattern.n // pattern.m for pattern, count in self.weights.items())
             waiting = 4 + (2 * self.pruned // kept if self.item == 4 else 0)
-            found["learn weights"] = self._learns(
-                reconstruction, kept, [(0, self.layers)], waiting, streams
-            )
+            windows = [(0, self.layers)]
+            found["learn weights"] = self._learns(reconstruction, kept, windows, waiting, streams)
+        found["prune"] = self._prune(forward * (2 if dense and not methods.change_weights else 4))
+        return found | self._evaluations()
+
+    def _prune(self, forward: float) -> Stage:
+        """Return the stage that prunes, whose forwards take so many operations."""
+        pruner, reconstruction = self.methods.pruner, self.methods.reconstruction
         # The new weights of a layer beside the old ones, and their saliency, while outputs are
         # compared.
         memory, gram = self._statistics(pruner, reconstruction)
         memory += self.a_layer * self.item + 8 * self.largest
-        products = 2 + 4 * getattr(reconstruction, "iterations", 0)
-        updates = sum(
-            group.channels**2 * (3.0 * group.channels + products * sum(group.rows))
-            for group in self.groups
-        )
-        written = self.pruned * (2 + 2 * self.item * changes) / _WRITTEN
-        forward *= 2 if dense and not changes else 4
-        found["prune"] = Stage(
-            memory, forward, changes * (updates + gram), 100 * self.pruned, written, 2
-        )
-        return found | self._evaluations()
+        products, changes = 2 + 4 * getattr(reconstruction, "iterations", 0), 0.0
+        if self.methods.change_weights:
+            changes = gram + sum(
+                group.channels**2 * (3.0 * group.channels + products * sum(group.rows))
+                for group in self.groups
+            )
+        written = self.pruned * (2 + 2 * self.item * self.methods.change_weights) / _WRITTEN
+        return Stage(memory, forward, changes, 100 * self.pruned, written, 2)
 
     def _statistics(self, *methods: Any) -> tuple[int, float]:
-        """Return the bytes of a layer's forward with the statistics that methods ask for, and the operations of all Grams."""
+        """Return bytes of a layer's forward with statistics, and operations of all Grams."""
         config, channels = self.config.calibration, [group.channels for group in self.every]
         kinds = {kind for method in methods for kind in method.statistics}
-        forward = (
-            config.batch_size * config.seqlen * (6 * self.hidden + 2 * self.widest) * self.item
-        )
+        states = 6 * self.hidden + 2 * self.widest
+        memory = config.batch_size * config.seqlen * states * self.item
         gram = 2.0 * self.text * sum(count**2 for count in channels) if Gram in kinds else 0.0
-        return forward + sum(kind.memory(max(channels)) for kind in kinds), gram
+        return memory + sum(kind.memory(max(channels)) for kind in kinds), gram
 
     def _search(self, permutation: Any) -> Stage:
-        """Return the search for orders.
-
-        Cores share the assignments of a GPU's scores, which hide behind them.
-        """
+        """Return the search for orders; scores on a GPU hide behind assignments on the cores."""
         m, seconds, moved = self.config.pattern.m, 0.0, 0.0
         searched = shared_orders(self.groups, permutation.constraint)
         for order in searched:
             width, assignments = order.segment // m, order.channels // order.segment * m
+            rows = order.repeats * sum(sum(group.rows) for group in order.groups)
             seconds += assignments * _ASSIGNMENT * (width / 4736) ** 2.5
-            moved += (
-                assignments
-                * width**2
-                * order.repeats
-                * sum(sum(group.rows) for group in order.groups)
-                * _PAIR
-            )
+            moved += assignments * width**2 * rows * _PAIR
         if self.on_a_host:
             return Stage(4 * self.largest, moved=moved, seconds=seconds)
         places = min(16 if self.config.plan_on else cores(), len(searched))
@@ -225,111 +218,99 @@ class Footprint:
     def _learns(
         self, method: Any, every: int, windows: list[tuple[int, int]], waiting: int, streams: bool
     ) -> Stage:
-        """Return a stage that learns parameters, with the least memory: backward recomputes layers where they would keep much.
+        """Return a stage that learns, with the least memory: backward recomputes what takes much.
 
-        Bytes that are `waiting` wait for backward beside activations, for each parameter that
-        learns at the same time.
+        Args:
+            method: that learns.
+            every: number of parameters that learn, in all windows.
+            windows: of decoder layers, one after the other.
+            waiting: bytes that wait for backward, for each parameter that learns at the same time.
+            streams: layers come one at a time.
         """
-        learning, depth = (
-            sum(stop - first for first, stop in windows),
-            max(stop - first for first, stop in windows),
-        )
-        parameters, share, seqlen = (
-            every * depth // learning,
-            learning / self.layers,
-            self.config.calibration.seqlen,
-        )
-        orders = method is self.methods.permutation
-        mine = -(-method.batch_size // self.ranks)
+        learning, depth = sum(map(_size, windows)), max(map(_size, windows))
+        parameters, share = every * depth // learning, learning / self.layers
+        orders, seqlen = method is self.methods.permutation, self.config.calibration.seqlen
+        mine = ceil(method.batch_size / self.ranks)
         together = min(mine, getattr(method, "micro_batch_size", None) or mine) * seqlen
         gathers = method is self.methods.mask and self.config.permutation.get("name") != "none"
         a_token = kept_a_token(self.every, self.hidden, self.item, gathers) * self.item
         activations = together * a_token * depth
         recomputes = getattr(method, "activation_checkpointing", None)
-        if streams or (activations > KEPT_ON_A_HOST if recomputes is None else recomputes):
-            recomputes, activations = (
-                True,
-                together * (self.hidden * (depth + 8) + 4 * self.widest) * self.item,
-            )
+        if recomputes is None:
+            recomputes = activations > KEPT_ON_A_HOST
+        if streams or recomputes:
+            recomputes, states = True, self.hidden * (depth + 8) + 4 * self.widest
+            activations = together * states * self.item
         # With gradients and two moments; a layer's masked weight and the gradient of it.
         memory = (16 + waiting) * parameters + activations + 3 * self.largest * self.item
-        words = self.vocabulary if getattr(method, "loss", None) == "kl" else 0
         # The head in the format of products, unless it is; four numbers a token and a word.
-        memory += words * (
-            (2 * self.hidden if self.item > 2 else 0) + 16 * chunk_of(self.device, self.vocabulary)
-        )
+        words = self.vocabulary if getattr(method, "loss", None) == "kl" else 0
+        head = 2 * self.hidden if self.item > 2 else 0
+        memory += words * (head + 16 * chunk_of(self.device, self.vocabulary))
         samples = getattr(method, "samples", None) or self.config.calibration.samples
-        steps = (
-            method.steps_for(samples)
-            if hasattr(method, "steps_for")
-            else -(-samples // method.batch_size)
-        )
+        steps = ceil(samples / method.batch_size)
+        if hasattr(method, "steps_for"):
+            steps = method.steps_for(samples)
         tokens = steps * method.batch_size * seqlen / self.ranks
         measured = (1 + getattr(method, "select_from", 0)) * samples * seqlen / self.ranks
         products = (tokens * (4 if recomputes else 3) + measured) * 2 * self.all_layers * share
         products += tokens * words * 8 * self.hidden
         of_weight = _ORDERED + _EXCHANGED / self.ranks if orders else _MASKED
-        of_step = self.pruned * share * of_weight + parameters * len(windows) * (
-            _LOGIT if orders else _PARAMETER
-        )
+        of_parameter = _LOGIT if orders else _PARAMETER
+        of_step = self.pruned * share * of_weight + parameters * len(windows) * of_parameter
         moved = tokens * (a_token * self.layers * share * _KEPT + words * _WORD) + steps * of_step
         return Stage(memory, products, 0, moved, _START, (1 + 2 * steps) * share)
 
     def _evaluations(self) -> dict[str, Stage]:
-        """Return perplexity and tasks, each of the dense and of the pruned model; float32 models are not rounded."""
-        texts, batch = self.config.evaluation.perplexity, self.config.evaluation.lm_eval.batch_size
+        """Return perplexity and tasks, each of the dense and of the pruned model."""
+        config = self.config.evaluation
+        texts, batch = config.perplexity, config.lm_eval.batch_size
         a_token = 4.0 * (self.all_layers + self.hidden * self.vocabulary)
+        # Products of float32 models are not rounded.
         half, single = (a_token, 0.0) if self.item == 2 else (0.0, a_token)
         # Logits of a batch, and those of a window in float32: as logarithms, and before it where
         # that is another format.
-        of_batch = (
-            tokens_at_a_time(self.vocabulary, max(texts.batch_tokens, texts.seqlen)) * self.item
-        )
-        of_window = tokens_at_a_time(self.vocabulary, texts.seqlen) * (4 if self.item == 4 else 8)
-        tokens, memory = self.measured * len(texts.names), (of_batch + of_window) * self.vocabulary
-        found = {"perplexity": Stage(memory, tokens * half, tokens * single, passes=4)}
-        sequences, tokens, longest = task_sizes(self.config.evaluation)
-        if sequences:  # logits of a batch, and their logarithms
-            batches, memory = (
-                2 * sequences / batch,
-                batch * longest * self.vocabulary * 2 * self.item,
-            )
-            found["tasks"] = Stage(
-                memory, tokens * half, tokens * single, 0, _BATCH * batches, batches
-            )
-        return found
+        longest = max(texts.batch_tokens, texts.seqlen)
+        memory = tokens_at_a_time(self.vocabulary, longest) * self.item
+        memory += tokens_at_a_time(self.vocabulary, texts.seqlen) * (4 if self.item == 4 else 8)
+        tokens = self.measured * len(texts.names)
+        measured = Stage(memory * self.vocabulary, tokens * half, tokens * single, passes=4)
+        if not config.tasks:
+            return {"perplexity": measured}
+        sequences = tokens = longest = 0
+        for name, task in config.tasks.items():
+            items, of_item, mean, most = _TASKS.get(name, _ANY_TASK)
+            shots = 1 + (task.num_fewshot or 0)
+            count = min(items, task.limit or config.lm_eval.limit or items) * of_item
+            sequences, tokens = sequences + count, tokens + count * mean * shots
+            longest = max(longest, most * shots)
+        # Logits of a batch, and their logarithms.
+        memory, batches = batch * longest * self.vocabulary * 2 * self.item, 2 * sequences / batch
+        of_tasks = Stage(memory, tokens * half, tokens * single, 0, _BATCH * batches, batches)
+        return {"perplexity": measured, "tasks": of_tasks}
 
     def _beside(self, placement: str, streams: bool) -> int:
         """Return the bytes on the host."""
-        config = self.config
+        config, of_layers = self.config, self.all_layers * self.item
         # The target of all windows, and two streams of states.
-        beside = (
-            3
-            * (config.calibration.samples + config.further)
-            * config.calibration.seqlen
-            * self.hidden
-            * self.item
-        )
+        windows = config.calibration.samples + config.further
+        beside = 3 * windows * config.calibration.seqlen * self.hidden * self.item
         if placement != "device" and config.evaluation.perplexity.names:  # the states of a text
             beside = max(beside, self.measured * self.hidden * self.item)
-        if (
-            self.on_a_host
-            and not streams
-            and (self.orders or self.masks)
-            and config.model.source != "random"
-        ):
-            beside += (
-                self.all_layers * self.item
-            )  # pages of mapped files, beside weights that learning stores otherwise
+        learns = self.orders or self.masks
+        if self.on_a_host and not streams and learns and config.model.source != "random":
+            # Pages of mapped files, beside weights that learning stores otherwise.
+            beside += of_layers
         if placement != "disk" or not self.methods.mask.local:
             beside += self.pruned // 8  # masks, a bit a weight
-        if (
-            placement == "host" and streams
-        ):  # pinned memory, of which torch gives each tensor a power of two
-            sizes = [
-                value.numel() * self.item
-                for layer in decoder_layers(self.model)
-                for value in layer.parameters()
-            ]
-            beside += sum(1 << (size - 1).bit_length() for size in sizes)
+        if placement == "host" and streams:
+            # Pinned memory, of which torch gives each tensor a power of two.
+            for layer in decoder_layers(self.model):
+                for value in layer.parameters():
+                    beside += 1 << (value.numel() * self.item - 1).bit_length()
         return beside
+
+
+def _size(window: tuple[int, int]) -> int:
+    """Return the number of layers of a window."""
+    return window[1] - window[0]

@@ -1,4 +1,4 @@
-"""Pruning of one decoder layer after the other, with the hidden states between two layers at a time."""
+"""Pruning of one decoder layer after the other; the states between two layers exist at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from permllm.sparsity.statistics import InputStatistics
 
 @dataclass
 class PrunedModel(PrunedLayer):
-    """Result of pruning all layers, whose weights are changed in place, so that `weights` stays empty.
+    """Result of pruning all layers in place, so that `weights` stays empty.
 
     The error of a group is `||X (W - W')^T||^2 / ||X W^T||^2`, X the inputs in the dense model, W'
     before the whole network is reconstructed.
@@ -123,42 +123,36 @@ class _Layers:
 
     Attributes:
         result: of the layers so far.
-        dense: the states of the dense model after them.
-        pruned: those of the pruned model; None where nothing depends on them.
+        dense: states of the dense model after them.
+        pruned: states of the pruned model; None where nothing depends on them.
     """
 
     def __init__(self, job: Job, tokens: Tensor, found: Found) -> None:
         self.job, self.found, self.result = job, found, PrunedModel()
         self.model, self.placement = job.loaded.model, placement_of(job.loaded.model)
-        pruner, changes = job.methods.pruner, job.methods.change_weights
+        pruner, self.changes = job.methods.pruner, job.methods.change_weights
         of_pruner = pruner.statistics if found.factors is None or pruner.updates_weights else ()
         self.asked = (*of_pruner, *job.methods.reconstruction.statistics)
-
-        def stream() -> LayerStream:
-            return LayerStream(self.model, tokens, job.config.calibration.batch_size, job.products)
-
-        self.dense = stream()
-        self.pruned = stream() if found.factors is None or changes else None
+        of_stream = self.model, tokens, job.config.calibration.batch_size, job.products
+        self.dense = LayerStream(*of_stream)
+        depends = found.factors is None or self.changes
+        self.pruned = LayerStream(*of_stream) if depends else None
 
     def prune(self, index: int, groups: list[ChannelGroup]) -> None:
-        """Prune a layer that is on the device, or take it from the file of an earlier attempt, and advance the states."""
-        record, name, changes = (
-            self.job.record,
-            layer_file(PRUNED_LAYERS, index),
-            self.job.methods.change_weights,
-        )
-        kept = record.loaded(name, load_layer) if groups else None
+        """Prune a layer that is on the device, or read an earlier attempt's, and advance states."""
+        record, name = self.job.record, layer_file(PRUNED_LAYERS, index)
+        kept = record.loaded(name, load_layer) if groups else PrunedLayer()
         layer = self._new(index, groups) if kept is None else kept
         weights = self._weights(layer)
         with _comparing(self.model, groups if kept is None else [], weights, layer.output_error):
             self.dense.advance(index)
         self.result.add(layer)
         for path, weight in weights.items():
-            mask = None if changes else partial(self.result.masks.__getitem__, path)
+            mask = None if self.changes else partial(self.result.masks.__getitem__, path)
             self.placement.replace(linear_at(self.model, path), weight, mask)
         if self.pruned is not None:
             self.pruned.advance(index)
-        if kept is None and groups:
+        if kept is None:
             record.keep(name, layer, save_layer)
         if groups and self.placement.reads_files and record.directory is not None:
             self._read_from_file(record.directory / name, layer)
@@ -175,13 +169,11 @@ class _Layers:
         if not file.is_file():  # rank 0 has written it on another machine
             return
         if layer.weights:
-            self.placement.lies_in(
-                file, {linear_at(self.model, path): weight_name(path) for path in layer.weights}
-            )
+            names = {linear_at(self.model, path): weight_name(path) for path in layer.weights}
+            self.placement.lies_in(file, names)
         for path in layer.masks:
-            self.result.masks.set_packed(
-                path, partial(load_tensor, file, mask_name(path)), layer.masks.shape(path)
-            )
+            read = partial(load_tensor, file, mask_name(path))
+            self.result.masks.set_packed(path, read, layer.masks.shape(path))
 
     def _new(self, index: int, groups: list[ChannelGroup]) -> PrunedLayer:
         """Prune a layer, but for its output errors."""
@@ -208,23 +200,20 @@ class _Layers:
         layer.moved[group.name] = float((order != torch.arange(group.channels)).float().mean())
         kept = total = 0.0
         for path in group.members:
-            dense = linear_at(self.model, path).weight
+            dense, mask, new = linear_at(self.model, path).weight, None, None
             perm, scores = order.to(dense.device), saliency(dense, factors[path].to(dense.device))
-            mask, new = (
-                None if self.found.masks is None else self.found.masks[path].to(dense.device),
-                None,
-            )
+            if self.found.masks is not None:
+                mask = self.found.masks[path].to(dense.device)
             if pruner.updates_weights:
                 assert statistics is not None
                 new, mask = pruner.update(dense, statistics, perm, pattern, mask)
             elif mask is None:
                 mask = permuted_nm_mask(scores, perm, pattern)
             layer.masks[path] = parallel.share(mask).cpu()
-            if self.job.methods.change_weights:
+            if self.changes:
                 new = masked(mask, dense) if new is None else new
-                new = reconstruction.linear(
-                    PrunedLinear(dense, new, mask, perm, pattern, statistics)
-                )
+                pruned = PrunedLinear(dense, new, mask, perm, pattern, statistics)
+                new = reconstruction.linear(pruned)
                 layer.weights[path] = parallel.share(new.to(dense.dtype))
             kept, total = kept + saliency_sum(scores, mask), total + saliency_sum(scores)
         layer.retained[group.name] = kept / max(total, 1e-300)
@@ -232,20 +221,13 @@ class _Layers:
     def _order(self, group: ChannelGroup, factors: Mapping[str, SaliencyFactors]) -> Tensor:
         if self.found.orders is not None:
             return self.found.orders[group.name]
-        job = self.job
+        job, scores = self.job, []
         with job.record.stage("permute", job.device):
-            weights = {path: linear_at(self.model, path).weight for path in group.members}
-            scores = torch.cat(
-                [
-                    saliency(weight, factors[path].to(weight.device))
-                    for path, weight in weights.items()
-                ]
-            )
-            order = parallel.share(
-                job.methods.permutation.order(
-                    group.name, scores, group.pattern or job.config.pattern
-                )
-            )
+            for path in group.members:
+                weight = linear_at(self.model, path).weight
+                scores.append(saliency(weight, factors[path].to(weight.device)))
+            pattern, permutation = group.pattern or job.config.pattern, job.methods.permutation
+            order = parallel.share(permutation.order(group.name, torch.cat(scores), pattern))
             return checked_order(job.permutation_key, group.name, group.channels, order)
 
 
@@ -256,16 +238,15 @@ def _comparing(
     weights: dict[str, Tensor],
     errors: dict[str, float],
 ) -> Iterator[None]:
-    """Measure the relative squared output error of each group under the new weights, while the dense layer runs."""
+    """Measure the output error of each group under the new weights while the dense layer runs."""
     device = next(model.parameters()).device
     sums = {group.name: torch.zeros(2, dtype=torch.float64, device=device) for group in groups}
 
     def compare(name: str, path: str, linear: Any, args: tuple[Tensor], output: Tensor) -> None:
         difference = nn.functional.linear(args[0], linear.weight - weights[path])
         reference = output if linear.bias is None else output - linear.bias
-        sums[name] += torch.stack(
-            [part.float().square().sum().double() for part in (difference, reference)]
-        )
+        parts = [part.float().square().sum().double() for part in (difference, reference)]
+        sums[name] += torch.stack(parts)
 
     with ExitStack() as hooks:
         for group in groups:

@@ -1,4 +1,4 @@
-"""A job: the methods that its settings name, checked before anything is computed, and the problems that they learn from."""
+"""Methods that the settings of a job name, checked before it computes, and what they learn from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Methods:
-    """What a job prunes with.
+    """Methods of a job.
 
     Attributes:
         pruner: the base pruner.
@@ -70,30 +70,27 @@ class Methods:
 
     @property
     def learned(self) -> dict[str, Any]:
-        """Return the permutation and the mask, those that train, by group in the order in which they do."""
-        return {
-            group: method
-            for group in ("permutation", "mask")
-            if (method := getattr(self, group)).learned
-        }
+        """Return the permutation and the mask that train, by group, in their order."""
+        both = {"permutation": self.permutation, "mask": self.mask}
+        return {group: method for group, method in both.items() if method.learned}
 
     @property
     def needs_device(self) -> str | None:
-        """Return why the weights of all layers must be on the device at once; None if they may come one layer at a time."""
+        """Return why all weights must be on the device at once; None if layers may come singly."""
         return next((reason for method in self.all if (reason := method.needs_device())), None)
 
 
 @dataclass
 class Job:
-    """What the stages of a job work on.
+    """Parts of a job that its stages work on.
 
     Attributes:
-        config: of the job.
-        methods: that it prunes with.
-        record: what it leaves, in a run directory or in memory.
+        config: its settings.
+        methods: of the settings.
+        record: its results, in a run directory or in memory.
         logger: where its numbers stream to.
         loaded: the model, dense until it is pruned.
-        groups: its channel groups that are pruned, all layers.
+        groups: channel groups of the model that are pruned, all layers.
         products: dtype of matrix products before the evaluation.
     """
 
@@ -128,31 +125,29 @@ def methods_of(config: RunConfig) -> Methods:
         settings = getattr(config, group)
         made[group] = instantiate(group, settings)
         if not isinstance(made[group], base):
-            raise ConfigError(
-                f"{group}={settings.get('name')}: expected a subclass of {base.__module__}.{base.__name__}"
-            )
+            kind = f"{base.__module__}.{base.__name__}"
+            raise ConfigError(f"{group}={settings.get('name')}: expected a subclass of {kind}")
         made[group].validate(config)
     methods = Methods(**made)
     if methods.needs_device and config.model.placement not in ("auto", "device"):
         raise ConfigError(f"{methods.needs_device}, which needs model.placement=device")
     if config.model.placement == "sharded" and parallel.world_size() == 1 and not config.plan:
         raise ConfigError(
-            "model.placement=sharded needs several processes: torchrun --nproc-per-node 2 run.py model.placement=sharded"
+            "model.placement=sharded needs several processes: "
+            "torchrun --nproc-per-node 2 run.py model.placement=sharded"
         )
     return methods
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise ConfigError where a method's option has the `name` of another option of its group, which names its runs."""
+    """Raise ConfigError where a method's `name`, which names its runs, is another option's."""
     if not HydraConfig.initialized():  # nothing was chosen by its file's name
         return
     chosen, options = HydraConfig.get().runtime.choices, options_of()
     for group in METHODS:
         option, name = chosen.get(group), getattr(config, group).get("name")
         if name != option and name in options[group][1]:
-            raise ConfigError(
-                f"{group}={option}: its `name` is {name}, which is another option and would name its runs"
-            )
+            raise ConfigError(f"{group}={option}: its `name` is {name}, which is another option")
 
 
 def checked_groups(
@@ -161,8 +156,8 @@ def checked_groups(
     """Return the channel groups of a model that are pruned, all layers.
 
     Raises:
-        ConfigError: the model is pruned already, M does not divide what must hold whole groups of
-            M, or a method cannot work on the model.
+        ConfigError: the model is pruned already, M does not divide a group's channels, or a method
+            cannot work on the model.
     """
     check_dense(config.model.path or config.model.name, model.config)
     groups = groups_to_prune(model, config)
@@ -174,10 +169,14 @@ def checked_groups(
 
 
 def windows_for(method: object, calibration: int) -> slice:
-    """Return the windows of the text that a method learns from; the first `calibration` ones are those of the calibration."""
-    return windows_learned_from(
-        getattr(method, "samples", None), getattr(method, "skip", None), calibration
-    )
+    """Return the windows of the text that a method learns from.
+
+    Args:
+        method: may have `samples` and `skip`.
+        calibration: number of windows of the calibration, which are the first ones.
+    """
+    samples, skip = getattr(method, "samples", None), getattr(method, "skip", None)
+    return windows_learned_from(samples, skip, calibration)
 
 
 def learning_problem(
@@ -188,7 +187,7 @@ def learning_problem(
     factors: Mapping[str, SaliencyFactors],
     target: Tensor,
 ) -> LearningProblem:
-    """Return the problem of a method that learns from the whole model. Its steps and epochs go to the record and the logger.
+    """Return the problem of a method, whose steps and epochs go to the record and the logger.
 
     Args:
         job: of the method.
@@ -198,8 +197,23 @@ def learning_problem(
         factors: saliency factors of the linears.
         target: dense output of the last layer for the tokens, `(samples, length, hidden)`.
     """
-    config = job.config
-    problem = LearningProblem(
+    config, record, logger = job.config, job.record, job.logger
+    groups = list(_LINES)
+    steps = sum(_steps_of(job, before) for before in groups[: groups.index(group)])
+    earlier = [line for line in record.history if _LINES[group] not in line]
+
+    def on_resume(epochs: list[dict[str, Any]]) -> None:
+        logged = len(record.history)
+        record.write_history([*earlier, *epochs])
+        # The process before may have ended between checkpoint and history.
+        for number, values in enumerate(record.history[logged:], logged + 1):
+            logger.log_epoch(values, number)
+
+    def on_epoch(values: dict[str, Any]) -> None:
+        record.write_history([*record.history, values])
+        logger.log_epoch(values, len(record.history))
+
+    return LearningProblem(
         model=job.loaded.model,
         groups=job.groups,
         tokens=tokens,
@@ -209,14 +223,11 @@ def learning_problem(
         seed=config.seed,
         calibration_batch_size=config.calibration.batch_size,
         calibration=calibration,
-        directory=job.record.directory,
+        directory=record.directory,
+        on_step=lambda step, values: logger.log(values, steps + step),
+        on_epoch=on_epoch,
+        on_resume=on_resume,
     )
-    names = list(_LINES)
-    steps = sum(_steps_of(job, before) for before in names[: names.index(group)])
-    problem.on_step = lambda step, values: job.logger.log(values, steps + step)
-    epochs = _Epochs(job, _LINES[group])
-    problem.on_epoch, problem.on_resume = epochs.add, epochs.resume
-    return problem
 
 
 def _steps_of(job: Job, group: str) -> int:
@@ -226,27 +237,3 @@ def _steps_of(job: Job, group: str) -> int:
         return 0
     count = method.samples or job.config.calibration.samples
     return method.steps_in_all(count, len(decoder_layers(job.loaded.model)))
-
-
-class _Epochs:
-    """Epochs of a method's learning, as history and logger keep them, also where an interrupted run continues.
-
-    Args:
-        job: whose history has the epochs of methods that have learned before.
-        key: of the lines of this method.
-    """
-
-    def __init__(self, job: Job, key: str) -> None:
-        self._record, self._logger = job.record, job.logger
-        self._earlier = [line for line in job.record.history if key not in line]
-
-    def resume(self, epochs: list[dict[str, Any]]) -> None:
-        logged = len(self._record.history)
-        self._record.write_history([*self._earlier, *epochs])
-        # The process before may have ended between checkpoint and history.
-        for number, values in enumerate(self._record.history[logged:], logged + 1):
-            self._logger.log_epoch(values, number)
-
-    def add(self, values: dict[str, Any]) -> None:
-        self._record.write_history([*self._record.history, values])
-        self._logger.log_epoch(values, len(self._record.history))

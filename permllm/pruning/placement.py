@@ -1,4 +1,4 @@
-"""The place of a job's weights: by the settings, or the first that fits; and settings that would fit where none does."""
+"""The place of a job's weights, by the settings or the first that fits; settings that would fit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from permllm.runtime.speed import CARDS
 
 log = logging.getLogger(__name__)
 
-# The share of the memory that a job may be estimated to take, because estimates are right to within
-# 15 %.
+# The share of the memory that a job may be estimated to take; estimates are right to within 15 %.
 FITS = 0.85
 
 
@@ -40,23 +39,20 @@ def placement_for(footprint: Footprint) -> Placement:
     Where none fits, the one that needs least is tried, because needs are estimates. A warning names
     settings that would fit.
     """
-    allowed = _allowed(footprint)
     name, reasons = _first_that_fits(footprint)
-    if name is None:
-        would = "; ".join(would_fit(footprint)) or "no other setting is known to fit"
-        log.warning(
-            "no model.placement fits: %s. Trying %s; %s", "; ".join(reasons), allowed[-1], would
-        )
-    elif reasons:
-        log.info("model.placement=%s, as %s", name, "; ".join(reasons))
-    return name or allowed[-1]
+    if name:
+        if reasons:
+            log.info("model.placement=%s, as %s", name, "; ".join(reasons))
+        return name
+    last = _allowed(footprint)[-1]
+    would = "; ".join(would_fit(footprint)) or "no other setting is known to fit"
+    log.warning("no model.placement fits: %s. Trying %s; %s", "; ".join(reasons), last, would)
+    return last
 
 
 def would_fit(footprint: Footprint) -> list[str]:
-    """Return the settings under which a job would fit that does not, each with what it needs; nothing if the job fits."""
-    found: list[str] = []
-    if _first_that_fits(footprint)[0]:
-        return found
+    """Return settings under which a job would fit that does not, each with what it needs."""
+    found = []
     for word, changed in _changes(footprint.config, footprint.methods):
         try:
             methods = methods_of(changed)
@@ -72,31 +68,23 @@ def would_fit(footprint: Footprint) -> list[str]:
 
 
 def _changes(config: RunConfig, methods: Methods) -> Iterator[tuple[str, RunConfig]]:
-    """Give the settings that need less, and the config with each of them."""
+    """Yield settings that need less, and the config with each; those of the same result first."""
     if config.model.placement != "auto":
         yield "model.placement=auto", replace(config, model=replace(config.model, placement="auto"))
     for group, method in methods.learned.items():
-        settings = getattr(config, group)
-        # The same result first.
-        yield (
-            f"{group}.micro_batch_size=1",
-            replace(config, **{group: settings | {"micro_batch_size": 1}}),
-        )
+        smaller: dict[str, Any] = {"micro_batch_size": 1}
         if getattr(method, "layers_per_stage", None) == "all":
-            yield (
-                f"{group}.layers_per_stage=4",
-                replace(config, **{group: settings | {"layers_per_stage": 4}}),
-            )
+            smaller["layers_per_stage"] = 4
+        for key, value in smaller.items():
+            changed = {group: getattr(config, group) | {key: value}}
+            yield f"{group}.{key}={value}", replace(config, **changed)
     if config.mask.get("name") == "score":
         lowrank = config.mask | {"name": "lowrank", "_target_": "permllm.mask.learned.LowRankMask"}
         yield "mask=lowrank", replace(config, mask=lowrank)
     if methods.mask.learned:
-        lcp: dict[str, Any] = {
-            "name": "lcp",
-            "_target_": "permllm.permutation.lcp.lcp.LCP",
-            "constraint": "foldable",
-        }
-        lcp |= {"block_size": config.block_size, "temperature": config.temperature}
+        lcp: dict[str, Any] = {"name": "lcp", "_target_": "permllm.permutation.lcp.lcp.LCP"}
+        lcp |= {"constraint": "foldable", "block_size": config.block_size}
+        lcp["temperature"] = config.temperature
         mask = {"name": "pruner", "_target_": "permllm.mask.base.Mask"}
         yield "method=order-folded", replace(config, permutation=lcp, mask=mask)
 
@@ -109,26 +97,23 @@ def _allowed(footprint: Footprint) -> list[Placement]:
 
 def _first_that_fits(footprint: Footprint) -> tuple[Placement | None, list[str]]:
     """Return the first placement that fits, None for none, and why those before it do not."""
-    device, on_a_host = footprint.device, footprint.device.type == "cpu"
+    device, card = footprint.device, footprint.config.plan_on
     host: float = available_host_memory() // processes_here()
-    if name := footprint.config.plan_on:  # nothing is known of its host
-        free, host = CARDS[name][-1] * 1e9, math.inf
+    if card:  # nothing is known of its host
+        free, host = CARDS[card][-1] * 1e9, math.inf
     else:
-        free = host if on_a_host else free_memory(device)
-    reasons: list[str] = []
+        free = host if device.type == "cpu" else free_memory(device)
+    reasons = []
     for placement in _allowed(footprint):
         needs = footprint.needs(placement)
-        on_device, beside = (
-            (needs.device + needs.host, 0) if on_a_host else (needs.device, needs.host)
-        )
-        if on_device <= FITS * free and beside <= FITS * host:
+        taken, beside = needs.device, needs.host
+        if device.type == "cpu":
+            taken, beside = taken + beside, 0
+        for place, size, has in ((str(device), taken, free), ("the host", beside, host)):
+            if size > FITS * has:
+                sizes = f"{size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}"
+                reasons.append(f"{placement} needs {sizes}")
+                break
+        else:
             return placement, reasons
-        place, size, has = (
-            (str(device), on_device, free)
-            if on_device > FITS * free
-            else ("the host", beside, host)
-        )
-        reasons.append(
-            f"{placement} needs {size / 1e9:.1f} GB and {has / 1e9:.1f} GB are free on {place}"
-        )
     return None, reasons

@@ -1,4 +1,4 @@
-"""`plan=true`: channel groups, the layers that learn together, memory and minutes by stage, without weights."""
+"""`plan=true`: channel groups, layers that learn together, memory and minutes, without weights."""
 
 from __future__ import annotations
 
@@ -20,37 +20,28 @@ _CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 
 def print_plan(of: Footprint) -> None:
     """Print the plan of a job."""
-    console, plan = terminal(), of.orders
-    title = f"{of.config.model.name}: channel groups of the {of.layers} decoder layers"
+    console, plan, config = terminal(), of.orders, of.config
+    title = f"{config.model.name}: channel groups of the {of.layers} decoder layers"
     table = Table(*_HEADINGS, title=title, title_justify="left")
     for row, layers in Counter(_row(of, group) for group in of.groups).items():
         table.add_row(*row, str(layers))
     console.print(table)
-    zeros = sum(
-        count * (pattern.m - pattern.n) / pattern.m for pattern, count in of.weights.items()
-    )
+    zeros = sum(count * (nm.m - nm.n) / nm.m for nm, count in of.weights.items())
     share = zeros / sum(group.channels * sum(group.rows) for group in of.every)
-    patterns = ", ".join(f"{count} to {pattern}" for pattern, count in of.weights.items())
-    console.print(
-        f"{of.parameters} parameters; pruned are {patterns}: {share:.2%} of the layers' linears become zeros"
-    )
+    pruned = ", ".join(f"{count} to {pattern}" for pattern, count in of.weights.items())
+    linears = f"{share:.2%} of the layers' linears become zeros"
+    console.print(f"{of.parameters} parameters; pruned are {pruned}: {linears}")
+    learns = "it learns only with permutation.layers_per_stage=all and all layers"
     for name in plan.stays if plan else []:
-        console.print(
-            f"{name} stays where it starts: it learns only with permutation.layers_per_stage=all and all layers"
-        )
+        console.print(f"{name} stays where it starts: {learns}")
     for what, learn in {"orders": plan, "masks": of.masks}.items():
         sizes = [stop - first for first, stop in learn.windows] if learn else []
         if sizes:
             console.print(f"{what} learn {max(sizes)} layers at a time, of {sum(sizes)}")
     console.print(_needs(of))
-    where = (
-        f"{of.config.plan_on} with 16 cores"
-        if of.config.plan_on
-        else f"{of.device}, as measured now"
-    )
-    console.print(
-        f"estimates, memory within 15 %, minutes within a factor of two: {where}; model and texts are there already"
-    )
+    where = f"{config.plan_on} with 16 cores" if config.plan_on else f"{of.device}, as measured now"
+    estimates = "estimates, memory within 15 %, minutes within a factor of two"
+    console.print(f"{estimates}: {where}; model and texts are there already")
 
 
 def _row(of: Footprint, group: ChannelGroup) -> tuple[str, ...]:
@@ -68,19 +59,13 @@ def _needs(of: Footprint) -> Table:
     speed = speed_of(of.config.plan_on, of.device, {of.products, of.dtype, torch.float32})
     minutes = {name: of.minutes(name, speed) for name in names}
     card = Footprint(of.config, of.model, of.methods, torch.device("cuda"))
-    table = Table(
-        "",
-        title="GB by stage and place of the layers' weights (model.placement)",
-        title_justify="left",
-    )
+    title = "GB by stage and place of the layers' weights (model.placement)"
+    table = Table("", title=title, title_justify="left")
     for name in (*names, f"minutes, {chosen}"):
         table.add_column(f"{name}, taken here" if name == chosen else name, justify="right")
     for stage in needs[chosen].stages:
-        table.add_row(
-            stage,
-            *(f"{needs[name].stages[stage] / 1e9:.2f}" for name in names),
-            f"{minutes[chosen][stage]:.1f}",
-        )
+        sizes = (f"{needs[name].stages[stage] / 1e9:.2f}" for name in names)
+        table.add_row(stage, *sizes, f"{minutes[chosen][stage]:.1f}")
     table.add_row("on the host", *(f"{needs[name].host / 1e9:.2f}" for name in names))
     table.add_row("peak", *(f"{needs[name].peak / 1e9:.2f}" for name in names))
     table.add_row("a card of", *(_card(card.needs(name).device) for name in names))
@@ -89,6 +74,6 @@ def _needs(of: Footprint) -> Table:
 
 
 def _card(size: int) -> str:
-    return next(
-        (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS), f"more than {_CARDS[-1]} GB"
-    )
+    """Return the smallest card that such a job fits."""
+    fits = (f"{card} GB" for card in _CARDS if size <= card * 1e9 * FITS)
+    return next(fits, f"more than {_CARDS[-1]} GB")

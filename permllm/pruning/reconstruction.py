@@ -1,4 +1,4 @@
-"""Base of reconstructions, which change the kept weights after the masks are known, and never a mask."""
+"""Base of reconstructions, which change the kept weights once the masks are known."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PrunedNetwork:
 
 
 class Reconstruction(Method):
-    """Base of the reconstructions, which change kept weights: linear by linear, and then in the whole model.
+    """Base of the reconstructions: of one linear after the other, then of the whole model.
 
     Attributes:
         learned: it has `network`, which trains the kept weights of all layers together, in all
@@ -76,11 +76,9 @@ class Reconstruction(Method):
 
     @override
     def needs_device(self) -> str | None:
-        return (
-            f"reconstruction: {type(self).__name__} trains all kept weights together"
-            if self.learned
-            else None
-        )
+        if not self.learned:
+            return None
+        return f"reconstruction: {type(self).__name__} trains all kept weights together"
 
 
 class NoReconstruction(Reconstruction):

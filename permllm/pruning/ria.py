@@ -1,13 +1,11 @@
-"""RIA, relative importance and activations (Zhang et al.
-
-2024, "Plug-and-Play", equations 3 and 4).
-"""
+"""RIA, relative importance and activations (Zhang et al. 2024, "Plug-and-Play", equations 3, 4)."""
 
 from __future__ import annotations
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from typing_extensions import override
 
 from permllm.runtime.values import SETTINGS, Amount
 from permllm.sparsity.calibrate import Pruner
@@ -22,18 +20,16 @@ class RIA(Pruner):
     exponent: Amount = 0.5
     statistics = (Norm,)
 
+    @override
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Return saliency factors of `weight (C_out, C_in)`: two terms, one for the column sums and one for the row sums."""
+        """Return a term for the column sums and one for the row sums."""
         magnitude = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
         activation = statistics[Norm].value.pow(self.exponent)
-        of_column, of_row = (_share_of(magnitude.sum(dim)) for dim in (0, 1))
+        # A sum of zero belongs to weights that are all zero.
+        sums = magnitude.sum(0), magnitude.sum(1)
+        of_column, of_row = (torch.where(total > 0, 1.0 / total, 0.0) for total in sums)
         return SaliencyFactors(
             power=1,
             column=torch.stack([activation * of_column, activation]),
             row=torch.stack([torch.ones_like(of_row), of_row]),
         )
-
-
-def _share_of(total: Tensor) -> Tensor:
-    """What makes a number a share of a total; nothing of nothing, as all of the numbers are nothing then."""
-    return torch.where(total > 0, 1.0 / total, 0.0)

@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): choose masks and correct the kept weights, column by column."""
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774), and OBS, its update for given masks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from permllm.config import NMPattern, check_divides
+from permllm.config import NMPattern
 from permllm.errors import TrainingError
+from permllm.pruning.reconstruction import PrunedLinear, Reconstruction
 from permllm.runtime.values import SETTINGS, Positive
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.nm import keep_largest
@@ -22,7 +23,7 @@ _COLUMNS_AT_A_TIME = 128
 
 @dataclass(frozen=True, config=SETTINGS)
 class SparseGPT(Pruner):
-    """`S[i, j] = W[i, j]^2 / [H^-1]_jj` with `H = X X^T + lambda I`, and an update of the kept weights."""
+    """`S[i, j] = W[i, j]^2 / [H^-1]_jj` with `H = X X^T + lambda I`, and updated weights."""
 
     damping: Positive = 0.01
     statistics = (Gram,)
@@ -42,11 +43,11 @@ class SparseGPT(Pruner):
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Prune one layer in permuted column order, correcting the weights that are still to come.
+        """Prune a linear in permuted column order; the columns that follow take up the errors.
 
         Args:
             weight: `(C_out, C_in)`, original channel order.
-            statistics: of the layer's inputs, with the Gram matrix.
+            statistics: of the linear's inputs, with the Gram matrix.
             perm: int64 `(C_in,)`; columns are visited in this order and N:M holds in it.
             pattern: N:M.
             mask: bool `(C_out, C_in)`, original order, to keep these weights; None chooses the mask
@@ -57,20 +58,30 @@ class SparseGPT(Pruner):
             The updated weight (dtype of `weight`, zeros are +0.0) and its mask, both in original
             order.
         """
-        check_divides(pattern, weight.shape[1], "the layer")
-        w = weight[:, perm].float()
+        w, inverse = weight[:, perm].float(), _inverse_hessian(statistics, self.damping)
         # The inverse of the permuted Hessian is the permuted inverse.
-        upper = torch.linalg.cholesky(
-            _inverse_hessian(statistics, self.damping)[perm][:, perm], upper=True
-        )
+        upper = torch.linalg.cholesky(inverse[perm][:, perm], upper=True)
         keep = None if mask is None else mask[:, perm]
-        keep = prune_columns(
-            w, upper, pattern, keep, by_columns if w.device.type == "cpu" else by_groups
-        )
-        inverse_perm = perm.argsort()
-        keep = keep[:, inverse_perm]
-        updated = w[:, inverse_perm].to(weight.dtype)
-        return torch.where(keep, updated, torch.zeros_like(updated)), keep
+        prune = by_columns if w.device.type == "cpu" else by_groups
+        original = perm.argsort()
+        keep = prune_columns(w, upper, pattern, keep, prune)[:, original]
+        return torch.where(keep, w[:, original].to(weight.dtype), 0.0), keep
+
+
+@dataclass(frozen=True, config=SETTINGS)
+class OBS(Reconstruction):
+    """Optimal brain surgeon: SparseGPT's update of the kept weights, under masks that are given."""
+
+    damping: Positive = 0.01
+    statistics = SparseGPT.statistics
+
+    @override
+    def linear(self, pruned: PrunedLinear) -> Tensor:
+        """Return the updated weight, from the dense one."""
+        assert pruned.statistics is not None
+        update = SparseGPT(self.damping).update
+        dense, statistics = pruned.dense, pruned.statistics
+        return update(dense, statistics, pruned.perm, pruned.pattern, pruned.mask)[0]
 
 
 Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tensor]]
@@ -79,18 +90,14 @@ Prune = Callable[[Tensor, Tensor, NMPattern, Tensor | None], tuple[Tensor, Tenso
 def prune_columns(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None, prune: Prune
 ) -> Tensor:
-    """Prune columns in their order; the weights that are still to come take up the errors.
+    """Prune columns in their order, and return the mask, bool `(C_out, C_in)`.
 
     Args:
-        w: `(C_out, C_in)`, pruned in place; kept weights are right afterwards, the others as good
-            as zero.
+        w: `(C_out, C_in)`, updated in place: kept weights are right afterwards, others about zero.
         upper: `(C_in, C_in)`, the upper Cholesky factor of the inverse Hessian.
         pattern: N:M.
-        keep: bool `(C_out, C_in)`; None chooses it.
+        keep: the mask; None chooses it.
         prune: `by_columns` or `by_groups`.
-
-    Returns:
-        bool `(C_out, C_in)`: the weights that are kept.
     """
     step = max(pattern.m, _COLUMNS_AT_A_TIME // pattern.m * pattern.m)
     found = []
@@ -107,11 +114,10 @@ def prune_columns(
 def by_columns(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Prune a block of columns one after the other, as `prune_columns`; return their errors and what is kept."""
-    kept, errors = (
-        torch.empty_like(w, dtype=torch.bool) if keep is None else keep,
-        torch.empty_like(w),
-    )
+    """Prune a block of columns one after the other; return their errors and the mask."""
+    errors, kept = torch.empty_like(w), keep
+    if kept is None:
+        kept = torch.empty_like(w, dtype=torch.bool)
     for j in range(w.shape[1]):
         if keep is None and j % pattern.m == 0:
             group = slice(j, j + pattern.m)
@@ -126,7 +132,7 @@ def by_columns(
 def by_groups(
     w: Tensor, upper: Tensor, pattern: NMPattern, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Prune the M columns of a group at once, as `by_columns` up to rounding, in a third of a GPU's launches.
+    """Prune a block as `by_columns` up to rounding, in a third of a GPU's launches.
 
     Weights are divided by their entries of the diagonal. Then the errors `e` of a row in a group
     solve `e_j + sum_{i < j} e_i upper_ij = w_j` where j is pruned, and `e_j = 0` where it is kept:
@@ -140,15 +146,14 @@ def by_groups(
         of_group = scaled[:, group]
         if keep is None:
             order = of_group.abs().argsort(dim=1, descending=True, stable=True)
-            drop = torch.zeros_like(of_group, dtype=torch.bool).scatter_(
-                1, order[:, pattern.n :], True
-            )
+            drop = torch.zeros_like(of_group, dtype=torch.bool)
+            drop.scatter_(1, order[:, pattern.n :], True)
         else:
             drop = ~keep[:, group]
         systems, sides = upper[group, group] * drop.unsqueeze(1), (of_group * drop).unsqueeze(1)
         error = torch.linalg.solve_triangular(
             systems, sides, upper=True, left=False, unitriangular=True
-        ).squeeze(1)
+        )[:, 0]
         scaled[:, start:].addmm_(error, upper[group, start:], alpha=-1.0)
         errors.append(error)
         dropped.append(drop)
@@ -157,21 +162,18 @@ def by_groups(
 
 
 def _inverse_hessian(statistics: InputStatistics, damping: float) -> Tensor:
-    """`(X^T X + lambda I)^-1`, with a mean over tokens instead of a sum; computed once for all members of a group."""
+    """Return `(X^T X / tokens + lambda I)^-1`, computed once for all members of a group."""
 
     def compute() -> Tensor:
         hessian = statistics[Gram].value / max(statistics.tokens, 1)
         mean = hessian.diagonal().mean()
         hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        return torch.cholesky_inverse(_cholesky(hessian))
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        if info.any():
+            raise TrainingError(
+                "the Hessian of a linear's inputs is not positive definite: "
+                "use a larger damping or more text"
+            )
+        return torch.cholesky_inverse(factor)
 
     return statistics.derived(f"inverse Hessian, damping {damping}", compute)
-
-
-def _cholesky(hessian: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if info.any():
-        raise TrainingError(
-            "the Hessian of a linear's inputs is not positive definite: use a larger damping or more text"
-        )
-    return factor

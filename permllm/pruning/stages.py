@@ -1,4 +1,8 @@
-"""Stages that make a pruned model out of a dense one: calibrate, permute, learn masks, prune."""
+"""Stages that make a pruned model out of a dense one: calibrate, permute, learn masks, prune.
+
+The stages share arguments: `drawn` are the windows of the text, int64 `(samples, length)`, those of
+the calibration first, and `dense` is the result of `calibrate`.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +28,22 @@ log = logging.getLogger(__name__)
 
 
 def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
-    """Prune the job's model in place. Its record keeps the seconds of the stages, the figures and the files of the result.
+    """Prune the job's model in place; its record keeps seconds, figures and files.
 
     Args:
-        job: what is pruned, by which methods.
+        job: model and methods.
         read_tokens: gives the calibration windows and `config.further` ones after them, int64
             `(samples, seqlen)`; its time counts as calibration.
     """
-    config, record = job.config, job.record
-    found = Found()
+    record, found = job.record, Found()
+    statistics_are_dense = job.config.calibration.statistics == "dense"
     with record.stage("calibrate", job.device):
-        drawn = read_tokens()
-        whole = not job.methods.permutation.local or config.calibration.statistics == "dense"
-        dense = calibrate(job, drawn) if whole else None
+        drawn, dense = read_tokens(), None
+        if statistics_are_dense or not job.methods.permutation.local:
+            dense = calibrate(job, drawn)
     if dense is not None:
         orders = found_orders(job, drawn, dense)
-        factors = dense.factors if config.calibration.statistics == "dense" else None
+        factors = dense.factors if statistics_are_dense else None
         found = Found(factors, orders, found_masks(job, drawn, dense, orders))
     del dense  # the states that were learned from: pruning needs none of them
     with record.stage("prune", job.device):
@@ -59,39 +63,25 @@ def prune_model(job: Job, read_tokens: Callable[[], Tensor]) -> PrunedModel:
 
 
 def calibrate(job: Job, drawn: Tensor) -> DenseCalibration:
-    """Calibrate the dense model; all linears, so that jobs which keep some of them dense share the result.
+    """Calibrate all linears of the dense model: jobs that keep some of them dense share the result.
 
     The targets are those of the calibration samples, and of the further samples that orders and
     masks learn from.
-
-    Args:
-        job: of the dense model.
-        drawn: int64 `(samples, length)`, those of the calibration first.
     """
-    config, calibration = job.config, job.config.calibration
+    config, samples = job.config, job.config.calibration.samples
+    how = config.calibration.batch_size, job.products
     norm_tokens = drawn.shape[1] if config.permutation.get("conventions") == "paper" else 1
     dense = shared_calibration(
-        job.loaded,
-        drawn[: calibration.samples],
-        job.methods.pruner,
-        config.pruner,
-        calibration.batch_size,
-        job.products,
-        norm_tokens,
+        job.loaded, drawn[:samples], job.methods.pruner, config.pruner, *how, norm_tokens
     )
-    stops = [
-        windows_for(method, calibration.samples).stop for method in job.methods.learned.values()
-    ]
-    further = slice(calibration.samples, max(stops, default=0))
-    if further.stop > further.start:
-        target = dense.target
-        dense.target = target.new_empty(
-            len(drawn), *target.shape[1:]
-        )  # only samples that are asked for are filled
-        dense.target[: len(target)] = target
-        dense.target[further] = shared_target(
-            job.loaded, drawn[further], calibration.batch_size, job.products
-        )
+    stops = [windows_for(method, samples).stop for method in job.methods.learned.values()]
+    further = slice(samples, max(stops, default=0))
+    if further.stop > samples:
+        calibrated = dense.target
+        # Samples that nothing asks for stay empty.
+        dense.target = calibrated.new_empty(len(drawn), *calibrated.shape[1:])
+        dense.target[:samples] = calibrated
+        dense.target[further] = shared_target(job.loaded, drawn[further], *how)
     return dense
 
 
@@ -105,13 +95,7 @@ def _of_the_dense(job: Job, group: str, drawn: Tensor, dense: DenseCalibration) 
 
 
 def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[str, Tensor]:
-    """Return the orders of the channel groups, int64 `(C_in,)` by their names.
-
-    Args:
-        job: whose record and logger learn of what is found.
-        drawn: int64 `(samples, length)`, those of the calibration first.
-        dense: what the dense model tells.
-    """
+    """Return the orders of the channel groups, int64 `(C_in,)` by their names."""
     key = job.permutation_key
 
     def compute() -> dict[str, Tensor]:
@@ -120,9 +104,7 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
             found = job.methods.permutation.orders(problem)
         if not isinstance(found, Mapping):
             kind = type(found).__name__
-            raise ConfigError(
-                f"{key}: `orders` must give a dict of orders by channel group, and it gave a {kind}"
-            )
+            raise ConfigError(f"{key}: `orders` must give a dict by channel group, not a {kind}")
         return {
             group.name: checked_order(key, group.name, group.channels, found.get(group.name))
             for group in job.groups
@@ -135,14 +117,7 @@ def found_orders(job: Job, drawn: Tensor, dense: DenseCalibration) -> Mapping[st
 def found_masks(
     job: Job, drawn: Tensor, dense: DenseCalibration, orders: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor] | None:
-    """Return the masks of all linears; None: the pruner chooses them.
-
-    Args:
-        job: whose record and logger learn of what is found.
-        drawn: int64 `(samples, length)`, those of the calibration first.
-        dense: what the dense model tells.
-        orders: int64 `(C_in,)` by channel group.
-    """
+    """Return the masks of all linears under orders by channel group; None leaves the choice."""
     if job.methods.mask.local:
         return None
 
@@ -169,6 +144,7 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
     """Return the figures of a pruned model in `metrics.json`, before it is evaluated."""
     groups = channel_groups(job.loaded.model)
     patterns = differing_patterns(groups, job.groups)
+    of_model = sum(group.channels * sum(group.rows) for group in groups)
     weights = kept = 0
     for mask in pruned.masks.values():
         weights, kept = weights + mask.numel(), kept + int(mask.sum())
@@ -178,8 +154,7 @@ def _figures(job: Job, pruned: PrunedModel) -> dict[str, Any]:
             "pattern": str(job.config.pattern),
             **({"patterns": patterns} if patterns else {}),
             "fraction": (weights - kept) / weights,
-            "of_model": (weights - kept)
-            / sum(group.channels * sum(group.rows) for group in groups),
+            "of_model": (weights - kept) / of_model,
             "violations": pruned.violations,
             "weights_changed": job.methods.change_weights,
             "weights_kept": job.methods.change_weights and job.config.save_weights,

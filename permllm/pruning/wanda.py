@@ -1,8 +1,9 @@
-"""Wanda (Sun et al. 2024, arXiv 2306.11695, equation 1)."""
+"""Wanda (Sun et al. 2024, arXiv 2306.11695, equation 1), and magnitude pruning beside it."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from permllm.sparsity.calibrate import Pruner
 from permllm.sparsity.saliency import SaliencyFactors
@@ -10,10 +11,18 @@ from permllm.sparsity.statistics import InputStatistics, Norm
 
 
 class Wanda(Pruner):
-    """`S[i, j] = |W[i, j]| * norm(x_j)`, with the norm that the statistics have: the root mean square over tokens."""
+    """`S[i, j] = |W[i, j]| * norm(x_j)`, the norm as a root mean square over tokens."""
 
     statistics = (Norm,)
 
+    @override
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Return saliency factors of `weight (C_out, C_in)`."""
         return SaliencyFactors(power=1, column=statistics[Norm].value.unsqueeze(0))
+
+
+class Magnitude(Pruner):
+    """`S = |W|`."""
+
+    @override
+    def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
+        return SaliencyFactors(power=1, column=weight.new_ones(1, weight.shape[1]).float())

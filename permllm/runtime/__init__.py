@@ -1,1 +1,1 @@
-"""What a process is: precision, memory, devices, several processes, signals, seeds, timing, its output."""
+"""Basics of a process: devices, memory, precision, ranks of torchrun, signals, values, timing."""

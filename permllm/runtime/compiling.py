@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]:
-    """Return a function that calls `fast`, and that gives None for good once a call has failed, with one warning.
+    """Return a function that calls `fast`, or gives None once a call has failed, with one warning.
 
     Args:
         fast: compiles at its first call, and may raise anything then. Its result is not None.
@@ -43,7 +43,7 @@ def attempted(fast: Callable[..., T], otherwise: str) -> Callable[..., T | None]
 
 
 def compiled(function: Callable[..., T], otherwise: str) -> Callable[..., T]:
-    """Return `function`, compiled at its first call for tensors of any size; as it is, with one warning, where that fails."""
+    """Return `function`, compiled for tensors of any size, or as it is where that fails."""
 
     @cache
     def made() -> Callable[..., T]:

@@ -1,45 +1,49 @@
-"""Device and cores of a process."""
+"""Device, cores and seeds of a process."""
 
 from __future__ import annotations
 
 import os
+import random
 
+import numpy as np
 import torch
 
 from permllm.errors import ConfigError
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device of a name: `auto` is CUDA when there is one, else the CPU; `cuda` is each process's own GPU.
+    """Return the device of a name.
+
+    Args:
+        device: `auto` is CUDA where a GPU is, else the CPU; `cuda` is the process's own GPU.
 
     Raises:
         ConfigError: the device is not there, or several processes would share it.
     """
     own, processes = int(os.environ.get("LOCAL_RANK", "0")), processes_here()
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        if own >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if own >= count:
             raise ConfigError(
-                f"{processes} processes need as many GPUs, and this machine has {torch.cuda.device_count()}"
+                f"{processes} processes need as many GPUs, and this machine has {count}"
             )
         return torch.device("cuda", own)
     if device == "auto":
         return torch.device("cpu")
     if device.startswith("cuda:") and processes > 1:
         raise ConfigError(
-            f"model.device={device} is one GPU for {processes} processes; model.device=cuda gives each its own"
+            f"model.device={device} is one GPU for {processes} processes; "
+            "model.device=cuda gives each its own"
         )
-    try:
-        resolved = torch.device(device)
-        assert resolved.type in (
-            "cpu",
-            "cuda",
-        )  # others lack values, or float64, which statistics are summed in
-        torch.ones(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU"
-        ) from error
-    return resolved
+    # Other kinds lack values, or float64, which statistics are summed in.
+    if device.partition(":")[0] in ("cpu", "cuda"):
+        try:
+            return torch.ones(1, device=device).device
+        except (RuntimeError, AssertionError):
+            pass
+    raise ConfigError(
+        f"model.device={device!r} cannot be used here; valid are auto, cpu, and cuda with a GPU"
+    )
 
 
 def processes_here() -> int:
@@ -48,5 +52,23 @@ def processes_here() -> int:
 
 
 def cores() -> int:
-    """Return the number of logical cores that this process may use, whatever torch does with them."""
+    """Return the number of logical cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python's, numpy's and torch's global generators.
+
+    Args:
+        seed: of all of them.
+        deterministic: choose kernels of a GPU that give the same bits each time; otherwise
+            attention's backward adds in any order.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+        # Nothing reads uninitialized memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

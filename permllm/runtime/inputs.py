@@ -16,16 +16,15 @@ _NAMING = ("include", "dataset_path", "data_files", "data_dir")
 
 
 class TaskDefinition(yaml.SafeLoader):
-    """Reader of a task's YAML; `!function module.name` becomes the file of the module, other tags become None."""
+    """Reader of a task's YAML; `!function module.name` becomes the file of the module."""
+
+
+def _module(loader: yaml.Loader, node: yaml.Node) -> dict[str, str]:
+    return {"include": f"{str(node.value).rpartition('.')[0]}.py"}
 
 
 TaskDefinition.add_multi_constructor("!", lambda loader, suffix, node: None)
-TaskDefinition.add_constructor(
-    "!function",
-    lambda loader, node: (
-        {"include": f"{str(node.value).rpartition('.')[0]}.py"} if node.value else None
-    ),
-)
+TaskDefinition.add_constructor("!function", _module)
 
 
 def is_task_file(name: str) -> bool:
@@ -34,25 +33,24 @@ def is_task_file(name: str) -> bool:
 
 
 def input_digest(path: Path) -> str | None:
-    """Return a file's sha256; for a run directory that of its permutations; for a folder that of names, sizes and times."""
+    """Return the sha256 of a file, a run's permutations, or the names, sizes, times of a folder."""
     if (path / "permutations.safetensors").is_file():
         path = path / "permutations.safetensors"
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.is_dir():
-        listing = [
-            (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-            for file in sorted(path.iterdir())
-        ]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return None
+    if not path.is_dir():
+        return None
+    listing = []
+    for file in sorted(path.iterdir()):
+        listing.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def task_digest(definition: Path) -> str | None:
-    """Return the sha256 of a task's YAML file and of all files that it names; None if there is no such file.
+    """Return the sha256 of a task's YAML file and of all files that it names.
 
     It may name definitions that it includes, modules of its functions, and data: files, patterns
-    and folders, beside the definition or in the working directory.
+    and folders, beside the definition or in the working directory. None: there is no such file.
     """
     files: dict[Path, None] = {}
     _add_files(definition, files)
@@ -77,10 +75,9 @@ def _add_files(definition: Path, files: dict[Path, None]) -> None:
                     _add_files(place, files)
                     continue
                 matches = sorted(place.parent.glob(place.name)) if "*" in place.name else [place]
-                inside = (sorted(one.rglob("*")) if one.is_dir() else [one] for one in matches)
-                files.update(
-                    dict.fromkeys(file for one in inside for file in one if file.is_file())
-                )
+                for match in matches:
+                    inside = sorted(match.rglob("*")) if match.is_dir() else [match]
+                    files |= dict.fromkeys(file for file in inside if file.is_file())
 
 
 def _named(value: Any, naming: bool = False) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Memory: what is free, what was taken at most, and the way between the host's and the device's."""
+"""Memory of host and device: free bytes, peaks, copies between the two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory(largest: int = USUAL) -> None:
-    """Let the GNU C library keep memory that is freed for the next tensor, instead of returning it to the system.
+    """Let the GNU C library keep freed memory for the next tensor.
 
     Otherwise each temporary tensor is mapped and filled with zeros anew, a quarter of a step's time
     on a CPU. Nothing happens where the environment has settings of its own (`MALLOC_...`).
@@ -40,7 +40,7 @@ def keep_freed_memory(largest: int = USUAL) -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back what the GNU C library keeps of freed memory: tensors of another kind may find no place in it."""
+    """Return freed memory to the system: tensors of another kind may find no place in it."""
     _gnu("malloc_trim", 0)
 
 
@@ -51,7 +51,7 @@ def _gnu(function: str, *arguments: int) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget earlier peaks, so that each job of a sweep in one process reports its own (Linux; elsewhere no effect)."""
+    """Forget earlier peaks: each job of a sweep in one process reports its own (on Linux alone)."""
     if device.type == "cuda":
         torch.cuda.init()  # before it the allocator knows no device
         torch.cuda.reset_peak_memory_stats(device)
@@ -74,37 +74,30 @@ def peak_host_memory() -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory where the model is, bytes: of the CUDA allocator on a GPU, else of the process."""
+    """Return the peak memory, bytes: of the CUDA allocator on a GPU, else of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that new tensors can take on a CUDA device now: free ones, and those that its allocator holds."""
+    """Return the bytes that new tensors can take on a CUDA device now."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def available_host_memory() -> int:
-    """Return the bytes that this process can still take on the host: what the system has free, or its control group allows."""
+    """Return the bytes that the system, and the control group of a container, leave a process."""
     available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # without a group, or a limit
-        most, taken = (
-            int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current")
-        )
-        # Pages of files that were read count as taken, and make room as soon as something else is
-        # asked for.
-        of_files = re.findall(
-            r"^(?:in)?active_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.MULTILINE
-        )
-        available = min(available, most - taken + sum(map(int, of_files)))
+        most = int((_GROUP / "memory.max").read_text())
+        taken = int((_GROUP / "memory.current").read_text())
+        # Pages of files that were read count as taken, and make room for whatever is asked for.
+        pages = re.findall(r"active_file (\d+)\n", (_GROUP / "memory.stat").read_text())
+        available = min(available, most - taken + sum(map(int, pages)))
     return max(0, available)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to a device.
-
-    The host does not wait for a GPU, which reads pinned memory.
-    """
+    """Copy a host tensor to a device; a GPU reads pinned memory while the host goes on."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

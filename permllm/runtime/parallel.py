@@ -1,21 +1,20 @@
-"""Several processes under torchrun: every rank runs the same job, and rank 0 alone writes files, logs and prints.
+"""Several processes under torchrun: every rank runs the same job, rank 0 alone writes and prints.
 
-What rank 0 has found holds in all ranks (`share`, `on_main`). An error that all ranks meet alike
-fails the job. A rank that fails alone ends the command (`in_step`), and torchrun ends all ranks
-when one of them has died.
+The value that rank 0 has found holds in all ranks (`share`, `on_main`). An error that all ranks
+meet fails the job. A rank that fails alone ends (`in_step`), and torchrun then ends the others.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +28,8 @@ Value = TypeVar("Value")
 # Seconds that ranks wait while rank 0 waits for another run or writes an export, and within which
 # all meet the same error.
 _PATIENCE, _SAME_ERROR = 86400.0, 30.0
-# Numbers of the jobs and of the exchanges, equal in all ranks that are in step.
-_JOBS, _EXCHANGES = count(), count()
+# Number of the exchanges so far, equal in all ranks that are in step.
+_EXCHANGES = count()
 
 
 def start() -> None:
@@ -70,12 +69,11 @@ def portions(samples: Tensor, at_once: int | None = None) -> list[tuple[Tensor, 
         Each portion and how many of its samples count: all, or none where the batch has no more for
         this rank.
     """
-    largest = -(-len(samples) // world_size())
+    largest = math.ceil(len(samples) / world_size())
     at_once = at_once or largest
-    found = [
-        (part, len(part)) for part in samples[rank() :: world_size()].split(at_once) if len(part)
-    ]
-    return found if len(found) == -(-largest // at_once) else [*found, (samples[:1], 0)]
+    mine = samples[rank() :: world_size()].split(at_once)
+    found = [(part, len(part)) for part in mine if len(part)]
+    return found if len(found) == math.ceil(largest / at_once) else [*found, (samples[:1], 0)]
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
@@ -86,7 +84,7 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 
 def reduce(tensor: Tensor, to: int) -> None:
-    """Replace a tensor by its sum over the ranks in one rank; elsewhere its values are of no use afterwards."""
+    """Replace a tensor by its sum over the ranks in one rank; the others must not read it then."""
     next(_EXCHANGES)
     dist.reduce(tensor, to)
 
@@ -111,56 +109,46 @@ def share(value: Value) -> Value:
 
 
 def on_main(compute: Callable[[], Value]) -> Value:
-    """Compute on rank 0 alone, and return the value, or raise the error that a person can mend, in all ranks."""
-    found: tuple[Value | None, PermLLMError | OSError | None] = None, None
+    """Compute on rank 0 alone, and return the value or raise the error in all ranks."""
+    found: Any = None
+    failure: Exception | None = None
     if rank() == 0:
         try:
-            found = compute(), None
+            found = compute()
         except (PermLLMError, OSError) as error:
-            found = None, error
-    value, failure = share(found)
+            failure = error
+    value, failure = share((found, failure))
     if failure is not None:
         raise failure
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[no-any-return]
 
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Leave a job as all other ranks do: finished, or with the same error after the same exchanges.
+    """Raise an error that all ranks meet inside; end this process where it has failed alone.
 
     Raises:
-        SystemExit: another rank does not. The first rank that failed has said why, and torchrun
-            ends all ranks.
+        SystemExit: the other ranks do not meet the error within `_SAME_ERROR` seconds. They may
+            wait for this rank for ever, but torchrun ends them when it has ended.
     """
-    failure: Exception | None = None
     try:
         yield
     except Exception as error:
-        failure = error
-    if world_size() > 1:
-        _compare(failure)
-    if failure is not None:
-        raise failure
-
-
-def _compare(failure: Exception | None) -> None:
-    """Raise SystemExit unless all ranks leave the job alike."""
-    # Not by an exchange of tensors: the others may wait for one of the job.
-    store, job = dist.distributed_c10d._get_default_store(), next(_JOBS)
-    mine = f"{type(failure).__name__} {next(_EXCHANGES)}"
-    ranks = [f"job {job}, rank {number}" for number in range(world_size())]
-    first = failure is not None and store.add(f"failures of job {job}", 1) == 1
-    store.set(ranks[rank()], mine)
-    until = time.monotonic() + (_PATIENCE if failure is None else _SAME_ERROR)
-    while not store.check(ranks) and time.monotonic() < until:
-        time.sleep(0.05)
-    if store.check(ranks) and all(store.get(key).decode() == mine for key in ranks):
-        return
-    if first and failure is not None:
+        if world_size() == 1 or _all_meet(error):
+            raise
         if everything_wanted():
-            traceback.print_exception(failure)
-        print(
-            f"error: rank {rank()}: {one_line(failure) or type(failure).__name__}: {CONTINUES}",
-            file=sys.stderr,
-        )
-    raise SystemExit(1)
+            traceback.print_exc()
+        said = one_line(error) or type(error).__name__
+        raise SystemExit(f"error: rank {rank()}: {said}: {CONTINUES}") from error
+
+
+def _all_meet(error: Exception) -> bool:
+    """Tell whether all ranks meet an error of this kind after as many exchanges."""
+    # Not by an exchange of tensors: the others may wait for one of the job.
+    store = dist.distributed_c10d._get_default_store()
+    key = f"{type(error).__name__} {next(_EXCHANGES)}"
+    met, until = store.add(key, 1), time.monotonic() + _SAME_ERROR
+    while met < world_size() and time.monotonic() < until:
+        time.sleep(0.05)
+        met = store.add(key, 0)
+    return bool(met == world_size())

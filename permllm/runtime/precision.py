@@ -1,9 +1,8 @@
-"""The number format of the model's matrix products up to the evaluation: mixed precision by `torch.autocast`.
+"""Format of matrix products up to the evaluation: mixed precision by `torch.autocast`.
 
-Weights, logits, optimizer, norms, softmax and loss keep their own format; only what multiplies
-matrices is rounded. On a CPU that multiplies bfloat16 natively the products take a quarter of the
-time of float32. On one that does not, products of a half-precision model go through float32
-(`half_products`).
+Weights, logits, optimizer, norms, softmax and loss keep their own format; only products of matrices
+are rounded. On a CPU that multiplies bfloat16 natively these take a quarter of the time of float32.
+On any other CPU, products of a half-precision model go through float32 (`half_products`).
 """
 
 from __future__ import annotations
@@ -31,13 +30,8 @@ def compute_dtype(setting: str, weights: torch.dtype, device: torch.device) -> t
             are.
         device: where the model is.
     """
-    if (
-        weights != torch.float32
-        or setting == "float32"
-        or (setting == "auto" and not multiplies_bfloat16(device))
-    ):
-        return weights
-    return torch.bfloat16
+    rounds = setting == "bfloat16" or (setting == "auto" and multiplies_bfloat16(device))
+    return torch.bfloat16 if rounds and weights == torch.float32 else weights
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -49,7 +43,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Make linears of a half-precision model multiply in float32 where a CPU has no instructions for less.
+    """Make linears of half precision multiply in float32 where a CPU has no instructions for less.
 
     The result is that of products of half-precision numbers that are summed in float32 and rounded
     once. It comes several times sooner than torch's own.
@@ -65,7 +59,10 @@ def half_products(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
 
 
 class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """Mode in which `linear` and `product` of half-precision tensors multiply float32 copies, and round; so do gradients."""
+    """Mode in which half-precision `linear` and `product` multiply float32 copies, and round.
+
+    Their gradients do so too.
+    """
 
     entered = 0  # a mode does not reach into backward
 
@@ -85,12 +82,7 @@ class ThroughFloat32(TorchFunctionMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if (
-            func is nn.functional.linear
-            and not kwargs
-            and args[0].dtype == args[1].dtype
-            and args[0].dtype in _HALF
-        ):
+        if func is nn.functional.linear and not kwargs and _both_half(*args[:2]):
             return _LinearThroughFloat32.apply(*args, *[None] * (3 - len(args)))
         return func(*args, **(kwargs or {}))
 
@@ -102,7 +94,7 @@ def recomputed(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def _as_here() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """Return the contexts of the first call, and of the call in backward, which a mode does not reach into."""
+    """Return the contexts of the first call, and of the call in backward, which has no mode."""
     return nullcontext(), ThroughFloat32() if ThroughFloat32.entered else nullcontext()
 
 
@@ -112,10 +104,15 @@ _PIECE = 1 << 24
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right` of two matrices without gradients; of half precision as `ThroughFloat32` has it."""
-    if ThroughFloat32.entered and left.dtype == right.dtype and left.dtype in _HALF:
+    """Return `left @ right` of two matrices, as `ThroughFloat32` has it, without gradients."""
+    if ThroughFloat32.entered and _both_half(left, right):
         return _through_float32(left, right.t(), None)
     return left @ right
+
+
+def _both_half(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors have the same half-precision format."""
+    return left.dtype == right.dtype and left.dtype in _HALF
 
 
 def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,9 +121,8 @@ def _through_float32(states: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     with products_as_they_are(states):
         for rows in _pieces(weight, states.numel() // states.shape[-1]):
             of_rows = None if bias is None else bias[rows].float()
-            output[..., rows] = nn.functional.linear(wide, weight[rows].float(), of_rows).to(
-                states.dtype
-            )
+            found = nn.functional.linear(wide, weight[rows].float(), of_rows)
+            output[..., rows] = found.to(states.dtype)
     return output
 
 
@@ -147,37 +143,34 @@ class _LinearThroughFloat32(torch.autograd.Function):
         of_states = of_weight = None
         with products_as_they_are(gradient):
             if ctx.needs_input_grad[0]:
-                of_states = sum(
-                    wide[..., rows] @ weight[rows].float() for rows in _pieces(weight)
-                ).to(dtype)
+                parts = (wide[..., rows] @ weight[rows].float() for rows in _pieces(weight))
+                of_states = sum(parts).to(dtype)
             if ctx.needs_input_grad[1]:
                 of_weight = (tokens.t() @ states.flatten(0, -2).float()).to(dtype)
         return of_states, of_weight, tokens.sum(0).to(dtype) if ctx.needs_input_grad[2] else None
 
 
 def products_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make products inside in the format of their factors: autocast would round float32 copies to halves again."""
+    """Make products inside in the format of their factors, where autocast would round them."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _pieces(weight: Tensor, tokens: int = 1) -> list[slice]:
-    """Return the rows of a weight, as many at a time as `_PIECE` allows of them, and of their outputs for tokens."""
+    """Return the rows of a weight in pieces, which, and whose outputs, have `_PIECE` numbers."""
     count = max(1, _PIECE // max(weight.shape[1], tokens))
     return [slice(first, first + count) for first in range(0, len(weight), count)]
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Make matrix products inside in `dtype` where it is narrower than float32; otherwise nothing changes."""
-    # Without the cache: it would keep the rounded copy of a weight that an optimizer has changed
-    # since.
-    narrow = dtype in _HALF
-    return torch.autocast(
-        device.type, dtype=dtype if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False
-    )
+    """Make matrix products inside in `dtype` where it is narrower than float32."""
+    if dtype not in _HALF:
+        return torch.autocast(device.type, enabled=False)
+    # The cache would keep the rounded copy of a weight that an optimizer has changed since.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the format of a product with a tensor: autocast's inside of `products_in`, else the tensor's own."""
+    """Return the format of a product with a tensor: that of `products_in`, or the tensor's own."""
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype

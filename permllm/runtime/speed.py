@@ -1,4 +1,4 @@
-"""Seconds of a call, and speed of a device: nominal for a card that is named, else measured in a moment."""
+"""Seconds of a call, and speed of a device: nominal for a named card, else measured."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch import nn
 
 from permllm.runtime.precision import half_products
 
-# Shorter than this the clock, the first launch and the last wait are a part of what is measured.
+# In less time the clock, the first launch and the last wait are a part of the measurement.
 _LEAST_SECONDS = 0.02
-# Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory; the share of
-# a speed that is reached.
+# Nominal TFLOP/s of dense products in bfloat16 and in float32, GB/s and GB of memory.
 CARDS = {
     "l4": (121, 30, 300, 24),
     "l40s": (362, 92, 864, 48),
     "rtx4090": (165, 83, 1008, 24),
     "a100": (312, 19.5, 2039, 80),
+    "h100": (989, 67, 3350, 80),
+    "h200": (989, 67, 4800, 141),
+    "b200": (2250, 75, 8000, 180),
 }
-CARDS |= {"h100": (989, 67, 3350, 80), "h200": (989, 67, 4800, 141), "b200": (2250, 75, 8000, 180)}
+# Share of the nominal speed that is reached.
 _SHARE = 0.6
 
 
@@ -35,27 +37,21 @@ class Speed(NamedTuple):
 
 
 def speed_of(card: str | None, device: torch.device, dtypes: Collection[torch.dtype]) -> Speed:
-    """Return the speed of a card, or where it is None the speed of the device, for products in each of the dtypes."""
+    """Return the speed of a card for products in each dtype; None measures the device."""
     if card:
         half, single, moved, _ = CARDS[card]
-        return Speed(
-            {dtype: _SHARE * 1e12 * (half if dtype.itemsize == 2 else single) for dtype in dtypes},
-            _SHARE * 1e9 * moved,
-        )
+        nominal = {dtype: half if dtype.itemsize == 2 else single for dtype in dtypes}
+        rates = {dtype: _SHARE * 1e12 * rate for dtype, rate in nominal.items()}
+        return Speed(rates, _SHARE * 1e9 * moved)
     size = 1024 if device.type == "cpu" else 8192
-    square, copied = (
-        partial(torch.ones, size, size, device=device),
-        torch.ones(size, size, device=device),
-    )
-    works: dict[Any, Any] = {
-        dtype: partial(nn.functional.linear, *[square(dtype=dtype)] * 2) for dtype in dtypes
-    }
+    square = torch.ones(size, size, device=device)
+    works: dict[Any, Any] = {"copy": square.clone}
+    for dtype in dtypes:
+        works[dtype] = partial(nn.functional.linear, square.to(dtype), square.to(dtype))
     with half_products(torch.bfloat16, device):
-        times: dict[Any, list[float]] = interleaved(works | {"copy": copied.clone}, 3, device)
-    return Speed(
-        {dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes},
-        2 * copied.nbytes / min(times["copy"]),
-    )
+        times: dict[Any, list[float]] = interleaved(works, 3, device)
+    rates = {dtype: 2 * size**3 / min(times[dtype]) for dtype in dtypes}
+    return Speed(rates, 2 * square.nbytes / min(times["copy"]))
 
 
 def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
@@ -73,18 +69,17 @@ def clock(work: Callable[[], Any], device: torch.device, calls: int = 1) -> floa
 def interleaved(
     works: dict[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of a call of each, in turns, each measured over enough calls, at most a thousand.
+    """Return the seconds of a call of each work, in turns, each measured over enough calls.
 
     Two turns do not count: the first compiles and allocates, the second says how many calls are
-    enough.
+    enough, at most a thousand.
     """
     for work in works.values():
         work()
-    once = {name: clock(work, device) for name, work in works.items()}
-    calls = {
-        name: math.ceil(min(max(_LEAST_SECONDS / max(seconds, 1e-9), 1), 1000))
-        for name, seconds in once.items()
-    }
+    calls = {}
+    for name, work in works.items():
+        once = max(clock(work, device), 1e-9)
+        calls[name] = math.ceil(min(max(_LEAST_SECONDS / once, 1), 1000))
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():

@@ -1,4 +1,4 @@
-"""Output of a command, one line for its error, and the signals that end it: SIGTERM and SIGHUP do as Ctrl-C does."""
+"""Output of a command, one line for its error, and the signals that end it as Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ class Answer:
 
 
 def run_tool(work: Callable[[], int], failed: int = 1) -> int:
-    """Return the exit code of a command: that of its work, which prints the result, or `failed` after an error's line."""
+    """Return the exit code of a command.
+
+    Args:
+        work: prints the result and returns the exit code.
+        failed: exit code after the line of an error.
+    """
     try:
         code = work()
         sys.stdout.flush()
@@ -55,10 +60,8 @@ def run_tool(work: Callable[[], int], failed: int = 1) -> int:
 
 
 def silence() -> None:
-    """Discard further output, because the interpreter writes its buffer at its end and would fail again."""
-    with contextlib.suppress(
-        io.UnsupportedOperation
-    ):  # an output that is no file of the system cannot fail
+    """Discard further output: the interpreter would fail again to write its buffer at its end."""
+    with contextlib.suppress(io.UnsupportedOperation):  # not a file of the system: it cannot fail
         output = sys.stdout.fileno()
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), output)
@@ -90,23 +93,18 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 def what_happened(error: KeyboardInterrupt) -> str:
     """Return a word for a person."""
-    return (
-        f"terminated by {signal.Signals(error.args[0]).name}"
-        if isinstance(error, Terminated)
-        else "interrupted"
-    )
+    if isinstance(error, Terminated):
+        return f"terminated by {signal.Signals(error.args[0]).name}"
+    return "interrupted"
 
 
 @contextmanager
 def scheduler_signals() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and SIGHUP, but leave the handlers of a launcher and signals that are ignored (nohup)."""
-    # Python sets handlers in its main thread alone.
-    main = threading.current_thread() is threading.main_thread()
-    mine = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if main and signal.getsignal(number) == signal.SIG_DFL
-    ]
+    """Raise `Terminated` on SIGTERM and SIGHUP, unless a launcher handles or nohup ignores them."""
+    mine = []
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        both = (signal.SIGTERM, signal.SIGHUP)
+        mine = [number for number in both if signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, _: Any) -> None:
         for other in mine:  # schedulers repeat signals, and the record must be written undisturbed

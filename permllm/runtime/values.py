@@ -1,4 +1,4 @@
-"""Types of the values of settings, with what is valid, and the line that names a value which is not."""
+"""Types of the values of settings, and the line that names a value which is not valid."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def _names(given: Any) -> list[str]:
     names = [] if given is None else given if isinstance(given, list) else [given]
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            raise ValueError(
-                f"expected indices of layers and names of modules, and {name!r} is neither"
-            )
+            raise ValueError(f"{name!r} is neither the index of a layer nor the name of a module")
     return sorted({str(name) for name in names})
 
 

@@ -1,1 +1,1 @@
-"""Calibration of the dense model: statistics of its linears' inputs, saliency, the target of learning."""
+"""N:M masks, saliency, statistics of inputs, and the calibration of the dense model."""

@@ -1,4 +1,4 @@
-"""Calibration of the dense model's linears by a text, done once for all jobs with the same model, text and pruner."""
+"""Calibration of the dense model by a text, once for all jobs with this model, text and pruner."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Pruner(Method, ABC):
 
     @abstractmethod
     def factors(self, weight: Tensor, statistics: InputStatistics) -> SaliencyFactors:
-        """Return saliency factors of `weight (C_out, C_in)`, from the statistics that the pruner names."""
+        """Return saliency factors of `weight (C_out, C_in)` from the statistics that are named."""
 
     def update(
         self,
@@ -50,11 +50,8 @@ class Pruner(Method, ABC):
         pattern: NMPattern,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the updated weight and its mask (see `SparseGPT.update`).
-
-        A pruner that updates weights has it.
-        """
-        raise NotImplementedError(f"{type(self).__qualname__} updates no weights")
+        """Return the updated weight and its mask, as `SparseGPT.update`, if weights are updated."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -80,13 +77,13 @@ def calibrate_dense(
     compute_dtype: torch.dtype | None = None,
     norm_tokens: int = 1,
 ) -> DenseCalibration:
-    """Return the saliency factors of all linears, from the inputs that the dense model gives them, and the target of learning.
+    """Return the saliency factors of all linears of the dense model, and the target of learning.
 
     Args:
         model: dense, of a known family.
         groups: of the model, all layers.
         tokens: int64 `(samples, length)`.
-        pruner: whose statistics are needed; they exist for one layer at a time.
+        pruner: its statistics are summed, for one layer at a time.
         batch_size: samples a forward.
         compute_dtype: of the model's matrix products; None is that of its weights.
         norm_tokens: as in `InputStatistics`.
@@ -111,62 +108,39 @@ def shared_calibration(
     compute_dtype: torch.dtype,
     norm_tokens: int = 1,
 ) -> DenseCalibration:
-    """Return the result of `calibrate_dense`, or what an earlier job kept of it.
+    """Return the result of `calibrate_dense` for all linears, or what an earlier job kept of it.
 
     The target follows from model and text alone, so that jobs with another pruner do not keep it a
-    second time. The saliency of a pruner that is not of this package is not kept, nor is anything
-    of a model without an identity.
-
-    Args:
-        loaded: the dense model.
-        tokens: int64 `(samples, length)`.
-        pruner: whose statistics are needed.
-        pruner_settings: plain values that `pruner` was made from.
-        batch_size: samples a forward.
-        compute_dtype: of the model's matrix products.
-        norm_tokens: as in `InputStatistics`.
+    second time. `pruner_settings` are the plain values that the pruner was made from.
     """
 
     @cache  # one pass gives both
     def calibrated() -> DenseCalibration:
-        groups = channel_groups(loaded.model)
-        return calibrate_dense(
-            loaded.model, groups, tokens, pruner, batch_size, compute_dtype, norm_tokens
-        )
+        groups, how = channel_groups(loaded.model), (batch_size, compute_dtype, norm_tokens)
+        return calibrate_dense(loaded.model, groups, tokens, pruner, *how)
 
     kept = partial(_kept, loaded, tokens, batch_size, compute_dtype)
+    # The version of this package is part of the key; that of someone's own pruner is not known.
     if type(pruner).__module__.partition(".")[0] == __name__.partition(".")[0]:
         of_pruner = {"pruner": dict(pruner_settings), "norm_tokens": norm_tokens}
-        factors = unpacked_factors(
-            kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
-        )
+        packed = kept("saliency", of_pruner, lambda: packed_factors(calibrated().factors))
+        factors = unpacked_factors(packed)
     else:
-        # The version of this package is part of the key; that of someone's own pruner is not known.
         factors = calibrated().factors
-    return DenseCalibration(
-        factors, kept("target", {}, lambda: {"target": calibrated().target})["target"]
-    )
+    target = kept("target", {}, lambda: {"target": calibrated().target})["target"]
+    return DenseCalibration(factors, target)
 
 
 def shared_target(
     loaded: LoadedModel, tokens: Tensor, batch_size: int, compute_dtype: torch.dtype
 ) -> Tensor:
-    """Return the output of the dense model's last decoder layer for further tokens, or what an earlier job kept of it.
-
-    Args:
-        loaded: the dense model.
-        tokens: int64 `(samples, length)`.
-        batch_size: samples a forward.
-        compute_dtype: of the model's matrix products.
-
-    Returns:
-        `(samples, length, hidden)` on the host.
-    """
+    """Return the target of learning for further tokens, or what an earlier job kept of it."""
+    how = batch_size, compute_dtype
 
     def compute() -> dict[str, Tensor]:
-        return {"target": last_states(loaded.model, tokens, batch_size, compute_dtype)}
+        return {"target": last_states(loaded.model, tokens, *how)}
 
-    return _kept(loaded, tokens, batch_size, compute_dtype, "target", {}, compute)["target"]
+    return _kept(loaded, tokens, *how, "target", {}, compute)["target"]
 
 
 def _kept(
@@ -178,7 +152,10 @@ def _kept(
     more: Mapping[str, Any],
     compute: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Return tensors by name that follow from model, text and `more`: computed, or those that an earlier job kept."""
+    """Return tensors by name that follow from model, text and `more`, or what a job kept of them.
+
+    Nothing is kept of a model without an identity.
+    """
     if not loaded.identity:
         return compute()
     identity = {
@@ -204,13 +181,13 @@ def packed_factors(factors: Mapping[str, SaliencyFactors]) -> dict[str, Tensor]:
 
 def unpacked_factors(tensors: Mapping[str, Tensor]) -> dict[str, SaliencyFactors]:
     """Return the factors that `packed_factors` has packed."""
-    paths = [name.removesuffix("/power") for name in tensors if name.endswith("/power")]
-    return {
-        path: SaliencyFactors(
-            int(tensors[f"{path}/power"]), tensors[f"{path}/column"], tensors.get(f"{path}/row")
-        )
-        for path in paths
-    }
+    factors = {}
+    for name, power in tensors.items():
+        path, _, part = name.rpartition("/")
+        if part == "power":
+            column, row = tensors[f"{path}/column"], tensors.get(f"{path}/row")
+            factors[path] = SaliencyFactors(int(power), column, row)
+    return factors
 
 
 def member_factors(
@@ -219,47 +196,45 @@ def member_factors(
     """Return the saliency factors of the linears of a group, by path, from what they read.
 
     Raises:
-        ConfigError: the pruner gives something else than factors of this linear.
+        ConfigError: the pruner gives something else than factors of a linear.
         TrainingError: they are not finite, as where the states of a float16 model overflow.
     """
-    return {
-        path: _factors_of(pruner, path, linear_at(model, path).weight, statistics)
-        for path in group.members
-    }
+    found = {}
+    for path in group.members:
+        weight = linear_at(model, path).weight
+        found[path] = _checked(pruner, path, weight, pruner.factors(weight, statistics))
+    return found
 
 
-def _factors_of(
-    pruner: Pruner, path: str, weight: Tensor, statistics: InputStatistics
-) -> SaliencyFactors:
-    factors: object = pruner.factors(weight, statistics)
-    name = f"{type(pruner).__module__}.{type(pruner).__qualname__}"
+def _checked(pruner: Pruner, path: str, weight: Tensor, factors: object) -> SaliencyFactors:
+    """Return the factors that a pruner has given for a linear; raise as `member_factors`."""
+    given = f"{type(pruner).__module__}.{type(pruner).__qualname__}: the factors of {path}"
     if not isinstance(factors, SaliencyFactors):
-        raise ConfigError(
-            f"{name}: `factors` must give SaliencyFactors, and gave a {type(factors).__name__}"
-        )
+        raise ConfigError(f"{given} must be SaliencyFactors, not a {type(factors).__name__}")
     (rows, channels), column, row = weight.shape, factors.column, factors.row
-    terms = len(column) if row is not None else 1
-    if tuple(column.shape) not in ((terms, channels), (rows, channels)) or (
-        row is not None and row.shape != (terms, rows)
-    ):
+    terms = 1 if row is None else len(column)
+    fits = column.shape in ((terms, channels), (rows, channels))
+    if not fits or (row is not None and row.shape != (terms, rows)):
+        shapes = f"column {tuple(column.shape)}, row {row if row is None else tuple(row.shape)}"
         raise ConfigError(
-            f"{name}: the factors of {path}, ({rows}, {channels}), must be (K, {channels}) and (K, {rows}), or a score "
-            f"({rows}, {channels}) and None; they are column {tuple(column.shape)}, row {row if row is None else row.shape}"
+            f"{given} must be (K, {channels}) and (K, {rows}), or a score ({rows}, {channels}) "
+            f"and None; they are {shapes}"
         )
-    for part in (column, row):
-        if part is not None and not all_finite(part):
+    for part in (column,) if row is None else (column, row):
+        if not all_finite(part):
             raise TrainingError(
-                f"the saliency of {path} is not finite: are its inputs too large for {weight.dtype}, or its weights broken?"
+                f"the saliency of {path} is not finite: are its inputs too large for "
+                f"{weight.dtype}, or its weights broken?"
             )
-        if part is not None and bool(part.amin() < 0):
-            raise ConfigError(f"{name}: the factors of {path} must not be negative")
+        if bool(part.amin() < 0):
+            raise ConfigError(f"{given} must not be negative")
     return factors
 
 
 def by_layer(
     model: nn.Module, groups: list[ChannelGroup], label: str
 ) -> Iterator[tuple[int, list[ChannelGroup]]]:
-    """Give the groups of each decoder layer, whose weights are there, with a bar of progress; none of a dense layer."""
+    """Enter each decoder layer, with a bar of progress, and give its index and its groups."""
     placement = placement_of(model)
     for index in tqdm(range(len(decoder_layers(model))), desc=label, unit="layer"):
         with placement.layer(index):
@@ -273,15 +248,13 @@ def collecting(
     kinds: Iterable[type[InputStatistic]],
     norm_tokens: int = 1,
 ) -> Iterator[dict[str, InputStatistics]]:
-    """Sum statistics of what each group reads while the block runs; the first member speaks for all of its group."""
-    device = next(model.parameters()).device
-    statistics = {
-        group.name: InputStatistics(group.channels, device, kinds, norm_tokens) for group in groups
-    }
+    """Sum statistics of the inputs of each group, by its name, while layers run inside."""
+    device, found = next(model.parameters()).device, {}
     with ExitStack() as hooks:
         for group in groups:
-            linear, sums = linear_at(model, group.members[0]), statistics[group.name]
-            hooks.enter_context(
-                linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
-            )
-        yield statistics
+            sums = InputStatistics(group.channels, device, kinds, norm_tokens)
+            # All members of a group read the same.
+            linear, found[group.name] = linear_at(model, group.members[0]), sums
+            hook = linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.update(args[0]))
+            hooks.enter_context(hook)
+        yield found

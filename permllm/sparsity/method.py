@@ -14,7 +14,9 @@ from permllm.runtime.values import refused
 
 
 class Method:
-    """Base of pruners, permutations, masks and reconstructions, whose settings are the typed arguments of its class.
+    """Base of pruners, permutations, masks and reconstructions.
+
+    Its settings are the typed arguments of its class.
 
     Attributes:
         learned: it trains.
@@ -26,12 +28,12 @@ class Method:
     found_dense: str | None = None
 
     def validate(self, config: RunConfig) -> None:
-        """Raise ConfigError where a rule between the settings of the run and of this method is broken."""
+        """Raise ConfigError where settings of the run and of this method contradict each other."""
         if self.found_dense and config.calibration.statistics != "dense":
+            name = getattr(config, self.found_dense).get("name")
             raise ConfigError(
                 f"calibration.statistics={config.calibration.statistics} is not valid with "
-                f"{self.found_dense}={getattr(config, self.found_dense).get('name')}, which is found with dense statistics "
-                "and keeps them"
+                f"{self.found_dense}={name}, which is found with dense statistics and keeps them"
             )
 
     def check_groups(self, config: RunConfig, groups: list[Any], layers: int) -> None:
@@ -44,7 +46,7 @@ class Method:
         """
 
     def needs_device(self) -> str | None:
-        """Return why the method needs the weights of all layers on the device at once; None if it does not."""
+        """Return why all weights must be on the device at once; None if they need not."""
         return None
 
 
@@ -59,13 +61,12 @@ def instantiate(key: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: the class is not found, an argument is unknown, or a value is not valid.
     """
-    arguments = {
-        name: instantiate(f"{key}.{name}", value)
-        if isinstance(value, Mapping) and "_target_" in value
-        else value
-        for name, value in settings.items()
-        if name not in ("_target_", "name")
-    }
+    arguments = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            arguments[name] = instantiate(f"{key}.{name}", value)
+        elif name not in ("_target_", "name"):
+            arguments[name] = value
     target = str(settings.get("_target_"))
     module, _, name = target.rpartition(".")
     try:

@@ -20,33 +20,17 @@ COMPARE_UP_TO = 16
 
 
 def keep_largest(values: Tensor, n: int, dim: int) -> Tensor:
-    """Return the mask of the `n` largest entries along `dim`, ties to the lowest index.
-
-    Args:
-        values: any shape, floating; `dim` is one group of M entries.
-        n: how many to keep, 0 < n < values.shape[dim].
-
-    Returns:
-        bool, the shape of `values`, with exactly `n` True along `dim`.
-    """
+    """Return the mask, bool, of the `n` largest values along `dim`, ties to the lowest index."""
     return torch.stack(keep_largest_of(values.unbind(dim), n), dim=dim)
 
 
 def keep_largest_of(entries: Sequence[Tensor], n: int) -> list[Tensor]:
-    """Tell which of M tensors hold the `n` largest entries, place by place, ties to the first.
-
-    Args:
-        entries: M tensors of one shape.
-        n: how many to keep at each place, 0 < n < M.
-
-    Returns:
-        M bool tensors of that shape.
-    """
+    """Tell, as bool tensors, which of M tensors hold the `n` largest entries, place by place."""
     return [rank < n for rank in ranks_of(entries)]
 
 
 def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
-    """Count how many of M tensors hold a larger entry, place by place; of equal ones the first counts as the larger.
+    """Count how many of M tensors hold a larger entry, place by place; ties go to the first.
 
     Args:
         entries: M tensors of one shape.
@@ -77,27 +61,18 @@ def ranks_of(entries: Sequence[Tensor]) -> list[Tensor]:
 
 
 def nm_mask(saliency: Tensor, pattern: NMPattern) -> Tensor:
-    """Return the N:M mask along the last dimension.
-
-    Args:
-        saliency: `(..., C_in)`, floating, larger is more worth keeping; M divides C_in.
-
-    Returns:
-        bool `(..., C_in)`, exactly N True in each group of M consecutive entries.
-    """
+    """Return the N:M mask, bool, of a saliency `(..., C_in)` along its last dimension."""
     groups = saliency.unflatten(-1, (-1, pattern.m))
     return keep_largest(groups, pattern.n, dim=-1).flatten(-2)
 
 
 def permuted_nm_mask(saliency: Tensor, perm: Tensor, pattern: NMPattern) -> Tensor:
-    """Return the N:M mask that is chosen in permuted order and returned in the original order.
+    """Return the N:M mask of permuted channels in the original order, bool `(C_out, C_in)`.
 
     Args:
-        saliency: `(C_out, C_in)`, original channel order.
+        saliency: `(C_out, C_in)`, original order.
         perm: int64 `(C_in,)`, `saliency[:, perm]` is the permuted order.
-
-    Returns:
-        bool `(C_out, C_in)`, original channel order.
+        pattern: N:M.
     """
     return nm_mask(saliency[:, perm], pattern)[:, perm.argsort()]
 

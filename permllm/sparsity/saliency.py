@@ -1,4 +1,4 @@
-"""Saliency in factored form, so that it can be recomputed anywhere from the weight and a few vectors.
+"""Saliency in factored form, which can be recomputed from the weight and a few vectors.
 
 The saliency of a weight is `|w|^power` times a small sum of (column vector x row vector):
 
@@ -36,7 +36,7 @@ class SaliencyFactors:
 
     @classmethod
     def of_each_weight(cls, score: Tensor, power: int = 1) -> SaliencyFactors:
-        """Make a dense score `(C_out, C_in)`, float32 or float64, nonnegative: the saliency is `|W|^power * score`."""
+        """Make the factors of `|W|^power * score`, the score `(C_out, C_in)` and nonnegative."""
         return cls(power, score)
 
     @property
@@ -45,18 +45,17 @@ class SaliencyFactors:
         return self.row is None and len(self.column) > 1
 
     def permuted(self, perm: Tensor) -> SaliencyFactors:
-        """Return the factors of `W[:, perm]`; `perm` int64 `(C,)` may be any selection of channels."""
+        """Return the factors of `W[:, perm]`, for any selection of channels, int64 `(C,)`."""
         return SaliencyFactors(self.power, self.column[:, perm], self.row)
 
     def scaled(self, factor: float | Tensor) -> SaliencyFactors:
-        """Return the factors of the saliency times a positive scalar: the same masks, another sharpness of the softmax."""
+        """Return the factors of the saliency times a positive scalar."""
         return SaliencyFactors(self.power, self.column * factor, self.row)
 
     def to(self, device: torch.device | str) -> SaliencyFactors:
         """Return the same factors on `device`."""
-        return SaliencyFactors(
-            self.power, self.column.to(device), None if self.row is None else self.row.to(device)
-        )
+        row = None if self.row is None else self.row.to(device)
+        return SaliencyFactors(self.power, self.column.to(device), row)
 
 
 def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
@@ -65,10 +64,9 @@ def saliency(weight: Tensor, factors: SaliencyFactors) -> Tensor:
 
 
 def saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Return the saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors, same shape.
+    """Return the saliency of a transposed weight `(C_in, C_out)`, in the dtype of the factors.
 
-    The transposed layout is the one that learning uses: a channel is a row there, so a permutation
-    is a gather of rows.
+    Learning uses the transposed layout: a channel is a row there, so a permutation gathers rows.
     """
     if factors.power == 0:
         return factors.column.t()

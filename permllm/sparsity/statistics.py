@@ -1,10 +1,10 @@
-"""Sums over the inputs of linears: the norm of each channel, the Gram matrix, and whatever class a method names."""
+"""Sums over the inputs of linears: the norm of each channel, the Gram matrix."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,12 +29,12 @@ class InputStatistic(ABC):
 
     @staticmethod
     def memory(channels: int) -> int:
-        """Bytes that it takes for a group of so many channels, with what methods derive from it; for `plan=true`."""
+        """Return the bytes for a group of so many channels, with what methods derive from it."""
         return 8 * channels
 
 
 class Norm(InputStatistic):
-    """Sums of squares of each channel over tokens, float64: what Wanda and RIA weigh magnitudes with."""
+    """Sums of squares of each channel over tokens, float64, for Wanda and RIA."""
 
     def __init__(self, channels: int, device: torch.device | str, norm_tokens: int) -> None:
         self._norm_tokens = norm_tokens
@@ -58,7 +58,7 @@ class Norm(InputStatistic):
 
 
 class Gram(InputStatistic):
-    """Gram matrix `X^T X`, C_in squared numbers: the Hessian of a linear's squared output error (SparseGPT).
+    """Gram matrix `X^T X`: the Hessian of a linear's squared output error (SparseGPT).
 
     Attributes:
         value: float32 `(C_in, C_in)`.
@@ -83,9 +83,7 @@ _Kind = TypeVar("_Kind", bound=InputStatistic)
 
 
 class InputStatistics:
-    """The statistics that were asked for, of a channel group's inputs.
-
-    `statistics[Norm]` is the one of a class.
+    """Statistics of a channel group's inputs, by their classes (`statistics[Norm]`).
 
     Args:
         channels: C_in.
@@ -120,11 +118,11 @@ class InputStatistics:
             statistic.update(rows)
 
     def derived(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return what follows from the inputs, computed for all members of the group the first time it is asked for."""
+        """Return a value that follows from the inputs, computed once for the whole group."""
         if name not in self._derived:
             self._derived[name] = compute()
         return self._derived[name]
 
     def __getitem__(self, kind: type[_Kind]) -> _Kind:
         """Return the statistic of a class that was asked for."""
-        return cast(_Kind, self._held[kind])
+        return self._held[kind]  # type: ignore[return-value]

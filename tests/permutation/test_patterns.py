@@ -17,7 +17,7 @@ from permllm.permutation.foldable import foldable
 from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.distill import Distill
 from permllm.pruning.layerwise import Found, PrunedModel
-from permllm.pruning.obs import OBS
+from permllm.pruning.sparsegpt import OBS
 from permllm.sparsity.calibrate import Pruner, calibrate_dense
 from permllm.training.losses import cosine_loss
 from permllm.training.problem import LearningProblem

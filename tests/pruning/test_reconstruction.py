@@ -1,4 +1,4 @@
-"""Reconstructions lower the error of what they say they do, keep the masks, and come back from the record."""
+"""Reconstructions lower the error and keep the masks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.admm import ADMM
 from permllm.pruning.distill import Distill
 from permllm.pruning.layerwise import Found, PrunedModel
-from permllm.pruning.obs import OBS
 from permllm.pruning.reconstruction import PrunedLinear
+from permllm.pruning.sparsegpt import OBS
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram, InputStatistics
@@ -72,7 +72,7 @@ def test_the_model_comes_closer_to_the_dense_one_under_the_same_masks(
 
 
 def correlated() -> tuple[Tensor, PrunedLinear]:
-    """Inputs `(400, 64)` of which neighbours in a random order share half of their signal, and a linear pruned for them."""
+    """Return inputs `(400, 64)` that share signal in pairs, and a linear pruned for them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 64, generator=generator) + torch.randn(
         400, 32, generator=generator
@@ -87,12 +87,12 @@ def correlated() -> tuple[Tensor, PrunedLinear]:
 
 
 def squared_error(x: Tensor, linear: PrunedLinear, weight: Tensor) -> Tensor:
-    """Of each row's output."""
+    """Return the error of each row's output."""
     return (x @ (weight.double() - linear.dense.double()).T).square().sum(0)
 
 
 def least_squares(x: Tensor, linear: PrunedLinear) -> Tensor:
-    """The kept weights of least error, row by row."""
+    """Return the kept weights of least error, row by row."""
     best = torch.zeros_like(linear.dense, dtype=torch.float64)
     for row, kept in enumerate(linear.mask):
         best[row, kept] = torch.linalg.lstsq(

@@ -1,13 +1,13 @@
-"""Two ranks under torchrun learn what one process does from the same batches, whatever becomes of a job or of one of them."""
+"""Ranks learn what one process does from the same batches; an error holds for all, or ends all."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,205 +22,143 @@ from permllm.runs.launched import share_gpus
 from permllm.runs.sweep import kept
 from permllm.runtime import parallel
 from permllm.runtime.terminal import CONTINUES
+from permllm.training import checkpoint
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed
 
-OVERRIDES = (
-    "model=tiny",
-    "model.dtype=float64",
-    "logger=none",
-    "calibration.samples=15",  # batches of 4, 4, 4 and 3: unequal shares
-    "permutation.epochs=20",
-    "permutation.learning_rate=0.05",
-    "permutation.select_from=6",
-)
-# A rank cannot see the files of another one: its working directory and its cache are its own, as on
-# a machine of its own.
-APART = f"""
-import os, pathlib, runpy, sys
-from permllm.errors import DataError
-from permllm.runtime import parallel
-from permllm.training import checkpoint as training
-parallel._SAME_ERROR = 2.0
-own = pathlib.Path("rank" + os.environ["RANK"])
-own.mkdir(exist_ok=True)
-os.chdir(own)
-os.environ["PERMLLM_CACHE"] = str(own.resolve() / "cache")
-pathlib.Path("pid").write_text(str(os.getpid()))
-write, left = training.save_state, [int(os.environ.get("CHECKPOINTS_THAT_FIT", "1000"))]
-def write_torch(path, state):
-    left[0] -= 1
-    if left[0] < 0:
-        raise DataError(f"no space left to write {{path.name}}")
-    write(path, state)
-training.save_state = write_torch
-sys.argv[0] = {str(ROOT / "run.py")!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+TINY = ("model=tiny", "model.dtype=float64", "logger=none")
+# Batches of 4, 4, 4 and 3 samples: unequal shares.
+LCP = (*TINY, "calibration.samples=15", "permutation.epochs=4", "permutation.learning_rate=0.05")
 
 
-def torchrun(
-    cwd: Path, *overrides: str, processes: int = 2, **environment: str
-) -> subprocess.Popen[str]:
-    """Start ranks that share no folder: theirs are `rank0`, `rank1` and so on in `cwd`."""
-    script = cwd / "apart.py"
-    script.write_text(APART)
-    for rank in range(processes):
-        (cwd / f"rank{rank}" / "pid").unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        str(script),
-    ]
+def ranks(cwd: Path, *words: str, processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """Run a command in ranks that share no folder: theirs are `rank0`, `rank1` and so on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
     # On the CPU, which they can share, also on a machine with a GPU.
-    variables = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    } | environment
-    return subprocess.Popen(
-        [*command, *overrides],
-        cwd=cwd,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes), "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(rank: int) -> subprocess.CompletedProcess[str]:
+        folder = cwd / f"rank{rank}"
+        folder.mkdir(exist_ok=True)
+        return run_command(*words, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(processes) as pool:
+        for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
+            patch.setenv(name, "1")  # once for all threads, each of which does so too
+        return list(pool.map(run, range(processes)))
 
 
-def finished(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+def check_equal(single: Path, several: Path) -> None:
+    """Compare the tensors and the losses of two runs."""
+    for file in single.rglob("*.safetensors"):
+        alone, together = load_file(file), load_file(several / file.relative_to(single))
+        assert alone.keys() == together.keys()
+        for name, tensor in alone.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(together[name], tensor, rtol=1e-9, atol=1e-12)
+            else:
+                assert torch.equal(together[name], tensor), (file, name)
+    losses = []
+    for run in (single, several):
+        lines = (run / "history.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-12)
 
 
-def history(run: Path) -> list[dict[str, float]]:
-    file = run / "history.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process learns: the folder with its run `run`."""
-    folder = tmp_path_factory.mktemp("alone")
-    one = run_command(*OVERRIDES, "run_dir=run", cwd=folder)
-    assert one.returncode == 0, one.stderr
-    return folder
-
-
-def check_equal(single: Path, double: Path) -> None:
-    """The orders and the losses of two runs."""
-    alone, together = (load_file(run / "permutations.safetensors") for run in (single, double))
-    assert all(torch.equal(alone[name], together[name]) for name in alone)
-    assert any(not torch.equal(order.sort().values, order) for order in alone.values())
-    assert len(history(double)) == 20
-    for left, right in zip(history(single), history(double), strict=True):
-        assert abs(left["loss"] - right["loss"]) < 1e-12
-        if left["epoch"] > 14:
-            assert abs(left["measured_loss"] - right["measured_loss"]) < 1e-12
-
-
-def test_a_rank_that_ends_in_the_middle_of_learning_ends_all_and_the_same_command_continues(
-    tmp_path: Path, alone: Path
+def test_two_ranks_continue_a_run_to_what_one_process_learns(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command, run = (*OVERRIDES, "run_dir=run"), tmp_path / "rank0" / "run"
-    process = torchrun(tmp_path, *command)
-    give_up = time.monotonic() + 300
-    while len(history(run)) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-    os.kill(int((tmp_path / "rank1" / "pid").read_text()), signal.SIGKILL)
-    code, _, err = finished(process, seconds=60)
-    assert code != 0
-    assert err.count(CONTINUES) == 1
-    done = len(history(run))
-    assert 2 <= done < 20
-    # An error that one rank alone meets.
-    code, _, err = finished(torchrun(tmp_path, *command, CHECKPOINTS_THAT_FIT="2"), seconds=60)
-    assert code != 0
-    assert (
-        err.count(f"error: rank 0: no space left to write lcp_checkpoint.pt: {CONTINUES}")
-        == err.count("error: ")
-        == 1
-    )
-    assert done < len(history(run)) < 20
-    code, out, err = finished(torchrun(tmp_path, *command))
-    assert code == 0, err
-    # One of them says it. The state is written before the line of the history.
-    assert (
-        sum("continuing after step" in line for line in err.splitlines())
-        == out.count("files ")
-        == 1
-    )
-    assert sorted(entry.name for entry in (tmp_path / "rank1").iterdir()) == [
-        "pid"
-    ]  # rank 0 alone writes
-    orders = [
-        load_file(folder / "run" / "permutations.safetensors")
-        for folder in (alone, tmp_path / "rank0")
-    ]
-    assert all(torch.equal(orders[0][name], orders[1][name]) for name in orders[0])
+    # Orders are learned, then weights.
+    words = (*LCP, "permutation=lcp", "reconstruction=distill", "reconstruction.batch_size=4")
+
+    def learn(folder: Path) -> None:
+        job.run(read_config(composed(*words, f"run_dir={folder}")))
+
+    learn(tmp_path / "alone")
+    write, left = checkpoint.save_state, [2]
+
+    def write_and_stop(path: Path, state: object) -> None:
+        write(path, state)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_state", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "rank0" / "run")
+    done = ranks(tmp_path, *words, "run_dir=run")
+    assert [one.returncode for one in done] == [0, 0], done
+    # Rank 0 alone says it, and alone writes.
+    assert ["continuing after step" in one.stderr for one in done] == [True, False]
+    assert ["files " in one.stdout for one in done] == [True, False]
+    assert not [file for file in (tmp_path / "rank1").rglob("*") if file.is_file()]
+    check_equal(tmp_path / "alone", tmp_path / "rank0" / "run")
 
 
-def test_two_ranks_learn_what_one_process_does_and_what_becomes_of_a_job_holds_for_both(
-    tmp_path: Path, alone: Path
-) -> None:
-    def record(*overrides: str) -> RunDirectory:
-        config = read_config(composed(*OVERRIDES, *overrides))
+def test_what_becomes_of_a_job_of_a_sweep_holds_for_all_ranks(tmp_path: Path) -> None:
+    def record(*words: str) -> RunDirectory:
+        config = read_config(composed(*LCP, *words))
         return RunDirectory(tmp_path / "rank0" / run_directory(config), config)
 
     stray, busy = record("permutation.margin=1e300", "seed=1"), record("seed=1")
     stray.directory.mkdir(parents=True)
     (stray.directory / "stray").touch()
     with busy.opened():
-        command = ("-m", *OVERRIDES, "permutation.margin=1e300,0.05", "seed=1,0,0")
-        code, out, err = finished(torchrun(tmp_path, *command))
-    assert code == 1, err
+        words = ("-m", *LCP, "permutation.margin=1e300,0.05", "seed=1,0,0")
+        done = ranks(tmp_path, *words)
+    assert [one.returncode for one in done] == [1, 0], done
     (folder,) = (tmp_path / "rank0" / "runs" / "sweeps").iterdir()
     jobs = kept(folder)
-    reasons = {
-        0: "holds no config.yaml",  # which rank 0 alone meets
-        1: "is not finite",  # which all meet
-        2: "is not finite",
-        3: "is in use by another process",
-    }
-    assert [job.outcome for job in jobs] == ["failed"] * 3 + ["skipped", "ran", "skipped"]
-    assert all(reason in jobs[number].reason for number, reason in reasons.items())
-    assert err.count("error: ") == 3
-    assert "is finished already" in err
-    check_equal(alone / "run", Path(str(jobs[4].directory)))
-    assert out.count("1 ran, 2 skipped, 3 failed") == out.count("outcome") == 1
-    assert not list((tmp_path / "rank1").rglob("*.json"))
+    # Rank 0 alone meets the first; all meet the next ones.
+    reasons = ["holds no config.yaml", "is not finite", "is not finite", "is in use by another"]
+    assert [one.outcome for one in jobs] == ["failed"] * 3 + ["skipped", "ran", "skipped"]
+    assert all(reason in one.reason for reason, one in zip(reasons, jobs, strict=False))
+    assert done[0].stderr.count("error: ") == 3
+    assert "is finished already" in done[0].stderr
+    assert done[0].stdout.count("1 ran, 2 skipped, 3 failed") == 1
+    assert (done[1].stdout, done[1].stderr) == ("", "")
 
 
-def test_ranks_share_the_batches_that_weights_learn_from(tmp_path: Path) -> None:
-    words = (
-        "model=tiny",
-        "model.dtype=float64",
-        "logger=none",
-        "permutation=none",
-        "reconstruction=distill",
-        "run_dir=run",
+# Both ranks meet the first error; one alone meets the second, while the other waits for it.
+ERRORS = """
+from permllm.errors import ConfigError, DataError
+from permllm.runtime import parallel
+parallel._SAME_ERROR = 1.0
+parallel.start()
+for number in range(3):
+    try:
+        with parallel.in_step():
+            if number < 2:
+                raise ConfigError("wrong setting")
+            if parallel.rank() == 1:
+                raise DataError("no space left")
+            parallel.share(number)
+    except ConfigError as error:
+        print("met by all", flush=True)
+"""
+
+
+def test_an_error_that_one_rank_meets_alone_ends_all(tmp_path: Path) -> None:
+    script = tmp_path / "errors.py"
+    script.write_text(ERRORS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    words += ("calibration.samples=5", "reconstruction.batch_size=3")
-    one = run_command(*words, cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    code, _, err = finished(torchrun(tmp_path, *words))
-    assert code == 0, err
-    file = Path("run") / "weights" / "00000.safetensors"
-    alone, together = load_file(tmp_path / file), load_file(tmp_path / "rank0" / file)
-    for name, weight in alone.items():
-        torch.testing.assert_close(together[name], weight, rtol=1e-9, atol=1e-12)
+    assert done.returncode != 0
+    assert done.stdout.count("met by all") == 4
+    assert done.stderr.count(f"error: rank 1: no space left: {CONTINUES}") == 1
 
 
-@pytest.mark.parametrize(("count", "at_once"), [(4, None), (4, 1), (13, 2), (3, 5), (1, 1), (7, 2)])
+@pytest.mark.parametrize(("count", "at_once"), [(4, None), (13, 2), (3, 5), (1, 1)])
 def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
     count: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,39 +168,24 @@ def test_each_rank_has_as_many_portions_and_each_sample_counts_once(
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         found.append(parallel.portions(torch.arange(count), at_once))
     assert len({len(of_rank) for of_rank in found}) == 1
-    portions = [portion for of_rank in found for portion in of_rank]
-    assert all(
-        counted in (0, len(part)) and 0 < len(part) <= (at_once or count)
-        for part, counted in portions
-    )
-    assert sorted(int(index) for part, counted in portions if counted for index in part) == list(
-        range(count)
-    )
+    samples = []
+    for part, counted in (portion for of_rank in found for portion in of_rank):
+        assert counted in (0, len(part))
+        assert 0 < len(part) <= (at_once or count)
+        samples += part.tolist() if counted else []
+    assert sorted(samples) == list(range(count))
 
 
+@pytest.mark.parametrize("setting", ["permutation.batch_size", "calibration.samples"])
 def test_a_batch_that_leaves_processes_without_samples_is_refused(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 8)
     monkeypatch.setattr(parallel, "share", lambda value: value)
-    for setting in ("permutation.batch_size=4", "calibration.samples=4"):
-        config = read_config(
-            composed(
-                "model=tiny",
-                "logger=none",
-                "permutation.batch_size=8",
-                f"runs_dir={tmp_path}",
-                setting,
-            )
-        )
-        name = setting.split("=", maxsplit=1)[0]
-        with pytest.raises(
-            ConfigError,
-            match=rf"{setting} leaves .* of 8 processes without .*: the smallest is {name}=8",
-        ):
-            job.run(config)
+    words = ("permutation.batch_size=8", f"runs_dir={tmp_path}", f"{setting}=4")
+    with pytest.raises(ConfigError, match=f"{setting}=4 .*{setting}=8"):
+        job.run(read_config(composed(*TINY, *words)))
     assert not list(tmp_path.rglob("metrics.json"))
-    assert not cache.exists()
 
 
 def test_a_launcher_that_starts_processes_of_its_own_is_refused_under_torchrun(

@@ -55,27 +55,31 @@ def test_only_float32_is_rounded(
     assert compute_dtype(setting, weights, CPU) == expected
 
 
-def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weights_as_they_are() -> (
-    None
-):
+def masked(linear: nn.Linear) -> tuple[MaskedLinear, BlockLogits]:
+    """Return a linear of 32 channels that follows an order, and the logits of the order."""
+    logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
+    scores = Scores(SaliencyFactors(1, torch.ones(1, 32)))
+    return MaskedLinear(linear, scores, NMPattern(2, 4), logits.stacks), logits
+
+
+def set_order(module: MaskedLinear, logits: BlockLogits) -> None:
+    softs = [sinkhorn(stack, 1.0, 5) for stack in logits.effective()]
+    module.set_order(logits.base, torch.arange(16).repeat(2), softs)
+
+
+def test_a_masked_linear_rounds_the_factors_of_products_and_not_its_mask() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(32, 24).requires_grad_(False)
     # Weights that bfloat16 cannot tell apart: rounded first, the mask would be another.
     linear.weight.copy_(1.0 + torch.rand(24, 32) / 1024)
-    factors = SaliencyFactors(1, torch.ones(1, 32))
-    logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    module = MaskedLinear(linear, Scores(factors), NMPattern(2, 4), logits.stacks)
-    x = torch.randn(40, 32)
-    grad = torch.randn(40, 24)
-    perm = logits.base
-    hard = torch.arange(16).repeat(2)
-    mask = permuted_nm_mask(linear.weight, perm, NMPattern(2, 4))
-    weight = (linear.weight * mask).bfloat16().double()
-    grads = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    module, logits = masked(linear)
+    x, grad = torch.randn(40, 32), torch.randn(40, 24)
+    mask = permuted_nm_mask(linear.weight, logits.base, NMPattern(2, 4))
+    weight, grads = (linear.weight * mask).bfloat16().double(), []
+    for dtype in (torch.float32, torch.bfloat16):
         with products_in(dtype, CPU):
             logits.zero_grad()
-            module.set_order(perm, hard, [sinkhorn(stack, 1.0, 5) for stack in logits.effective()])
+            set_order(module, logits)
             inputs = x.clone().requires_grad_()
             y = module(inputs)
             y.backward(grad.to(y.dtype))
@@ -83,16 +87,14 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
         assert logits.logits[0].grad is not None
         assert inputs.grad is not None
         assert inputs.grad.dtype == logits.logits[0].grad.dtype == torch.float32
-        grads[dtype] = logits.logits[0].grad.flatten()
-        if dtype == torch.bfloat16:
-            # Rounded to 8 bits, once as a product and once with the bias.
-            exact = x.bfloat16().double() @ weight.T + linear.bias.double()
-            torch.testing.assert_close(
-                y.double(), exact, rtol=2**-7, atol=2**-7 * float(exact.abs().max())
-            )
-            exact = grad.bfloat16().double() @ weight
-            torch.testing.assert_close(inputs.grad.double(), exact, rtol=2**-8, atol=1e-6)
-    assert torch.cosine_similarity(grads[torch.bfloat16], grads[torch.float32], dim=0) > 0.999
+        grads.append(logits.logits[0].grad.flatten())
+    # Rounded to 8 bits, once as a product and once with the bias.
+    exact = x.bfloat16().double() @ weight.T + linear.bias.double()
+    bound = 2**-7 * float(exact.abs().max())
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=bound)
+    exact = grad.bfloat16().double() @ weight
+    torch.testing.assert_close(inputs.grad.double(), exact, rtol=2**-8, atol=1e-6)
+    assert torch.cosine_similarity(*grads, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -143,13 +145,8 @@ def test_half_precision_through_float32_rounds_once(
         "weight": torch.einsum("bto,bti->oi", wide_g, wide_x),
         "bias": wide_g.sum((0, 1)),
     }
-    assert x.grad is not None
-    found = {
-        "output": y.detach(),
-        "x": x.grad,
-        "weight": linear.weight.grad,
-        "bias": linear.bias.grad,
-    }
+    found = {"output": y.detach(), "x": x.grad}
+    found |= {"weight": linear.weight.grad, "bias": linear.bias.grad}
     for name, value in expected.items():
         actual = found[name]
         assert actual is not None
@@ -160,7 +157,7 @@ def test_half_precision_through_float32_rounds_once(
 
 
 class Formats(TorchDispatchMode):
-    """What matrix products are made in."""
+    """Recorder of the formats of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,25 +169,17 @@ class Formats(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "rounds", [torch.float32, torch.bfloat16]
-)  # the latter is autocast, as around calibration
+# bfloat16 is autocast, as around calibration.
+@pytest.mark.parametrize("rounds", [torch.float32, torch.bfloat16])
 def test_no_product_of_a_half_precision_model_is_made_in_half_precision(
     rounds: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(32, 24).bfloat16()
-    logits = BlockLogits(torch.randperm(32), split_blocks(32, 16), [torch.randn(2, 16, 16)])
-    module = MaskedLinear(
-        linear, Scores(SaliencyFactors(1, torch.ones(1, 32))), NMPattern(2, 4), logits.stacks
-    )
+    module, logits = masked(linear)
     x = torch.randn(5, 32).bfloat16().requires_grad_()
     with ThroughFloat32(), products_in(rounds, CPU), Formats() as formats:
-        module.set_order(
-            logits.base,
-            torch.arange(16).repeat(2),
-            [sinkhorn(stack, 1.0, 5) for stack in logits.effective()],
-        )
+        set_order(module, logits)
         y, plain = module(x), linear(x)
         (y + plain).sum().backward()
         model = tiny_model("llama", dtype=torch.bfloat16)
@@ -202,7 +191,6 @@ def test_no_product_of_a_half_precision_model_is_made_in_half_precision(
 
 
 def test_what_is_recomputed_in_backward_goes_through_float32_again() -> None:
-    """A mode does not reach into backward, where other products would save other tensors than forward did."""
     torch.manual_seed(0)
     linears = [nn.Linear(16, 16).half() for _ in range(2)]
     x = torch.randn(4, 16).half()
@@ -225,19 +213,21 @@ def test_what_is_recomputed_in_backward_goes_through_float32_again() -> None:
     assert ThroughFloat32.entered == 0
 
 
-def test_products_go_through_float32_where_a_cpu_cannot_do_without(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for native, dtype, expected in (
+@pytest.mark.parametrize(
+    ("native", "dtype", "expected"),
+    [
         (True, torch.bfloat16, False),
         (False, torch.bfloat16, True),
         (True, torch.float16, True),
         (False, torch.float32, False),
-        (False, torch.float64, False),
-    ):
-        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device, native=native: native)
-        assert isinstance(half_products(dtype, CPU), ThroughFloat32) is expected
-        assert not isinstance(half_products(dtype, torch.device("cuda")), ThroughFloat32)
+    ],
+)
+def test_products_go_through_float32_where_a_cpu_cannot_do_without(
+    native: bool, dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: native)
+    assert isinstance(half_products(dtype, CPU), ThroughFloat32) is expected
+    assert not isinstance(half_products(dtype, torch.device("cuda")), ThroughFloat32)
 
 
 def test_other_products_stay_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""A real SLURM of one node: a sweep, a job that is put back in its middle, and torchrun in a step."""
+"""A real SLURM of one node: a sweep, a job that is put back in its middle, torchrun in a step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,17 @@ import pytest
 from permllm.runs.sweep import kept
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 TINY = ("model=tiny", "logger=none", "permutation.epochs=1", "evaluation.perplexity.limit=2")
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of commands that find a running SLURM."""
-    missing = [
-        name
-        for name in ("munged", "slurmctld", "slurmd")
-        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None
-    ]
+    """Yield the environment of commands that find a running SLURM."""
+    path, names = f"{os.environ['PATH']}:/usr/sbin", ("munged", "slurmctld", "slurmd")
+    missing = [name for name in names if shutil.which(name, path=path) is None]
     if missing or os.geteuid():
-        text = (
-            f"needs root, and Debian's slurm-wlm and munge: without {', '.join(missing) or 'root'}"
-        )
+        text = f"needs root, slurm-wlm and munge: without {', '.join(missing) or 'root'}"
         if os.environ.get("CI"):
             pytest.fail(text)
         pytest.skip(text)
@@ -53,7 +49,7 @@ def started(slurm: dict[str, str], cwd: Path, *words: str) -> subprocess.Popen[s
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Its output, once it has ended well."""
+    """Return the output of a process, once it has ended well."""
     try:
         out, err = process.communicate(timeout=240)
     finally:
@@ -75,30 +71,14 @@ def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
     # Steps of a model of two narrow layers, enough of them to be met in the middle.
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        "-m",
-        *TINY,
-        "permutation=lcp",
-        "permutation.epochs=400",
-        "seed=0,1",
-    ]
-    command += [
-        "hydra/launcher=submitit_slurm",
-        "hydra.launcher.cpus_per_task=1",
-        "hydra.launcher.timeout_min=30",
-    ]
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, "permutation=lcp"]
+    command += ["permutation.epochs=400", "seed=0,1", "hydra/launcher=submitit_slurm"]
+    command += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=30"]
     sweep = started(slurm, tmp_path, *command)
     waited("a checkpoint", lambda: len(list(tmp_path.glob("runs/*/lcp*.pt"))) == 2, sweep)
-    jobs = subprocess.run(
-        ["squeue", "--noheader", "--format=%i"],
-        env=slurm,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    first = sorted(jobs.stdout.split())[0]
+    queue = ["squeue", "--noheader", "--format=%i"]
+    jobs = subprocess.run(queue, env=slurm, check=True, capture_output=True, text=True)
+    first = min(jobs.stdout.split())
     subprocess.run(["scontrol", "requeue", first], env=slurm, check=True)
     assert "2 ran" in ended(sweep)
     logs = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/*.log")}
@@ -113,17 +93,10 @@ def test_a_sweep_whose_job_is_put_back_in_its_middle_and_the_same_command_again(
 def test_torchrun_in_a_step_of_srun_starts_ranks_that_learn_together(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "run.py"),
-    ]
-    command = [*torchrun, *TINY, "permutation=lcp", "permutation.batch_size=2"]
-    ended(started(slurm, tmp_path, "srun", "--ntasks=1", "--cpus-per-task=2", *command))
+    command = ["srun", "--ntasks=1", "--cpus-per-task=2", sys.executable, "-m"]
+    command += ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "run.py"), *TINY, "permutation=lcp", "permutation.batch_size=2"]
+    ended(started(slurm, tmp_path, *command))
     (record,) = tmp_path.glob("runs/*/environment.json")
     assert json.loads(record.read_text())["hardware"]["processes"] == 2
     assert json.loads(record.with_name("metrics.json").read_text())["perplexity"]["sparse"]

@@ -16,18 +16,12 @@ import pytest
 from permllm import job
 from permllm.cli import call
 from permllm.config import read_config
-from permllm.export.checkpoint import Request, export_run
 from permllm.runtime.terminal import Terminated, exit_code, scheduler_signals
 from tests.conftest import ROOT
 from tests.test_config import composed
 
-QUICK = (
-    "model=tiny",
-    "logger=none",
-    "calibration.samples=4",
-    "calibration.seqlen=16",
-    "evaluation.perplexity.limit=1",
-)
+QUICK = ("model=tiny", "logger=none", "calibration.samples=4", "calibration.seqlen=16")
+QUICK += ("evaluation.perplexity.limit=1",)
 
 
 @pytest.fixture
@@ -67,18 +61,13 @@ def test_handlers_of_others_stay_and_so_does_what_is_ignored(handlers: None) -> 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {
-        "PERMLLM_CACHE": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in the background it is ignored, and would be there too
+    environment |= {"PERMLLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    # In the background it is ignored, and would be there too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words],
         cwd=folder,
-        env=environment,
+        env=environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,22 +78,18 @@ def test_a_sweep_that_a_scheduler_ends_says_so_and_keeps_what_it_has(tmp_path: P
     sweep = ("-m", "permutation.epochs=1,100000", *QUICK, "permutation.compile=false")
     process = started(tmp_path, *sweep)
     give_up = time.monotonic() + 200
-    while not any(
-        len(file.read_text().splitlines()) > 1 for file in tmp_path.rglob("history.jsonl")
-    ):
+    while not any(len(file.read_text()) > 1000 for file in tmp_path.rglob("history.jsonl")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < give_up
         time.sleep(0.05)
     process.terminate()
     out, error = process.communicate(timeout=100)
     assert process.returncode == 143, error
-    assert (
-        error.splitlines()[-1]
-        == "terminated by SIGTERM: the same command continues where it stopped"
-    )
+    said = "terminated by SIGTERM: the same command continues"
+    assert error.splitlines()[-1] == f"{said} where it stopped"
     assert "Traceback" not in error
     # The table of the sweep, and what became of its jobs.
-    assert "terminated by SIGTERM: the same command continues it" in " ".join(out.split())
+    assert f"{said} it" in " ".join(out.split())
     seconds = [json.loads(file.read_text())["seconds"] for file in tmp_path.rglob("metrics.json")]
     assert len(seconds) == 2
     assert all(found["permute"] > 0 for found in seconds)
@@ -120,51 +105,35 @@ def test_an_early_interruption_is_one_line(tmp_path: Path) -> None:
     assert error.startswith("interrupted: ")
 
 
-@pytest.mark.parametrize(("name", "unread", "full"), [("results", 141, 1), ("verify", 0, 2)])
-def test_a_command_ends_quietly_where_nobody_reads_and_in_one_line_where_the_disk_is_full(
-    name: str,
-    unread: int,
-    full: int,
-    run: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_where_nobody_reads_a_job_goes_on_and_where_the_disk_is_full_a_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = str(run[name])
+    run = tmp_path / "run"
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        assert call(name, [place]) == unread
-    assert capsys.readouterr().err == ""
+        job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={run}")))
+    assert json.loads((run / "metrics.json").read_text())["status"] == "finished"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert call("results", [str(run)]) == 141
+    assert not [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        assert call(name, [place]) == full
+        assert call("results", [str(run)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "No space left on device" in error
     assert error.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run directory, and a checkpoint of it, by the command that reads it."""
-    folder = tmp_path_factory.mktemp("run")
-    result = job.run(read_config(composed(*QUICK, "permutation=none", f"run_dir={folder}/run")))
-    assert result is not None
-    export_run(result[1], Request("gathered"), folder / "model")
-    return {"results": result[1], "verify": folder / "model"}
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "ran"),
-    [(["-m", *QUICK, "permutation=none", "seed=0,1"], (0, 141), 2), (["--help"], (141,), 0)],
-)
-def test_a_job_goes_on_where_nobody_reads_and_a_help_is_quiet(
-    words: list[str], code: tuple[int, ...], ran: int, tmp_path: Path
-) -> None:
-    process = started(tmp_path, *words)
+def test_a_help_is_quiet_where_nobody_reads(tmp_path: Path) -> None:
+    process = started(tmp_path, "--help")
     assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(timeout=200) in code
-    assert len(list(tmp_path.rglob("masks.safetensors"))) == ran
-    assert ran or (process.stderr is not None and process.stderr.read() == "")
+    assert process.wait(timeout=200) == 141
+    assert process.stderr.read() == ""

@@ -25,14 +25,13 @@ def brute_force(row: list[float], n: int, m: int) -> list[bool]:
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_mask_equals_sorting_each_group_with_ties_to_the_lowest_index(n: int, m: int) -> None:
     generator = torch.Generator().manual_seed(n * 100 + m)
-    saliency = torch.randint(
-        0, 4, (16, 4 * m), generator=generator
-    ).double()  # few values: many ties
+    # Few values: many ties.
+    saliency = torch.randint(0, 4, (16, 4 * m), generator=generator).double()
     mask = nm_mask(saliency, NMPattern(n, m))
     assert mask.tolist() == [brute_force(row, n, m) for row in saliency.tolist()]
 
 
-@pytest.mark.parametrize("m", [127, 128, 129, 300])
+@pytest.mark.parametrize("m", [17, 128, 300])
 def test_wide_groups_are_ranked_by_sorting(m: int) -> None:
     values = torch.randint(0, 9, (m, 3), generator=torch.Generator().manual_seed(m)).double()
     found = torch.stack(ranks_of(values.unbind(0))).long()
@@ -69,6 +68,5 @@ def test_packed_masks_are_those_that_were_given_in_an_eighth_of_their_bytes() ->
     assert [masks.packed(name)[0].numel() for name in given] == [2, 16]
     masks["a"] = ~given["a"]
     del masks["b"]
-    assert [(name, mask.tolist()) for name, mask in masks.items()] == [
-        ("a", (~given["a"]).tolist())
-    ]
+    assert list(masks) == ["a"]
+    assert torch.equal(masks["a"], ~given["a"])

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from permllm.pruning.magnitude import Magnitude
 from permllm.pruning.ria import RIA
 from permllm.pruning.sparsegpt import SparseGPT
-from permllm.pruning.wanda import Wanda
+from permllm.pruning.wanda import Magnitude, Wanda
 from permllm.sparsity.saliency import SaliencyFactors, saliency, saliency_t
 from permllm.sparsity.statistics import Gram, InputStatistics, Norm
 
@@ -40,16 +39,13 @@ def statistics(inputs: Tensor) -> InputStatistics:
 
 
 def norms(inputs: Tensor) -> list[float]:
-    rows = inputs.flatten(0, 1).double()
-    return [
-        math.sqrt(sum(float(value) ** 2 for value in rows[:, j]) / TOKENS) for j in range(CHANNELS)
-    ]
+    columns = inputs.flatten(0, 1).double().t()
+    return [math.sqrt(sum(float(value) ** 2 for value in one) / TOKENS) for one in columns]
 
 
 def table(formula: Callable[[int, int], float]) -> Tensor:
-    return torch.tensor(
-        [[formula(i, j) for j in range(CHANNELS)] for i in range(ROWS)], dtype=torch.float64
-    )
+    found = [[formula(i, j) for j in range(CHANNELS)] for i in range(ROWS)]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +66,12 @@ def test_a_pruners_saliency_is_its_formula(
         if isinstance(pruner, Wanda):
             return of_weight * norm[j]
         if isinstance(pruner, RIA):
-            return (of_weight / float(w[:, j].sum()) + of_weight / float(w[i].sum())) * norm[
-                j
-            ] ** pruner.exponent
+            shares = of_weight / float(w[:, j].sum()) + of_weight / float(w[i].sum())
+            return shares * norm[j] ** pruner.exponent
         return of_weight**2 / float(inverse[j, j])
 
     found = saliency(weight, pruner.factors(weight, statistics)).double()
-    rounding = (
-        0.0 if isinstance(pruner, Magnitude) else 1e-4 if isinstance(pruner, SparseGPT) else 1e-5
-    )
+    rounding = {Magnitude: 0.0, SparseGPT: 1e-4}.get(type(pruner), 1e-5)
     torch.testing.assert_close(found, table(formula), rtol=rounding, atol=0)
 
 
@@ -116,13 +109,8 @@ def test_factors_can_be_permuted_scaled_and_transposed(
     perm = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(2))
     score = torch.rand(ROWS, CHANNELS, generator=torch.Generator().manual_seed(3))
     dense = [SaliencyFactors.of_each_weight(score, power) for power in (1, 2)]
-    for factors in (
-        *(
-            pruner.factors(weight, statistics)
-            for pruner in (Magnitude(), Wanda(), RIA(), SparseGPT())
-        ),
-        *dense,
-    ):
+    pruners = (Magnitude(), Wanda(), RIA(), SparseGPT())
+    for factors in (*(pruner.factors(weight, statistics) for pruner in pruners), *dense):
         full = saliency(weight, factors)
         torch.testing.assert_close(saliency(weight[:, perm], factors.permuted(perm)), full[:, perm])
         torch.testing.assert_close(saliency_t(weight.t(), factors), full.t())

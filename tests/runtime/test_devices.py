@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from permllm.runtime.seeding import seed_everything
+from permllm.runtime.devices import seed_everything
 
 
-def test_a_seed_gives_the_same_numbers_and_kernels_are_reproducible_where_that_is_asked_for() -> (
-    None
-):
+def test_a_seed_gives_the_same_numbers_and_reproducible_kernels_where_asked_for() -> None:
     numbers = []
     for deterministic in (True, False):
         seed_everything(3, deterministic)
