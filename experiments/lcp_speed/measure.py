@@ -338,9 +338,7 @@ def _row(
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
                 with lcp.masked(problem, shared, window, kernels) as linears:
-                    learner = OrderLearner(
-                        lcp, problem, shared, window, orders, logits[name], linears
-                    )
+                    learner = OrderLearner(lcp, shared, orders, logits[name], linears)
                     training = Training(lcp, problem, window, learner, "lcp", CHECKPOINT)
                     training.step(
                         everything, moment

@@ -19,7 +19,7 @@ from permllm.pruning.layerwise import Found
 from permllm.pruning.sparsegpt import SparseGPT
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.training import checkpoint
+from permllm.training import loop
 from permllm.training.loop import Training
 from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
@@ -87,8 +87,8 @@ def test_what_does_not_move_is_the_pruners_mask_and_layers_that_do_not_learn_hav
 def test_an_interrupted_training_continues_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str | int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_EVERY", 0.0)
-    monkeypatch.setattr(checkpoint, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(loop, "_EVERY", 0.0)
+    monkeypatch.setattr(loop, "_TIMES_WRITING", 0.0)
     # With a scaler of gradients, which is a part of what goes on.
     dtype = torch.float16 if stage == "all" else torch.float32
     method = mask("score", batch_size=2, layers_per_stage=stage, epochs=3)

@@ -19,7 +19,7 @@ from permllm.permutation.foldable import (
 )
 from permllm.permutation.heuristic import heuristic_order, segments_of
 from permllm.pruning.wanda import Wanda
-from permllm.training.blocks import split_blocks
+from permllm.training.masked_linear import split_blocks
 from tests.conftest import FAMILY_SETTINGS, tiny_model
 from tests.pruning.test_layerwise import PATTERN, problem
 

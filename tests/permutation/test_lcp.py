@@ -30,7 +30,7 @@ from permllm.training.loop import Training
 from permllm.training.losses import cosine_loss
 from permllm.training.objective import Objective
 from permllm.training.problem import LearningProblem
-from permllm.training.windows import WindowStream
+from permllm.training.stages import WindowStream
 from tests.conftest import tiny_model
 from tests.pruning.test_layerwise import PATTERN, lcp, problem, pruned, tokens
 
@@ -81,10 +81,10 @@ def leave_gradients(
         Moment(0, 1, 0, 1),
     )
     with settings.masked(learning, shared, window, EAGER) as linears:
-        learner = OrderLearner(settings, learning, shared, window, start, blocks, linears)
+        learner = OrderLearner(settings, shared, start, blocks, linears)
         training = Training(settings, learning, window, learner, "lcp", "checkpoint")
         learner.begin(moment)
-        training.objective.backward(torch.arange(len(learning.tokens)), moment)
+        training.backward(torch.arange(len(learning.tokens)))
 
 
 def test_weights_of_logits_decay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_names_the_layer_and_keeps_the_b
 def test_a_measured_loss_that_is_not_finite_stops_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Objective, "mean", lambda self, count: float("nan"))
+    monkeypatch.setattr(Objective, "mean", lambda self: float("nan"))
     learning = problem(tiny_model("llama"), Wanda(), directory=tmp_path)
     with pytest.raises(TrainingError, match=r"best_so_far\.safetensors"):
         lcp(epochs=1, last_layers=1).orders(learning)

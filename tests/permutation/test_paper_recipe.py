@@ -146,7 +146,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
     reference: Any = copy.deepcopy(blocks)
     window = Window(0, 0, 2, None, problem.target)
     with method.masked(problem, shared, window, EAGER) as linears:
-        learner = OrderLearner(method, problem, shared, window, start, blocks, linears)
+        learner = OrderLearner(method, shared, start, blocks, linears)
         training = Training(method, problem, window, learner, "lcp", "checkpoint")
         moment = Moment(
             3, training.steps, 1, training.epochs

@@ -28,7 +28,7 @@ from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
-from permllm.training import checkpoint, objective
+from permllm.training import objective
 from permllm.training import loop as training
 from permllm.training.learner import Moment, Window
 from permllm.training.problem import LearningProblem
@@ -121,7 +121,7 @@ def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
 def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: int
 ) -> None:
-    write = checkpoint.save_state
+    write = training.save_state
 
     def write_and_stop(path: Path, state: Any) -> None:
         write(path, state)
@@ -129,9 +129,9 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
             raise KeyboardInterrupt
 
     whole = distilled(None)
-    monkeypatch.setattr(checkpoint, "_EVERY", 0.0)
-    monkeypatch.setattr(checkpoint, "_TIMES_WRITING", 0.0)
-    monkeypatch.setattr(checkpoint, "save_state", write_and_stop)
+    monkeypatch.setattr(training, "_EVERY", 0.0)
+    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(training, "save_state", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         distilled(tmp_path)
     with caplog.at_level("INFO"):
@@ -140,8 +140,8 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
-    monkeypatch.setattr(checkpoint, "_EVERY", math.inf)
-    monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
+    monkeypatch.setattr(training, "_EVERY", math.inf)
+    monkeypatch.setattr(training, "save_state", lambda *_: None)
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
     assert "learning begins anew" in caplog.text
 
@@ -237,8 +237,6 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
         )
         values = sum(int(mask.sum()) for mask in masks)
         rounded = 0 if products == torch.float32 else 2 * sum(mask.numel() for mask in masks)
-        assert (
-            loop.objective._not_yet_taken(target) == 4 * 3 * values + rounded
-        )  # gradients and two moments
+        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded  # gradients and two moments
         loop.step(torch.arange(2), Moment(0, 4, 0, 1))
-        assert loop.objective._not_yet_taken(target) == 4 * values + rounded
+        assert loop._not_yet_taken(target) == 4 * values + rounded

@@ -40,7 +40,7 @@ APART = f"""
 import os, pathlib, runpy, sys
 from permllm.errors import DataError
 from permllm.runtime import parallel
-from permllm.training import checkpoint as training
+from permllm.training import loop as training
 parallel._SAME_ERROR = 2.0
 own = pathlib.Path("rank" + os.environ["RANK"])
 own.mkdir(exist_ok=True)

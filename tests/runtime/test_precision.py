@@ -22,7 +22,7 @@ from permllm.runtime.precision import (
 )
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.blocks import split_blocks
+from permllm.training.masked_linear import split_blocks
 from permllm.training.losses import head_divergence
 from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import Scores
@@ -75,7 +75,7 @@ def test_a_masked_linear_multiplies_rounded_factors_under_the_mask_of_the_weight
     for dtype in (torch.bfloat16, torch.float32):
         with products_in(dtype, CPU):
             logits.zero_grad()
-            module.set_order(perm, hard, [sinkhorn(stack, 1.0, 5) for stack in logits.effective()])
+            module.set_order(perm, hard, [sinkhorn(logits.effective(0), 1.0, 5)])
             inputs = x.clone().requires_grad_()
             y = module(inputs)
             y.backward(grad.to(y.dtype))
@@ -189,7 +189,7 @@ def test_no_product_of_a_half_precision_model_is_made_in_half_precision(
         module.set_order(
             logits.base,
             torch.arange(16).repeat(2),
-            [sinkhorn(stack, 1.0, 5) for stack in logits.effective()],
+            [sinkhorn(logits.effective(0), 1.0, 5)],
         )
         y, plain = module(x), linear(x)
         (y + plain).sum().backward()

@@ -35,8 +35,8 @@ class LCPSettings(LearningSettings, LearnedPermutation):
         for pattern in config.patterns:
             if self.block_size % pattern.m:
                 raise ConfigError(
-                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} (sparsity={pattern}); "
-                    f"valid are {pattern.m}, {2 * pattern.m}, {3 * pattern.m}, ..."
+                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
+                    f"(sparsity={pattern}); valid are {pattern.m}, {2 * pattern.m}, ..."
                 )
         for progress in (0.0, 0.5, 1.0):
             check_positive(f"temperature: at progress={progress}", self.temperature(progress))
