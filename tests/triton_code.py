@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: in Triton's interpreter, and compiled for GPUs that are not there."""
+"""Triton kernels without a GPU: in Triton's interpreter, and compiled for a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def interpreted(code: str, given: Any) -> Any:
         code: Python that reads `given` and sets `found`.
         given: a value for `torch.save`, like what is returned.
     """
-    frame = f"import sys, torch\ngiven = torch.load(sys.argv[1])\n{code}\ntorch.save(found, sys.argv[2])"
+    before, after = "given = torch.load(sys.argv[1])", "torch.save(found, sys.argv[2])"
+    frame = "\n".join(["import sys, torch", before, code, after])
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / name) for name in ("given.pt", "found.pt")]
         torch.save(given, paths[0])

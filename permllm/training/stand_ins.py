@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 
 import torch
@@ -18,10 +18,10 @@ from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningSettings, StraightThrough
 
-StandIns = Iterator[dict[str, list[MaskedLinear]]]
+# Masked linears by the name of their group, while they stand in.
+StandIns = AbstractContextManager[dict[str, list[MaskedLinear]]]
 
 
-@contextmanager
 def learning_orders(
     problem: LearningProblem,
     stacks: Mapping[ChannelGroup, list[BlockStack]],
@@ -40,8 +40,6 @@ def learning_orders(
         scores_of: returns the scores of a linear by its path.
         straight_through, kernels: as in `MaskedLinear`.
 
-    Yields:
-        The masked linears by the name of their group.
     """
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
@@ -56,11 +54,9 @@ def learning_orders(
     def by_rows(_: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.contiguous()
 
-    with _standing_in(problem.model, stacks, stand_in, by_columns, by_rows) as masked:
-        yield masked
+    return _standing_in(problem.model, stacks, stand_in, by_columns, by_rows)
 
 
-@contextmanager
 def learning_scores(
     problem: LearningProblem,
     groups: Iterable[ChannelGroup],
@@ -80,8 +76,6 @@ def learning_scores(
             factors, both permuted.
         kernels: as in `MaskedLinear`.
 
-    Yields:
-        The masked linears by the name of their group.
     """
 
     @cache  # layers that come and go ask for it each time
@@ -101,8 +95,7 @@ def learning_scores(
         moved = None if identity else order
         return MaskedLinear(linear, scores, problem.pattern_of(group), order=moved, kernels=kernels)
 
-    with _standing_in(problem.model, groups, stand_in, permuted, back) as masked:
-        yield masked
+    return _standing_in(problem.model, groups, stand_in, permuted, back)
 
 
 def kernels_for(
@@ -122,7 +115,7 @@ def _standing_in(
     stand_in: Callable[[ChannelGroup, str, nn.Linear], MaskedLinear],
     change: Callable[[ChannelGroup, Tensor], Tensor],
     back: Callable[[ChannelGroup, Tensor], Tensor],
-) -> StandIns:
+) -> Iterator[dict[str, list[MaskedLinear]]]:
     """Put a stand-in in the place of every linear of some groups, and the linears back at the end.
 
     Args:

@@ -28,8 +28,8 @@ from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
-from permllm.training import objective
 from permllm.training import loop as training
+from permllm.training import objective
 from permllm.training.learner import Moment, Window
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings

@@ -22,9 +22,8 @@ from permllm.runtime.precision import (
 )
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.masked_linear import split_blocks
 from permllm.training.losses import head_divergence
-from permllm.training.masked_linear import MaskedLinear
+from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn

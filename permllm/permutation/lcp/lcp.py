@@ -1,14 +1,15 @@
-"""Learnable channel permutation (PermLLM, section 4): the start, and the windows of layers in turn.
+"""Learnable channel permutation: its settings, its start, and the windows of layers in turn.
 
-All logits of a window of decoder layers learn together, end to end, against the dense model's
-output of the window's last layer. The weights stay as they are. Forward uses hard permutations and
-hard masks; backward goes through the soft ones.
+PermLLM, section 4. All logits of a window of decoder layers learn together, end to end, against the
+dense model's output of the window's last layer. The weights stay as they are. Forward uses hard
+permutations and hard masks; backward goes through the soft ones.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -16,9 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_positive
 from permllm.models.families import ChannelGroup, decoder_layers
-from permllm.permutation.base import LearningPlan
+from permllm.permutation.base import Constraint, LearnedPermutation, LearningPlan
 from permllm.permutation.foldable import (
     SharedOrder,
     check_segments,
@@ -29,22 +30,44 @@ from permllm.permutation.foldable import (
 from permllm.permutation.heuristic import heuristic_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
-from permllm.permutation.lcp.settings import LCPSettings
 from permllm.runs.names import CHECKPOINT
-from permllm.runtime.values import SETTINGS
+from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.training.kernels import Kernels
-from permllm.training.learner import Window
+from permllm.training.learner import Moment, Window
 from permllm.training.masked_linear import BlockStack, MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
+from permllm.training.settings import LearningSettings, StraightThrough
 from permllm.training.stages import Course
-from permllm.training.stand_ins import kernels_for, learning_orders
+from permllm.training.stand_ins import StandIns, kernels_for, learning_orders
 
 
 @dataclass(kw_only=True, config=SETTINGS)
-class LCP(LCPSettings):
-    """The method; its settings are those of `LCPSettings`."""
+class LCP(LearningSettings, LearnedPermutation):
+    """Learnable channel permutation; `conf/permutation/lcp.yaml` explains its settings."""
+
+    block_size: Count
+    temperature: Callable[[float], float]
+    constraint: Constraint = "free"
+    init: Literal["heuristic", "random"] = "heuristic"
+    conventions: Literal["ours", "paper"] = "ours"
+    sinkhorn_iterations: Whole = 5
+    straight_through: StraightThrough = "swap"
+    margin: Amount = 0.05
+    noise: Amount = 0.02
+
+    @override
+    def validate(self, config: RunConfig) -> None:
+        super().validate(config)
+        for pattern in config.patterns:
+            if self.block_size % pattern.m:
+                raise ConfigError(
+                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
+                    f"(sparsity={pattern}); valid are {pattern.m}, {2 * pattern.m}, ..."
+                )
+        for progress in (0.0, 0.5, 1.0):
+            check_positive(f"temperature: at progress={progress}", self.temperature(progress))
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
@@ -103,7 +126,7 @@ class LCP(LCPSettings):
             groups = [group for order in learning for group in order.groups]
             kernels = kernels_for(self, problem, groups)
             with self.masked(problem, shared, window, kernels) as linears:
-                learner = OrderLearner(self, shared, orders, logits, linears)
+                learner = self.learner(shared, orders, logits, linears)
                 course.train(window, learner)
                 orders = learner.best
                 del logits, learner  # before those of the next window
@@ -111,7 +134,7 @@ class LCP(LCPSettings):
 
     def masked(
         self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels
-    ) -> AbstractContextManager[dict[str, list[MaskedLinear]]]:
+    ) -> StandIns:
         """Put masked linears, by the pruner's saliency, into a window of the problem's model."""
 
         def scores_of(path: str) -> Scores:
@@ -126,6 +149,28 @@ class LCP(LCPSettings):
             for order, group in members(shared, window)
         }
         return learning_orders(problem, stacks, scores_of, self.straight_through, kernels)
+
+    def learner(
+        self,
+        shared: list[SharedOrder],
+        orders: dict[str, Tensor],
+        logits: dict[str, BlockLogits],
+        linears: dict[str, list[MaskedLinear]],
+    ) -> OrderLearner:
+        """Return the learner of a window; the arguments as in `OrderLearner`."""
+        paper = self.conventions == "paper"
+
+        def temperature(moment: Moment) -> float:
+            if paper:
+                return self.temperature(moment.epoch / moment.epochs)
+            return self.temperature(moment.step / max(1, moment.steps - 1))
+
+        # The paper's released code begins with a softmax of rows: a first iteration does the same,
+        # where there is one.
+        halves = 2 * self.sinkhorn_iterations or int(paper)
+        return OrderLearner(
+            shared, orders, logits, linears, self.learning_rate, temperature, halves
+        )
 
     def start_orders(
         self, problem: LearningProblem, shared: list[SharedOrder], first: int

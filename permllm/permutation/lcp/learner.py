@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from permllm.models.families import ChannelGroup
 from permllm.permutation.foldable import SharedOrder, expanded
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch, soft_batches
-from permllm.permutation.lcp.settings import LCPSettings
 from permllm.runs.names import BEST_SO_FAR
 from permllm.runs.tensors import save_tensors
 from permllm.runtime import parallel
@@ -36,11 +35,13 @@ class OrderLearner(Learner):
     """Permutations of a window, here called orders.
 
     Args:
-        settings: of LCP.
         shared: all orders of the model.
         orders: int64 `(channels,)` of each of them at the start.
         logits: by name of each order that learns.
         linears: masked linears by channel group of the window.
+        learning_rate: at the start.
+        temperature: of the soft permutations, by the moment of the training.
+        halves: half iterations of Sinkhorn's normalisation.
 
     Attributes:
         present: all orders of the model, on the device of the logits.
@@ -49,19 +50,21 @@ class OrderLearner(Learner):
 
     def __init__(
         self,
-        settings: LCPSettings,
         shared: list[SharedOrder],
         orders: Mapping[str, Tensor],
         logits: dict[str, BlockLogits],
         linears: dict[str, list[MaskedLinear]],
+        learning_rate: float,
+        temperature: Callable[[Moment], float],
+        halves: int,
     ) -> None:
-        self.settings = settings
         self.shared = shared
         self.blocks = logits
         self.linears = linears
         self.logits = nn.ModuleDict(
             {name.replace(".", "/"): block for name, block in logits.items()}
         )
+        self.learning_rate, self.temperature, self.halves = learning_rate, temperature, halves
         bases = [block.base for block in logits.values()]
         self.channels, self.device = sum(map(len, bases)), bases[0].device
         self.present = {name: order.to(self.device) for name, order in orders.items()}
@@ -73,22 +76,13 @@ class OrderLearner(Learner):
 
     @override
     def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.logits.parameters()), "lr": self.settings.learning_rate}]
-
-    def temperature(self, moment: Moment) -> float:
-        """Return the temperature of the soft permutations."""
-        if self.settings.conventions == "paper":
-            return self.settings.temperature(moment.epoch / moment.epochs)
-        return self.settings.temperature(moment.step / max(1, moment.steps - 1))
+        return [{"params": list(self.logits.parameters()), "lr": self.learning_rate}]
 
     @override
     @torch.no_grad()
     def begin(self, moment: Moment) -> None:
         self._before = self.present
-        # The paper's released code begins with a softmax of rows: a first iteration does the same,
-        # where there is one.
-        halves = 2 * self.settings.sinkhorn_iterations or int(self.settings.conventions == "paper")
-        self._batches = soft_batches(self.blocks, self.temperature(moment), halves)
+        self._batches = soft_batches(self.blocks, self.temperature(moment), self.halves)
         _check_finite(self._batches)
         hards, softs = dict[tuple[str, int], Tensor](), dict[tuple[str, int], Tensor]()
         solved = harden([batch.soft for batch in self._batches])
