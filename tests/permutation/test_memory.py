@@ -47,7 +47,7 @@ print(peak_host_memory() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("layers", ["all", 4])
+@pytest.mark.parametrize("layers", ["all", pytest.param(4, marks=pytest.mark.slow)])
 def test_learning_stays_within_its_memory(layers: str | int) -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     command = [sys.executable, "-c", CHILD, str(layers)]

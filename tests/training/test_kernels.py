@@ -39,39 +39,40 @@ def tied(n: int, m: int, power: int, with_row: bool) -> tuple[Piece, Tensor]:
 
 
 def check_mask_and_gradients(
-    kernels: Kernels, piece: Piece, grad: Tensor, dtype: torch.dtype
+    kernels: Kernels, piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
 ) -> None:
     weight = piece.of(piece.weight_t)
     score = saliency(weight.t(), SaliencyFactors(piece.power, piece.column, piece.row))
     kept = nm_mask(score, NMPattern(piece.n, piece.m)).t()
     expected = torch.zeros_like(grad, dtype=dtype)
     expected[piece.channels] = torch.where(kept, weight, 0.0).to(dtype)  # type: ignore[index]
-    for hard in (True, False):
-        outs = [torch.zeros_like(expected) for _ in range(3)]
-        kernels.mask(outs[0], piece)
-        ours = kernels.softmax_gradients(outs[1], piece, grad, dtype, hard)
-        theirs = EAGER.softmax_gradients(outs[2], piece, grad, dtype, hard)
-        assert all(torch.equal(out, expected) for out in outs)
-        torch.testing.assert_close(ours, theirs)
+    outs = [torch.zeros_like(expected) for _ in range(3)]
+    kernels.mask(outs[0], piece)
+    ours = kernels.softmax_gradients(outs[1], piece, grad, dtype, hard)
+    theirs = EAGER.softmax_gradients(outs[2], piece, grad, dtype, hard)
+    assert all(torch.equal(out, expected) for out in outs)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_a_piece_is_written_under_its_mask(n: int, m: int) -> None:
-    check_mask_and_gradients(EAGER, *tied(n, m, 1, False), torch.bfloat16)
+    for hard in (True, False):
+        check_mask_and_gradients(EAGER, *tied(n, m, 1, False), torch.bfloat16, hard)
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "power", "with_row", "dtype"),
+    ("n", "m", "power", "with_row", "dtype", "hard"),
     [
-        (2, 4, 1, False, torch.bfloat16),
-        pytest.param(3, 4, 2, True, torch.float32, marks=slow),
-        pytest.param(4, 8, 1, True, torch.float32, marks=slow),
+        (2, 4, 1, False, torch.bfloat16, True),
+        pytest.param(2, 4, 1, False, torch.bfloat16, False, marks=slow),
+        pytest.param(3, 4, 2, True, torch.float32, True, marks=slow),
+        pytest.param(4, 8, 1, True, torch.float32, False, marks=slow),
     ],
 )
 def test_compiled_kernels_are_the_eager_ones(
-    n: int, m: int, power: int, with_row: bool, dtype: torch.dtype
+    n: int, m: int, power: int, with_row: bool, dtype: torch.dtype, hard: bool
 ) -> None:
-    check_mask_and_gradients(COMPILED, *tied(n, m, power, with_row), dtype)
+    check_mask_and_gradients(COMPILED, *tied(n, m, power, with_row), dtype, hard)
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
