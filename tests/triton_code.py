@@ -33,7 +33,8 @@ def interpreted(code: str, given: Any) -> Any:
         paths = [str(Path(folder) / name) for name in ("given.pt", "found.pt")]
         torch.save(given, paths[0])
         environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", frame, *paths], env=environment, check=True)
+        command = [sys.executable, "-c", frame, *paths]
+        subprocess.run(command, env=environment, check=True, timeout=300)
         return torch.load(paths[1])
 
 
