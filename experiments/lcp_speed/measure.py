@@ -30,7 +30,6 @@ from permllm.permutation.foldable import shared_orders
 from permllm.permutation.heuristic import assignment_scores
 from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.learner import OrderLearner
 from permllm.permutation.lcp.logits import soft_batches
 from permllm.permutation.lcp.temperature import Constant
 from permllm.runs.environment import hardware
@@ -339,9 +338,7 @@ def _row(
             for name, recompute in (("lcp", False), ("checkpoint", True)):
                 lcp = LCP(**settings, activation_checkpointing=recompute)
                 with lcp.masked(problem, shared, window, kernels) as linears:
-                    learner = OrderLearner(
-                        lcp, problem, shared, window, orders, logits[name], linears
-                    )
+                    learner = lcp.learner(shared, orders, logits[name], linears)
                     training = Training(lcp, problem, window, learner, "lcp", CHECKPOINT)
                     training.step(
                         everything, moment

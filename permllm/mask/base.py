@@ -1,4 +1,4 @@
-"""Contracts of the mask methods."""
+"""Contracts of the mask methods, and the one that leaves masks to the pruner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from permllm.training.problem import LearningProblem
 
 
 class Mask(Method):
-    """Base of all methods; as it is, `mask=pruner`: nothing learns.
+    """Base of all methods; itself `mask=pruner`, which finds nothing.
 
     Attributes:
         local: the pruner chooses the masks of a linear when it is pruned; otherwise they are all
@@ -26,10 +26,10 @@ class Mask(Method):
 
 
 class FoundMask(Mask, ABC):
-    """Base of the methods that find the masks of all linears together; each rank of torchrun calls it.
+    """Base of the methods that find the masks of all linears together, in all ranks.
 
     Attributes:
-        statistics: of what the linears read, that it sums over the calibration text
+        statistics: of the linears' inputs, which the method sums over the calibration text
             (`permllm.sparsity`).
     """
 
@@ -39,10 +39,10 @@ class FoundMask(Mask, ABC):
 
     @abstractmethod
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the masks by linear, bool `(C_out, C_in)` on the CPU, in the original channel order.
+        """Return the masks by linear, bool `(C_out, C_in)` on the CPU, in original channel order.
 
         Args:
-            problem: what they are found for.
+            problem: model, samples and targets.
             orders: int64 `(C_in,)` on the CPU by channel group.
         """
 
@@ -52,9 +52,8 @@ class MaskPlan:
     """Plan of a learned mask, for `plan=true`.
 
     Attributes:
-        windows: first decoder layer and the one after the last of what learns together, one after
-            the other.
-        parameters: that masks are chosen by and learn, by decoder layer.
+        windows: first decoder layer and the one after the last of each window.
+        parameters: number of parameters that learn, by decoder layer.
         keeps_masked: masked weights wait for backward.
     """
 

@@ -1,4 +1,4 @@
-"""Masks that are learned by scores: windows of layers in turn, in orders that are given."""
+"""Masks that are learned by scores: windows of layers in turn, in given permutations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from permllm.training.stand_ins import kernels_for, learning_scores
 
 @dataclass(kw_only=True, config=SETTINGS)
 class ScoreMask(LearningSettings, LearnedMask):
-    """Masks by a score for each weight, from the logarithm of the pruner's saliency; 16 bytes a weight of a window."""
+    """Masks by a score for each weight, which needs 16 bytes a weight of a window.
+
+    The scores start at the logarithm of the pruner's saliency.
+    """
 
     epochs: Count = 1
     select_from: Whole = 0
@@ -44,11 +47,17 @@ class ScoreMask(LearningSettings, LearnedMask):
     def scores(
         self, weight: Tensor, factors: SaliencyFactors, generator: torch.Generator
     ) -> Scores:
-        """Return the scores of a linear at the start, from its weight `(C_out, C_in)`; they choose the pruner's mask."""
+        """Return the scores of a linear at the start, which choose the pruner's mask.
+
+        Args:
+            weight: `(C_out, C_in)`, of the linear.
+            factors: of the pruner's saliency.
+            generator: of what is random.
+        """
         return FreeScores(weight, factors)
 
     def count(self, group: ChannelGroup) -> int:
-        """Return the number of parameters of the linears of a group."""
+        """Return the number of parameters of a group's linears."""
         return group.channels * sum(group.rows)
 
     @override
@@ -61,8 +70,9 @@ class ScoreMask(LearningSettings, LearnedMask):
     @override
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
         course = Course(self, problem, "mask", MASK_CHECKPOINT)
-        before = {} if course.state is None else course.state["learner"]["earlier"]
-        found: dict[str, Tensor] = {path: bits.cpu() for path, bits in before.items()}
+        found: dict[str, Tensor] = {}
+        if course.state is not None:
+            found = _on_cpu(course.state["learner"]["earlier"])
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
             if path in found:
@@ -90,7 +100,7 @@ class ScoreMask(LearningSettings, LearnedMask):
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LowRankMask(ScoreMask):
-    """Masks by the pruner's saliency, a factor a channel and a term of low rank, which need little memory."""
+    """Masks by the pruner's saliency, a factor a channel and a term of low rank: little memory."""
 
     rank: Whole = 8
     kind = LowRankScores
@@ -107,17 +117,17 @@ class LowRankMask(ScoreMask):
 
 
 class MaskLearner(Learner):
-    """Masks of a window as they learn.
+    """Learner of the masks of a window.
 
     Args:
-        problem: whose model's linears in the window are masked linears now.
+        problem: its model has the masked linears.
         groups: of the window.
         linears: masked linears by group, whose scores learn.
         learning_rate: of the scores.
         earlier: masks of the windows before, like `best`.
 
     Attributes:
-        best: masks by linear, original channel order, on the CPU, as `packed_mask` gives them.
+        best: masks by linear, packed by `packed_mask`, in original channel order, on the CPU.
     """
 
     def __init__(
@@ -139,14 +149,10 @@ class MaskLearner(Learner):
         self.learning_rate = learning_rate
         self.best: dict[str, Tensor] = {}
         self._at_epoch: dict[str, Tensor] = {}
+        self.gathers = any(linear.order is not None for linear in self.linears.values())
         self.scores = nn.ModuleDict(
             {path.replace(".", "/"): linear.scores for path, linear in self.linears.items()}
         )
-
-    @property
-    @override
-    def gathers(self) -> bool:
-        return any(linear.order is not None for linear in self.linears.values())
 
     @override
     def masked_weights(self) -> int:
@@ -162,13 +168,12 @@ class MaskLearner(Learner):
 
     @torch.no_grad()
     def present(self) -> dict[str, Tensor]:
-        """Return the masks as they are now, like `best`."""
+        """Return the present masks, like `best`."""
         found: dict[str, Tensor] = {}
         for group in self.groups:
             with self._placement.layer(group.layer):
-                found |= {
-                    path: packed_mask(self.linears[path].mask().cpu()) for path in group.members
-                }
+                for path in group.members:
+                    found[path] = packed_mask(self.linears[path].mask().cpu())
         return found
 
     @override
@@ -195,5 +200,8 @@ class MaskLearner(Learner):
     @override
     def restore(self, state: dict[str, Any]) -> None:
         self.scores.load_state_dict(state["scores"])
-        self.best = {path: bits.cpu() for path, bits in state["best"].items()}
-        self._at_epoch = {path: bits.cpu() for path, bits in state["at_epoch"].items()}
+        self.best, self._at_epoch = _on_cpu(state["best"]), _on_cpu(state["at_epoch"])
+
+
+def _on_cpu(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: bits.cpu() for path, bits in masks.items()}

@@ -1,11 +1,11 @@
-"""Masks of a lower output error: exchanges within the groups of the pruner's masks, by the Gram matrix of the inputs.
+"""Masks of a lower output error, by exchanges within the groups of the pruner's masks.
 
-What a mask takes away of a row of a weight, `e`, adds `e H e^T` to the squared error of its output,
-with `H = X^T X`. Wanda's saliency ranks by the diagonal of `H` alone. Here a kept and a pruned
-weight of a group change places where the whole error falls, group after group, given the masks of
-all the others: coordinate descent, whose end, after more sweeps than pay, is where no exchange
-within a group gains anything. Exchanges by their true error are SparseSwaps' (arXiv 2512.10922);
-there one pair of a row is exchanged a step.
+Let `W (C_out, C_in)` be a weight, `X (tokens, C_in)` its inputs and `H = X^T X`. If a mask removes
+`e` of a row of W, it adds `e H e^T` to the squared error of the output. Wanda's saliency ranks by
+the diagonal of H alone. Here a kept and a pruned weight of a group change places where the whole
+error falls, group after group, given the masks of all others: coordinate descent, which ends where
+no exchange within a group gains anything. SparseSwaps (arXiv 2512.10922) exchanges by the same
+error, one pair of a row a step.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.statistics import Gram
 from permllm.training.problem import LearningProblem
 
-# Channels whose products with H are brought up to date group by group; those of all others follow
-# once for so many.
+# Channels whose products with H follow each exchange; those of all others follow once for so many.
 _BLOCK = 64
-# Sweeps over the groups of a linear: most of what there is to gain comes in the first ones.
+# Sweeps over the groups of a linear: the first ones bring most of the gain.
 _SWEEPS = 3
 
 
 class RefinedMask(FoundMask):
-    """The pruner's masks, refined on what the linears read in the dense model.
+    """The pruner's masks, refined on the inputs of the linears in the dense model.
 
     Nothing learns, no weight changes.
     """
@@ -46,25 +45,20 @@ class RefinedMask(FoundMask):
     @torch.no_grad()
     def masks(self, problem: LearningProblem, orders: Mapping[str, Tensor]) -> PackedMasks:
         tokens = problem.tokens if problem.calibration is None else problem.calibration
-        stream, masks = (
-            LayerStream(problem.model, tokens, problem.calibration_batch_size),
-            PackedMasks(),
-        )
-        for layer, members in by_layer(problem.model, problem.groups, "refine masks"):
-            with collecting(problem.model, members, (Gram,)) as statistics:
+        stream = LayerStream(problem.model, tokens, problem.calibration_batch_size)
+        masks = PackedMasks()
+        for layer, groups in by_layer(problem.model, problem.groups, "refine masks"):
+            with collecting(problem.model, groups, self.statistics) as statistics:
                 stream.advance(layer)
-            for group in members:
+            for group in groups:
                 pattern, order = problem.pattern_of(group), orders[group.name].to(problem.device)
                 gram = statistics[group.name][Gram].value[order][:, order]
                 weights = [linear_at(problem.model, path).weight for path in group.members]
-                start = [
-                    permuted_nm_mask(problem.saliency_of(path), order, pattern)
-                    for path in group.members
-                ]
-                # What reads the same channels is refined together: the more rows, the fewer passes.
-                with products_in(
-                    gram.dtype, problem.device
-                ):  # what is narrower in a model's products would decide wrongly
+                saliencies = (problem.saliency_of(path) for path in group.members)
+                start = [permuted_nm_mask(score, order, pattern) for score in saliencies]
+                # Linears that read the same channels are refined together: the more rows, the
+                # fewer passes. Products in a narrower format would decide wrongly.
+                with products_in(gram.dtype, problem.device):
                     mask = refined_mask(
                         torch.cat(weights)[:, order], torch.cat(start)[:, order], gram, pattern
                     )
@@ -77,22 +71,25 @@ class RefinedMask(FoundMask):
 def refined_mask(
     weight: Tensor, mask: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = _SWEEPS
 ) -> Tensor:
-    """Return a mask that takes away no more of any row of the output: no `e H e^T` grows, up to rounding.
+    """Return a mask for which `e H e^T` of no row is larger, up to rounding.
+
+    If a kept weight w_i goes and a pruned one w_j comes, the error of a row changes by
+
+        w_i^2 H_ii + 2 w_i (H e)_i + w_j^2 H_jj - 2 w_j (H e)_j - 2 w_i w_j H_ij
 
     Args:
         weight: `(C_out, C_in)`; groups are M consecutive columns.
         mask: bool, same shape, N:M.
         gram: float `(C_in, C_in)`, symmetric: H.
         pattern: N:M.
-        sweeps: how often each group is visited, at most; it ends where a sweep changes nothing.
+        sweeps: over all groups, at most; the search ends where a sweep changes nothing.
 
     Returns:
         bool `(C_out, C_in)`.
     """
     m = pattern.m
-    weight_t = (
-        weight.t().to(gram.dtype).contiguous()
-    )  # groups are M consecutive rows, which vectorise along the others
+    # Transposed: groups are M consecutive rows, and passes are vectorised along the others.
+    weight_t = weight.t().to(gram.dtype).contiguous()
     keep = mask.t().clone(memory_format=torch.contiguous_format)
     away = torch.where(keep, 0.0, weight_t)
     product = gram @ away
@@ -108,9 +105,7 @@ def refined_mask(
                 group = slice(start, start + m)
                 w, kept = weight_t[group], keep[group]
                 linear = 2 * w * of_block[start - first : start - first + m]
-                leaves = torch.where(
-                    kept, squares[group] + linear, torch.inf
-                )  # what the error gains if a kept one goes
+                leaves = torch.where(kept, squares[group] + linear, torch.inf)
                 comes = torch.where(kept, torch.inf, squares[group] - linear)
                 both = (2 * gram[group, group]).unsqueeze(2) * w.unsqueeze(0) * w.unsqueeze(1)
                 gain, pair = (leaves.unsqueeze(1) + comes.unsqueeze(0) - both).flatten(0, 1).min(0)

@@ -24,10 +24,9 @@ class Permutation(Method, ABC):
     """Base of all methods, which order the channel groups of the whole dense model.
 
     Attributes:
-        local: `order` gives the order of one channel group from its saliency alone, also where that
-            is not the dense model's.
-        constraint: that its orders keep (see `permllm.permutation.foldable`); None where that is
-            not known before.
+        local: `order` gives the permutation of one channel group from its saliency alone, also
+            where that is not the dense model's.
+        constraint: of its permutations (see `permllm.permutation.foldable`); None: unknown before.
     """
 
     local: bool = False
@@ -35,7 +34,7 @@ class Permutation(Method, ABC):
 
     @abstractmethod
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
-        """Return the orders, int64 `(C_in,)` on the CPU, by group."""
+        """Return the permutations, int64 `(C_in,)` on the CPU, by group."""
 
 
 class LocalPermutation(Permutation):
@@ -45,7 +44,13 @@ class LocalPermutation(Permutation):
 
     @abstractmethod
     def order(self, group: str, saliency: Tensor, pattern: NMPattern) -> Tensor:
-        """Return the order of a group, int64 `(C_in,)`, for `saliency (rows of all members, C_in)`."""
+        """Return the permutation of a group, int64 `(C_in,)`.
+
+        Args:
+            group: its name.
+            saliency: `(rows of all members, C_in)`.
+            pattern: N:M of the group.
+        """
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
@@ -57,7 +62,7 @@ class LocalPermutation(Permutation):
 
 
 class Identity(LocalPermutation):
-    """The identity order for every channel group."""
+    """The identity for every channel group."""
 
     constraint = "foldable"  # it folds into anything
 
@@ -68,6 +73,23 @@ class Identity(LocalPermutation):
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
         return {group.name: torch.arange(group.channels) for group in problem.groups}
+
+
+@dataclass(frozen=True)
+class LearningPlan:
+    """Plan of a learned permutation, for `plan=true`.
+
+    Attributes:
+        windows: first decoder layer and the one after the last of each window.
+        columns: by channel group, its blocks and its number of parameters, as text.
+        logits: parameters that learn.
+        stays: names of the shared permutations that do not learn.
+    """
+
+    windows: list[tuple[int, int]]
+    columns: dict[str, tuple[str, str]]
+    logits: int
+    stays: list[str]
 
 
 class LearnedPermutation(Permutation):
@@ -91,47 +113,25 @@ class LearnedPermutation(Permutation):
         """
 
 
-@dataclass(frozen=True)
-class LearningPlan:
-    """Plan of a learned permutation, for `plan=true`.
-
-    Attributes:
-        windows: first decoder layer and the one after the last of what learns together, one after
-            the other.
-        columns: by channel group, how its channels are cut and how many parameters its order has,
-            for a person.
-        logits: parameters that learn.
-        stays: names of the orders that do not learn.
-    """
-
-    windows: list[tuple[int, int]]
-    columns: dict[str, tuple[str, str]]
-    logits: int
-    stays: list[str]
-
-
 def checked_order(key: str, group: str, channels: int, order: object) -> Tensor:
-    """Return the order of a channel group that a method has given, on the CPU.
+    """Return the permutation of a channel group that a method has given, on the CPU.
 
     Args:
         key: the setting that named the method.
         group: name of the group.
         channels: of it.
-        order: what was given.
+        order: the method's result.
 
     Raises:
         ConfigError: it is no int64 permutation of the channels: a model in it would not be N:M.
     """
-    if (
-        isinstance(order, Tensor)
-        and order.dtype == torch.int64
-        and order.shape == (channels,)
-        and is_permutation(order)
-    ):
+    if not isinstance(order, Tensor):
+        given = type(order).__name__
+    elif order.dtype == torch.int64 and order.shape == (channels,) and is_permutation(order):
         return order.cpu()
-    given = (
-        f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
-    )
+    else:
+        given = f"{order.dtype} {tuple(order.shape)}"
     raise ConfigError(
-        f"{key}: the order of {group} must be a permutation, int64 ({channels},) with each channel once, and it is {given}"
+        f"{key}: the order of {group} must be a permutation, int64 ({channels},) with each channel "
+        f"once, and it is {given}"
     )

@@ -1,9 +1,9 @@
-"""Orders that channel groups share, and orders that fold into a model's weights.
+"""Permutations that channel groups share, and permutations that fold into a model's weights.
 
 Learning and searching work on *shared orders*: a vector of positions, cut into segments that no
-channel leaves, from which one or several channel groups take theirs. A free permutation is the
-trivial case, one order and one segment for each group. What folds into the neighbouring weights for
-free (`constraint=foldable`) is:
+channel leaves. One or several channel groups take their permutations from it. With
+`constraint=free` each group has an order of its own, of one segment. With `constraint=foldable` the
+orders are those that the neighbouring weights absorb:
 
 - where linears produce the channels one by one (an MLP's inner width): any order;
 - where attention stands between: an order inside each head, the same for all query heads of one
@@ -22,7 +22,7 @@ from permllm.config import NMPattern
 from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup
 from permllm.permutation.base import Constraint
-from permllm.training.blocks import BlockStack, split_blocks
+from permllm.training.masked_linear import BlockStack, split_blocks
 
 RESIDUAL = "residual_stream"
 
@@ -31,16 +31,16 @@ RESIDUAL = "residual_stream"
 class SharedOrder:
     """One order and the channel groups that use it.
 
-    A group's channels are the segments of the order, each `repeats` times in a row: with `repeats`
-    2 and the segments a and b, a a b b. Its order does in every copy what the shared order does in
-    the segment.
+    A group's channels are the segments of the order, each `repeats` times in a row: the segments a
+    and b with 2 repeats are a a b b. Its permutation does in every copy of a segment what the
+    shared order does in the segment.
 
     Attributes:
         name: of the group, or `residual_stream`.
         channels: positions of the order.
         segment: positions of a segment; no block and no channel crosses a multiple of it.
         repeats: copies of each segment in a group.
-        groups: that use it, in the model's order.
+        groups: its users, in the order in which the model runs them.
     """
 
     name: str
@@ -51,15 +51,19 @@ class SharedOrder:
 
     @property
     def layers(self) -> range:
-        """Decoder layers from the first that uses it to the last."""
+        """Return the decoder layers from its first user to its last."""
         return range(self.groups[0].layer, self.groups[-1].layer + 1)
 
     def stacks(self, block_size: int, repeats: int = 1) -> list[BlockStack]:
-        """Return the blocks of the shared order, or of a group with copies, whose matrices `expand_blocks` gives."""
+        """Return the blocks of the shared order; with its `repeats` those of a group."""
         return split_blocks(self.channels * repeats, block_size, self.segment)
 
     def expand(self, order: Tensor) -> Tensor:
-        """Return the order of a group, int64 `(channels * repeats,)`, from the shared one, int64 `(channels,)`."""
+        """Return the permutation of a group, int64 `(channels * repeats,)`.
+
+        Args:
+            order: the shared one, int64 `(channels,)`.
+        """
         if self.repeats == 1:
             return order
         local = self.expand_rows(order - self._starts(order.device))
@@ -67,11 +71,11 @@ class SharedOrder:
         return local + copies.repeat_interleave(self.segment)
 
     def expand_rows(self, values: Tensor) -> Tensor:
-        """Return the values at each position of a group, `(channels * repeats,)`, from those at each shared position."""
+        """Repeat values at the shared positions, `(channels,)`, to `(channels * repeats,)`."""
         return values.view(-1, 1, self.segment).expand(-1, self.repeats, -1).reshape(-1)
 
     def expand_blocks(self, stacks: list[Tensor]) -> list[Tensor]:
-        """Return the block matrices of a group, a stack for each of its `stacks`, differentiable by those of the order."""
+        """Repeat block matrices, a stack for each of `stacks`, to those of a group."""
         segments = self.channels // self.segment
         if len(stacks) == 1:
             blocks = stacks[0].unflatten(0, (segments, 1, -1))
@@ -84,15 +88,19 @@ class SharedOrder:
         ]
 
     def collect(self, saliency: Tensor) -> Tensor:
-        """Return the saliency on the shared positions: `(rows, channels * repeats)` to `(rows * repeats, channels)`."""
-        return (
-            saliency.unflatten(1, (-1, self.repeats, self.segment))
-            .movedim(2, 0)
-            .reshape(-1, self.channels)
-        )
+        """Gather a group's saliency on the shared positions, its copies as further rows.
+
+        Args:
+            saliency: `(rows, channels * repeats)`.
+
+        Returns:
+            `(rows * repeats, channels)`.
+        """
+        copies = saliency.unflatten(1, (-1, self.repeats, self.segment)).movedim(2, 0)
+        return copies.reshape(-1, self.channels)
 
     def shared(self, order: Tensor) -> Tensor | None:
-        """Return the shared order behind a group's order, int64 `(channels,)`; None where there is none."""
+        """Return the shared order, int64 `(channels,)`, that expands to this one, or None."""
         starts = torch.arange(0, len(order), self.segment).repeat_interleave(self.segment)
         local = (order.cpu() - starts).view(-1, self.repeats, self.segment)
         inside = (local >= 0) & (local < self.segment)
@@ -101,80 +109,78 @@ class SharedOrder:
         return local[:, 0].reshape(-1) + self._starts(torch.device("cpu"))
 
     def _starts(self, device: torch.device) -> Tensor:
-        return torch.arange(0, self.channels, self.segment, device=device).repeat_interleave(
-            self.segment
-        )
+        starts = torch.arange(0, self.channels, self.segment, device=device)
+        return starts.repeat_interleave(self.segment)
 
 
 def shared_orders(groups: list[ChannelGroup], constraint: Constraint) -> list[SharedOrder]:
-    """Return the orders that a method may choose, in the order in which their first groups run.
+    """Return the shared orders that a method chooses, in the order in which their first groups run.
 
     Raises:
         ConfigError: they must fold, and nothing absorbs an order of a group; the message names it.
     """
-    if constraint == "free":
-        return [
-            SharedOrder(group.name, group.channels, group.channels, 1, (group,)) for group in groups
-        ]
-    for group in groups:
-        if not group.table.folds:
-            raise ConfigError(
-                f"permutation.constraint=foldable: no neighbouring weights absorb an order of {group.name}; "
-                "permutation.constraint=free asks none to, and export=gathered keeps any order"
-            )
     stream = tuple(group for group in groups if not group.table.producers)
     found = []
     for group in groups:
-        if stream and group is stream[0]:
-            found.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
+        if constraint == "free":
+            found.append(SharedOrder(group.name, group.channels, group.channels, 1, (group,)))
+        elif not group.table.folds:
+            raise ConfigError(
+                "permutation.constraint=foldable: no neighbouring weights absorb an order of "
+                f"{group.name}; permutation.constraint=free asks none to, and export=gathered "
+                "keeps any order"
+            )
         elif group.table.producers:
             found.append(local_order(group))
+        elif group is stream[0]:
+            found.append(SharedOrder(RESIDUAL, group.channels, group.channels, 1, stream))
     return found
 
 
 def orders_within(shared: list[SharedOrder], first: int, stop: int) -> list[SharedOrder]:
-    """Return the orders whose groups all lie in the decoder layers from `first` to before `stop`: they may change there."""
+    """Return the orders whose groups all lie in the layers from `first` to before `stop`."""
     return [order for order in shared if first <= order.layers.start and order.layers.stop <= stop]
 
 
 def local_order(group: ChannelGroup) -> SharedOrder:
-    """Return the orders that the producers of a group can absorb."""
+    """Return the order that the producers of a group absorb."""
     heads, repeats = group.heads
     channels = group.channels // repeats
-    return SharedOrder(
-        group.name,
-        channels,
-        channels // heads if group.table.by_head else channels,
-        repeats,
-        (group,),
-    )
+    segment = channels // heads if group.table.by_head else channels
+    return SharedOrder(group.name, channels, segment, repeats, (group,))
 
 
 def check_segments(shared: list[SharedOrder], pattern: NMPattern) -> None:
-    """Raise ConfigError when a group of M would cross a segment, or one of a smaller M one of a larger.
+    """Raise ConfigError when a group of M would cross a segment, or a group of a larger M.
 
     Args:
         shared: the orders.
         pattern: N:M of the groups that have none of their own.
     """
     for order in shared:
-        m = max([(group.pattern or pattern).m for group in order.groups], default=pattern.m)
+        m = max((group.pattern or pattern).m for group in order.groups)
         if order.segment % m:
             raise ConfigError(
-                f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} channels, which M = "
-                f"{m} does not divide; constraint=free has no heads to respect"
+                f"permutation.constraint=foldable: the heads of {order.name} have {order.segment} "
+                f"channels, which M = {m} does not divide; constraint=free has no heads to respect"
             )
         for group in order.groups:
             its = group.pattern or pattern
             if m % its.m:
                 raise ConfigError(
-                    f"sparsity_of: {group.name} is {its}, and others that share its permutation have groups of {m}: one M "
-                    "must divide the other; with constraint=free they share none"
+                    f"sparsity_of: {group.name} is {its}, and others that share its permutation "
+                    f"have groups of {m}: one M must divide the other; with constraint=free they "
+                    "share none"
                 )
 
 
 def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the orders of all groups by group name, each a tensor of its own, from shared orders by their name."""
+    """Return the permutations of all groups by name, each a tensor of its own.
+
+    Args:
+        shared: the orders.
+        orders: int64 `(channels,)` of each, by its name.
+    """
     return {
         group.name: order.expand(orders[order.name]).clone()
         for order in shared
@@ -183,10 +189,10 @@ def expanded(shared: list[SharedOrder], orders: dict[str, Tensor]) -> dict[str, 
 
 
 def foldable(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the shared orders by name behind the orders of all groups.
+    """Return the shared orders, by their name, that expand to the permutations of all groups.
 
     Raises:
-        ConfigError: one of them does not fold; the message names it.
+        ConfigError: a permutation does not fold; the message names it.
     """
     found: dict[str, Tensor] = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""Reuse the order that another run found or learned, under any pruner."""
+"""Permutations that another run found or learned, under any pruner."""
 
 from __future__ import annotations
 
@@ -21,14 +21,10 @@ from permllm.training.problem import LearningProblem
 
 @dataclass(config=SETTINGS)
 class FromFile(LocalPermutation):
-    """Orders out of a `permutations.safetensors`.
-
-    Raises:
-        DataError: the file cannot be read, was changed, or holds something else than permutations.
-    """
+    """Permutations out of a `permutations.safetensors`, or of the run directory that has one."""
 
     path: str
-    constraint = None  # known once the groups are
+    constraint = None
 
     def __post_init__(self) -> None:
         path = Path(self.path)
@@ -44,11 +40,9 @@ class FromFile(LocalPermutation):
         for group in groups:
             order = self._orders.get(group.name)
             if order is None or len(order) != group.channels:
-                found = (
-                    "no permutation"
-                    if order is None
-                    else f"it is of {len(order)} channels, not {group.channels},"
-                )
+                found = "no permutation"
+                if order is not None:
+                    found = f"a permutation of {len(order)} channels, not {group.channels},"
                 raise ConfigError(
                     f"permutation.path={self.path}: {found} for {group.name}; "
                     "is it from another model, or from a run that kept it dense?"

@@ -1,10 +1,13 @@
-"""RIA's heuristic channel permutation (Zhang et al. 2024, "Plug-and-Play", section 4.2): allocate, then assign.
+"""RIA's heuristic channel permutation (Zhang et al. 2024, "Plug-and-Play", section 4.2).
 
-Channels are sorted by their total saliency and dealt in a snake over the groups' M positions. Then,
-one position after the other, the channels at that position are exchanged among the groups by a
-linear sum assignment that maximises the retained saliency. The score of putting channel a into
-group b is `sum_r max(t[r, b], x[r, a])` plus a constant of the group, with t the N-th largest entry
-of the group's other M - 1 channels in row r.
+Allocation: channels are sorted by their total saliency and dealt in a snake over the M positions of
+the groups. Assignment: one position after the other, the channels at that position are exchanged
+among the groups by a linear sum assignment that maximises the retained saliency. With saliency
+`S (rows, C_in)`, the score of putting channel a into group b is, but for a constant of the group,
+
+    score[a, b] = sum_r max(t[r, b], S[r, a])
+
+where `t[r, b]` is the N-th largest of the group's other M - 1 entries in row r.
 """
 
 from __future__ import annotations
@@ -33,16 +36,15 @@ from permllm.runtime.values import SETTINGS
 from permllm.sparsity.nm import nm_mask, saliency_sum
 from permllm.training.problem import LearningProblem
 
-# Scores are summed over this many rows at a time, to bound the float32 copies of a large group.
+# Rows whose scores are summed at a time, to bound the float32 copies of a large group.
 _ROWS_AT_A_TIME = 4096
-# Of the free memory of a GPU, the share that the saliencies of searches that go on together may
-# take.
+# Share of a GPU's free memory for the saliencies of searches that go on together.
 _SHARE_OF_FREE = 0.5
-# On a CPU over so many, and for so many pairs of a row and a group, as stay in its cache.
+# Rows, and pairs of a row and a group, that stay in the cache of a CPU.
 _ROWS_IN_CACHE, _PAIRS_IN_CACHE = 256, 1 << 19
-# Saliency `(rows, C)` of some rows at a time, and their N:M, anew at each call: all rows of a
-# shared order may not fit into memory. Of different M one divides the other: the groups of the
-# smaller lie inside those of the larger.
+# Function that yields a saliency `(rows, C)` of some rows at a time with their N:M, because all
+# rows of a shared order may not fit into memory. Of different M one divides the other: the groups
+# of the smaller lie inside those of the larger.
 Parts = Callable[[], Iterable[tuple[Tensor, NMPattern]]]
 
 
@@ -54,7 +56,7 @@ class Heuristic(LocalPermutation):
 
     @property
     def local(self) -> bool:  # type: ignore[override]
-        """Tell whether each group's order follows from its own saliency."""
+        """Tell whether each group's permutation follows from its own saliency."""
         return self.constraint == "free"
 
     @override
@@ -74,7 +76,7 @@ class Heuristic(LocalPermutation):
 def heuristic_orders(
     shared: list[SharedOrder], problem: LearningProblem, label: str
 ) -> dict[str, Tensor]:
-    """Search the heuristic permutation of each segment of shared orders, int64 `(channels,)` on the CPU by their names.
+    """Search each segment of shared orders.
 
     On a GPU several searches of about equal width go on together, and the cores of the host solve
     their assignments. On a CPU one search comes after the other, since its scores take all threads.
@@ -82,36 +84,33 @@ def heuristic_orders(
     enter a layer at the same point.
 
     Args:
-        shared: the orders; the rows of all groups of one count.
+        shared: the orders; the rows of all their groups count.
         problem: the dense model and its saliency.
         label: of the progress bar.
+
+    Returns:
+        int64 `(channels,)` on the CPU, by name of the order.
     """
     mine = shared[parallel.rank() :: parallel.world_size()]
-    ahead = sorted(
-        shared if placement_of(problem.model).sharded else mine, key=lambda order: order.channels
-    )
+    searched = shared if placement_of(problem.model).sharded else mine
+    ahead = sorted(searched, key=lambda order: order.channels)
     together = parallel.share(_searches_at_once(shared, problem.device))
     found = {order.name: torch.zeros(order.channels, dtype=torch.int64) for order in shared}
-    with (
-        ThreadPoolExecutor(together) as pool,
-        tqdm(total=len(ahead), desc=label, unit="permutation") as bar,
-    ):
+    progress = tqdm(total=len(ahead), desc=label, unit="permutation")
+    with ThreadPoolExecutor(together) as pool, progress:
         for first in range(0, len(ahead), together):
             orders = ahead[first : first + together]
-            parts = [
-                part
-                for order in orders
-                for part in segments_of(order, problem.saliency_of, problem.pattern)
-            ]
+            parts: list[Parts] = []
+            for order in orders:
+                parts += segments_of(order, problem.saliency_of, problem.pattern)
             perms = iter(_searched(parts, pool.map))
             del parts  # before the saliency of the next ones
             for order in orders:
-                perm = torch.cat(
-                    [start + next(perms) for start in range(0, order.channels, order.segment)]
-                )
+                starts = range(0, order.channels, order.segment)
+                perm = torch.cat([start + next(perms) for start in starts])
                 if order in mine:
                     found[order.name] = perm
-                bar.update()
+                progress.update()
     parallel.all_reduce(found.values())
     return found
 
@@ -119,10 +118,8 @@ def heuristic_orders(
 def _searches_at_once(shared: list[SharedOrder], device: torch.device) -> int:
     if device.type == "cpu":
         return 1
-    largest = max(
-        (4 * group.channels * sum(group.rows) for order in shared for group in order.groups),
-        default=1,
-    )
+    groups = [group for order in shared for group in order.groups]
+    largest = max((4 * group.channels * sum(group.rows) for group in groups), default=1)
     return max(1, min(cores(), int(_SHARE_OF_FREE * free_memory(device)) // largest))
 
 
@@ -133,17 +130,16 @@ def segments_of(
 
     Args:
         shared: the order.
-        saliency_of: `(C_out, C_in)` of the linear at a module path. Where several groups share the
-            order it is asked for one group at a time, several times.
+        saliency_of: returns `(C_out, C_in)` of the linear at a module path. It is called several
+            times for each linear where several groups share the order.
         pattern: N:M of the groups that have none of their own.
     """
 
     def whole(group: ChannelGroup) -> tuple[Tensor, NMPattern]:
-        return shared.collect(
-            torch.cat([saliency_of(path) for path in group.members])
-        ), group.pattern or pattern
+        scores = torch.cat([saliency_of(path) for path in group.members])
+        return shared.collect(scores), group.pattern or pattern
 
-    # That of one group fits, and its segments need not make it again.
+    # The saliency of one group fits into memory, and its segments share it.
     held = [whole(shared.groups[0])] if len(shared.groups) == 1 else None
 
     def parts(start: int) -> Iterator[tuple[Tensor, NMPattern]]:
@@ -154,11 +150,11 @@ def segments_of(
 
 
 def heuristic_order(saliency: Parts) -> Tensor:
-    """Search for an order that retains more saliency than the identity; return the identity where there is none.
+    """Search for a permutation that retains more saliency than the identity, or return that.
 
     Args:
         saliency: parts `(rows, C_in)`, floating, nonnegative: the rows of all layers that share the
-            order; M divides C_in.
+            permutation; M divides C_in.
 
     Returns:
         int64 `(C_in,)` on the CPU.
@@ -167,7 +163,7 @@ def heuristic_order(saliency: Parts) -> Tensor:
 
 
 def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -> list[Tensor]:
-    """Search for an order for each saliency; `solve` maps scores to assignments, as `map` does."""
+    """Search for each saliency; `solve` maps scores to assignments, as `map` does."""
     searches = [Search(saliency) for saliency in saliencies]
     for position in range(max(search.m for search in searches)):
         here = [search for search in searches if position < search.m]
@@ -178,47 +174,42 @@ def _searched(saliencies: list[Parts], solve: Callable[..., Iterator[Tensor]]) -
 
 
 class Search:
-    """Search for an order.
+    """Search for a permutation.
 
     Args:
         saliency: as of `heuristic_order`.
 
     Attributes:
         m: the largest M.
-        perm: int64 `(C_in,)` on the CPU, the order so far.
+        perm: int64 `(C_in,)` on the CPU, the permutation so far.
     """
 
     def __init__(self, saliency: Parts) -> None:
         sums, patterns = zip(*((part.sum(0), pattern) for part, pattern in saliency()), strict=True)
         sizes = [pattern.m for pattern in patterns]
-        self._saliency, self.m, self.perm = (
-            saliency,
-            max(sizes),
-            allocate(reduce(Tensor.add, sums), min(sizes)),
-        )
+        self._saliency = saliency
+        self.m = max(sizes)
+        self.perm = allocate(reduce(Tensor.add, sums), min(sizes))
 
     def scores(self, position: int) -> Tensor:
-        """Return the scores of moving the channels at one of the `m` positions, as `assignment_scores`, on the CPU."""
+        """Return `assignment_scores` of one of the `m` positions, `(groups, groups)` on the CPU."""
         places = self.perm.view(-1, self.m)
-
-        def scores_of(part: Tensor, pattern: NMPattern) -> Tensor:
-            first = (
-                position - position % pattern.m
-            )  # of the group of a smaller M that the position is in
-            inside = places[:, first : first + pattern.m].flatten()
-            return assignment_scores(part, inside, position % pattern.m, pattern)
-
-        return reduce(
-            Tensor.add, (scores_of(part, pattern) for part, pattern in self._saliency())
-        ).cpu()
+        total: Tensor | None = None
+        for part, pattern in self._saliency():
+            place = position % pattern.m  # in its group of a smaller M
+            inside = places[:, position - place : position - place + pattern.m].flatten()
+            scores = assignment_scores(part, inside, place, pattern)
+            total = scores if total is None else total + scores
+        assert total is not None
+        return total.cpu()
 
     def exchange(self, position: int, sources: Tensor) -> None:
-        """Give each group of m the channel that is at a position of its source, int64 `(groups,)`."""
+        """Give each group of m the channel at a position of its source, int64 `(groups,)`."""
         places = self.perm.view(-1, self.m)
         places[:, position] = places[sources, position]
 
     def order(self) -> Tensor:
-        """Return the order that was found, or the identity where that retains as much."""
+        """Return the permutation that was found, or the identity where that retains as much."""
         identity = torch.arange(len(self.perm))
         retained = [0.0, 0.0]
         for part, pattern in self._saliency():
@@ -230,7 +221,9 @@ class Search:
 
 
 def allocate(total: Tensor, m: int) -> Tensor:
-    """Deal the channels, sorted by total saliency, in a snake: first place of every group, second place backwards, ...
+    """Deal the channels, sorted by total saliency, in a snake.
+
+    They fill the first place of every group, then the second place backwards, and so on.
 
     Args:
         total: `(C_in,)`, the saliency of each channel over all rows.
@@ -239,11 +232,9 @@ def allocate(total: Tensor, m: int) -> Tensor:
     Returns:
         int64 `(C_in,)` on the CPU.
     """
-    order = total.argsort(descending=True, stable=True).view(m, -1)
-    snake = torch.stack(
-        [row if place % 2 == 0 else row.flip(0) for place, row in enumerate(order)], dim=1
-    )
-    return snake.flatten().cpu()
+    places = total.argsort(descending=True, stable=True).view(m, -1)
+    snake = [row.flip(0) if place % 2 else row for place, row in enumerate(places)]
+    return torch.stack(snake, dim=1).flatten().cpu()
 
 
 def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NMPattern) -> Tensor:
@@ -251,8 +242,8 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
 
     Args:
         saliency: `(rows, C_in)`.
-        perm: int64, the present order of groups of M channels, all of them or some.
-        position: which of the M places of every group is exchanged.
+        perm: int64, the present permutation of groups of M channels, all of them or some.
+        position: the place of the M that is exchanged in every group.
         pattern: N:M.
 
     Returns:
@@ -274,15 +265,14 @@ def assignment_scores(saliency: Tensor, perm: Tensor, position: int, pattern: NM
 
 
 def sums_of_larger(left: Tensor, right: Tensor) -> Tensor:
-    """Return `sum_r max(left[a, r], right[b, r])` for all a and b: `(A, B)` of `(A, rows)` and `(B, rows)`."""
+    """Return `sum_r max(left[a, r], right[b, r])`: `(A, B)` of `(A, rows)` and `(B, rows)`."""
     if left.device.type != "cpu":
-        # max(u, v) = (u + v + |u - v|) / 2, so that it is two sums and a matrix of L1 distances.
+        # max(u, v) = (u + v + |u - v|) / 2: two sums and a matrix of L1 distances.
         return (left.sum(1)[:, None] + right.sum(1)[None, :] + torch.cdist(left, right, p=1.0)) / 2
     found = torch.zeros(len(left), len(right), dtype=left.dtype)
-    for of_left, of_right in zip(
-        left.split(_ROWS_IN_CACHE, 1), right.split(_ROWS_IN_CACHE, 1), strict=True
-    ):
-        few, all_ = of_left.contiguous(), of_right.contiguous()
+    for first in range(0, left.shape[1], _ROWS_IN_CACHE):
+        rows = slice(first, first + _ROWS_IN_CACHE)
+        few, all_ = left[:, rows].contiguous(), right[:, rows].contiguous()
         at_a_time = max(1, _PAIRS_IN_CACHE // all_.numel())
         for some, sums in zip(few.split(at_a_time), found.split(at_a_time), strict=True):
             sums += torch.maximum(some[:, None], all_).sum(2)
@@ -300,9 +290,9 @@ def assigned(scores: Tensor) -> Tensor:
         int64 `(groups,)`: the group whose channel each gets.
     """
     costs = scores.max().item() - scores.double().numpy()
-    # The solver looks for a path from each row. With groups as rows, less the least of each group
-    # and then of each channel, it takes a third to a fifth of the time: 21 seconds instead of 101
-    # for the four positions of a width of 11,008.
+    # With groups as rows, less the least of each group and then of each channel, the solver takes a
+    # third to a fifth of the time: 21 seconds instead of 101 for the four positions of 11,008
+    # channels.
     costs -= costs.min(0)
     costs -= costs.min(1, keepdims=True)
     _, source = linear_sum_assignment(np.ascontiguousarray(costs.T))

@@ -24,9 +24,8 @@ from permllm.pruning.sparsegpt import OBS
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.values import SETTINGS, Count, Positive, Whole
 from permllm.sparsity.statistics import Statistics
-from permllm.training.checkpoint import read_checkpoint
 from permllm.training.learner import Learner, Moment, Window
-from permllm.training.loop import Training
+from permllm.training.loop import Training, read_checkpoint
 from permllm.training.settings import DescentSettings, LearningSettings, Loss
 
 

@@ -1,7 +1,8 @@
-"""Elementwise work of a masked linear on a piece of its channels: saliency, N:M mask, gradients of a channel order.
+"""Elementwise work of a masked linear on a piece of its channels.
 
-The functions work on the M places of all groups as M tensors, which meet only at the end: a
-compiler makes one pass over memory of that.
+These functions make the saliency, the N:M mask, and the parts of the gradients of a permutation.
+They hold the M places of all groups as M tensors and join them at the end, so that a compiler makes
+one pass over memory.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency_t
 
 
 class Piece(NamedTuple):
-    """Channels of a linear, whole groups of M in permuted order, and what their saliency is made of.
+    """Channels of a linear, whole groups of M in permuted order, with their saliency factors.
 
     Attributes:
         weight_t: `(C_in, C_out)`, a channel in a row.
-        channels: int64 `(k,)`, those of the piece; None: all.
+        channels: int64 `(k,)`, the channels of the piece; None: all of `weight_t`.
         power: of `|W|` in the saliency: 1, 2, or 0 where a dense score is the saliency itself.
         column: `(K, k)`, saliency factors of the channels; a dense score is `(C_out, k)`.
         row: `(K, C_out)`; None stands for ones, or belongs to a dense score.
+        n, m: the pattern.
     """
 
     weight_t: Tensor
@@ -31,6 +33,8 @@ class Piece(NamedTuple):
     power: int
     column: Tensor
     row: Tensor | None
+    n: int
+    m: int
 
     @property
     def dense(self) -> bool:
@@ -43,13 +47,14 @@ class Piece(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """Entries of each group that decide how the loss changes when a channel joins it: k channels in g = k / M groups.
+    """Entries of each group that decide the gradient of `swap`: k channels in g = k / M groups.
 
     Attributes:
         masked: the piece times its mask, `(k, C_out)`.
-        saliency, gradient: of the piece, and of its mask entries, kept or not, `(k, C_out)`.
-        last, next: saliency of the smallest kept entry, and of the largest that is not kept, `(g,
-        C_out)`.
+        saliency: `(k, C_out)`.
+        gradient: of the mask entries, kept or not, `(k, C_out)`.
+        last, next: saliency of the smallest kept entry, and of the largest that is not kept,
+            `(g, C_out)`.
         last_gradient, next_gradient: gradients of the mask at these entries, `(g, C_out)`.
         stay: change of the loss if a channel stays in its group instead of being taken away,
             `(k,)`.
@@ -65,31 +70,30 @@ class Thresholds(NamedTuple):
     stay: Tensor
 
 
-def masked_piece(piece: Piece, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    """Return the piece times its N:M mask, `(k, C_out)`; saliency and mask are made in the dtype of the saliency factors."""
-    w = _places(piece.of(piece.weight_t), m)
-    return _masked(w, keep_largest_of(_saliencies(w, piece), n), dtype)
+def masked_piece(piece: Piece, dtype: torch.dtype) -> Tensor:
+    """Return the piece times its N:M mask, `(k, C_out)`."""
+    w = _places(piece.of(piece.weight_t), piece.m)
+    return _masked(w, keep_largest_of(_saliencies(w, piece), piece.n), dtype)
 
 
 def softmax_gradients(
-    piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype, hard: bool
+    piece: Piece, grad: Tensor, dtype: torch.dtype, hard: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what the gradient of a soft permutation is made of (see `permllm.training.masked_linear`).
+    """Return the parts of the gradient of `hard` or `soft` (see `permllm.training.masked_linear`).
 
     Args:
         piece: of the weight.
         grad: of the masked weight_t, `(C_in, C_out)`.
-        n, m: the pattern.
-        dtype: of what is returned.
+        dtype: of the results.
         hard: return the hard mask, otherwise the softmax of each group.
 
     Returns:
         Each `(k, C_out)`: the piece times its mask; its saliency; the gradient of the saliency; the
         gradient of the mask; the mask, hard or soft.
     """
-    w = _places(piece.of(piece.weight_t), m)
+    w = _places(piece.of(piece.weight_t), piece.m)
     s = _saliencies(w, piece)
-    keep = keep_largest_of(s, n)
+    keep = keep_largest_of(s, piece.n)
     grad_mask = _mask_gradients(w, s, piece, grad)
     largest = s[0]
     for part in s[1:]:
@@ -100,22 +104,18 @@ def softmax_gradients(
     products = [of_mask * soft for of_mask, soft in zip(grad_mask, soft_mask, strict=True)]
     mean = sum(products[1:], products[0])
     grad_s = [product - soft * mean for product, soft in zip(products, soft_mask, strict=True)]
-    mask = keep if hard else soft_mask
     return (
         _masked(w, keep, dtype),
         _join(s, dtype),
         _join(grad_s, dtype),
         _join(grad_mask, dtype),
-        _join(mask, dtype),
+        _join(keep if hard else soft_mask, dtype),
     )
 
 
-def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -> Thresholds:
-    """Return the thresholds of a piece; `grad` as in `softmax_gradients`.
-
-    Only the masked weight is in `dtype`.
-    """
-    w = _places(piece.of(piece.weight_t), m)
+def thresholds(piece: Piece, grad: Tensor, dtype: torch.dtype) -> Thresholds:
+    """Return the thresholds of a piece, only `masked` in `dtype`; `grad` as above."""
+    n, w = piece.n, _places(piece.of(piece.weight_t), piece.m)
     s = _saliencies(w, piece)
     ranks = ranks_of(s)
     d = _mask_gradients(w, s, piece, grad)
@@ -146,14 +146,16 @@ def thresholds(piece: Piece, grad: Tensor, n: int, m: int, dtype: torch.dtype) -
 def joining(
     s: Tensor, d: Tensor, groups: tuple[Tensor, Tensor, Tensor, Tensor], kept: float
 ) -> Tensor:
-    """Return how the loss changes when a channel takes the place of a random member of a group, `(blocks, B, G)`.
+    """Return the change of the loss if a channel takes the place of a random member of a group.
 
     Args:
         s, d: saliency and gradient of the mask of each channel, `(blocks, B, C_out)`.
         groups: last, next, last_gradient and next_gradient of G groups of the same block, each
             `(blocks, G, C_out)`.
-        kept: share of a group that is kept, N / M, in which the place taken was that of a kept
-            entry.
+        kept: N / M, the probability that the place was that of a kept entry.
+
+    Returns:
+        `(blocks, B, G)`.
     """
     last, next_, last_d, next_d = (part.unsqueeze(1) for part in groups)
     s, d = s.unsqueeze(2), d.unsqueeze(2)
@@ -162,7 +164,7 @@ def joining(
 
 
 def with_own(changes: Tensor, stay: Tensor, m: int) -> Tensor:
-    """Put the changes in the own group, `stay (k,)`, in their places of `changes (blocks, B, B / M)`."""
+    """Put the changes in the own group, `stay (k,)`, into `changes (blocks, B, B / M)`."""
     blocks, _, groups = changes.shape
     own = changes.view(blocks, groups, m, groups).diagonal(dim1=1, dim2=3)  # (blocks, M, groups)
     own.copy_(stay.view(blocks, groups, m).mT)
@@ -182,13 +184,11 @@ def _masked(w: list[Tensor], keep: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _saliencies(w: list[Tensor], piece: Piece) -> list[Tensor]:
-    m = len(w)
-    factors = [
-        SaliencyFactors(piece.power, piece.column[:, place::m], piece.row) for place in range(m)
-    ]
+    columns = (piece.column[:, place :: piece.m] for place in range(piece.m))
+    factors = [SaliencyFactors(piece.power, column, piece.row) for column in columns]
     return [saliency_t(part, of_part) for part, of_part in zip(w, factors, strict=True)]
 
 
 def _mask_gradients(w: list[Tensor], s: list[Tensor], piece: Piece, grad: Tensor) -> list[Tensor]:
-    places = _places(piece.of(grad), len(w))
+    places = _places(piece.of(grad), piece.m)
     return [part.to(s[0].dtype) * weight for part, weight in zip(places, w, strict=True)]

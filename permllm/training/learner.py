@@ -1,4 +1,4 @@
-"""The interface between the training loop and what learns in a window of decoder layers."""
+"""Interface between the training loop and the parameters that learn in a window of layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Window:
         first: index of its first decoder layer.
         stop: index after its last.
         inputs: of the first layer, from the pruned layers before, `(samples, tokens, hidden)` on
-            the host; None where they are the embeddings.
+            the host; None: the embeddings of the tokens.
         target: dense output of the last layer, like `inputs`.
     """
 
@@ -37,10 +37,8 @@ class Moment(NamedTuple):
     """Progress of a training.
 
     Attributes:
-        step: from 0.
-        steps: in all.
-        epoch: from 0.
-        epochs: in all.
+        step, epoch: from 0.
+        steps, epochs: in all.
     """
 
     step: int
@@ -50,12 +48,13 @@ class Moment(NamedTuple):
 
 
 class Learner(ABC):
-    """Base of the parameters that learn in a window, which set the masked linears of each step."""
+    """Base of the parameters that learn in a window, which set the masked linears of each step.
 
-    @property
-    def gathers(self) -> bool:
-        """Tell whether its masked linears keep inputs in an order of their own for backward."""
-        return False
+    Attributes:
+        gathers: its masked linears keep inputs in an order of their own for backward.
+    """
+
+    gathers: bool = False
 
     def masked_weights(self) -> int:
         """Return how many numbers of masked weights wait for backward."""
@@ -67,7 +66,7 @@ class Learner(ABC):
 
     @abstractmethod
     def keep(self) -> None:
-        """Keep what was learned so far as the best."""
+        """Keep the present result as the best."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -78,24 +77,24 @@ class Learner(ABC):
         """Continue from a checkpoint."""
 
     def begin(self, moment: Moment) -> None:  # noqa: B027 - there may be nothing to do
-        """Prepare a step, or a measurement of what was learned so far.
+        """Prepare a step, or a measurement of the present result.
 
         Raises:
-            ValueError: it is not finite; the message says what.
+            ValueError: a value that was learned is not finite; the message names it.
         """
 
-    def set_layer(self, index: int, moment: Moment | None) -> None:  # noqa: B027
-        """Prepare a decoder layer before it runs; None for the moment asks for no gradients."""
+    def set_layer(self, index: int) -> None:  # noqa: B027
+        """Prepare a decoder layer before it runs, with gradients where torch has them enabled."""
 
     def collect(self) -> None:  # noqa: B027
-        """Put the gradients where `parameters` are, after backward."""
+        """Put the gradients at the `parameters`, after backward."""
 
     def flips(self) -> Tensor | None:
-        """Return how many decisions the last `begin` has changed, a scalar on the device; None: not counted."""
+        """Return how many decisions the last `begin` changed, on the device; None: not counted."""
         return None
 
-    def step_values(self, moment: Moment, flips: float | None) -> dict[str, float]:
-        """Return the figures of a step."""
+    def step_values(self, moment: Moment, flips: float = 0.0) -> dict[str, float]:
+        """Return the figures of a step, with the number of its `flips`."""
         return {}
 
     def begin_epoch(self) -> None:  # noqa: B027
@@ -106,5 +105,5 @@ class Learner(ABC):
         return {}
 
     def write_best(self, directory: Path) -> str:
-        """Write the best into a directory, because learning has failed; return how a person uses it, or nothing."""
+        """Write the best result after a failure; return how to use the file, or nothing."""
         return ""

@@ -1,4 +1,4 @@
-"""Losses: distances between the sparse and the dense output."""
+"""Losses: distances between the sparse and the dense output of a decoder layer."""
 
 from __future__ import annotations
 
@@ -12,57 +12,54 @@ from permllm.models.head import Head, tokens_at_a_time
 from permllm.runtime.compiling import compiled
 from permllm.runtime.precision import product, product_dtype
 
-# Logits of all steps from which compiling is made up for: it takes some 10 s and saves 12 ns each
-# on one core.
+# Logits of all steps from which compiling pays: it takes some 10 s and saves 12 ns each on a core.
 _COMPILE_FROM = 1e9
-# Logits that exist at a time on a GPU, where that is more than 128 tokens and less than 1024.
+# Logits that exist at a time on a GPU, for 128 to 1024 tokens.
 _LOGITS = 1 << 25
+
+# Function of `sparse` and `dense`, both logits `(tokens, vocabulary)` or both inputs of the head
+# `(tokens, hidden)`, and of whether the gradient is wanted. It returns their divergence and the
+# gradient of `sparse`. Both are sums over tokens: the gradient of a mean would vanish in float16.
+_Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def chunk_of(device: torch.device, vocabulary: int) -> int:
-    """Tokens whose logits over the vocabulary exist at a time, at most.
+    """Return the largest number of tokens whose logits exist at a time.
 
-    A GPU reads the whole head for each such part, so that it should be large, and holds four
-    numbers a logit.
+    A GPU reads the whole head for each chunk, so that it should be large. It holds four numbers a
+    logit.
     """
-    return tokens_at_a_time(
-        vocabulary, 128 if device.type == "cpu" else max(128, min(1024, _LOGITS // vocabulary))
-    )
+    on_gpu = max(128, min(1024, _LOGITS // vocabulary))
+    return tokens_at_a_time(vocabulary, 128 if device.type == "cpu" else on_gpu)
 
 
 def loss_named(
     name: str, model: nn.Module, tokens: int, compile_: bool | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss of the output of a decoder layer and its dense target, both `(batch, tokens, hidden)`; a mean over tokens.
+    """Return a loss, mean over tokens, of two outputs of a decoder layer `(batch, tokens, hidden)`.
 
     Args:
         name: `cosine`, or `kl`, which needs the outputs of the last layer.
-        model: whose final norm and head `kl` goes through.
-        tokens: it will be taken of, in all.
-        compile_: whether the elementwise work of `kl` is compiled; None where it is soon made up
-            for.
+        model: its final norm and head serve `kl`.
+        tokens: number of tokens of all steps.
+        compile_: compile the elementwise work of `kl`; None: where that pays.
     """
-    if name == "kl":
-        head = Head(model)
-        wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
-        divergence = _compiled_divergence if wanted and head.plain else _divergence
-        return lambda output, target: head_divergence(head, output, target, divergence)
-    return cosine_loss
+    if name == "cosine":
+        return cosine_loss
+    head = Head(model)
+    wanted = tokens * len(head.weight) > _COMPILE_FROM if compile_ is None else compile_
+    divergence = _compiled_divergence if wanted and head.plain else _divergence
+    return lambda output, target: head_divergence(head, output, target, divergence)
 
 
 def cosine_loss(output: Tensor, target: Tensor) -> Tensor:
-    """`1 - cos(output, target)`, mean over tokens, in float32 or wider (PermLLM, equation 8)."""
+    """Return `1 - cos(output, target)`, mean over tokens, in float32 (PermLLM, equation 8)."""
     output, target = _wide(output), _wide(target)
     return 1.0 - nn.functional.cosine_similarity(output, target, dim=-1).mean()
 
 
-# The divergence of some tokens from their logits, `sparse` and `dense (tokens, vocabulary)`, a sum,
-# and its gradient in their format, if that is asked for. It is not divided by the tokens: in
-# float16 that of a mean would vanish.
-_Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-
-
 def _divergence(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `sum p (log p - log q)` and `q - p`; p is of the dense, q of the sparse logits."""
     log_p, log_q = _wide(dense).log_softmax(-1), _wide(sparse).log_softmax(-1)
     p = log_p.exp()
     # Over the vocabulary first: of one sum over both Inductor makes a loop that divides, on a GPU.
@@ -76,7 +73,7 @@ _compiled_divergence = compiled(_divergence, "the divergence is computed without
 def head_divergence(
     head: Head, output: Tensor, target: Tensor, divergence: _Divergence = _divergence
 ) -> Tensor:
-    """`KL(dense || sparse)` of the next-token distributions, mean over tokens, in float32 or wider.
+    """Return `KL(dense || sparse)` of the next-token distributions, mean over tokens.
 
     Args:
         head: of the model; applied to both.
@@ -86,23 +83,21 @@ def head_divergence(
     with torch.no_grad():
         dense = head.reads(target).flatten(0, -2)
     sparse = head.reads(output).flatten(0, -2)
-    chunk = (
-        _plain_chunk(head.weight_in(product_dtype(sparse)), divergence)
-        if head.plain
-        else _own_chunk(head)
-    )
+    if head.plain:
+        chunk = _plain_chunk(head.weight_in(product_dtype(sparse)), divergence)
+    else:
+        chunk = _own_chunk(head)
     return _HeadDivergence.apply(sparse, dense, chunk, chunk_of(sparse.device, len(head.weight)))
 
 
-# The same from what the head reads, `sparse` and `dense (tokens, hidden)`.
-_Chunk = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-
-
 class _HeadDivergence(torch.autograd.Function):
-    """The head is frozen and the loss is a mean, so the gradient is known in forward, chunk by chunk: no logits are kept."""
+    """Function that makes the gradient in forward, chunk by chunk, so that no logits are kept.
+
+    This is possible because the head is frozen and the loss is a mean.
+    """
 
     @staticmethod
-    def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Chunk, tokens: int) -> Tensor:
+    def forward(ctx: Any, sparse: Tensor, dense: Tensor, chunk: _Divergence, tokens: int) -> Tensor:
         total = _wide(sparse.new_zeros(()))
         grad = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
         for first in range(0, len(sparse), tokens):
@@ -121,23 +116,21 @@ class _HeadDivergence(torch.autograd.Function):
         return grad * (grads[0] / ctx.tokens).to(grad.dtype), None, None, None
 
 
-def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Chunk:
+def _plain_chunk(weight: Tensor, divergence: _Divergence) -> _Divergence:
     """Return the function for a head that is a product with its weight `(vocabulary, hidden)`."""
     dtype = weight.dtype
 
     def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        logits, of_dense = (
-            product(sparse.to(dtype), weight.t()),
-            product(dense.to(dtype), weight.t()),
-        )
+        logits = product(sparse.to(dtype), weight.t())
+        of_dense = product(dense.to(dtype), weight.t())
         total, gradient = divergence(logits, of_dense, with_gradient)
         return total, None if gradient is None else product(gradient, weight)
 
     return chunk
 
 
-def _own_chunk(head: Head) -> _Chunk:
-    """Return the function for a head that is more than a product, through the model's own forward and back."""
+def _own_chunk(head: Head) -> _Divergence:
+    """Return the function for any other head, through the model's own forward and backward."""
 
     def chunk(sparse: Tensor, dense: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         log_p = _wide(head.logits(dense)).log_softmax(-1)

@@ -1,10 +1,10 @@
-"""The loss of a window of decoder layers, forward and backward, and what it keeps in memory."""
+"""Loss of a window of decoder layers: forward, backward, and the memory that they need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,31 +13,83 @@ from permllm.models.families import ChannelGroup
 from permllm.models.layers import layer_inputs, run_layer
 from permllm.models.offload import placement_of
 from permllm.runtime import parallel
-from permllm.runtime.memory import free_memory
+from permllm.runtime.memory import free_memory, to_device
 from permllm.runtime.precision import product_dtype, recomputed
-from permllm.training.batches import Batch, Batches
-from permllm.training.learner import Learner, Moment, Window
+from permllm.training.learner import Learner, Window
 from permllm.training.losses import loss_named
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
 
-# What layers may keep for backward: a share of a GPU's free memory; bytes on a CPU, whose memory
-# others use too.
+# Limit of the activations that layers keep for backward: a share of a GPU's free memory; bytes on
+# a CPU, whose memory other programs use too.
 _SHARE_OF_FREE, KEPT_ON_A_HOST = 0.8, 4e9
 
 
+class Batch(NamedTuple):
+    """Samples on the device.
+
+    Attributes:
+        tokens: int64 `(samples, length)`.
+        target: dense output of the window's last layer, `(samples, length, hidden)`.
+        inputs: of the window's first layer, like `target`; None: the embeddings of the tokens.
+    """
+
+    tokens: Tensor
+    target: Tensor
+    inputs: Tensor | None
+
+
+class Batches:
+    """Batches of samples that wait on the host.
+
+    Args:
+        tokens, target, inputs: of all samples, as in `Batch`.
+        device: of the batches.
+    """
+
+    def __init__(
+        self, tokens: Tensor, target: Tensor, inputs: Tensor | None, device: torch.device
+    ) -> None:
+        self._tokens, self._target, self._inputs = tokens, target, inputs
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[Tensor, Batch] | None = None
+
+    def fetch(self, indices: Tensor) -> None:
+        """Begin to copy the samples at `indices` int64 `(samples,)` while a GPU computes."""
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                self._ahead = indices, self._copied(indices)
+
+    def take(self, indices: Tensor) -> Batch:
+        """Return the samples at `indices`; `fetch` may have begun to copy them."""
+        ahead, self._ahead = self._ahead, None
+        if self._stream is None or ahead is None or not torch.equal(ahead[0], indices):
+            return self._copied(indices)
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(self._stream)
+        for tensor in ahead[1]:
+            if tensor is not None:
+                tensor.record_stream(now)  # else its memory could be reused during the step
+        return ahead[1]
+
+    def _copied(self, indices: Tensor) -> Batch:
+        inputs = None if self._inputs is None else to_device(self._inputs[indices], self._device)
+        return Batch(
+            to_device(self._tokens[indices], self._device),
+            to_device(self._target[indices], self._device),
+            inputs,
+        )
+
+
 class Objective:
-    """The loss of a window, as its learner sets the layers.
+    """Loss of a window, and the parameters that lower it.
 
     Args:
         settings: of the descent.
-        problem: the model, whose linears in the window are masked linears now or hold the weights
-            that learn, and the samples.
+        problem: the samples, and the model with the window's masked linears or learned weights.
         window: the layers.
-        learner: what learns.
-        steps: of the whole training.
-        optimizer: whose tensors need memory too.
-        scaler: of the gradients.
+        learner: of the window.
     """
 
     def __init__(
@@ -46,40 +98,45 @@ class Objective:
         problem: LearningProblem,
         window: Window,
         learner: Learner,
-        steps: int,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
     ) -> None:
         self.settings = settings
         self.problem = problem
         self.window = window
         self.learner = learner
-        self._optimizer, self._scaler = optimizer, scaler
+        self.device = problem.device
+        self.count = settings.samples_of(len(problem.tokens))
+        self.steps = settings.steps_for(self.count)
+        # Fused: no temporaries of the size of all parameters.
+        self.optimizer = torch.optim.AdamW(
+            learner.parameters(), weight_decay=settings.weight_decay, fused=True
+        )
+        # In float16 the gradients of a mean over tokens would vanish. A step whose gradients
+        # overflow is left out.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=next(problem.model.parameters()).dtype == torch.float16
+        )
         self._placement = placement_of(problem.model)
         self._layers = range(window.first, window.stop)
-        tokens = steps * settings.batch_size * problem.tokens.shape[1]
+        tokens = self.steps * settings.batch_size * problem.tokens.shape[1]
         self._distance = loss_named(str(settings.loss), problem.model, tokens, settings.compile)
-        self._samples = Batches(problem.tokens, window.target, window.inputs, problem.device)
-        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._samples = Batches(problem.tokens, window.target, window.inputs, self.device)
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}  # by the number of samples
         self._recomputes: bool | None = None
 
-    def backward(self, batch: Tensor, moment: Moment, after: Tensor | None = None) -> Tensor:
-        """Return the loss of this rank's portions of a batch, a part of the mean over all of it, whose gradients are left.
+    def backward(self, batch: Tensor, after: Tensor | None = None) -> Tensor:
+        """Leave the gradients of this rank's portions of a batch; return their part of the loss.
 
         Args:
-            batch: int64 `(samples,)`.
-            moment: of the step.
-            after: the next batch, to be fetched while the device works on this one; None where
-                there is none.
+            batch: int64 `(samples,)`; the loss is the mean over all of them.
+            after: the next batch, which is fetched while the device computes; None: the last one.
         """
-        portions = parallel.portions(batch, self.settings.micro_batch_size)
-        following = (
-            [] if after is None else parallel.portions(after, self.settings.micro_batch_size)
-        )
-        total = torch.zeros((), device=self.problem.device)
+        at_once = self.settings.micro_batch_size
+        portions = parallel.portions(batch, at_once)
+        following = [] if after is None else parallel.portions(after, at_once)
+        total = torch.zeros((), device=self.device)
         for (portion, counted), ahead in zip_longest(portions, [*portions[1:], *following[:1]]):
-            loss = self.loss(portion, moment) * (counted / len(batch))
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(portion) * (counted / len(batch))
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
             if ahead is not None:
                 self._samples.fetch(ahead[0])
@@ -87,47 +144,44 @@ class Objective:
         return total
 
     @torch.no_grad()
-    def mean(self, count: int) -> float:
-        """Return the loss of the first samples with what was learned so far, mean over tokens."""
-        total = torch.zeros((), dtype=torch.float64, device=self.problem.device)
-        for batch, counted in parallel.portions(
-            torch.arange(count), self.problem.calibration_batch_size
-        ):
-            total += self.loss(batch, None).double() * counted
+    def mean(self) -> float:
+        """Return the loss of what was learned so far, mean over all samples."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        at_once = self.problem.calibration_batch_size
+        for batch, counted in parallel.portions(torch.arange(self.count), at_once):
+            total += self._loss(batch).double() * counted
         parallel.all_reduce([total])
-        return float(total) / count
+        return float(total) / self.count
 
     @torch.no_grad()
     def broken(self, indices: Tensor) -> str:
-        """Say which layer gives something that is not finite for some of the samples; all ranks look at all of them."""
+        """Name the first layer whose output is not finite for some samples, in all ranks alike."""
         for batch in indices.split(self.problem.calibration_batch_size):
             hidden, kwargs = self._inputs(self._samples.take(batch))
             found = None
             for index in self._layers:  # all of them, as other ranks do
-                hidden = self._layer(index, hidden, kwargs[index], None)
+                hidden = self._layer(index, hidden, kwargs[index])
                 if found is None and not bool(hidden.isfinite().all()):
                     found = index
             if found is not None:
                 return f"the loss is not finite: the output of decoder layer {found} is not"
         return "the loss is not finite, although the output of every layer is"
 
-    def loss(self, indices: Tensor, moment: Moment | None) -> Tensor:
-        """Return the loss of the samples at `indices`, mean over tokens; None for the moment asks for no gradients."""
+    def _loss(self, indices: Tensor) -> Tensor:
+        """Return the loss of the samples at `indices`, mean over tokens."""
         batch = self._samples.take(indices)
         hidden, kwargs = self._inputs(batch)
         recompute = torch.is_grad_enabled() and self._recompute(hidden)
         for index in self._layers:
             if recompute:
-                hidden = recomputed(self._layer, index, hidden, kwargs[index], moment)
+                hidden = recomputed(self._layer, index, hidden, kwargs[index])
             else:
-                hidden = self._layer(index, hidden, kwargs[index], moment)
+                hidden = self._layer(index, hidden, kwargs[index])
         return self._distance(hidden, batch.target)
 
-    def _layer(
-        self, index: int, hidden: Tensor, kwargs: dict[str, Any], moment: Moment | None
-    ) -> Tensor:
-        """Run one decoder layer as the learner sets it; a layer that is recomputed is set anew in backward."""
-        self.learner.set_layer(index, moment if torch.is_grad_enabled() else None)
+    def _layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run one decoder layer as the learner sets it, anew where backward recomputes it."""
+        self.learner.set_layer(index)
         with self._placement.layer(index) as layer:
             return run_layer(layer, hidden, kwargs)
 
@@ -141,32 +195,28 @@ class Objective:
         return (found.hidden if batch.inputs is None else batch.inputs), found.kwargs
 
     def _recompute(self, hidden: Tensor) -> bool:
-        """Tell whether backward computes each layer anew instead of keeping what it needs; decided at the first step."""
-        if self._placement.streams:  # else what backward needs would hold the weights of all layers
+        """Tell whether backward recomputes each layer; decided at the first step."""
+        if self._placement.streams:  # else backward would hold the weights of all layers
             return True
         if self.settings.activation_checkpointing is not None:
             return self.settings.activation_checkpointing
         if self._recomputes is None:
-            tokens, item = hidden.numel() // hidden.shape[-1], hidden.element_size()
-            kept = (
-                tokens
-                * kept_a_token(self.problem.groups, hidden.shape[-1], item, self.learner.gathers)
-                * item
-            )
+            width, item = hidden.shape[-1], hidden.element_size()
+            a_token = kept_a_token(self.problem.groups, width, item, self.learner.gathers)
+            kept = hidden.numel() // width * a_token * item * len(self._layers)
             allowed = KEPT_ON_A_HOST
-            if hidden.device.type == "cuda":
-                allowed = _SHARE_OF_FREE * (
-                    free_memory(hidden.device) - self._not_yet_taken(hidden)
-                )
-            self._recomputes = kept * len(self._layers) > allowed
+            if self.device.type == "cuda":
+                free = free_memory(self.device) - self._not_yet_taken(hidden)
+                allowed = _SHARE_OF_FREE * free
+            self._recomputes = kept > allowed
         return self._recomputes
 
     def _not_yet_taken(self, hidden: Tensor) -> float:
-        """Return the bytes that a step takes beside activations, and that are free as long as none was made."""
-        learning = [values for group in self._optimizer.param_groups for values in group["params"]]
+        """Return the bytes that a step will take beside activations."""
+        learning = [values for group in self.optimizer.param_groups for values in group["params"]]
         size = sum(values.numel() * values.element_size() for values in learning)
-        moments = 0 if self._optimizer.state else 2  # a checkpoint has brought them
-        # What a weight that learns is rounded to for products waits for backward.
+        moments = 0 if self.optimizer.state else 2  # a checkpoint has brought them
+        # A learned weight that is rounded for products waits for backward.
         product = product_dtype(hidden)
         rounded = sum(
             weight.numel() * product.itemsize
@@ -179,25 +229,25 @@ class Objective:
 def kept_a_token(
     groups: Iterable[ChannelGroup], hidden: int, item: int, gathers: bool = False
 ) -> int:
-    """Return the numbers a token that a decoder layer keeps for backward: 11 vectors of the residual stream, 4 of the MLP.
+    """Return the numbers a token that a decoder layer keeps for backward.
+
+    These are 11 vectors of the residual stream and 4 of the MLP.
 
     Args:
         groups: channel groups of the model.
         hidden: width of the residual stream.
-        item: bytes of one of them.
-        gathers: each linear keeps its inputs in an order of its own, which otherwise are one tensor
-            for a group. In float32 that is within what is said of all; in half precision norms,
-            which compute in float32, take that room.
+        item: bytes of a number.
+        gathers: each linear keeps its inputs in an order of its own, instead of one tensor for a
+            group. In float32 the 15 vectors include these copies; in half precision norms, which
+            compute in float32, take that room.
     """
     groups = list(groups)
     inner = max(
         (group.channels for group in groups if group.table.producers and not group.table.by_head),
         default=hidden,
     )
-    layers = len({group.layer for group in groups})
-    copies = (
-        sum(group.channels * (len(group.members) - 1) for group in groups) // layers
-        if gathers and item < 4
-        else 0
-    )
+    copies = 0
+    if gathers and item < 4:
+        layers = len({group.layer for group in groups})
+        copies = sum(group.channels * (len(group.members) - 1) for group in groups) // layers
     return 11 * hidden + 4 * inner + copies

@@ -21,21 +21,19 @@ class LearningProblem:
     """Model, samples and targets of learning.
 
     Attributes:
-        model: of a known family: dense, and unchanged afterwards, where orders and masks learn.
+        model: dense; permutations and masks learn without changing it.
         groups: its channel groups that are pruned, all layers.
         tokens: int64 `(samples, length)`.
         factors: saliency factors of every linear, by module path.
         target: dense output of the last decoder layer, `(samples, length, hidden)` on the host.
         pattern: N:M of the groups that have none of their own.
         seed: of the initial logits and the order of samples.
-        calibration_batch_size: samples a forward where nothing is learned.
-        calibration: int64 `(samples, length)`, what the factors are of; None where that is the
-            tokens.
-        directory: where the checkpoint goes; None keeps none.
-        on_step: called after each step with loss, temperature, flips and seconds.
-        on_epoch: called after each epoch with the same and the memory.
-        on_resume: called before learning, with what `on_epoch` was given for each epoch that is
-            done; with nothing where there is no checkpoint, or none that can be continued.
+        calibration_batch_size: samples of a forward without gradients.
+        calibration: int64 `(samples, length)`, the samples that gave the factors; None: the tokens.
+        directory: of the checkpoint; None: no checkpoint.
+        on_step: called after each step with its number, and loss, temperature, flips and seconds.
+        on_epoch: called after each epoch with its entry of the history.
+        on_resume: called before learning with the entries of all epochs that are done.
     """
 
     model: nn.Module
@@ -50,7 +48,7 @@ class LearningProblem:
     directory: Path | None = None
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda values: None
-    on_resume: Callable[[list[dict[str, Any]]], None] = lambda passes: None
+    on_resume: Callable[[list[dict[str, Any]]], None] = lambda epochs: None
 
     def pattern_of(self, group: ChannelGroup) -> NMPattern:
         """Return the N:M of a channel group."""

@@ -1,9 +1,13 @@
 """Scores of the weights: each group of M keeps the N largest.
 
-The straight-through gradient of a score is that of its mask entry, kept or not: what the loss would
-gain if the weight came in, or loses while it stays. It is linear in the mask, as
-`straight_through=swap` is for orders. What a group keeps follows from the differences between its
-scores alone, so that the mean of its gradients says nothing and is taken away.
+The straight-through gradient of a score is that of its mask entry, `dL/dM = dL/d(W M) * W`, whether
+the entry is kept or not: the gain of the loss if the weight comes in, or its loss while it stays.
+It is linear in the mask, like `straight_through=swap` of permutations. A mask follows from the
+differences between the scores of a group, so the mean of their gradients is subtracted:
+
+    dS[c, r] = D[c, r] - (1 / M) sum_{c' in group of c} D[c', r]        D = dL/d(W M) * W
+
+All tensors are transposed, `(C_in, C_out)`: a channel in a row.
 """
 
 from __future__ import annotations
@@ -20,57 +24,53 @@ from permllm.sparsity.saliency import SaliencyFactors, saliency_t
 
 
 class Scores(nn.Module):
-    """The saliency of the pruner, as it is.
+    """Scores that do not learn: the saliency of the pruner.
 
     Args:
-        factors: of the saliency of a linear, in the order that its weight is stored in, on its
-            device.
+        factors: of the saliency of a linear, on its device, in the order of its stored weight.
 
     Attributes:
-        keeps_masked: a masked weight that forward has made may wait for backward: it is little
-            beside the scores.
+        keeps_masked: the masked weight of forward waits for backward, because it is small beside
+            the scores.
     """
 
     keeps_masked = False
 
     def __init__(self, factors: SaliencyFactors) -> None:
         super().__init__()
-        # Like the weight: what belongs to a channel in a row, for the channels are gathered.
+        # Channels are gathered, so each has a row in memory, like in the weight.
         self.factors = (
             replace(factors, column=factors.column.t().contiguous().t())
             if factors.dense
             else factors
         )
 
-    def piece(
-        self, weight_t: Tensor, channels: Tensor | slice
-    ) -> tuple[int, Tensor, Tensor | None]:
-        """Saliency factors of some channels, as the kernels take them (`permllm.training.kernels`).
+    def at(self, weight_t: Tensor, channels: Tensor | slice) -> SaliencyFactors:
+        """Return the scores of some channels, as factors of a saliency.
 
         Args:
             weight_t: `(C_in, C_out)`.
-            channels: which, int64 `(k,)`, or consecutive ones.
+            channels: int64 `(k,)`, or consecutive ones.
         """
         column = self.factors.column
         if isinstance(channels, slice):
             chosen = column[:, channels]
+        elif self.factors.dense:
+            chosen = column.t().index_select(0, channels).t()
         else:
-            chosen = (
-                column.t().index_select(0, channels).t()
-                if self.factors.dense
-                else column.index_select(1, channels)
-            )
-        return self.factors.power, chosen, self.factors.row
+            chosen = column.index_select(1, channels)
+        return replace(self.factors, column=chosen)
 
     def values_t(self, weight_t: Tensor) -> Tensor:
-        """All scores of a transposed weight `(C_in, C_out)`, same shape."""
-        return saliency_t(weight_t, SaliencyFactors(*self.piece(weight_t, slice(None))))
+        """Return all scores of a transposed weight `(C_in, C_out)`, same shape."""
+        return saliency_t(weight_t, self.at(weight_t, slice(None)))
 
     def gradients(self, grad: Tensor, weight_t: Tensor, m: int) -> list[Tensor]:
-        """Gradients of the parameters, in their order, from that of the masked weight.
+        """Return the gradients of the parameters, in their order.
 
         Args:
-            grad, weight_t: `(C_in, C_out)`.
+            grad: of the masked weight, `(C_in, C_out)`.
+            weight_t: `(C_in, C_out)`.
             m: channels of a group.
         """
         dtype = self.factors.column.dtype
@@ -82,12 +82,12 @@ class Scores(nn.Module):
         return self.of_parameters(of_scores)
 
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
-        """Gradients of the parameters, in their order, from those of the scores `(C_in, C_out)`."""
+        """Return the gradients of the parameters from those of the scores `(C_in, C_out)`."""
         return []
 
 
 class FreeScores(Scores):
-    """A score for each weight, that starts at the logarithm of the pruner's saliency.
+    """A score for each weight, `(C_in, C_out)`, that starts at the logarithm of the saliency.
 
     Args:
         weight: `(C_out, C_in)`, of the linear.
@@ -98,15 +98,12 @@ class FreeScores(Scores):
 
     def __init__(self, weight: Tensor, factors: SaliencyFactors) -> None:
         super().__init__(factors)
-        # A channel in a row, whatever the weight is like: channels are gathered, and processes add
-        # up what is contiguous.
+        # Contiguous: channels are gathered, and `all_reduce` needs it of the gradient.
         self.free = nn.Parameter(log_saliency_t(weight.t(), factors).contiguous())
 
     @override
-    def piece(
-        self, weight_t: Tensor, channels: Tensor | slice
-    ) -> tuple[int, Tensor, Tensor | None]:
-        return 0, self.free.data[channels].t(), None
+    def at(self, weight_t: Tensor, channels: Tensor | slice) -> SaliencyFactors:
+        return SaliencyFactors(0, self.free.data[channels].t())
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
@@ -114,12 +111,16 @@ class FreeScores(Scores):
 
 
 class LowRankScores(Scores):
-    """The logarithm of the pruner's saliency, plus a term a channel, plus a product of low rank, which start at nothing.
+    """Sum of the log saliency, a term `c` for each channel, and a product of low rank.
+
+        score[j, i] = log S[i, j] + c[j] + sum_k right[j, k] left[i, k]
+
+    with `c (C_in,)`, `left (C_out, K)` and `right (C_in, K)`; `c` and `left` start at zero.
 
     Args:
         weight, factors: as in `FreeScores`.
-        rank: of the product; 0 leaves the terms of the channels.
-        generator: of its start.
+        rank: K; 0 leaves the terms of the channels.
+        generator: of the start of `right`.
     """
 
     def __init__(
@@ -130,20 +131,15 @@ class LowRankScores(Scores):
         dtype, device = factors.column.dtype, weight.device
         self.channel = nn.Parameter(torch.zeros(channels, dtype=dtype, device=device))
         self.left = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
-        right = torch.randn(channels, rank, generator=generator, dtype=torch.float32) / math.sqrt(
-            max(1, rank)
-        )
-        self.right = nn.Parameter(right.to(device, dtype))
+        start = torch.randn(channels, rank, generator=generator, dtype=torch.float32)
+        self.right = nn.Parameter((start / math.sqrt(max(1, rank))).to(device, dtype))
 
     @override
-    def piece(
-        self, weight_t: Tensor, channels: Tensor | slice
-    ) -> tuple[int, Tensor, Tensor | None]:
-        power, column, row = super().piece(weight_t, channels)
-        scores = log_saliency_t(weight_t[channels], SaliencyFactors(power, column, row))
+    def at(self, weight_t: Tensor, channels: Tensor | slice) -> SaliencyFactors:
+        scores = log_saliency_t(weight_t[channels], super().at(weight_t, channels))
         scores += self.channel.data[channels].unsqueeze(1)
         scores.addmm_(self.right.data[channels], self.left.data.t())
-        return 0, scores.t(), None
+        return SaliencyFactors(0, scores.t())
 
     @override
     def of_parameters(self, of_scores: Tensor) -> list[Tensor]:
@@ -152,8 +148,7 @@ class LowRankScores(Scores):
 
 
 def log_saliency_t(weight_t: Tensor, factors: SaliencyFactors) -> Tensor:
-    """Logarithm of the saliency of a transposed weight `(C_in, C_out)`, same shape; finite where a weight is zero."""
+    """Return the log saliency of a transposed weight, same shape; finite where a weight is zero."""
     found = saliency_t(weight_t, factors)
-    return found.clamp_min(
-        torch.finfo(found.dtype).tiny
-    ).log_()  # a dense score may be the saliency itself, and stays
+    # Not in place: a dense score may be the saliency itself.
+    return found.clamp_min(torch.finfo(found.dtype).tiny).log_()

@@ -38,7 +38,7 @@ class DescentSettings:
 
 @dataclass(kw_only=True, config=SETTINGS)
 class LearningSettings(DescentSettings):
-    """Settings of descent that may go through some layers at a time; `conf/_learning.yaml` explains them."""
+    """Settings of descent, all layers at once or in stages; `conf/_learning.yaml` explains them."""
 
     weight_decay: Amount = 0.0
     loss: Loss | None = None
@@ -64,7 +64,7 @@ class LearningSettings(DescentSettings):
         )
 
     def needs_device(self) -> str | None:
-        """Return why learning needs the weights of all layers on the device at once; None if it does not."""
+        """Return why all layers must be on the device at once; None: they need not."""
         if self.activation_checkpointing is False:
             return "activation_checkpointing=false keeps all layers for backward"
         return None
@@ -74,15 +74,15 @@ class LearningSettings(DescentSettings):
         spans = self.spans(layers)
         if not any(first <= one.layer < stop for one in groups for first, stop in spans):
             raise ConfigError(
-                f"{group}.last_layers={self.last_layers}: keep_dense leaves nothing to learn in them"
+                f"{group}.last_layers={self.last_layers}: keep_dense leaves nothing to learn there"
             )
 
     def steps_in_all(self, samples: int, layers: int) -> int:
-        """Return the number of steps of all stages, for a model of so many decoder layers."""
+        """Return the number of steps of all stages of a model."""
         return len(self.spans(layers)) * self.steps_for(samples)
 
     def spans(self, layers: int) -> list[tuple[int, int]]:
-        """Return the first layer and the one after the last of each stage, for a model of so many decoder layers."""
+        """Return the first layer and the one after the last of each stage of a model."""
         first = max(0, layers - self.last_layers) if self.last_layers is not None else 0
         size = self.layers_per_stage if isinstance(self.layers_per_stage, int) else layers
         return [(start, min(start + size, layers)) for start in range(first, layers, size)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 
 import torch
@@ -12,44 +12,40 @@ from torch import Tensor, nn
 from permllm.models.families import ChannelGroup, linear_at
 from permllm.models.offload import placement_of
 from permllm.sparsity.saliency import SaliencyFactors
-from permllm.training.blocks import BlockStack
 from permllm.training.kernels import Kernels, chosen_kernels
-from permllm.training.masked_linear import MaskedLinear
+from permllm.training.masked_linear import BlockStack, MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
 from permllm.training.settings import LearningSettings, StraightThrough
 
-StandIns = Iterator[dict[str, list[MaskedLinear]]]
+# Masked linears by the name of their group, while they stand in.
+StandIns = AbstractContextManager[dict[str, list[MaskedLinear]]]
 
 
-@contextmanager
 def learning_orders(
     problem: LearningProblem,
-    places: Iterable[tuple[ChannelGroup, list[BlockStack]]],
+    stacks: Mapping[ChannelGroup, list[BlockStack]],
     scores_of: Callable[[str], Scores],
     straight_through: StraightThrough,
     kernels: Kernels,
 ) -> StandIns:
-    """Put a masked linear in the place of every linear of some groups, whose orders learn, and the linears back at the end.
+    """Replace the linears of some groups by masked linears whose permutations learn.
 
     The weights are stored column by column meanwhile, which makes a permutation of channels a
-    gather of rows.
+    gather of rows. At the end the linears come back.
 
     Args:
-        problem: whose model.
-        places: the groups, each with how its positions split into blocks.
-        scores_of: what the mask of a linear is chosen by, by its path.
+        problem: its model has the linears.
+        stacks: by group, the blocks of its positions.
+        scores_of: returns the scores of a linear by its path.
         straight_through, kernels: as in `MaskedLinear`.
 
-    Yields:
-        The masked linears by the name of their group.
     """
-    stacks_of = dict(places)
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
         pattern = problem.pattern_of(group)
         return MaskedLinear(
-            linear, scores_of(path), pattern, stacks_of[group], straight_through, kernels=kernels
+            linear, scores_of(path), pattern, stacks[group], straight_through, kernels=kernels
         )
 
     def by_columns(_: ChannelGroup, weight: Tensor) -> Tensor:
@@ -58,11 +54,9 @@ def learning_orders(
     def by_rows(_: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.contiguous()
 
-    with _standing_in(problem.model, stacks_of, stand_in, by_columns, by_rows) as masked:
-        yield masked
+    return _standing_in(problem.model, stacks, stand_in, by_columns, by_rows)
 
 
-@contextmanager
 def learning_scores(
     problem: LearningProblem,
     groups: Iterable[ChannelGroup],
@@ -70,40 +64,38 @@ def learning_scores(
     scores_of: Callable[[Tensor, SaliencyFactors], Scores],
     kernels: Kernels,
 ) -> StandIns:
-    """Put a masked linear in the place of every linear of some groups, whose scores learn, and the linears back at the end.
+    """Replace the linears of some groups by masked linears whose scores learn.
+
+    The weights are stored permuted meanwhile. At the end the linears come back.
 
     Args:
-        problem: whose model.
-        groups: whose linears.
+        problem: its model has the linears.
+        groups: of the linears.
         orders: int64 `(C_in,)` by group.
-        scores_of: what a mask is chosen by, from the weight `(C_out, C_in)` of a linear and its
-            saliency factors, both in the order.
+        scores_of: returns the scores of a linear from its weight `(C_out, C_in)` and its saliency
+            factors, both permuted.
         kernels: as in `MaskedLinear`.
 
-    Yields:
-        The masked linears by the name of their group.
     """
 
     @cache  # layers that come and go ask for it each time
     def on(device: torch.device, name: str) -> Tensor:
         return orders[name].to(device)
 
-    def ordered(group: ChannelGroup, weight: Tensor) -> Tensor:
+    def permuted(group: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.t()[on(weight.device, group.name)].t()
 
     def back(group: ChannelGroup, weight: Tensor) -> Tensor:
         return weight.t()[on(weight.device, group.name).argsort()].t().contiguous()
 
     def stand_in(group: ChannelGroup, path: str, linear: nn.Linear) -> MaskedLinear:
-        order = on(linear.weight.device, group.name)
-        scores = scores_of(
-            ordered(group, linear.weight.data), problem.factors_of(path).permuted(order)
-        )
-        moved = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
+        weight, order = linear.weight.data, on(linear.weight.device, group.name)
+        scores = scores_of(permuted(group, weight), problem.factors_of(path).permuted(order))
+        identity = torch.equal(order, torch.arange(len(order), device=order.device))
+        moved = None if identity else order
         return MaskedLinear(linear, scores, problem.pattern_of(group), order=moved, kernels=kernels)
 
-    with _standing_in(problem.model, groups, stand_in, ordered, back) as masked:
-        yield masked
+    return _standing_in(problem.model, groups, stand_in, permuted, back)
 
 
 def kernels_for(
@@ -112,10 +104,8 @@ def kernels_for(
     """Return the kernels for the linears of some groups, which learn together."""
     groups = list(groups)
     weights = sum(group.channels * sum(group.rows) for group in groups)
-    steps = settings.steps_for(settings.samples_of(len(problem.tokens)))
-    return chosen_kernels(
-        problem.device, settings.compile, weights * steps, map(problem.pattern_of, groups)
-    )
+    work = weights * settings.steps_for(settings.samples_of(len(problem.tokens)))
+    return chosen_kernels(problem.device, settings.compile, work, map(problem.pattern_of, groups))
 
 
 @contextmanager
@@ -125,15 +115,15 @@ def _standing_in(
     stand_in: Callable[[ChannelGroup, str, nn.Linear], MaskedLinear],
     change: Callable[[ChannelGroup, Tensor], Tensor],
     back: Callable[[ChannelGroup, Tensor], Tensor],
-) -> StandIns:
+) -> Iterator[dict[str, list[MaskedLinear]]]:
     """Put a stand-in in the place of every linear of some groups, and the linears back at the end.
 
     Args:
         model: of a known family.
-        groups: whose linears.
-        stand_in: makes what stands in for a linear at a path, whose weight is not changed yet.
-        change: a weight as it is stored meanwhile.
-        back: that weight as it was stored before.
+        groups: of the linears.
+        stand_in: makes the stand-in of a linear at a path, before `change`.
+        change: returns a weight as it is stored meanwhile.
+        back: returns that weight as it was stored before.
     """
     placement = placement_of(model)
     replaced: list[tuple[ChannelGroup, str, nn.Linear]] = []

@@ -1,4 +1,4 @@
-"""Two Triton kernels of a masked linear on a GPU: masked weights with the thresholds of each group, and exchange gradients.
+"""Two Triton kernels of a masked linear on a GPU: masks with thresholds, and exchange gradients.
 
 Saliencies are made in float32 and ranked by comparisons in registers; of equal entries the lowest
 channel wins.
@@ -25,52 +25,55 @@ _TILE = 1024
 _CHANNELS, _GROUPS, _ROWS, _WARPS = 16, 16, 32, 4
 
 
-def mask(out: Tensor, piece: Piece, n: int, m: int) -> Tensor:
-    """Write the piece times its N:M mask into its rows of `out`, see `permllm.training.kernels.Kernels.mask`; return `out`."""
-    _launch_mask(out, piece, n, m, {})
+def mask(out: Tensor, piece: Piece) -> Tensor:
+    """Do and return `out` as `permllm.training.kernels.Kernels.mask`."""
+    _launch_mask(out, piece, {})
     return out
 
 
-def exchanges(out: Tensor, piece: Piece, grad: Tensor, n: int, m: int, size: int) -> Tensor:
-    """Return float32 `(k / B, B, B / M)`, see `permllm.training.kernels.Kernels.exchanges`."""
+def exchanges(out: Tensor, piece: Piece, grad: Tensor, size: int) -> Tensor:
+    """Do as `permllm.training.kernels.Kernels.exchanges`: float32 `(k / B, B, B / M)`."""
     channels, rows = piece.column.shape[1], piece.weight_t.shape[1]
-    groups, blocks = size // m, channels // size
+    groups, blocks = size // piece.m, channels // size
     empty = partial(torch.empty, dtype=torch.float32, device=out.device)
-    limits = empty(4, channels // m, rows)
-    stay = empty(channels, triton.cdiv(rows, _rows_of(m)))
+    limits = empty(4, channels // piece.m, rows)
+    stay = empty(channels, triton.cdiv(rows, _rows_of(piece.m)))
     grad = grad.contiguous()
-    _launch_mask(out, piece, n, m, {"grad": grad, "limits": limits, "stay": stay})
+    _launch_mask(out, piece, {"grad": grad, "limits": limits, "stay": stay})
     changes = empty(blocks, size, groups)
     grid = (blocks, triton.cdiv(size, _CHANNELS), triton.cdiv(groups, _GROUPS))
-    with torch.cuda.device_of(
-        out
-    ):  # Triton launches where the process is, not where its tensors are
+    with torch.cuda.device_of(out):  # Triton launches on the device of the process
         _exchange[grid](
-            *_pointers(piece), grad, limits, changes, rows, channels, size, groups, n / m,
-            **_saliency_kind(piece), CHANNELS=_CHANNELS, GROUPS=_GROUPS, ROWS=_ROWS, num_warps=_WARPS,
+            *_pointers(piece), grad, limits, changes, rows, channels, size, groups,
+            piece.n / piece.m, **_saliency_kind(piece),
+            CHANNELS=_CHANNELS, GROUPS=_GROUPS, ROWS=_ROWS, num_warps=_WARPS,
         )  # fmt: skip
-    return with_own(changes, stay.sum(1), m)
+    return with_own(changes, stay.sum(1), piece.m)
 
 
-def _launch_mask(out: Tensor, piece: Piece, n: int, m: int, thresholds: dict[str, Tensor]) -> None:
-    channels, rows = piece.column.shape[1], piece.weight_t.shape[1]
-    none = out  # a pointer that is not read
-    given = [thresholds.get(name, none) for name in ("grad", "limits", "stay")]
+def _launch_mask(out: Tensor, piece: Piece, thresholds: dict[str, Tensor]) -> None:
+    channels, rows, m = piece.column.shape[1], piece.weight_t.shape[1], piece.m
+    # `out` stands for pointers that are not read.
+    given = [thresholds.get(name, out) for name in ("grad", "limits", "stay")]
     grid = (channels // m, triton.cdiv(rows, _rows_of(m)))
     with torch.cuda.device_of(out):
         _mask[grid](
-            *_pointers(piece), *given, out, rows, channels, **_saliency_kind(piece), N=n, M=m,
-            LANES=triton.next_power_of_2(m), ROWS=_rows_of(m), THRESHOLDS=bool(thresholds), num_warps=1,
+            *_pointers(piece), *given, out, rows, channels, **_saliency_kind(piece),
+            N=piece.n, M=m, LANES=triton.next_power_of_2(m), ROWS=_rows_of(m),
+            THRESHOLDS=bool(thresholds), num_warps=1,
         )  # fmt: skip
 
 
 def _rows_of(m: int) -> int:
-    """Output rows of a program of `_mask`."""
+    """Return the output rows of a program of `_mask`."""
     return max(32, _TILE // triton.next_power_of_2(m))
 
 
 def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight, channels, factors of channels and of rows; what is missing is a pointer that is not read."""
+    """Return weight, channels, and factors of channels and of rows.
+
+    A missing one is a pointer that is not read.
+    """
     column = piece.column.t() if piece.dense else piece.column
     channels = column if piece.channels is None else piece.channels
     row = column if piece.row is None else piece.row.contiguous()
@@ -78,30 +81,20 @@ def _pointers(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _saliency_kind(piece: Piece) -> dict[str, Any]:
-    terms = 0 if piece.row is None else len(piece.row)
     return {
         "GATHER": piece.channels is not None,
         "POWER": piece.power,
-        "TERMS": terms,
+        "TERMS": 0 if piece.row is None else len(piece.row),
         "DENSE": piece.dense,
     }
 
 
 @triton.jit
 def _saliency(
-    w,
-    column,
-    row,
-    at,
-    x,
-    there,
-    rows,
-    channels,
-    POWER: tl.constexpr,
-    TERMS: tl.constexpr,
-    DENSE: tl.constexpr,
-):
-    """Saliency of weights `w (positions, rows)` at positions `at` and rows `x` of the piece, which are `there`."""
+    w, column, row, at, x, there, rows, channels,
+    POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Return the saliency of weights `w (positions, rows)` at positions `at` and rows `x`."""
     factor = tl.abs(w)
     if POWER == 2:
         factor = factor * factor
@@ -113,10 +106,8 @@ def _saliency(
         score = tl.zeros_like(w)
         for term in tl.static_range(TERMS):
             of_channel = tl.load(column + term * channels + at, mask=at < channels, other=0.0)
-            score += (
-                of_channel[:, None]
-                * tl.load(row + term * rows + x, mask=x < rows, other=0.0)[None, :]
-            )
+            of_row = tl.load(row + term * rows + x, mask=x < rows, other=0.0)
+            score += of_channel[:, None] * of_row[None, :]
     return score if POWER == 0 else factor * score
 
 
@@ -124,9 +115,10 @@ def _saliency(
 def _mask(
     weight, source, column, row, grad, limits, stay, out, rows, channels,
     GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, THRESHOLDS: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
 ):  # fmt: skip
-    """Mask one group of M channels in a tile of output rows; with THRESHOLDS, find what an exchange displaces there."""
+    """Mask one group of M channels in a tile of output rows; with THRESHOLDS, store these too."""
     group = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     x = tile * ROWS + tl.arange(0, ROWS)
@@ -165,7 +157,7 @@ def _exchange(
     GATHER: tl.constexpr, POWER: tl.constexpr, TERMS: tl.constexpr, DENSE: tl.constexpr,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Value the exchanges of a tile of a block's channels with a tile of its groups, over all rows."""
+    """Value the exchanges of a tile of a block's channels with a tile of its groups."""
     block = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     g = tl.program_id(2) * GROUPS + tl.arange(0, GROUPS)

@@ -1,9 +1,8 @@
-"""Refined masks: N:M, of a lower output error that no exchange lowers further, and what learning may start from."""
+"""Refined masks: N:M, of a lower output error that no exchange within a group lowers further."""
 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,32 +10,32 @@ import torch
 from torch import Tensor
 
 from permllm.config import NMPattern
-from permllm.export.verify import verify
 from permllm.mask.refined import RefinedMask, refined_mask
-from permllm.models.families import channel_groups, linear_at
+from permllm.models.families import linear_at
+from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.layerwise import Found
 from permllm.pruning.wanda import Wanda
 from permllm.sparsity.nm import nm_mask
 from tests.conftest import tiny_model
 from tests.mask.test_mask import check_masks, ordered, pruners
+from tests.permutation.test_lcp import same
+from tests.permutation.test_patterns import PATTERN, check, mixed
 from tests.pruning.test_layerwise import problem, pruned, tokens
-from tests.test_job import run
 
 
 def errors(weight: Tensor, keep: Tensor, inputs: Tensor) -> Tensor:
-    """Squared error of each row of the output, from the outputs themselves."""
+    """Return the squared error of each row of the output, from the outputs themselves."""
     return (inputs @ torch.where(keep, weight, 0.0).t() - inputs @ weight.t()).square().sum(0)
 
 
-@pytest.mark.parametrize(
-    "pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(6, 8)]
-)
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(6, 8)])
 def test_no_exchange_within_a_group_is_left_that_lowers_the_error(pattern: NMPattern) -> None:
     generator = torch.Generator().manual_seed(0)
     # More channels than the products follow at once, and inputs that belong together.
-    weight = torch.randn(3, 72, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(200, 72, generator=generator, dtype=torch.float64)
-    inputs = inputs @ torch.randn(72, 72, generator=generator, dtype=torch.float64) + 0.5
+    weight, inputs, mixing = (
+        torch.randn(rows, 72, generator=generator, dtype=torch.float64) for rows in (3, 200, 72)
+    )
+    inputs = inputs @ mixing + 0.5
     start = nm_mask(weight.abs() * inputs.norm(dim=0), pattern)
     gram = inputs.t() @ inputs
     found = refined_mask(weight, start, gram, pattern, 100)
@@ -80,42 +79,23 @@ def test_masks_of_a_model_have_a_lower_output_error_and_are_nm_in_the_order(
         assert better.retained[name] < plain.retained[name]
 
 
-def test_only_the_calibration_samples_are_read() -> None:
+def test_only_the_calibration_samples_are_read_and_groups_are_refined_alone_alike() -> None:
     learning = problem(tiny_model("llama"), Wanda(), calibration=tokens()[:4])
     orders = ordered(learning, "none")
     masks = RefinedMask().masks(learning, orders)
     learning.tokens = learning.tokens[:4]
-    same = RefinedMask().masks(learning, orders)
-    assert all(torch.equal(masks[path], same[path]) for path in masks)
-
-
-def test_patterns_of_modules_dense_layers_and_orders_that_fold(cache: Path, tmp_path: Path) -> None:
-    words = (
-        "permutation=heuristic",
-        "permutation.constraint=foldable",
-        "keep_dense=[0]",
-        "sparsity_of={down_proj: 4:8}",
-    )
-    metrics, directory = run(tmp_path, *words, "mask=refined", "export=folded")
-    plain, _ = run(tmp_path, *words)
-    assert verify(directory / "export").passed
-    assert metrics["sparsity"] == plain["sparsity"]
-    assert any("4:8" in pattern for pattern in metrics["sparsity"]["patterns"].values())
-    # The first layer that is pruned reads what the dense model gives it, in both.
-    for name, error in metrics["output_error"].items():
-        assert ".0." not in name
-        assert ".1." not in name or error < plain["output_error"][name]
-
-
-def test_all_groups_of_a_layer_are_refined_together_and_alone() -> None:
-    learning = problem(tiny_model("llama"), Wanda())
-    orders = ordered(learning, "none")
-    masks = RefinedMask().masks(learning, orders)
-    group = channel_groups(learning.model)[0]
-    learning.groups = [group]
+    learning.groups = learning.groups[:1]
     alone = RefinedMask().masks(learning, orders)
-    assert set(alone) == set(group.members)
-    assert all(torch.equal(masks[path], alone[path]) for path in alone)
-    assert all(
-        linear_at(learning.model, path).weight.all() for path in masks
-    )  # the model is dense still
+    assert set(alone) == set(learning.groups[0].members)
+    assert same(alone, masks)
+    assert all(linear_at(learning.model, path).weight.all() for path in masks)  # dense still
+
+
+def test_patterns_of_modules_and_dense_layers_in_orders_that_fold() -> None:
+    model = tiny_model("llama")
+    learning = problem(model, Wanda(), PATTERN)
+    learning.groups = mixed(model)
+    orders = Heuristic("foldable").orders(learning)
+    masks = RefinedMask().masks(learning, orders)
+    own: dict[str, Any] = {"groups": learning.groups, "pattern": PATTERN}
+    check(model, pruned(model, Wanda(), Found(learning.factors, orders, masks), **own), False)

@@ -22,59 +22,65 @@ from tests.test_config import composed
 from tests.test_job import run
 
 LEARNING = ("mask.learning_rate=0.1", "mask.batch_size=4")
+BOTH = ("mask=score", "mask.epochs=2", *LEARNING)
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Return a run that learns permutations and masks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERMLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return run(tmp_path_factory.mktemp("whole"), *BOTH)
+
+
 def test_without_a_permutation_the_export_is_folded_and_nm_as_it_is_stored(
     cache: Path, tmp_path: Path
 ) -> None:
-    metrics, directory = run(
-        tmp_path, "permutation=none", "mask=lowrank", *LEARNING, "export=folded"
-    )
+    words = ("permutation=none", "mask=lowrank", *LEARNING, "export=folded")
+    metrics, directory = run(tmp_path, *words)
     assert read_json(directory / "metrics.json") == metrics
     assert directory.name.startswith("tiny-wanda-none-lowrank-2x4-")
     assert metrics["seconds"]["mask"] > 0
     assert verify(directory / "export").passed
-    plain, _ = run(tmp_path, "permutation=none")
-    assert plain["perplexity"]["sparse"] != metrics["perplexity"]["sparse"]
     assert [line["mask_flips"] > 0 for line in history(directory)] == [True]
 
 
 @pytest.mark.parametrize("interrupted", ["prune", "masks"])
 def test_a_run_that_learns_both_goes_on_where_it_stopped(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+    whole: tuple[dict[str, Any], Path],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: str,
 ) -> None:
-    overrides = ("mask=score", "mask.epochs=2", *LEARNING)
-    whole, whole_directory = run(tmp_path / "whole", *overrides)
     learned: list[str] = []
     real = Training.run
 
     def fail(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    def counted(self: Training) -> None:
+    def stopped(self: Training) -> None:
         learned.append(self.name)
+        if interrupted == "masks" and self.name == "mask" and learned.count("mask") == 1:
+            fail()
         real(self)
 
+    monkeypatch.setattr(Training, "run", stopped)
     with monkeypatch.context() as patched:
         if interrupted == "prune":
             patched.setattr(stages, "prune", fail)
-        else:
-            patched.setattr(
-                Training, "run", lambda self: fail() if self.name == "mask" else real(self)
-            )
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, *overrides)
-    monkeypatch.setattr(Training, "run", counted)
-    metrics, directory = run(tmp_path, *overrides)
-    assert learned == ([] if interrupted == "prune" else ["mask"])
-    assert metrics["perplexity"] == whole["perplexity"]
+            run(tmp_path, *BOTH)
+    metrics, directory = run(tmp_path, *BOTH)
+    assert learned == ["lcp", "mask"] + ([] if interrupted == "prune" else ["mask"])
+    assert metrics["perplexity"] == whole[0]["perplexity"]
     for name in ("masks.safetensors", "permutations.safetensors"):
-        assert (directory / name).read_bytes() == (whole_directory / name).read_bytes()
-    lines, expected = history(directory), history(whole_directory)
+        assert (directory / name).read_bytes() == (whole[1] / name).read_bytes()
+    lines, expected = history(directory), history(whole[1])
     assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
     assert sum("mask_flips" in line for line in lines) == 2
     assert not list(directory.glob("*.pt"))
@@ -83,19 +89,9 @@ def test_a_run_that_learns_both_goes_on_where_it_stopped(
 def test_each_method_learns_from_its_own_part_of_the_text(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [
-        "mask=score",
-        "reconstruction=distill",
-        *LEARNING,
-        "calibration.samples=8",
-        "compute_dtype=float32",
-    ]
-    words += [
-        "permutation.samples=4",
-        "mask.samples=10",
-        "reconstruction.skip=6",
-        "reconstruction.samples=4",
-    ]
+    words = ["mask=score", "reconstruction=distill", *LEARNING, "calibration.samples=8"]
+    words += ["compute_dtype=float32", "permutation.samples=4", "mask.samples=10"]
+    words += ["reconstruction.skip=6", "reconstruction.samples=4"]
     settings = read_config(composed("model=tiny", *words))
     loaded = load_model(settings.model, settings.seed)
     drawn = calibration_tokens(
@@ -124,10 +120,13 @@ def test_each_method_learns_from_its_own_part_of_the_text(
     assert torch.equal(torch.cat(computed), drawn[8:10])
     assert [len(tokens) for tokens in seen] == [4, 10, 4]
     assert all(map(torch.equal, seen, (drawn[:4], drawn[:10], drawn[6:10])))
-    # Without an amount it is as much as without passing over anything.
-    distilled = ("model=tiny", "reconstruction=distill")
-    plain, skipping = (
-        read_config(composed(*distilled, f"reconstruction.skip={skip}")) for skip in (0, 3)
+
+
+def test_passing_over_text_draws_more_of_it() -> None:
+    words = ("model=tiny", "reconstruction=distill")
+    none, zero, three = (
+        read_config(composed(*words, *more))
+        for more in ((), ("reconstruction.skip=0",), ("reconstruction.skip=3",))
     )
-    assert skipping.further == 3
-    assert plain.hash == read_config(composed(*distilled)).hash != skipping.hash
+    assert three.further == 3
+    assert none.hash == zero.hash != three.hash

@@ -1,30 +1,23 @@
-"""The GPU's solver of assignments, in Triton's interpreter: as good as SciPy's, whatever the numbers."""
+"""Solver of assignments of a GPU, in Triton's interpreter: as good as SciPy's for any numbers."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from tests.conftest import ROOT
-from tests.triton_code import ARCHITECTURES, spilled_bytes
+from tests.triton_code import ARCHITECTURES, interpreted, spilled_bytes
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
 KINDS = ("uniform", "near a permutation", "tied", "all equal", "of all sizes")
-SIZES = (1, 2, 5, 8, 16)
-# Triton decides when it is imported whether it interprets: an interpreter of its own.
-CHILD = """
-import sys, torch
+SIZES = (1, 5, 8)
+CODE = """
 from permllm.permutation.lcp.assignment_triton import assign
-softs = torch.load(sys.argv[1])
-torch.save({name: assign(soft) for name, soft in softs.items()}, sys.argv[2])
+found = {name: assign(soft) for name, soft in given.items()}
 """
 
 
@@ -38,31 +31,21 @@ def blocks(kind: str, size: int) -> Tensor:
     if kind == "all equal":
         return torch.ones(3, size, size)
     if kind == "of all sizes":
-        return (20 * uniform - 10).exp() * (
-            1 - 2 * torch.randint(0, 2, (3, size, size), generator=generator)
-        )
+        signs = 1 - 2 * torch.randint(0, 2, (3, size, size), generator=generator)
+        return (20 * uniform - 10).exp() * signs
     return uniform
 
 
-def broken(value: float) -> Tensor:
-    soft = blocks("uniform", 8)
-    soft[1, 3] = value
-    return soft
-
-
 @pytest.fixture(scope="module")
-def solved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What the kernel makes of all blocks here, by name."""
+def solved() -> dict[str, Tensor]:
+    """Return the kernel's solutions of all blocks here, by name."""
     softs = {f"{kind} {size}": blocks(kind, size) for kind in KINDS for size in SIZES}
-    softs |= {str(value): broken(value) for value in (torch.nan, torch.inf, -torch.inf)}
+    for value in (torch.nan, torch.inf, -torch.inf):
+        softs[str(value)] = blocks("uniform", 8)
+        softs[str(value)][1, 3] = value
     softs["none"] = torch.zeros(0, 8, 8)
     softs["a view"] = blocks("uniform", 8).mT.contiguous().mT
-    folder = tmp_path_factory.mktemp("kernel")
-    torch.save(softs, folder / "softs.pt")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", CHILD, str(folder / "softs.pt"), str(folder / "perms.pt")]
-    subprocess.run(command, env=environment, check=True, timeout=300)
-    found: dict[str, Tensor] = torch.load(folder / "perms.pt")
+    found: dict[str, Tensor] = interpreted(CODE, softs)
     return found
 
 
@@ -78,24 +61,18 @@ def test_it_is_as_good_as_scipy(solved: dict[str, Tensor], kind: str, size: int)
         assert float(block[perm, torch.arange(size)].sum()) == pytest.approx(best, rel=1e-12)
 
 
-def test_no_blocks_are_no_launch(solved: dict[str, Tensor]) -> None:
+def test_no_blocks_views_and_what_is_not_finite(solved: dict[str, Tensor]) -> None:
     assert solved["none"].shape == (0, 8)
-
-
-def test_a_view_is_read_as_it_is(solved: dict[str, Tensor]) -> None:
     assert torch.equal(solved["a view"], solved["uniform 8"])
+    for value in (torch.nan, torch.inf, -torch.inf):  # it ends, and leaves the other blocks
+        assert torch.equal(solved[str(value)][[0, 2]], solved["uniform 8"][[0, 2]])
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_ends_and_leaves_the_other_blocks(
-    solved: dict[str, Tensor], value: float
-) -> None:
-    perms = solved[str(value)]
-    assert torch.equal(perms[[0, 2]], solved["uniform 8"][[0, 2]])
-
-
-@pytest.mark.parametrize("size", [16, 64, 1024])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("size", "architecture"),
+    [(64, architecture) for architecture in ARCHITECTURES]
+    + [pytest.param(size, 90, marks=pytest.mark.slow) for size in (16, 1024)],
+)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 def test_gpus_keep_the_state_of_a_block_in_registers(size: int, architecture: int) -> None:
     kernel = importlib.import_module("permllm.permutation.lcp.assignment_triton")._assign

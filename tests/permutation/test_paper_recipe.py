@@ -1,8 +1,9 @@
-"""`permutation=lcp-paper` against the recipe of the paper's released code, written out with dense matrices in float64."""
+"""`permutation=lcp-paper` against the released code's recipe, with dense matrices in float64."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from permllm.models.families import ChannelGroup, channel_groups, decoder_layers
 from permllm.models.load import LoadedModel
 from permllm.permutation.foldable import shared_orders
 from permllm.permutation.lcp.lcp import LCP
-from permllm.permutation.lcp.learner import OrderLearner
 from permllm.pruning.methods import Job, learning_problem, methods_of
 from permllm.pruning.stages import calibrate
 from permllm.runs.directory import Record
@@ -32,12 +32,12 @@ from tests.pruning.test_layerwise import tokens
 from tests.test_config import config
 
 BATCH = torch.tensor([0, 2, 5])
-PASSES = 4
+EPOCHS = 4
 BLOCK = 24  # of 32 and 64 channels: blocks of 24 and a smaller one
 
 
 def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
-    """What the runner gives the method to learn from."""
+    """Return the problem that a job gives the method."""
     loaded, groups = LoadedModel(model, ByT5Tokenizer(extra_ids=0), "tiny"), channel_groups(model)
     job = Job(settings, methods_of(settings), Record(), NO_LOGGER, loaded, groups, model.dtype)
     dense = calibrate(job, tokens())
@@ -45,7 +45,7 @@ def learning(model: PreTrainedModel, settings: RunConfig) -> LearningProblem:
 
 
 def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the last decoder layer gives in the model's own forward."""
+    """Return the last decoder layer's output in the model's own forward."""
     outputs: list[Tensor] = []
     handle = decoder_layers(model)[-1].register_forward_hook(lambda *args: outputs.append(args[2]))
     model(input_ids=ids)
@@ -54,7 +54,7 @@ def last_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def norms(model: PreTrainedModel, groups: list[ChannelGroup]) -> dict[str, Tensor]:
-    """`sqrt(sum over all tokens of x^2 / number of samples)` of each group's channels, in the dense model."""
+    """Return `sqrt(sum over all tokens of x^2 / number of samples)` of each linear's channels."""
     sums: dict[str, Tensor] = {}
     handles = []
     for path in (path for group in groups for path in group.members):
@@ -74,7 +74,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def clamped(logits: Tensor) -> Tensor:
-    """In place on the data, so that autograd knows nothing of it."""
+    """Clamp in place on the data, so that autograd knows nothing of it."""
     logits.data.clamp_(-1, 1)
     return logits
 
@@ -82,7 +82,7 @@ def clamped(logits: Tensor) -> Tensor:
 def dense_permutation(
     logits: list[Tensor], scale: Tensor, temperature: float, iterations: int, order: Tensor
 ) -> Tensor:
-    """P, `(C_in, C_in)`: hard values, soft gradients.
+    """Return P, `(C_in, C_in)`: hard values, soft gradients.
 
     Of several best assignments, as logits at the bound make them, the values are those of `order`.
     """
@@ -104,12 +104,10 @@ def dense_permutation(
 
 def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
     magnitude = weight.abs()
-    if pruner == "wanda":
-        saliency = magnitude * norm
-    else:
-        saliency = (
-            magnitude / magnitude.sum(0, keepdim=True) + magnitude / magnitude.sum(1, keepdim=True)
-        ) * norm.sqrt()
+    saliency = magnitude * norm
+    if pruner == "ria":
+        relative = magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1, keepdim=True)
+        saliency = relative * norm.sqrt()
     groups = (saliency @ p).unflatten(1, (-1, 4))
     kept = torch.zeros_like(groups).scatter_(2, groups.topk(2, dim=2).indices, 1.0)
     return straight_through(kept.flatten(1) @ p.T, groups.softmax(2).flatten(1) @ p.T)
@@ -120,18 +118,9 @@ def dense_mask(weight: Tensor, norm: Tensor, pruner: str, p: Tensor) -> Tensor:
 def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
     cache: Path, pruner: str, iterations: int
 ) -> None:
-    overrides = [
-        f"permutation.sinkhorn_iterations={iterations}",
-        f"permutation.epochs={PASSES}",
-        f"block_size={BLOCK}",
-    ]
-    settings = config(
-        "model=tiny",
-        f"pruner={pruner}",
-        "permutation=lcp-paper",
-        *overrides,
-        "permutation.batch_size=3",
-    )
+    words = [f"permutation.sinkhorn_iterations={iterations}", f"permutation.epochs={EPOCHS}"]
+    words += [f"block_size={BLOCK}", "permutation.batch_size=3", f"pruner={pruner}"]
+    settings = config("model=tiny", "permutation=lcp-paper", *words)
     method: LCP = instantiate("permutation", settings.permutation)
     model = tiny_model("llama", dtype=torch.float64)
     problem = learning(model, settings)
@@ -140,37 +129,30 @@ def test_loss_and_gradients_of_a_step_are_those_of_the_formula(
     blocks = method.start_logits(problem, shared, start)
     for block in blocks.values():
         assert block.scale is not None
-        block.scale.data.mul_(
-            1.5
-        )  # as after some steps: a third of the logits has reached the bound
+        # As after some steps: a third of the logits has reached the bound.
+        block.scale.data.mul_(1.5)
     reference: Any = copy.deepcopy(blocks)
     window = Window(0, 0, 2, None, problem.target)
     with method.masked(problem, shared, window, EAGER) as linears:
-        learner = OrderLearner(method, problem, shared, window, start, blocks, linears)
+        learner = method.learner(shared, start, blocks, linears)
         training = Training(method, problem, window, learner, "lcp", "checkpoint")
-        moment = Moment(
-            3, training.steps, 1, training.epochs
-        )  # two steps an epoch: in the second of four
+        # Two steps an epoch: in the second of four.
+        moment = Moment(3, training.steps, 1, training.epochs)
         temperature = learner.temperature(moment)
         loss, _ = training.step(BATCH, moment)
 
     norm = norms(model, problem.groups)
     target = last_output(model, tokens()[BATCH]).detach()
     for group in problem.groups:
+        theirs, now = reference[group.name], 1.0 + (0.1 - 1.0) * 1 / EPOCHS
         order = learner.present[group.name]
-        theirs = reference[group.name]
-        p = dense_permutation(
-            list(theirs.logits), theirs.scale, 1.0 + (0.1 - 1.0) * 1 / PASSES, iterations, order
-        )
+        p = dense_permutation(list(theirs.logits), theirs.scale, now, iterations, order)
         for path in group.members:
             linear = linear_at(model, path)
             weight = linear.weight * dense_mask(linear.weight, norm[path], pruner, p)
-            linear.forward = lambda x, weight=weight, linear=linear: nn.functional.linear(
-                x, weight, linear.bias
-            )
-    expected = (
-        1 - nn.functional.cosine_similarity(last_output(model, tokens()[BATCH]), target, dim=-1)
-    ).mean()
+            linear.forward = partial(nn.functional.linear, weight=weight, bias=linear.bias)
+    output = last_output(model, tokens()[BATCH])
+    expected = (1 - nn.functional.cosine_similarity(output, target, dim=-1)).mean()
     expected.backward()
 
     assert temperature == 0.775
@@ -191,6 +173,5 @@ def test_norms_have_the_released_scale(cache: Path) -> None:
     chosen = (config("model=tiny", f"permutation.conventions={name}") for name in ("ours", "paper"))
     ours, paper = (learning(tiny_model("llama"), settings).factors for settings in chosen)
     for path, factors in ours.items():
-        torch.testing.assert_close(
-            paper[path].column, factors.column * tokens().shape[1] ** 0.5, rtol=1e-5, atol=0
-        )
+        expected = factors.column * tokens().shape[1] ** 0.5
+        torch.testing.assert_close(paper[path].column, expected, rtol=1e-5, atol=0)

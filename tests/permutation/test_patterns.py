@@ -1,4 +1,4 @@
-"""Every pruner and permutation where linears stay dense and channel groups have patterns of their own, small and large."""
+"""Linears that stay dense and channel groups with patterns of their own, small and large."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from permllm.config import NMPattern
-from permllm.models.families import ChannelGroup, channel_groups, decoder_layers, linear_at
-from permllm.models.layers import LayerStream
+from permllm.models.families import ChannelGroup, channel_groups, linear_at
 from permllm.models.selection import pruned_groups
 from permllm.permutation.base import Identity
 from permllm.permutation.foldable import foldable
@@ -18,142 +17,101 @@ from permllm.permutation.heuristic import Heuristic
 from permllm.pruning.distill import Distill
 from permllm.pruning.layerwise import Found, PrunedModel
 from permllm.pruning.sparsegpt import OBS
-from permllm.sparsity.calibrate import Pruner, calibrate_dense
+from permllm.pruning.wanda import Wanda
 from permllm.training.losses import cosine_loss
-from permllm.training.problem import LearningProblem
 from tests.conftest import tiny_model
-from tests.pruning.test_layerwise import PRUNERS, lcp, pruned, tokens
+from tests.permutation.test_lcp import states_of
+from tests.pruning.test_layerwise import PRUNERS, lcp, problem, pruned
 
 PATTERN = NMPattern(6, 8)
 # In the second layer one member alone is pruned of what reads the residual stream, and in the first
 # one group.
 KEEP_DENSE = ("layers.0.self_attn", "v_proj", "layers.1.mlp.up_proj", "k_proj")
-SPARSITY_OF = {
-    "layers.0.mlp.down_proj": "8:16",
-    "layers.1.mlp.down_proj": "2:8",
-    "q_proj": "2:4",
-    "o_proj": "1:4",
-}
 OWN = {
-    "0.mlp.down_proj": (8, 16),
-    "1.mlp.down_proj": (2, 8),
-    "1.self_attn.q_proj": (2, 4),
-    "1.self_attn.o_proj": (1, 4),
+    "layers.0.mlp.down_proj": (8, 16),
+    "layers.1.mlp.down_proj": (2, 8),
+    "layers.1.self_attn.q_proj": (2, 4),
+    "layers.1.self_attn.o_proj": (1, 4),
 }
 
 
 def mixed(model: nn.Module) -> list[ChannelGroup]:
-    return pruned_groups(channel_groups(model), PATTERN, KEEP_DENSE, SPARSITY_OF)
-
-
-def learning_problem(model: nn.Module, pruner: Pruner, **extra: Any) -> LearningProblem:
-    dense = calibrate_dense(model, channel_groups(model), tokens(), pruner, batch_size=4)
-    return LearningProblem(
-        model, mixed(model), tokens(), dense.factors, dense.target, PATTERN, seed=0, **extra
-    )
+    own = {path: f"{n}:{m}" for path, (n, m) in OWN.items()}
+    return pruned_groups(channel_groups(model), PATTERN, KEEP_DENSE, own)
 
 
 def check(model: nn.Module, found: PrunedModel, moves: bool) -> None:
     before = dict(tiny_model("llama").named_parameters())
     assert found.violations == 0
     assert len(found.masks) == 7
-    pruned = set()
-    for name, parameter in model.named_parameters():
-        path = name.removesuffix(".weight")
-        if path not in found.masks:
-            assert torch.equal(parameter, before[name])
-            continue
-        pruned.add(path)
-        n, m = OWN.get(path.removeprefix("model.layers."), (6, 8))
-        (group,) = (group for group in mixed(model) if path in group.members)
-        kept = found.masks[path][:, found.orders[group.name]].view(len(parameter), -1, m).sum(2)
+    group_of = {path: group.name for group in mixed(model) for path in group.members}
+    for path, mask in found.masks.items():
+        weight = linear_at(model, path).weight
+        n, m = OWN.get(path.removeprefix("model."), (6, 8))
+        kept = mask[:, found.orders[group_of[path]]].view(len(weight), -1, m).sum(2)
         assert bool((kept == n).all())
-        assert not bool(parameter[~found.masks[path]].any())
-        if not moves:
-            assert torch.equal(parameter, torch.where(found.masks[path], before[name], 0.0))
-    assert pruned == found.masks.keys()
+        assert not bool(weight[~mask].any())
+        assert moves or torch.equal(weight, torch.where(mask, before[f"{path}.weight"], 0.0))
+    check_others(model, found)
 
 
-@pytest.mark.parametrize("pruner_name", sorted(PRUNERS))
-@pytest.mark.parametrize("permutation", ["none", "heuristic"])
+def check_others(model: nn.Module, found: PrunedModel) -> None:
+    before = dict(tiny_model("llama").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert name.removesuffix(".weight") in found.masks or torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("pruner", sorted(PRUNERS))
+@pytest.mark.parametrize("permutation", [Identity(), Heuristic()])
 def test_each_linear_has_its_own_pattern_and_the_others_stay_as_they_were(
-    pruner_name: str, permutation: str
+    pruner: str, permutation: Any
 ) -> None:
     model = tiny_model("llama")
-    pruner = PRUNERS[pruner_name]()
-    method: Any = Identity() if permutation == "none" else Heuristic()
-    check(
-        model,
-        pruned(model, pruner, permutation=method, groups=mixed(model), pattern=PATTERN),
-        pruner_name == "sparsegpt",
-    )
+    own: dict[str, Any] = {"groups": mixed(model), "pattern": PATTERN}
+    found = pruned(model, PRUNERS[pruner](), permutation=permutation, **own)
+    check(model, found, pruner == "sparsegpt")
 
 
-@pytest.mark.parametrize("constraint", ["free", "foldable"])
-@pytest.mark.parametrize("straight_through", ["swap", "hard", "soft"])
-def test_what_is_learned_is_measured_as_it_is_then_pruned(
-    constraint: Any, straight_through: Any
-) -> None:
+@pytest.mark.parametrize(
+    ("constraint", "way"), [("free", "swap"), ("foldable", "swap"), ("free", "hard")]
+)
+def test_what_is_learned_is_measured_as_it_is_then_pruned(constraint: Any, way: Any) -> None:
     model = tiny_model("llama")
     losses: list[float] = []
     settings = {"block_size": 16, "epochs": 3, "select_from": 3, "learning_rate": 0.05}
-    method = lcp(constraint=constraint, straight_through=straight_through, **settings)
-    learning = learning_problem(
-        model, PRUNERS["wanda"](), on_epoch=lambda values: losses.append(values["measured_loss"])
+    learning = problem(
+        model, Wanda(), PATTERN, on_epoch=lambda values: losses.append(values["measured_loss"])
     )
-    orders = method.orders(learning)
+    learning.groups = mixed(model)
+    orders = lcp(constraint=constraint, straight_through=way, **settings).orders(learning)
     assert orders.keys() == {group.name for group in learning.groups}
-    result = pruned(
-        model,
-        PRUNERS["wanda"](),
-        Found(learning.factors, orders),
-        groups=learning.groups,
-        pattern=PATTERN,
-    )
-    check(model, result, False)
-    stream = LayerStream(model, tokens(), 4)
-    for index in range(len(decoder_layers(model))):
-        stream.advance(index)
-    assert float(cosine_loss(stream.states(), learning.target)) == pytest.approx(
-        min(losses), rel=1e-4
-    )
-    if constraint == "foldable":
-        assert (
-            len(foldable(learning.groups, orders)) == 4
-        )  # the residual stream, two MLPs, one attention
+    own: dict[str, Any] = {"groups": learning.groups, "pattern": PATTERN}
+    check(model, pruned(model, Wanda(), Found(learning.factors, orders), **own), False)
+    loss = float(cosine_loss(states_of(model), learning.target))
+    assert loss == pytest.approx(min(losses), rel=1e-4)
+    if constraint == "foldable":  # the residual stream, two MLPs, one attention
+        assert len(foldable(learning.groups, orders)) == 4
 
 
 def test_a_stage_of_layers_that_stay_dense_is_passed_by() -> None:
-    model = tiny_model("llama")
-    groups = pruned_groups(channel_groups(model), PATTERN, ["0"], {})
-    dense = calibrate_dense(model, channel_groups(model), tokens(), PRUNERS["wanda"](), 4)
     told: list[Any] = []
-    learning = LearningProblem(
-        model, groups, tokens(), dense.factors, dense.target, PATTERN, seed=0, on_epoch=told.append
-    )
+    learning = problem(tiny_model("llama"), Wanda(), PATTERN, on_epoch=told.append)
+    learning.groups = pruned_groups(learning.groups, PATTERN, ["0"], {})
     orders = lcp(layers_per_stage=1, epochs=1).orders(learning)
-    assert orders.keys() == {group.name for group in groups}
+    assert orders.keys() == {group.name for group in learning.groups}
     assert [(values["first_layer"], values["last_layer"]) for values in told] == [(1, 1)]
 
 
 @pytest.mark.parametrize("reconstruction", [OBS(), Distill(epochs=1)])
 def test_reconstruction_leaves_dense_linears_alone(reconstruction: Any) -> None:
     model = tiny_model("llama")
-    groups = pruned_groups(
-        channel_groups(model), PATTERN, ["0", "layers.1.self_attn"], {"down_proj": "8:16"}
-    )
-    more = {
-        "permutation": Heuristic(),
-        "groups": groups,
-        "pattern": PATTERN,
-        "reconstruction": reconstruction,
-    }
-    result = pruned(model, PRUNERS["wanda"](), **more)
-    before = dict(tiny_model("llama").named_parameters())
+    dense, own = ["0", "layers.1.self_attn"], {"down_proj": "8:16"}
+    more: dict[str, Any] = {"pattern": PATTERN, "reconstruction": reconstruction}
+    more["groups"] = pruned_groups(channel_groups(model), PATTERN, dense, own)
+    result = pruned(model, Wanda(), permutation=Heuristic(), **more)
+    before = tiny_model("llama")
     for path, mask in result.masks.items():
-        assert not torch.equal(
-            linear_at(model, path).weight, torch.where(mask, before[f"{path}.weight"], 0.0)
-        )
-        assert not bool(linear_at(model, path).weight[~mask].any())
-    for path, parameter in model.named_parameters():
-        assert path.removesuffix(".weight") in result.masks or torch.equal(parameter, before[path])
+        weight = linear_at(model, path).weight
+        assert not torch.equal(weight, torch.where(mask, linear_at(before, path).weight, 0.0))
+        assert not bool(weight[~mask].any())
+    check_others(model, result)

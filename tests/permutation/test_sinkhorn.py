@@ -14,121 +14,87 @@ from permllm.permutation.lcp.assignment import harden
 from permllm.permutation.lcp.logits import BlockLogits, SoftBatch
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
 from permllm.runtime import parallel
-from permllm.training.blocks import BlockStack
+from permllm.training.masked_linear import BlockStack
 from tests.permutation.differentiable import sinkhorn
 
 
-def logits(blocks: int = 3, size: int = 8, scale: float = 1.0) -> Tensor:
-    return (
-        torch.randn(
-            blocks, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-        )
-        * scale
-    )
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(
     ("halves", "temperature", "scale"),
-    [
-        (0, 1.0, 1.0),
-        (1, 1.0, 1.0),
-        (2, 1.0, 1.0),
-        (10, 1.0, 1.0),
-        (0, 0.1, 1.0),
-        (10, 0.1, 1.0),
-        (10, 0.1, 30.0),
-    ],
+    [(0, 1.0, 1.0), (1, 1.0, 1.0), (2, 1.0, 1.0), (10, 1.0, 1.0), (10, 0.1, 1.0), (10, 0.1, 30.0)],
 )
 def test_values_and_gradients_equal_the_plain_formula(
     halves: int, temperature: float, scale: float
 ) -> None:
-    reference = logits(scale=scale).requires_grad_()
-    weight = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    soft, potentials = normalize(logits(scale=scale), temperature, halves)
+    logits, weight = scale * random(3, 8, 8), random(3, 8, 8, seed=1)
+    reference = logits.clone().requires_grad_()
+    soft, potentials = normalize(logits, temperature, halves)
     expected = sinkhorn(reference, temperature, halves / 2)
     torch.testing.assert_close(soft, expected, rtol=1e-9, atol=0)
     (expected * weight).sum().backward()
-    found = logit_gradient(logits(scale=scale), temperature, potentials, weight)
+    found = logit_gradient(logits, temperature, potentials, weight)
     assert found.isfinite().all()
     torch.testing.assert_close(found, reference.grad, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "sharpness", [0.1, 1.0, 10.0]
-)  # the sharp ones are settled without an assignment
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])  # the last needs no assignment
 def test_hard_permutation_is_the_best_of_all(sharpness: float) -> None:
-    soft = sinkhorn(logits(blocks=6, size=5, scale=sharpness), 1.0, 5)
+    soft = sinkhorn(sharpness * random(6, 5, 5), 1.0, 5)
     for block, perm in zip(soft, harden([soft])[0], strict=True):
-        assert sorted(perm.tolist()) == list(range(5))
-        scores = {
-            p: sum(float(block[p[j], j]) for j in range(5))
-            for p in itertools.permutations(range(5))
-        }
-        assert sum(float(block[perm[j], j]) for j in range(5)) == pytest.approx(
-            max(scores.values()), abs=1e-12
-        )
+        orders = [list(order) for order in itertools.permutations(range(5))]
+        best = max(float(block[order, range(5)].sum()) for order in orders)
+        assert perm.tolist() in orders
+        assert float(block[perm, range(5)].sum()) == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("ranks", [2, 8])
 def test_ranks_solve_a_share_of_the_blocks_each_and_have_all(
     ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    softs = [
-        sinkhorn(logits(blocks, size, 0.1), 1.0, 5) for blocks, size in ((9, 8), (1, 4), (12, 16))
-    ]
+    sizes = ((9, 8), (1, 4), (12, 16))
+    softs = [sinkhorn(0.1 * random(blocks, size, size), 1.0, 5) for blocks, size in sizes]
     expected, solve, solved = harden(softs), assignment.linear_sum_assignment, [0] * ranks
     total = [torch.zeros_like(perm) for perm in expected]
 
-    def summed(rank: int) -> list[Tensor]:
-        def counted(costs: object) -> object:
-            solved[rank] += 1
-            return solve(costs)
+    def all_reduce(mine: list[Tensor]) -> None:
+        for whole, part in zip(total, mine, strict=True):
+            whole += part
 
-        def all_reduce(mine: list[Tensor]) -> None:
-            for whole, part in zip(total, mine, strict=True):
-                whole += part
-
-        monkeypatch.setattr(parallel, "rank", lambda: rank)
-        monkeypatch.setattr(assignment, "linear_sum_assignment", counted)
-        monkeypatch.setattr(parallel, "all_reduce", all_reduce)
-        return harden(softs)
+    def counted(costs: object) -> object:
+        solved[parallel.rank()] += 1
+        return solve(costs)
 
     monkeypatch.setattr(parallel, "world_size", lambda: ranks)
+    monkeypatch.setattr(parallel, "all_reduce", all_reduce)
+    monkeypatch.setattr(assignment, "linear_sum_assignment", counted)
     for rank in range(ranks):
-        summed(rank)
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        harden(softs)
     assert all(map(torch.equal, total, expected))
     assert sum(solved) == 21  # all but the small one, which is settled without
     assert max(solved) <= -(-9 // ranks) + -(-12 // ranks)
-    # A block that one of them cannot solve fails in all, at the same step.
-    softs[-1][-1, -1, -1] = torch.nan
-    for rank in range(ranks):
-        with pytest.raises(ValueError, match="not finite"):
-            summed(rank)
 
 
 @pytest.mark.parametrize("scale", [None, 1.5])
 def test_stacks_that_are_normalised_together_have_the_values_and_gradients_of_each_alone(
     scale: float | None,
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-
     def order(*counts: int) -> BlockLogits:
-        stacks = [
-            BlockStack(8 * sum(counts[:number]), count, 8) for number, count in enumerate(counts)
-        ]
-        values = [
-            torch.rand(count, 8, 8, dtype=torch.float64, generator=generator) for count in counts
-        ]
+        starts = [8 * sum(counts[:number]) for number in range(len(counts))]
+        stacks = [BlockStack(start, count, 8) for start, count in zip(starts, counts, strict=True)]
+        values = [random(count, 8, 8, seed=count).sigmoid() for count in counts]
         return BlockLogits(torch.arange(8 * sum(counts)), stacks, values, scale)
 
     orders = {"a": order(2), "b": order(1, 3)}
-    batch = SoftBatch(orders, [("a", 0), ("b", 0), ("b", 1)], 0.5, 6)
-    weights = [
-        torch.randn(count, 8, 8, dtype=torch.float64, generator=generator) for count in (2, 1, 3)
-    ]
+    stacks = [("a", 0), ("b", 0), ("b", 1)]
+    batch = SoftBatch(orders, stacks, 0.5, 6)
+    weights = [random(count, 8, 8, seed=9) for count in (2, 1, 3)]
     apart = copy.deepcopy(orders)
-    softs = [sinkhorn(stack, 0.5, 3) for order in apart.values() for stack in order.effective()]
-    for (_, found), soft in zip(batch.parts(batch.soft), softs, strict=True):
+    softs = [sinkhorn(apart[name].effective(number), 0.5, 3) for name, number in stacks]
+    for found, soft in zip(batch.parts(batch.soft).values(), softs, strict=True):
         torch.testing.assert_close(found, soft, rtol=1e-12, atol=0)
     assert not any(bool(stand_in.any()) for stand_in in batch.stand_ins)
     for some in (batch.stand_ins, softs):  # of two portions, and the second stack used twice

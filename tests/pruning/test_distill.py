@@ -23,8 +23,8 @@ from permllm.runs.directory import Record, RunDirectory
 from permllm.runs.names import DISTILL_CHECKPOINT
 from permllm.runtime.precision import products_in
 from permllm.sparsity.statistics import Gram
-from permllm.training import checkpoint, objective
 from permllm.training import loop as training
+from permllm.training import objective
 from permllm.training.learner import Moment, Window
 from permllm.training.problem import LearningProblem
 from permllm.training.settings import LearningSettings
@@ -112,7 +112,7 @@ def distilled(directory: Path | None, **settings: Any) -> dict[str, Tensor]:
 def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, step = checkpoint.save_state, 8  # of 10, in the second epoch
+    write, step = training.save_state, 8  # of 10, in the second epoch
 
     def write_and_stop(path: Path, state: Any) -> None:
         write(path, state)
@@ -120,9 +120,9 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
             raise KeyboardInterrupt
 
     whole = distilled(None)
-    monkeypatch.setattr(checkpoint, "_EVERY", 0.0)
-    monkeypatch.setattr(checkpoint, "_TIMES_WRITING", 0.0)
-    monkeypatch.setattr(checkpoint, "save_state", write_and_stop)
+    monkeypatch.setattr(training, "_EVERY", 0.0)
+    monkeypatch.setattr(training, "_TIMES_WRITING", 0.0)
+    monkeypatch.setattr(training, "save_state", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         distilled(tmp_path)
     with caplog.at_level("INFO"):
@@ -131,8 +131,8 @@ def test_a_distillation_that_is_stopped_continues_to_the_same_weights(
     assert all(torch.equal(weight, continued[path]) for path, weight in whole.items())
     # What is of something else, or broken, is not continued, and says so.
     (tmp_path / DISTILL_CHECKPOINT).write_bytes(b"of something else")
-    monkeypatch.setattr(checkpoint, "_EVERY", math.inf)
-    monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
+    monkeypatch.setattr(training, "_EVERY", math.inf)
+    monkeypatch.setattr(training, "save_state", lambda *_: None)
     assert all(torch.equal(weight, whole[path]) for path, weight in distilled(tmp_path).items())
     assert "learning begins anew" in caplog.text
 
@@ -212,6 +212,6 @@ def test_room_is_left_for_what_the_first_step_brings(products: torch.dtype) -> N
     with weights.gradients(), products_in(products, torch.device("cpu")):
         loop = training.Training(settings, learning, window, weights, "distill", "file")
         # Gradients and two moments, then gradients alone.
-        assert loop.objective._not_yet_taken(target) == 4 * 3 * values + rounded
+        assert loop._not_yet_taken(target) == 4 * 3 * values + rounded
         loop.step(torch.arange(2), Moment(0, 4, 0, 1))
-        assert loop.objective._not_yet_taken(target) == 4 * values + rounded
+        assert loop._not_yet_taken(target) == 4 * values + rounded

@@ -22,7 +22,7 @@ from permllm.runs.launched import share_gpus
 from permllm.runs.sweep import kept
 from permllm.runtime import parallel
 from permllm.runtime.terminal import CONTINUES
-from permllm.training import checkpoint
+from permllm.training import loop as training
 from tests.conftest import ROOT, run_command
 from tests.test_config import composed
 
@@ -78,7 +78,7 @@ def test_two_ranks_continue_a_run_to_what_one_process_learns(
         job.run(read_config(composed(*words, f"run_dir={folder}")))
 
     learn(tmp_path / "alone")
-    write, left = checkpoint.save_state, [2]
+    write, left = training.save_state, [2]
 
     def write_and_stop(path: Path, state: object) -> None:
         write(path, state)
@@ -86,7 +86,7 @@ def test_two_ranks_continue_a_run_to_what_one_process_learns(
         if not left[0]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_state", write_and_stop)
+    monkeypatch.setattr(training, "save_state", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         learn(tmp_path / "rank0" / "run")
     done = ranks(tmp_path, *words, "run_dir=run")

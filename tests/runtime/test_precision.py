@@ -22,9 +22,8 @@ from permllm.runtime.precision import (
 )
 from permllm.sparsity.nm import permuted_nm_mask
 from permllm.sparsity.saliency import SaliencyFactors, saliency
-from permllm.training.blocks import split_blocks
 from permllm.training.losses import head_divergence
-from permllm.training.masked_linear import MaskedLinear
+from permllm.training.masked_linear import MaskedLinear, split_blocks
 from permllm.training.scores import Scores
 from tests.conftest import tiny_model
 from tests.permutation.differentiable import sinkhorn
@@ -63,7 +62,7 @@ def masked(linear: nn.Linear) -> tuple[MaskedLinear, BlockLogits]:
 
 
 def set_order(module: MaskedLinear, logits: BlockLogits) -> None:
-    softs = [sinkhorn(stack, 1.0, 5) for stack in logits.effective()]
+    softs = [sinkhorn(logits.effective(0), 1.0, 5)]
     module.set_order(logits.base, torch.arange(16).repeat(2), softs)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from permllm.models.families import (
@@ -21,12 +22,18 @@ from permllm.training import losses
 from permllm.training.losses import cosine_loss, head_divergence
 from tests.conftest import tiny_model
 
-CPU = torch.device("cpu")
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def pair() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))  # type: ignore[return-value]
+def last_states(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output of the last decoder layer in the model's own forward, and its logits."""
+    seen: list[Any] = []
+    handle = decoder_layers(model)[-1].register_forward_hook(lambda *args: seen.append(args[2]))
+    logits = model(input_ids=tokens).logits
+    handle.remove()
+    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]), logits
 
 
 def test_the_heads_weight_is_rounded_once() -> None:
@@ -38,12 +45,8 @@ def test_the_heads_weight_is_rounded_once() -> None:
 
 
 def test_cosine_loss_against_its_formula() -> None:
-    a, b = pair()
-    total = sum(
-        1 - float(a[i, j] @ b[i, j] / (a[i, j].norm() * b[i, j].norm()))
-        for i in range(2)
-        for j in range(3)
-    )
+    a, b = random(6, 5, seed=0), random(6, 5)
+    total = sum(1 - float(u @ v / (u.norm() * v.norm())) for u, v in zip(a, b, strict=True))
     assert float(cosine_loss(a, b)) == pytest.approx(total / 6, rel=1e-12)
     assert float(cosine_loss(a, a)) == pytest.approx(0.0, abs=1e-12)
 
@@ -54,10 +57,8 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(
 ) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)  # 14 tokens: three chunks and a rest
     model = tiny_model("llama", dtype=torch.float64)
-    hidden = model.config.hidden_size
-    generator = torch.Generator().manual_seed(1)
-    output = torch.randn(2, 7, hidden, dtype=torch.float64, generator=generator).requires_grad_()
-    target = torch.randn(2, 7, hidden, dtype=torch.float64, generator=generator)
+    target = random(2, 7, model.config.hidden_size, seed=2)
+    output = random(2, 7, model.config.hidden_size).requires_grad_()
     reference = output.detach().clone().requires_grad_()
     # As the model itself computes logits, norm and head included.
     p = model.lm_head(model.model.norm(target)).softmax(-1)
@@ -69,14 +70,12 @@ def test_head_divergence_and_its_gradient_against_the_plain_formula(
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
-    assert float(head_divergence(Head(model), target, target, form)) == pytest.approx(
-        0.0, abs=1e-12
-    )
+    same = float(head_divergence(Head(model), target, target, form))
+    assert same == pytest.approx(0.0, abs=1e-12)
 
 
 def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
-    generator = torch.Generator().manual_seed(2)
-    sparse, dense = (3e3 * torch.randn(3, 96, generator=generator).bfloat16() for _ in range(2))
+    sparse, dense = (3e3 * random(3, 96, seed=seed).bfloat16() for seed in (0, 1))
     p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
     for form in (losses._compiled_divergence, losses._divergence):
         total, gradient = form(sparse, dense, True)
@@ -90,7 +89,7 @@ def test_large_logits_stay_finite_in_a_compiled_divergence() -> None:
     ("asked", "tokens", "compiled"),
     [(None, 9, False), (None, 11, True), (True, 9, True), (False, 11, False)],
 )
-def test_the_divergence_is_compiled_where_that_is_made_up_for(
+def test_the_divergence_is_compiled_where_that_pays(
     asked: bool | None, tokens: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
@@ -101,13 +100,10 @@ def test_the_divergence_is_compiled_where_that_is_made_up_for(
     assert (seen != [losses._divergence]) == compiled
 
 
-@pytest.mark.parametrize("vocabulary", [49_152, 151_936, 262_144])
-def test_a_large_vocabulary_has_the_logits_of_fewer_tokens_at_a_time(vocabulary: int) -> None:
-    assert tokens_at_a_time(vocabulary, 5000) == {262_144: 256}.get(
-        vocabulary, 5000
-    )  # as it always was
-    assert tokens_at_a_time(vocabulary, 128) == 128
-    assert tokens_at_a_time(10**9, 128) == 1
+def test_a_large_vocabulary_has_the_logits_of_fewer_tokens_at_a_time() -> None:
+    sizes = [49_152, 151_936, 262_144]
+    assert [tokens_at_a_time(size, 5000) for size in sizes] == [5000, 5000, 256]
+    assert [tokens_at_a_time(size, 128) for size in [*sizes, 10**9]] == [128, 128, 128, 1]
 
 
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(32_000, 1024), (152_064, 220), (262_144, 128)])
@@ -122,15 +118,15 @@ def test_a_gpu_takes_the_logits_of_as_many_tokens_as_its_memory_allows(
 def test_what_follows_the_layers_gives_the_logits_of_the_model(family: str) -> None:
     model = tiny_model(family)
     tokens = torch.randint(0, 259, (2, 9), generator=torch.Generator().manual_seed(0))
-    seen = []
-    handle = decoder_layers(model)[-1].register_forward_hook(
-        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
     with torch.no_grad():
-        expected = model(input_ids=tokens).logits
-        handle.remove()
-        found = model.get_output_embeddings()(after_layers(model, seen[0]))
+        states, expected = last_states(model, tokens)
+        found = model.get_output_embeddings()(after_layers(model, states))
     torch.testing.assert_close(found, expected)
+    other = tiny_model(family, dtype=torch.bfloat16)
+    before = torch.get_rng_state()
+    assert Head(model).plain
+    assert Head(other).plain
+    assert torch.equal(torch.get_rng_state(), before)  # found out without a random number
 
 
 _SIZES = {
@@ -163,14 +159,12 @@ HEADS: dict[str, tuple[Family, dict[str, Any]]] = {
 
 
 def model_of(model_type: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    family, own = HEADS.get(model_type, (_LLAMA, {}))
+    family, own = HEADS[model_type]
     monkeypatch.setitem(FAMILIES, model_type, family)
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **(_SIZES | own | settings))
-    model = (
-        AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
-    )
-    for name, parameter in model.named_parameters():
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    for name, parameter in model.requires_grad_(False).named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3)
     return model
 
@@ -181,18 +175,10 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
 ) -> None:
     monkeypatch.setattr(losses, "chunk_of", lambda *_: 4)
     model = model_of(model_type, {}, monkeypatch)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 259, (2, 9), generator=generator)
-    seen: list[torch.Tensor] = []
-    handle = decoder_layers(model)[-1].register_forward_hook(
-        lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    p = model(input_ids=tokens).logits.log_softmax(-1)
-    handle.remove()
-    target = seen[0]
-    output = (
-        target + torch.randn(target.shape, dtype=torch.float64, generator=generator)
-    ).requires_grad_()
+    tokens = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
+    target, logits = last_states(model, tokens)
+    p = logits.log_softmax(-1)
+    output = (target + random(*target.shape)).requires_grad_()
     reference = output.detach().clone().requires_grad_()
     # The model from its tokens to its logits, its last layer answering with the other output.
     handle = decoder_layers(model)[-1].register_forward_hook(
@@ -207,26 +193,12 @@ def test_the_divergence_goes_through_whatever_the_models_own_head_does(
     assert not head.plain
     found = head_divergence(head, output, target)
     found.backward()
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
     torch.testing.assert_close(output.grad, reference.grad, rtol=1e-8, atol=1e-12)
     with torch.no_grad():
-        assert float(head_divergence(head, output, target)) == pytest.approx(
-            float(expected.detach()), rel=1e-10
-        )
-        torch.testing.assert_close(
-            model(input_ids=tokens).logits.log_softmax(-1), p
-        )  # the model is as it was
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_that_are_a_product_are_found_out_without_a_random_number(
-    family: str, dtype: torch.dtype
-) -> None:
-    model = tiny_model(family, dtype=dtype)
-    before = torch.get_rng_state()
-    assert Head(model).plain
-    assert torch.equal(torch.get_rng_state(), before)
+        again = head_divergence(head, output, target)
+        torch.testing.assert_close(model(input_ids=tokens).logits, logits)  # as it was
+    for value in (found, again):
+        assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
 
 
 @pytest.mark.parametrize(

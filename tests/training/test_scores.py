@@ -1,4 +1,4 @@
-"""Scores that learn: their gradients against autograd of the whole formula, and what they start from."""
+"""Scores that learn: their gradients against autograd of the whole formula, and their start."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ from permllm.training.masked_linear import MaskedLinear
 from permllm.training.scores import FreeScores, LowRankScores, Scores
 
 ROWS, CHANNELS, PATTERN = 6, 24, NMPattern(2, 4)
+TINY = torch.finfo(torch.float64).tiny
 
 
-def given(form: str = "one term", seed: int = 0) -> tuple[nn.Linear, SaliencyFactors, Tensor]:
-    """A linear with a weight that is zero, its factors, and an order."""
-    generator = torch.Generator().manual_seed(seed)
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def given(form: str) -> tuple[nn.Linear, SaliencyFactors, Tensor]:
+    """Return a linear with a weight that is zero, its factors, and a permutation."""
     linear = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
-    linear.weight.copy_(torch.randn(ROWS, CHANNELS, generator=generator, dtype=torch.float64))
+    linear.weight.copy_(random(ROWS, CHANNELS, seed=0))
     linear.weight[1, 3] = 0.0
-    terms = {"one term": 1, "two terms": 2, "dense": ROWS, "dense, without the weight": ROWS}[form]
-    column = torch.rand(terms, CHANNELS, generator=generator, dtype=torch.float64) + 0.5
-    row = (
-        torch.rand(2, ROWS, generator=generator, dtype=torch.float64) + 0.5
-        if form == "two terms"
-        else None
-    )
+    terms = {"one term": 1, "two terms": 2}.get(form, ROWS)
+    column = random(terms, CHANNELS, seed=1).abs() + 0.5
+    row = random(2, ROWS, seed=2).abs() + 0.5 if form == "two terms" else None
     power = 0 if form == "dense, without the weight" else 1
-    return (
-        linear,
-        SaliencyFactors(power, column, row),
-        torch.randperm(CHANNELS, generator=generator),
-    )
+    order = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(3))
+    return linear, SaliencyFactors(power, column, row), order
+
+
+def permuted(linear: nn.Linear, order: Tensor) -> nn.Linear:
+    """Return the linear as learning stores it."""
+    there = nn.Linear(CHANNELS, ROWS, dtype=linear.weight.dtype).requires_grad_(False)
+    there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
+    return there
 
 
 def made(kind: str, linear: nn.Linear, factors: SaliencyFactors) -> Scores:
@@ -51,41 +55,35 @@ def test_they_start_at_the_masks_of_the_pruner(kind: str, form: str) -> None:
     scores = made(kind, linear, factors)
     for _ in range(2):  # in each step anew
         values = scores.values_t(linear.weight.t()).t()
-        torch.testing.assert_close(
-            values.exp(), expected.clamp_min(torch.finfo(torch.float64).tiny), rtol=1e-11, atol=0
-        )
-        assert torch.equal(
-            permuted_nm_mask(values, order, PATTERN), permuted_nm_mask(expected, order, PATTERN)
-        )
+        torch.testing.assert_close(values.exp(), expected.clamp_min(TINY), rtol=1e-11, atol=0)
+        mask = permuted_nm_mask(values, order, PATTERN)
+        assert torch.equal(mask, permuted_nm_mask(expected, order, PATTERN))
     assert torch.equal(saliency(linear.weight, factors), expected)
 
 
 def test_scores_have_a_channel_in_a_row_whatever_the_weight_is_like() -> None:
     """Processes add up what is contiguous, and channels are gathered."""
-    linear, factors, _ = given()
+    linear, factors, _ = given("one term")
     for weight in (linear.weight.data.contiguous(), linear.weight.data.t().contiguous().t()):
         assert FreeScores(weight, factors).free.is_contiguous()
 
 
 def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> None:
-    linear, factors, order = given()
-    linear = linear.float()
-    there = nn.Linear(CHANNELS, ROWS).requires_grad_(False)
-    there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
-    narrow = SaliencyFactors(1, factors.column.float())
+    linear, factors, order = given("one term")
+    linear, narrow = linear.float(), SaliencyFactors(1, factors.column.float())
+    there = permuted(linear, order)
     scores = FreeScores(there.weight, narrow.permuted(order))
     module = MaskedLinear(there, scores, PATTERN, order=order)
-    x, grad = torch.randn(5, CHANNELS), torch.randn(5, ROWS)
+    x, grad = random(5, CHANNELS, seed=4).float(), random(5, ROWS, seed=5).float()
     inputs = x.clone().requires_grad_()
     with products_in(torch.bfloat16, torch.device("cpu")):
         y = module(inputs)
         y.backward(grad.to(y.dtype))
+    assert inputs.grad is not None
+    assert (y.dtype, inputs.grad.dtype) == (torch.bfloat16, torch.float32)
     x, grad = x.bfloat16().double(), grad.bfloat16().double()
-    masked = (
-        (linear.weight * permuted_nm_mask(saliency(linear.weight, narrow), order, PATTERN))
-        .bfloat16()
-        .double()
-    )
+    mask = permuted_nm_mask(saliency(linear.weight, narrow), order, PATTERN)
+    masked = (linear.weight * mask).bfloat16().double()
     groups = (x.T @ grad * linear.weight.T.double())[order].unflatten(0, (-1, PATTERN.m))
     exact = {
         "output": (y, x @ masked.T + linear.bias.double()),
@@ -94,13 +92,8 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
     }
     for name, (found, expected) in exact.items():
         assert found is not None
-        largest = float(expected.abs().max())
-        torch.testing.assert_close(
-            found.double(), expected, rtol=2**-7, atol=2**-7 * largest, msg=name
-        )
-    assert y.dtype == torch.bfloat16
-    assert inputs.grad is not None
-    assert inputs.grad.dtype == torch.float32
+        largest = 2**-7 * float(expected.abs().max())
+        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=largest, msg=name)
 
 
 @pytest.mark.parametrize("form", ["one term", "dense"])
@@ -108,32 +101,23 @@ def test_rounded_products_of_an_order_lose_what_rounding_loses_and_no_more() -> 
 def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> None:
     linear, factors, order = given(form)
     scores = made(kind, linear, factors)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in scores.parameters():  # away from the start
-        parameter.data += 0.3 * torch.randn(
-            parameter.shape, generator=generator, dtype=torch.float64
-        )
-    x = torch.randn(5, CHANNELS, generator=generator, dtype=torch.float64)
-    grad = torch.randn(5, ROWS, generator=generator, dtype=torch.float64)
-    ours_x = x.clone().requires_grad_()
-    there = nn.Linear(CHANNELS, ROWS, dtype=torch.float64).requires_grad_(False)
-    there.weight.data, there.bias = linear.weight.data.t()[order].t(), linear.bias
+    for number, parameter in enumerate(scores.parameters()):  # away from the start
+        parameter.data += 0.3 * random(*parameter.shape, seed=6 + number)
+    x, grad = random(5, CHANNELS, seed=4), random(5, ROWS, seed=5)
+    there = permuted(linear, order)
     moved = made(kind, there, factors.permuted(order))
     with torch.no_grad():
         for name, parameter in moved.named_parameters():
             values = getattr(scores, name)
             parameter.copy_(values if name == "left" else values[order])
-    ordered = MaskedLinear(there, moved, PATTERN, order=order)
-    ours = ordered(ours_x)
+    module = MaskedLinear(there, moved, PATTERN, order=order)
+    ours_x = x.clone().requires_grad_()
+    ours = module(ours_x)
     ours.backward(grad)
-    for name, parameter in scores.named_parameters():
-        found = getattr(moved, name).grad
-        parameter.grad = found if name == "left" else found[order.argsort()]
-    assert torch.equal(
-        ordered.mask(), permuted_nm_mask(scores.values_t(linear.weight.t()).t(), order, PATTERN)
-    )
+    values = scores.values_t(linear.weight.t()).t()
+    assert torch.equal(module.mask(), permuted_nm_mask(values, order, PATTERN))
 
-    base = saliency(linear.weight, factors).clamp_min(torch.finfo(torch.float64).tiny).log()
+    base = saliency(linear.weight, factors).clamp_min(TINY).log()
     leaves = [parameter.detach().clone().requires_grad_() for parameter in scores.parameters()]
     if kind == "free":
         values = leaves[0].t()
@@ -151,7 +135,8 @@ def test_output_and_gradients_equal_the_dense_formula(kind: str, form: str) -> N
 
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours_x.grad, reference_x.grad, rtol=1e-10, atol=1e-12)
-    for parameter, leaf in zip(scores.parameters(), leaves, strict=True):
-        torch.testing.assert_close(parameter.grad, leaf.grad, rtol=1e-10, atol=1e-12)
+    for (name, parameter), leaf in zip(moved.named_parameters(), leaves, strict=True):
         assert parameter.grad is not None
-        assert parameter.grad.abs().max() > 1e-3
+        found = parameter.grad if name == "left" else parameter.grad[order.argsort()]
+        assert found.abs().max() > 1e-3
+        torch.testing.assert_close(found, leaf.grad, rtol=1e-10, atol=1e-12)

@@ -1,1 +1,1 @@
-"""Learnable channel permutation (PermLLM): its settings, logits, Sinkhorn normalisation, masked linears, training."""
+"""Learnable channel permutation (PermLLM, section 4)."""

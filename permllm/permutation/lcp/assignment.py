@@ -1,4 +1,4 @@
-"""Hard permutations of soft ones, block by block: the linear sum assignment that maximises `<P, soft>`."""
+"""Hard permutations of soft ones, block by block, by linear sum assignments."""
 
 from __future__ import annotations
 
@@ -23,25 +23,22 @@ _LARGEST = 1024
 
 @torch.no_grad()
 def harden(softs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the permutation of each block that maximises `<P, soft>` (PermLLM, equation 5).
+    """Return the hard permutation of each block (PermLLM, equation 5).
 
-    Each rank solves every n-th block.
+    For a soft permutation `P_soft` it is the permutation matrix P that maximises
+    `<P, P_soft> = sum_ij P[i, j] P_soft[i, j]`. Each rank solves every n-th block.
 
     Args:
-        softs: blocks of several sizes, `(blocks, B, B)` each, finite, on one device, the same in
-            all ranks; row = source channel, column = target position.
+        softs: stacks of blocks, `(blocks, B, B)` each, finite, on one device, the same in all
+            ranks; row = source channel, column = target position.
 
     Returns:
-        int64 `(blocks, B)` each, where the soft ones are, the same in all ranks; entry j of a block
-        is the source channel at position j (`P[perm[j], j] = 1`).
-
-    Raises:
-        ValueError: an entry is not finite.
+        int64 `(blocks, B)` each, on that device, the same in all ranks; entry j of a block is the
+        source channel at position j (`P[perm[j], j] = 1`).
     """
     rank, ranks = parallel.rank(), parallel.world_size()
     if ranks == 1:
         return _solved(softs)
-    _check_finite(softs)  # before a rank fails alone
     found = [torch.zeros(soft.shape[:2], dtype=torch.int64, device=soft.device) for soft in softs]
     for whole, mine in zip(found, _solved([soft[rank::ranks] for soft in softs]), strict=True):
         whole[rank::ranks] = mine
@@ -51,21 +48,17 @@ def harden(softs: Sequence[Tensor]) -> list[Tensor]:
 
 def _solved(softs: Sequence[Tensor]) -> list[Tensor]:
     """Solve blocks where they are if that is a GPU with Triton, and on the host otherwise."""
-    device, solved = softs[0].device, None
+    device = softs[0].device
     if device.type == "cuda":
-        solved = _on_gpu(softs) if max(soft.shape[1] for soft in softs) <= _LARGEST else None
-        if solved is None:  # all at once: each transfer is waited for
-            parts = to_host(torch.cat([soft.flatten() for soft in softs])).split(
-                [soft.numel() for soft in softs]
-            )
-            softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
-    _check_finite(softs)
-    return solved or [to_device(perm, device) for perm in _on_host(softs)]
-
-
-def _check_finite(softs: Sequence[Tensor]) -> None:
-    if not bool(torch.stack([soft.sum().isfinite() for soft in softs]).all()):
-        raise ValueError("soft permutations that are not finite have no assignment")
+        fits = max(soft.shape[1] for soft in softs) <= _LARGEST
+        solved = _on_gpu(softs) if fits else None
+        if solved is not None:
+            return solved
+        # All at once, because each transfer is waited for.
+        together = to_host(torch.cat([soft.flatten() for soft in softs]))
+        parts = together.split([soft.numel() for soft in softs])
+        softs = [part.view(soft.shape) for part, soft in zip(parts, softs, strict=True)]
+    return [to_device(perm, device) for perm in _on_host(softs)]
 
 
 def _assigned_on_gpu(softs: Sequence[Tensor]) -> list[Tensor]:
@@ -78,11 +71,11 @@ _on_gpu = attempted(_assigned_on_gpu, "the host solves the assignments, as the G
 
 
 def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
-    """Solve finite blocks on the host.
+    """Solve blocks on the host.
 
-    The largest entry of every column bounds the objective from above. Where these entries already
-    form a permutation, they are the optimum, and at low temperatures most blocks are of that kind.
-    The solver has the others.
+    The largest entries of all columns bound the objective from above. Where they form a
+    permutation, that is the optimum, as in most blocks at low temperatures. SciPy solves the
+    others.
     """
     perms = [soft.argmax(1) for soft in softs]
     unsolved: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
@@ -91,14 +84,10 @@ def _on_host(softs: Sequence[Tensor]) -> list[Tensor]:
         blocks = channel_left.nonzero().flatten()
         scores = soft[blocks].numpy()
         costs = scores.max(2, keepdims=True) - scores.astype(np.float64)
-        costs -= costs.min(
-            1, keepdims=True
-        )  # the same optimum, which the solver finds a quarter sooner
+        costs -= costs.min(1, keepdims=True)  # the same optimum, found a quarter sooner
         unsolved += zip(costs, (perm[block].numpy() for block in blocks), strict=True)
     threads = max(1, min(torch.get_num_threads(), len(unsolved) // _BLOCKS_A_THREAD))
-    with ThreadPoolExecutor(
-        threads
-    ) as pool:  # SciPy lets go of the interpreter, so that threads run side by side
+    with ThreadPoolExecutor(threads) as pool:  # SciPy releases the lock of the interpreter
         list(pool.map(_assign, [unsolved[first::threads] for first in range(threads)]))
     return perms
 

@@ -1,8 +1,8 @@
-"""The linear sum assignment of many blocks at once on a GPU: one Triton program a block.
+"""Linear sum assignments of many blocks at once on a GPU: one Triton program a block.
 
-Shortest augmenting paths with dual variables, as Jonker and Volgenant have it (Computing 38, 1987),
-in float64: exact, whatever the numbers. It begins with the largest entry of every column; where
-these are a permutation already, as at low temperatures in most blocks, nothing is left to do.
+They are solved by shortest augmenting paths with dual variables (Jonker and Volgenant, Computing
+38, 1987) in float64, exactly for any numbers. The start is the largest entry of every column. Where
+these form a permutation, as at low temperatures in most blocks, nothing is left to do.
 """
 
 # Triton's language is Python's syntax, not its types.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def assign(soft: Tensor) -> Tensor:
-    """The permutation of each block that maximises `<P, soft>`.
+    """Return the permutation of each block that maximises `<P, soft>`.
 
     Args:
         soft: `(blocks, B, B)` on a GPU; row = source channel, column = target position. What is not
@@ -31,23 +31,20 @@ def assign(soft: Tensor) -> Tensor:
     perms = torch.empty(count, size, dtype=torch.int64, device=soft.device)
     lanes = triton.next_power_of_2(size)
     if count:  # a rank may have no block
-        with torch.cuda.device_of(
-            soft
-        ):  # Triton launches where the process is, not where its tensors are
+        with torch.cuda.device_of(soft):  # Triton launches on the device of the process
             _assign[(count,)](soft, perms, size, lanes, num_warps=max(1, min(8, lanes // 64)))
     return perms
 
 
 @triton.jit
-def _assign(soft, perms, size, LANES: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64)
-    soft += block * size * size
+def _start(soft, size, LANES: tl.constexpr):
+    """Give each row to the first column whose largest entry it is.
+
+    Costs are the negative of what is maximised. Returns the dual variables of the columns, their
+    least costs, and the row that each column has, or -1.
+    """
     column = tl.arange(0, LANES)
     inside = column < size
-    none = tl.full((), -1, tl.int32)
-
-    # Costs are the negative of what is maximised. Dual variables of columns: the least cost; of
-    # rows: zero.
     largest = tl.full((LANES,), float("-inf"), tl.float64)
     best = tl.full((LANES,), 0, tl.int32)
     for row in range(size):
@@ -55,15 +52,23 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
         better = entries > largest
         largest = tl.where(better, entries, largest)
         best = tl.where(better, row, best)
-    of_column = tl.where(inside, -largest, 0.0)
-    # The row that a column has, and that row's dual variable: the first column that wants a row has
-    # it.
     has = tl.full((LANES,), -1, tl.int32)
-    of_row = tl.zeros((LANES,), tl.float64)
     for row in range(size):
         first = tl.min(tl.where((best == row) & inside, column, LANES))
         has = tl.where(column == first, row, has)
+    return tl.where(inside, -largest, 0.0), has
 
+
+@triton.jit
+def _assign(soft, perms, size, LANES: tl.constexpr):
+    """Solve one block; a row's dual variable, zero at first, stands at the column that has it."""
+    block = tl.program_id(0).to(tl.int64)
+    soft += block * size * size
+    column = tl.arange(0, LANES)
+    inside = column < size
+    none = tl.full((), -1, tl.int32)
+    of_column, has = _start(soft, size, LANES)
+    of_row = tl.zeros((LANES,), tl.float64)
     for row in range(size):
         if tl.sum((has == row).to(tl.int32)) == 0:
             # Dijkstra from a row without a column to the nearest column without a row. `size` steps
@@ -75,10 +80,8 @@ def _assign(soft, perms, size, LANES: tl.constexpr):
             at, at_row, at_dual = none, row + none + 1, of_start
             steps = none + 1
             while (at_row >= 0) & (steps < size):
-                entries = tl.load(soft + at_row * size + column, mask=inside, other=0.0).to(
-                    tl.float64
-                )
-                found = -entries - at_dual - of_column
+                entries = tl.load(soft + at_row * size + column, mask=inside, other=0.0)
+                found = -entries.to(tl.float64) - at_dual - of_column
                 nearer = (reached == 0) & (found < distance)
                 distance = tl.where(nearer, found, distance)
                 before = tl.where(nearer, at, before)

@@ -1,14 +1,15 @@
-"""Learnable channel permutation (PermLLM, section 4): the settings, the start, and the windows of layers in turn.
+"""Learnable channel permutation: its settings, its start, and the windows of layers in turn.
 
-All logits of a window of decoder layers learn together, end to end, against the dense model's
-output of the window's last layer. The weights stay as they are. Forward uses hard permutations and
-hard masks; backward goes through the soft ones.
+PermLLM, section 4. All logits of a window of decoder layers learn together, end to end, against the
+dense model's output of the window's last layer. The weights stay as they are. Forward uses hard
+permutations and hard masks; backward goes through the soft ones.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -16,9 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from permllm.config import RunConfig
-from permllm.errors import ConfigError
+from permllm.errors import ConfigError, check_positive
 from permllm.models.families import ChannelGroup, decoder_layers
-from permllm.permutation.base import LearningPlan
+from permllm.permutation.base import Constraint, LearnedPermutation, LearningPlan
 from permllm.permutation.foldable import (
     SharedOrder,
     check_segments,
@@ -29,23 +30,44 @@ from permllm.permutation.foldable import (
 from permllm.permutation.heuristic import heuristic_orders
 from permllm.permutation.lcp.learner import OrderLearner, members
 from permllm.permutation.lcp.logits import BlockLogits
-from permllm.permutation.lcp.settings import LCPSettings
 from permllm.runs.names import CHECKPOINT
-from permllm.runtime.values import SETTINGS
+from permllm.runtime.values import SETTINGS, Amount, Count, Whole
 from permllm.sparsity.nm import permuted_nm_mask
-from permllm.training.blocks import count_logits
 from permllm.training.kernels import Kernels
-from permllm.training.learner import Window
-from permllm.training.masked_linear import MaskedLinear
+from permllm.training.learner import Moment, Window
+from permllm.training.masked_linear import BlockStack, MaskedLinear
 from permllm.training.problem import LearningProblem
 from permllm.training.scores import Scores
+from permllm.training.settings import LearningSettings, StraightThrough
 from permllm.training.stages import Course
-from permllm.training.stand_ins import kernels_for, learning_orders
+from permllm.training.stand_ins import StandIns, kernels_for, learning_orders
 
 
 @dataclass(kw_only=True, config=SETTINGS)
-class LCP(LCPSettings):
-    """The method; its settings are those of `LCPSettings`."""
+class LCP(LearningSettings, LearnedPermutation):
+    """Learnable channel permutation; `conf/permutation/lcp.yaml` explains its settings."""
+
+    block_size: Count
+    temperature: Callable[[float], float]
+    constraint: Constraint = "free"
+    init: Literal["heuristic", "random"] = "heuristic"
+    conventions: Literal["ours", "paper"] = "ours"
+    sinkhorn_iterations: Whole = 5
+    straight_through: StraightThrough = "swap"
+    margin: Amount = 0.05
+    noise: Amount = 0.02
+
+    @override
+    def validate(self, config: RunConfig) -> None:
+        super().validate(config)
+        for pattern in config.patterns:
+            if self.block_size % pattern.m:
+                raise ConfigError(
+                    f"block_size={self.block_size} is not a multiple of M = {pattern.m} "
+                    f"(sparsity={pattern}); valid are {pattern.m}, {2 * pattern.m}, ..."
+                )
+        for progress in (0.0, 0.5, 1.0):
+            check_positive(f"temperature: at progress={progress}", self.temperature(progress))
 
     @override
     def check_groups(self, config: RunConfig, groups: list[ChannelGroup], layers: int) -> None:
@@ -54,8 +76,9 @@ class LCP(LCPSettings):
         plan = self.plan(groups, layers)
         if not plan.logits:
             raise ConfigError(
-                f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage that holds all layers that "
-                "share it, as by permutation.layers_per_stage=all and all layers"
+                f"no order would learn: {', '.join(plan.stays) or 'each'} learns only in a stage "
+                "that holds all layers that share it, as by permutation.layers_per_stage=all and "
+                "all layers"
             )
 
     @override
@@ -64,18 +87,19 @@ class LCP(LCPSettings):
         learning = [order for first, stop in spans for order in orders_within(shared, first, stop)]
         columns: dict[str, tuple[str, str]] = {}
         for order in shared:
-            stacks, sharing = order.stacks(self.block_size), ""
+            stacks = order.stacks(self.block_size)
+            count, largest = sum(one.count for one in stacks), max(one.size for one in stacks)
+            logits = str(_count_logits(stacks))
             if len(order.groups) > 1:
-                sharing = f", shared as {order.name}"
+                logits += f", shared as {order.name}"
             elif order.repeats > 1:
-                sharing = f", shared as {order.channels // order.segment} heads of {order.segment}, each {order.repeats} times"
-            blocks = f"{sum(stack.count for stack in stacks)} of at most {max(stack.size for stack in stacks)}"
-            columns |= {
-                group.name: (blocks, f"{count_logits(stacks)}{sharing}") for group in order.groups
-            }
-        logits = sum(count_logits(order.stacks(self.block_size)) for order in learning)
+                heads = f"{order.channels // order.segment} heads of {order.segment}"
+                logits += f", shared as {heads}, each {order.repeats} times"
+            for group in order.groups:
+                columns[group.name] = f"{count} of at most {largest}", logits
+        learned = sum(_count_logits(order.stacks(self.block_size)) for order in learning)
         stays = [order.name for order in shared if order not in learning and len(order.groups) > 1]
-        return LearningPlan(spans, columns, logits, stays)
+        return LearningPlan(spans, columns, learned, stays)
 
     @override
     def orders(self, problem: LearningProblem) -> dict[str, Tensor]:
@@ -84,9 +108,8 @@ class LCP(LCPSettings):
         if course.state is not None:
             orders = {name: order.cpu() for name, order in course.state["learner"]["best"].items()}
         else:
-            orders = self.start_orders(
-                problem, shared, self.spans(len(decoder_layers(problem.model)))[0][0]
-            )
+            first, _ = self.spans(len(decoder_layers(problem.model)))[0]
+            orders = self.start_orders(problem, shared, first)
         used_by = {group.name: order for order in shared for group in order.groups}
 
         def mask_of(group: ChannelGroup, path: str) -> Tensor:
@@ -94,74 +117,99 @@ class LCP(LCPSettings):
             perm = order.expand(orders[order.name]).to(score.device)
             return permuted_nm_mask(score, perm, problem.pattern_of(group))
 
-        for window in course.windows(
-            lambda first, stop: bool(orders_within(shared, first, stop)), mask_of
-        ):
+        def learns(first: int, stop: int) -> bool:
+            return bool(orders_within(shared, first, stop))
+
+        for window in course.windows(learns, mask_of):
             learning = orders_within(shared, window.first, window.stop)
             logits = self.start_logits(problem, learning, orders)
-            kernels = kernels_for(
-                self, problem, [group for order in learning for group in order.groups]
-            )
+            groups = [group for order in learning for group in order.groups]
+            kernels = kernels_for(self, problem, groups)
             with self.masked(problem, shared, window, kernels) as linears:
-                learner = OrderLearner(self, problem, shared, window, orders, logits, linears)
+                learner = self.learner(shared, orders, logits, linears)
                 course.train(window, learner)
                 orders = learner.best
-                del logits, learner  # before what the next window needs
+                del logits, learner  # before those of the next window
         return expanded(shared, orders)
 
     def masked(
         self, problem: LearningProblem, shared: list[SharedOrder], window: Window, kernels: Kernels
-    ) -> AbstractContextManager[dict[str, list[MaskedLinear]]]:
-        """Put masked linears, by the pruner's saliency, into a window of the problem's model; `shared` are its orders."""
+    ) -> StandIns:
+        """Put masked linears, by the pruner's saliency, into a window of the problem's model."""
 
         def scores_of(path: str) -> Scores:
             factors = problem.factors_of(path)
-            if self.conventions == "ours":
-                factors = factors.scaled(
-                    1.0
-                    / problem.saliency_of(path).mean().clamp_min(torch.finfo(torch.float32).tiny)
-                )
+            if self.conventions == "ours":  # the same masks, another sharpness of the softmax
+                mean = problem.saliency_of(path).mean()
+                factors = factors.scaled(1.0 / mean.clamp_min(torch.finfo(torch.float32).tiny))
             return Scores(factors)
 
-        places = (
-            (group, order.stacks(self.block_size, order.repeats))
+        stacks = {
+            group: order.stacks(self.block_size, order.repeats)
             for order, group in members(shared, window)
+        }
+        return learning_orders(problem, stacks, scores_of, self.straight_through, kernels)
+
+    def learner(
+        self,
+        shared: list[SharedOrder],
+        orders: dict[str, Tensor],
+        logits: dict[str, BlockLogits],
+        linears: dict[str, list[MaskedLinear]],
+    ) -> OrderLearner:
+        """Return the learner of a window; the arguments as in `OrderLearner`."""
+        paper = self.conventions == "paper"
+
+        def temperature(moment: Moment) -> float:
+            if paper:
+                return self.temperature(moment.epoch / moment.epochs)
+            return self.temperature(moment.step / max(1, moment.steps - 1))
+
+        # The paper's released code begins with a softmax of rows: a first iteration does the same,
+        # where there is one.
+        halves = 2 * self.sinkhorn_iterations or int(paper)
+        return OrderLearner(
+            shared, orders, logits, linears, self.learning_rate, temperature, halves
         )
-        return learning_orders(problem, places, scores_of, self.straight_through, kernels)
 
     def start_orders(
         self, problem: LearningProblem, shared: list[SharedOrder], first: int
     ) -> dict[str, Tensor]:
-        """Return the orders at the start, which layers before `first` keep; int64 on the CPU by shared order."""
+        """Return the orders at the start, int64 on the CPU by shared order.
+
+        With `init=random` they are the identity, except in layers before `first`, which do not
+        learn.
+        """
         drawn = [order for order in shared if self.init == "random" and order.layers.start >= first]
-        found = heuristic_orders(
-            [order for order in shared if order not in drawn], problem, "start permutation"
-        )
-        return {
-            order.name: torch.arange(order.channels) if order in drawn else found[order.name]
-            for order in shared
-        }
+        searched = [order for order in shared if order not in drawn]
+        found = {order.name: torch.arange(order.channels) for order in drawn}
+        return found | heuristic_orders(searched, problem, "start permutation")
 
     def start_logits(
         self, problem: LearningProblem, learning: list[SharedOrder], orders: dict[str, Tensor]
     ) -> dict[str, BlockLogits]:
-        """Return the logits of each order at the start, on the device: near the given orders, or the paper's random ones."""
-        near = self.init == "heuristic"
+        """Return the logits of each order at the start, on the device.
+
+        With U uniform in [-1, 1] they are `margin I + noise U` around the given orders, or the
+        paper's random `U / sqrt(B)` with a learnable scale, sqrt(B) at the start.
+        """
+        near, root = self.init == "heuristic", math.sqrt(self.block_size)
         generator = torch.Generator().manual_seed(problem.seed)
         dtype = torch.promote_types(next(problem.model.parameters()).dtype, torch.float32)
         logits = {}
         for order in learning:
             stacks, start = order.stacks(self.block_size), []
             for stack in stacks:
-                uniform = (
-                    torch.rand(stack.count, stack.size, stack.size, generator=generator) * 2 - 1
-                )
+                shape = (stack.count, stack.size, stack.size)
+                uniform = torch.rand(shape, generator=generator) * 2 - 1
                 if near:
                     start.append(self.margin * torch.eye(stack.size) + self.noise * uniform)
                 else:
-                    start.append(uniform / math.sqrt(self.block_size))
-            scale = None if near else math.sqrt(self.block_size)
-            logits[order.name] = BlockLogits(orders[order.name], stacks, start, scale).to(
-                problem.device, dtype
-            )
+                    start.append(uniform / root)
+            blocks = BlockLogits(orders[order.name], stacks, start, None if near else root)
+            logits[order.name] = blocks.to(problem.device, dtype)
         return logits
+
+
+def _count_logits(stacks: list[BlockStack]) -> int:
+    return sum(stack.count * stack.size**2 for stack in stacks)

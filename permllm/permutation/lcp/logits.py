@@ -1,19 +1,19 @@
-"""Logits on the blocks of an order."""
+"""Logits of a permutation in blocks, and the soft permutations that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permllm.permutation.lcp.sinkhorn import logit_gradient, normalize
-from permllm.training.blocks import BlockStack
+from permllm.training.masked_linear import BlockStack
 
 
 class _Clamped(torch.autograd.Function):
-    """Clamp to +-1 with a straight-through gradient: a logit that has reached the bound must find its way back."""
+    """Clamp to +-1 whose gradient passes, so that a logit at the bound can come back."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -25,17 +25,17 @@ class _Clamped(torch.autograd.Function):
 
 
 class BlockLogits(nn.Module):
-    """Learnable logits of one order, on top of a fixed base order.
+    """Learnable logits of one permutation, relative to a fixed start (PermLLM, section 4.2).
 
     Args:
-        base: int64 `(C_in,)`, the order that the blocks are cut from: position p of block b holds
-            channel `base[b B + p]`.
-        stacks: how the positions split into blocks (`split_blocks`).
-        logits: one float32 `(blocks, B, B)` for each stack; row = channel of the block in base
-            order, column = target position in the block.
-        scale: when given, a learnable scalar: the logits in use are `clamp(scale * logits, -1, 1)`,
-            whose gradient passes as if nothing were clamped (the paper's released code); otherwise
-            they are used as they are.
+        base: int64 `(C_in,)`, the permutation at the start, which is cut into blocks: position p of
+            block b holds channel `base[b B + p]`.
+        stacks: blocks of the positions (`split_blocks`).
+        logits: one float32 or float64 `(blocks, B, B)` for each stack; row = channel of the block
+            in base order, column = target position in the block.
+        scale: start of a learnable scalar a: the logits in use are `clamp(a * logits, -1, 1)`, and
+            their gradient passes as if nothing were clamped (the paper's released code). None: the
+            logits are used as they are.
     """
 
     base: Tensor
@@ -53,37 +53,37 @@ class BlockLogits(nn.Module):
         self.stacks = stacks
         starts = [
             stack.start + stack.size * torch.arange(stack.count).repeat_interleave(stack.size)
-            for stack in self.stacks
+            for stack in stacks
         ]
         self.register_buffer("first", torch.cat(starts).to(base.device), persistent=False)
         self.logits = nn.ParameterList(nn.Parameter(stack) for stack in logits)
-        self.scale = (
-            None if scale is None else nn.Parameter(torch.tensor(scale, device=logits[0].device))
-        )
+        start = None if scale is None else torch.tensor(scale, device=logits[0].device)
+        self.scale = None if start is None else nn.Parameter(start)
 
-    def effective(self) -> list[Tensor]:
-        """Return the logits in use, a stack each."""
-        return (
-            list(self.logits)
-            if self.scale is None
-            else [_Clamped.apply(stack * self.scale) for stack in self.logits]
-        )
+    def effective(self, number: int) -> Tensor:
+        """Return the logits in use of a stack."""
+        logits: Tensor = self.logits[number]
+        return logits if self.scale is None else _Clamped.apply(logits * self.scale)
 
     def order(self, hard: Tensor) -> Tensor:
-        """Return the channel at each position, int64 `(C_in,)`; `hard` `(C_in,)` is the row of its block's matrix there."""
+        """Return the channel at each position, int64 `(C_in,)`.
+
+        Args:
+            hard: int64 `(C_in,)`, the row of its block's matrix at each position.
+        """
         return self.base[self.first + hard]
 
 
 class SoftBatch:
-    """Soft permutations of one size, made together, and the way of their gradients back to the logits.
+    """Soft permutations of one size, made together, and the way of their gradients to the logits.
 
     A straight-through step uses the hard permutations in forward and never reads the values of the
-    soft ones: what stands in for them are zeros of their shape, without memory of their own, which
+    soft ones. So their stand-ins are zeros of their shape, without memory of their own, which
     gather gradients.
 
     Args:
-        orders: all that there are, by name.
-        stacks: those of this batch, each by its order and its number there.
+        orders: all logits, by name of the permutation.
+        stacks: those of this batch, each by its permutation and its number there.
         temperature, halves: as in `normalize`.
 
     Attributes:
@@ -108,31 +108,25 @@ class SoftBatch:
         nothing = self.soft.new_zeros(())
         self.stand_ins = [nothing.expand(stack.shape).requires_grad_() for stack in logits]
 
-    def parts(self, values: Tensor) -> Iterator[tuple[tuple[str, int], Tensor]]:
-        """Give each stack, by its order and its number there, and its part of `(blocks, ...)`."""
-        return zip(self.stacks, values.split(self._counts), strict=True)
+    def parts(self, values: Tensor) -> dict[tuple[str, int], Tensor]:
+        """Return each stack's part of `(blocks, ...)`."""
+        return dict(zip(self.stacks, values.split(self._counts), strict=True))
 
     def backward(self) -> None:
         """Send the gradients of the stand-ins on to the logits."""
-        logits, grads = (
-            self._logits(),
-            [stand_in.grad for stand_in in self.stand_ins if stand_in.grad is not None],
-        )
+        logits = self._logits()
+        grads = [stand_in.grad for stand_in in self.stand_ins if stand_in.grad is not None]
         found = logit_gradient(_joined(logits), self._temperature, self._potentials, _joined(grads))
         torch.autograd.backward(logits, found.split(self._counts))
 
     def _logits(self) -> list[Tensor]:
-        of = {
-            name: self._orders[name].effective()
-            for name in dict.fromkeys(name for name, _ in self.stacks)
-        }
-        return [of[name][number] for name, number in self.stacks]
+        return [self._orders[name].effective(number) for name, number in self.stacks]
 
 
 def soft_batches(
     orders: Mapping[str, BlockLogits], temperature: float, halves: int
 ) -> list[SoftBatch]:
-    """Make the soft permutations of several orders.
+    """Make the soft permutations of several permutations.
 
     On a GPU, where each operator is a launch, all blocks of a size are one batch. On a CPU a single
     stack stays in the cache.

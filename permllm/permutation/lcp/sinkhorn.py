@@ -1,4 +1,4 @@
-"""Sinkhorn normalisation of permutation logits, in the log domain, with a backward that needs only the potentials."""
+"""Sinkhorn normalisation in the log domain, with a backward that needs only the potentials."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from torch import Tensor
 
 @torch.no_grad()
 def normalize(logits: Tensor, temperature: float, halves: int) -> tuple[Tensor, list[Tensor]]:
-    """Return the soft permutation of each block: `S^L(logits / temperature)` (PermLLM, section 4.1; Adams and Zemel 2011).
+    """Return the soft permutation of each block (PermLLM, section 4.1; Adams and Zemel 2011).
 
-    Each half iteration subtracts a log-sum-exp along rows or columns. Autograd through this formula
-    would keep 2 L matrices of B x B; these vectors are all that `logit_gradient` needs.
+    With logits X and temperature tau it is `S^L(X / tau)`:
+
+        S^0(X) = exp(X)        S^l(X) = T_c(T_r(S^(l-1)(X)))
+
+    where `T_r` divides each row by its sum and `T_c` each column. Each of these halves subtracts a
+    log-sum-exp in the log domain. Autograd would keep 2 L matrices of B x B; `logit_gradient` needs
+    only the vectors.
 
     Args:
         logits: `(blocks, B, B)`, float32 or float64; row = source channel, column = target
             position.
-        temperature: positive; the lower, the closer the result is to a hard permutation.
-        halves: half iterations, in turn of rows and of columns: 2 L.
+        temperature: tau > 0; the lower, the closer the result is to a hard permutation.
+        halves: 2 L, half iterations of rows and of columns in turn.
 
     Returns:
         `(blocks, B, B)`, positive; for L >= 1 the columns sum to one exactly, the rows ever closer
@@ -39,11 +44,12 @@ def logit_gradient(
 ) -> Tensor:
     """Return the gradient of the logits from that of the soft permutation, `(blocks, B, B)`.
 
-    The matrices are rebuilt going backwards.
+    A half iteration `Y = X - logsumexp(X)` has `dX = dY - exp(Y) sum(dY)`, with the sum along its
+    dimension. The matrices `exp(Y)` are rebuilt going backwards.
 
     Args:
         logits, temperature: as in `normalize`.
-        potentials: what `normalize` found for them.
+        potentials: of `normalize`.
         grad_soft: `(blocks, B, B)`.
     """
     log_p = logits / temperature
@@ -52,8 +58,6 @@ def logit_gradient(
     soft = log_p.exp_()
     grad = grad_soft * soft
     for half in reversed(range(len(potentials))):
-        # y = x - logsumexp(x, dim), so dx = dy - softmax(x) sum(dy, dim), and softmax(x) is exp(y),
-        # the current state.
         grad -= soft * grad.sum(-1 - half % 2, keepdim=True)
         if half:  # potentials after the first are at most log B, so this cannot overflow
             soft *= potentials[half].exp()
