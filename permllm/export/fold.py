@@ -1,4 +1,4 @@
-"""In which order the tensors of an exported model are stored: what is permuted, and where a gather stays.
+"""Order in which the tensors of a checkpoint are stored: what is permuted, what is gathered.
 
 A channel order is an index vector `perm`, and its linear is stored as `W[:, perm]`, which is N:M.
 What gives it its inputs must then give them in that order:
@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from permllm.errors import ConfigError
 from permllm.models.families import ChannelGroup, decoder_layers, family_of, produced_rows
 from permllm.models.head import head_path
 from permllm.permutation.foldable import RESIDUAL, foldable, local_order
 
-FORMS = ("simulate", "folded", "gathered")
+# The command takes the first that a run allows.
+FORMS = ("folded", "gathered", "simulate")
 
 
 @dataclass
@@ -48,6 +50,15 @@ class StoredOrder:
         if name in self.columns:
             tensor = tensor.index_select(-1, self.columns[name])
         return tensor
+
+
+def first_form(groups: list[ChannelGroup], orders: dict[str, Tensor]) -> str:
+    """Return `folded` where all orders fold, else `gathered`."""
+    try:
+        foldable([group for group in groups if group.name in orders], orders)
+    except ConfigError:
+        return "gathered"
+    return "folded"
 
 
 def stored_order(
