@@ -58,7 +58,7 @@ class GatheredForCausalLM:
         Raises:
             DataError: the orders are not those of `config.json`, or not of this model.
         """
-        dense: Any = CONFIG_MAPPING[config.dense_config["model_type"]]
+        dense: Any = CONFIG_MAPPING[config.dense_config["dense_type"]]
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
         loaded = model_class.from_pretrained(
             checkpoint,
@@ -87,7 +87,9 @@ def write_gathered(folder: Path, config: PreTrainedConfig, orders: Mapping[str, 
         config: of the dense model.
         orders: whole numbers `(channels,)` by the path of the module whose input they gather.
     """
-    dense = json.loads(config.to_json_string()) | {"dense_type": config.model_type}
+    dense = json.loads(config.to_json_string())
+    # A plain class takes the part of a config that has its `model_type`.
+    dense["dense_type"] = dense.pop("model_type")
     own = {"model_type": _MODEL_TYPE, "hidden_size": _HINT, "gathers": sorted(orders)}
     write_json(folder / "config.json", own | {"dense_config": dense})
     stored = {f"{path}.{_ORDER}": order.to(torch.int32) for path, order in orders.items()}
